@@ -1,1 +1,43 @@
-//! Under construction.
+//! Page batches in, packet payloads out: the codecs of the parallel channels, and two tools of the page path
+//! beside them.
+//!
+//! ```text
+//!   up to 128 pages,      Encoder::prepare      payload of        Decoder::recv_pages      the same pages
+//!   private memory     ---------------------->  one packet     ------------------------->  at the destination
+//!                        one per channel, with its history,  made by the shared Codec
+//!
+//!   zero::is_zero      which pages need not be sent at all
+//!   xbzrle             the difference between a page and the copy that the destination has
+//! ```
+//!
+//! | codec | id | payload (docs/wire.md §8) |
+//! | --- | --- | --- |
+//! | [`Uncompressed`] | 0 | the pages |
+//! | [`Zlib`] | 2 | a piece of one zlib stream per channel, ended by a sync flush |
+//! | [`Zstd`] | 4 | a piece of one zstd frame per channel, ended by a flush |
+//! | your own | any | see [`Codec`] for an example, [`conformance::check`] for the rules |
+//!
+//! No I/O, no threads, no clock. Codecs see private memory only, never guest memory: a guest writes while we
+//! read, and a compressor that reads a byte twice is broken by that.
+
+pub mod conformance;
+pub mod xbzrle;
+pub mod zero;
+
+mod codec;
+mod error;
+mod level;
+mod parse;
+mod registry;
+mod uncompressed;
+mod zlib;
+mod zstd;
+
+pub use codec::{Codec, CodecId, Decoder, Encoder, MAX_BATCH_LEN, MAX_PAYLOAD_LEN};
+pub use error::{CodecError, DecodeFailed, EncodeFailed, Reason};
+pub use level::{LevelOutOfRange, ZlibLevel, ZstdLevel};
+pub use parse::{InvalidCodec, parse_codec};
+pub use registry::Codecs;
+pub use uncompressed::Uncompressed;
+pub use zlib::Zlib;
+pub use zstd::{WINDOW_LOG_MAX, Zstd};

@@ -1,1 +1,47 @@
-//! Under construction.
+//! Connected byte channels for a migration: dialling, accepting, pacing.
+//!
+//! ```text
+//!  "tcp:10.0.0.7:4444"                      Listener::bind(&endpoint)
+//!        | parse                                  | serve: accepts for ever, waits for the
+//!     Endpoint                                    | first bytes of all clients side by side
+//!        | dial: names, retries, deadline,        v
+//!        v       Stopper                    Arrival::Identified { channel, first, .. }
+//!     Channel <------------ bytes ------------> Channel
+//!        | send_all, send_vectored, recv, direct (the bare socket, for iovecs over guest memory)
+//!        | closer(): wakes whoever is blocked, from any thread
+//!        | Pacer::take before each packet: one rate over all channels
+//! ```
+//!
+//! Waiting for connections is asynchronous and stays inside; what comes out is a connected channel with
+//! blocking calls, one worker thread each. Nothing here knows what the bytes mean.
+//!
+//! Every wait ends: [`dial`] by its deadline or a [`Stopper`], [`Listener::serve`] by its [`Stopper`], a
+//! blocked [`Channel`] by its [`Closer`] or the silence limit, [`Pacer::take`] by [`Pacer::stop`].
+
+mod backoff;
+pub mod blocking;
+mod channel;
+mod closer;
+mod dial;
+mod door;
+mod endpoint;
+mod error;
+mod listener;
+mod pacer;
+mod serve;
+mod socket;
+mod socket_file;
+mod stopper;
+mod stream;
+#[cfg(test)]
+mod testing;
+
+pub use channel::Channel;
+pub use closer::Closer;
+pub use dial::{DialOptions, dial};
+pub use endpoint::{Endpoint, InvalidEndpoint};
+pub use error::TransportError;
+pub use listener::Listener;
+pub use pacer::{Pacer, Stopped};
+pub use serve::Arrival;
+pub use stopper::Stopper;

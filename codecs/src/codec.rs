@@ -1,0 +1,224 @@
+//! The three traits of a codec: one shared factory, and an encoder and a decoder per channel.
+
+use std::fmt::{self, Debug, Display};
+
+use crate::error::{CodecError, DecodeFailed, EncodeFailed};
+
+/// Pages that one packet carries at most, in bytes: 512 KiB (docs/wire.md §7.2).
+pub const MAX_BATCH_LEN: usize = 512 << 10;
+
+/// Payload of one packet at most, in bytes: 1 MiB, the size of QEMU's receive buffer (docs/wire.md §8).
+pub const MAX_PAYLOAD_LEN: usize = 1 << 20;
+
+/// A compression method for page batches: the shared factory of encoders and decoders, one per migration.
+///
+/// In QEMU's words this is `MultiFDMethods`: `encoder()` is send_setup, [`Encoder::prepare`] is send_prepare,
+/// `decoder()` is recv_setup, [`Decoder::recv_pages`] is recv_pages, and dropping one of them is the cleanup.
+///
+/// A codec of your own needs these three traits and an id; [`conformance::check`](crate::conformance::check)
+/// tells whether it keeps the rules. Here is one that packs runs of a byte into pairs:
+///
+/// ```
+/// use multifd_codecs::{Codec, CodecError, CodecId, DecodeFailed, Decoder, EncodeFailed, Encoder};
+/// use multifd_codecs::conformance;
+///
+/// #[derive(Debug)]
+/// struct RunLength;
+///
+/// impl Codec for RunLength {
+///     fn id(&self) -> CodecId { CodecId::new(0x06).unwrap() } // a value that QEMU has no use for
+///     fn name(&self) -> &str { "run-length" }
+///     fn encoder(&self) -> Result<Box<dyn Encoder>, CodecError> { Ok(Box::new(Pack)) }
+///     fn decoder(&self) -> Result<Box<dyn Decoder>, CodecError> { Ok(Box::new(Unpack { dead: false })) }
+/// }
+///
+/// struct Pack;
+/// impl Encoder for Pack {
+///     fn prepare(&mut self, pages: &[u8], out: &mut Vec<u8>) -> Result<(), EncodeFailed> {
+///         for run in pages.chunk_by(|a, b| a == b).flat_map(|run| run.chunks(255)) {
+///             out.extend([run.len() as u8, run[0]]); // at worst two bytes for one: 1 MiB for 512 KiB
+///         }
+///         Ok(())
+///     }
+/// }
+///
+/// struct Unpack { dead: bool }
+/// impl Unpack {
+///     fn unpack(payload: &[u8], pages: &mut [u8]) -> Result<(), DecodeFailed> {
+///         let (expected, mut produced) = (pages.len(), 0);
+///         let (pairs, rest) = payload.as_chunks::<2>();
+///         for &[len, byte] in pairs {
+///             let run = pages.get_mut(produced..produced + usize::from(len));
+///             run.ok_or(DecodeFailed::TooLong { expected })?.fill(byte);
+///             produced += usize::from(len);
+///         }
+///         match (produced == expected, rest.len()) {
+///             (true, 0) => Ok(()),
+///             (true, unread) => Err(DecodeFailed::Unread { unread, payload: payload.len() }),
+///             (false, _) => Err(DecodeFailed::TooShort { produced, expected }),
+///         }
+///     }
+/// }
+/// impl Decoder for Unpack {
+///     fn recv_pages(&mut self, payload: &[u8], pages: &mut [u8]) -> Result<(), DecodeFailed> {
+///         if self.dead {
+///             return Err(DecodeFailed::Dead);
+///         }
+///         Self::unpack(payload, pages).inspect_err(|_| self.dead = true)
+///     }
+/// }
+///
+/// conformance::check(&RunLength);
+/// ```
+pub trait Codec: Debug + Send + Sync + 'static {
+    /// The value of the packet's codec field. Both ends have to mean the same by it.
+    fn id(&self) -> CodecId;
+
+    /// Short name for people: lower case, no spaces, e.g. `zstd`.
+    fn name(&self) -> &str;
+
+    /// Sets up the sending half of one channel.
+    ///
+    /// # Errors
+    /// The library below has no memory or no such mode.
+    fn encoder(&self) -> Result<Box<dyn Encoder>, CodecError>;
+
+    /// Sets up the receiving half of one channel.
+    ///
+    /// # Errors
+    /// The library below has no memory or no such mode.
+    fn decoder(&self) -> Result<Box<dyn Decoder>, CodecError>;
+
+    /// Name and settings for people: `zstd:1`. Where there are no settings, the name.
+    fn describe(&self) -> String {
+        self.name().to_owned()
+    }
+}
+
+/// The sending half of a codec on one channel, with its history of that channel.
+///
+/// Called by the channel's worker thread only, so it need not be `Sync`. It must not block, and must not
+/// panic whatever the pages hold. It should not allocate per packet, but for the growth of `out`.
+pub trait Encoder: Send {
+    /// Appends the payload of one packet to `out`, and never touches what is there already.
+    ///
+    /// `pages` are whole pages back to back in private memory: nobody writes to them meanwhile. At most
+    /// [`MAX_PAYLOAD_LEN`] bytes come out of at most [`MAX_BATCH_LEN`] bytes of pages; no pages give no
+    /// payload. The peer can decode the payload without seeing the next one.
+    ///
+    /// # Errors
+    /// The library below refused. `out` is as before, and each later call is an error, too: the history is
+    /// out of step.
+    fn prepare(&mut self, pages: &[u8], out: &mut Vec<u8>) -> Result<(), EncodeFailed>;
+}
+
+/// The receiving half of a codec on one channel, with its history of that channel.
+///
+/// Called by the channel's worker thread only, so it need not be `Sync`. It must not block, must not panic
+/// whatever the peer sends, and must not allocate by a length that the peer chose without a limit.
+pub trait Decoder: Send {
+    /// Consumes all of `payload` and fills `pages` exactly, or fails.
+    ///
+    /// The payloads of a channel come in the order in which its encoder made them.
+    ///
+    /// # Errors
+    /// The payload is corrupt, yields fewer or more bytes than `pages` has, or has bytes left over. `pages`
+    /// may be partly written. The decoder is dead then: each later call fails.
+    fn recv_pages(&mut self, payload: &[u8], pages: &mut [u8]) -> Result<(), DecodeFailed>;
+}
+
+/// A codec as packets name it: the value of bits 1..=5 of the packet flags, in place (docs/wire.md §7.3).
+///
+/// QEMU sets one of these bits at most. Values with several bits, such as 0x06, are free for codecs of your
+/// own between two multifd ends.
+#[derive(Clone, Copy, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct CodecId(u8);
+
+impl CodecId {
+    /// The bits that a codec id may have.
+    pub const MASK: u8 = 0x3e;
+    /// Pages as they are.
+    pub const NONE: Self = Self(0x00);
+    /// One continuous zlib stream per channel.
+    pub const ZLIB: Self = Self(0x02);
+    /// One continuous zstd frame per channel.
+    pub const ZSTD: Self = Self(0x04);
+    /// Intel QPL: QEMU's, not implemented here.
+    pub const QPL: Self = Self(0x08);
+    /// UADK: QEMU's, not implemented here.
+    pub const UADK: Self = Self(0x10);
+    /// QATzip: QEMU's, not implemented here.
+    pub const QATZIP: Self = Self(0x20);
+
+    /// Takes the value of the codec field, `None` if it has bits outside of [`MASK`](Self::MASK).
+    pub const fn new(value: u8) -> Option<Self> {
+        if value & !Self::MASK == 0 { Some(Self(value)) } else { None }
+    }
+
+    /// The value of the codec field.
+    pub const fn value(self) -> u8 {
+        self.0
+    }
+
+    /// QEMU's name for it, if it has one.
+    pub const fn name(self) -> Option<&'static str> {
+        Some(match self {
+            Self::NONE => "none",
+            Self::ZLIB => "zlib",
+            Self::ZSTD => "zstd",
+            Self::QPL => "qpl",
+            Self::UADK => "uadk",
+            Self::QATZIP => "qatzip",
+            _ => return None,
+        })
+    }
+}
+
+impl Display for CodecId {
+    /// `zstd`, or `0x06` for a value without a name.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => f.write_str(name),
+            None => write!(f, "{:#04x}", self.0),
+        }
+    }
+}
+
+impl Debug for CodecId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CodecId({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_the_five_bits_of_the_flags() {
+        for value in 0..=u8::MAX {
+            let legal = value & 1 == 0 && value < 0x40;
+            assert_eq!(CodecId::new(value).map(CodecId::value), legal.then_some(value));
+        }
+    }
+
+    #[test]
+    fn ids_read_like_qemus_names() {
+        assert_eq!(CodecId::ZSTD.to_string(), "zstd");
+        assert_eq!(CodecId::QATZIP.to_string(), "qatzip");
+        assert_eq!(CodecId::new(0x06).unwrap().to_string(), "0x06");
+        assert_eq!(format!("{:?}", CodecId::NONE), "CodecId(none)");
+    }
+
+    #[test]
+    fn traits_are_object_safe_and_cross_threads() {
+        fn shared<T: Send + Sync + ?Sized>() {}
+        fn sent<T: Send + ?Sized>() {}
+        shared::<dyn Codec>();
+        sent::<dyn Encoder>();
+        sent::<dyn Decoder>();
+        shared::<CodecError>();
+        shared::<EncodeFailed>();
+        shared::<DecodeFailed>();
+    }
+}

@@ -1,0 +1,103 @@
+//! Codecs as people write them: `zstd:3`.
+
+use std::sync::Arc;
+
+use crate::codec::Codec;
+use crate::level::LevelOutOfRange;
+use crate::uncompressed::Uncompressed;
+use crate::zlib::Zlib;
+use crate::zstd::Zstd;
+
+/// Reads `none`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`.
+///
+/// # Errors
+/// Anything else; the error repeats `text` and the grammar or the range.
+pub fn parse_codec(text: &str) -> Result<Arc<dyn Codec>, InvalidCodec> {
+    let invalid = |source| InvalidCodec { text: text.to_owned(), source };
+    let (name, level) = match text.split_once(':') {
+        Some((name, level)) => (name, Some(level)),
+        None => (text, None),
+    };
+    let level = level.map(decimal).transpose().map_err(|()| invalid(None))?;
+    match (name, level) {
+        ("none", None) => Ok(Arc::new(Uncompressed)),
+        ("zlib", None) => Ok(Arc::new(Zlib::default())),
+        ("zlib", Some(level)) => Ok(Arc::new(Zlib::level(level).map_err(|e| invalid(Some(e)))?)),
+        ("zstd", None) => Ok(Arc::new(Zstd::default())),
+        ("zstd", Some(level)) => Ok(Arc::new(Zstd::level(level).map_err(|e| invalid(Some(e)))?)),
+        _ => Err(invalid(None)),
+    }
+}
+
+/// Text that names no codec.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("codec {text:?}, expected none, zlib[:0..9] or zstd[:0..20]")]
+pub struct InvalidCodec {
+    text: String,
+    source: Option<LevelOutOfRange>,
+}
+
+/// Digits only: `"+3".parse::<i32>()` would be 3.
+fn decimal(digits: &str) -> Result<i32, ()> {
+    if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(());
+    }
+    digits.parse().map_err(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+
+    #[test]
+    fn names_and_levels_come_back() {
+        for (text, meaning) in [
+            ("none", "none"),
+            ("zlib", "zlib:1"),
+            ("zlib:0", "zlib:0"),
+            ("zlib:9", "zlib:9"),
+            ("zstd", "zstd:1"),
+            ("zstd:0", "zstd:0"),
+            ("zstd:3", "zstd:3"),
+            ("zstd:20", "zstd:20"),
+        ] {
+            assert_eq!(parse_codec(text).unwrap().describe(), meaning);
+        }
+    }
+
+    #[test]
+    fn nothing_else_is_a_codec() {
+        for text in [
+            "",
+            ":",
+            "zstd:",
+            "zstd:x",
+            "zstd:+3",
+            "zstd:-1",
+            "zstd: 3",
+            "zstd:3:4",
+            "ZSTD",
+            " zstd",
+            "none:0",
+            "lz4",
+            "zlib:99999999999",
+        ] {
+            let error = parse_codec(text).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("codec {text:?}, expected none, zlib[:0..9] or zstd[:0..20]")
+            );
+            assert!(error.source().is_none());
+        }
+    }
+
+    #[test]
+    fn a_level_out_of_range_says_the_range() {
+        let error = parse_codec("zlib:10").unwrap_err();
+        assert_eq!(error.to_string(), "codec \"zlib:10\", expected none, zlib[:0..9] or zstd[:0..20]");
+        assert_eq!(error.source().unwrap().to_string(), "zlib level 10, range is 0..=9");
+        assert!(parse_codec("zstd:21").unwrap_err().source().is_some());
+    }
+}

@@ -1,0 +1,274 @@
+//! A connected byte channel with blocking calls.
+
+use std::io::{self, ErrorKind, IoSlice};
+use std::net::TcpStream;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use socket2::Socket;
+
+use crate::closer::{Closer, Link};
+use crate::socket;
+use crate::stream::Stream;
+
+/// A connected, blocking byte channel, in both directions.
+///
+/// All methods take `&self`: one thread may send while another receives, and any thread may hold the
+/// [`closer`](Self::closer). Two threads that send at the same time get their bytes mixed, and so do two that
+/// receive. Dropping the channel closes it.
+#[derive(Debug)]
+pub struct Channel {
+    peer: String,
+    link: Arc<Link>,
+    pushed_back: PushedBack,
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+impl Channel {
+    /// Takes a connected, blocking socket; `first` is what was received on it already.
+    pub(crate) fn new(socket: Socket, peer: String, first: &[u8]) -> Self {
+        Self {
+            peer,
+            link: Arc::new(Link::new(Stream::Socket(socket))),
+            pushed_back: PushedBack::new(first),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+        }
+    }
+
+    /// Two channels connected to each other, within this process.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn pair() -> io::Result<(Self, Self)> {
+        let (one, other) = UnixStream::pair()?;
+        Ok((Self::try_from(one)?, Self::try_from(other)?))
+    }
+
+    /// Who is at the other end: `tcp:10.0.0.7:51234`, `unix:/run/x.sock`.
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// Sends all of `bytes`.
+    ///
+    /// # Errors
+    /// `TimedOut` after the silence limit, `ConnectionAborted` after [`Closer::close`], otherwise the
+    /// system's word. How much was sent is unknown then, so the channel is of no more use.
+    pub fn send_all(&self, bytes: &[u8]) -> io::Result<()> {
+        self.send_vectored(&mut [IoSlice::new(bytes)])
+    }
+
+    /// Sends all bytes of all `bufs`, in order; there may be any number of them. The slices are used up: what
+    /// they hold afterwards is unspecified.
+    ///
+    /// # Errors
+    /// As [`send_all`](Self::send_all).
+    pub fn send_vectored(&self, mut bufs: &mut [IoSlice<'_>]) -> io::Result<()> {
+        // Advancing drops empty slices from the front, so a batch always begins with a byte to send and 0
+        // means that nothing goes any more.
+        IoSlice::advance_slices(&mut bufs, 0);
+        while !bufs.is_empty() {
+            let batch = bufs.get(..Stream::MAX_SLICES).unwrap_or(bufs);
+            match self.link.stream.send_vectored(batch) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(sent) => {
+                    self.note_direct_sent(sent as u64);
+                    IoSlice::advance_slices(&mut bufs, sent);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.explain(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives what is there, at least one byte; 0 is the end of what the peer sends.
+    ///
+    /// # Errors
+    /// `TimedOut` after the silence limit, `ConnectionAborted` after [`Closer::close`], otherwise the
+    /// system's word.
+    pub fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        let received = match self.pushed_back.take(buf) {
+            0 => self.recv_from_stream(buf)?,
+            taken => taken,
+        };
+        self.note_direct_received(received as u64);
+        Ok(received)
+    }
+
+    /// Fills `buf`.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` if the peer ends before it is full, otherwise as [`recv`](Self::recv).
+    pub fn recv_exact(&self, buf: &mut [u8]) -> io::Result<()> {
+        let wanted = buf.len();
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let received = self.recv(rest)?;
+            if received == 0 {
+                let text = format!("end of stream after {} of {wanted} bytes", wanted - rest.len());
+                return Err(io::Error::new(ErrorKind::UnexpectedEof, text));
+            }
+            rest = rest.split_at_mut(received).1;
+        }
+        Ok(())
+    }
+
+    /// The bare socket, for `sendmsg` and `recvmsg` with iovecs over guest memory; what goes that way is to
+    /// be noted by [`note_direct_sent`](Self::note_direct_sent) and
+    /// [`note_direct_received`](Self::note_direct_received).
+    ///
+    /// `None` while bytes that [`Listener::serve`](crate::Listener::serve) received are still to come out of
+    /// [`recv`](Self::recv), and always `None` if the channel's bytes are not the socket's. It blocks as the
+    /// channel does: the silence limit gives `EAGAIN`; after [`Closer::close`] it receives 0 bytes, which
+    /// [`is_closed`](Self::is_closed) tells from the peer's end.
+    pub fn direct(&self) -> Option<BorrowedFd<'_>> {
+        if self.pushed_back.is_empty() { self.link.stream.direct() } else { None }
+    }
+
+    /// Limits how long one call may wait without a byte moving; `None`, the default, is for ever. A call that
+    /// is blocked already keeps its limit; one that sent a part before it fell silent may take twice as long.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the limit is zero.
+    pub fn set_silence_limit(&self, limit: Option<Duration>) -> io::Result<()> {
+        if limit == Some(Duration::ZERO) {
+            return Err(io::Error::new(ErrorKind::InvalidInput, "silence limit of 0s, expected more"));
+        }
+        // The kernel counts microseconds, and takes 0 of them for "no limit".
+        self.link.stream.set_silence_limit(limit.map(|limit| limit.max(Duration::from_micros(1))))
+    }
+
+    /// Ends the channel from any thread.
+    pub fn closer(&self) -> Closer {
+        Closer::new(Arc::downgrade(&self.link))
+    }
+
+    /// Whether a [`Closer`] ended the channel.
+    pub fn is_closed(&self) -> bool {
+        self.link.is_closed()
+    }
+
+    /// Tells the peer that nothing more will be sent; receiving goes on.
+    ///
+    /// # Errors
+    /// `NotConnected` if the connection is gone.
+    pub fn finish_sending(&self) -> io::Result<()> {
+        self.link.stream.finish_sending()
+    }
+
+    /// Bytes sent so far, those by [`direct`](Self::direct) included. A blocked call counts when the system
+    /// lets go of it: when all is sent, or the silence limit has passed.
+    pub fn bytes_sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Bytes received so far, those by [`direct`](Self::direct) included; pushed-back bytes count when
+    /// [`recv`](Self::recv) gives them.
+    pub fn bytes_received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    /// Counts bytes that were sent on [`direct`](Self::direct).
+    pub fn note_direct_sent(&self, bytes: u64) {
+        self.sent.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Counts bytes that were received on [`direct`](Self::direct).
+    pub fn note_direct_received(&self, bytes: u64) {
+        self.received.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn recv_from_stream(&self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.link.stream.recv(buf) {
+                // Our own shutdown looks like the peer's end, and must not be taken for it.
+                Ok(0) if self.is_closed() => return Err(closed()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                outcome => return outcome.map_err(|error| self.explain(error)),
+            }
+        }
+    }
+
+    fn explain(&self, error: io::Error) -> io::Error {
+        if self.is_closed() {
+            return closed();
+        }
+        match (error.kind(), self.link.stream.silence_limit()) {
+            (ErrorKind::WouldBlock, Ok(Some(limit))) => {
+                io::Error::new(ErrorKind::TimedOut, format!("no byte moved for {limit:?}, the silence limit"))
+            }
+            (ErrorKind::WouldBlock, _) => ErrorKind::TimedOut.into(),
+            _ => error,
+        }
+    }
+}
+
+impl TryFrom<TcpStream> for Channel {
+    type Error = io::Error;
+
+    /// Takes a connected socket from elsewhere and makes it what [`dial`](crate::dial) gives: blocking, no
+    /// delay, keepalive.
+    fn try_from(stream: TcpStream) -> io::Result<Self> {
+        adopt(stream.into())
+    }
+}
+
+impl TryFrom<UnixStream> for Channel {
+    type Error = io::Error;
+
+    /// Takes a connected socket from elsewhere and makes it blocking.
+    fn try_from(stream: UnixStream) -> io::Result<Self> {
+        adopt(stream.into())
+    }
+}
+
+/// Bytes that were received before the channel was, to be received again. 0 <= taken <= bytes.len().
+#[derive(Debug)]
+struct PushedBack {
+    bytes: Box<[u8]>,
+    taken: AtomicUsize,
+}
+
+impl PushedBack {
+    fn new(bytes: &[u8]) -> Self {
+        Self { bytes: bytes.into(), taken: AtomicUsize::new(0) }
+    }
+
+    /// Moves bytes to the front of `buf`; 0 when there are none left.
+    fn take(&self, buf: &mut [u8]) -> usize {
+        let taken = self.taken.load(Ordering::Relaxed);
+        let left = self.bytes.get(taken..).unwrap_or_default();
+        for (to, from) in buf.iter_mut().zip(left) {
+            *to = *from;
+        }
+        let moved = left.len().min(buf.len());
+        // Plain load and store: one thread receives.
+        self.taken.store(taken + moved, Ordering::Relaxed);
+        moved
+    }
+
+    fn is_empty(&self) -> bool {
+        self.taken.load(Ordering::Relaxed) >= self.bytes.len()
+    }
+}
+
+fn adopt(socket: Socket) -> io::Result<Channel> {
+    let peer = socket::peer_name(&socket)?;
+    socket::into_channel(socket, peer, &[])
+}
+
+fn closed() -> io::Error {
+    io::Error::new(ErrorKind::ConnectionAborted, "the channel was closed on this side")
+}
+
+#[cfg(test)]
+mod tests;

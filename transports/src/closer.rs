@@ -1,0 +1,49 @@
+//! The wake for whoever is blocked on a channel.
+
+use std::sync::Weak;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::stream::Stream;
+
+/// Ends a [`Channel`](crate::Channel) from any thread: both directions are shut down, and whoever is blocked
+/// in a call on it returns at once.
+///
+/// It does not keep the channel open: when the channel is dropped the peer sees the end, however many closers
+/// are left, and they have nothing more to do.
+#[derive(Clone, Debug)]
+pub struct Closer {
+    link: Weak<Link>,
+}
+
+impl Closer {
+    pub(crate) fn new(link: Weak<Link>) -> Self {
+        Self { link }
+    }
+
+    /// Closes the channel. Never blocks; a second time does nothing.
+    pub fn close(&self) {
+        if let Some(link) = self.link.upgrade() {
+            link.closed.store(true, Ordering::Relaxed);
+            link.stream.close();
+        }
+    }
+}
+
+/// What a channel and its closers share.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) stream: Stream,
+    /// Set before the stream is shut down. `Relaxed`: whoever sees the shutdown got it through the kernel's
+    /// socket lock, after this store.
+    closed: AtomicBool,
+}
+
+impl Link {
+    pub(crate) fn new(stream: Stream) -> Self {
+        Self { stream, closed: AtomicBool::new(false) }
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+}

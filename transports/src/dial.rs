@@ -1,0 +1,176 @@
+//! From an endpoint to a channel: names, attempts, deadline.
+
+use std::io::{self, ErrorKind};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use socket2::Socket;
+use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio::time::{sleep, timeout};
+
+use crate::backoff::Backoff;
+use crate::{Channel, Endpoint, Stopper, TransportError, socket};
+
+/// How long to try, and what ends it early. More fields will come: write `..DialOptions::default()`.
+#[derive(Clone, Debug)]
+pub struct DialOptions {
+    /// For everything together: the name look-up and every attempt. Default: 10 s.
+    pub deadline: Duration,
+    /// Ends the dialling at once. Default: one that nobody else has.
+    pub stopper: Stopper,
+}
+
+impl Default for DialOptions {
+    fn default() -> Self {
+        Self { deadline: Duration::from_secs(10), stopper: Stopper::new() }
+    }
+}
+
+/// Connects, and tries again for as long as nobody listens there yet, until the deadline.
+///
+/// All addresses of a name are tried, one after the other and never two at a time: a connection that is
+/// opened and dropped again ends the incoming migration of a QEMU. Needs a tokio runtime with I/O and time;
+/// without one there is [`blocking::dial`](crate::blocking::dial).
+///
+/// # Errors
+/// [`DeadlinePassed`](TransportError::DeadlinePassed) with the last attempt's error,
+/// [`Cancelled`](TransportError::Cancelled), or [`Io`](TransportError::Io) if trying again would not help:
+/// unknown name, no route, no permission.
+pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel, TransportError> {
+    let mut dialling =
+        Dialling { endpoint, limit: options.deadline, begun: Instant::now(), attempts: 0, last: None };
+    let outcome = tokio::select! {
+        biased;
+        () = options.stopper.stopped() => None,
+        outcome = timeout(options.deadline, dialling.keep_trying()) => Some(outcome),
+    };
+    match outcome {
+        Some(Ok(Ok(channel))) => Ok(channel),
+        Some(Ok(Err(source))) => Err(dialling.refused(source)),
+        Some(Err(_elapsed)) => Err(dialling.too_late()),
+        None => Err(dialling.cancelled()),
+    }
+}
+
+struct Dialling<'a> {
+    endpoint: &'a Endpoint,
+    limit: Duration,
+    begun: Instant,
+    attempts: u32,
+    last: Option<io::Error>,
+}
+
+impl Dialling<'_> {
+    async fn keep_trying(&mut self) -> io::Result<Channel> {
+        let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(500));
+        loop {
+            self.attempts += 1;
+            match self.attempt().await {
+                Err(error) if may_pass(&error) => {
+                    tracing::debug!(endpoint = %self.endpoint, %error, attempt = self.attempts, "not there yet");
+                    self.last = Some(error);
+                }
+                outcome => return outcome,
+            }
+            sleep(backoff.pause()).await;
+        }
+    }
+
+    async fn attempt(&self) -> io::Result<Channel> {
+        let connected = match self.endpoint {
+            Endpoint::Tcp { port: 0, .. } => {
+                Err(io::Error::new(ErrorKind::InvalidInput, "port 0 is for listening, expected 1..=65535"))
+            }
+            Endpoint::Tcp { host, port } => self.tcp(host, *port).await,
+            Endpoint::Unix(path) => unix(path).await,
+        }?;
+        let peer = socket::peer_name(&connected)?;
+        socket::into_channel(connected, peer, &[])
+    }
+
+    async fn tcp(&self, host: &str, port: u16) -> io::Result<Socket> {
+        let host = if host.is_empty() { "localhost" } else { host };
+        let addresses: Vec<SocketAddr> = lookup_host((host, port)).await?.collect();
+        let mut failure = io::Error::new(ErrorKind::AddrNotAvailable, "the name has no address");
+        for (tried, address) in addresses.iter().enumerate() {
+            let patience = self.patience(addresses.len() - tried);
+            match timeout(patience, tcp_address(*address))
+                .await
+                .unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
+            {
+                Ok(connected) => return Ok(connected),
+                // "Refused" at one address says more than "unreachable" at the next.
+                Err(error) if may_pass(&error) || !may_pass(&failure) => failure = error,
+                Err(_) => {}
+            }
+        }
+        Err(failure)
+    }
+
+    /// How long one of `left` addresses may take: a silent one must leave time for the others.
+    fn patience(&self, left: usize) -> Duration {
+        let rest = self.limit.saturating_sub(self.begun.elapsed());
+        match u32::try_from(left) {
+            Ok(left) if left > 1 => (rest / left).min(Duration::from_secs(5)),
+            _ => rest,
+        }
+    }
+
+    fn refused(self, source: io::Error) -> TransportError {
+        let (endpoint, elapsed) = (self.endpoint.clone(), self.begun.elapsed());
+        TransportError::Io { action: ACTION, endpoint, elapsed, source }
+    }
+
+    fn too_late(self) -> TransportError {
+        TransportError::DeadlinePassed {
+            action: ACTION,
+            endpoint: self.endpoint.clone(),
+            attempts: self.attempts,
+            elapsed: self.begun.elapsed(),
+            limit: self.limit,
+            source: self.last.unwrap_or_else(|| ErrorKind::TimedOut.into()),
+        }
+    }
+
+    fn cancelled(self) -> TransportError {
+        let (endpoint, elapsed) = (self.endpoint.clone(), self.begun.elapsed());
+        TransportError::Cancelled { action: ACTION, endpoint, elapsed }
+    }
+}
+
+async fn tcp_address(address: SocketAddr) -> io::Result<Socket> {
+    let connected: Socket = TcpStream::connect(address).await?.into_std()?.into();
+    if socket::is_connected_to_itself(&connected)? {
+        return Err(ErrorKind::ConnectionRefused.into());
+    }
+    Ok(connected)
+}
+
+async fn unix(path: &Path) -> io::Result<Socket> {
+    socket::unix_address(path)?;
+    Ok(UnixStream::connect(path).await?.into_std()?.into())
+}
+
+/// Whether the same attempt may succeed later: nobody listens yet, a relay hung up at once (`NotConnected`),
+/// or the listener's queue is full (`WouldBlock`, on unix sockets).
+fn may_pass(error: &io::Error) -> bool {
+    use ErrorKind::{
+        ConnectionAborted, ConnectionRefused, ConnectionReset, NotConnected, NotFound, TimedOut, WouldBlock,
+    };
+    matches!(
+        error.kind(),
+        ConnectionAborted
+            | ConnectionRefused
+            | ConnectionReset
+            | NotConnected
+            | NotFound
+            | TimedOut
+            | WouldBlock
+    )
+}
+
+const ACTION: &str = "connect to";
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,164 @@
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
+
+use socket2::{Domain, SockAddr, Type};
+use tempfile::TempDir;
+
+use super::*;
+use crate::testing::{LONG, spawn};
+use crate::{Listener, blocking};
+
+fn patient() -> DialOptions {
+    DialOptions { deadline: LONG, ..DialOptions::default() }
+}
+
+fn tcp(port: u16) -> Endpoint {
+    Endpoint::Tcp { host: "127.0.0.1".to_owned(), port }
+}
+
+/// A port on which nobody listens.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn dial_with(endpoint: &Endpoint, options: DialOptions) -> Result<Channel, TransportError> {
+    let endpoint = endpoint.clone();
+    spawn("dial-with", move || blocking::dial(&endpoint, &options)).join()
+}
+
+#[test]
+fn both_families_connect() {
+    let dir = TempDir::new().unwrap();
+    for endpoint in [tcp(0), Endpoint::Unix(dir.path().join("x.sock"))] {
+        let listener = Listener::bind(&endpoint).unwrap();
+        let channel = dial_with(&listener.endpoint(), patient()).unwrap();
+        assert_eq!(channel.peer(), listener.endpoint().to_string());
+        let socket = Socket::from(channel.direct().unwrap().try_clone_to_owned().unwrap());
+        assert!(!socket.nonblocking().unwrap());
+        assert!(matches!(endpoint, Endpoint::Unix(_)) || socket.tcp_nodelay().unwrap());
+    }
+}
+
+#[test]
+fn names_v6_and_the_empty_host_connect() {
+    for (listen, hosts) in [
+        ("127.0.0.1", ["localhost", ""].as_slice()),
+        ("::1", ["::1"].as_slice()),
+        ("", ["localhost", "127.0.0.1", "::1", "0"].as_slice()),
+    ] {
+        let listener = Listener::bind(&Endpoint::Tcp { host: listen.to_owned(), port: 0 }).unwrap();
+        let Endpoint::Tcp { port, .. } = listener.endpoint() else { panic!("{:?}", listener.endpoint()) };
+        for host in hosts {
+            let endpoint = Endpoint::Tcp { host: (*host).to_owned(), port };
+            dial_with(&endpoint, patient()).unwrap_or_else(|error| panic!("{error}: {:?}", error));
+        }
+    }
+}
+
+#[test]
+fn dialling_goes_on_until_the_listener_appears() {
+    let dir = TempDir::new().unwrap();
+    for endpoint in [tcp(free_port()), Endpoint::Unix(dir.path().join("late.sock"))] {
+        let there = endpoint.clone();
+        let dialling = spawn("until-appears", move || blocking::dial(&there, &patient()));
+        dialling.until_asleep();
+        let _listener = Listener::bind(&endpoint).unwrap();
+        dialling.join().unwrap();
+    }
+}
+
+#[test]
+fn a_full_queue_is_waited_for() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("full.sock");
+    let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+    listener.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+    listener.listen(0).unwrap();
+    let listener = UnixListener::from(listener);
+    let first = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    let dialling = spawn("full-queue", move || blocking::dial(&Endpoint::Unix(path), &patient()));
+    dialling.until_asleep();
+    drop((first, listener.accept().unwrap()));
+    let _channel = dialling.join().unwrap();
+    listener.accept().unwrap();
+}
+
+#[test]
+fn the_deadline_ends_dialling_and_says_what_was_tried() {
+    let options = DialOptions { deadline: Duration::from_millis(50), ..DialOptions::default() };
+    let endpoint = tcp(free_port());
+    let error = dial_with(&endpoint, options).unwrap_err();
+    let TransportError::DeadlinePassed { attempts, elapsed, limit, source, .. } = &error else {
+        panic!("{error:?}")
+    };
+    assert!(*attempts >= 2 && elapsed >= limit, "{error:?}");
+    assert_eq!(source.kind(), ErrorKind::ConnectionRefused);
+    let text = error.to_string();
+    assert!(text.starts_with(&format!("connect to {endpoint}: gave up after ")), "{text}");
+    assert!(text.ends_with(" attempts, limit is 50.0ms"), "{text}");
+}
+
+#[test]
+fn a_stop_ends_dialling_now_and_for_good() {
+    let (endpoint, options) = (tcp(free_port()), patient());
+    let stopper = options.stopper.clone();
+    let (there, clone) = (endpoint.clone(), options.clone());
+    let dialling = spawn("stop-dialling", move || blocking::dial(&there, &clone));
+    dialling.until_asleep();
+    stopper.stop();
+    let error = dialling.join().unwrap_err();
+    assert!(error.is_cancelled() && error.endpoint() == &endpoint, "{error:?}");
+
+    let listener = Listener::bind(&tcp(0)).unwrap();
+    assert!(dial_with(&listener.endpoint(), options).unwrap_err().is_cancelled());
+}
+
+#[test]
+fn what_cannot_pass_is_not_tried_again() {
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let long = dir.path().join("x".repeat(108));
+    for (endpoint, text) in [
+        (tcp(0), "port 0 is for listening"),
+        (Endpoint::Unix(long), "limit is 107"),
+        (Endpoint::Unix(file.join("below")), "Not a directory"),
+    ] {
+        let error = dial_with(&endpoint, patient()).unwrap_err();
+        let TransportError::Io { source, .. } = &error else { panic!("{error:?}") };
+        assert!(source.to_string().contains(text), "{source}");
+    }
+}
+
+#[test]
+fn a_silent_address_leaves_time_for_the_others() {
+    let endpoint = tcp(1);
+    let dialling =
+        |limit| Dialling { endpoint: &endpoint, limit, begun: Instant::now(), attempts: 0, last: None };
+    let short = dialling(Duration::from_secs(4));
+    assert!(short.patience(4) <= Duration::from_secs(1) && short.patience(4) > Duration::from_millis(500));
+    assert!(short.patience(1) > Duration::from_secs(3));
+    assert_eq!(dialling(Duration::from_secs(60)).patience(2), Duration::from_secs(5));
+    assert!(dialling(Duration::MAX).patience(1) > Duration::from_secs(60));
+}
+
+#[test]
+fn a_connection_to_itself_is_told_from_others() {
+    let own = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    own.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    own.connect(&own.local_addr().unwrap()).unwrap();
+    assert!(socket::is_connected_to_itself(&own).unwrap());
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let other: Socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap().into();
+    assert!(!socket::is_connected_to_itself(&other).unwrap());
+    let (pair, _) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
+    assert!(!socket::is_connected_to_itself(&pair).unwrap());
+}
+
+#[tokio::test]
+async fn dialling_works_inside_a_runtime_and_needs_no_deadline() {
+    let listener = Listener::bind(&tcp(0)).unwrap();
+    let options = DialOptions { deadline: Duration::MAX, ..DialOptions::default() };
+    dial(&listener.endpoint(), &options).await.unwrap();
+}

@@ -1,0 +1,224 @@
+//! Accepting: every client is heard, none holds up another.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::pin::pin;
+use std::time::Duration;
+
+use tokio::task::{AbortHandle, JoinSet, yield_now};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::backoff::Backoff;
+use crate::door::{Client, Door};
+use crate::{Channel, Listener, socket};
+
+/// What happened to a connection. Each is [`Opened`](Self::Opened) first, and then has exactly one other end;
+/// the last ones may have none when the listener is stopped.
+#[derive(Debug)]
+pub enum Arrival {
+    /// The client closed before it had sent enough.
+    Closed {
+        /// The connection's number.
+        number: u64,
+        /// Who it was.
+        peer: String,
+        /// Bytes that it had sent.
+        received: usize,
+    },
+    /// The connection broke before it had sent enough.
+    Failed {
+        /// The connection's number.
+        number: u64,
+        /// Who it was.
+        peer: String,
+        /// The system's word.
+        error: io::Error,
+    },
+    /// The client has sent its first bytes.
+    Identified {
+        /// The connection's number.
+        number: u64,
+        /// The connection; [`Channel::recv`] gives the first bytes again.
+        channel: Channel,
+        /// The first bytes.
+        first: [u8; 4],
+    },
+    /// A client connected.
+    Opened {
+        /// The connection's number; they count up from 1.
+        number: u64,
+        /// Who it is.
+        peer: String,
+    },
+    /// The client sent too little for too long, or was the longest silent of too many; it was dropped.
+    Silent {
+        /// The connection's number.
+        number: u64,
+        /// Who it was.
+        peer: String,
+        /// How long it had been connected.
+        waited: Duration,
+    },
+}
+
+/// Accepts into `lobby` until the listener is stopped. An error is the listening socket's own.
+pub(crate) async fn serve(listener: &Listener, mut lobby: Lobby<'_>) -> io::Result<()> {
+    let stopper = listener.stopper();
+    let mut stopped = pin!(stopper.stopped());
+    let door = Door::new(listener.socket())?;
+    let mut backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(100));
+    let mut not_before = Instant::now();
+    loop {
+        // In this order: those who are through make room for the next.
+        tokio::select! {
+            biased;
+            () = &mut stopped => return Ok(()),
+            Some(done) = lobby.tasks.join_next() => lobby.leave(done.ok()),
+            accepted = accept(&door, not_before) => match accepted {
+                Ok((client, address)) => {
+                    backoff.reset();
+                    lobby.admit(listener.next_number(), client, address);
+                    // A stream of clients must not keep those inside from being heard.
+                    yield_now().await;
+                }
+                Err(error) if is_own_fault(&error) => return Err(error),
+                Err(error) => {
+                    if backoff.is_fresh() {
+                        tracing::warn!(endpoint = %listener.endpoint(), %error, "cannot accept, trying again");
+                    }
+                    not_before = Instant::now() + backoff.pause();
+                }
+            },
+        }
+    }
+}
+
+/// The connections that have not sent their first bytes yet.
+pub(crate) struct Lobby<'a> {
+    first_bytes: usize,
+    silence: Duration,
+    path: Option<&'a Path>,
+    on_arrival: &'a mut dyn FnMut(Arrival),
+    tasks: JoinSet<Arrival>,
+    /// One for each task, longest waiting first.
+    waiting: VecDeque<Waiting>,
+}
+
+struct Waiting {
+    number: u64,
+    peer: String,
+    since: Instant,
+    task: AbortHandle,
+}
+
+impl<'a> Lobby<'a> {
+    pub(crate) fn new(
+        first_bytes: usize,
+        silence: Duration,
+        path: Option<&'a Path>,
+        on_arrival: &'a mut dyn FnMut(Arrival),
+    ) -> io::Result<Self> {
+        if first_bytes > FIRST_BYTES {
+            let text = format!("{first_bytes} first bytes, limit is {FIRST_BYTES}");
+            return Err(io::Error::new(ErrorKind::InvalidInput, text));
+        }
+        let (tasks, waiting) = (JoinSet::new(), VecDeque::new());
+        Ok(Self { first_bytes, silence, path, on_arrival, tasks, waiting })
+    }
+
+    fn admit(&mut self, number: u64, client: Client, address: Option<SocketAddr>) {
+        if self.waiting.len() >= MAX_WAITING {
+            self.evict_longest_waiting();
+        }
+        let peer = address.map_or_else(|| socket::unix_name(self.path), socket::tcp_name);
+        (self.on_arrival)(Arrival::Opened { number, peer: peer.clone() });
+        let task = self.tasks.spawn(identify(number, peer.clone(), client, self.first_bytes, self.silence));
+        self.waiting.push_back(Waiting { number, peer, since: Instant::now(), task });
+    }
+
+    /// `None` is an evicted one, which has been reported.
+    fn leave(&mut self, arrival: Option<Arrival>) {
+        let Some(arrival) = arrival else { return };
+        let number = match &arrival {
+            Arrival::Closed { number, .. }
+            | Arrival::Failed { number, .. }
+            | Arrival::Identified { number, .. }
+            | Arrival::Opened { number, .. }
+            | Arrival::Silent { number, .. } => *number,
+        };
+        self.waiting.retain(|waiting| waiting.number != number);
+        (self.on_arrival)(arrival);
+    }
+
+    fn evict_longest_waiting(&mut self) {
+        // Whoever is through already is about to leave by itself, and will not be dropped at the door.
+        let Some(index) = self.waiting.iter().position(|waiting| !waiting.task.is_finished()) else { return };
+        if let Some(Waiting { number, peer, since, task }) = self.waiting.remove(index) {
+            task.abort();
+            (self.on_arrival)(Arrival::Silent { number, peer, waited: since.elapsed() });
+        }
+    }
+}
+
+async fn accept(door: &Door, not_before: Instant) -> io::Result<(Client, Option<SocketAddr>)> {
+    sleep_until(not_before).await;
+    door.accept().await
+}
+
+/// Errors that say that the socket does not listen. All others belong to one client or pass with time.
+fn is_own_fault(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBADF | libc::EFAULT | libc::EINVAL | libc::ENOTSOCK))
+}
+
+async fn identify(number: u64, peer: String, client: Client, wanted: usize, silence: Duration) -> Arrival {
+    let begun = Instant::now();
+    let mut first = FirstBytes { bytes: [0; FIRST_BYTES], received: 0, wanted };
+    let channel = match timeout(silence, first.receive(client)).await {
+        Err(_elapsed) => return Arrival::Silent { number, peer, waited: begun.elapsed() },
+        Ok(Ok(None)) => return Arrival::Closed { number, peer, received: first.received },
+        Ok(Ok(Some(client))) => {
+            client.into_socket().and_then(|client| socket::into_channel(client, peer.clone(), first.so_far()))
+        }
+        Ok(Err(error)) => Err(error),
+    };
+    match channel {
+        Ok(channel) => Arrival::Identified { number, channel, first: first.bytes },
+        Err(error) => Arrival::Failed { number, peer, error },
+    }
+}
+
+/// 0 <= received <= wanted <= bytes.len()
+struct FirstBytes {
+    bytes: [u8; FIRST_BYTES],
+    received: usize,
+    wanted: usize,
+}
+
+impl FirstBytes {
+    fn so_far(&self) -> &[u8] {
+        self.bytes.get(..self.received).unwrap_or_default()
+    }
+
+    /// Receives what is wanted; gives the client back, or `None` if it closed before.
+    ///
+    /// The bytes are taken from the socket rather than peeked at: a peek of too few would be ready again at
+    /// once, for as long as the client likes.
+    async fn receive(&mut self, mut client: Client) -> io::Result<Option<Client>> {
+        while let Some(missing @ [_, ..]) = self.bytes.get_mut(self.received..self.wanted) {
+            match client.read(missing).await? {
+                0 => return Ok(None),
+                received => self.received += received,
+            }
+        }
+        Ok(Some(client))
+    }
+}
+
+/// Bytes that tell the main channel from the others. Spec: docs/wire.md §12.
+const FIRST_BYTES: usize = 4;
+
+/// Connections that may be silent at a time: as many as the channels that a source may have. At one
+/// descriptor each they leave most of the usual limit of 1024 to others.
+const MAX_WAITING: usize = 256;

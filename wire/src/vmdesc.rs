@@ -1,0 +1,172 @@
+use serde::{Deserialize, Serialize};
+
+use crate::Invalid;
+
+/// The JSON at the end of a stream: what the device sections consist of. Spec: docs/wire.md §16.2.
+///
+/// Keys that are not listed here are passed over: each version of QEMU adds some.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmDescription {
+    /// The configuration section.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub configuration: Option<StructDescription>,
+    /// Target page size in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub page_size: Option<u64>,
+    /// Every section of type FULL, in the order of the stream.
+    pub devices: Vec<DeviceDescription>,
+}
+
+/// One device section.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceDescription {
+    /// Name in the section's head.
+    pub name: String,
+    /// Instance in the section's head.
+    pub instance_id: u32,
+    /// Name of the layout; `None` for a section written by code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmsd_name: Option<String>,
+    /// Version of the layout; `None` for a section written by code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<u32>,
+    /// Bytes of the payload, where it is written by code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+    /// The fields, in the order of the payload.
+    #[serde(default)]
+    pub fields: Vec<FieldDescription>,
+    /// The subsections, which follow the fields.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub subsections: Vec<StructDescription>,
+}
+
+/// The layout of a structure or a subsection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StructDescription {
+    /// Name of the layout.
+    pub vmsd_name: String,
+    /// Version of the layout.
+    pub version: u32,
+    /// The fields, in the order of the payload.
+    #[serde(default)]
+    pub fields: Vec<FieldDescription>,
+    /// The subsections, which follow the fields.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub subsections: Vec<Self>,
+}
+
+/// One field, or equal elements of an array.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FieldDescription {
+    /// Name of the field.
+    pub name: String,
+    /// Type of the field, such as `uint32`, `buffer`, `struct`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Bytes of the field, or of one element where there is an `array_len`.
+    pub size: u64,
+    /// This describes so many equal elements.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub array_len: Option<u64>,
+    /// This is one element of an array, the one with this index.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<u64>,
+    /// What the field consists of, for the type `struct`.
+    #[serde(default, rename = "struct", skip_serializing_if = "Option::is_none")]
+    pub struct_: Option<Box<StructDescription>>,
+}
+
+/// Longest description in bytes: 64 MiB. A PC has some 50 KiB, each vCPU adds about 8 KiB. Parsed, a description
+/// takes up to ten times its length.
+pub const MAX_VMDESC: u32 = 64 << 20;
+
+impl VmDescription {
+    /// Parses the JSON text, without the type byte and the length before it. Nesting is limited to 128 levels.
+    ///
+    /// # Errors
+    /// More than [`MAX_VMDESC`] bytes, or not the JSON of a description.
+    pub fn parse(json: &[u8]) -> Result<Self, Invalid> {
+        if json.len() > MAX_VMDESC as usize {
+            let expected = format!("at most {MAX_VMDESC}");
+            return Err(Invalid::new("vm description", format_args!("{} bytes", json.len()), expected));
+        }
+        serde_json::from_slice(json).map_err(|error| Invalid::new("vm description", error, "the json of one"))
+    }
+}
+
+impl DeviceDescription {
+    /// Bytes of the section's payload; `None` if they do not fit a u64. Spec: docs/wire.md §16.3.
+    pub fn payload_len(&self) -> Option<u64> {
+        match self.size {
+            Some(size) => Some(size),
+            None => contents_len(&self.fields, &self.subsections),
+        }
+    }
+}
+
+impl FieldDescription {
+    /// Bytes of the field with all elements that it describes.
+    fn len(&self) -> Option<u64> {
+        let one = match &self.struct_ {
+            Some(inner) => contents_len(&inner.fields, &inner.subsections)?,
+            None => self.size,
+        };
+        one.checked_mul(self.array_len.unwrap_or(1))
+    }
+}
+
+/// A subsection has a type byte, a counted name and a version before its contents. Spec: docs/wire.md §3.3.
+fn contents_len(fields: &[FieldDescription], subsections: &[StructDescription]) -> Option<u64> {
+    let fields = fields.iter().map(FieldDescription::len);
+    let subsections = subsections.iter().map(|sub| {
+        let head = 1 + 1 + u64::try_from(sub.vmsd_name.len()).ok()? + 4;
+        contents_len(&sub.fields, &sub.subsections)?.checked_add(head)
+    });
+    fields.chain(subsections).try_fold(0_u64, |sum, len| sum.checked_add(len?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_of_arrays_structs_and_subsections_add_up() {
+        let json = br#"{"page_size": 4096, "later": {}, "devices": [
+            {"name": "d", "instance_id": 0, "vmsd_name": "d", "version": 1,
+             "fields": [{"name": "a", "type": "uint16", "size": 2, "array_len": 3, "num": 1},
+                        {"name": "s", "type": "struct", "array_len": 2, "size": 5, "struct":
+                         {"vmsd_name": "s", "version": 1, "fields": [{"name": "b", "type": "x", "size": 5}]}}],
+             "subsections": [{"vmsd_name": "d/x", "version": 1, "fields": []}]},
+            {"name": "old", "instance_id": 1, "size": 7,
+             "fields": [{"name": "data", "size": 7, "type": "buffer"}]}]}"#;
+        let description = VmDescription::parse(json).unwrap();
+        let lens: Vec<_> = description.devices.iter().map(|device| device.payload_len().unwrap()).collect();
+        assert_eq!(lens, [6 + 10 + 9, 7]);
+        let again = serde_json::to_vec(&description).unwrap();
+        assert_eq!(VmDescription::parse(&again).unwrap(), description);
+    }
+
+    #[test]
+    fn repeated_keys_of_list_elements_are_passed_over() {
+        let json = br#"{"devices": [{"name": "d", "instance_id": 0, "fields": [{"name": "q", "type": "queue",
+            "vmsd_name": "e", "fields": [], "vmsd_name": "e", "fields": [], "size": 9}]}]}"#;
+        assert_eq!(VmDescription::parse(json).unwrap().devices[0].payload_len(), Some(9));
+    }
+
+    #[test]
+    fn lengths_that_overflow_are_not_lengths() {
+        let json = br#"{"devices": [{"name": "d", "instance_id": 0, "fields": [
+            {"name": "a", "type": "x", "size": 4294967296, "array_len": 4294967296}]}]}"#;
+        assert_eq!(VmDescription::parse(json).unwrap().devices[0].payload_len(), None);
+    }
+
+    #[test]
+    fn refuses_deep_nesting_and_other_json() {
+        let deep = format!("{{\"x\":{}{}}}", "[".repeat(100_000), "]".repeat(100_000));
+        assert!(VmDescription::parse(deep.as_bytes()).is_err());
+        for text in ["", "{}", "[]", "{\"devices\": 1}", "{\"devices\": []} x"] {
+            assert!(VmDescription::parse(text.as_bytes()).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Whatever arrives, a parser returns, and what it returns lies within what it was given.
+
+use multifd_wire::*;
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use crate::strategies::*;
+
+/// Every parser that takes any number of bytes.
+fn parse_all(buf: &[u8], page: PageSize) {
+    fn within<T>(parsed: Parsed<T>, buf: &[u8]) {
+        if let Ok(Some((_, used))) = parsed {
+            assert!(used <= buf.len());
+        }
+    }
+    within(StreamHeader::parse(buf), buf);
+    within(Configuration::parse(buf), buf);
+    within(Item::parse(buf), buf);
+    within(Footer::parse(buf), buf);
+    within(RamRecord::parse(buf, page), buf);
+    within(ReturnMessage::parse(buf), buf);
+    within(MappedRamHeader::parse(buf), buf);
+    for bits in 0..8 {
+        let format = BlockListFormat {
+            page_sizes: bits & 1 != 0,
+            guest_addresses: bits & 2 != 0,
+            mapped_ram: bits & 4 != 0,
+        };
+        within(BlockEntry::parse(buf, format), buf);
+    }
+    drop(RamPacket::parse(buf, page));
+    drop(VmDescription::parse(buf));
+    check_tail(buf);
+}
+
+/// Sections of a tail lie in it, in order and apart from each other.
+fn check_tail(buf: &[u8]) {
+    let mut scanner = TailScanner::new();
+    for piece in buf.chunks(7) {
+        if let Ok(Some(end)) = scanner.push(piece) {
+            assert!(end.devices_len < end.vmdesc.start && end.vmdesc.end == end.total);
+            assert!(end.total <= scanner.bytes().len());
+            break;
+        }
+    }
+    let mut at = 0;
+    for section in split_tail(buf, None).unwrap_or_default() {
+        assert!(at < section.payload.start && section.payload.start <= section.payload.end);
+        at = section.payload.end + Footer::LEN;
+        assert!(at <= buf.len());
+    }
+}
+
+/// Bytes of one good thing or another.
+fn good_bytes() -> impl Strategy<Value = Vec<u8>> {
+    fn encoded(encode: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+        let mut out = Vec::new();
+        encode(&mut out);
+        out
+    }
+    prop_oneof![
+        configuration().prop_map(|value| encoded(|out| value.encode(out))),
+        item().prop_map(|value| encoded(|out| value.encode(out))),
+        ram_record().prop_map(|(value, page)| encoded(|out| value.encode(page, out))),
+        block_entry().prop_map(|(value, _)| encoded(|out| value.encode(out))),
+        return_message().prop_map(|value| encoded(|out| value.encode(out))),
+        device_state_packet().prop_map(|value| value.encode().to_vec()),
+        ram_packet().prop_map(|value| value.encode()),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1000) })]
+
+    #[test]
+    fn of_any_kind(buf in vec(any::<u8>(), 0..2000), page in page_size()) {
+        parse_all(&buf, page);
+    }
+
+    #[test]
+    fn of_low_entropy(buf in vec(prop::sample::select(b"\0\x01\x04\x05\x06\x07\x08\x7e{}".to_vec()), 0..300)) {
+        parse_all(&buf, PageSize::K4);
+    }
+
+    #[test]
+    fn a_few_bytes_off(mut buf in good_bytes(), hits in vec(any::<(prop::sample::Index, u8)>(), 1..4)) {
+        for (at, byte) in hits {
+            let at = at.index(buf.len());
+            buf[at] = byte;
+        }
+        parse_all(&buf, PageSize::K4);
+    }
+
+    #[test]
+    fn of_fixed_length(initial: [u8; 64], prefix: [u8; 12], hits in vec(any::<(usize, u8)>(), 1..4)) {
+        drop(InitialPacket::parse(&initial));
+        drop(PacketKind::parse(&prefix));
+        let mut state = DeviceStatePacket { idstr: "x".to_owned(), instance_id: 0, payload_len: 1 }.encode();
+        for (at, byte) in hits {
+            state[at % DeviceStatePacket::LEN] = byte;
+        }
+        drop(DeviceStatePacket::parse(&state));
+    }
+}
+
+#[test]
+fn public_types_may_cross_threads() {
+    fn check<T: Send + Sync + 'static>() {}
+    check::<(BlockListBuilder, Configuration, DeviceStatePacket, Invalid, Item)>();
+    check::<(
+        RamPacket<'static>,
+        RamPacketHeader<'static>,
+        RamRecord,
+        ReturnMessage,
+        TailScanner,
+        VmDescription,
+    )>();
+}
