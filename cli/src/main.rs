@@ -1,2 +1,36 @@
-//! Under construction.
-fn main() {}
+//! The `multifd` command: moves, stores and inspects live guests, with QEMU or another multifd at the other end.
+//!
+//! ```text
+//!  flags (what was typed) ─> one function a command ─> engine ─> Outcome (stdout, exit code)
+//! ```
+
+mod demo;
+mod flags;
+mod generated;
+mod human;
+mod inspect;
+mod outcome;
+mod progress;
+mod receive;
+mod send;
+mod signals;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use flags::{Command, Flags};
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    if let Some(level) = flags.common.log_level() {
+        tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level).init();
+    }
+    let outcome = match &flags.command {
+        Command::Demo(demo) => demo::run(demo, &flags.common),
+        Command::Inspect(inspect) => inspect::run(inspect, &flags.common),
+        Command::Receive(receive) => receive::run(receive, &flags.common),
+        Command::Send(send) => send::run(send, &flags.common),
+    };
+    outcome.report(&flags.common)
+}

@@ -1,1 +1,38 @@
-//! Under construction.
+//! Moves the RAM of a live guest between hosts, in QEMU's migration stream.
+//!
+//! ```text
+//!  Source                                            Destination
+//!   RamBlocks, all pages dirty                        IncomingRam: memory for the announced blocks
+//!     Round: workers claim batches                      gate: sync points
+//!     pack, encode ──── channel 0..N, main ────────>    unpack, decode, land
+//!   DeviceState ─────── main ──────────────────────>  Arrived ── accept: the source lets go
+//! ```
+//!
+//! A guest that has been received can also be kept: [`Checkpoint`] is a directory with its RAM and device state, which a
+//! [`Source`] sends on.
+//!
+//! The embedder owns the virtual machine: nothing here starts, stops or inspects a vCPU. All calls block; threads are the
+//! engine's own, one a channel, and end with the migration, whatever ends it. Nothing asks for an async runtime.
+
+mod checkpoint;
+mod destination;
+mod error;
+mod ram;
+mod report;
+mod session;
+mod source;
+mod stream;
+mod workers;
+
+pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, Manifest};
+pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
+pub use error::{Error, ErrorKind, Phase, Result};
+pub use ram::{DirtyBitmap, HostMemory, PAGE, RamBlock};
+pub use report::{Figures, Report};
+pub use session::{Canceller, DEFAULT_TIMEOUT, Progress, ProgressReader};
+pub use source::{DeviceState, Precopy, Source, SourceBuilder, StopCopy, ZeroPages};
+
+pub use multifd_codecs as codecs;
+pub use multifd_transports as transports;
+pub use multifd_wire as wire;
+pub use vm_memory;

@@ -1,0 +1,196 @@
+//! What can be typed. Values are checked here, and mean nothing yet.
+
+use std::num::NonZeroU64;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use multifd_codecs::{Codec, parse_codec};
+use multifd_engine::{SwitchoverAck, ZeroPages};
+use multifd_transports::Endpoint;
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::human;
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the source may run on; 2 wrong usage; \
+    3 failed after the guest was handed over; 130 cancelled.\n\
+    URIs: tcp:HOST:PORT (port 0: any free port), unix:PATH.";
+
+/// Moves live guests between hosts, to and from disk; speaks QEMU's migration stream in both directions.
+#[derive(Debug, Parser)]
+#[command(name = "multifd", version, after_help = EXIT_CODES)]
+pub(crate) struct Flags {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Move a generated guest between two processes on this machine, and compare every page
+    Demo(Demo),
+    /// Show what is in a checkpoint or a recorded stream
+    Inspect(Inspect),
+    /// Be the destination of any QEMU or multifd source; write a checkpoint
+    Receive(Receive),
+    /// Be the source: a checkpoint goes to QEMU -incoming or to multifd receive
+    Send(Send),
+}
+
+/// Flags of every command.
+#[derive(Debug, Args)]
+pub(crate) struct Common {
+    /// Parallel channels, 1 to 255. Default: none for send, whatever comes for receive
+    #[arg(long, global = true, value_name = "N", value_parser = human::channels)]
+    pub(crate) channels: Option<usize>,
+    /// none, zlib[:LEVEL] or zstd[:LEVEL] on the parallel channels. For receive: refuse any other
+    #[arg(long, global = true, value_name = "CODEC", value_parser = codec)]
+    pub(crate) codec: Option<CodecChoice>,
+    /// Limit over all channels, such as 1Gbit/s, 100MiB/s or 512K; 0 is no limit
+    #[arg(long, global = true, value_name = "RATE", value_parser = human::rate)]
+    pub(crate) max_bandwidth: Option<Rate>,
+    /// Longest time for which a live guest may stand still, such as 300ms. A checkpoint stands still anyway
+    #[arg(long, global = true, value_name = "TIME", default_value = "300ms", value_parser = human::duration)]
+    pub(crate) downtime_limit: Duration,
+    /// Longest silence of the other end, the wait for its connection included
+    #[arg(long, global = true, value_name = "TIME", default_value = "60s", value_parser = human::duration)]
+    pub(crate) timeout: Duration,
+    /// One JSON object on stdout instead of a table
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// No progress
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+    /// More about what happens, on stderr; twice for still more
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Receive {
+    /// Where to listen
+    pub(crate) uri: Endpoint,
+    /// The checkpoint to write; must not exist
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// When to acknowledge the switch-over unasked; auto: to machine types of 8.1 and later
+    #[arg(long, value_enum, default_value_t = Ack::Auto)]
+    pub(crate) switchover_ack: Ack,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Send {
+    /// The checkpoint
+    pub(crate) dir: PathBuf,
+    /// Where the destination listens
+    pub(crate) uri: Endpoint,
+    /// Do not ask the destination to confirm that the guest has arrived
+    #[arg(long)]
+    pub(crate) no_return_path: bool,
+    /// How zero pages go, in QEMU's words. Default: what QEMU does for the machine type
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub(crate) zero_page_detection: Option<ZeroPageDetection>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// A checkpoint's directory, or a file with a stream that QEMU wrote to exec: or file:
+    pub(crate) path: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    /// The guest's RAM
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = human::size)]
+    pub(crate) ram: u64,
+}
+
+/// A codec with the level that was typed.
+pub(crate) type CodecChoice = Arc<dyn Codec>;
+
+/// Bytes per second; `Rate(None)` is no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rate(pub(crate) Option<NonZeroU64>);
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Ack {
+    Auto,
+    Always,
+    Never,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ZeroPageDetection {
+    Multifd,
+    Legacy,
+    None,
+}
+
+impl Common {
+    pub(crate) fn log_level(&self) -> Option<LevelFilter> {
+        match (self.quiet, self.verbose) {
+            (true, _) => None,
+            (false, 0) => Some(LevelFilter::WARN),
+            (false, 1) => Some(LevelFilter::DEBUG),
+            (false, _) => Some(LevelFilter::TRACE),
+        }
+    }
+}
+
+impl From<Ack> for SwitchoverAck {
+    fn from(ack: Ack) -> Self {
+        match ack {
+            Ack::Auto => Self::Auto,
+            Ack::Always => Self::Always,
+            Ack::Never => Self::Never,
+        }
+    }
+}
+
+impl From<ZeroPageDetection> for ZeroPages {
+    fn from(detection: ZeroPageDetection) -> Self {
+        match detection {
+            ZeroPageDetection::Multifd => Self::Multifd,
+            ZeroPageDetection::Legacy => Self::Legacy,
+            ZeroPageDetection::None => Self::None,
+        }
+    }
+}
+
+fn codec(text: &str) -> Result<CodecChoice, String> {
+    parse_codec(text).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Flags::command().debug_assert();
+    }
+
+    #[test]
+    fn common_flags_may_come_before_and_after_the_command() {
+        for line in [
+            "multifd --json -q send dir tcp:h:1 --channels 2",
+            "multifd send --channels 2 dir tcp:h:1 --json -q",
+        ] {
+            let flags = Flags::try_parse_from(line.split(' ')).unwrap();
+            assert!(flags.common.json && flags.common.quiet);
+            assert_eq!(flags.common.channels, Some(2));
+        }
+    }
+
+    #[test]
+    fn a_wrong_value_is_repeated() {
+        let error =
+            Flags::try_parse_from(["multifd", "send", "d", "tcp:h:1", "--codec", "zstd:99"]).unwrap_err();
+        assert!(error.to_string().contains("zstd:99"), "{error}");
+        assert_eq!(error.exit_code(), 2);
+    }
+}

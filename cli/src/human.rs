@@ -1,0 +1,148 @@
+//! Numbers as people write and read them.
+
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use crate::flags::Rate;
+
+const RATE_GRAMMAR: &str =
+    "NUMBER with K, M, G, T (times 1024), KB.. (times 1000), KiB.., or kbit, Mbit, Gbit, then /s if you like";
+const SIZE_GRAMMAR: &str = "NUMBER with K, M, G, T or KiB.. (times 1024), KB.. (times 1000)";
+const DURATION_GRAMMAR: &str = "NUMBER with us, ms, s, m or h";
+
+/// `1Gbit/s`, `100MiB/s`, `512K`; 0 is no limit.
+pub(crate) fn rate(text: &str) -> Result<Rate, String> {
+    let unit = |unit: &str| {
+        let unit = unit.strip_suffix("/s").or_else(|| unit.strip_suffix("ps")).unwrap_or(unit);
+        bits(unit).or_else(|| bytes(unit))
+    };
+    scaled(text, unit)
+        .map(|rate| Rate(NonZeroU64::new(rate)))
+        .ok_or_else(|| format!("{text:?}: {RATE_GRAMMAR}"))
+}
+
+/// `4M`, `1GiB`, in bytes.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    scaled(text, bytes).ok_or_else(|| format!("{text:?}: {SIZE_GRAMMAR}"))
+}
+
+/// `300ms`, `2s`; not 0.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let unit = |unit: &str| match unit {
+        "us" => Some(1.0),
+        "ms" => Some(1e3),
+        "s" => Some(1e6),
+        "m" | "min" => Some(60e6),
+        "h" => Some(3600e6),
+        _ => None,
+    };
+    match scaled(text, unit) {
+        Some(0) => Err(format!("{text:?}: must be more than 0")),
+        Some(micros) => Ok(Duration::from_micros(micros)),
+        None => Err(format!("{text:?}: {DURATION_GRAMMAR}")),
+    }
+}
+
+/// 0 to 255; 0 is none, everything goes on the main channel.
+pub(crate) fn channels(text: &str) -> Result<usize, String> {
+    text.parse::<u8>()
+        .map(usize::from)
+        .map_err(|_| format!("{text:?}: a number from 1 to 255, or 0 for none"))
+}
+
+/// `12.3 MiB`
+pub(crate) fn show_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut units = UNITS.iter();
+    let mut unit = units.next();
+    while value >= 1024.0 {
+        let Some(next) = units.next() else { break };
+        value /= 1024.0;
+        unit = Some(next);
+    }
+    let unit = unit.copied().unwrap_or_default();
+    if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") }
+}
+
+fn bits(unit: &str) -> Option<f64> {
+    let factor = match unit.strip_suffix("bit")? {
+        "" => 1.0,
+        "k" | "K" => 1e3,
+        "M" => 1e6,
+        "G" => 1e9,
+        "T" => 1e12,
+        _ => return None,
+    };
+    Some(factor / 8.0)
+}
+
+fn bytes(unit: &str) -> Option<f64> {
+    let (prefix, base) = match (unit.strip_suffix("iB"), unit.strip_suffix('B')) {
+        (Some(prefix), _) => (prefix, 1024.0),
+        (None, Some(prefix)) => (prefix, 1000.0),
+        (None, None) => (unit, 1024.0),
+    };
+    let power = match prefix {
+        "" => 0,
+        "k" | "K" => 1,
+        "M" => 2,
+        "G" => 3,
+        "T" => 4,
+        _ => return None,
+    };
+    Some(f64::powi(base, power))
+}
+
+/// A number and its unit; `None` for anything that is no finite, non-negative number that fits.
+fn scaled(text: &str, unit: impl Fn(&str) -> Option<f64>) -> Option<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, rest) = text.split_at(digits);
+    let value = number.parse::<f64>().ok()? * unit(rest.trim())?;
+    // 2^63: far more than any size or rate, far from where f64 to u64 gets doubtful.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the range is checked")]
+    (value.is_finite() && (0.0..9.2e18).contains(&value)).then_some(value as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_read_as_people_write_them() {
+        let bytes = |text: &str| rate(text).unwrap().0.map(NonZeroU64::get);
+        assert_eq!(bytes("1Gbit/s"), Some(125_000_000));
+        assert_eq!(bytes("100MiB/s"), Some(100 << 20));
+        assert_eq!(bytes("512K"), Some(512 << 10));
+        assert_eq!(bytes("1.5MB/s"), Some(1_500_000));
+        assert_eq!(bytes("10 Mbit"), Some(1_250_000));
+        assert_eq!(bytes("0"), None);
+    }
+
+    #[test]
+    fn sizes_and_durations() {
+        assert_eq!(size("4M"), Ok(4 << 20));
+        assert_eq!(size("1GB"), Ok(1_000_000_000));
+        assert_eq!(duration("300ms"), Ok(Duration::from_millis(300)));
+        assert_eq!(duration("2s"), Ok(Duration::from_secs(2)));
+    }
+
+    #[test]
+    fn wrong_values_are_repeated_with_the_grammar() {
+        for text in ["", "fast", "1Xbit/s", "-1", "1e400M", "nan", "1..2M", "99999999999T"] {
+            let error = rate(text).unwrap_err();
+            assert!(error.contains(&format!("{text:?}")) && error.contains("NUMBER"), "{error}");
+        }
+        assert!(duration("5").unwrap_err().contains("ms"));
+        assert!(duration("0s").is_err());
+        assert!(channels("256").is_err() && channels("-1").is_err());
+    }
+
+    #[test]
+    fn bytes_are_shown_in_the_unit_that_fits() {
+        assert_eq!(show_bytes(0), "0 B");
+        assert_eq!(show_bytes(1023), "1023 B");
+        assert_eq!(show_bytes(1536), "1.5 KiB");
+        assert_eq!(show_bytes(64 << 20), "64.0 MiB");
+    }
+}

@@ -1,0 +1,105 @@
+//! How a command ended: what goes to stdout and stderr, and the exit code.
+
+use std::process::ExitCode;
+
+use multifd_engine::{Error, ErrorKind, Figures, Progress, Report};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::flags::Common;
+
+/// The end of a command.
+pub(crate) struct Outcome {
+    status: Status,
+    error: Option<String>,
+    code: u8,
+    table: String,
+    keys: Map<String, Value>,
+}
+
+#[derive(Clone, Copy, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Status {
+    Cancelled,
+    Completed,
+    Failed,
+}
+
+const DONE: u8 = 0;
+const FAILED: u8 = 1;
+const USAGE: u8 = 2;
+const FAILED_AFTER_COMMIT: u8 = 3;
+const CANCELLED: u8 = 130;
+
+impl Outcome {
+    /// A migration that ended well. `extra` lines follow its table.
+    pub(crate) fn migrated(report: &Report, extra: &str) -> Self {
+        let mut outcome = Self::shown(format!("{report}\n{extra}"), json!({}));
+        outcome.keys = object(json!(report.figures()));
+        outcome
+    }
+
+    /// Something to look at.
+    pub(crate) fn shown(table: String, keys: Value) -> Self {
+        Self { status: Status::Completed, error: None, code: DONE, table, keys: object(keys) }
+    }
+
+    /// A migration, or its preparation, that failed. The counters stand where they stood.
+    pub(crate) fn failed(error: &Error, progress: Option<Progress>) -> Self {
+        let (status, code) = match error.kind() {
+            ErrorKind::Cancelled => (Status::Cancelled, CANCELLED),
+            ErrorKind::ApiMisuse => (Status::Failed, USAGE),
+            _ if !error.source_may_resume() => (Status::Failed, FAILED_AFTER_COMMIT),
+            _ => (Status::Failed, FAILED),
+        };
+        let figures = Figures::so_far(&progress.unwrap_or_default());
+        Self { status, error: Some(error.chain()), code, table: String::new(), keys: object(json!(figures)) }
+    }
+
+    /// Failed for a reason outside of a migration.
+    pub(crate) fn broken(error: String) -> Self {
+        Self {
+            status: Status::Failed,
+            error: Some(error),
+            code: FAILED,
+            table: String::new(),
+            keys: Map::new(),
+        }
+    }
+
+    /// Adds a key to the JSON object.
+    pub(crate) fn with(mut self, key: &str, value: Value) -> Self {
+        self.keys.insert(key.to_owned(), value);
+        self
+    }
+
+    /// Prints the result and gives the exit code.
+    pub(crate) fn report(self, common: &Common) -> ExitCode {
+        if let Some(error) = &self.error {
+            eprintln!("multifd: {error}");
+        }
+        if common.json {
+            let mut keys = Map::new();
+            keys.insert("status".to_owned(), json!(self.status));
+            keys.insert("error".to_owned(), json!(self.error));
+            keys.extend(self.keys);
+            print(&format!("{:#}\n", Value::Object(keys)));
+        } else {
+            print(&self.table);
+        }
+        ExitCode::from(self.code)
+    }
+}
+
+/// A reader that has seen enough and closed its end is no failure.
+fn print(text: &str) {
+    use std::io::Write;
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    }
+}

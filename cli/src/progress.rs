@@ -1,0 +1,82 @@
+//! The live line: one that is rewritten on a terminal, one a round otherwise, none with `-q`.
+
+use std::io::IsTerminal;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use multifd_engine::{PAGE, Progress, ProgressReader};
+
+use crate::flags::Common;
+use crate::human::show_bytes;
+
+/// Between two looks at the counters.
+const INTERVAL: Duration = Duration::from_millis(200);
+
+/// Runs `work` and shows `progress` meanwhile.
+pub(crate) fn shown<T>(common: &Common, progress: &ProgressReader, work: impl FnOnce() -> T) -> T {
+    if common.quiet {
+        return work();
+    }
+    let (done, finished) = channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut display = Display::new();
+            while let Err(RecvTimeoutError::Timeout) = finished.recv_timeout(INTERVAL) {
+                display.update(&progress.now());
+            }
+            display.end();
+        });
+        let result = work();
+        drop(done);
+        result
+    })
+}
+
+struct Display {
+    bar: Option<ProgressBar>,
+    rounds: u64,
+    last: (Instant, u64),
+}
+
+impl Display {
+    fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(0);
+            if let Ok(style) = ProgressStyle::with_template("{bar:24} {msg}") {
+                bar.set_style(style);
+            }
+            bar
+        });
+        Self { bar, rounds: 0, last: (Instant::now(), 0) }
+    }
+
+    fn update(&mut self, now: &Progress) {
+        let (then, wire) = std::mem::replace(&mut self.last, (Instant::now(), now.wire_bytes));
+        let seconds = then.elapsed().as_secs_f64();
+        let rate = (now.wire_bytes - wire) as f64 * 8.0 / seconds / 1e9;
+        let pages = now.pages_normal + now.pages_zero + now.pages_xbzrle;
+        let message = format!(
+            "round {}  {} of {}  wire {}  {rate:.2} Gbit/s",
+            now.rounds,
+            show_bytes(pages * PAGE as u64),
+            show_bytes(now.ram_bytes),
+            show_bytes(now.wire_bytes)
+        );
+        if let Some(bar) = &self.bar {
+            bar.set_length(now.ram_bytes);
+            bar.set_position((pages * PAGE as u64).min(now.ram_bytes));
+            bar.set_message(message);
+        } else if now.rounds > self.rounds {
+            self.rounds = now.rounds;
+            eprintln!("{message}");
+        }
+    }
+
+    fn end(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! `multifd receive URI --out DIR`
+
+use multifd_codecs::Codecs;
+use multifd_engine::{CheckpointWriter, Destination, Error, ErrorKind, Phase, Progress, Report};
+use serde_json::json;
+
+use crate::flags::{Common, Receive};
+use crate::outcome::Outcome;
+use crate::{progress, signals};
+
+pub(crate) fn run(flags: &Receive, common: &Common) -> Outcome {
+    let mut reached = None;
+    match receive(flags, common, &mut reached) {
+        Ok(report) => {
+            let place = flags.out.display();
+            Outcome::migrated(&report, &format!("checkpoint   {place}\n"))
+                .with("checkpoint", json!(flags.out))
+        }
+        Err(error) => Outcome::failed(&error, reached),
+    }
+}
+
+fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Error> {
+    let writer = CheckpointWriter::create(&flags.out)?;
+    let mut builder = Destination::builder(writer.ram())
+        .switchover_ack(flags.switchover_ack.into())
+        .timeout(common.timeout);
+    if let Some(channels) = common.channels {
+        builder = builder.channels(channels);
+    }
+    if let Some(codec) = &common.codec {
+        builder = builder.codecs(Codecs::empty().with(codec.clone()));
+    }
+    let destination = builder.listen(&flags.uri)?;
+    signals::cancel_on_signal(destination.canceller()).map_err(|error| {
+        Error::new(ErrorKind::ApiMisuse, Phase::Accept, "no signal handler").because(error)
+    })?;
+    if !common.quiet {
+        eprintln!("listening on {}", destination.endpoint());
+    }
+    let progress = destination.progress();
+    let result = progress::shown(common, &progress, || {
+        let arrived = destination.receive()?;
+        writer.finish(&arrived)?;
+        arrived.accept()
+    });
+    *reached = Some(progress.now());
+    result
+}

@@ -1,0 +1,49 @@
+//! `multifd send DIR URI`
+
+use multifd_engine::{Checkpoint, Error, ErrorKind, Phase, Progress, Report};
+use serde_json::json;
+
+use crate::flags::{Common, Rate, Send};
+use crate::outcome::Outcome;
+use crate::{progress, signals};
+
+pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
+    let mut reached = None;
+    match send(flags, common, &mut reached) {
+        Ok(report) => {
+            let word = if report.confirmed { "by the destination" } else { "no: sent without a return path" };
+            Outcome::migrated(&report, &format!("confirmed    {word}\n"))
+                .with("confirmed", json!(report.confirmed))
+        }
+        Err(error) => Outcome::failed(&error, reached),
+    }
+}
+
+fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Error> {
+    let checkpoint = Checkpoint::open(&flags.dir)?;
+    let Rate(max_bandwidth) = common.max_bandwidth.unwrap_or(Rate(None));
+    let mut builder = checkpoint
+        .source()?
+        .channels(common.channels.unwrap_or(0))
+        .max_bandwidth(max_bandwidth)
+        .return_path(!flags.no_return_path)
+        .timeout(common.timeout);
+    if let Some(codec) = &common.codec {
+        builder = builder.codec(codec.clone());
+    }
+    if let Some(detection) = flags.zero_page_detection {
+        builder = builder.zero_pages(detection.into());
+    }
+    let source = builder.build()?;
+    signals::cancel_on_signal(source.canceller()).map_err(|error| {
+        Error::new(ErrorKind::ApiMisuse, Phase::Connect, "no signal handler").because(error)
+    })?;
+    let progress = source.progress();
+    let result = progress::shown(common, &progress, || {
+        let mut precopy = source.connect(&flags.uri)?;
+        precopy.round()?;
+        precopy.stop_copy()?.commit(checkpoint.device_state())
+    });
+    *reached = Some(progress.now());
+    result
+}

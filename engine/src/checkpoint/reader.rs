@@ -1,0 +1,100 @@
+//! Reading a checkpoint, to look at it or to send it on.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use multifd_wire::{BlockName, Configuration};
+
+use super::{DEVICE_STATE, MANIFEST, Manifest, storage};
+use crate::error::Result;
+use crate::ram::{HostMemory, RamBlock};
+use crate::source::{DeviceState, Source, SourceBuilder};
+
+/// A checkpoint that was opened and found whole.
+#[derive(Debug)]
+pub struct Checkpoint {
+    directory: PathBuf,
+    manifest: Manifest,
+    configuration: Configuration,
+    device_state: DeviceState,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in `directory` and checks that its parts fit together. RAM is not read.
+    ///
+    /// # Errors
+    /// `Storage`, naming the file and what is wrong with it.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let path = directory.join(MANIFEST);
+        let json = fs::read(&path).map_err(|error| storage("reading", &path, error))?;
+        let manifest: Manifest =
+            serde_json::from_slice(&json).map_err(|error| storage("reading", &path, error))?;
+        manifest.check().map_err(|problem| storage("reading", &path, problem))?;
+        for block in &manifest.blocks {
+            let path = directory.join(&block.file);
+            let len = fs::metadata(&path).map_err(|error| storage("reading", &path, error))?.len();
+            if len != block.length {
+                return Err(storage(
+                    "reading",
+                    &path,
+                    format!("{len} bytes, the manifest says {}", block.length),
+                ));
+            }
+        }
+        let path = directory.join(DEVICE_STATE);
+        let mut state = fs::read(&path).map_err(|error| storage("reading", &path, error))?;
+        let (configuration, used) = match Configuration::parse(&state) {
+            Ok(Some(parsed)) => parsed,
+            Ok(None) => return Err(storage("reading", &path, "it ends within the configuration section")),
+            Err(invalid) => return Err(storage("reading", &path, invalid)),
+        };
+        let device_state = DeviceState::from_tail(state.split_off(used))
+            .map_err(|invalid| storage("reading", &path, invalid))?;
+        Ok(Self { directory: directory.to_owned(), manifest, configuration, device_state })
+    }
+
+    /// What the checkpoint says of itself.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The guest's machine.
+    pub fn configuration(&self) -> &Configuration {
+        &self.configuration
+    }
+
+    /// The devices' state.
+    pub fn device_state(&self) -> &DeviceState {
+        &self.device_state
+    }
+
+    /// Maps the RAM blocks for reading.
+    ///
+    /// # Errors
+    /// `Storage` if a file cannot be opened or mapped.
+    pub fn ram(&self) -> Result<Vec<RamBlock>> {
+        let block = |block: &super::CheckpointBlock| {
+            let path = self.directory.join(&block.file);
+            let name = BlockName::try_from(block.idstr.as_str())
+                .map_err(|invalid| storage("naming", &path, invalid))?;
+            let len = usize::try_from(block.length).map_err(|error| storage("mapping", &path, error))?;
+            let file = File::open(&path).map_err(|error| storage("opening", &path, error))?;
+            let memory = HostMemory::map_file_read_only(file, len)
+                .map_err(|error| storage("mapping", &path, error))?;
+            Ok(RamBlock::new(name, memory))
+        };
+        self.manifest.blocks.iter().map(block).collect()
+    }
+
+    /// A source that sends this guest on. Its settings can still be changed.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::ram`].
+    pub fn source(&self) -> Result<SourceBuilder> {
+        let uuid =
+            self.manifest.uuid_bytes().map_err(|problem| storage("reading", &self.directory, problem))?;
+        Ok(Source::builder(self.ram()?, self.configuration.clone())
+            .uuid(uuid.unwrap_or_default())
+            .switchover_start(self.manifest.switchover_start))
+    }
+}

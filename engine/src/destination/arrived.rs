@@ -1,0 +1,129 @@
+//! A guest that has arrived, but does not run anywhere yet.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use multifd_transports::Listener;
+use multifd_wire::{Configuration, VmDescription};
+
+use super::main_channel::MainStream;
+use super::return_path::ReturnPath;
+use super::shared::{DevicePacket, Shared};
+use crate::error::Result;
+use crate::report::Report;
+use crate::session::Progress;
+use crate::workers::Crew;
+
+/// How long a source may take to close its channels after it was told of success. It has nothing left to say.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// RAM and device state are here. Load the device state, then [`Arrived::accept`]: that lets the source know that its guest
+/// lives here now. Dropped without that, the source is told of a failure and runs on.
+#[must_use = "the source waits to be told whether its guest has arrived"]
+pub struct Arrived {
+    stream: MainStream,
+    device_packets: Vec<DevicePacket>,
+    return_path: ReturnPath,
+    shared: Arc<Shared>,
+    crew: Arc<Crew>,
+    listener: Arc<Listener>,
+    ended: bool,
+}
+
+impl Arrived {
+    pub(super) fn new(
+        stream: MainStream,
+        return_path: ReturnPath,
+        shared: Arc<Shared>,
+        crew: Arc<Crew>,
+        listener: Arc<Listener>,
+    ) -> Self {
+        let device_packets = shared.take_device_packets();
+        Self { stream, device_packets, return_path, shared, crew, listener, ended: false }
+    }
+
+    /// Machine type, and what else the source said of itself.
+    pub fn configuration(&self) -> &Configuration {
+        &self.stream.configuration
+    }
+
+    /// The devices' sections up to the end of the stream, as they came.
+    pub fn device_state(&self) -> &[u8] {
+        &self.stream.tail
+    }
+
+    /// What the source said of the fields in its device sections; not every source does.
+    pub fn description(&self) -> Option<&VmDescription> {
+        self.stream.description.as_ref()
+    }
+
+    /// Device state that came over parallel channels (VFIO).
+    pub fn device_packets(&self) -> &[DevicePacket] {
+        &self.device_packets
+    }
+
+    /// The guest's uuid, if the source said one.
+    pub fn uuid(&self) -> Option<[u8; 16]> {
+        self.shared.uuid()
+    }
+
+    /// The stream announced the switch-over by SWITCHOVER_START.
+    pub fn switchover_start(&self) -> bool {
+        self.stream.switchover_start
+    }
+
+    /// The source waits for an answer; otherwise it has ended already and will never know.
+    pub fn return_path_is_open(&self) -> bool {
+        self.return_path.is_open()
+    }
+
+    /// Takes the guest over: from here on the source never runs it again.
+    ///
+    /// # Errors
+    /// The source could not be told. It may or may not run the guest: find out before this end does.
+    pub fn accept(mut self) -> Result<Report> {
+        self.ended = true;
+        // The point of no return: a source that has read this has handed its guest over.
+        let told = self.return_path.shut();
+        let total = self.shared.session.started.elapsed();
+        self.shared.gate.drain(LINGER);
+        let report = Report::of(&self.shared.session, total, self.codec());
+        self.wind_up();
+        told.map(|()| report)
+    }
+
+    /// The peer's address: `tcp:10.0.0.7:51234`.
+    pub fn source(&self) -> &str {
+        self.return_path.peer()
+    }
+
+    /// The counters now.
+    pub fn progress(&self) -> Progress {
+        self.shared.session.progress()
+    }
+
+    /// How long the migration has taken so far.
+    pub fn elapsed(&self) -> Duration {
+        self.shared.session.started.elapsed()
+    }
+
+    /// The codec that the pages came with: `none`, `zlib`, `zstd`.
+    pub fn codec(&self) -> String {
+        self.shared.codec_in_use().map_or_else(|| "none".to_owned(), |codec| codec.name().to_owned())
+    }
+
+    fn wind_up(&self) {
+        self.listener.stopper().stop();
+        self.shared.session.close_channels();
+        self.crew.join();
+    }
+}
+
+impl Drop for Arrived {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.return_path.abort();
+            self.wind_up();
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! One parallel channel: packets in, pages into guest memory.
+
+use std::io;
+use std::sync::Arc;
+
+use multifd_codecs::{CodecId, Decoder};
+use multifd_transports::Channel;
+use multifd_wire::{
+    DeviceStatePacket, InitialPacket, PACKET_PREFIX_LEN, PacketKind, RamPacket, header_len, pages_per_packet,
+};
+
+use super::landing::{Landing, Landings};
+use super::shared::{DevicePacket, Shared};
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::ram::{IoVecs, PAGE, PAGE_SIZE};
+use crate::session::Counters;
+use crate::workers::Crew;
+
+const HEADER_LEN: usize = header_len(PAGE_SIZE);
+
+/// The worker of one channel. Owns its buffers: at most 1 MiB of payload and 512 KiB of decoded pages.
+pub(crate) struct ChannelWorker {
+    channel: Arc<Channel>,
+    shared: Arc<Shared>,
+    /// The number that the peer gave the channel.
+    id: u8,
+    landings: Option<Arc<Landings>>,
+    decoder: Option<Box<dyn Decoder>>,
+    payload: Vec<u8>,
+    pages: Vec<u8>,
+    ranges: IoVecs,
+}
+
+impl ChannelWorker {
+    /// Reads the channel's first packet and everything after it, on a thread of its own.
+    pub(crate) fn start(channel: Channel, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
+        let channel = shared.session.adopt(channel, Phase::Accept)?;
+        shared.session.close_on_stop(&channel);
+        let mut worker = Self {
+            channel,
+            shared: Arc::clone(shared),
+            id: 0,
+            landings: None,
+            decoder: None,
+            payload: Vec::new(),
+            pages: Vec::new(),
+            ranges: IoVecs::default(),
+        };
+        // A place at the gate before the thread runs: until it has said its number, no sync point passes.
+        shared.gate.opened();
+        crew.spawn("mig-recv", Phase::Accept, move || worker.run())
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let greeted = self.greet();
+        self.shared.gate.identified();
+        greeted.map_err(|error| error.on(self.channel.peer().to_owned()))?;
+        let result = self.packets();
+        if result.is_ok() || self.shared.gate.finished() {
+            // After the end of the main stream, a channel may end as it likes.
+            self.shared.gate.ended(self.id);
+            return Ok(());
+        }
+        result.map_err(|error| error.on(format!("channel {} ({})", self.id, self.channel.peer())))
+    }
+
+    fn greet(&mut self) -> Result<()> {
+        let mut bytes = [0; InitialPacket::LEN];
+        self.receive(Phase::Setup, "the initial packet", &mut bytes)?;
+        let hello = InitialPacket::parse(&bytes).map_err(|invalid| Error::invalid(Phase::Setup, invalid))?;
+        let most = self.shared.expected_channels.unwrap_or(255);
+        if usize::from(hello.channel) >= most {
+            let detail = format!("channel id {}, expected 0..{most}", hello.channel);
+            return Err(Error::misbehaved(Phase::Setup, detail));
+        }
+        self.shared.on_uuid(hello.uuid)?;
+        if !self.shared.gate.join(hello.channel) {
+            return Err(Error::misbehaved(Phase::Setup, format!("channel id {} is taken", hello.channel)));
+        }
+        self.id = hello.channel;
+        Counters::add(&self.shared.session.counters.channels, 1);
+        Ok(())
+    }
+
+    /// Until the peer ends the channel between two packets.
+    fn packets(&mut self) -> Result<()> {
+        let mut header = [0; HEADER_LEN];
+        loop {
+            let (prefix, rest) = header.split_at_mut(PACKET_PREFIX_LEN);
+            let Some(prefix) = self.next_prefix(prefix)? else { return Ok(()) };
+            let kind =
+                PacketKind::parse(&prefix).map_err(|invalid| Error::invalid(Phase::Active, invalid))?;
+            self.shared.gate.progressed(self.id);
+            match kind {
+                PacketKind::DeviceState => self.device_state(&prefix)?,
+                PacketKind::Ram => {
+                    self.receive(Phase::Active, "the rest of a packet header", rest)?;
+                    self.ram(&header)?;
+                }
+            }
+        }
+    }
+
+    /// The first bytes of the next packet. `None`: the channel ended before it. Waiting for a packet is no fault of the
+    /// channel, however long; waiting for the rest of one is.
+    fn next_prefix(&self, prefix: &mut [u8]) -> Result<Option<[u8; PACKET_PREFIX_LEN]>> {
+        let received = loop {
+            match self.channel.recv(prefix) {
+                Ok(0) => return Ok(None),
+                Ok(received) => break received,
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {}
+                Err(error) => return Err(Error::io(Phase::Active, "waiting for a packet", error)),
+            }
+        };
+        let mut whole = [0; PACKET_PREFIX_LEN];
+        self.receive(
+            Phase::Active,
+            "the rest of a packet header",
+            prefix.get_mut(received..).unwrap_or_default(),
+        )?;
+        whole.copy_from_slice(prefix);
+        Ok(Some(whole))
+    }
+
+    fn ram(&mut self, header: &[u8; HEADER_LEN]) -> Result<()> {
+        let packet =
+            RamPacket::parse(header, PAGE_SIZE).map_err(|invalid| Error::invalid(Phase::Active, invalid))?;
+        if let Some(block) = packet.block() {
+            let landings = match &self.landings {
+                Some(landings) => Arc::clone(landings),
+                None => Arc::clone(self.landings.insert(self.shared.landings()?)),
+            };
+            self.pages(landings.find(block)?, &packet)?;
+        }
+        if packet.flags().sync() { self.shared.gate.arrive(self.id) } else { Ok(()) }
+    }
+
+    fn pages(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+        let codec = self.shared.codec(packet.flags())?;
+        if packet.normal_pages() > 0 {
+            if codec.id() == CodecId::NONE {
+                self.receive_in_place(landing, packet)?;
+            } else {
+                if self.decoder.is_none() {
+                    self.decoder = Some(codec.decoder().map_err(codec_error)?);
+                }
+                self.receive_decoded(landing, packet)?;
+            }
+        }
+        for offset in packet.zero_offsets() {
+            landing.clear(landing.page_at(offset)?)?;
+        }
+        let counters = &self.shared.session.counters;
+        Counters::add(&counters.pages_normal, packet.normal_pages());
+        Counters::add(&counters.pages_zero, packet.zero_pages());
+        Ok(())
+    }
+
+    /// No codec: the kernel puts the bytes where they belong.
+    fn receive_in_place(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+        let mut ranges = self.ranges.start();
+        for offset in packet.normal_offsets() {
+            let page = landing.page_at(offset)?;
+            landing.note_written(page, 1);
+            let slice = landing.block().run(page, 1);
+            ranges.guest(
+                &slice.ok_or_else(|| Error::new(ErrorKind::GuestMemory, Phase::Active, "page outside"))?,
+            );
+        }
+        let wanted = packet.payload_len();
+        ranges.receive(&self.channel).map_err(|error| match error.raw_os_error() {
+            Some(libc::EFAULT) => {
+                let detail =
+                    format!("RAM block {} cannot be written: no room behind it", landing.block().name());
+                Error::new(ErrorKind::GuestMemory, Phase::Active, detail)
+            }
+            _ => Error::io(Phase::Active, format_args!("receiving {wanted} bytes of pages"), error),
+        })
+    }
+
+    fn receive_decoded(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+        let mut payload = std::mem::take(&mut self.payload);
+        payload.resize(packet.payload_len(), 0);
+        self.receive(Phase::Active, "a packet's payload", &mut payload)?;
+        self.payload = payload;
+
+        self.pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
+        let pages = self.pages.get_mut(..packet.normal_pages() * PAGE).unwrap_or_default();
+        if let Some(decoder) = &mut self.decoder {
+            decoder.recv_pages(&self.payload, pages).map_err(codec_error)?;
+        }
+        // Neighbouring pages go in one write.
+        let mut run: Option<(usize, usize, usize)> = None; // first page, pages, index of the first in the packet
+        let store = |(first, count, at): (usize, usize, usize)| {
+            landing.write(first, pages.get(at * PAGE..(at + count) * PAGE).unwrap_or_default())
+        };
+        for (index, offset) in packet.normal_offsets().enumerate() {
+            let page = landing.page_at(offset)?;
+            run = match run {
+                Some((first, count, at)) if first + count == page => Some((first, count + 1, at)),
+                Some(done) => {
+                    store(done)?;
+                    Some((page, 1, index))
+                }
+                None => Some((page, 1, index)),
+            };
+        }
+        run.map_or(Ok(()), store)
+    }
+
+    fn device_state(&mut self, prefix: &[u8; PACKET_PREFIX_LEN]) -> Result<()> {
+        let mut header = [0; DeviceStatePacket::LEN];
+        let (head, rest) = header.split_at_mut(PACKET_PREFIX_LEN);
+        head.copy_from_slice(prefix);
+        self.receive(Phase::Device, "the rest of a device-state header", rest)?;
+        let device =
+            DeviceStatePacket::parse(&header).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
+        let mut data = vec![0; device.payload_len as usize];
+        self.receive(Phase::Device, "device state", &mut data)?;
+        self.shared.on_device_packet(DevicePacket { device, data })
+    }
+
+    fn receive(&self, phase: Phase, what: &str, into: &mut [u8]) -> Result<()> {
+        let wanted = into.len();
+        self.channel
+            .recv_exact(into)
+            .map_err(|error| Error::io(phase, format_args!("receiving {what} ({wanted} bytes)"), error))
+    }
+}
+
+fn codec_error(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::new(ErrorKind::Codec, Phase::Active, "pages do not decode").because(error)
+}

@@ -1,0 +1,175 @@
+//! Sync points: no channel goes on to a newer copy of a page before every channel has placed the older one.
+//!
+//! ```text
+//!  channel 0   pages pages SYNC ┐ waits          ┌ pages ...
+//!  channel 1   pages SYNC ──────┤ waits          ├ pages ...
+//!  main        ... FLUSH ───────┴ all are here: ─┘ release
+//! ```
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::workers::{Monitor, StopSwitch};
+
+/// Where the channels of one migration meet the main stream.
+#[derive(Clone)]
+pub(crate) struct Gate {
+    state: Monitor<State>,
+    stop: StopSwitch,
+}
+
+#[derive(Default)]
+struct State {
+    /// Connections whose first bytes have not come yet: any of them may be a channel.
+    unidentified: usize,
+    channels: BTreeMap<u8, Arrivals>,
+    /// Sync points that main has passed.
+    released: u64,
+    /// The main stream has ended: channels are read to their end, nothing is waited for.
+    finished: bool,
+}
+
+#[derive(Default)]
+struct Arrivals {
+    syncs: u64,
+    ended: bool,
+    /// Moves with every packet, so that slow is told from dead.
+    packets: u64,
+}
+
+impl Gate {
+    pub(crate) fn new(stop: &StopSwitch) -> Self {
+        Self { state: Monitor::new(State::default(), stop), stop: stop.clone() }
+    }
+
+    pub(crate) fn opened(&self) {
+        self.state.update(|state| state.unidentified += 1);
+    }
+
+    pub(crate) fn identified(&self) {
+        self.state.update(|state| state.unidentified = state.unidentified.saturating_sub(1));
+    }
+
+    /// A channel said its number. False: the number is taken.
+    pub(crate) fn join(&self, id: u8) -> bool {
+        self.state.update(|state| state.channels.insert(id, Arrivals::default()).is_none())
+    }
+
+    /// A packet came in on the channel.
+    pub(crate) fn progressed(&self, id: u8) {
+        self.state.with(|state| {
+            if let Some(arrivals) = state.channels.get_mut(&id) {
+                arrivals.packets += 1;
+            }
+        });
+    }
+
+    /// The channel has reached a SYNC: waits until main has passed it, too. An error if the migration stops meanwhile.
+    pub(crate) fn arrive(&self, id: u8) -> Result<()> {
+        let mine = self.state.update(|state| {
+            let arrivals = state.channels.entry(id).or_default();
+            arrivals.syncs += 1;
+            arrivals.syncs
+        });
+        self.state
+            .wait(&self.stop, None, |state| (state.finished || state.released >= mine).then_some(()))
+            .ok_or_else(stopped)
+    }
+
+    /// The channel's stream has ended, at a packet boundary.
+    pub(crate) fn ended(&self, id: u8) {
+        self.state.update(|state| {
+            if let Some(arrivals) = state.channels.get_mut(&id) {
+                arrivals.ended = true;
+            }
+        });
+    }
+
+    /// Main has reached a sync point: waits until every channel has, then lets them go on.
+    ///
+    /// # Errors
+    /// A channel ended before its SYNC, or nothing moved on any channel for `patience`.
+    pub(crate) fn flush(&self, patience: Duration) -> Result<()> {
+        let mut packets = u64::MAX;
+        loop {
+            let outcome = self.state.wait(&self.stop, Some(patience), State::try_release);
+            if let Some(outcome) = outcome {
+                // Wakes the channels that the release was for.
+                self.state.update(|_| ());
+                return outcome;
+            }
+            if self.stop.tripped() {
+                return Err(stopped());
+            }
+            let now = self.state.with(|state| state.channels.values().map(|channel| channel.packets).sum());
+            if now == packets {
+                let missing = self.state.with(|state| state.missing());
+                let detail = format!("no SYNC within {patience:?} from {missing}");
+                return Err(Error::new(ErrorKind::Deadline, Phase::Active, detail).on("main"));
+            }
+            packets = now;
+        }
+    }
+
+    /// The main stream is complete.
+    pub(crate) fn finish(&self) {
+        self.state.update(|state| state.finished = true);
+    }
+
+    pub(crate) fn finished(&self) -> bool {
+        self.state.with(|state| state.finished)
+    }
+
+    /// Waits until every channel has ended, or `patience` is over.
+    pub(crate) fn drain(&self, patience: Duration) {
+        self.state.wait(&self.stop, Some(patience), |state| {
+            state.channels.values().all(|arrivals| arrivals.ended).then_some(())
+        });
+    }
+}
+
+impl State {
+    /// `None`: not all are here yet.
+    fn try_release(&mut self) -> Option<Result<()>> {
+        let point = self.released + 1;
+        // Numbers are dense: a gap is a channel on its way, and so may be whoever has not said who it is.
+        let highest = self.channels.keys().next_back().map_or(0, |highest| usize::from(*highest) + 1);
+        if self.unidentified > 0 || highest != self.channels.len() {
+            return None;
+        }
+        if self.channels.values().all(|arrivals| arrivals.syncs >= point) {
+            self.released = point;
+            return Some(Ok(()));
+        }
+        let gone = self.channels.iter().find(|(_, arrivals)| arrivals.ended && arrivals.syncs < point);
+        gone.map(|(id, arrivals)| {
+            let detail = format!("ended after {} of {point} sync points", arrivals.syncs);
+            Err(Error::new(ErrorKind::Transport, Phase::Active, detail).on(format!("channel {id}")))
+        })
+    }
+
+    fn missing(&self) -> String {
+        let point = self.released + 1;
+        let mut names: Vec<_> = self
+            .channels
+            .iter()
+            .filter(|(_, arrivals)| arrivals.syncs < point)
+            .map(|(id, _)| format!("channel {id}"))
+            .collect();
+        let highest = self.channels.keys().next_back().copied().unwrap_or(0);
+        names.extend(
+            (0..highest)
+                .filter(|id| !self.channels.contains_key(id))
+                .map(|id| format!("channel {id} (never came)")),
+        );
+        if self.unidentified > 0 {
+            names.push(format!("{} connections that never spoke", self.unidentified));
+        }
+        names.join(", ")
+    }
+}
+
+fn stopped() -> Error {
+    Error::new(ErrorKind::Cancelled, Phase::Active, "stopped")
+}

@@ -1,0 +1,146 @@
+//! Where arriving pages land: the announced blocks, and the rules by which a page is written or cleared.
+
+use std::collections::HashMap;
+use std::io;
+
+use multifd_codecs::xbzrle;
+use multifd_wire::{BlockEntry, BlockName, Configuration};
+
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::ram::{DirtyBitmap, PAGE, RamBlock};
+
+/// Who provides the memory for the blocks that a source announces.
+///
+/// Called once, on the receiving thread, before any page arrives. Return exactly one block for each entry, in any order, with
+/// the entry's name and length; refuse what does not fit your machine with an error of your own.
+///
+/// A `Vec<RamBlock>` is the provider of a VMM whose memory is there already.
+pub trait IncomingRam: Send {
+    /// Memory for `announced`. Lengths are whole pages; names are unique; the sum is bounded by the peer's word only, so
+    /// map lazily.
+    ///
+    /// # Errors
+    /// Whatever makes this machine unfit for these blocks.
+    fn open(
+        &mut self,
+        configuration: &Configuration,
+        announced: &[BlockEntry],
+    ) -> Result<Vec<RamBlock>, Box<dyn std::error::Error + Send + Sync>>;
+}
+
+impl IncomingRam for Vec<RamBlock> {
+    fn open(
+        &mut self,
+        _configuration: &Configuration,
+        _announced: &[BlockEntry],
+    ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.clone())
+    }
+}
+
+/// One block and what is known of its pages.
+pub(crate) struct Landing {
+    block: RamBlock,
+    /// Pages that something was written to since the block was fresh. Unused for memory that was not.
+    written: DirtyBitmap,
+}
+
+/// All blocks of the migration, by the name on the wire.
+pub(crate) struct Landings {
+    blocks: Vec<Landing>,
+    by_name: HashMap<BlockName, usize>,
+}
+
+const ZEROS: [u8; PAGE] = [0; PAGE];
+
+impl Landings {
+    /// Checks that `blocks` are what was announced: the same names, the same lengths.
+    pub(crate) fn new(announced: &[BlockEntry], blocks: Vec<RamBlock>) -> Result<Self> {
+        let mut by_name = HashMap::with_capacity(announced.len());
+        for entry in announced {
+            let found = blocks.iter().position(|block| *block.name() == entry.name);
+            let Some(index) = found else {
+                return Err(incompatible(format!("RAM block {} is unknown here", entry.name)));
+            };
+            let here = blocks.get(index).map_or(0, RamBlock::used_len);
+            if here != entry.used_len {
+                return Err(incompatible(format!(
+                    "RAM block {} has {} bytes at the source, {here} here",
+                    entry.name, entry.used_len
+                )));
+            }
+            by_name.insert(entry.name.clone(), index);
+        }
+        let blocks = blocks
+            .into_iter()
+            .map(|block| Landing { written: DirtyBitmap::new(block.pages()), block })
+            .collect();
+        Ok(Self { blocks, by_name })
+    }
+
+    pub(crate) fn find(&self, name: &str) -> Result<&Landing> {
+        let found = self.by_name.get(name).and_then(|index| self.blocks.get(*index));
+        found.ok_or_else(|| Error::misbehaved(Phase::Active, format!("page for unknown RAM block {name:?}")))
+    }
+}
+
+impl Landing {
+    pub(crate) fn block(&self) -> &RamBlock {
+        &self.block
+    }
+
+    /// The page at `offset` of the block.
+    pub(crate) fn page_at(&self, offset: u64) -> Result<usize> {
+        self.block.page_at(offset).ok_or_else(|| {
+            let (name, len) = (self.block.name(), self.block.used_len());
+            Error::misbehaved(
+                Phase::Active,
+                format!(
+                    "offset {offset:#x} in RAM block {name}: pages of {PAGE} bytes below {len:#x} are there"
+                ),
+            )
+        })
+    }
+
+    /// The kernel is about to write these pages by itself.
+    pub(crate) fn note_written(&self, first: usize, pages: usize) {
+        self.written.set_range(first, pages);
+    }
+
+    /// Writes whole pages from `first` on.
+    pub(crate) fn write(&self, first: usize, content: &[u8]) -> Result<()> {
+        self.written.set_range(first, content.len() / PAGE);
+        self.block.memory().store(first * PAGE, content).map_err(|error| self.failed("writing", first, error))
+    }
+
+    /// Makes the page zero. Memory that is zero already is left alone, so that holes stay holes.
+    pub(crate) fn clear(&self, page: usize) -> Result<()> {
+        let untouched = self.block.is_fresh() && !self.written.test(page);
+        if untouched || self.block.is_zero(page) {
+            return Ok(());
+        }
+        self.block.memory().store(page * PAGE, &ZEROS).map_err(|error| self.failed("clearing", page, error))
+    }
+
+    /// Applies an xbzrle difference to what is there.
+    pub(crate) fn apply(&self, page: usize, delta: &[u8]) -> Result<()> {
+        let mut content = ZEROS;
+        if !self.block.read_page(page, &mut content) {
+            return Err(self.failed("reading", page, io::ErrorKind::InvalidInput.into()));
+        }
+        xbzrle::decode(delta, &mut content).map_err(|error| {
+            let detail = format!("xbzrle record for page {page} of RAM block {}", self.block.name());
+            Error::new(ErrorKind::Codec, Phase::Active, detail).because(error)
+        })?;
+        self.write(page, &content)
+    }
+
+    fn failed(&self, doing: &str, page: usize, error: io::Error) -> Error {
+        let detail = format!("{doing} page {page} of RAM block {}", self.block.name());
+        Error::new(ErrorKind::GuestMemory, Phase::Active, detail).because(error)
+    }
+}
+
+fn incompatible(detail: String) -> Error {
+    Error::incompatible(Phase::Setup, detail)
+}

@@ -1,0 +1,108 @@
+//! Where connections arrive, in any order, and are told apart by their first bytes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use multifd_transports::{Arrival, Channel, Listener};
+use multifd_wire::{MULTIFD_MAGIC, STREAM_MAGIC};
+
+use super::channel::ChannelWorker;
+use super::shared::Shared;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::workers::{Crew, Monitor};
+
+/// Most connections of one migration: QEMU's limit of 255 channels, and main.
+const MAX_CONNECTIONS: usize = 256;
+
+/// Accepts until the listener is stopped: hands main over, starts a worker for every other channel.
+pub(crate) struct Lobby {
+    shared: Arc<Shared>,
+    crew: Arc<Crew>,
+    main: Monitor<Option<Channel>>,
+    connections: AtomicUsize,
+}
+
+impl Lobby {
+    pub(crate) fn new(shared: &Arc<Shared>, crew: &Arc<Crew>) -> Self {
+        Self {
+            shared: Arc::clone(shared),
+            crew: Arc::clone(crew),
+            main: Monitor::new(None, crew.stop()),
+            connections: AtomicUsize::new(0),
+        }
+    }
+
+    /// Where the main channel will be.
+    pub(crate) fn main(&self) -> Monitor<Option<Channel>> {
+        self.main.clone()
+    }
+
+    /// The accept thread: runs until the listener's stopper or an error ends it.
+    pub(crate) fn run(&self, listener: &Listener) -> Result<()> {
+        let patience = self.shared.session.timeout;
+        let stop = self.crew.stop();
+        listener
+            .serve(4, patience, &mut |arrival| {
+                if let Err(error) = self.on_arrival(arrival) {
+                    stop.trip(error);
+                }
+            })
+            .map_err(|error| Error::transport(Phase::Accept, error))
+    }
+
+    fn on_arrival(&self, arrival: Arrival) -> Result<()> {
+        match arrival {
+            Arrival::Opened { .. } => {
+                self.shared.gate.opened();
+                Ok(())
+            }
+            Arrival::Identified { channel, first, .. } => {
+                let result = self.identify(channel, first);
+                // After the worker has its place at the gate: a sync point must not slip through in between.
+                self.shared.gate.identified();
+                result
+            }
+            Arrival::Silent { peer, waited, .. } => {
+                let detail = format!("the connection said nothing for {waited:?}");
+                Err(Error::new(ErrorKind::Deadline, Phase::Accept, detail).on(peer))
+            }
+            Arrival::Closed { peer, received: 0, .. } => {
+                tracing::warn!(peer, "a connection was closed before it said anything");
+                self.shared.gate.identified();
+                Ok(())
+            }
+            Arrival::Closed { peer, received, .. } => {
+                let detail = format!("the connection ended after {received} bytes, no channel is that short");
+                Err(Error::new(ErrorKind::Transport, Phase::Accept, detail).on(peer))
+            }
+            Arrival::Failed { peer, error, .. } => {
+                Err(Error::io(Phase::Accept, "receiving the first bytes", error).on(peer))
+            }
+        }
+    }
+
+    fn identify(&self, channel: Channel, first: [u8; 4]) -> Result<()> {
+        let peer = channel.peer().to_owned();
+        if self.connections.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
+            let detail =
+                format!("more than {MAX_CONNECTIONS} connections, a migration has at most 255 channels");
+            return Err(Error::misbehaved(Phase::Accept, detail).on(peer));
+        }
+        match u32::from_be_bytes(first) {
+            STREAM_MAGIC => self.main.update(|main| match main {
+                None => {
+                    *main = Some(channel);
+                    Ok(())
+                }
+                Some(_) => Err(Error::misbehaved(Phase::Accept, "a second main channel").on(peer)),
+            }),
+            MULTIFD_MAGIC => ChannelWorker::start(channel, &self.shared, &self.crew),
+            other => {
+                let detail = format!(
+                    "magic {other:#010x}, expected {STREAM_MAGIC:#010x} (main) or {MULTIFD_MAGIC:#010x} (channel)"
+                );
+                Err(Error::new(ErrorKind::InvalidStream, Phase::Accept, detail).on(peer))
+            }
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! The receiving end: any QEMU or multifd source moves its guest in here.
+//!
+//! ```text
+//!  lobby ──── accepts connections in any order, tells main from channels
+//!    ├─ main_channel ── header, commands, ram_section, tail      on the caller's thread
+//!    └─ channel ×N ──── packets into guest memory                one thread each, `mig-recv`
+//!         gate ──────── where SYNC on channels meets FLUSH on main
+//!         landing ───── the blocks, and how a page is written or cleared
+//! ```
+
+mod arrived;
+mod channel;
+mod gate;
+mod landing;
+mod lobby;
+mod main_channel;
+mod ram_section;
+mod return_path;
+mod shared;
+mod switchover;
+mod tail;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use multifd_codecs::Codecs;
+use multifd_transports::{Channel, Endpoint, Listener};
+
+pub use arrived::Arrived;
+pub use landing::IncomingRam;
+pub use shared::DevicePacket;
+pub use switchover::SwitchoverAck;
+
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::session::{Canceller, DEFAULT_TIMEOUT, ProgressReader, Session};
+use crate::stream::StreamReader;
+use crate::workers::Crew;
+use lobby::Lobby;
+use main_channel::MainChannel;
+use return_path::ReturnPath;
+use shared::Shared;
+
+/// Settings of a [`Destination`]. Made by [`Destination::builder`].
+pub struct DestinationBuilder {
+    ram: Box<dyn IncomingRam>,
+    codecs: Codecs,
+    channels: Option<usize>,
+    switchover_ack: SwitchoverAck,
+    timeout: Duration,
+}
+
+/// Listens for one migration.
+pub struct Destination {
+    listener: Arc<Listener>,
+    session: Arc<Session>,
+    settings: DestinationBuilder,
+}
+
+impl DestinationBuilder {
+    /// The codecs that may come in. Default: none, zlib, zstd. Which one it is, the packets say.
+    #[must_use]
+    pub fn codecs(mut self, codecs: Codecs) -> Self {
+        self.codecs = codecs;
+        self
+    }
+
+    /// Insists on channel numbers below `channels`. Default: any number up to 255.
+    #[must_use]
+    pub fn channels(mut self, channels: usize) -> Self {
+        self.channels = Some(channels);
+        self
+    }
+
+    /// When to acknowledge the switch-over unasked. Default: [`SwitchoverAck::Auto`].
+    #[must_use]
+    pub fn switchover_ack(mut self, ack: SwitchoverAck) -> Self {
+        self.switchover_ack = ack;
+        self
+    }
+
+    /// The longest silence in which the source is taken for alive: waiting for it to connect, for the next byte of the main
+    /// stream, for the rest of a packet. Default: 60 s. A source that was paused by hand is silent.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Opens the listening socket. The source may connect from now on.
+    ///
+    /// # Errors
+    /// `ApiMisuse` for a timeout of zero, `Transport` if the address cannot be listened on.
+    pub fn listen(self, endpoint: &Endpoint) -> Result<Destination> {
+        if self.timeout.is_zero() {
+            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, "timeout is 0, expected more"));
+        }
+        let listener = Listener::bind(endpoint).map_err(|error| Error::transport(Phase::Accept, error))?;
+        let session = Session::new(self.timeout);
+        Ok(Destination { listener: Arc::new(listener), session, settings: self })
+    }
+}
+
+impl Destination {
+    /// A destination whose pages land in what `ram` provides.
+    pub fn builder(ram: impl IncomingRam + 'static) -> DestinationBuilder {
+        DestinationBuilder {
+            ram: Box::new(ram),
+            codecs: Codecs::default(),
+            channels: None,
+            switchover_ack: SwitchoverAck::Auto,
+            timeout: DEFAULT_TIMEOUT,
+        }
+    }
+
+    /// Where it listens, with the port that the system chose if 0 was asked for.
+    pub fn endpoint(&self) -> Endpoint {
+        self.listener.endpoint()
+    }
+
+    /// Ends the migration from another thread.
+    pub fn canceller(&self) -> Canceller {
+        Canceller::new(&self.session)
+    }
+
+    /// Tells how far it has come, from any thread.
+    pub fn progress(&self) -> ProgressReader {
+        ProgressReader::new(&self.session)
+    }
+
+    /// Waits for the source and receives the whole guest. All of RAM has landed when this returns; the source waits for
+    /// [`Arrived::accept`].
+    ///
+    /// # Errors
+    /// Anything that keeps the guest from arriving whole. The source has been told then, if it listens.
+    pub fn receive(mut self) -> Result<Arrived> {
+        let crew = Arc::new(Crew::new(self.session.stop.clone()));
+        let shared = Shared::new(&self.session, self.settings.codecs.clone(), self.settings.channels);
+        let lobby = Lobby::new(&shared, &crew);
+        let main = lobby.main();
+        let listener = Arc::clone(&self.listener);
+        let stopper = listener.stopper();
+        self.session.stop.on_trip(move || stopper.stop());
+        crew.spawn("mig-accept", Phase::Accept, move || lobby.run(&listener))?;
+
+        let result = self.wait_for_main(&main).and_then(|main| self.run_main(main, &shared));
+        match result {
+            Ok((stream, return_path)) => {
+                shared.gate.finish();
+                Ok(Arrived::new(stream, return_path, shared, crew, self.listener))
+            }
+            Err(error) => {
+                self.session.stop.trip(error);
+                crew.join();
+                Err(self.session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped")))
+            }
+        }
+    }
+
+    fn wait_for_main(&self, main: &crate::workers::Monitor<Option<Channel>>) -> Result<Channel> {
+        let patience = self.session.timeout;
+        main.wait(&self.session.stop, Some(patience), Option::take).ok_or_else(|| {
+            let detail = format!("no main channel on {} within {patience:?}", self.listener.endpoint());
+            Error::new(ErrorKind::Deadline, Phase::Accept, detail)
+        })
+    }
+
+    fn run_main(
+        &mut self,
+        channel: Channel,
+        shared: &Arc<Shared>,
+    ) -> Result<(main_channel::MainStream, ReturnPath)> {
+        let channel = self.session.adopt(channel, Phase::Setup)?;
+        let return_path = ReturnPath::new(Arc::clone(&channel));
+        let (goodbye, closer) = (return_path.clone(), channel.closer());
+        self.session.stop.on_trip(move || {
+            goodbye.abort();
+            closer.close();
+        });
+        let ack = self.settings.switchover_ack;
+        let main = MainChannel::new(StreamReader::new(channel), shared, return_path.clone(), ack);
+        Ok((main.run(&mut *self.settings.ram)?, return_path))
+    }
+}

@@ -1,0 +1,173 @@
+//! The RAM section of the main channel: the list of blocks, page records, sync points.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use multifd_wire::{BlockEntry, BlockListBuilder, BlockListFormat, BlockRef, Configuration, RamRecord};
+
+use super::landing::{IncomingRam, Landing, Landings};
+use super::shared::Shared;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::ram::{PAGE, PAGE_SIZE};
+use crate::session::Counters;
+use crate::stream::StreamReader;
+
+/// Which item of the section is being read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SectionKind {
+    Start,
+    Part,
+    End,
+}
+
+/// Where the sync points of the parallel channels are on main. Not negotiated: START shows it, which always has one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SyncPoints {
+    /// START is not over.
+    Unknown,
+    /// A FLUSH record at each (machine types from 8.1 on).
+    AtFlush,
+    /// Every end of a section (machine types up to 8.0). Also right for a stream without channels: nothing is waited for.
+    AtSectionEnd,
+}
+
+pub(crate) struct RamSection<'a> {
+    shared: &'a Shared,
+    landings: Arc<Landings>,
+    sync_points: SyncPoints,
+    /// Index of the block that CONTINUE refers to; kept over sections.
+    last_block: Option<multifd_wire::BlockName>,
+}
+
+impl<'a> RamSection<'a> {
+    /// Reads the list of blocks, the first thing in START, and opens memory for them.
+    pub(crate) fn start(
+        reader: &mut StreamReader,
+        shared: &'a Shared,
+        configuration: &Configuration,
+        ram: &mut dyn IncomingRam,
+    ) -> Result<Self> {
+        if let Some(capability) = configuration.capabilities.first() {
+            let detail = format!("capability {capability} is on at the source, it is not supported here");
+            return Err(Error::incompatible(Phase::Setup, detail));
+        }
+        let announced = read_block_list(reader)?;
+        let blocks = ram.open(configuration, &announced).map_err(|error| {
+            Error::new(ErrorKind::GuestMemory, Phase::Setup, "no memory for the source's RAM blocks")
+                .because(error)
+        })?;
+        let total: u64 = announced.iter().map(|entry| entry.used_len).sum();
+        shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
+        let landings = Arc::new(Landings::new(&announced, blocks)?);
+        shared.publish(Arc::clone(&landings));
+        Ok(Self { shared, landings, sync_points: SyncPoints::Unknown, last_block: None })
+    }
+
+    /// Reads records up to the end of this item of the section; the footer is left.
+    pub(crate) fn read(&mut self, reader: &mut StreamReader, kind: SectionKind) -> Result<()> {
+        let mut pages = Pages::default();
+        let result = self.records(reader, kind, &mut pages);
+        pages.count(self.shared);
+        result
+    }
+
+    fn records(&mut self, reader: &mut StreamReader, kind: SectionKind, pages: &mut Pages) -> Result<()> {
+        loop {
+            let record =
+                reader.next(Phase::Active, "a RAM record", |bytes| RamRecord::parse(bytes, PAGE_SIZE))?;
+            match record {
+                RamRecord::EndOfSection => return self.end_of_section(kind),
+                RamRecord::Flush => self.flush(kind)?,
+                RamRecord::Page { offset, block } => {
+                    let landing = find(&self.landings, &mut self.last_block, block)?;
+                    let page = landing.page_at(offset)?;
+                    landing.write(page, reader.bytes(Phase::Active, "a page", PAGE)?)?;
+                    reader.consume(PAGE);
+                    pages.normal += 1;
+                }
+                RamRecord::Zero { offset, block } => {
+                    let landing = find(&self.landings, &mut self.last_block, block)?;
+                    landing.clear(landing.page_at(offset)?)?;
+                    pages.zero += 1;
+                }
+                RamRecord::Xbzrle { offset, block, len } => {
+                    let landing = find(&self.landings, &mut self.last_block, block)?;
+                    let page = landing.page_at(offset)?;
+                    landing
+                        .apply(page, reader.bytes(Phase::Active, "an xbzrle record", usize::from(len))?)?;
+                    reader.consume(usize::from(len));
+                    pages.xbzrle += 1;
+                }
+                RamRecord::MemSize { .. } => {
+                    return Err(Error::misbehaved(Phase::Active, "a second list of RAM blocks"));
+                }
+            }
+        }
+    }
+
+    fn flush(&mut self, kind: SectionKind) -> Result<()> {
+        match (self.sync_points, kind) {
+            (SyncPoints::Unknown, _) => self.sync_points = SyncPoints::AtFlush,
+            // Per-round sources say so in START; a stray FLUSH of a stream without channels (QEMU 8.1.0) means nothing.
+            (SyncPoints::AtSectionEnd, _) => return Ok(()),
+            (SyncPoints::AtFlush, _) => Counters::add(&self.shared.session.counters.rounds, 1),
+        }
+        self.shared.gate.flush(self.shared.session.timeout)
+    }
+
+    fn end_of_section(&mut self, kind: SectionKind) -> Result<()> {
+        if kind == SectionKind::Start && self.sync_points == SyncPoints::Unknown {
+            self.sync_points = SyncPoints::AtSectionEnd;
+        }
+        if self.sync_points == SyncPoints::AtSectionEnd {
+            self.shared.gate.flush(self.shared.session.timeout)?;
+        }
+        Ok(())
+    }
+}
+
+/// Counted for a whole item of the section at a time.
+#[derive(Default)]
+struct Pages {
+    normal: usize,
+    zero: usize,
+    xbzrle: usize,
+}
+
+impl Pages {
+    fn count(&self, shared: &Shared) {
+        let counters = &shared.session.counters;
+        Counters::add(&counters.pages_normal, self.normal);
+        Counters::add(&counters.pages_zero, self.zero);
+        Counters::add(&counters.pages_xbzrle, self.xbzrle);
+    }
+}
+
+fn find<'l>(
+    landings: &'l Landings,
+    last: &mut Option<multifd_wire::BlockName>,
+    block: BlockRef,
+) -> Result<&'l Landing> {
+    if let BlockRef::Named(name) = block {
+        *last = Some(name);
+    }
+    let name = last.as_ref().ok_or_else(|| {
+        Error::misbehaved(Phase::Active, "a page with CONTINUE, but no RAM block was named before it")
+    })?;
+    landings.find(name.as_str())
+}
+
+fn read_block_list(reader: &mut StreamReader) -> Result<Vec<BlockEntry>> {
+    let what = "the list of RAM blocks";
+    let record = reader.next(Phase::Setup, what, |bytes| RamRecord::parse(bytes, PAGE_SIZE))?;
+    let RamRecord::MemSize { total } = record else {
+        return Err(Error::misbehaved(Phase::Setup, format!("{record:?}, expected {what}")));
+    };
+    let mut list = BlockListBuilder::new(total, PAGE_SIZE);
+    while !list.complete() {
+        let entry =
+            reader.next(Phase::Setup, what, |bytes| BlockEntry::parse(bytes, BlockListFormat::default()))?;
+        list.push(entry).map_err(|invalid| Error::invalid(Phase::Setup, invalid))?;
+    }
+    Ok(list.finish())
+}

@@ -1,0 +1,94 @@
+//! The return path, from our end: what the destination tells the source.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use multifd_transports::Channel;
+use multifd_wire::ReturnMessage;
+
+use crate::error::{Error, Phase, Result};
+
+/// Status in SHUT: the guest has arrived.
+const SHUT_SUCCESS: u32 = 0;
+/// Status in SHUT: it has not, and never will on this connection.
+const SHUT_FAILED: u32 = 1;
+
+/// Speaks on the reverse direction of the main channel, once the source has opened it.
+#[derive(Clone)]
+pub(crate) struct ReturnPath {
+    channel: Arc<Channel>,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The source has not asked for it: nothing may be sent.
+    Closed,
+    Open,
+    /// SHUT was sent, the last message.
+    Shut,
+}
+
+impl ReturnPath {
+    pub(crate) fn new(channel: Arc<Channel>) -> Self {
+        Self { channel, state: Arc::new(Mutex::new(State::Closed)) }
+    }
+
+    /// The source sent OPEN_RETURN_PATH. Repeats are harmless.
+    pub(crate) fn open(&self) {
+        let mut state = self.lock();
+        if *state == State::Closed {
+            *state = State::Open;
+        }
+    }
+
+    /// The address of the other end.
+    pub(crate) fn peer(&self) -> &str {
+        self.channel.peer()
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        *self.lock() == State::Open
+    }
+
+    pub(crate) fn send(&self, phase: Phase, message: &ReturnMessage) -> Result<()> {
+        let state = self.lock();
+        if *state != State::Open {
+            return Err(Error::misbehaved(phase, format!("{message:?} asked for before OPEN_RETURN_PATH"))
+                .on("return path"));
+        }
+        self.write(message)
+            .map_err(|error| Error::io(phase, format_args!("sending {message:?}"), error).on("return path"))
+    }
+
+    /// Tells the source that the guest has arrived; from here on it must not run there.
+    pub(crate) fn shut(&self) -> Result<()> {
+        self.finish(SHUT_SUCCESS)
+            .map_err(|error| Error::io(Phase::Commit, "sending SHUT", error).on("return path"))
+    }
+
+    /// Tells the source that its guest did not arrive, if it still listens. Errors have nobody left to tell.
+    pub(crate) fn abort(&self) {
+        if let Err(error) = self.finish(SHUT_FAILED) {
+            tracing::debug!(%error, "the source could not be told of the failure");
+        }
+    }
+
+    fn finish(&self, status: u32) -> std::io::Result<()> {
+        let mut state = self.lock();
+        if *state != State::Open {
+            return Ok(());
+        }
+        *state = State::Shut;
+        self.write(&ReturnMessage::Shut(status))
+    }
+
+    fn write(&self, message: &ReturnMessage) -> std::io::Result<()> {
+        let mut bytes = Vec::with_capacity(16);
+        message.encode(&mut bytes);
+        self.channel.send_all(&bytes)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

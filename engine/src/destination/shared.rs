@@ -1,0 +1,137 @@
+//! What the receiving threads share.
+
+use std::sync::Arc;
+
+use multifd_codecs::{Codec, Codecs};
+use multifd_wire::{DeviceStatePacket, PacketFlags};
+
+use super::gate::Gate;
+use super::landing::Landings;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::session::Session;
+use crate::workers::{Monitor, StopSwitch};
+
+/// Device state that came over a parallel channel, for the device that knows what it means.
+#[derive(Clone, Debug)]
+pub struct DevicePacket {
+    /// The device: idstr and instance id of its section.
+    pub device: DeviceStatePacket,
+    /// Opaque.
+    pub data: Vec<u8>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) session: Arc<Session>,
+    pub(crate) gate: Gate,
+    pub(crate) codecs: Codecs,
+    /// The channel count the caller insists on.
+    pub(crate) expected_channels: Option<usize>,
+    facts: Monitor<Facts>,
+}
+
+/// What is learnt while the stream comes in.
+#[derive(Default)]
+struct Facts {
+    landings: Option<Arc<Landings>>,
+    codec: Option<Arc<dyn Codec>>,
+    uuid: Option<[u8; 16]>,
+    device_packets: Vec<DevicePacket>,
+    device_bytes: usize,
+}
+
+/// Device state over parallel channels is kept in memory: at most 1 GiB of it.
+const MAX_DEVICE_BYTES: usize = 1 << 30;
+
+impl Shared {
+    pub(crate) fn new(session: &Arc<Session>, codecs: Codecs, expected_channels: Option<usize>) -> Arc<Self> {
+        Arc::new(Self {
+            session: Arc::clone(session),
+            gate: Gate::new(&session.stop),
+            codecs,
+            expected_channels,
+            facts: Monitor::new(Facts::default(), &session.stop),
+        })
+    }
+
+    fn stop(&self) -> &StopSwitch {
+        &self.session.stop
+    }
+
+    /// Main has read the list of blocks: pages can land.
+    pub(crate) fn publish(&self, landings: Arc<Landings>) {
+        self.facts.update(|facts| facts.landings = Some(landings));
+    }
+
+    /// Waits for the list of blocks, which a channel's first page may overtake.
+    pub(crate) fn landings(&self) -> Result<Arc<Landings>> {
+        let patience = self.session.timeout;
+        self.facts.wait(self.stop(), Some(patience), |facts| facts.landings.clone()).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Deadline,
+                Phase::Setup,
+                format!("pages, but no list of RAM blocks in {patience:?}"),
+            )
+        })
+    }
+
+    /// The codec of a packet with pages: known here, and the same for the whole migration.
+    pub(crate) fn codec(&self, flags: PacketFlags) -> Result<Arc<dyn Codec>> {
+        self.facts.with(|facts| match &facts.codec {
+            Some(codec) if codec.id().value() == flags.codec() => Ok(Arc::clone(codec)),
+            Some(codec) => Err(Error::misbehaved(
+                Phase::Active,
+                format!(
+                    "packet with codec {:#x} after packets with {} ({:#x})",
+                    flags.codec(),
+                    codec.name(),
+                    codec.id().value()
+                ),
+            )),
+            None => {
+                let found = self.codecs.iter().find(|codec| codec.id().value() == flags.codec());
+                let codec = found.ok_or_else(|| {
+                    let known: Vec<_> = self.codecs.iter().map(|codec| codec.name()).collect();
+                    let detail =
+                        format!("packet with codec {:#x}; known here: {}", flags.codec(), known.join(", "));
+                    Error::incompatible(Phase::Active, detail)
+                })?;
+                facts.codec = Some(Arc::clone(codec));
+                Ok(Arc::clone(codec))
+            }
+        })
+    }
+
+    pub(crate) fn codec_in_use(&self) -> Option<Arc<dyn Codec>> {
+        self.facts.with(|facts| facts.codec.clone())
+    }
+
+    /// Every channel of a migration says the same uuid.
+    pub(crate) fn on_uuid(&self, uuid: [u8; 16]) -> Result<()> {
+        let known = self.facts.with(|facts| *facts.uuid.get_or_insert(uuid));
+        if known == uuid {
+            return Ok(());
+        }
+        let (seen, expected) = (u128::from_be_bytes(uuid), u128::from_be_bytes(known));
+        Err(Error::misbehaved(Phase::Setup, format!("uuid {seen:032x}, other channels said {expected:032x}")))
+    }
+
+    pub(crate) fn uuid(&self) -> Option<[u8; 16]> {
+        self.facts.with(|facts| facts.uuid)
+    }
+
+    pub(crate) fn on_device_packet(&self, packet: DevicePacket) -> Result<()> {
+        self.facts.with(|facts| {
+            facts.device_bytes += packet.data.len();
+            if facts.device_bytes > MAX_DEVICE_BYTES {
+                let detail = format!("more than {MAX_DEVICE_BYTES} bytes of device state on channels");
+                return Err(Error::misbehaved(Phase::Device, detail));
+            }
+            facts.device_packets.push(packet);
+            Ok(())
+        })
+    }
+
+    pub(crate) fn take_device_packets(&self) -> Vec<DevicePacket> {
+        self.facts.with(|facts| std::mem::take(&mut facts.device_packets))
+    }
+}

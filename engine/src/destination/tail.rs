@@ -1,0 +1,65 @@
+//! The devices' part of the stream: sections without a length, which are kept as they are.
+
+use std::time::{Duration, Instant};
+
+use multifd_wire::{TailScanner, VmDescription};
+
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::stream::StreamReader;
+
+/// A source that sends no vmdescription and waits for our SHUT shows its end only by falling silent. It flushes everything
+/// at once, so this much silence after a footer and EOF is taken for the end.
+const QUIET: Duration = Duration::from_secs(1);
+
+/// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3).
+pub(crate) fn read(
+    reader: &mut StreamReader,
+    patience: Duration,
+) -> Result<(Vec<u8>, Option<VmDescription>)> {
+    let quiet = QUIET.min(patience);
+    let channel = reader.channel().clone();
+    let limit = |duration| {
+        channel
+            .set_silence_limit(Some(duration))
+            .map_err(|error| Error::io(Phase::Device, "setting up the socket", error))
+    };
+    limit(quiet)?;
+    let result = scan(reader, patience);
+    limit(patience)?;
+    result.map_err(|error| error.on(reader.name()))
+}
+
+fn scan(reader: &mut StreamReader, patience: Duration) -> Result<(Vec<u8>, Option<VmDescription>)> {
+    let mut scanner = TailScanner::new();
+    let mut last_byte = Instant::now();
+    loop {
+        let fed = reader.buffered().len();
+        let end =
+            scanner.push(reader.buffered()).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
+        if let Some(end) = end {
+            let mut tail = scanner.into_bytes();
+            let json = tail.get(end.vmdesc).unwrap_or_default();
+            let description =
+                VmDescription::parse(json).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
+            tail.truncate(end.total);
+            return Ok((tail, Some(description)));
+        }
+        reader.consume(fed);
+        match reader.fill(Phase::Device, "device state") {
+            Ok(true) => last_byte = Instant::now(),
+            Ok(false) if scanner.ends_without_description() => return Ok((scanner.into_bytes(), None)),
+            Ok(false) => {
+                let detail = format!(
+                    "the stream ended within device state, after {} bytes of it",
+                    scanner.bytes().len()
+                );
+                return Err(Error::new(ErrorKind::Transport, Phase::Device, detail));
+            }
+            Err(error) if error.kind() == ErrorKind::Deadline && scanner.ends_without_description() => {
+                return Ok((scanner.into_bytes(), None));
+            }
+            Err(error) if error.kind() == ErrorKind::Deadline && last_byte.elapsed() < patience => {}
+            Err(error) => return Err(error),
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! What went wrong: who is to blame, in which phase, on which channel; and whether the source guest may run on.
+
+use std::borrow::Cow;
+use std::error::Error as StdError;
+use std::fmt;
+
+use multifd_transports::TransportError;
+use multifd_wire::Invalid;
+
+/// A migration that did not succeed.
+///
+/// `Display` gives phase, channel and what was seen; the cause, if there is one, is `source()`.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    phase: Phase,
+    channel: Option<String>,
+    detail: Cow<'static, str>,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// Who or what is to blame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A parameter or a call order that cannot work; nothing was sent.
+    ApiMisuse,
+    /// The caller asked to stop.
+    Cancelled,
+    /// A codec could not encode, or the payload does not decode.
+    Codec,
+    /// A wait ran into its deadline.
+    Deadline,
+    /// Guest memory could not be mapped, read or written.
+    GuestMemory,
+    /// Both ends are sound but cannot work together.
+    Incompatible,
+    /// Bytes that no sound peer sends.
+    InvalidStream,
+    /// A thread of ours panicked: a bug of ours.
+    Panicked,
+    /// The peer reported a failure of its own, with this status.
+    PeerAborted(u32),
+    /// Sound bytes at a moment or with a meaning that the protocol does not allow.
+    PeerMisbehaved,
+    /// A checkpoint could not be read or written.
+    Storage,
+    /// A connection could not be made, or broke.
+    Transport,
+}
+
+/// Where in a migration it happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Phase {
+    /// The destination waits for its channels.
+    Accept,
+    /// RAM moves.
+    Active,
+    /// The guest is handed over.
+    Commit,
+    /// The source opens its channels.
+    Connect,
+    /// Device state moves, the guest is stopped.
+    Device,
+    /// Headers and the list of RAM blocks.
+    Setup,
+}
+
+/// The result of everything that takes part in a migration.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error of `kind` in `phase`; `detail` says what was seen and what was expected.
+    pub fn new(kind: ErrorKind, phase: Phase, detail: impl Into<Cow<'static, str>>) -> Self {
+        Self { kind, phase, channel: None, detail: detail.into(), source: None }
+    }
+
+    /// Names the channel, unless a closer place has done so.
+    #[must_use]
+    pub fn on(mut self, channel: impl Into<String>) -> Self {
+        self.channel.get_or_insert_with(|| channel.into());
+        self
+    }
+
+    /// Attaches the cause.
+    #[must_use]
+    pub fn because(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// Who or what is to blame.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// Where in the migration it happened.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// The channel it happened on, if it was one: `main` or `channel 3`, with the peer's address.
+    pub fn channel(&self) -> Option<&str> {
+        self.channel.as_deref()
+    }
+
+    /// True as long as the guest cannot be running at the destination: until commit.
+    ///
+    /// False from the moment when the last byte that lets the destination run has been handed to the kernel.
+    pub fn source_may_resume(&self) -> bool {
+        self.phase != Phase::Commit
+    }
+
+    /// The whole chain in one line: `a: b: c`.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    }
+
+    /// The same error, but it struck when the guest had been handed over.
+    pub(crate) fn committed(mut self) -> Self {
+        self.phase = Phase::Commit;
+        self
+    }
+
+    pub(crate) fn invalid(phase: Phase, invalid: Invalid) -> Self {
+        Self::new(ErrorKind::InvalidStream, phase, "invalid stream").because(invalid)
+    }
+
+    pub(crate) fn misbehaved(phase: Phase, detail: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(ErrorKind::PeerMisbehaved, phase, detail)
+    }
+
+    pub(crate) fn incompatible(phase: Phase, detail: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(ErrorKind::Incompatible, phase, detail)
+    }
+
+    /// `doing` names the operation that failed: "receiving a packet header".
+    pub(crate) fn io(phase: Phase, doing: impl fmt::Display, error: std::io::Error) -> Self {
+        let kind = match error.kind() {
+            std::io::ErrorKind::TimedOut => ErrorKind::Deadline,
+            _ => ErrorKind::Transport,
+        };
+        Self::new(kind, phase, format!("{doing}")).because(error)
+    }
+
+    pub(crate) fn transport(phase: Phase, error: TransportError) -> Self {
+        Self::new(ErrorKind::Transport, phase, "no connection").because(error)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.phase)?;
+        if let Some(channel) = &self.channel {
+            write!(f, ", {channel}")?;
+        }
+        write!(f, ": {}", self.detail)
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Accept => "accept",
+            Self::Active => "active",
+            Self::Commit => "commit",
+            Self::Connect => "connect",
+            Self::Device => "device",
+            Self::Setup => "setup",
+        })
+    }
+}

@@ -1,0 +1,101 @@
+//! A named, contiguous piece of guest memory.
+
+use multifd_codecs::zero;
+use multifd_wire::{BlockName, PageSize};
+use vm_memory::VolatileSlice;
+
+use super::HostMemory;
+
+/// Bytes in a target page. x86 guests have no other; the wire allows more.
+pub const PAGE: usize = 4096;
+
+/// The same, as the wire wants it.
+pub(crate) const PAGE_SIZE: PageSize = PageSize::K4;
+
+/// How much of a page is looked at before the whole of it is copied to be scanned: most pages show a set bit here.
+const FIRST_LOOK: usize = 64;
+
+/// A RAMBlock: a name that both ends know, and the memory behind it.
+#[derive(Clone, Debug)]
+pub struct RamBlock {
+    name: BlockName,
+    memory: HostMemory,
+    fresh: bool,
+}
+
+impl RamBlock {
+    /// A block over all of `memory`, whose length must be a whole number of pages: what is over is not migrated.
+    pub fn new(name: BlockName, memory: HostMemory) -> Self {
+        Self { name, memory, fresh: false }
+    }
+
+    /// Says that the memory is known to be zero now (a new file, fresh anonymous memory), so that a destination need not
+    /// look at pages that are announced as zero.
+    #[must_use]
+    pub fn fresh(mut self) -> Self {
+        self.fresh = true;
+        self
+    }
+
+    /// The name on the wire (idstr).
+    pub fn name(&self) -> &BlockName {
+        &self.name
+    }
+
+    /// The memory behind it.
+    pub fn memory(&self) -> &HostMemory {
+        &self.memory
+    }
+
+    /// Whole pages.
+    pub fn pages(&self) -> usize {
+        self.memory.len() / PAGE
+    }
+
+    /// Bytes that migrate (used_length).
+    pub fn used_len(&self) -> u64 {
+        (self.pages() * PAGE) as u64
+    }
+
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// Firmware is in a destination's memory before anything arrives: its zero pages must be written, not assumed.
+    ///
+    /// QEMU's names for such blocks: `pc.bios`, `pc.rom`, `vga.rom`, `/rom@etc/acpi/tables`, ...
+    pub(crate) fn is_firmware(&self) -> bool {
+        let name = self.name.as_str();
+        name.starts_with("/rom@")
+            || name.ends_with(".rom")
+            || name.ends_with(".bios")
+            || name.contains("flash")
+    }
+
+    /// The page that starts at `offset`, if that is the start of a page of this block.
+    pub(crate) fn page_at(&self, offset: u64) -> Option<usize> {
+        let offset = usize::try_from(offset).ok()?;
+        (offset.is_multiple_of(PAGE) && offset / PAGE < self.pages()).then_some(offset / PAGE)
+    }
+
+    /// A run of pages; `None` if it is not inside.
+    pub(crate) fn run(&self, first: usize, pages: usize) -> Option<VolatileSlice<'_>> {
+        self.memory.slice(first.checked_mul(PAGE)?, pages.checked_mul(PAGE)?)
+    }
+
+    /// Copies a page out, as it is at this moment. False if it is not inside, or `into` is no page long.
+    #[must_use]
+    pub fn read_page(&self, page: usize, into: &mut [u8]) -> bool {
+        page < self.pages() && into.len() == PAGE && self.memory.read(page * PAGE, into)
+    }
+
+    /// True if every byte of the page is zero. Looks at private copies: the guest may write meanwhile.
+    pub(crate) fn is_zero(&self, page: usize) -> bool {
+        let mut copy = [0_u8; PAGE];
+        let (head, _) = copy.split_at_mut(FIRST_LOOK);
+        self.memory.read(page * PAGE, head)
+            && zero::is_zero(head)
+            && self.memory.read(page * PAGE, &mut copy)
+            && zero::is_zero(&copy)
+    }
+}

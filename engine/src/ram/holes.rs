@@ -1,0 +1,83 @@
+//! Which pages of a block hold data, found without reading them.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use super::{DirtyBitmap, PAGE, RamBlock};
+
+/// One bit for each page that may hold something else than zeros. `None`: not known, every page has to be looked at.
+///
+/// Asks the file behind the block for its holes (SEEK_DATA, SEEK_HOLE). Memory without a file, and file systems that do not
+/// know their holes, give `None` or report everything as data: slower, never wrong.
+pub(crate) fn data_pages(block: &RamBlock) -> io::Result<Option<DirtyBitmap>> {
+    let Some(file) = block.memory().file() else { return Ok(None) };
+    let start = file.start();
+    let end = start + block.used_len();
+    let bitmap = DirtyBitmap::new(block.pages());
+    let mut position = start;
+    while position < end {
+        let Some(data) = seek(file.file(), position, libc::SEEK_DATA)? else { break };
+        if data >= end {
+            break;
+        }
+        let hole = seek(file.file(), data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
+        // A page that is data in part counts as data.
+        let first = page_of(data - start);
+        bitmap.set_range(first, page_of(hole - start + PAGE as u64 - 1) - first);
+        position = hole;
+    }
+    Ok(Some(bitmap))
+}
+
+fn page_of(offset: u64) -> usize {
+    usize::try_from(offset / PAGE as u64).unwrap_or(usize::MAX)
+}
+
+/// `None`: there is nothing of that kind from `from` on.
+fn seek(file: &std::fs::File, from: u64, whence: i32) -> io::Result<Option<u64>> {
+    let from = i64::try_from(from).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    match lseek(file, from, whence) {
+        Ok(found) => Ok(u64::try_from(found).ok()),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[expect(unsafe_code, reason = "std knows no SEEK_DATA")]
+fn lseek(file: &std::fs::File, from: i64, whence: i32) -> io::Result<i64> {
+    // SAFETY: the descriptor is open; the call touches no memory. Nobody reads this file by position.
+    match unsafe { libc::lseek(file.as_raw_fd(), from, whence) } {
+        -1 => Err(io::Error::last_os_error()),
+        found => Ok(found),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::ram::HostMemory;
+
+    #[test]
+    fn holes_of_a_sparse_file_are_found() {
+        let file = tempfile::tempfile().unwrap();
+        let pages = 4096;
+        file.set_len((pages * PAGE) as u64).unwrap();
+        let touched = [0, 700, 701, 4095];
+        for page in touched {
+            file.write_all_at(&[1], (page * PAGE + 5) as u64).unwrap();
+        }
+        let memory = HostMemory::map_file(file, pages * PAGE).unwrap();
+        let data = data_pages(&RamBlock::new("ram".try_into().unwrap(), memory)).unwrap().unwrap();
+        assert!(touched.iter().all(|page| data.test(*page)));
+        // A file system may report more as data than was written, but not a hole of many megabytes.
+        assert!(data.count() < 64, "{} pages", data.count());
+    }
+
+    #[test]
+    fn anonymous_memory_is_not_known() {
+        let block = RamBlock::new("ram".try_into().unwrap(), HostMemory::anonymous(PAGE).unwrap());
+        assert!(data_pages(&block).unwrap().is_none());
+    }
+}

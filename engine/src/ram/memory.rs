@@ -1,0 +1,301 @@
+//! Guest memory as this process has it mapped. The only module that knows pointers to it.
+//!
+//! The guest writes while we read, so no `&[u8]` over this memory ever exists: bytes are copied through
+//! [`VolatileSlice`], or the kernel moves them by iovec.
+#![expect(
+    unsafe_code,
+    reason = "guest memory is shared with vCPUs and devices: it can only be touched by pointer"
+)]
+
+use std::any::Any;
+use std::fs::File;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use multifd_transports::Channel;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileSlice};
+
+/// A mapped range of guest memory, kept alive for as long as this value or a clone of it lives.
+#[derive(Clone)]
+pub struct HostMemory {
+    start: NonNull<u8>,
+    len: usize,
+    file: Option<FileOffset>,
+    /// `file`, if stores to the memory and writes to the file are the same thing.
+    shared_file: Option<FileOffset>,
+    // Owns the mapping; only its drop matters.
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the memory behind `start` is only reached through volatile copies or system calls, which any thread may make;
+// `_owner` is Send + Sync and keeps the mapping in place.
+unsafe impl Send for HostMemory {}
+// SAFETY: as above; there is no unsynchronised state beside the guest's own bytes.
+unsafe impl Sync for HostMemory {}
+
+impl HostMemory {
+    /// The memory of a vm-memory region.
+    ///
+    /// # Errors
+    /// `Other` for a region that has no address, which vm-memory does not make.
+    pub fn from_region<B: Bitmap + Send + Sync + 'static>(region: Arc<MmapRegion<B>>) -> io::Result<Self> {
+        let start =
+            NonNull::new(region.as_ptr()).ok_or_else(|| io::Error::other("region without an address"))?;
+        let file = region.file_offset().cloned();
+        let shared_file = file.clone().filter(|_| region.flags() & libc::MAP_SHARED != 0);
+        Ok(Self { start, len: region.size(), file, shared_file, _owner: region })
+    }
+
+    /// Maps the first `len` bytes of `file`, shared, for reading and writing. The file must be that long.
+    ///
+    /// # Errors
+    /// What mmap says; `InvalidInput` for a file shorter than `len`.
+    pub fn map_file(file: File, len: usize) -> io::Result<Self> {
+        Self::map(Some(FileOffset::new(file, 0)), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED)
+    }
+
+    /// Maps the first `len` bytes of `file` for reading only: a source that must not change.
+    ///
+    /// # Errors
+    /// As [`HostMemory::map_file`].
+    pub fn map_file_read_only(file: File, len: usize) -> io::Result<Self> {
+        Self::map(Some(FileOffset::new(file, 0)), len, libc::PROT_READ, libc::MAP_SHARED)
+    }
+
+    /// Fresh private memory, all zero.
+    ///
+    /// # Errors
+    /// What mmap says.
+    pub fn anonymous(len: usize) -> io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        Self::map(None, len, libc::PROT_READ | libc::PROT_WRITE, flags)
+    }
+
+    fn map(file: Option<FileOffset>, len: usize, prot: i32, flags: i32) -> io::Result<Self> {
+        let mut builder = MmapRegionBuilder::<()>::new(len).with_mmap_prot(prot).with_mmap_flags(flags);
+        if let Some(file) = file {
+            builder = builder.with_file_offset(file);
+        }
+        let region = builder.build().map_err(|error| match error {
+            MmapRegionError::Mmap(error) => error,
+            other => io::Error::new(io::ErrorKind::InvalidInput, other),
+        })?;
+        Self::from_region(Arc::new(region))
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True for memory of no length.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The file behind the memory and where in it the memory starts, if there is one.
+    pub fn file(&self) -> Option<&FileOffset> {
+        self.file.as_ref()
+    }
+
+    /// A checked window; `None` if any of it lies outside.
+    pub fn slice(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
+        if offset.checked_add(len)? > self.len {
+            return None;
+        }
+        // SAFETY: offset <= self.len, so the result is inside the mapping or one past its end.
+        let start = unsafe { self.start.add(offset) };
+        // SAFETY:
+        // - [start, start + len) lies inside the mapping, checked above;
+        // - `_owner` keeps the mapping alive for the lifetime of `self`, which the slice borrows;
+        // - all other accesses in this process are volatile as well.
+        Some(unsafe { VolatileSlice::new(start.as_ptr(), len) })
+    }
+
+    /// Copies out; false if the range is not inside.
+    #[must_use]
+    pub(crate) fn read(&self, offset: usize, into: &mut [u8]) -> bool {
+        let Some(slice) = self.slice(offset, into.len()) else { return false };
+        slice.read_slice(into, 0).is_ok()
+    }
+
+    /// Writes guest memory the way that costs least and fails cleanly.
+    ///
+    /// Shared file memory is written through its file: no page fault, and a full file system is an error where a store to
+    /// the mapping would kill the process by SIGBUS. Other memory is copied to.
+    pub(crate) fn store(&self, offset: usize, from: &[u8]) -> io::Result<()> {
+        if let Some(file) = &self.shared_file {
+            if offset.checked_add(from.len()).is_none_or(|end| end > self.len) {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            match file.file().write_all_at(from, file.start() + offset as u64) {
+                // hugetlbfs maps but does not write.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                result => return result,
+            }
+        }
+        let slice = self.slice(offset, from.len()).ok_or(io::ErrorKind::InvalidInput)?;
+        slice.copy_from(from);
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for HostMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostMemory").field("len", &self.len).field("file", &self.file.is_some()).finish()
+    }
+}
+
+/// A list of memory ranges, private and guest, that the kernel reads or fills in one call.
+///
+/// The list's buffer is kept in [`IoVecs`] between packets.
+pub(crate) struct Ranges<'a> {
+    list: &'a mut Vec<libc::iovec>,
+    memory: PhantomData<&'a HostMemory>,
+}
+
+/// The reusable buffer of [`Ranges`].
+#[derive(Default)]
+pub(crate) struct IoVecs(Vec<libc::iovec>);
+
+// SAFETY: the pointers in it are only used by the `Ranges` that wrote them, which clears the list first.
+unsafe impl Send for IoVecs {}
+
+/// Most ranges the kernel takes in one call (UIO_MAXIOV).
+const MAX_RANGES_PER_CALL: usize = 1024;
+
+impl IoVecs {
+    pub(crate) fn start<'a>(&'a mut self) -> Ranges<'a> {
+        self.0.clear();
+        Ranges { list: &mut self.0, memory: PhantomData }
+    }
+}
+
+impl<'a> Ranges<'a> {
+    /// Adds private bytes to be sent.
+    pub(crate) fn private(&mut self, bytes: &'a [u8]) {
+        self.list.push(libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() });
+    }
+
+    /// Adds guest memory, joined with the range before it if they touch.
+    pub(crate) fn guest(&mut self, slice: &VolatileSlice<'a>) {
+        let start = slice.ptr_guard_mut().as_ptr();
+        match self.list.last_mut() {
+            Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == start.cast() => {
+                last.iov_len += slice.len();
+            }
+            _ => self.list.push(libc::iovec { iov_base: start.cast(), iov_len: slice.len() }),
+        }
+    }
+
+    /// Sends all of it.
+    pub(crate) fn send(self, channel: &Channel) -> io::Result<()> {
+        let Some(fd) = channel.direct() else { return self.send_copied(channel) };
+        let mut left = &mut self.list[..];
+        while !left.is_empty() {
+            let sent = retry(|| send_once(fd, left))?;
+            channel.note_direct_sent(sent as u64);
+            left = advance(left, sent);
+        }
+        Ok(())
+    }
+
+    /// A channel that is not a plain socket takes private bytes only.
+    fn send_copied(self, channel: &Channel) -> io::Result<()> {
+        let mut copy = vec![0_u8; self.list.iter().map(|range| range.iov_len).sum()];
+        let mut rest = &mut copy[..];
+        for range in self.list.iter() {
+            let (head, tail) = std::mem::take(&mut rest).split_at_mut(range.iov_len);
+            // SAFETY: every range lies in memory borrowed for 'a, see `private` and `guest`.
+            let slice = unsafe { VolatileSlice::new(range.iov_base.cast(), range.iov_len) };
+            slice.copy_to(head);
+            rest = tail;
+        }
+        channel.send_all(&copy)
+    }
+
+    /// Fills all of it. `UnexpectedEof` says that the peer ended before that.
+    pub(crate) fn receive(self, channel: &Channel) -> io::Result<()> {
+        let Some(fd) = channel.direct() else { return self.receive_copied(channel) };
+        let mut left = &mut self.list[..];
+        while !left.is_empty() {
+            let received = retry(|| receive_once(fd, left))?;
+            if received == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            channel.note_direct_received(received as u64);
+            left = advance(left, received);
+        }
+        Ok(())
+    }
+
+    fn receive_copied(self, channel: &Channel) -> io::Result<()> {
+        let mut copy = Vec::new();
+        for range in self.list.iter() {
+            copy.resize(range.iov_len, 0);
+            channel.recv_exact(&mut copy)?;
+            // SAFETY: as in `send_copied`; received ranges come from `guest` only, whose memory may be written.
+            let slice = unsafe { VolatileSlice::new(range.iov_base.cast(), range.iov_len) };
+            slice.copy_from(&copy[..]);
+        }
+        Ok(())
+    }
+}
+
+fn message(ranges: &mut [libc::iovec]) -> libc::msghdr {
+    // SAFETY: msghdr is plain data for which all zeros means "nothing".
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = ranges.as_mut_ptr();
+    message.msg_iovlen = ranges.len().min(MAX_RANGES_PER_CALL);
+    message
+}
+
+fn send_once(fd: BorrowedFd<'_>, ranges: &mut [libc::iovec]) -> isize {
+    let message = message(ranges);
+    // SAFETY: `message` points to valid ranges; MSG_NOSIGNAL: a closed peer is an error, not a signal.
+    unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) }
+}
+
+fn receive_once(fd: BorrowedFd<'_>, ranges: &mut [libc::iovec]) -> isize {
+    let mut message = message(ranges);
+    // SAFETY: `message` points to valid, writable ranges. MSG_WAITALL: one call a packet instead of one a segment.
+    unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_WAITALL) }
+}
+
+fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        if let Ok(count) = usize::try_from(call()) {
+            return Ok(count);
+        }
+        let error = io::Error::last_os_error();
+        match error.kind() {
+            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
+            _ => return Err(error),
+        }
+    }
+}
+
+/// Drops the first `count` bytes.
+fn advance(ranges: &mut [libc::iovec], mut count: usize) -> &mut [libc::iovec] {
+    let done = ranges
+        .iter()
+        .take_while(|range| {
+            let whole = count >= range.iov_len;
+            count -= if whole { range.iov_len } else { 0 };
+            whole
+        })
+        .count();
+    let (_, left) = ranges.split_at_mut(done);
+    if let Some(first) = left.first_mut() {
+        first.iov_base = first.iov_base.wrapping_byte_add(count);
+        first.iov_len -= count;
+    }
+    left
+}

@@ -1,0 +1,16 @@
+//! Guest RAM: the memory, its named blocks, which of their pages hold data, which of them are dirty.
+
+mod bitmap;
+mod block;
+mod holes;
+mod memory;
+mod round;
+
+pub use bitmap::DirtyBitmap;
+pub use block::{PAGE, RamBlock};
+pub use memory::HostMemory;
+
+pub(crate) use block::PAGE_SIZE;
+pub(crate) use holes::data_pages;
+pub(crate) use memory::IoVecs;
+pub(crate) use round::{Batch, Claim, Round};

@@ -1,0 +1,114 @@
+//! What a migration took. Every number was measured.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::session::{Progress, Session};
+
+/// The account of a migration that has ended well.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// From the start to the end, both included.
+    pub total: Duration,
+    /// Up to the first page: connections, headers, the list of blocks.
+    pub setup: Duration,
+    /// From the stop of the guest to the destination's word that it has arrived; at a destination, from the announcement of
+    /// the last RAM to the end of the stream.
+    pub downtime: Duration,
+    /// The counters at the end.
+    pub progress: Progress,
+    /// The codec of the parallel channels: `none`, `zlib`, `zstd:3`.
+    pub codec: String,
+    /// The destination said that it has the guest.
+    pub confirmed: bool,
+}
+
+/// The same as plain numbers, under the names that scripts know.
+#[derive(Clone, Debug, Default, Serialize)]
+#[expect(missing_docs, reason = "each is the number of Report or Progress with this name and unit")]
+pub struct Figures {
+    pub total_ms: u64,
+    pub setup_ms: u64,
+    pub downtime_ms: u64,
+    pub rounds: u64,
+    pub ram_bytes: u64,
+    pub wire_bytes: u64,
+    pub pages_normal: u64,
+    pub pages_zero: u64,
+    pub pages_xbzrle: u64,
+    pub channels: u64,
+    pub codec: String,
+    pub throughput_bytes_per_s: u64,
+}
+
+impl Report {
+    pub(crate) fn of(session: &Session, total: Duration, codec: String) -> Self {
+        Self {
+            total,
+            setup: Duration::ZERO,
+            downtime: Duration::ZERO,
+            progress: session.progress(),
+            codec,
+            confirmed: true,
+        }
+    }
+
+    /// Plain numbers: times in ms, throughput as bytes on the wire per second of total time.
+    pub fn figures(&self) -> Figures {
+        Figures {
+            codec: self.codec.clone(),
+            ..Figures::of(&self.progress, self.total, self.setup, self.downtime)
+        }
+    }
+}
+
+impl Figures {
+    /// The counters of a migration that did not end well; no times.
+    pub fn so_far(progress: &Progress) -> Self {
+        let none = Duration::ZERO;
+        Self { throughput_bytes_per_s: 0, ..Self::of(progress, none, none, none) }
+    }
+
+    fn of(progress: &Progress, total: Duration, setup: Duration, downtime: Duration) -> Self {
+        let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let per_second = u128::from(progress.wire_bytes) * 1_000_000 / total.as_micros().max(1);
+        Self {
+            total_ms: ms(total),
+            setup_ms: ms(setup),
+            downtime_ms: ms(downtime),
+            rounds: progress.rounds,
+            ram_bytes: progress.ram_bytes,
+            wire_bytes: progress.wire_bytes,
+            pages_normal: progress.pages_normal,
+            pages_zero: progress.pages_zero,
+            pages_xbzrle: progress.pages_xbzrle,
+            channels: progress.channels,
+            codec: String::new(),
+            throughput_bytes_per_s: u64::try_from(per_second).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let figures = self.figures();
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        writeln!(f, "total        {} ms (setup {} ms)", figures.total_ms, figures.setup_ms)?;
+        writeln!(f, "downtime     {} ms", figures.downtime_ms)?;
+        writeln!(f, "RAM          {:.1} MiB", mib(figures.ram_bytes))?;
+        writeln!(
+            f,
+            "on the wire  {:.1} MiB at {:.1} MiB/s",
+            mib(figures.wire_bytes),
+            mib(figures.throughput_bytes_per_s)
+        )?;
+        writeln!(
+            f,
+            "pages        {} normal, {} zero, {} xbzrle in {} rounds",
+            figures.pages_normal, figures.pages_zero, figures.pages_xbzrle, figures.rounds
+        )?;
+        write!(f, "channels     {} ({})", figures.channels, figures.codec)
+    }
+}

@@ -1,0 +1,143 @@
+//! What source and destination share: the stop switch, the channels that are open, the counters.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use multifd_transports::Channel;
+
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::workers::StopSwitch;
+
+/// How long a peer may keep us waiting by default: for a connection, an answer, the rest of a packet.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Plain numbers about a migration that is under way; all of them only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes of guest RAM in all blocks. 0 until the list of blocks is known.
+    pub ram_bytes: u64,
+    /// Bytes on the wire, all channels, both directions.
+    pub wire_bytes: u64,
+    /// Pages that went with their content, compressed or not.
+    pub pages_normal: u64,
+    /// Pages that went as "is zero".
+    pub pages_zero: u64,
+    /// Pages that went as a difference to their older content.
+    pub pages_xbzrle: u64,
+    /// Passes over RAM (dirty sync count).
+    pub rounds: u64,
+    /// Parallel channels; 0 while there is only the main one.
+    pub channels: u64,
+}
+
+/// Reads the progress of a migration from any thread.
+#[derive(Clone)]
+pub struct ProgressReader(Arc<Session>);
+
+/// Cancels a migration from any thread: everything that waits is woken, the migration ends with [`ErrorKind::Cancelled`].
+#[derive(Clone)]
+pub struct Canceller(Arc<Session>);
+
+pub(crate) struct Session {
+    pub(crate) stop: StopSwitch,
+    pub(crate) started: Instant,
+    pub(crate) timeout: Duration,
+    pub(crate) counters: Counters,
+    channels: Mutex<Vec<Arc<Channel>>>,
+}
+
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub(crate) ram_bytes: AtomicU64,
+    pub(crate) pages_normal: AtomicU64,
+    pub(crate) pages_zero: AtomicU64,
+    pub(crate) pages_xbzrle: AtomicU64,
+    pub(crate) rounds: AtomicU64,
+    pub(crate) channels: AtomicU64,
+}
+
+impl Session {
+    pub(crate) fn new(timeout: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            stop: StopSwitch::default(),
+            started: Instant::now(),
+            timeout,
+            counters: Counters::default(),
+            channels: Mutex::default(),
+        })
+    }
+
+    /// Makes a new connection part of the migration: its silence is limited, its bytes are counted.
+    ///
+    /// The caller registers what wakes it when the migration stops: `main` says goodbye first, the others just close.
+    pub(crate) fn adopt(&self, channel: Channel, phase: Phase) -> Result<Arc<Channel>> {
+        channel
+            .set_silence_limit(Some(self.timeout))
+            .map_err(|error| Error::io(phase, "setting up the socket", error).on(channel.peer()))?;
+        let channel = Arc::new(channel);
+        self.lock_channels().push(Arc::clone(&channel));
+        Ok(channel)
+    }
+
+    /// Shuts the channel's socket down when the migration stops, which wakes whoever reads or writes it.
+    pub(crate) fn close_on_stop(&self, channel: &Channel) {
+        let closer = channel.closer();
+        self.stop.on_trip(move || closer.close());
+    }
+
+    /// Shuts every socket down, at the regular end.
+    pub(crate) fn close_channels(&self) {
+        self.lock_channels().iter().for_each(|channel| channel.closer().close());
+    }
+
+    pub(crate) fn wire_bytes(&self) -> u64 {
+        self.lock_channels().iter().map(|channel| channel.bytes_sent() + channel.bytes_received()).sum()
+    }
+
+    pub(crate) fn progress(&self) -> Progress {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.counters;
+        Progress {
+            ram_bytes: read(&counters.ram_bytes),
+            wire_bytes: self.wire_bytes(),
+            pages_normal: read(&counters.pages_normal),
+            pages_zero: read(&counters.pages_zero),
+            pages_xbzrle: read(&counters.pages_xbzrle),
+            rounds: read(&counters.rounds),
+            channels: read(&counters.channels),
+        }
+    }
+
+    fn lock_channels(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Channel>>> {
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Counters {
+    pub(crate) fn add(counter: &AtomicU64, count: usize) {
+        counter.fetch_add(count as u64, Ordering::Relaxed);
+    }
+}
+
+impl ProgressReader {
+    pub(crate) fn new(session: &Arc<Session>) -> Self {
+        Self(Arc::clone(session))
+    }
+
+    /// The numbers now.
+    pub fn now(&self) -> Progress {
+        self.0.progress()
+    }
+}
+
+impl Canceller {
+    pub(crate) fn new(session: &Arc<Session>) -> Self {
+        Self(Arc::clone(session))
+    }
+
+    /// Cancels. Has no effect on a migration that has ended.
+    pub fn cancel(&self) {
+        self.0.stop.trip(Error::new(ErrorKind::Cancelled, Phase::Active, "cancelled by the caller"));
+    }
+}

@@ -1,0 +1,126 @@
+//! Writing the section stream on the main channel.
+
+use std::sync::Arc;
+
+use multifd_transports::Channel;
+use multifd_wire::{Command, Configuration, Footer, Item, RamRecord, SectionHead, SectionId, StreamHeader};
+
+use super::outgoing::OutgoingRam;
+use super::rounds::{BlockNaming, ZeroMail};
+use crate::error::{Error, Phase, Result};
+use crate::ram::PAGE_SIZE;
+
+/// The RAM section's number in our streams. Any would do; QEMU's x86 machines use this one.
+const RAM_ID: SectionId = SectionId(1);
+const RAM_VERSION: u32 = 4;
+
+/// Bytes gathered before they are sent, when nothing else calls for it: QEMU's own buffer.
+const FLUSH_AT: usize = 32 << 10;
+
+/// Writes items; nothing is on the wire before [`MainStream::flush`] or a full buffer.
+pub(super) struct MainStream {
+    channel: Arc<Channel>,
+    buffer: Vec<u8>,
+    naming: BlockNaming,
+    phase: Phase,
+}
+
+impl MainStream {
+    pub(super) fn new(channel: Arc<Channel>) -> Self {
+        Self {
+            channel,
+            buffer: Vec::with_capacity(2 * FLUSH_AT),
+            naming: BlockNaming::default(),
+            phase: Phase::Setup,
+        }
+    }
+
+    /// The phase that errors name from now on.
+    pub(super) fn enter(&mut self, phase: Phase) {
+        self.phase = phase;
+    }
+
+    pub(super) fn channel(&self) -> &Arc<Channel> {
+        &self.channel
+    }
+
+    pub(super) fn header(&mut self, configuration: &Configuration) {
+        StreamHeader.encode(&mut self.buffer);
+        configuration.encode(&mut self.buffer);
+    }
+
+    pub(super) fn command(&mut self, command: Command) -> Result<()> {
+        Item::Command(command).encode(&mut self.buffer);
+        self.flush()
+    }
+
+    /// Begins the RAM section with the list of blocks.
+    pub(super) fn ram_start(&mut self, ram: &OutgoingRam) {
+        let head =
+            SectionHead { id: RAM_ID, idstr: "ram".to_owned(), instance_id: 0, version_id: RAM_VERSION };
+        Item::SectionStart(head).encode(&mut self.buffer);
+        self.record(&RamRecord::MemSize { total: ram.total_bytes() });
+        ram.list().for_each(|entry| entry.encode(&mut self.buffer));
+    }
+
+    pub(super) fn ram_part(&mut self) {
+        Item::SectionPart(RAM_ID).encode(&mut self.buffer);
+    }
+
+    pub(super) fn ram_end(&mut self) {
+        Item::SectionEnd(RAM_ID).encode(&mut self.buffer);
+    }
+
+    /// Closes the section item that is open, and sends it.
+    pub(super) fn end_of_section(&mut self) -> Result<()> {
+        self.record(&RamRecord::EndOfSection);
+        Footer(RAM_ID).encode(&mut self.buffer);
+        self.flush()
+    }
+
+    pub(super) fn record(&mut self, record: &RamRecord) {
+        record.encode(PAGE_SIZE, &mut self.buffer);
+    }
+
+    /// Zero pages of one block.
+    pub(super) fn zero_pages(&mut self, ram: &OutgoingRam, mail: &ZeroMail) -> Result<()> {
+        let Some(block) = ram.blocks.get(mail.block) else { return Ok(()) };
+        for offset in &mail.offsets {
+            let block = self.naming.refer(mail.block, block.block.name());
+            self.record(&RamRecord::Zero { offset: *offset, block });
+        }
+        if self.buffer.len() >= FLUSH_AT { self.flush() } else { Ok(()) }
+    }
+
+    /// How a page record of the block names it, after all records so far.
+    pub(super) fn naming(&mut self) -> &mut BlockNaming {
+        &mut self.naming
+    }
+
+    /// What is not sent yet. Whoever sends something else meanwhile sends this first.
+    pub(super) fn unsent(&mut self) -> &mut Vec<u8> {
+        &mut self.buffer
+    }
+
+    /// Sends bytes as they are, after what is buffered.
+    pub(super) fn raw(&mut self, bytes: &[u8]) -> Result<()> {
+        self.flush()?;
+        self.channel.send_all(bytes).map_err(|error| self.error(error))
+    }
+
+    pub(super) fn flush(&mut self) -> Result<()> {
+        if !self.buffer.is_empty() {
+            self.channel.send_all(&self.buffer).map_err(|error| self.error(error))?;
+            self.buffer.clear();
+        }
+        Ok(())
+    }
+
+    pub(super) fn error(&self, error: std::io::Error) -> Error {
+        Error::io(self.phase, "sending", error).on(self.name())
+    }
+
+    pub(super) fn name(&self) -> String {
+        format!("main ({})", self.channel.peer())
+    }
+}

@@ -1,0 +1,80 @@
+//! The return path, from the source's end: what the destination tells us.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use multifd_transports::Channel;
+use multifd_wire::ReturnMessage;
+
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::workers::{Crew, Monitor, StopSwitch};
+
+/// Reads the return path on a thread of its own until SHUT, the destination's last word.
+pub(super) struct ReturnPathReader {
+    arrived: Monitor<bool>,
+    stop: StopSwitch,
+}
+
+impl ReturnPathReader {
+    pub(super) fn start(channel: Arc<Channel>, crew: &Crew) -> Result<Self> {
+        let arrived = Monitor::new(false, crew.stop());
+        let reader = Self { arrived: arrived.clone(), stop: crew.stop().clone() };
+        let stop = crew.stop().clone();
+        crew.spawn("mig-return", Phase::Setup, move || {
+            read(&channel, &arrived, &stop)
+                .map_err(|error| error.on(format!("return path ({})", channel.peer())))
+        })?;
+        Ok(reader)
+    }
+
+    /// Waits for SHUT(0). An error if something else ends the migration, or nothing does within `patience`.
+    pub(super) fn wait(&self, patience: Duration) -> Result<()> {
+        self.arrived.wait(&self.stop, Some(patience), |arrived| arrived.then_some(())).ok_or_else(|| {
+            let detail =
+                format!("the destination did not confirm within {patience:?}; it may run the guest or not");
+            Error::new(ErrorKind::Deadline, Phase::Commit, detail).on("return path")
+        })
+    }
+}
+
+fn read(channel: &Channel, arrived: &Monitor<bool>, stop: &StopSwitch) -> Result<()> {
+    let mut bytes = Vec::new();
+    loop {
+        while let Some((message, used)) =
+            ReturnMessage::parse(&bytes).map_err(|invalid| Error::invalid(Phase::Active, invalid))?
+        {
+            bytes.drain(..used);
+            if on_message(&message)? {
+                arrived.update(|arrived| *arrived = true);
+                return Ok(());
+            }
+        }
+        let mut chunk = [0; 1024];
+        match channel.recv(&mut chunk) {
+            Ok(0) => {
+                let detail = "the destination closed the return path without SHUT: the guest did not arrive";
+                return Err(Error::new(ErrorKind::Transport, Phase::Active, detail));
+            }
+            Ok(received) => bytes.extend_from_slice(chunk.get(..received).unwrap_or_default()),
+            // It speaks when it has something to say.
+            Err(error) if error.kind() == io::ErrorKind::TimedOut && !stop.tripped() => {}
+            Err(error) => return Err(Error::io(Phase::Active, "reading", error)),
+        }
+    }
+}
+
+/// True for the last message, SHUT(0).
+fn on_message(message: &ReturnMessage) -> Result<bool> {
+    tracing::debug!(?message, "return path");
+    match message {
+        ReturnMessage::Shut(0) => Ok(true),
+        // Whatever we sent, the guest does not run there: the phase says that it may run here.
+        ReturnMessage::Shut(status) => {
+            let detail = format!("the destination failed and reported status {status}");
+            Err(Error::new(ErrorKind::PeerAborted(*status), Phase::Device, detail))
+        }
+        ReturnMessage::Hello(_) | ReturnMessage::Pong(_) | ReturnMessage::SwitchoverAck => Ok(false),
+        other => Err(Error::incompatible(Phase::Active, format!("{other:?}: postcopy is not supported"))),
+    }
+}

@@ -1,0 +1,121 @@
+//! How the main thread hands a round to the workers, and learns that all of them are through.
+
+use std::sync::Arc;
+
+use multifd_wire::BlockRef;
+
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::ram::Round;
+use crate::workers::{Monitor, StopSwitch};
+
+/// Zero pages of one block, found by a worker, to be announced on the main channel.
+#[derive(Debug)]
+pub(super) struct ZeroMail {
+    /// Index of the block.
+    pub(super) block: usize,
+    pub(super) offsets: Vec<u64>,
+}
+
+/// Letters of at most one batch each that may wait for the main thread: 1024 of 1 KiB.
+const MAX_MAIL: usize = 1024;
+
+/// The meeting place of main thread and workers.
+#[derive(Clone)]
+pub(super) struct Rounds {
+    state: Monitor<State>,
+    stop: StopSwitch,
+    workers: usize,
+}
+
+#[derive(Default)]
+struct State {
+    /// The round under way, or the last one.
+    number: u64,
+    round: Option<Arc<Round>>,
+    /// Workers whose SYNC of this round is out.
+    done: usize,
+    mail: Vec<ZeroMail>,
+    closing: bool,
+}
+
+/// What a worker does next.
+pub(super) enum Work {
+    /// Send the pages of a round, then SYNC.
+    Round(u64, Arc<Round>),
+    /// The migration is complete: end the channel.
+    Close,
+}
+
+impl Rounds {
+    pub(super) fn new(stop: &StopSwitch, workers: usize) -> Self {
+        Self { state: Monitor::new(State::default(), stop), stop: stop.clone(), workers }
+    }
+
+    pub(super) fn workers(&self) -> usize {
+        self.workers
+    }
+
+    /// Main: starts a round, passes on the zero pages that workers find, returns when every SYNC is out.
+    pub(super) fn run(&self, round: Round, mut on_zero: impl FnMut(ZeroMail) -> Result<()>) -> Result<()> {
+        self.state.update(|state| {
+            state.number += 1;
+            state.round = Some(Arc::new(round));
+            state.done = 0;
+        });
+        loop {
+            let (mail, done) = self.wait(|state| {
+                let done = state.done == self.workers;
+                (done || !state.mail.is_empty()).then(|| (std::mem::take(&mut state.mail), done))
+            })?;
+            // Workers that wait for room in the mail.
+            self.state.update(|_| ());
+            mail.into_iter().try_for_each(&mut on_zero)?;
+            if done {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Main: lets the workers end their channels.
+    pub(super) fn close(&self) {
+        self.state.update(|state| state.closing = true);
+    }
+
+    /// Worker: waits for a round after `last`.
+    pub(super) fn next(&self, last: u64) -> Result<Work> {
+        self.wait(|state| match &state.round {
+            Some(round) if state.number > last => Some(Work::Round(state.number, Arc::clone(round))),
+            _ => state.closing.then_some(Work::Close),
+        })
+    }
+
+    /// Worker: its SYNC is out.
+    pub(super) fn done(&self) {
+        self.state.update(|state| state.done += 1);
+    }
+
+    /// Worker: has the main thread announce zero pages.
+    pub(super) fn post(&self, mail: ZeroMail) -> Result<()> {
+        self.wait(|state| (state.mail.len() < MAX_MAIL).then_some(()))?;
+        self.state.update(|state| state.mail.push(mail));
+        Ok(())
+    }
+
+    fn wait<R>(&self, ready: impl FnMut(&mut State) -> Option<R>) -> Result<R> {
+        self.state
+            .wait(&self.stop, None, ready)
+            .ok_or_else(|| Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"))
+    }
+}
+
+/// Names a block once and refers to it afterwards, as CONTINUE allows within one channel.
+#[derive(Default)]
+pub(super) struct BlockNaming {
+    last: Option<usize>,
+}
+
+impl BlockNaming {
+    pub(super) fn refer(&mut self, block: usize, name: &multifd_wire::BlockName) -> BlockRef {
+        if self.last.replace(block) == Some(block) { BlockRef::Same } else { BlockRef::Named(name.clone()) }
+    }
+}

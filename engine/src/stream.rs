@@ -1,0 +1,118 @@
+//! Reading the section stream from the main channel: bytes are buffered until a whole thing can be parsed.
+
+use std::sync::Arc;
+
+use multifd_transports::Channel;
+use multifd_wire::Parsed;
+
+use crate::error::{Error, ErrorKind, Phase, Result};
+
+/// Bytes asked of the kernel at a time: 256 KiB. Larger falls out of the L2 cache before it is copied to its page.
+const BUFFER_LEN: usize = 256 << 10;
+
+/// Longest thing that is parsed whole; a RAM_DISCARD command, the longest of the wire, is below 64 KiB + 5.
+const LONGEST_ITEM: usize = 128 << 10;
+
+/// A cursor over the bytes that arrive on the main channel.
+pub(crate) struct StreamReader {
+    channel: Arc<Channel>,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    /// Bytes of the stream before `start`, for error texts.
+    position: u64,
+}
+
+impl StreamReader {
+    pub(crate) fn new(channel: Arc<Channel>) -> Self {
+        Self { channel, buffer: vec![0; BUFFER_LEN].into(), start: 0, end: 0, position: 0 }
+    }
+
+    /// What has arrived and was not taken yet.
+    pub(crate) fn buffered(&self) -> &[u8] {
+        self.buffer.get(self.start..self.end).unwrap_or_default()
+    }
+
+    /// Takes the next `count` bytes off; `count` may not be more than what is buffered.
+    pub(crate) fn consume(&mut self, count: usize) {
+        debug_assert!(count <= self.end - self.start);
+        self.start += count;
+        self.position += count as u64;
+    }
+
+    /// Parses the next thing, waiting for as many bytes as it takes. `what` names it in errors.
+    pub(crate) fn next<T>(
+        &mut self,
+        phase: Phase,
+        what: &'static str,
+        parse: impl Fn(&[u8]) -> Parsed<T>,
+    ) -> Result<T> {
+        loop {
+            match parse(self.buffered()) {
+                Ok(Some((value, used))) => {
+                    self.consume(used);
+                    return Ok(value);
+                }
+                Ok(None) if self.buffered().len() >= LONGEST_ITEM => {
+                    let detail =
+                        format!("{what} at byte {} is longer than {LONGEST_ITEM} bytes", self.position);
+                    return Err(Error::new(ErrorKind::InvalidStream, phase, detail).on(self.name()));
+                }
+                Ok(None) => self.more(phase, what)?,
+                Err(invalid) => {
+                    let detail = format!("{what} at byte {} is invalid", self.position);
+                    return Err(Error::new(ErrorKind::InvalidStream, phase, detail)
+                        .on(self.name())
+                        .because(invalid));
+                }
+            }
+        }
+    }
+
+    /// The next `count` bytes, which stay in the buffer until [`StreamReader::consume`]. At most a page or two.
+    pub(crate) fn bytes(&mut self, phase: Phase, what: &'static str, count: usize) -> Result<&[u8]> {
+        while self.end - self.start < count {
+            self.more(phase, what)?;
+        }
+        Ok(self.buffer.get(self.start..self.start + count).unwrap_or_default())
+    }
+
+    /// Reads on; an end of the stream is an error: `what` was still due.
+    pub(crate) fn more(&mut self, phase: Phase, what: &'static str) -> Result<()> {
+        if self.fill(phase, what)? {
+            return Ok(());
+        }
+        let have = self.position + self.buffered().len() as u64;
+        let detail = format!("the stream ended after {have} bytes, {what} was expected");
+        Err(Error::new(ErrorKind::Transport, phase, detail).on(self.name()))
+    }
+
+    /// Reads on; false at the end of the stream.
+    pub(crate) fn fill(&mut self, phase: Phase, what: &'static str) -> Result<bool> {
+        if self.end == self.buffer.len() || self.start == self.end {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        let free = self.buffer.get_mut(self.end..).unwrap_or_default();
+        match self.channel.recv(free) {
+            Ok(received) => {
+                self.end += received;
+                Ok(received > 0)
+            }
+            Err(error) => {
+                Err(Error::io(phase, format_args!("waiting for {what} at byte {}", self.position), error)
+                    .on(self.name()))
+            }
+        }
+    }
+
+    /// `main (tcp:10.0.0.7:51234)`
+    pub(crate) fn name(&self) -> String {
+        format!("main ({})", self.channel.peer())
+    }
+
+    pub(crate) fn channel(&self) -> &Arc<Channel> {
+        &self.channel
+    }
+}
