@@ -16,6 +16,7 @@
 
 mod checkpoint;
 mod destination;
+mod dirty;
 mod error;
 mod ram;
 mod report;
@@ -26,6 +27,7 @@ mod workers;
 
 pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, Manifest};
 pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
+pub use dirty::{DirtyLog, DirtyLogError};
 pub use error::{Error, ErrorKind, Phase, Result};
 pub use ram::{DirtyBitmap, HostMemory, PAGE, RamBlock};
 pub use report::{Figures, Report};

@@ -1,0 +1,62 @@
+//! What every source of dirty pages has in common.
+
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use crate::ram::{DirtyBitmap, RamBlock};
+
+/// Notes which pages of guest memory are written: a hypervisor's log, a fault handler's, a device back-end's, your own.
+///
+/// A migration may have any number of them; what they note is OR-ed into one bitmap a block at the start of every round.
+///
+/// # Contract
+/// * Between a `start` that returned and `stop`, no write may be missed: a write that is complete when `sync` is called is in
+///   this `sync` or was in an earlier one; a write that races with it is in this one or the next.
+/// * `sync` takes what it reports off the log. A failed `sync` must have lost nothing: what it took it has reported.
+/// * Reporting too much costs time, never correctness.
+/// * `start`, `sync` and `stop` are called by one thread at a time, the one that drives the migration; they may block for
+///   as long as the guest can bear at a switch-over, since the last `sync` is part of the downtime.
+/// * `stop` is called after every `start`, however the migration ends, also when `start` failed half-way.
+pub trait DirtyLog: Send {
+    /// Names the log in errors and in the downtime ledger: `kvm`, `userfaultfd`.
+    fn name(&self) -> &str;
+
+    /// Begins to note writes to `ram`. What was written before does not matter: every page is sent once after this.
+    ///
+    /// # Errors
+    /// The log cannot be had for this memory. Nothing was sent yet.
+    fn start(&mut self, ram: &[RamBlock]) -> Result<(), DirtyLogError>;
+
+    /// Sets the bits of all pages written since the last call; `bitmaps` has one for each block of `start`, in its order.
+    ///
+    /// # Errors
+    /// The log cannot be read: the migration fails, the guest runs on.
+    fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError>;
+
+    /// Ends the noting, and takes back what `start` did to the guest's memory.
+    fn stop(&mut self);
+}
+
+/// A dirty log could not do its work.
+#[derive(Debug, Error)]
+#[error("{doing}")]
+pub struct DirtyLogError {
+    doing: String,
+    #[source]
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl DirtyLogError {
+    /// `doing` says what was tried: "write-protecting RAM block pc.ram".
+    pub fn new(doing: impl Into<String>) -> Self {
+        Self { doing: doing.into(), source: None }
+    }
+
+    /// Attaches the cause.
+    #[must_use]
+    pub fn because(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+}

@@ -1,0 +1,431 @@
+//! Migrations of a QEMU, on either side: what is set, rounds, the end, and the figures.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value, json};
+
+use crate::{Failure, Outcome, Qemu};
+
+/// Which side of a migration a QEMU is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Side {
+    /// It is started with `-incoming`.
+    Destination,
+    /// Its guest leaves.
+    Source,
+}
+
+/// How the packets of multifd channels are compressed.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Compression {
+    /// Not at all.
+    #[default]
+    None,
+    /// zlib at this level, 0..=9.
+    Zlib(u8),
+    /// zstd at this level, 0..=20.
+    Zstd(u8),
+}
+
+impl Compression {
+    /// QEMU's name of it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Zlib(_) => "zlib",
+            Self::Zstd(_) => "zstd",
+        }
+    }
+}
+
+/// Who looks for zero pages.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ZeroPages {
+    /// The main thread: they travel on the main channel.
+    Legacy,
+    /// The multifd channels (QEMU's default).
+    Multifd,
+    /// Nobody: they travel as data.
+    None,
+}
+
+/// What is set before a migration. The defaults are a plain migration over one connection without a bandwidth
+/// limit.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Number of multifd channels; none = no multifd.
+    pub channels: Option<u8>,
+    /// Compression of multifd packets.
+    pub compression: Compression,
+    /// Capability `return-path`: the destination's verdict decides.
+    pub return_path: bool,
+    /// Who looks for zero pages; none = QEMU's default.
+    pub zero_pages: Option<ZeroPages>,
+    /// Capability `xbzrle`: later rounds send differences. Not with multifd.
+    pub xbzrle: bool,
+    /// Bytes a second, 0 = no limit.
+    pub max_bandwidth: u64,
+    /// How long the guest may stand still.
+    pub downtime_limit: Duration,
+    /// The source stays in its rounds until it began this many, and only then may switch over. Needs a guest
+    /// that keeps writing. 0 and 1 ask for nothing.
+    pub min_rounds: u32,
+    /// More capabilities that are on, for both sides: `validate-uuid`, `postcopy-ram`, `mapped-ram` ...
+    pub capabilities: Vec<&'static str>,
+    /// More parameters, for both sides.
+    pub parameters: Map<String, Value>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            channels: None,
+            compression: Compression::None,
+            return_path: false,
+            zero_pages: None,
+            xbzrle: false,
+            max_bandwidth: 0,
+            downtime_limit: Duration::from_millis(300),
+            min_rounds: 0,
+            capabilities: Vec::new(),
+            parameters: Map::new(),
+        }
+    }
+}
+
+impl Settings {
+    /// The capabilities that are on, for this side.
+    fn capabilities(&self, side: Side) -> Vec<&'static str> {
+        let source = side == Side::Source;
+        let mut on = vec!["events"];
+        on.extend(self.channels.map(|_| "multifd"));
+        on.extend((source && self.return_path).then_some("return-path"));
+        on.extend((source && self.xbzrle).then_some("xbzrle"));
+        on.extend(&self.capabilities);
+        on
+    }
+
+    /// The parameters for this side.
+    fn parameters(&self, side: Side) -> Map<String, Value> {
+        let mut all = self.parameters.clone();
+        let mut set = |name: &str, value: Value| all.insert(name.to_owned(), value);
+        if let Some(channels) = self.channels {
+            set("multifd-channels", channels.into());
+            set("multifd-compression", self.compression.name().into());
+        }
+        if side == Side::Destination {
+            return all;
+        }
+        match self.compression {
+            Compression::None => None,
+            Compression::Zlib(level) => set("multifd-zlib-level", level.into()),
+            Compression::Zstd(level) => set("multifd-zstd-level", level.into()),
+        };
+        if let Some(zero_pages) = self.zero_pages {
+            set("zero-page-detection", zero_pages.name().into());
+        }
+        if self.min_rounds > 1 {
+            set("max-bandwidth", HOLD_BANDWIDTH.into());
+            set("avail-switchover-bandwidth", HOLD_SWITCHOVER_BANDWIDTH.into());
+            set("downtime-limit", 1.into());
+        } else {
+            set("max-bandwidth", self.max_bandwidth.into());
+            set("downtime-limit", millis(self.downtime_limit).into());
+        }
+        all
+    }
+}
+
+/// Bytes a second in the first 100 ms of a migration that is to stay in its rounds. QEMU has no threshold
+/// before these have passed and switches over if the first round is done by then; at this rate it never is.
+const HOLD_BANDWIDTH: u64 = 1 << 20;
+
+/// Bytes a second that QEMU is told to expect of the switchover while it is to stay in its rounds. With a
+/// downtime limit of 1 ms this makes a threshold of 1000 bytes: less than a page, but not nothing (QEMU
+/// collects the dirty pages anew only below the threshold).
+const HOLD_SWITCHOVER_BANDWIDTH: u64 = 1_000_000;
+
+/// Bytes a second that QEMU is told to expect of the switchover when it may end: any number of dirty pages is
+/// few enough.
+const RELEASE_SWITCHOVER_BANDWIDTH: u64 = 1 << 40;
+
+/// Time between two looks at a state that has no event.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+impl ZeroPages {
+    /// QEMU's name of it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Legacy => "legacy",
+            Self::Multifd => "multifd",
+            Self::None => "none",
+        }
+    }
+}
+
+/// How a migration ended, in the words and figures of one QEMU.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// `completed`, `failed` or `cancelled`.
+    pub status: String,
+    /// Why it failed, if QEMU says so.
+    pub error: Option<String>,
+    /// From the command to the end.
+    pub total: Duration,
+    /// How long the guest stood still. The source's estimate.
+    pub downtime: Duration,
+    /// Number of times the dirty pages were collected.
+    pub rounds: u64,
+    /// Bytes on the wire.
+    pub transferred_bytes: u64,
+    /// Pages sent as data, zero pages included if nobody looked for them.
+    pub normal_pages: u64,
+    /// Pages sent as zero.
+    pub zero_pages: u64,
+    /// Pages sent as differences.
+    pub xbzrle_pages: u64,
+    /// Everything that `query-migrate` says.
+    pub all: Value,
+}
+
+impl Report {
+    fn new(all: Value) -> Self {
+        let number = |path| all.pointer(path).and_then(Value::as_u64).unwrap_or(0);
+        let text = |path| all.pointer(path).and_then(Value::as_str).map(str::to_owned);
+        Self {
+            status: text("/status").unwrap_or_else(|| "none".into()),
+            error: text("/error-desc"),
+            total: Duration::from_millis(number("/total-time")),
+            downtime: Duration::from_millis(number("/downtime")),
+            rounds: number("/ram/dirty-sync-count"),
+            transferred_bytes: number("/ram/transferred"),
+            normal_pages: number("/ram/normal"),
+            zero_pages: number("/ram/duplicate"),
+            xbzrle_pages: number("/xbzrle-cache/pages"),
+            all,
+        }
+    }
+
+    /// Whether this is an end, or an intermediate state.
+    pub fn ended(&self) -> bool {
+        ENDS.contains(&self.status.as_str())
+    }
+
+    /// Fails unless the migration was completed.
+    ///
+    /// # Errors
+    /// With QEMU's reason.
+    pub fn check_completed(self) -> Outcome<Self> {
+        if self.status == "completed" {
+            return Ok(self);
+        }
+        let reason = self.error.as_deref().unwrap_or("QEMU says no reason");
+        Err(Failure::new(format!("migration {}: {reason}", self.status)))
+    }
+}
+
+const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];
+
+impl Qemu {
+    /// Sets capabilities and parameters. On a destination before [`Qemu::listen`], on a source before
+    /// [`Qemu::migrate`].
+    ///
+    /// # Errors
+    /// When QEMU refuses one of them.
+    pub fn set_up(&mut self, settings: &Settings, side: Side) -> Outcome {
+        let on = settings.capabilities(side);
+        let list: Vec<Value> = on.iter().map(|name| json!({ "capability": name, "state": true })).collect();
+        self.execute("migrate-set-capabilities", json!({ "capabilities": list }))?;
+        self.execute("migrate-set-parameters", Value::Object(settings.parameters(side))).map(drop)
+    }
+
+    /// Listens for a source (QEMU was started with `-incoming defer`). Gives the URI to connect to: for
+    /// `tcp:127.0.0.1:0` with the port that was free. A migration that fails leaves QEMU running, so that the
+    /// reason can be asked for.
+    ///
+    /// # Errors
+    /// When QEMU cannot listen there.
+    pub fn listen(&mut self, uri: &str) -> Outcome<String> {
+        self.forget_events();
+        self.execute("migrate-incoming", json!({ "uri": uri, "exit-on-error": false }))?;
+        let report = self.migration()?;
+        let port = report.all.pointer("/socket-address/0/port").and_then(Value::as_str);
+        Ok(match (uri.strip_suffix(":0"), port) {
+            (Some(host), Some(port)) => format!("{host}:{port}"),
+            _ => uri.to_owned(),
+        })
+    }
+
+    /// Starts to migrate to `uri`.
+    ///
+    /// # Errors
+    /// When QEMU refuses; a peer that cannot be reached is a migration that fails, see [`Qemu::wait_end`].
+    pub fn migrate(&mut self, uri: &str) -> Outcome {
+        self.forget_events();
+        self.execute("migrate", json!({ "uri": uri })).map(drop)
+    }
+
+    /// Lets a migration run to its end: keeps it in its rounds until there were `min_rounds` of them, then
+    /// allows the switchover.
+    ///
+    /// # Errors
+    /// When it does not end in time, completes in fewer rounds, or QEMU is gone. A migration that fails or is
+    /// cancelled is no error here: see [`Report::check_completed`].
+    pub fn settle(&mut self, settings: &Settings, within: Duration) -> Outcome<Report> {
+        if settings.min_rounds > 1 {
+            self.wait_first_window(within)?;
+            self.set_parameter("max-bandwidth", settings.max_bandwidth)?;
+            self.wait_rounds(settings.min_rounds, within)?;
+            self.set_parameter("downtime-limit", millis(settings.downtime_limit))?;
+            self.set_parameter("avail-switchover-bandwidth", RELEASE_SWITCHOVER_BANDWIDTH)?;
+        }
+        let report = self.wait_end(within)?;
+        if report.status == "completed" && report.rounds < settings.min_rounds.into() {
+            let Settings { min_rounds, .. } = settings;
+            return Err(Failure::new(format!("{} migration rounds, asked for {min_rounds}", report.rounds)));
+        }
+        Ok(report)
+    }
+
+    /// Waits until the source collected dirty pages for the `rounds`th time, or the migration ended.
+    ///
+    /// # Errors
+    /// When there are fewer after `within` or QEMU is gone.
+    pub fn wait_rounds(&mut self, rounds: u32, within: Duration) -> Outcome {
+        self.look_until(format_args!("migration round {rounds}"), within, |report| {
+            report.rounds >= rounds.into() || report.ended()
+        })
+    }
+
+    /// Changes a parameter, also while a migration runs.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub fn set_parameter(&mut self, name: &str, value: impl Into<Value>) -> Outcome {
+        let mut parameters = Map::new();
+        parameters.insert(name.to_owned(), value.into());
+        self.execute("migrate-set-parameters", Value::Object(parameters)).map(drop)
+    }
+
+    /// Waits until QEMU has measured the bandwidth once.
+    fn wait_first_window(&mut self, within: Duration) -> Outcome {
+        self.look_until("migration bandwidth", within, |report| {
+            let measured = report.all.pointer("/ram/mbps").and_then(Value::as_f64);
+            measured.is_some_and(|rate| rate > 0.0) || report.ended()
+        })
+    }
+
+    fn look_until(
+        &mut self,
+        what: impl std::fmt::Display,
+        within: Duration,
+        done: impl Fn(&Report) -> bool,
+    ) -> Outcome {
+        let deadline = Instant::now() + within;
+        loop {
+            let report = self.migration()?;
+            if done(&report) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(Failure::new(format!("no {what} within {within:?}; {}", report.all)));
+            }
+            self.gather_events(LOOK_AGAIN)?;
+        }
+    }
+
+    /// Waits for this status of the migration, `pre-switchover` or `postcopy-active` for example.
+    ///
+    /// # Errors
+    /// When the time is over, the migration ends with another status, or QEMU is gone.
+    pub fn wait_status(&mut self, status: &str, within: Duration) -> Outcome<Report> {
+        let report = self.migration()?;
+        if report.status == status || report.ended() {
+            return expect_status(report, status);
+        }
+        self.wait_event(format_args!("migration status {status}"), within, |event| {
+            is_end(event) || event.pointer("/data/status").and_then(Value::as_str) == Some(status)
+        })?;
+        expect_status(self.migration()?, status)
+    }
+
+    /// Waits until the migration completed, failed or was cancelled.
+    ///
+    /// # Errors
+    /// When the time is over or QEMU is gone.
+    pub fn wait_end(&mut self, within: Duration) -> Outcome<Report> {
+        let report = self.migration()?;
+        if report.ended() {
+            return Ok(report);
+        }
+        self.wait_event("the end of the migration", within, is_end)?;
+        self.migration()
+    }
+
+    /// Waits until the migration completed.
+    ///
+    /// # Errors
+    /// When it failed or was cancelled (the failure quotes QEMU's reason and its stderr, where the details
+    /// are), or the time is over.
+    pub fn wait_completed(&mut self, within: Duration) -> Outcome<Report> {
+        let report = self.wait_end(within)?;
+        report.check_completed().map_err(|failure| self.explain(failure))
+    }
+
+    /// Cancels the migration; the source's guest runs on.
+    ///
+    /// # Errors
+    /// When QEMU is gone.
+    pub fn cancel(&mut self) -> Outcome {
+        self.execute("migrate_cancel", json!({})).map(drop)
+    }
+
+    /// State and figures of the migration now.
+    ///
+    /// # Errors
+    /// When QEMU is gone.
+    pub fn migration(&mut self) -> Outcome<Report> {
+        Ok(Report::new(self.execute("query-migrate", json!({}))?))
+    }
+}
+
+/// Moves a guest from one QEMU to another over `uri`, which both can reach. The destination was started with
+/// `-incoming defer`; with `-S` its guest stays paused. Gives the source's figures.
+///
+/// # Errors
+/// When one of the two fails or it does not end in time.
+pub fn run(
+    source: &mut Qemu,
+    destination: &mut Qemu,
+    uri: &str,
+    settings: &Settings,
+    within: Duration,
+) -> Outcome<Report> {
+    destination.set_up(settings, Side::Destination)?;
+    source.set_up(settings, Side::Source)?;
+    let uri = destination.listen(uri)?;
+    source.migrate(&uri)?;
+    let report = source.settle(settings, within)?;
+    // The details of a source's failure are often in what the destination said.
+    let report = report.check_completed().map_err(|failure| destination.explain(source.explain(failure)))?;
+    destination.wait_completed(within)?;
+    Ok(report)
+}
+
+fn is_end(event: &Value) -> bool {
+    let status = event.pointer("/data/status").and_then(Value::as_str);
+    event.get("event").is_some_and(|name| name == "MIGRATION")
+        && status.is_some_and(|status| ENDS.contains(&status))
+}
+
+fn expect_status(report: Report, status: &str) -> Outcome<Report> {
+    if report.status == status {
+        return Ok(report);
+    }
+    let reason = report.error.as_deref().unwrap_or("QEMU says no reason");
+    Err(Failure::new(format!("migration status is {} ({reason}), {status} was expected", report.status)))
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
