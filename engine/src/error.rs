@@ -37,6 +37,8 @@ pub enum ErrorKind {
     Incompatible,
     /// Bytes that no sound peer sends.
     InvalidStream,
+    /// The guest writes faster than its pages can be sent, and the limits say to give up.
+    NotConverging,
     /// A thread of ours panicked: a bug of ours.
     Panicked,
     /// The peer reported a failure of its own, with this status.

@@ -15,24 +15,29 @@
 //! engine's own, one a channel, and end with the migration, whatever ends it. Nothing asks for an async runtime.
 
 mod checkpoint;
+mod convergence;
 mod destination;
+mod dialect;
 mod dirty;
 mod error;
 mod ram;
 mod report;
 mod session;
 mod source;
+mod state;
 mod stream;
 mod workers;
 
 pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, Manifest};
+pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
 pub use dirty::{DirtyLog, DirtyLogError};
 pub use error::{Error, ErrorKind, Phase, Result};
 pub use ram::{DirtyBitmap, HostMemory, PAGE, RamBlock};
 pub use report::{Figures, Report};
 pub use session::{Canceller, DEFAULT_TIMEOUT, Progress, ProgressReader};
-pub use source::{DeviceState, Precopy, Source, SourceBuilder, StopCopy, ZeroPages};
+pub use source::{Control, DeviceState, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats, ZeroPages};
+pub use state::MigrationState;
 
 pub use multifd_codecs as codecs;
 pub use multifd_transports as transports;

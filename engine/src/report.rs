@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::convergence::{DowntimeLedger, RoundRecord};
 use crate::session::{Progress, Session};
+use crate::source::XbzrleStats;
 
 /// The account of a migration that has ended well.
 #[derive(Clone, Debug)]
@@ -23,6 +25,12 @@ pub struct Report {
     pub codec: String,
     /// The destination said that it has the guest.
     pub confirmed: bool,
+    /// What the downtime was made of. All zero at a destination.
+    pub ledger: DowntimeLedger,
+    /// What was decided after each round, and why. Empty at a destination.
+    pub decisions: Vec<RoundRecord>,
+    /// What the xbzrle cache has done, if there was one.
+    pub xbzrle: Option<XbzrleStats>,
 }
 
 /// The same as plain numbers, under the names that scripts know.
@@ -52,6 +60,9 @@ impl Report {
             progress: session.progress(),
             codec,
             confirmed: true,
+            ledger: DowntimeLedger::default(),
+            decisions: Vec::new(),
+            xbzrle: None,
         }
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use multifd_transports::Channel;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::state::MigrationState;
 use crate::workers::StopSwitch;
 
 /// How long a peer may keep us waiting by default: for a connection, an answer, the rest of a packet.
@@ -45,6 +46,7 @@ pub(crate) struct Session {
     pub(crate) timeout: Duration,
     pub(crate) counters: Counters,
     channels: Mutex<Vec<Arc<Channel>>>,
+    state: Mutex<MigrationState>,
 }
 
 #[derive(Default)]
@@ -65,6 +67,7 @@ impl Session {
             timeout,
             counters: Counters::default(),
             channels: Mutex::default(),
+            state: Mutex::default(),
         })
     }
 
@@ -109,6 +112,40 @@ impl Session {
         }
     }
 
+    pub(crate) fn state(&self) -> MigrationState {
+        *self.lock_state()
+    }
+
+    /// Goes on to `next`, if the table of transitions lets it.
+    pub(crate) fn enter(&self, next: MigrationState) -> Result<()> {
+        let mut state = self.lock_state();
+        if !state.may_become(next) {
+            let detail = format!("the migration is {}, it cannot become {next}", *state);
+            return Err(Error::new(ErrorKind::Cancelled, Phase::Active, detail));
+        }
+        *state = next;
+        Ok(())
+    }
+
+    /// The guest has moved. Whatever else happened meanwhile, a cancel above all, came too late.
+    pub(crate) fn complete(&self) {
+        *self.lock_state() = MigrationState::Completed;
+    }
+
+    /// The switch has tripped: cancelled if somebody wanted that, else failed.
+    pub(crate) fn note_end_of_failed(&self) {
+        let mut state = self.lock_state();
+        if *state == MigrationState::Cancelling {
+            *state = MigrationState::Cancelled;
+        } else if state.may_become(MigrationState::Failed) {
+            *state = MigrationState::Failed;
+        }
+    }
+
+    fn lock_state(&self) -> std::sync::MutexGuard<'_, MigrationState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock_channels(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Channel>>> {
         self.channels.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -138,6 +175,8 @@ impl Canceller {
 
     /// Cancels. Has no effect on a migration that has ended.
     pub fn cancel(&self) {
+        // Not an error: what is over cannot be cancelled.
+        let _ = self.0.enter(MigrationState::Cancelling);
         self.0.stop.trip(Error::new(ErrorKind::Cancelled, Phase::Active, "cancelled by the caller"));
     }
 }

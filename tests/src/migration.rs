@@ -349,17 +349,29 @@ impl Qemu {
         expect_status(self.migration()?, status)
     }
 
-    /// Waits until the migration completed, failed or was cancelled.
+    /// Waits until the migration completed, failed or was cancelled, and the run state says so too:
+    /// `postmigrate` or again `running` on a source.
     ///
     /// # Errors
     /// When the time is over or QEMU is gone.
     pub fn wait_end(&mut self, within: Duration) -> Outcome<Report> {
-        let report = self.migration()?;
-        if report.ended() {
-            return Ok(report);
+        if !self.migration()?.ended() {
+            self.wait_event("the end of the migration", within, is_end)?;
         }
-        self.wait_event("the end of the migration", within, is_end)?;
+        self.leave_finish_migrate(within)?;
         self.migration()
+    }
+
+    /// A source reports the end of the migration a moment before its guest's run state follows.
+    fn leave_finish_migrate(&mut self, within: Duration) -> Outcome {
+        let deadline = Instant::now() + within;
+        while self.run_state()? == "finish-migrate" {
+            if Instant::now() >= deadline {
+                return Err(Failure::new(format!("the run state is still finish-migrate after {within:?}")));
+            }
+            self.gather_events(LOOK_AGAIN)?;
+        }
+        Ok(())
     }
 
     /// Waits until the migration completed.

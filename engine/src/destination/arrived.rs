@@ -85,6 +85,7 @@ impl Arrived {
         self.ended = true;
         // The point of no return: a source that has read this has handed its guest over.
         let told = self.return_path.shut();
+        self.shared.session.complete();
         let total = self.shared.session.started.elapsed();
         self.shared.gate.drain(LINGER);
         let report = Report::of(&self.shared.session, total, self.codec());

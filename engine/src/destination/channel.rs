@@ -11,6 +11,7 @@ use multifd_wire::{
 
 use super::landing::{Landing, Landings};
 use super::shared::{DevicePacket, Shared};
+use crate::dialect;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{IoVecs, PAGE, PAGE_SIZE};
 use crate::session::Counters;
@@ -136,6 +137,9 @@ impl ChannelWorker {
     }
 
     fn pages(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+        if packet.flags().codec() == dialect::DELTA_CODEC && self.shared.speaks_dialect() {
+            return self.receive_deltas(landing, packet);
+        }
         let codec = self.shared.codec(packet.flags())?;
         if packet.normal_pages() > 0 {
             if codec.id() == CodecId::NONE {
@@ -178,12 +182,35 @@ impl ChannelWorker {
         })
     }
 
-    fn receive_decoded(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+    /// A packet of the multifd dialect: differences to what is in guest memory.
+    fn receive_deltas(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+        self.receive_payload(packet)?;
+        let mut payload = &self.payload[..];
+        for offset in packet.normal_offsets() {
+            landing.apply(landing.page_at(offset)?, dialect::take_delta(&mut payload)?)?;
+        }
+        if !payload.is_empty() || packet.zero_pages() > 0 {
+            let detail = format!(
+                "{} bytes and {} zero pages too many with differences",
+                payload.len(),
+                packet.zero_pages()
+            );
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        Counters::add(&self.shared.session.counters.pages_xbzrle, packet.normal_pages());
+        Ok(())
+    }
+
+    fn receive_payload(&mut self, packet: &RamPacket<'_>) -> Result<()> {
         let mut payload = std::mem::take(&mut self.payload);
         payload.resize(packet.payload_len(), 0);
         self.receive(Phase::Active, "a packet's payload", &mut payload)?;
         self.payload = payload;
+        Ok(())
+    }
 
+    fn receive_decoded(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+        self.receive_payload(packet)?;
         self.pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
         let pages = self.pages.get_mut(..packet.normal_pages() * PAGE).unwrap_or_default();
         if let Some(decoder) = &mut self.decoder {

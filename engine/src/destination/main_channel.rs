@@ -20,11 +20,9 @@ use super::return_path::ReturnPath;
 use super::shared::Shared;
 use super::switchover::SwitchoverAck;
 use super::tail;
+use crate::dialect;
 use crate::error::{Error, Phase, Result};
 use crate::stream::StreamReader;
-
-/// Version of the multifd dialect that HELLO announces.
-const DIALECT_VERSION: u16 = 1;
 
 /// Type bytes of the items that begin the devices' part. Spec: docs/wire.md §1.
 const EOF: u8 = 0x00;
@@ -119,7 +117,8 @@ impl<'a> MainChannel<'a> {
             }
             Command::Ping(value) => {
                 if value == HELLO_PING {
-                    let hello = Hello { version: DIALECT_VERSION, features: 0 };
+                    let hello = Hello { version: dialect::VERSION, features: dialect::FEATURE_DELTAS };
+                    self.shared.speak_dialect();
                     self.return_path.send(Phase::Setup, &ReturnMessage::Hello(hello))?;
                 }
                 self.return_path.send(Phase::Active, &ReturnMessage::Pong(value))

@@ -33,6 +33,7 @@ pub use switchover::SwitchoverAck;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::session::{Canceller, DEFAULT_TIMEOUT, ProgressReader, Session};
+use crate::state::MigrationState;
 use crate::stream::StreamReader;
 use crate::workers::Crew;
 use lobby::Lobby;
@@ -133,6 +134,7 @@ impl Destination {
     /// # Errors
     /// Anything that keeps the guest from arriving whole. The source has been told then, if it listens.
     pub fn receive(mut self) -> Result<Arrived> {
+        self.session.enter(MigrationState::Setup)?;
         let crew = Arc::new(Crew::new(self.session.stop.clone()));
         let shared = Shared::new(&self.session, self.settings.codecs.clone(), self.settings.channels);
         let lobby = Lobby::new(&shared, &crew);
@@ -150,6 +152,7 @@ impl Destination {
             }
             Err(error) => {
                 self.session.stop.trip(error);
+                self.session.note_end_of_failed();
                 crew.join();
                 Err(self.session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped")))
             }
@@ -170,6 +173,7 @@ impl Destination {
         shared: &Arc<Shared>,
     ) -> Result<(main_channel::MainStream, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
+        self.session.enter(MigrationState::Active)?;
         let return_path = ReturnPath::new(Arc::clone(&channel));
         let (goodbye, closer) = (return_path.clone(), channel.closer());
         self.session.stop.on_trip(move || {

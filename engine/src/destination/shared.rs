@@ -1,6 +1,7 @@
 //! What the receiving threads share.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use multifd_codecs::{Codec, Codecs};
 use multifd_wire::{DeviceStatePacket, PacketFlags};
@@ -26,6 +27,8 @@ pub(crate) struct Shared {
     pub(crate) codecs: Codecs,
     /// The channel count the caller insists on.
     pub(crate) expected_channels: Option<usize>,
+    /// HELLO was said: the source may send packets of the multifd dialect.
+    dialect: AtomicBool,
     facts: Monitor<Facts>,
 }
 
@@ -49,12 +52,23 @@ impl Shared {
             gate: Gate::new(&session.stop),
             codecs,
             expected_channels,
+            dialect: AtomicBool::new(false),
             facts: Monitor::new(Facts::default(), &session.stop),
         })
     }
 
     fn stop(&self) -> &StopSwitch {
         &self.session.stop
+    }
+
+    /// From now on the source may send packets of the multifd dialect.
+    pub(crate) fn speak_dialect(&self) {
+        self.dialect.store(true, Ordering::Relaxed);
+    }
+
+    /// True if packets of the multifd dialect may come.
+    pub(crate) fn speaks_dialect(&self) -> bool {
+        self.dialect.load(Ordering::Relaxed)
     }
 
     /// Main has read the list of blocks: pages can land.

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(crate) const PAGES_PER_WORD: usize = 64;
 
 /// One bit a page of one block. Any thread may set bits while others take them: a bit is never lost.
+///
+/// A bit that is set after a write carries the write with it: who takes the bit sees what was written before.
 #[derive(Debug)]
 pub struct DirtyBitmap {
     words: Box<[AtomicU64]>,
@@ -37,10 +39,34 @@ impl DirtyBitmap {
             let (word, bit) = (page / PAGES_PER_WORD, page % PAGES_PER_WORD);
             let in_word = (PAGES_PER_WORD - bit).min(end - page);
             let mask = (u64::MAX >> (PAGES_PER_WORD - in_word)) << bit;
-            if let Some(word) = self.words.get(word) {
-                word.fetch_or(mask, Ordering::Relaxed);
-            }
+            self.or_word(word, mask);
             page += in_word;
+        }
+    }
+
+    /// Sets the bits of a log: bit `n` of `bits` is page `first + n`. What is past the end is left out.
+    pub fn set_bits(&self, first: usize, bits: u64) {
+        let Some(left) = self.pages.checked_sub(first).filter(|pages| *pages > 0) else { return };
+        let bits = if left < PAGES_PER_WORD { bits & ((1 << left) - 1) } else { bits };
+        let (word, shift) = (first / PAGES_PER_WORD, first % PAGES_PER_WORD);
+        self.or_word(word, bits << shift);
+        if shift > 0 {
+            self.or_word(word + 1, bits >> (PAGES_PER_WORD - shift));
+        }
+    }
+
+    /// Takes all bits and sets them in `other`: what a log of your own does at a sync.
+    pub fn move_to(&self, other: &Self) {
+        for word in 0..self.words() {
+            other.set_bits(word * PAGES_PER_WORD, self.take_word(word));
+        }
+    }
+
+    fn or_word(&self, word: usize, bits: u64) {
+        match self.words.get(word) {
+            // Release, also when the bit is set already: the write before this call must be seen by whoever takes the bit.
+            Some(word) if bits != 0 => _ = word.fetch_or(bits, Ordering::Release),
+            _ => {}
         }
     }
 
@@ -60,7 +86,8 @@ impl DirtyBitmap {
         self.words.get(word).map_or(0, |word| match word.load(Ordering::Relaxed) {
             // A clean word costs a load, not a locked swap: most words are clean in a late round.
             0 => 0,
-            _ => word.swap(0, Ordering::Relaxed),
+            // Acquire: what was written before a bit was set is read after it was taken.
+            _ => word.swap(0, Ordering::Acquire),
         })
     }
 
@@ -96,6 +123,45 @@ mod tests {
         bitmap.set_range(usize::MAX, 2);
         assert_eq!(bitmap.count(), 0);
         assert!(!bitmap.test(usize::MAX));
+    }
+
+    #[test]
+    fn the_bits_of_a_log_land_on_their_pages_and_no_other() {
+        for (pages, first) in
+            [(200, 0), (200, 1), (200, 63), (200, 64), (200, 150), (200, 199), (64, 0), (1, 0)]
+        {
+            for bits in [1_u64, 1 << 63, 0xdead_beef_0102_0304, u64::MAX, 0] {
+                let bitmap = DirtyBitmap::new(pages);
+                bitmap.set_bits(first, bits);
+                for page in 0..pages {
+                    let expected = (first..first + 64).contains(&page) && bits >> (page - first) & 1 == 1;
+                    assert_eq!(bitmap.test(page), expected, "{pages} pages, {bits:#x} at {first}: {page}");
+                }
+                assert!(bitmap.count() <= bits.count_ones() as usize);
+            }
+        }
+    }
+
+    #[test]
+    fn bits_of_a_log_past_the_end_are_left_out() {
+        let bitmap = DirtyBitmap::new(65);
+        for first in [65, 66, 128, usize::MAX] {
+            bitmap.set_bits(first, u64::MAX);
+        }
+        assert_eq!(bitmap.count(), 0);
+        bitmap.set_bits(64, u64::MAX);
+        assert_eq!(bitmap.take_word(1), 1, "the last word holds no bit of a page that is not there");
+    }
+
+    #[test]
+    fn moved_bits_are_in_the_other_and_gone_here() {
+        let (from, to) = (DirtyBitmap::new(130), DirtyBitmap::new(130));
+        from.set_range(60, 10);
+        from.set(129);
+        to.set(3);
+        from.move_to(&to);
+        assert_eq!((from.count(), to.count()), (0, 12));
+        assert!(to.test(3) && to.test(60) && to.test(129));
     }
 
     #[test]

@@ -95,6 +95,20 @@ impl Round {
         !batch.pages.is_empty()
     }
 
+    /// Gives back what a worker took and did not get rid of: the pages of `batch`, and what `claim` still holds.
+    pub(crate) fn put_back(&self, claim: &mut Claim, batch: &Batch) {
+        if let Some(block) = self.blocks.get(batch.block) {
+            batch.pages.iter().for_each(|page| block.bitmap.set(*page));
+        }
+        // Words past `next_word` were never taken: their bits are where they were.
+        if let Some(block) = self.blocks.get(claim.block)
+            && claim.bits != 0
+        {
+            block.bitmap.set_bits((claim.next_word - 1) * PAGES_PER_WORD, claim.bits);
+        }
+        *claim = Claim::default();
+    }
+
     /// Moves the shared cursor on and gives the chunk to `claim`. False: there are no more chunks.
     fn claim_chunk(&self, claim: &mut Claim) -> bool {
         let chunk = self.cursor.fetch_add(1, Ordering::Relaxed);
@@ -174,6 +188,24 @@ mod tests {
         assert!(round.claim(&mut claim, 128, &mut batch));
         assert_eq!((batch.block, &batch.pages[..]), (1, &[7][..]));
         assert!(!round.claim(&mut claim, 128, &mut batch));
+    }
+
+    #[test]
+    fn what_was_claimed_can_be_put_back() {
+        let bitmaps = bitmaps(&[1000, 500]);
+        bitmaps.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
+        let round = Round::new(&bitmaps, 1);
+        let (mut claim, mut batch) = (Claim::default(), Batch::default());
+        let mut sent = 0;
+        for _ in 0..3 {
+            assert!(round.claim(&mut claim, 100, &mut batch));
+            sent += batch.pages.len();
+        }
+        round.put_back(&mut claim, &batch);
+        assert_eq!(
+            bitmaps.iter().map(|bitmap| bitmap.count()).sum::<usize>(),
+            1500 - (sent - batch.pages.len())
+        );
     }
 
     #[test]

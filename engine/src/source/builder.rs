@@ -6,19 +6,25 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use multifd_codecs::{Codec, Uncompressed};
-use multifd_transports::{Channel, DialOptions, Endpoint, Pacer, Stopper, blocking};
-use multifd_wire::{Configuration, HELLO_PING};
+use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, blocking};
+use multifd_wire::Configuration;
 
 use super::channel::SendWorker;
+use super::control::Control;
 use super::main_stream::MainStream;
+use super::migration::{Migration, SyncPoints};
 use super::outgoing::{OutgoingRam, ZeroPages};
+use super::page_cache::PageCache;
+use super::precopy::Precopy;
 use super::return_path::ReturnPathReader;
 use super::rounds::Rounds;
 use super::shared::Shared;
-use super::{Migration, Precopy, SyncPoints};
+use crate::convergence::{AutoConverge, Convergence, Limits};
+use crate::dirty::{DirtyLog, LogSet};
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::RamBlock;
+use crate::ram::{PAGE, RamBlock};
 use crate::session::{Canceller, Counters, DEFAULT_TIMEOUT, ProgressReader, Session};
+use crate::state::MigrationState;
 use crate::workers::Crew;
 
 /// Most parallel channels: QEMU's limit.
@@ -28,6 +34,15 @@ const MAX_CHANNELS: usize = 255;
 pub struct Source {
     settings: SourceBuilder,
     session: Arc<Session>,
+    control: Control,
+}
+
+/// What connecting makes.
+struct Parts {
+    main: Arc<Channel>,
+    shared: Arc<Shared>,
+    return_path: Option<ReturnPathReader>,
+    logs: LogSet,
 }
 
 /// Settings of a [`Source`]. Made by [`Source::builder`].
@@ -41,7 +56,12 @@ pub struct SourceBuilder {
     zero_pages: Option<ZeroPages>,
     return_path: bool,
     switchover_start: bool,
+    pause_before_switchover: bool,
     timeout: Duration,
+    limits: Limits,
+    auto_converge: Option<AutoConverge>,
+    xbzrle_cache: Option<usize>,
+    logs: Vec<Box<dyn DirtyLog>>,
 }
 
 impl Source {
@@ -57,7 +77,12 @@ impl Source {
             zero_pages: None,
             return_path: true,
             switchover_start: false,
+            pause_before_switchover: false,
             timeout: DEFAULT_TIMEOUT,
+            limits: Limits::default(),
+            auto_converge: None,
+            xbzrle_cache: None,
+            logs: Vec::new(),
         }
     }
 
@@ -66,80 +91,91 @@ impl Source {
         Canceller::new(&self.session)
     }
 
+    /// Steers the migration from other threads.
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
     /// Tells how far it has come, from any thread.
     pub fn progress(&self) -> ProgressReader {
         ProgressReader::new(&self.session)
     }
 
-    /// Connects main and every channel, announces the RAM blocks. The destination may not be listening yet: dialling goes on
-    /// for the timeout.
+    /// Starts the dirty logs, connects main and every channel, announces the RAM blocks. The destination may not be listening
+    /// yet: dialling goes on for the timeout.
     ///
     /// # Errors
     /// `Transport` if there is no connection, or what broke the setup. Nothing has left the guest.
-    pub fn connect(self, endpoint: &Endpoint) -> Result<Precopy> {
+    pub fn connect(mut self, endpoint: &Endpoint) -> Result<Precopy> {
+        self.session.enter(MigrationState::Setup)?;
         let crew = Crew::new(self.session.stop.clone());
-        let result = self.open(endpoint, &crew);
-        match result {
-            Ok((main, shared, return_path)) => {
-                let settings = self.settings;
-                let sync_points = match settings.configuration.machine_version() {
-                    Some(version) if version <= (8, 0) => SyncPoints::AtSectionEnd,
-                    _ => SyncPoints::AtFlush,
-                };
-                let mut migration = Migration {
-                    main,
-                    shared,
-                    crew,
-                    return_path,
-                    sync_points,
-                    switchover_start: settings.switchover_start,
-                    setup: Duration::ZERO,
-                };
-                let result = migration.set_up(&settings.configuration, HELLO_PING);
+        let convergence = Convergence::new(self.settings.auto_converge);
+        match self.open(endpoint, &crew) {
+            Ok(parts) => {
+                let mut migration = self.migration(parts, crew);
+                let result = migration.set_up(&self.settings.configuration);
                 migration.caused(result)?;
-                Ok(Precopy { session: migration })
+                Ok(Precopy::new(migration, convergence))
             }
             Err(error) => {
                 crew.stop().trip(error);
+                self.session.note_end_of_failed();
                 crew.join();
                 Err(crew.stop().cause_or(Error::new(ErrorKind::Cancelled, Phase::Connect, "stopped")))
             }
         }
     }
 
-    fn open(
-        &self,
-        endpoint: &Endpoint,
-        crew: &Crew,
-    ) -> Result<(MainStream, Arc<Shared>, Option<ReturnPathReader>)> {
-        let settings = &self.settings;
+    fn migration(&self, parts: Parts, crew: Crew) -> Migration {
+        let Parts { main, shared, return_path, logs } = parts;
+        Migration {
+            main: MainStream::new(main),
+            shared,
+            control: self.control.clone(),
+            crew,
+            return_path,
+            sync_points: SyncPoints::for_machine(&self.settings.configuration),
+            switchover_start: self.settings.switchover_start,
+            pause_before_switchover: self.settings.pause_before_switchover,
+            logs,
+            setup: Duration::ZERO,
+            rounds: 0,
+        }
+    }
+
+    fn open(&mut self, endpoint: &Endpoint, crew: &Crew) -> Result<Parts> {
+        let settings = &mut self.settings;
         let default_zero = ZeroPages::for_machine(&settings.configuration);
         let zero_pages = settings.zero_pages.unwrap_or(default_zero);
-        let ram = OutgoingRam::new(settings.ram.clone(), zero_pages, settings.channels > 0)?;
+        // The logs first: what is read from now on may change, and they note it.
+        let logs = LogSet::start(std::mem::take(&mut settings.logs), &settings.ram)?;
+        let ram = OutgoingRam::new(std::mem::take(&mut settings.ram), zero_pages, settings.channels > 0)?;
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
-        let pacer = Arc::new(Pacer::new(settings.max_bandwidth));
-        let paced = Arc::clone(&pacer);
-        self.session.stop.on_trip(move || paced.stop());
         let shared = Arc::new(Shared {
             session: Arc::clone(&self.session),
             ram,
             codec: Arc::clone(&settings.codec),
             uuid: settings.uuid,
             rounds: Rounds::new(&self.session.stop, settings.channels),
-            pacer,
+            pacer: Arc::clone(self.control.pacer()),
             packets: AtomicU64::new(0),
+            cache: settings.xbzrle_cache.map(PageCache::new),
+            peer_features: Arc::default(),
         });
+        let (channels, return_path) = (settings.channels, settings.return_path);
         let main = self.dial(endpoint, "main")?;
-        for id in 0..settings.channels {
+        for id in 0..channels {
             let channel = self.dial(endpoint, &format!("channel {id}"))?;
             Counters::add(&self.session.counters.channels, 1);
             SendWorker::start(channel, u8::try_from(id).unwrap_or(u8::MAX), &shared, crew)?;
         }
-        let return_path = match settings.return_path {
-            true => Some(ReturnPathReader::start(Arc::clone(&main), crew)?),
+        let return_path = match return_path {
+            true => {
+                Some(ReturnPathReader::start(Arc::clone(&main), Arc::clone(&shared.peer_features), crew)?)
+            }
             false => None,
         };
-        Ok((MainStream::new(main), shared, return_path))
+        Ok(Parts { main, shared, return_path, logs })
     }
 
     fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Arc<Channel>> {
@@ -209,6 +245,50 @@ impl SourceBuilder {
         self
     }
 
+    /// Where writes to the guest's RAM are noted; any number of logs. Default: none, for a guest that stands still.
+    #[must_use]
+    pub fn dirty_log(mut self, log: impl DirtyLog + 'static) -> Self {
+        self.logs.push(Box::new(log));
+        self
+    }
+
+    /// How long the guest may stand still at the switch-over. Default: 300 ms.
+    #[must_use]
+    pub fn downtime_limit(mut self, limit: Duration) -> Self {
+        self.limits.downtime_limit = limit;
+        self
+    }
+
+    /// All limits by which rounds go on or end. Default: [`Limits::default`].
+    #[must_use]
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Says after each round how much to hold the vCPUs back, if the guest writes faster than its pages are sent: in
+    /// [`RoundRecord::throttle_percent`](crate::RoundRecord). Default: it never says so.
+    #[must_use]
+    pub fn auto_converge(mut self, settings: AutoConverge) -> Self {
+        self.auto_converge = Some(settings);
+        self
+    }
+
+    /// Sends pages that are written again as differences, with a cache of so many bytes: a power of two, at least 4096. On the
+    /// main channel to every destination, on parallel channels to another multifd. Default: no cache.
+    #[must_use]
+    pub fn xbzrle(mut self, cache_bytes: usize) -> Self {
+        self.xbzrle_cache = Some(cache_bytes);
+        self
+    }
+
+    /// Has [`Precopy::stop_copy`] wait for [`Control::proceed`] before the guest's last RAM goes. Default: no.
+    #[must_use]
+    pub fn pause_before_switchover(mut self, pause: bool) -> Self {
+        self.pause_before_switchover = pause;
+        self
+    }
+
     /// How long to wait for the destination: to listen, to take the next byte, to confirm. Default: 60 s.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
@@ -221,20 +301,28 @@ impl SourceBuilder {
     /// # Errors
     /// `ApiMisuse` that names the setting.
     pub fn build(self) -> Result<Source> {
-        let misuse = |detail: String| Err(Error::new(ErrorKind::ApiMisuse, Phase::Setup, detail));
+        self.check().map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
+        let session = Session::new(self.timeout);
+        let control = Control::new(&session, self.max_bandwidth, self.limits);
+        Ok(Source { settings: self, session, control })
+    }
+
+    fn check(&self) -> Result<(), String> {
         if self.channels > MAX_CHANNELS {
-            return misuse(format!("{} channels, expected 0..={MAX_CHANNELS}", self.channels));
+            return Err(format!("{} channels, expected 0..={MAX_CHANNELS}", self.channels));
         }
         if self.channels == 0 && self.codec.id() != multifd_codecs::CodecId::NONE {
-            return misuse(format!(
+            return Err(format!(
                 "codec {} without parallel channels, which alone are compressed",
                 self.codec.name()
             ));
         }
         if self.timeout.is_zero() {
-            return misuse("timeout is 0, expected more".to_owned());
+            return Err("timeout is 0, expected more".to_owned());
         }
-        let session = Session::new(self.timeout);
-        Ok(Source { settings: self, session })
+        if let Some(bytes) = self.xbzrle_cache.filter(|bytes| *bytes < PAGE || !bytes.is_power_of_two()) {
+            return Err(format!("xbzrle-cache-size {bytes}, expected a power of two, at least {PAGE}"));
+        }
+        self.auto_converge.map_or(Ok(()), |settings| settings.check())
     }
 }

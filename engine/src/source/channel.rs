@@ -4,39 +4,33 @@ use std::io::IoSlice;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use multifd_codecs::{Encoder, zero};
+use multifd_codecs::{CodecId, Encoder};
 use multifd_transports::Channel;
 use multifd_wire::{InitialPacket, PacketFlags, RamPacketHeader, header_len, pages_per_packet};
 
 use super::outgoing::{OutgoingBlock, ZeroRoute};
+use super::packet::{Packet, outside};
+use super::page_cache::Moment;
 use super::rounds::{Work, ZeroMail};
 use super::shared::Shared;
+use crate::dialect::DELTA_CODEC;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{Batch, Claim, IoVecs, PAGE, PAGE_SIZE, Round};
+use crate::ram::{Batch, Claim, IoVecs, PAGE_SIZE, Round};
 use crate::session::Counters;
 use crate::workers::Crew;
 
-/// The worker of one channel. Owns its buffers: 512 KiB of pages and at most 1 MiB of payload, none without a codec.
+/// The worker of one channel. Owns its buffers: 512 KiB of pages and at most 1 MiB of payload, none without a codec or cache.
 pub(super) struct SendWorker {
     channel: Arc<Channel>,
     shared: Arc<Shared>,
     id: u8,
-    /// `None`: pages go as they are, straight from guest memory.
+    /// `None`: pages go as they are.
     encoder: Option<Box<dyn Encoder>>,
     flags: PacketFlags,
     packet: Packet,
-    ranges: IoVecs,
-}
-
-/// The packet that is being made. Its buffers are kept from packet to packet.
-#[derive(Default)]
-struct Packet {
-    normal: Vec<u64>,
-    zero: Vec<u64>,
     header: Vec<u8>,
-    /// Private copies of the pages: a compressor must not see memory that changes under it.
-    pages: Vec<u8>,
     payload: Vec<u8>,
+    ranges: IoVecs,
 }
 
 impl SendWorker {
@@ -44,21 +38,21 @@ impl SendWorker {
     pub(super) fn start(channel: Arc<Channel>, id: u8, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
         let codec = &shared.codec;
         let encoder = match codec.id() {
-            multifd_codecs::CodecId::NONE => None,
+            CodecId::NONE => None,
             _ => Some(codec.encoder().map_err(|error| {
                 Error::new(ErrorKind::Codec, Phase::Setup, format!("no encoder for {}", codec.name()))
                     .because(error)
             })?),
         };
-        let flags = PacketFlags::pages(codec.id().value())
-            .map_err(|invalid| Error::invalid(Phase::Setup, invalid))?;
         let mut worker = Self {
             channel,
             shared: Arc::clone(shared),
             id,
             encoder,
-            flags,
+            flags: flags(codec.id().value())?,
             packet: Packet::default(),
+            header: Vec::with_capacity(header_len(PAGE_SIZE)),
+            payload: Vec::new(),
             ranges: IoVecs::default(),
         };
         crew.spawn(&format!("mig-send-{id}"), Phase::Active, move || {
@@ -78,9 +72,9 @@ impl SendWorker {
                         .finish_sending()
                         .map_err(|error| Error::io(Phase::Commit, "ending the channel", error));
                 }
-                Work::Round(number, round) => {
+                Work::Round { number, round, moment } => {
                     last = number;
-                    self.round(&round)?;
+                    self.round(&round, moment)?;
                     self.sync()?;
                     self.shared.rounds.done();
                 }
@@ -88,85 +82,108 @@ impl SendWorker {
         }
     }
 
-    fn round(&mut self, round: &Round) -> Result<()> {
+    fn round(&mut self, round: &Round, moment: Moment) -> Result<()> {
         let (mut claim, mut batch) = (Claim::default(), Batch::default());
-        let shared = Arc::clone(&self.shared);
         while round.claim(&mut claim, pages_per_packet(PAGE_SIZE), &mut batch) {
-            let Some(block) = shared.ram.blocks.get(batch.block) else { continue };
-            self.packet.clear();
-            if self.encoder.is_some() {
-                self.packet.copy_in(block, &batch.pages)?;
-            } else {
-                self.packet.sort_out(block, &batch.pages);
+            let sent = self.batch(&batch, moment);
+            if sent.is_err() {
+                round.put_back(&mut claim, &batch);
+                return sent;
             }
-            self.route_zero_pages(batch.block, block)?;
-            self.send_packet(block)?;
         }
         Ok(())
     }
 
-    /// Zero pages that do not go in packets are announced by the main thread.
-    fn route_zero_pages(&mut self, index: usize, block: &OutgoingBlock) -> Result<()> {
+    fn batch(&mut self, batch: &Batch, moment: Moment) -> Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let Some(block) = shared.ram.blocks.get(batch.block) else { return Ok(()) };
+        let cache = shared.deltas_for_peer(moment).map(|cache| (cache, moment));
+        self.packet.clear();
+        if self.encoder.is_some() || cache.is_some() {
+            self.packet.copy_in(&shared.ram, block, &batch.pages, cache)?;
+        } else {
+            self.packet.sort_out(&shared.ram, block, &batch.pages);
+        }
         if block.zero_route == ZeroRoute::Main && !self.packet.zero.is_empty() {
             let offsets = std::mem::take(&mut self.packet.zero);
-            self.shared.rounds.post(ZeroMail { block: index, offsets })?;
+            shared.rounds.post(ZeroMail { block: batch.block, offsets })?;
         }
-        Ok(())
+        self.send_deltas(block)?;
+        self.send_pages(block)
     }
 
-    fn send_packet(&mut self, block: &OutgoingBlock) -> Result<()> {
-        let packet = &mut self.packet;
+    fn send_pages(&mut self, block: &OutgoingBlock) -> Result<()> {
+        let packet = &self.packet;
         if packet.normal.is_empty() && packet.zero.is_empty() {
             return Ok(());
         }
-        let payload_len = match &mut self.encoder {
-            None => packet.normal.len() * PAGE,
-            Some(encoder) if !packet.normal.is_empty() => {
-                encoder.prepare(&packet.pages, &mut packet.payload).map_err(|error| {
-                    Error::new(ErrorKind::Codec, Phase::Active, "pages do not encode").because(error)
-                })?;
-                packet.payload.len()
-            }
-            Some(_) => 0,
-        };
-        let header = RamPacketHeader {
-            flags: self.flags,
-            packet_num: self.shared.packets.fetch_add(1, Ordering::Relaxed),
-            block: Some(block.block.name()),
-            normal: &packet.normal,
-            zero: &packet.zero,
-            payload_len: u32::try_from(payload_len).unwrap_or(u32::MAX),
-        };
-        header.encode(PAGE_SIZE, &mut packet.header);
-        self.shared.pace(packet.header.len() + payload_len)?;
-        self.write_packet(block, payload_len)?;
+        let (normal, zero) = (packet.normal.len(), packet.zero.len());
+        if packet.pages.is_empty() {
+            self.send_in_place(block)?;
+        } else {
+            self.payload.clear();
+            let payload = match &mut self.encoder {
+                None => &packet.pages,
+                Some(encoder) => {
+                    encoder.prepare(&packet.pages, &mut self.payload).map_err(|error| {
+                        Error::new(ErrorKind::Codec, Phase::Active, "pages do not encode").because(error)
+                    })?;
+                    &self.payload
+                }
+            };
+            encode_header(
+                &mut self.header,
+                &self.shared,
+                block,
+                self.flags,
+                (&packet.normal, &packet.zero),
+                payload.len(),
+            );
+            send_private(&self.channel, &self.shared, &self.header, payload)?;
+        }
         let counters = &self.shared.session.counters;
-        Counters::add(&counters.pages_normal, self.packet.normal.len());
-        Counters::add(&counters.pages_zero, self.packet.zero.len());
+        Counters::add(&counters.pages_normal, normal);
+        Counters::add(&counters.pages_zero, zero);
         Ok(())
     }
 
-    /// One vectored write: the header, then the payload, or the pages where they are.
-    fn write_packet(&mut self, block: &OutgoingBlock, payload_len: usize) -> Result<()> {
+    /// One vectored write: the header, then the pages where they are.
+    fn send_in_place(&mut self, block: &OutgoingBlock) -> Result<()> {
         let packet = &self.packet;
-        let sent = if self.encoder.is_some() {
-            self.channel.send_vectored(&mut [IoSlice::new(&packet.header), IoSlice::new(&packet.payload)])
-        } else {
-            let mut ranges = self.ranges.start();
-            ranges.private(&packet.header);
-            for offset in &packet.normal {
-                let page = block.block.page_at(*offset).and_then(|page| block.block.run(page, 1));
-                ranges.guest(&page.ok_or_else(outside)?);
-            }
-            ranges.send(&self.channel)
-        };
-        sent.map_err(|error| {
-            Error::io(Phase::Active, format_args!("sending a packet with {payload_len} bytes"), error)
-        })
+        let payload_len = packet.normal.len() * crate::ram::PAGE;
+        encode_header(
+            &mut self.header,
+            &self.shared,
+            block,
+            self.flags,
+            (&packet.normal, &packet.zero),
+            payload_len,
+        );
+        self.shared.pace(self.header.len() + payload_len)?;
+        let mut ranges = self.ranges.start();
+        ranges.private(&self.header);
+        for offset in &packet.normal {
+            let page = block.block.page_at(*offset).and_then(|page| block.block.run(page, 1));
+            ranges.guest(&page.ok_or_else(outside)?);
+        }
+        ranges.send(&self.channel).map_err(|error| packet_error(payload_len, error))
+    }
+
+    fn send_deltas(&mut self, block: &OutgoingBlock) -> Result<()> {
+        let packet = &self.packet;
+        if packet.delta.is_empty() {
+            return Ok(());
+        }
+        let payload = &packet.delta_payload;
+        let flags = flags(DELTA_CODEC)?;
+        encode_header(&mut self.header, &self.shared, block, flags, (&packet.delta, &[]), payload.len());
+        send_private(&self.channel, &self.shared, &self.header, payload)?;
+        Counters::add(&self.shared.session.counters.pages_xbzrle, packet.delta.len());
+        Ok(())
     }
 
     fn sync(&mut self) -> Result<()> {
-        let mut header = Vec::with_capacity(header_len(PAGE_SIZE));
+        self.header.clear();
         RamPacketHeader {
             flags: PacketFlags::SYNC,
             packet_num: self.shared.packets.fetch_add(1, Ordering::Relaxed),
@@ -175,8 +192,8 @@ impl SendWorker {
             zero: &[],
             payload_len: 0,
         }
-        .encode(PAGE_SIZE, &mut header);
-        self.send_bytes(Phase::Active, &header)
+        .encode(PAGE_SIZE, &mut self.header);
+        self.send_bytes(Phase::Active, &self.header)
     }
 
     fn send_bytes(&self, phase: Phase, bytes: &[u8]) -> Result<()> {
@@ -186,49 +203,38 @@ impl SendWorker {
     }
 }
 
-impl Packet {
-    fn clear(&mut self) {
-        self.normal.clear();
-        self.zero.clear();
-        self.header.clear();
-        self.pages.clear();
-        self.payload.clear();
-    }
-
-    /// Tells zero pages from others; the others stay where they are.
-    fn sort_out(&mut self, block: &OutgoingBlock, pages: &[usize]) {
-        for page in pages {
-            let offset = (page * PAGE) as u64;
-            if block.goes_as_zero(*page) { self.zero.push(offset) } else { self.normal.push(offset) }
-        }
-    }
-
-    /// Copies pages to private memory and keeps those that are not zero.
-    fn copy_in(&mut self, block: &OutgoingBlock, pages: &[usize]) -> Result<()> {
-        let seek_zero = block.zero_route != ZeroRoute::Content;
-        for page in pages {
-            let offset = (page * PAGE) as u64;
-            if seek_zero && block.is_hole(*page) {
-                self.zero.push(offset);
-                continue;
-            }
-            let start = self.pages.len();
-            self.pages.resize(start + PAGE, 0);
-            let copy = self.pages.get_mut(start..).unwrap_or_default();
-            if !block.block.read_page(*page, copy) {
-                return Err(outside());
-            }
-            if seek_zero && zero::is_zero(copy) {
-                self.pages.truncate(start);
-                self.zero.push(offset);
-            } else {
-                self.normal.push(offset);
-            }
-        }
-        Ok(())
-    }
+fn flags(codec: u8) -> Result<PacketFlags> {
+    PacketFlags::pages(codec).map_err(|invalid| Error::invalid(Phase::Setup, invalid))
 }
 
-fn outside() -> Error {
-    Error::new(ErrorKind::GuestMemory, Phase::Active, "a page outside of its block was claimed")
+fn encode_header(
+    header: &mut Vec<u8>,
+    shared: &Shared,
+    block: &OutgoingBlock,
+    flags: PacketFlags,
+    (normal, zero): (&[u64], &[u64]),
+    payload_len: usize,
+) {
+    header.clear();
+    RamPacketHeader {
+        flags,
+        packet_num: shared.packets.fetch_add(1, Ordering::Relaxed),
+        block: Some(block.block.name()),
+        normal,
+        zero,
+        payload_len: u32::try_from(payload_len).unwrap_or(u32::MAX),
+    }
+    .encode(PAGE_SIZE, header);
+}
+
+/// One vectored write of a packet whose payload is private memory.
+fn send_private(channel: &Channel, shared: &Shared, header: &[u8], payload: &[u8]) -> Result<()> {
+    shared.pace(header.len() + payload.len())?;
+    channel
+        .send_vectored(&mut [IoSlice::new(header), IoSlice::new(payload)])
+        .map_err(|error| packet_error(payload.len(), error))
+}
+
+fn packet_error(payload_len: usize, error: std::io::Error) -> Error {
+    Error::io(Phase::Active, format_args!("sending a packet with {payload_len} bytes of pages"), error)
 }

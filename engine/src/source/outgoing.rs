@@ -1,6 +1,7 @@
 //! The guest RAM that leaves: blocks, their dirty bitmaps, and how their zero pages go.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use multifd_wire::{BlockEntry, Configuration};
 
@@ -41,20 +42,28 @@ pub(super) enum ZeroRoute {
 #[derive(Debug)]
 pub(super) struct OutgoingBlock {
     pub(super) block: RamBlock,
-    dirty: Arc<DirtyBitmap>,
-    /// Pages that may hold data; all others are known to be zero without a look. `None`: look at every page.
+    /// Pages that may hold data; all others were zero when the migration began. `None`: look at every page.
     data: Option<DirtyBitmap>,
     pub(super) zero_route: ZeroRoute,
+    /// Pages of the blocks before this one.
+    first_key: u64,
 }
 
 /// All blocks, in the order of the list on the wire.
 #[derive(Debug)]
 pub(super) struct OutgoingRam {
     pub(super) blocks: Vec<OutgoingBlock>,
+    /// One for each block; the dirty logs write here.
+    pub(super) dirty: Vec<Arc<DirtyBitmap>>,
+    /// The first pass is under way: holes that were found at its begin can be taken for zero. A page that was written since
+    /// is in a dirty log, and goes out again.
+    holes_hold: AtomicBool,
 }
 
 impl OutgoingRam {
     /// Every page is dirty at first. `parallel`: pages go over channels, so that zero pages have a choice of ways.
+    ///
+    /// The dirty logs must have been started: what is found here may change from now on.
     pub(super) fn new(ram: Vec<RamBlock>, zero_pages: ZeroPages, parallel: bool) -> Result<Self> {
         if ram.iter().all(|block| block.pages() == 0) {
             return Err(Error::new(
@@ -63,9 +72,12 @@ impl OutgoingRam {
                 "no RAM blocks with at least one page",
             ));
         }
-        let blocks = ram.into_iter().map(|block| {
-            let dirty = Arc::new(DirtyBitmap::new(block.pages()));
+        let mut this = Self { blocks: Vec::new(), dirty: Vec::new(), holes_hold: AtomicBool::new(true) };
+        let mut first_key = 0;
+        for block in ram {
+            let dirty = DirtyBitmap::new(block.pages());
             dirty.set_range(0, block.pages());
+            this.dirty.push(Arc::new(dirty));
             let data = data_pages(&block).map_err(|error| {
                 let detail = format!("looking for holes in RAM block {}", block.name());
                 Error::new(ErrorKind::GuestMemory, Phase::Setup, detail).because(error)
@@ -75,9 +87,26 @@ impl OutgoingRam {
                 ZeroPages::Multifd if parallel && !block.is_firmware() => ZeroRoute::Packet,
                 ZeroPages::Multifd | ZeroPages::Legacy => ZeroRoute::Main,
             };
-            Ok(OutgoingBlock { block, dirty, data, zero_route })
-        });
-        Ok(Self { blocks: blocks.collect::<Result<_>>()? })
+            let pages = block.pages() as u64;
+            this.blocks.push(OutgoingBlock { block, data, zero_route, first_key });
+            first_key += pages;
+        }
+        Ok(this)
+    }
+
+    /// The first pass is over.
+    pub(super) fn forget_holes(&self) {
+        self.holes_hold.store(false, Ordering::Relaxed);
+    }
+
+    /// Known to be zero without reading it: the page lies in a hole of the file behind its block.
+    pub(super) fn is_hole(&self, block: &OutgoingBlock, page: usize) -> bool {
+        self.holes_hold.load(Ordering::Relaxed) && block.data.as_ref().is_some_and(|data| !data.test(page))
+    }
+
+    /// True if the page goes as a zero page.
+    pub(super) fn goes_as_zero(&self, block: &OutgoingBlock, page: usize) -> bool {
+        block.zero_route != ZeroRoute::Content && (self.is_hole(block, page) || block.block.is_zero(page))
     }
 
     pub(super) fn total_bytes(&self) -> u64 {
@@ -85,13 +114,12 @@ impl OutgoingRam {
     }
 
     pub(super) fn dirty_pages(&self) -> usize {
-        self.blocks.iter().map(|block| block.dirty.count()).sum()
+        self.dirty.iter().map(|dirty| dirty.count()).sum()
     }
 
     /// A pass over what is dirty now, for `workers` workers.
     pub(super) fn round(&self, workers: usize) -> Round {
-        let bitmaps: Vec<_> = self.blocks.iter().map(|block| Arc::clone(&block.dirty)).collect();
-        Round::new(&bitmaps, workers)
+        Round::new(&self.dirty, workers)
     }
 
     /// The list of blocks as START carries it.
@@ -107,13 +135,8 @@ impl OutgoingRam {
 }
 
 impl OutgoingBlock {
-    /// Known to be zero without reading it: it lies in a hole of the file behind it.
-    pub(super) fn is_hole(&self, page: usize) -> bool {
-        self.data.as_ref().is_some_and(|data| !data.test(page))
-    }
-
-    /// True if the page goes as a zero page.
-    pub(super) fn goes_as_zero(&self, page: usize) -> bool {
-        self.zero_route != ZeroRoute::Content && (self.is_hole(page) || self.block.is_zero(page))
+    /// The page's number over all blocks.
+    pub(super) fn key(&self, page: usize) -> u64 {
+        self.first_key + page as u64
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use multifd_transports::Channel;
@@ -17,19 +18,20 @@ pub(super) struct ReturnPathReader {
 }
 
 impl ReturnPathReader {
-    pub(super) fn start(channel: Arc<Channel>, crew: &Crew) -> Result<Self> {
+    /// `features` is set when the destination says HELLO.
+    pub(super) fn start(channel: Arc<Channel>, features: Arc<AtomicU64>, crew: &Crew) -> Result<Self> {
         let arrived = Monitor::new(false, crew.stop());
         let reader = Self { arrived: arrived.clone(), stop: crew.stop().clone() };
         let stop = crew.stop().clone();
         crew.spawn("mig-return", Phase::Setup, move || {
-            read(&channel, &arrived, &stop)
+            read(&channel, &arrived, &features, &stop)
                 .map_err(|error| error.on(format!("return path ({})", channel.peer())))
         })?;
         Ok(reader)
     }
 
     /// Waits for SHUT(0). An error if something else ends the migration, or nothing does within `patience`.
-    pub(super) fn wait(&self, patience: Duration) -> Result<()> {
+    pub(super) fn wait_for_shut(&self, patience: Duration) -> Result<()> {
         self.arrived.wait(&self.stop, Some(patience), |arrived| arrived.then_some(())).ok_or_else(|| {
             let detail =
                 format!("the destination did not confirm within {patience:?}; it may run the guest or not");
@@ -38,14 +40,14 @@ impl ReturnPathReader {
     }
 }
 
-fn read(channel: &Channel, arrived: &Monitor<bool>, stop: &StopSwitch) -> Result<()> {
+fn read(channel: &Channel, arrived: &Monitor<bool>, features: &AtomicU64, stop: &StopSwitch) -> Result<()> {
     let mut bytes = Vec::new();
     loop {
         while let Some((message, used)) =
             ReturnMessage::parse(&bytes).map_err(|invalid| Error::invalid(Phase::Active, invalid))?
         {
             bytes.drain(..used);
-            if on_message(&message)? {
+            if on_message(&message, features)? {
                 arrived.update(|arrived| *arrived = true);
                 return Ok(());
             }
@@ -65,7 +67,7 @@ fn read(channel: &Channel, arrived: &Monitor<bool>, stop: &StopSwitch) -> Result
 }
 
 /// True for the last message, SHUT(0).
-fn on_message(message: &ReturnMessage) -> Result<bool> {
+fn on_message(message: &ReturnMessage, features: &AtomicU64) -> Result<bool> {
     tracing::debug!(?message, "return path");
     match message {
         ReturnMessage::Shut(0) => Ok(true),
@@ -74,7 +76,11 @@ fn on_message(message: &ReturnMessage) -> Result<bool> {
             let detail = format!("the destination failed and reported status {status}");
             Err(Error::new(ErrorKind::PeerAborted(*status), Phase::Device, detail))
         }
-        ReturnMessage::Hello(_) | ReturnMessage::Pong(_) | ReturnMessage::SwitchoverAck => Ok(false),
+        ReturnMessage::Hello(hello) => {
+            features.store(hello.features, Ordering::Relaxed);
+            Ok(false)
+        }
+        ReturnMessage::Pong(_) | ReturnMessage::SwitchoverAck => Ok(false),
         other => Err(Error::incompatible(Phase::Active, format!("{other:?}: postcopy is not supported"))),
     }
 }

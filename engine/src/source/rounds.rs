@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use multifd_wire::BlockRef;
 
+use super::page_cache::Moment;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::Round;
 use crate::workers::{Monitor, StopSwitch};
@@ -31,7 +32,7 @@ pub(super) struct Rounds {
 struct State {
     /// The round under way, or the last one.
     number: u64,
-    round: Option<Arc<Round>>,
+    round: Option<(Arc<Round>, Moment)>,
     /// Workers whose SYNC of this round is out.
     done: usize,
     mail: Vec<ZeroMail>,
@@ -41,7 +42,7 @@ struct State {
 /// What a worker does next.
 pub(super) enum Work {
     /// Send the pages of a round, then SYNC.
-    Round(u64, Arc<Round>),
+    Round { number: u64, round: Arc<Round>, moment: Moment },
     /// The migration is complete: end the channel.
     Close,
 }
@@ -56,10 +57,15 @@ impl Rounds {
     }
 
     /// Main: starts a round, passes on the zero pages that workers find, returns when every SYNC is out.
-    pub(super) fn run(&self, round: Round, mut on_zero: impl FnMut(ZeroMail) -> Result<()>) -> Result<()> {
+    pub(super) fn run(
+        &self,
+        round: Round,
+        moment: Moment,
+        mut on_zero: impl FnMut(ZeroMail) -> Result<()>,
+    ) -> Result<()> {
         self.state.update(|state| {
             state.number += 1;
-            state.round = Some(Arc::new(round));
+            state.round = Some((Arc::new(round), moment));
             state.done = 0;
         });
         loop {
@@ -84,7 +90,9 @@ impl Rounds {
     /// Worker: waits for a round after `last`.
     pub(super) fn next(&self, last: u64) -> Result<Work> {
         self.wait(|state| match &state.round {
-            Some(round) if state.number > last => Some(Work::Round(state.number, Arc::clone(round))),
+            Some((round, moment)) if state.number > last => {
+                Some(Work::Round { number: state.number, round: Arc::clone(round), moment: *moment })
+            }
             _ => state.closing.then_some(Work::Close),
         })
     }

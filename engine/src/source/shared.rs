@@ -1,13 +1,15 @@
 //! What the sending threads share.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use multifd_codecs::Codec;
 use multifd_transports::Pacer;
 
 use super::outgoing::OutgoingRam;
+use super::page_cache::{Moment, PageCache};
 use super::rounds::Rounds;
+use crate::dialect::FEATURE_DELTAS;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::session::Session;
 
@@ -20,9 +22,24 @@ pub(super) struct Shared {
     pub(super) pacer: Arc<Pacer>,
     /// Number of the next packet, over all channels.
     pub(super) packets: AtomicU64,
+    /// The xbzrle cache, if it was asked for.
+    pub(super) cache: Option<PageCache>,
+    /// What a multifd destination said it can; 0: nothing yet, or a QEMU.
+    pub(super) peer_features: Arc<AtomicU64>,
 }
 
 impl Shared {
+    /// The cache, if it serves this round and the destination takes differences on the parallel channels.
+    pub(super) fn deltas_for_peer(&self, moment: Moment) -> Option<&PageCache> {
+        let can = self.peer_features.load(Ordering::Relaxed) & FEATURE_DELTAS != 0;
+        self.cache.as_ref().filter(|cache| can && cache.serves(moment))
+    }
+
+    /// The cache, if it serves this round on the main channel: every destination takes differences there.
+    pub(super) fn deltas_for_main(&self, moment: Moment) -> Option<&PageCache> {
+        self.cache.as_ref().filter(|cache| cache.serves(moment))
+    }
+
     /// Waits until the rate limit lets `bytes` more go.
     pub(super) fn pace(&self, bytes: usize) -> Result<()> {
         self.pacer.take(bytes).map_err(|_| Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"))

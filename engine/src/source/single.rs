@@ -6,63 +6,121 @@ use multifd_wire::RamRecord;
 
 use super::main_stream::MainStream;
 use super::outgoing::OutgoingBlock;
+use super::packet::{Packet, outside};
+use super::page_cache::Moment;
 use super::rounds::ZeroMail;
 use super::shared::Shared;
-use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{Batch, Claim, IoVecs, PAGE, Round};
+use crate::dialect;
+use crate::error::Result;
+use crate::ram::{Batch, Claim, IoVecs, PAGE, PAGE_SIZE, Round};
 use crate::session::Counters;
 
 /// Pages written in one call: with a header each, 256 of the 1024 ranges that the kernel takes.
 const BATCH_PAGES: usize = 128;
 
 /// Sends the pages of a round as records of the section that is open on `main`.
-pub(super) fn send_round(main: &mut MainStream, round: &Round, shared: &Shared) -> Result<()> {
+pub(super) fn send_round(
+    main: &mut MainStream,
+    round: &Round,
+    moment: Moment,
+    shared: &Shared,
+) -> Result<()> {
     let (mut claim, mut batch, mut ranges) = (Claim::default(), Batch::default(), IoVecs::default());
+    let mut packet = Packet::default();
     while round.claim(&mut claim, BATCH_PAGES, &mut batch) {
-        let Some(block) = shared.ram.blocks.get(batch.block) else { continue };
-        let (zero, normal): (Vec<usize>, Vec<usize>) =
-            batch.pages.iter().copied().partition(|page| block.goes_as_zero(*page));
-        if !zero.is_empty() {
-            let offsets: Vec<u64> = zero.iter().map(|page| (page * PAGE) as u64).collect();
-            shared.pace(zero.len() * (size_of::<u64>() + 1))?;
-            main.zero_pages(&shared.ram, &ZeroMail { block: batch.block, offsets })?;
+        let sent = send_batch(main, &batch, moment, shared, &mut packet, &mut ranges);
+        if sent.is_err() {
+            round.put_back(&mut claim, &batch);
+            return sent;
         }
-        if !normal.is_empty() {
-            send_pages(main, &mut ranges, batch.block, block, &normal, shared)?;
-        }
-        let counters = &shared.session.counters;
-        Counters::add(&counters.pages_zero, zero.len());
-        Counters::add(&counters.pages_normal, normal.len());
     }
     main.flush()
 }
 
-/// One vectored write: what is buffered on main, then header, page, header, page, ... The pages never leave guest memory.
+fn send_batch(
+    main: &mut MainStream,
+    batch: &Batch,
+    moment: Moment,
+    shared: &Shared,
+    packet: &mut Packet,
+    ranges: &mut IoVecs,
+) -> Result<()> {
+    let Some(block) = shared.ram.blocks.get(batch.block) else { return Ok(()) };
+    packet.clear();
+    match shared.deltas_for_main(moment) {
+        Some(cache) => packet.copy_in(&shared.ram, block, &batch.pages, Some((cache, moment)))?,
+        None => packet.sort_out(&shared.ram, block, &batch.pages),
+    }
+    let counters = &shared.session.counters;
+    Counters::add(&counters.pages_zero, packet.zero.len());
+    Counters::add(&counters.pages_normal, packet.normal.len());
+    Counters::add(&counters.pages_xbzrle, packet.delta.len());
+    if !packet.zero.is_empty() {
+        shared.pace(packet.zero.len() * (size_of::<u64>() + 1))?;
+        main.zero_pages(
+            &shared.ram,
+            &ZeroMail { block: batch.block, offsets: std::mem::take(&mut packet.zero) },
+        )?;
+    }
+    send_deltas(main, batch.block, block, packet, shared)?;
+    if packet.normal.is_empty() {
+        Ok(())
+    } else {
+        send_pages(main, ranges, batch.block, block, packet, shared)
+    }
+}
+
+/// Differences are small: they are buffered like other records.
+fn send_deltas(
+    main: &mut MainStream,
+    index: usize,
+    block: &OutgoingBlock,
+    packet: &Packet,
+    shared: &Shared,
+) -> Result<()> {
+    shared.pace(packet.delta_payload.len())?;
+    let mut payload = &packet.delta_payload[..];
+    for offset in &packet.delta {
+        let delta = dialect::take_delta(&mut payload)?;
+        let name = main.naming().refer(index, block.block.name());
+        let len = u16::try_from(delta.len()).unwrap_or(u16::MAX);
+        main.record(&RamRecord::Xbzrle { offset: *offset, block: name, len });
+        main.unsent().extend_from_slice(delta);
+    }
+    Ok(())
+}
+
+/// One vectored write: what is buffered on main, then header, page, header, page, ... The pages are not copied, unless the
+/// cache has made a copy that must go instead of them.
 fn send_pages(
     main: &mut MainStream,
     ranges: &mut IoVecs,
     index: usize,
     block: &OutgoingBlock,
-    pages: &[usize],
+    packet: &Packet,
     shared: &Shared,
 ) -> Result<()> {
     let mut headers = std::mem::take(main.unsent());
-    let mut spans: Vec<Range<usize>> = Vec::with_capacity(pages.len());
+    let mut spans: Vec<Range<usize>> = Vec::with_capacity(packet.normal.len());
     let mut start = 0;
-    for page in pages {
+    for offset in &packet.normal {
         let name = main.naming().refer(index, block.block.name());
-        let record = RamRecord::Page { offset: (page * PAGE) as u64, block: name };
-        record.encode(crate::ram::PAGE_SIZE, &mut headers);
+        RamRecord::Page { offset: *offset, block: name }.encode(PAGE_SIZE, &mut headers);
         spans.push(start..headers.len());
         start = headers.len();
     }
-    shared.pace(headers.len() + pages.len() * PAGE)?;
+    shared.pace(headers.len() + packet.normal.len() * PAGE)?;
     let mut list = ranges.start();
-    for (page, span) in pages.iter().zip(spans) {
+    let mut copies = packet.pages.chunks_exact(PAGE);
+    for (offset, span) in packet.normal.iter().zip(spans) {
         list.private(headers.get(span).unwrap_or_default());
-        list.guest(&block.block.run(*page, 1).ok_or_else(|| {
-            Error::new(ErrorKind::GuestMemory, Phase::Active, "a page outside of its block was claimed")
-        })?);
+        match copies.next() {
+            Some(copy) => list.private(copy),
+            None => {
+                let page = block.block.page_at(*offset).and_then(|page| block.block.run(page, 1));
+                list.guest(&page.ok_or_else(outside)?);
+            }
+        }
     }
     list.send(main.channel()).map_err(|error| main.error(error))?;
     headers.clear();

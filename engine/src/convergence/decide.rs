@@ -1,0 +1,264 @@
+//! The decision after a round.
+
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use super::record::{Decision, RoundRecord};
+use super::throttle::{AutoConverge, Throttle};
+
+/// How far a migration may go. All of it can be changed while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest time for which the guest may stand still. Default: 300 ms.
+    pub downtime_limit: Duration,
+    /// Guest bytes per second to expect at the switch-over; `None`, the default: what was measured.
+    pub avail_switchover_bandwidth: Option<NonZeroU64>,
+    /// What to do when rounds no longer shrink. Default: go on.
+    pub on_stall: OnStall,
+    /// Total time after which to give up. Default: none.
+    pub deadline: Option<Duration>,
+}
+
+/// What to do when rounds no longer shrink.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnStall {
+    /// Give up; the guest stays.
+    Abort,
+    /// Go on, as QEMU does: the guest's load may change.
+    #[default]
+    Continue,
+    /// Stop the guest at a local minimum, if that takes no longer than this second limit.
+    SwitchBelow(Duration),
+}
+
+/// What was measured in a round.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RoundFacts {
+    /// Guest bytes dirty at its begin.
+    pub(crate) dirty_bytes: u64,
+    /// Guest bytes dirty at its end: written while it ran.
+    pub(crate) remaining_bytes: u64,
+    pub(crate) wire_bytes: u64,
+    pub(crate) duration: Duration,
+    pub(crate) sync: Duration,
+    /// Since the migration began.
+    pub(crate) elapsed: Duration,
+}
+
+/// Rounds without progress that make a stall. Three: one may be an accident of scheduling.
+const STALLED_ROUNDS: u32 = 3;
+
+/// A round makes progress if it leaves less than this share of the best before: 95 %.
+const PROGRESS_PERCENT: u64 = 95;
+
+/// Guest bytes below which a round's bandwidth says nothing: fixed costs are most of it. 256 pages.
+const MEASURABLE_BYTES: u64 = 1 << 20;
+
+/// Decides after each round whether to go on.
+#[derive(Debug)]
+pub(crate) struct Convergence {
+    round: u64,
+    /// Guest bytes per second, of the last round that was large enough to tell.
+    bandwidth: Option<u64>,
+    best_remaining: u64,
+    rounds_without_progress: u32,
+    throttle: Option<Throttle>,
+}
+
+impl Convergence {
+    pub(crate) fn new(auto_converge: Option<AutoConverge>) -> Self {
+        Self {
+            round: 0,
+            bandwidth: None,
+            best_remaining: u64::MAX,
+            rounds_without_progress: 0,
+            throttle: auto_converge.map(Throttle::new),
+        }
+    }
+
+    /// The line of the decision log for the round that has just ended.
+    pub(crate) fn on_round(&mut self, facts: RoundFacts, limits: &Limits) -> RoundRecord {
+        self.round += 1;
+        let measured = per_second(facts.dirty_bytes, facts.duration);
+        if facts.dirty_bytes >= MEASURABLE_BYTES || self.bandwidth.is_none() {
+            self.bandwidth = Some(measured);
+        }
+        let bandwidth =
+            limits.avail_switchover_bandwidth.map_or(self.bandwidth.unwrap_or(measured), NonZeroU64::get);
+        let expected = expected_downtime(facts.remaining_bytes, bandwidth, facts.sync);
+        self.note_progress(facts.remaining_bytes);
+        let throttle_percent = self.throttle.as_mut().map_or(0, |throttle| {
+            throttle.on_sync(facts.duration + facts.sync, facts.remaining_bytes, facts.dirty_bytes)
+        });
+        let (decision, reason) = self.decide(&facts, limits, expected);
+        RoundRecord {
+            round: self.round,
+            dirty_bytes: facts.dirty_bytes,
+            wire_bytes: facts.wire_bytes,
+            duration_us: micros(facts.duration),
+            sync_us: micros(facts.sync),
+            bandwidth_bytes_per_s: measured,
+            dirty_rate_bytes_per_s: per_second(facts.remaining_bytes, facts.duration + facts.sync),
+            remaining_bytes: facts.remaining_bytes,
+            expected_downtime_us: micros(expected),
+            throttle_percent,
+            decision,
+            reason,
+        }
+    }
+
+    fn note_progress(&mut self, remaining: u64) {
+        let enough = u128::from(self.best_remaining) * u128::from(PROGRESS_PERCENT) / 100;
+        if u128::from(remaining) < enough {
+            self.rounds_without_progress = 0;
+        } else {
+            self.rounds_without_progress += 1;
+        }
+        self.best_remaining = self.best_remaining.min(remaining);
+    }
+
+    fn decide(&self, facts: &RoundFacts, limits: &Limits, expected: Duration) -> (Decision, String) {
+        let limit = limits.downtime_limit;
+        if facts.remaining_bytes == 0 || expected <= limit {
+            return (
+                Decision::SwitchOver,
+                format!("switch over: {expected:.1?} is within the limit of {limit:?}"),
+            );
+        }
+        if let Some(deadline) = limits.deadline.filter(|deadline| facts.elapsed >= *deadline) {
+            let reason = format!(
+                "give up: {expected:.1?} is over the limit of {limit:?}, the deadline of {deadline:?} has passed"
+            );
+            return (Decision::AbortDeadline, reason);
+        }
+        let over = format!("{expected:.1?} is over the limit of {limit:?}");
+        if self.rounds_without_progress < STALLED_ROUNDS {
+            return (Decision::Continue, format!("go on: {over}"));
+        }
+        let stalled = format!("{over}, {} rounds without progress", self.rounds_without_progress);
+        match limits.on_stall {
+            OnStall::Abort => (Decision::AbortStalled, format!("give up: {stalled}")),
+            OnStall::Continue => (Decision::Continue, format!("go on: {stalled}")),
+            OnStall::SwitchBelow(second) if self.at_minimum(facts) && expected <= second => (
+                Decision::SwitchOverStalled,
+                format!("switch over: {stalled}, but within the second limit of {second:?}"),
+            ),
+            OnStall::SwitchBelow(second) => {
+                (Decision::Continue, format!("go on: {stalled}, waiting for a minimum within {second:?}"))
+            }
+        }
+    }
+
+    /// About as low as it has ever been.
+    fn at_minimum(&self, facts: &RoundFacts) -> bool {
+        u128::from(facts.remaining_bytes) * u128::from(PROGRESS_PERCENT)
+            <= u128::from(self.best_remaining) * 100
+    }
+}
+
+/// Sending what is left, and collecting the dirty bits once more.
+fn expected_downtime(remaining: u64, bandwidth: u64, sync: Duration) -> Duration {
+    if remaining == 0 {
+        return sync;
+    }
+    let micros = u128::from(remaining) * 1_000_000 / u128::from(bandwidth.max(1));
+    sync + Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX / 2))
+}
+
+fn per_second(bytes: u64, time: Duration) -> u64 {
+    u64::try_from(u128::from(bytes) * 1_000_000_000 / time.as_nanos().max(1)).unwrap_or(u64::MAX)
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            downtime_limit: Duration::from_millis(300),
+            avail_switchover_bandwidth: None,
+            on_stall: OnStall::Continue,
+            deadline: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A round that sent `dirty` MiB in 1 s and left `remaining` MiB.
+    fn facts(dirty: u64, remaining: u64) -> RoundFacts {
+        RoundFacts {
+            dirty_bytes: dirty * MIB,
+            remaining_bytes: remaining * MIB,
+            wire_bytes: dirty * MIB,
+            duration: Duration::from_secs(1),
+            sync: Duration::ZERO,
+            elapsed: Duration::from_secs(1),
+        }
+    }
+
+    fn decisions(limits: &Limits, rounds: &[(u64, u64)]) -> Vec<Decision> {
+        let mut convergence = Convergence::new(None);
+        rounds
+            .iter()
+            .map(|(dirty, left)| convergence.on_round(facts(*dirty, *left), limits).decision)
+            .collect()
+    }
+
+    #[test]
+    fn switches_over_exactly_at_the_limit() {
+        let limits = Limits::default();
+        assert_eq!(decisions(&limits, &[(1000, 301)]), [Decision::Continue]);
+        assert_eq!(decisions(&limits, &[(1000, 300)]), [Decision::SwitchOver]);
+    }
+
+    #[test]
+    fn a_given_bandwidth_counts_more_than_the_measured_one() {
+        let limits = Limits { avail_switchover_bandwidth: NonZeroU64::new(100 * MIB), ..Limits::default() };
+        assert_eq!(decisions(&limits, &[(1000, 31)]), [Decision::Continue]);
+        assert_eq!(decisions(&limits, &[(1000, 30)]), [Decision::SwitchOver]);
+    }
+
+    #[test]
+    fn nothing_left_is_always_the_end() {
+        let limits = Limits { downtime_limit: Duration::ZERO, ..Limits::default() };
+        assert_eq!(decisions(&limits, &[(1000, 0)]), [Decision::SwitchOver]);
+    }
+
+    #[test]
+    fn a_stall_follows_the_policy() {
+        let rounds = [(1000, 500), (500, 490), (490, 500), (500, 495), (495, 480)];
+        let last = |on_stall| decisions(&Limits { on_stall, ..Limits::default() }, &rounds).pop();
+        assert_eq!(last(OnStall::Continue), Some(Decision::Continue));
+        assert_eq!(last(OnStall::Abort), Some(Decision::AbortStalled));
+        assert_eq!(last(OnStall::SwitchBelow(Duration::from_secs(1))), Some(Decision::SwitchOverStalled));
+        assert_eq!(last(OnStall::SwitchBelow(Duration::from_millis(500))), Some(Decision::Continue));
+    }
+
+    #[test]
+    fn shrinking_rounds_are_no_stall() {
+        let limits = Limits { on_stall: OnStall::Abort, ..Limits::default() };
+        let rounds = [(8000, 4000), (4000, 3700), (3700, 3400), (3400, 3100), (3100, 2800)];
+        assert!(decisions(&limits, &rounds).iter().all(|decision| *decision == Decision::Continue));
+    }
+
+    #[test]
+    fn the_deadline_ends_it() {
+        let limits = Limits { deadline: Some(Duration::from_secs(1)), ..Limits::default() };
+        assert_eq!(decisions(&limits, &[(1000, 900)]), [Decision::AbortDeadline]);
+        assert_eq!(decisions(&limits, &[(1000, 100)]), [Decision::SwitchOver], "unless it is done");
+    }
+
+    #[test]
+    fn a_tiny_round_does_not_change_the_bandwidth() {
+        let mut convergence = Convergence::new(None);
+        convergence.on_round(facts(1000, 400), &Limits::default());
+        let tiny = RoundFacts { dirty_bytes: 4096, ..facts(0, 250) };
+        assert_eq!(convergence.on_round(tiny, &Limits::default()).decision, Decision::SwitchOver);
+    }
+}

@@ -1,0 +1,47 @@
+//! All the dirty logs of one migration.
+
+use std::sync::Arc;
+
+use super::DirtyLog;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::ram::{DirtyBitmap, RamBlock};
+
+/// Logs that were started; dropping it stops them, whatever ended the migration.
+#[derive(Default)]
+pub(crate) struct LogSet {
+    started: Vec<Box<dyn DirtyLog>>,
+}
+
+impl LogSet {
+    /// Starts every log. An error stops those that were started.
+    pub(crate) fn start(logs: Vec<Box<dyn DirtyLog>>, ram: &[RamBlock]) -> Result<Self> {
+        let mut set = Self::default();
+        for mut log in logs {
+            let result = log.start(ram);
+            let failed = result.map_err(|error| {
+                let detail = format!("dirty log {} could not be started", log.name());
+                Error::new(ErrorKind::GuestMemory, Phase::Setup, detail).because(error)
+            });
+            set.started.push(log);
+            failed?;
+        }
+        Ok(set)
+    }
+
+    /// ORs what every log has noted into `bitmaps`, one for each block.
+    pub(crate) fn sync(&mut self, phase: Phase, bitmaps: &[Arc<DirtyBitmap>]) -> Result<()> {
+        for log in &mut self.started {
+            log.sync(bitmaps).map_err(|error| {
+                let detail = format!("dirty log {} could not be read", log.name());
+                Error::new(ErrorKind::GuestMemory, phase, detail).because(error)
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for LogSet {
+    fn drop(&mut self) {
+        self.started.iter_mut().for_each(|log| log.stop());
+    }
+}

@@ -1,0 +1,92 @@
+//! Steering a migration from other threads while it runs.
+
+use std::num::NonZeroU64;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use multifd_transports::Pacer;
+
+use crate::convergence::Limits;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::session::{Canceller, Progress, Session};
+use crate::state::MigrationState;
+use crate::workers::Monitor;
+
+/// Steers a source from any thread: limits, the go-ahead, cancel. Clones steer the same migration.
+#[derive(Clone)]
+pub struct Control {
+    session: Arc<Session>,
+    pacer: Arc<Pacer>,
+    limits: Arc<Mutex<Limits>>,
+    /// What a source with pause-before-switchover waits for.
+    go_ahead: Monitor<bool>,
+}
+
+impl Control {
+    pub(super) fn new(session: &Arc<Session>, max_bandwidth: Option<NonZeroU64>, limits: Limits) -> Self {
+        let pacer = Arc::new(Pacer::new(max_bandwidth));
+        let paced = Arc::clone(&pacer);
+        session.stop.on_trip(move || paced.stop());
+        Self {
+            session: Arc::clone(session),
+            pacer,
+            limits: Arc::new(Mutex::new(limits)),
+            go_ahead: Monitor::new(false, &session.stop),
+        }
+    }
+
+    /// Ends the migration; the guest stays. Has no effect on one that has ended.
+    pub fn cancel(&self) {
+        Canceller::new(&self.session).cancel();
+    }
+
+    /// Changes the limit over all channels, at once. `None`: no limit.
+    pub fn set_max_bandwidth(&self, bytes_per_second: Option<NonZeroU64>) {
+        self.pacer.set_rate(bytes_per_second);
+    }
+
+    /// Changes how long the guest may stand still; counts from the next decision on.
+    pub fn set_downtime_limit(&self, limit: Duration) {
+        self.lock_limits().downtime_limit = limit;
+    }
+
+    /// Changes all limits; they count from the next decision on.
+    pub fn set_limits(&self, limits: Limits) {
+        *self.lock_limits() = limits;
+    }
+
+    /// The limits in force.
+    pub fn limits(&self) -> Limits {
+        *self.lock_limits()
+    }
+
+    /// Lets a source with pause-before-switchover go on (migrate-continue). May come before the source waits for it.
+    pub fn proceed(&self) {
+        self.go_ahead.update(|go_ahead| *go_ahead = true);
+    }
+
+    /// The counters now.
+    pub fn progress(&self) -> Progress {
+        self.session.progress()
+    }
+
+    /// Where the migration is.
+    pub fn state(&self) -> MigrationState {
+        self.session.state()
+    }
+
+    pub(super) fn pacer(&self) -> &Arc<Pacer> {
+        &self.pacer
+    }
+
+    /// Waits for [`Control::proceed`], for as long as it takes: only the caller knows what it is waiting for.
+    pub(super) fn wait_for_go_ahead(&self) -> Result<()> {
+        self.go_ahead
+            .wait(&self.session.stop, None, |go_ahead| go_ahead.then_some(()))
+            .ok_or_else(|| Error::new(ErrorKind::Cancelled, Phase::Device, "stopped"))
+    }
+
+    fn lock_limits(&self) -> std::sync::MutexGuard<'_, Limits> {
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

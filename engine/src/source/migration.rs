@@ -1,0 +1,221 @@
+//! The parts of a connected source, and the sections they write together.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use multifd_wire::{Command, Configuration, HELLO_PING, RamRecord};
+
+use super::control::Control;
+use super::device_state::DeviceState;
+use super::main_stream::MainStream;
+use super::page_cache::Moment;
+use super::return_path::ReturnPathReader;
+use super::shared::Shared;
+use super::single;
+use crate::convergence::DowntimeLedger;
+use crate::dirty::LogSet;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::ram::Round;
+use crate::report::Report;
+use crate::session::Counters;
+use crate::state::MigrationState;
+use crate::workers::Crew;
+
+/// Where the destination expects the sync points of the parallel channels; its machine type decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SyncPoints {
+    /// At FLUSH records: machine types from 8.1 on.
+    AtFlush,
+    /// At every end of a section: machine types up to 8.0.
+    AtSectionEnd,
+}
+
+impl SyncPoints {
+    pub(super) fn for_machine(configuration: &Configuration) -> Self {
+        match configuration.machine_version() {
+            Some(version) if version <= (8, 0) => Self::AtSectionEnd,
+            _ => Self::AtFlush,
+        }
+    }
+}
+
+/// One item of the RAM section. Each carries a sync point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Section {
+    Start,
+    Part,
+    End,
+}
+
+pub(super) struct Migration {
+    pub(super) main: MainStream,
+    pub(super) shared: Arc<Shared>,
+    pub(super) control: Control,
+    pub(super) crew: Crew,
+    pub(super) return_path: Option<ReturnPathReader>,
+    pub(super) sync_points: SyncPoints,
+    /// Send SWITCHOVER_START.
+    pub(super) switchover_start: bool,
+    pub(super) pause_before_switchover: bool,
+    pub(super) logs: LogSet,
+    pub(super) setup: Duration,
+    /// Rounds begun.
+    pub(super) rounds: u64,
+}
+
+impl Migration {
+    /// Header, configuration, return path, the list of blocks and the first sync point.
+    pub(super) fn set_up(&mut self, configuration: &Configuration) -> Result<()> {
+        self.main.header(configuration);
+        if self.return_path.is_some() {
+            self.main.command(Command::OpenReturnPath)?;
+            self.main.command(Command::Ping(HELLO_PING))?;
+        }
+        self.section(Section::Start)?;
+        self.enter(MigrationState::Active)?;
+        self.setup = self.shared.session.started.elapsed();
+        Ok(())
+    }
+
+    /// The guest stands still: the last dirty bits, the last pages.
+    pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger) -> Result<()> {
+        let begun = Instant::now();
+        self.sync_logs()?;
+        ledger.bitmap_sync_us = micros(begun.elapsed());
+        if self.pause_before_switchover {
+            self.enter(MigrationState::PreSwitchover)?;
+            self.control.wait_for_go_ahead()?;
+        }
+        self.enter(MigrationState::Device)?;
+        let begun = Instant::now();
+        if self.switchover_start {
+            self.main.command(Command::SwitchoverStart)?;
+        }
+        self.section(Section::End)?;
+        ledger.last_ram_us = micros(begun.elapsed());
+        Ok(())
+    }
+
+    /// One item of the RAM section: the pages that are dirty, then a sync point.
+    pub(super) fn section(&mut self, section: Section) -> Result<()> {
+        let workers = self.shared.rounds.workers();
+        let round = match section {
+            Section::Start => {
+                self.main.ram_start(&self.shared.ram);
+                Round::empty()
+            }
+            Section::Part => {
+                self.main.ram_part();
+                self.shared.ram.round(workers)
+            }
+            Section::End => {
+                self.main.ram_end();
+                self.shared.ram.round(workers)
+            }
+        };
+        if section != Section::Start {
+            self.rounds += 1;
+            Counters::add(&self.shared.session.counters.rounds, 1);
+        }
+        let moment = Moment { round: self.rounds, last: section == Section::End };
+        if workers == 0 {
+            single::send_round(&mut self.main, &round, moment, &self.shared)?;
+        } else {
+            self.send_parallel(round, moment)?;
+        }
+        if section != Section::Start {
+            self.shared.ram.forget_holes();
+        }
+        self.main.end_of_section()
+    }
+
+    fn send_parallel(&mut self, round: Round, moment: Moment) -> Result<()> {
+        let (main, shared) = (&mut self.main, &self.shared);
+        shared.rounds.run(round, moment, |mail| {
+            Counters::add(&shared.session.counters.pages_zero, mail.offsets.len());
+            main.zero_pages(&shared.ram, &mail)
+        })?;
+        if self.sync_points == SyncPoints::AtFlush {
+            self.main.record(&RamRecord::Flush);
+        }
+        Ok(())
+    }
+
+    /// Collects what was written since the last time. Gives how long it took.
+    pub(super) fn sync_logs(&mut self) -> Result<Duration> {
+        let begun = Instant::now();
+        self.logs.sync(Phase::Active, &self.shared.ram.dirty)?;
+        Ok(begun.elapsed())
+    }
+
+    /// Device state and the end of the stream, then the destination's word.
+    pub(super) fn hand_over(
+        &mut self,
+        state: &DeviceState,
+        last_ram_sent: Instant,
+        ledger: &mut DowntimeLedger,
+    ) -> Result<()> {
+        self.main.raw(state.sections())?;
+        // The point of no return: with the next byte, EOF, the destination has all it needs to run the guest.
+        self.main.enter(Phase::Commit);
+        self.main.raw(state.end())?;
+        ledger.device_state_us = micros(last_ram_sent.elapsed());
+        let begun = Instant::now();
+        match &self.return_path {
+            Some(return_path) => return_path.wait_for_shut(self.shared.session.timeout)?,
+            None => self.main.channel().finish_sending().map_err(|error| self.main.error(error))?,
+        }
+        ledger.acknowledgement_us = micros(begun.elapsed());
+        self.shared.session.complete();
+        Ok(())
+    }
+
+    /// The account, when all threads have ended.
+    pub(super) fn end(self, ledger: DowntimeLedger) -> Report {
+        self.shared.rounds.close();
+        self.crew.join();
+        let session = &self.shared.session;
+        let codec =
+            if self.shared.rounds.workers() == 0 { "none".to_owned() } else { self.shared.codec.describe() };
+        let mut report = Report::of(session, session.started.elapsed(), codec);
+        session.close_channels();
+        report.setup = self.setup;
+        report.downtime = ledger.total();
+        report.ledger = ledger;
+        report.xbzrle = self.shared.cache.as_ref().map(|cache| cache.stats());
+        report.confirmed = self.return_path.is_some();
+        report
+    }
+
+    pub(super) fn enter(&mut self, state: MigrationState) -> Result<()> {
+        match state {
+            MigrationState::Active => self.main.enter(Phase::Active),
+            MigrationState::Device => self.main.enter(Phase::Device),
+            _ => {}
+        }
+        self.shared.session.enter(state)
+    }
+
+    /// Ends the migration if `result` is an error, and gives the first cause.
+    pub(super) fn caused<T>(&mut self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| self.fail(error))
+    }
+
+    fn fail(&mut self, error: Error) -> Error {
+        let session = &self.shared.session;
+        // Whoever broke it first knows best, but only this thread knows whether the guest was handed over.
+        let committed = !error.source_may_resume();
+        session.stop.trip(error);
+        session.note_end_of_failed();
+        self.crew.join();
+        // Logs are off before the caller hears of it: the guest runs on at full speed.
+        self.logs = LogSet::default();
+        let cause = session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"));
+        let refused = matches!(cause.kind(), ErrorKind::PeerAborted(_));
+        if committed && !refused { cause.committed() } else { cause }
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

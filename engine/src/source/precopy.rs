@@ -1,0 +1,142 @@
+//! Rounds while the guest runs, then the switch-over: the calls that an embedder makes, in their order.
+
+use std::time::Instant;
+
+use super::control::Control;
+use super::device_state::DeviceState;
+use super::migration::{Migration, Section};
+use super::page_cache::Moment;
+use crate::convergence::{Convergence, Decision, DowntimeLedger, RoundFacts, RoundRecord};
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::ram::PAGE;
+use crate::report::Report;
+use crate::session::{Canceller, ProgressReader};
+
+/// Connected; the guest runs while rounds move its RAM.
+///
+/// Dropped before [`Precopy::stop_copy`] and [`StopCopy::commit`], the migration is cancelled and the guest is still here.
+#[must_use = "dropping it cancels the migration"]
+pub struct Precopy {
+    migration: Migration,
+    convergence: Convergence,
+    decisions: Vec<RoundRecord>,
+}
+
+/// The guest is stopped, all of its RAM is over; device state is next.
+#[must_use = "dropping it cancels the migration"]
+pub struct StopCopy {
+    migration: Migration,
+    decisions: Vec<RoundRecord>,
+    ledger: DowntimeLedger,
+    last_ram_sent: Instant,
+}
+
+impl Precopy {
+    pub(super) fn new(migration: Migration, convergence: Convergence) -> Self {
+        Self { migration, convergence, decisions: Vec::new() }
+    }
+
+    /// Sends every page that is dirty now, then collects what was written meanwhile and decides what follows.
+    ///
+    /// # Errors
+    /// `NotConverging` if the limits say to give up; else anything that broke the migration. The guest may run on.
+    pub fn round(&mut self) -> Result<&RoundRecord> {
+        let result = self.send_round();
+        let record = self.migration.caused(result)?;
+        let abort = matches!(record.decision, Decision::AbortDeadline | Decision::AbortStalled);
+        let reason = abort.then(|| record.reason.clone());
+        self.decisions.push(record);
+        if let Some(reason) = reason {
+            let error = Error::new(ErrorKind::NotConverging, Phase::Active, reason);
+            return self.migration.caused(Err(error));
+        }
+        self.decisions.last().ok_or_else(|| Error::new(ErrorKind::ApiMisuse, Phase::Active, "no round"))
+    }
+
+    fn send_round(&mut self) -> Result<RoundRecord> {
+        let migration = &mut self.migration;
+        let (begun, wire) = (Instant::now(), migration.shared.session.wire_bytes());
+        let dirty_bytes = dirty_bytes(migration);
+        migration.section(Section::Part)?;
+        let duration = begun.elapsed();
+        let sync = migration.sync_logs()?;
+        let facts = RoundFacts {
+            dirty_bytes,
+            remaining_bytes: self::dirty_bytes(migration),
+            wire_bytes: migration.shared.session.wire_bytes() - wire,
+            duration,
+            sync,
+            elapsed: migration.shared.session.started.elapsed(),
+        };
+        let mut record = self.convergence.on_round(facts, &migration.control.limits());
+        let moment = Moment { round: migration.rounds, last: false };
+        if let Some(said) = migration.shared.cache.as_ref().and_then(|cache| cache.assess(moment)) {
+            record.reason = format!("{}; {said}", record.reason);
+        }
+        tracing::debug!(%record, "round");
+        Ok(record)
+    }
+
+    /// True when the last round's decision was to stop the guest. Then: pause it, and [`Precopy::stop_copy`].
+    pub fn converged(&self) -> bool {
+        self.decisions
+            .last()
+            .is_some_and(|last| matches!(last.decision, Decision::SwitchOver | Decision::SwitchOverStalled))
+    }
+
+    /// What was decided after each round so far, and why.
+    pub fn decisions(&self) -> &[RoundRecord] {
+        &self.decisions
+    }
+
+    /// Pages that a further round would send.
+    pub fn dirty_pages(&self) -> usize {
+        self.migration.shared.ram.dirty_pages()
+    }
+
+    /// Steers the migration from other threads.
+    pub fn control(&self) -> Control {
+        self.migration.control.clone()
+    }
+
+    /// Ends the migration from another thread.
+    pub fn canceller(&self) -> Canceller {
+        Canceller::new(&self.migration.shared.session)
+    }
+
+    /// Tells how far it has come, from any thread.
+    pub fn progress(&self) -> ProgressReader {
+        ProgressReader::new(&self.migration.shared.session)
+    }
+
+    /// Sends what is still dirty, on all channels. The guest must be stopped, and stay so. With pause-before-switchover, waits
+    /// for [`Control::proceed`] first.
+    ///
+    /// # Errors
+    /// Anything that broke the migration; the guest may run on.
+    pub fn stop_copy(mut self) -> Result<StopCopy> {
+        let mut ledger = DowntimeLedger::default();
+        let result = self.migration.finish_ram(&mut ledger);
+        self.migration.caused(result)?;
+        let Self { migration, decisions, .. } = self;
+        Ok(StopCopy { migration, decisions, ledger, last_ram_sent: Instant::now() })
+    }
+}
+
+impl StopCopy {
+    /// Sends the device state and hands the guest over. After an `Ok`, it runs at the destination.
+    ///
+    /// # Errors
+    /// [`Error::source_may_resume`] says whether the guest may run on here.
+    pub fn commit(mut self, state: &DeviceState) -> Result<Report> {
+        let result = self.migration.hand_over(state, self.last_ram_sent, &mut self.ledger);
+        self.migration.caused(result)?;
+        let mut report = self.migration.end(self.ledger);
+        report.decisions = self.decisions;
+        Ok(report)
+    }
+}
+
+fn dirty_bytes(migration: &Migration) -> u64 {
+    (migration.shared.ram.dirty_pages() * PAGE) as u64
+}

@@ -1,0 +1,201 @@
+//! A guest that is written while it moves, from our source to our destination: nothing may be lost.
+
+mod guest;
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use guest::{Guest, Load};
+use multifd_codecs::{Codec, Uncompressed, Zlib, Zstd};
+use multifd_engine::{
+    Destination, DeviceState, Error, ErrorKind, HostMemory, Limits, MigrationState, OnStall, PAGE, Precopy,
+    RamBlock, Report, Source, SourceBuilder,
+};
+use multifd_transports::Endpoint;
+use multifd_wire::Configuration;
+
+const SOON: Duration = Duration::from_secs(20);
+const PAGES: usize = 4096;
+const LOAD: Load = Load { threads: 2, hot_pages: 1000, bytes: 64 };
+
+/// A destination on a thread of its own, with memory that held something.
+struct There {
+    uri: Endpoint,
+    block: RamBlock,
+    thread: JoinHandle<Result<Report, Error>>,
+}
+
+impl There {
+    fn listen() -> Self {
+        let memory = HostMemory::anonymous(PAGES * PAGE).unwrap();
+        let block = RamBlock::new("guest.ram".try_into().unwrap(), memory);
+        let garbage = Guest::new("garbage", PAGES);
+        copy(&garbage.block, &block);
+        let destination = Destination::builder(vec![block.clone()])
+            .timeout(SOON)
+            .listen(&"tcp:127.0.0.1:0".parse().unwrap())
+            .unwrap();
+        let uri = destination.endpoint();
+        let thread = std::thread::Builder::new().spawn(|| destination.receive()?.accept()).unwrap();
+        Self { uri, block, thread }
+    }
+
+    fn end(self) -> (RamBlock, Result<Report, Error>) {
+        (self.block, self.thread.join().unwrap())
+    }
+}
+
+fn copy(from: &RamBlock, to: &RamBlock) {
+    let (from, to) =
+        (from.memory().slice(0, PAGES * PAGE).unwrap(), to.memory().slice(0, PAGES * PAGE).unwrap());
+    from.copy_to_volatile_slice(to);
+}
+
+fn assert_equal(left: &RamBlock, right: &RamBlock) {
+    let (mut a, mut b) = ([0; PAGE], [1; PAGE]);
+    for page in 0..PAGES {
+        assert!(left.read_page(page, &mut a) && right.read_page(page, &mut b));
+        assert!(a == b, "page {page} differs");
+    }
+}
+
+fn source(guest: &Guest) -> SourceBuilder {
+    let configuration =
+        Configuration { machine: "test-10.0".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    Source::builder(vec![guest.block.clone()], configuration).dirty_log(guest.log()).timeout(SOON)
+}
+
+fn no_devices() -> DeviceState {
+    let json = br#"{"page_size": 4096, "devices": []}"#;
+    let mut tail = vec![0x00, 0x06];
+    tail.extend_from_slice(&(json.len() as u32).to_be_bytes());
+    tail.extend_from_slice(json);
+    DeviceState::from_tail(tail).unwrap()
+}
+
+/// At least `rounds`, and on until it has converged; then the guest stands still and goes over.
+fn move_over(guest: &Guest, mut precopy: Precopy, rounds: usize) -> Result<Report, Error> {
+    while precopy.decisions().len() < rounds || !precopy.converged() {
+        guest.wait_for_writes();
+        precopy.round()?;
+    }
+    guest.pause();
+    precopy.stop_copy()?.commit(&no_devices())
+}
+
+fn moves(builder: impl FnOnce(SourceBuilder) -> SourceBuilder, rounds: usize) -> Report {
+    let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+    let there = There::listen();
+    let precopy = builder(source(&guest)).build().unwrap().connect(&there.uri).unwrap();
+    let report = move_over(&guest, precopy, rounds).unwrap();
+    let (block, result) = there.end();
+    result.unwrap();
+    assert_equal(&guest.block, &block);
+    assert!(report.ledger.total() == report.downtime && report.decisions.len() >= rounds);
+    report
+}
+
+fn codecs() -> [Arc<dyn Codec>; 3] {
+    [Arc::new(Uncompressed), Arc::new(Zlib::default()), Arc::new(Zstd::default())]
+}
+
+#[test]
+fn single_channel() {
+    let report = moves(|source| source, 4);
+    assert_eq!(report.progress.channels, 0);
+}
+
+#[test]
+fn parallel_channels_with_every_codec() {
+    for codec in codecs() {
+        moves(|source| source.channels(4).codec(codec), 5);
+    }
+}
+
+#[test]
+fn differences_on_the_main_channel() {
+    let report = moves(|source| source.xbzrle(64 << 20), 6);
+    let stats = report.xbzrle.unwrap();
+    assert!(report.progress.pages_xbzrle > 0 && stats.deltas == report.progress.pages_xbzrle, "{stats:?}");
+}
+
+#[test]
+fn differences_on_parallel_channels_save_ten_times_the_bytes() {
+    for codec in codecs() {
+        let late = |report: &Report| {
+            let rounds = report.decisions.iter().filter(|round| round.round >= 4);
+            let (wire, dirty) =
+                rounds.fold((0, 0), |sum, round| (sum.0 + round.wire_bytes, sum.1 + round.dirty_bytes));
+            wire as f64 / dirty as f64
+        };
+        let with = moves(|source| source.channels(2).codec(codec.clone()).xbzrle(64 << 20), 8);
+        assert!(with.progress.pages_xbzrle > 0);
+        // Without differences, every dirty byte is on the wire (codec none).
+        assert!(late(&with) < 0.1, "{} of the dirty bytes on the wire", late(&with));
+    }
+}
+
+#[test]
+fn a_cancel_leaves_the_guest_running_and_a_second_attempt_succeeds() {
+    let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+    let there = There::listen();
+    let mut precopy = source(&guest).channels(2).build().unwrap().connect(&there.uri).unwrap();
+    precopy.round().unwrap();
+    let control = precopy.control();
+    control.cancel();
+    let error = precopy.round().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+    assert!(error.source_may_resume());
+    assert_eq!(control.state(), MigrationState::Cancelled);
+    assert!(there.end().1.is_err());
+
+    guest.wait_for_writes();
+    let there = There::listen();
+    let precopy = source(&guest).channels(2).build().unwrap().connect(&there.uri).unwrap();
+    move_over(&guest, precopy, 3).unwrap();
+    let (block, result) = there.end();
+    result.unwrap();
+    assert_equal(&guest.block, &block);
+}
+
+#[test]
+fn pause_before_switchover_waits_for_the_word() {
+    let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+    let there = There::listen();
+    let precopy = source(&guest).pause_before_switchover(true).build().unwrap().connect(&there.uri).unwrap();
+    let control = precopy.control();
+    let waiting = std::thread::Builder::new()
+        .spawn(move || {
+            while control.state() != MigrationState::PreSwitchover {
+                std::thread::yield_now();
+            }
+            control.proceed();
+        })
+        .unwrap();
+    move_over(&guest, precopy, 2).unwrap();
+    waiting.join().unwrap();
+    let (block, result) = there.end();
+    result.unwrap();
+    assert_equal(&guest.block, &block);
+}
+
+#[test]
+fn a_guest_that_never_converges_follows_the_policy() {
+    let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+    let there = There::listen();
+    let limits =
+        Limits { downtime_limit: Duration::from_nanos(1), on_stall: OnStall::Abort, ..Limits::default() };
+    let mut precopy = source(&guest).limits(limits).build().unwrap().connect(&there.uri).unwrap();
+    let error = loop {
+        guest.wait_for_writes();
+        if let Err(error) = precopy.round() {
+            break error;
+        }
+    };
+    assert_eq!(error.kind(), ErrorKind::NotConverging);
+    assert!(error.source_may_resume());
+    let last = precopy.decisions().last().unwrap();
+    assert!(last.reason.contains("rounds without progress"), "{}", last.reason);
+    assert!(there.end().1.is_err());
+}
