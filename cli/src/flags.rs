@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use multifd_codecs::{Codec, parse_codec};
-use multifd_engine::{SwitchoverAck, ZeroPages};
+use multifd_engine::{Limits, OnStall, SwitchoverAck, ZeroPages};
 use multifd_transports::Endpoint;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -29,8 +29,11 @@ pub(crate) struct Flags {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Move a generated guest between two processes on this machine, and compare every page
+    /// Move a live guest from this process to another on this machine, and compare every page
     Demo(Demo),
+    /// The other process of the demo
+    #[command(hide = true)]
+    DemoDestination,
     /// Show what is in a checkpoint or a recorded stream
     Inspect(Inspect),
     /// Be the destination of any QEMU or multifd source; write a checkpoint
@@ -96,7 +99,8 @@ pub(crate) struct Send {
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
-    /// A checkpoint's directory, or a file with a stream that QEMU wrote to exec: or file:
+    /// A checkpoint's directory, or a file with a stream that QEMU wrote to exec: or file:, with mapped-ram or without. With -v
+    /// come the fields of every device
     pub(crate) path: PathBuf,
 }
 
@@ -105,6 +109,49 @@ pub(crate) struct Demo {
     /// The guest's RAM
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = human::size)]
     pub(crate) ram: u64,
+    /// What the guest writes, in whole pages per second; 0 is nothing
+    #[arg(long, value_name = "RATE", default_value = "32MiB/s", value_parser = human::rate)]
+    pub(crate) dirty_rate: Rate,
+    /// Hold the guest back when it writes faster than its pages are sent
+    #[arg(long)]
+    pub(crate) auto_converge: bool,
+    /// Send pages that are written again as differences, with a cache of this size (a power of two)
+    #[arg(long, value_name = "SIZE", value_parser = human::size)]
+    pub(crate) xbzrle_cache: Option<u64>,
+    #[command(flatten)]
+    pub(crate) convergence: Convergence,
+}
+
+/// When a live source gives up, or stops its guest although that takes longer than it should.
+#[derive(Debug, Args)]
+pub(crate) struct Convergence {
+    /// When rounds no longer shrink: continue, abort, or switch over at a minimum within --stall-limit
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = Stall::Continue)]
+    pub(crate) on_stall: Stall,
+    /// The second downtime limit, for --on-stall switch
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = human::duration)]
+    pub(crate) stall_limit: Duration,
+    /// Total time after which to give up
+    #[arg(long, value_name = "TIME", value_parser = human::duration)]
+    pub(crate) deadline: Option<Duration>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Stall {
+    Abort,
+    Continue,
+    Switch,
+}
+
+impl Convergence {
+    pub(crate) fn limits(&self, downtime_limit: Duration) -> Limits {
+        let on_stall = match self.on_stall {
+            Stall::Abort => OnStall::Abort,
+            Stall::Continue => OnStall::Continue,
+            Stall::Switch => OnStall::SwitchBelow(self.stall_limit),
+        };
+        Limits { downtime_limit, on_stall, deadline: self.deadline, ..Limits::default() }
+    }
 }
 
 /// A codec with the level that was typed.

@@ -6,7 +6,6 @@
 
 mod demo;
 mod flags;
-mod generated;
 mod human;
 mod inspect;
 mod outcome;
@@ -28,6 +27,7 @@ fn main() -> ExitCode {
     }
     let outcome = match &flags.command {
         Command::Demo(demo) => demo::run(demo, &flags.common),
+        Command::DemoDestination => demo::destination::run(&flags.common),
         Command::Inspect(inspect) => inspect::run(inspect, &flags.common),
         Command::Receive(receive) => receive::run(receive, &flags.common),
         Command::Send(send) => send::run(send, &flags.common),

@@ -44,6 +44,11 @@ impl Outcome {
         Self { status: Status::Completed, error: None, code: DONE, table, keys: object(keys) }
     }
 
+    /// Nothing to say: the result went another way.
+    pub(crate) fn silent() -> Self {
+        Self::shown(String::new(), json!({}))
+    }
+
     /// A migration, or its preparation, that failed. The counters stand where they stood.
     pub(crate) fn failed(error: &Error, progress: Option<Progress>) -> Self {
         let (status, code) = match error.kind() {

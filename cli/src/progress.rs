@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use multifd_engine::{PAGE, Progress, ProgressReader};
+use multifd_engine::{PAGE, Progress, ProgressReader, RoundRecord};
 
 use crate::flags::Common;
 use crate::human::show_bytes;
@@ -14,15 +14,29 @@ use crate::human::show_bytes;
 /// Between two looks at the counters.
 const INTERVAL: Duration = Duration::from_millis(200);
 
+/// Who writes the line a round where there is no terminal.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lines {
+    /// The counters are watched for new rounds.
+    Watched,
+    /// Whoever runs the rounds, by [`line`].
+    Told,
+}
+
 /// Runs `work` and shows `progress` meanwhile.
-pub(crate) fn shown<T>(common: &Common, progress: &ProgressReader, work: impl FnOnce() -> T) -> T {
+pub(crate) fn shown<T>(
+    common: &Common,
+    progress: &ProgressReader,
+    lines: Lines,
+    work: impl FnOnce() -> T,
+) -> T {
     if common.quiet {
         return work();
     }
     let (done, finished) = channel::<()>();
     thread::scope(|scope| {
         scope.spawn(move || {
-            let mut display = Display::new();
+            let mut display = Display::new(lines);
             while let Err(RecvTimeoutError::Timeout) = finished.recv_timeout(INTERVAL) {
                 display.update(&progress.now());
             }
@@ -34,14 +48,22 @@ pub(crate) fn shown<T>(common: &Common, progress: &ProgressReader, work: impl Fn
     })
 }
 
+/// A finished round of a live source, where there is no live line to be disturbed.
+pub(crate) fn line(round: &RoundRecord) {
+    if !std::io::stderr().is_terminal() {
+        eprintln!("{round}");
+    }
+}
+
 struct Display {
     bar: Option<ProgressBar>,
+    lines: Lines,
     rounds: u64,
     last: (Instant, u64),
 }
 
 impl Display {
-    fn new() -> Self {
+    fn new(lines: Lines) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(0);
             if let Ok(style) = ProgressStyle::with_template("{bar:24} {msg}") {
@@ -49,7 +71,7 @@ impl Display {
             }
             bar
         });
-        Self { bar, rounds: 0, last: (Instant::now(), 0) }
+        Self { bar, lines, rounds: 0, last: (Instant::now(), 0) }
     }
 
     fn update(&mut self, now: &Progress) {
@@ -68,7 +90,7 @@ impl Display {
             bar.set_length(now.ram_bytes);
             bar.set_position((pages * PAGE as u64).min(now.ram_bytes));
             bar.set_message(message);
-        } else if now.rounds > self.rounds {
+        } else if now.rounds > self.rounds && self.lines == Lines::Watched {
             self.rounds = now.rounds;
             eprintln!("{message}");
         }

@@ -6,7 +6,8 @@ use serde_json::json;
 
 use crate::flags::{Common, Receive};
 use crate::outcome::Outcome;
-use crate::{progress, signals};
+use crate::progress::{self, Lines};
+use crate::signals;
 
 pub(crate) fn run(flags: &Receive, common: &Common) -> Outcome {
     let mut reached = None;
@@ -39,7 +40,7 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
         eprintln!("listening on {}", destination.endpoint());
     }
     let progress = destination.progress();
-    let result = progress::shown(common, &progress, || {
+    let result = progress::shown(common, &progress, Lines::Watched, || {
         let arrived = destination.receive()?;
         writer.finish(&arrived)?;
         arrived.accept()

@@ -5,7 +5,8 @@ use serde_json::json;
 
 use crate::flags::{Common, Rate, Send};
 use crate::outcome::Outcome;
-use crate::{progress, signals};
+use crate::progress::{self, Lines};
+use crate::signals;
 
 pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
     let mut reached = None;
@@ -39,7 +40,7 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         Error::new(ErrorKind::ApiMisuse, Phase::Connect, "no signal handler").because(error)
     })?;
     let progress = source.progress();
-    let result = progress::shown(common, &progress, || {
+    let result = progress::shown(common, &progress, Lines::Watched, || {
         let mut precopy = source.connect(&flags.uri)?;
         precopy.round()?;
         precopy.stop_copy()?.commit(checkpoint.device_state())

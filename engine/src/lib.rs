@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A guest that has been received can also be kept: [`Checkpoint`] is a directory with its RAM and device state, which a
-//! [`Source`] sends on.
+//! [`Source`] sends on. [`Recording`] reads a stream that QEMU wrote to a file.
 //!
 //! The embedder owns the virtual machine: nothing here starts, stops or inspects a vCPU. All calls block; threads are the
 //! engine's own, one a channel, and end with the migration, whatever ends it. Nothing asks for an async runtime.
@@ -21,19 +21,27 @@ mod dialect;
 mod dirty;
 mod error;
 mod ram;
+mod recording;
 mod report;
 mod session;
 mod source;
 mod state;
+mod stop;
 mod stream;
+mod sync;
 mod workers;
 
 pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, Manifest};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
-pub use dirty::{DirtyLog, DirtyLogError};
+pub use dirty::{DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance};
+#[cfg(feature = "kvm")]
+pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot};
 pub use error::{Error, ErrorKind, Phase, Result};
-pub use ram::{DirtyBitmap, HostMemory, PAGE, RamBlock};
+pub use ram::{Batch, Claim, DirtyBitmap, HostMemory, PAGE, RamBlock, Round};
+pub use recording::{
+    Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,
+};
 pub use report::{Figures, Report};
 pub use session::{Canceller, DEFAULT_TIMEOUT, Progress, ProgressReader};
 pub use source::{Control, DeviceState, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats, ZeroPages};

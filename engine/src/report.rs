@@ -12,7 +12,7 @@ use crate::source::XbzrleStats;
 /// The account of a migration that has ended well.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// From the start to the end, both included.
+    /// From the start to the end, both included; at a destination, from the arrival of the main channel.
     pub total: Duration,
     /// Up to the first page: connections, headers, the list of blocks.
     pub setup: Duration,
@@ -64,6 +64,29 @@ impl Report {
             decisions: Vec::new(),
             xbzrle: None,
         }
+    }
+
+    /// Why the guest stood still for longer than `limit`, if it did: which part of the ledger took the most, and what had been
+    /// expected.
+    pub fn over_limit(&self, limit: Duration) -> Option<String> {
+        if self.downtime <= limit {
+            return None;
+        }
+        let DowntimeLedger { bitmap_sync_us, last_ram_us, device_state_us, acknowledgement_us } = self.ledger;
+        let parts = [
+            (bitmap_sync_us, "the last bitmap sync"),
+            (last_ram_us, "the last RAM"),
+            (device_state_us, "device state"),
+            (acknowledgement_us, "the destination's acknowledgement"),
+        ];
+        let (most, part) = parts.into_iter().max()?;
+        let expected = self.decisions.last().map_or(0, |round| round.expected_downtime_us);
+        Some(format!(
+            "{:.1?} are over the limit of {limit:?}: {part} took {} ms, {} ms were expected in all",
+            self.downtime,
+            most / 1000,
+            expected / 1000
+        ))
     }
 
     /// Plain numbers: times in ms, throughput as bytes on the wire per second of total time.
@@ -120,6 +143,20 @@ impl fmt::Display for Report {
             "pages        {} normal, {} zero, {} xbzrle in {} rounds",
             figures.pages_normal, figures.pages_zero, figures.pages_xbzrle, figures.rounds
         )?;
-        write!(f, "channels     {} ({})", figures.channels, figures.codec)
+        write!(f, "channels     {} ({})", figures.channels, figures.codec)?;
+        if let Some(stats) = &self.xbzrle {
+            let looked_up = (stats.hits + stats.misses).max(1);
+            let off = if stats.switched_off { ", switched off" } else { "" };
+            write!(
+                f,
+                "\nxbzrle       {} % hits, {:.1} MiB saved{off}",
+                stats.hits * 100 / looked_up,
+                mib(stats.saved_bytes)
+            )?;
+        }
+        if !self.decisions.is_empty() {
+            write!(f, "\nledger       {}", self.ledger)?;
+        }
+        Ok(())
     }
 }

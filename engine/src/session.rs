@@ -8,7 +8,7 @@ use multifd_transports::Channel;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::state::MigrationState;
-use crate::workers::StopSwitch;
+use crate::stop::StopSwitch;
 
 /// How long a peer may keep us waiting by default: for a connection, an answer, the rest of a packet.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -42,7 +42,7 @@ pub struct Canceller(Arc<Session>);
 
 pub(crate) struct Session {
     pub(crate) stop: StopSwitch,
-    pub(crate) started: Instant,
+    started: Mutex<Instant>,
     pub(crate) timeout: Duration,
     pub(crate) counters: Counters,
     channels: Mutex<Vec<Arc<Channel>>>,
@@ -63,7 +63,7 @@ impl Session {
     pub(crate) fn new(timeout: Duration) -> Arc<Self> {
         Arc::new(Self {
             stop: StopSwitch::default(),
-            started: Instant::now(),
+            started: Mutex::new(Instant::now()),
             timeout,
             counters: Counters::default(),
             channels: Mutex::default(),
@@ -92,6 +92,16 @@ impl Session {
     /// Shuts every socket down, at the regular end.
     pub(crate) fn close_channels(&self) {
         self.lock_channels().iter().for_each(|channel| channel.closer().close());
+    }
+
+    /// The migration begins now: a destination that has waited for its source does not count the wait.
+    pub(crate) fn begin(&self) {
+        *self.started.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Since the migration began.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.started.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
     }
 
     pub(crate) fn wire_bytes(&self) -> u64 {

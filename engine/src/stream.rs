@@ -1,11 +1,13 @@
 //! Reading the section stream from the main channel: bytes are buffered until a whole thing can be parsed.
 
+use std::io;
 use std::sync::Arc;
 
 use multifd_transports::Channel;
 use multifd_wire::Parsed;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::session::Session;
 
 /// Bytes asked of the kernel at a time: 256 KiB. Larger falls out of the L2 cache before it is copied to its page.
 const BUFFER_LEN: usize = 256 << 10;
@@ -16,6 +18,7 @@ const LONGEST_ITEM: usize = 128 << 10;
 /// A cursor over the bytes that arrive on the main channel.
 pub(crate) struct StreamReader {
     channel: Arc<Channel>,
+    session: Arc<Session>,
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -24,8 +27,10 @@ pub(crate) struct StreamReader {
 }
 
 impl StreamReader {
-    pub(crate) fn new(channel: Arc<Channel>) -> Self {
-        Self { channel, buffer: vec![0; BUFFER_LEN].into(), start: 0, end: 0, position: 0 }
+    /// Main may be silent for as long as other channels of `session` are not: a round can take any time.
+    pub(crate) fn new(channel: Arc<Channel>, session: &Arc<Session>) -> Self {
+        let (session, buffer) = (Arc::clone(session), vec![0; BUFFER_LEN].into());
+        Self { channel, session, buffer, start: 0, end: 0, position: 0 }
     }
 
     /// What has arrived and was not taken yet.
@@ -95,7 +100,15 @@ impl StreamReader {
             self.start = 0;
         }
         let free = self.buffer.get_mut(self.end..).unwrap_or_default();
-        match self.channel.recv(free) {
+        let received = loop {
+            let before = self.session.wire_bytes();
+            match self.channel.recv(free) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::TimedOut && self.session.wire_bytes() > before => {}
+                outcome => break outcome,
+            }
+        };
+        match received {
             Ok(received) => {
                 self.end += received;
                 Ok(received > 0)

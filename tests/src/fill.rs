@@ -57,7 +57,8 @@ impl Fill {
     /// Appends page number `index` to `out`.
     pub fn page(&self, index: u64, out: &mut Vec<u8>) {
         let end = out.len() + PAGE;
-        let mut random = Random(self.seed ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        // Far apart: seeds a multiple of the generator's step apart give the same numbers, shifted.
+        let mut random = Random(Random(self.seed.rotate_left(32) ^ index).next());
         match self.kind(index) {
             Kind::Pattern => {
                 let pattern = random.next().to_le_bytes();
@@ -125,6 +126,15 @@ mod tests {
             kinds[fill.kind(index) as usize] += 1;
         }
         assert!(kinds.iter().all(|pages| *pages > 256), "{kinds:?}");
+    }
+
+    #[test]
+    fn random_pages_have_no_word_in_common() {
+        let (fill, mut pages) = (Fill::new(3), Vec::new());
+        let random = (0..4096).filter(|index| fill.kind(*index) == Kind::Random);
+        random.for_each(|index| fill.page(index, &mut pages));
+        let words: std::collections::HashSet<_> = pages.chunks(8).collect();
+        assert_eq!(words.len(), pages.len() / 8);
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //!                |
 //!              process, transcript, scratch         ram: are two memories equal?
 //!                |
-//!              multifd: our own command, run the same way
+//!              multifd, checkpoint: our own command, run the same way, and what it leaves on disk
 //! ```
 //!
 //! Everything has a deadline, nothing sleeps, and no process outlives its test: each is killed and reaped on
@@ -38,6 +38,7 @@
 //! # a_guest_moves().unwrap();
 //! ```
 
+pub mod checkpoint;
 pub mod fill;
 pub mod guest;
 pub mod linux;
@@ -50,18 +51,21 @@ pub mod ram;
 pub mod scratch;
 pub mod skip;
 pub mod transcript;
+pub mod usage;
 
 mod cpio;
 mod failure;
 
+pub use checkpoint::CheckpointFiles;
 pub use failure::{During, Failure, Outcome};
 pub use fill::Fill;
 pub use guest::BootSector;
 pub use linux::{Linux, LinuxImage};
 pub use migration::{Compression, Report, Settings, Side, ZeroPages};
-pub use multifd::Multifd;
+pub use multifd::{CommandReport, Multifd, Receive};
 pub use process::Process;
 pub use qemu::{Qemu, QemuBuilder};
 pub use qmp::Qmp;
 pub use scratch::Scratch;
 pub use transcript::Transcript;
+pub use usage::Usage;

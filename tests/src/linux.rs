@@ -126,13 +126,13 @@ impl Qemu {
         // The console echoes nothing, so the mark appears only when the command has ended.
         self.type_text(&format!("{{ {command}\n}} 2>&1; echo \"{MARK}$?.\"\n"))?;
         let mark = self.serial().wait_for(MARK, start, within).during(command)?;
-        let end = self.serial().wait_for(".", mark, deadline.saturating_duration_since(Instant::now()))?;
+        let end = self.serial().wait_for(".\n", mark, deadline.saturating_duration_since(Instant::now()))?;
         let said = self.serial().text();
         let part = |from, to| said.get(from..to).unwrap_or_default();
         let output = part(start, mark - MARK.len()).trim_end().to_owned();
         match part(mark, end) {
-            "0." => Ok(output),
-            status => Err(Failure::new(format!("{command}: exit status {status} {output}"))),
+            "0.\n" => Ok(output),
+            status => Err(Failure::new(format!("{command}: exit status {} {output}", status.trim_end()))),
         }
     }
 }

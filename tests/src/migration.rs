@@ -149,6 +149,9 @@ const HOLD_SWITCHOVER_BANDWIDTH: u64 = 1_000_000;
 /// few enough.
 const RELEASE_SWITCHOVER_BANDWIDTH: u64 = 1 << 40;
 
+/// How long a QEMU may take to put away a migration that has failed.
+const CLEANED_UP: Duration = Duration::from_secs(30);
+
 /// Time between two looks at a state that has no event.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
@@ -261,8 +264,26 @@ impl Qemu {
     /// # Errors
     /// When QEMU refuses; a peer that cannot be reached is a migration that fails, see [`Qemu::wait_end`].
     pub fn migrate(&mut self, uri: &str) -> Outcome {
+        self.wait_cleaned_up(CLEANED_UP)?;
         self.forget_events();
         self.execute("migrate", json!({ "uri": uri })).map(drop)
+    }
+
+    /// Waits until the migration before is put away. QEMU reports that it has failed a moment earlier, and a
+    /// `migrate` in that moment is refused, and all later ones too.
+    fn wait_cleaned_up(&mut self, within: Duration) -> Outcome {
+        let deadline = Instant::now() + within;
+        let of_a_migration = |entry: &Value| entry.get("type").is_some_and(|kind| kind == "migration");
+        loop {
+            let connections = self.execute("query-yank", json!({}))?;
+            if !connections.as_array().is_some_and(|list| list.iter().any(of_a_migration)) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(Failure::new(format!("a migration before is not put away after {within:?}")));
+            }
+            self.gather_events(LOOK_AGAIN)?;
+        }
     }
 
     /// Lets a migration run to its end: keeps it in its rounds until there were `min_rounds` of them, then
@@ -294,6 +315,16 @@ impl Qemu {
     pub fn wait_rounds(&mut self, rounds: u32, within: Duration) -> Outcome {
         self.look_until(format_args!("migration round {rounds}"), within, |report| {
             report.rounds >= rounds.into() || report.ended()
+        })
+    }
+
+    /// Waits until so many bytes were sent, or the migration ended.
+    ///
+    /// # Errors
+    /// When there are fewer after `within` or QEMU is gone.
+    pub fn wait_transferred(&mut self, bytes: u64, within: Duration) -> Outcome {
+        self.look_until(format_args!("{bytes} bytes sent"), within, |report| {
+            report.transferred_bytes >= bytes || report.ended()
         })
     }
 

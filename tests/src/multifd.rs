@@ -2,14 +2,16 @@
 
 use std::{
     ffi::OsStr,
-    path::PathBuf,
+    fmt,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::OnceLock,
+    time::Duration,
 };
 
 use serde_json::Value;
 
-use crate::{Failure, Outcome, Process};
+use crate::{Compression, Failure, Outcome, Process, Settings};
 
 /// When this variable is set, it is the command that the tests run; otherwise they build it.
 const BINARY: &str = "MULTIFD_BIN";
@@ -28,6 +30,33 @@ impl Multifd {
         Process::spawn(name, command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()))
     }
 
+    /// Starts `multifd send`: the checkpoint goes to `uri`, the way that `settings` say.
+    ///
+    /// # Errors
+    /// When it cannot be built or started.
+    pub fn send(checkpoint: &Path, uri: &str, settings: &Settings) -> Outcome<Process> {
+        let mut arguments = vec!["send".to_owned(), checkpoint.display().to_string(), uri.to_owned()];
+        arguments.push("--json".into());
+        if let Some(channels) = settings.channels {
+            let codec = match settings.compression {
+                Compression::None => "none".to_owned(),
+                Compression::Zlib(level) => format!("zlib:{level}"),
+                Compression::Zstd(level) => format!("zstd:{level}"),
+            };
+            arguments.extend(["--channels".into(), channels.to_string(), "--codec".into(), codec]);
+        }
+        if settings.max_bandwidth > 0 {
+            arguments.extend(["--max-bandwidth".into(), format!("{}B/s", settings.max_bandwidth)]);
+        }
+        if !settings.return_path {
+            arguments.push("--no-return-path".into());
+        }
+        if let Some(zero_pages) = settings.zero_pages {
+            arguments.extend(["--zero-page-detection".into(), zero_pages.name().into()]);
+        }
+        Self::spawn("send", arguments)
+    }
+
     /// The program. Built once per test program, in the profile of the test, so that it is never older than
     /// the sources.
     ///
@@ -42,6 +71,98 @@ impl Multifd {
         BUILT.get_or_init(find).clone().map_err(Failure::new)
     }
 }
+
+/// A `multifd receive` that listens.
+#[derive(Debug)]
+pub struct Receive {
+    process: Process,
+    uri: String,
+}
+
+impl Receive {
+    /// Starts it, and waits until it listens on `uri`. The checkpoint will be at `out`.
+    ///
+    /// # Errors
+    /// When it cannot be built or started, or does not listen.
+    pub fn listen(uri: &str, out: &Path) -> Outcome<Self> {
+        let out = out.display().to_string();
+        let process = Multifd::spawn("receive", ["receive", uri, "--out", &out, "--json"])?;
+        let listening = |said: &[u8]| {
+            let said = std::str::from_utf8(said).ok()?.strip_suffix('\n')?;
+            said.lines().find_map(|line| line.strip_prefix("listening on ")).map(str::to_owned)
+        };
+        let uri = process.stderr().wait_until("the address", LISTEN, listening)?;
+        Ok(Self { process, uri })
+    }
+
+    /// What to connect to: for `tcp:127.0.0.1:0` with the port that was free.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// The process: its stderr, its end.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Waits until the guest has arrived and lies on disk.
+    ///
+    /// # Errors
+    /// When it has not in time.
+    pub fn wait_success(&mut self, within: Duration) -> Outcome<CommandReport> {
+        self.process.wait_success(within)?;
+        CommandReport::by(&self.process)
+    }
+}
+
+/// The JSON object that a command has printed at its end.
+#[derive(Clone, Debug)]
+pub struct CommandReport(Value);
+
+impl CommandReport {
+    /// What `process`, which has ended, has printed.
+    ///
+    /// # Errors
+    /// When that is no JSON object.
+    pub fn by(process: &Process) -> Outcome<Self> {
+        let stdout = process.stdout()?;
+        stdout.settle(LAST_WORDS);
+        let said: Value = serde_json::from_str(&stdout.text()).map_err(|error| process.explain(error))?;
+        if said.is_object() { Ok(Self(said)) } else { Err(process.explain(format_args!("printed {said}"))) }
+    }
+
+    /// The number under this key.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn number(&self, key: &str) -> Outcome<u64> {
+        self.find(key, Value::as_u64)
+    }
+
+    /// The text under this key.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn text(&self, key: &str) -> Outcome<&str> {
+        self.find(key, Value::as_str)
+    }
+
+    fn find<'a, T>(&'a self, key: &str, read: impl FnOnce(&'a Value) -> Option<T>) -> Outcome<T> {
+        self.0.get(key).and_then(read).ok_or_else(|| Failure::new(format!("no {key} in {self}")))
+    }
+}
+
+impl fmt::Display for CommandReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// How long a command may take to listen. It takes milliseconds on an idle machine.
+const LISTEN: Duration = Duration::from_secs(30);
+
+/// How long the output of a command that has ended may be on its way.
+const LAST_WORDS: Duration = Duration::from_secs(10);
 
 fn build() -> Outcome<PathBuf> {
     let mut cargo = Command::new(env!("CARGO"));

@@ -1,7 +1,10 @@
 //! A child process that never outlives its test.
 
 use std::{
-    os::{fd::OwnedFd, unix::process::CommandExt as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
@@ -14,7 +17,7 @@ use rustix::{
 
 pub use rustix::process::Signal;
 
-use crate::{During, Failure, Outcome, Transcript};
+use crate::{During, Failure, Outcome, Transcript, Usage};
 
 /// A running program. Killed and reaped on drop; killed by the kernel when the thread that made it ends,
 /// which for a test's own thread is the end of the test: do not make one on a thread that ends earlier.
@@ -65,6 +68,17 @@ impl Process {
     pub fn wait_success(&mut self, within: Duration) -> Outcome {
         let status = self.wait(within)?;
         if status.success() { Ok(()) } else { Err(self.explain_end(status)) }
+    }
+
+    /// As [`Process::wait_success`], and gives what the process has cost.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait_usage(&mut self, within: Duration) -> Outcome<Usage> {
+        // Before it is reaped: afterwards there is no account.
+        let usage = if self.ends(within)? { Some(Usage::of(self.ended.as_fd())?) } else { None };
+        self.wait_success(Duration::ZERO)?;
+        usage.ok_or_else(|| self.explain("ended unnoticed"))
     }
 
     /// Sends a signal, such as a user's Ctrl-C ([`Signal::INT`]).
@@ -159,6 +173,13 @@ mod tests {
             Process::spawn("shell", Command::new("sh").args(["-c", "echo oh no >&2; exit 3"])).unwrap();
         let failure = shell.wait_success(Duration::from_secs(10)).unwrap_err().to_string();
         assert!(failure.contains("status: 3") && failure.contains("oh no"), "{failure}");
+    }
+
+    #[test]
+    fn the_account_is_there_before_the_process_is_reaped() {
+        let mut shell = Process::spawn("shell", Command::new("sh").args(["-c", "exit 0"])).unwrap();
+        let usage = shell.wait_usage(Duration::from_secs(10)).unwrap();
+        assert!(usage.minor_faults > 10 && usage.peak_resident_bytes > 100 << 10, "{usage:?}");
     }
 
     #[test]

@@ -261,6 +261,16 @@ impl Qemu {
         &self.ram
     }
 
+    /// Writes `len` bytes of what the guest sees from this physical address on to a file: its RAM as well as
+    /// its firmware.
+    ///
+    /// # Errors
+    /// When QEMU refuses or cannot write the file.
+    pub fn save_memory(&mut self, address: u64, len: u64, path: &Path) -> Outcome {
+        let arguments = json!({ "val": address, "size": len, "filename": path.display().to_string() });
+        self.execute("pmemsave", arguments).map(drop)
+    }
+
     /// A folder that lives as long as this QEMU, for sockets and the like.
     pub fn scratch(&self) -> &Scratch {
         &self.scratch

@@ -77,6 +77,25 @@ pub fn check_equal(left: &Path, right: &Path) -> Outcome {
     })
 }
 
+/// Copies what `original` holds to a new file, with holes where it has some.
+///
+/// # Errors
+/// When one cannot be read or the other cannot be written.
+pub fn copy_sparse(original: &File, path: &Path) -> Outcome {
+    let copy = File::create_new(path).during(path.display())?;
+    let len = original.metadata()?.len();
+    copy.set_len(len)?;
+    let mut page = vec![0; usize::try_from(PAGE)?];
+    let mut offset = 0;
+    while let Some(start) = next_data(original, original, offset, len)? {
+        page.truncate(usize::try_from(len - start)?);
+        original.read_exact_at(&mut page, start)?;
+        copy.write_all_at(&page, start)?;
+        offset = start + PAGE;
+    }
+    Ok(())
+}
+
 /// Start of the page at or after `offset` where at least one of the files has data.
 fn next_data(left: &File, right: &File, offset: u64, len: u64) -> Outcome<Option<u64>> {
     let mut next = None;
@@ -128,6 +147,18 @@ mod tests {
         let right = sparse(&scratch, "right", &[(LEN - 1, 9)]);
         assert_eq!(compare(&left, &right).unwrap(), None);
         check_equal(&left, &right).unwrap();
+    }
+
+    #[test]
+    fn a_sparse_copy_is_equal_and_sparse() {
+        use std::os::unix::fs::MetadataExt as _;
+        let scratch = Scratch::new().unwrap();
+        let left = sparse(&scratch, "left", &[(3 * PAGE + 17, 1), (LEN - 1, 9)]);
+        let right = scratch.path("right");
+        copy_sparse(&File::open(&left).unwrap(), &right).unwrap();
+        check_equal(&left, &right).unwrap();
+        let blocks = |path: &Path| std::fs::metadata(path).unwrap().blocks();
+        assert!(blocks(&right) <= blocks(&left));
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! The real QEMU on both sides of us: a running guest comes in, lies on disk, and goes out, in every way that a stream can be.
 
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
 use multifd_tests::{
-    BootSector, Compression, Fill, Multifd, Outcome, Process, Qemu, QemuBuilder, Scratch, Settings, Side,
-    ZeroPages, guest, ram, skip_without_qemu,
+    BootSector, CheckpointFiles, CommandReport, Compression, Failure, Fill, Multifd, Outcome, Qemu,
+    QemuBuilder, Receive, Scratch, Settings, Side, ZeroPages, guest, ram, skip_without_qemu,
 };
-use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -49,56 +49,38 @@ impl Journey {
         let mut source = self.vm.clone().fill(Fill::new(1)).spawn("source")?;
         source.serial().wait_lines(2, 0, SOON)?;
         let checkpoint = self.receive(&mut source)?;
-        let destination = self.send(&checkpoint, source.ram())?;
+        let destination = self.vm.clone().incoming("defer").paused().spawn("destination")?;
+        let destination = self.send(&checkpoint, destination)?;
         self.goes_on(source, destination)
     }
 
-    fn receive(&self, source: &mut Qemu) -> Outcome<PathBuf> {
+    fn receive(&self, source: &mut Qemu) -> Outcome<CheckpointFiles> {
         let checkpoint = self.scratch.path("checkpoint");
-        let (mut receive, uri) = receive_into(&self.transport.uri(&self.scratch, "in"), &checkpoint)?;
+        let mut receive = Receive::listen(&self.transport.uri(&self.scratch, "in"), &checkpoint)?;
         source.set_up(&self.settings, Side::Source)?;
-        source.migrate(&uri)?;
+        source.migrate(receive.uri())?;
         let ended = source.settle(&self.settings, SOON)?;
         if let Err(failure) = ended.check_completed() {
-            return Err(receive.explain(source.explain(failure)));
+            return Err(receive.process().explain(source.explain(failure)));
         }
-        receive.wait_success(SOON)?;
-        let report = json(&receive)?;
-        assert_eq!(report["status"], "completed");
-        assert_eq!(report["channels"], self.settings.channels.unwrap_or(0));
+        let report = receive.wait_success(SOON)?;
+        assert_eq!(report.text("status")?, "completed");
+        assert_eq!(report.number("channels")?, u64::from(self.settings.channels.unwrap_or(0)));
+        assert!(!self.settings.xbzrle || report.number("pages_xbzrle")? > 0, "{report}");
         assert_eq!(source.run_state()?, "postmigrate");
-        ram::check_equal(source.ram(), &ram_file(&checkpoint, "pc.ram"))?;
-        if self.settings.xbzrle {
-            assert!(report["pages_xbzrle"].as_u64() > Some(0), "{report}");
-        }
+        let checkpoint = CheckpointFiles::open(&checkpoint)?;
+        ram::check_equal(source.ram(), &checkpoint.block("pc.ram")?)?;
         Ok(checkpoint)
     }
 
-    fn send(&self, checkpoint: &Path, expected: &Path) -> Outcome<Qemu> {
-        let mut destination = self.vm.clone().incoming("defer").paused().spawn("destination")?;
+    fn send(&self, checkpoint: &CheckpointFiles, mut destination: Qemu) -> Outcome<Qemu> {
         destination.set_up(&self.settings, Side::Destination)?;
         let uri = destination.listen(&self.transport.uri(&self.scratch, "out"))?;
-        let mut arguments: Vec<String> =
-            vec!["send".into(), checkpoint.display().to_string(), uri, "--json".into()];
-        if let Some(channels) = self.settings.channels {
-            let codec = match self.settings.compression {
-                Compression::None => "none".to_owned(),
-                Compression::Zlib(level) => format!("zlib:{level}"),
-                Compression::Zstd(level) => format!("zstd:{level}"),
-            };
-            arguments.extend(["--channels".into(), channels.to_string(), "--codec".into(), codec]);
-        }
-        if !self.settings.return_path {
-            arguments.push("--no-return-path".into());
-        }
-        if let Some(zero_pages) = self.settings.zero_pages {
-            arguments.extend(["--zero-page-detection".into(), zero_pages.name().into()]);
-        }
-        let mut send = Multifd::spawn("send", arguments)?;
+        let mut send = Multifd::send(checkpoint.directory(), &uri, &self.settings)?;
         send.wait_success(SOON).map_err(|failure| destination.explain(failure))?;
         destination.wait_completed(SOON)?;
-        assert_eq!(json(&send)?["status"], "completed");
-        ram::check_equal(expected, destination.ram())?;
+        assert_eq!(CommandReport::by(&send)?.text("status")?, "completed");
+        ram::check_equal(&checkpoint.block("pc.ram")?, destination.ram())?;
         Ok(destination)
     }
 
@@ -111,32 +93,6 @@ impl Journey {
         assert!(lines > 3, "{lines} lines");
         Ok(())
     }
-}
-
-fn receive_into(uri: &str, checkpoint: &Path) -> Outcome<(Process, String)> {
-    let out = checkpoint.display().to_string();
-    let receive = Multifd::spawn("receive", ["receive", uri, "--out", &out, "--json"])?;
-    let uri = receive.stderr().wait_until("the address", SOON, |said| {
-        let said = std::str::from_utf8(said).ok()?;
-        let line = said.strip_suffix('\n')?.lines().find_map(|line| line.strip_prefix("listening on "))?;
-        Some(line.to_owned())
-    })?;
-    Ok((receive, uri))
-}
-
-fn json(process: &Process) -> Outcome<Value> {
-    let stdout = process.stdout()?;
-    stdout.settle(SOON);
-    Ok(serde_json::from_str(&stdout.text())?)
-}
-
-/// The file with the content of a block of a checkpoint.
-fn ram_file(checkpoint: &Path, block: &str) -> PathBuf {
-    let manifest = std::fs::read(checkpoint.join("manifest.json")).unwrap();
-    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
-    let blocks = manifest["blocks"].as_array().unwrap();
-    let block = blocks.iter().find(|entry| entry["idstr"] == block);
-    checkpoint.join(block.expect("the block is in the manifest")["file"].as_str().unwrap())
 }
 
 const CODECS: [Compression; 3] = [Compression::None, Compression::Zlib(1), Compression::Zstd(1)];
@@ -189,7 +145,8 @@ fn xbzrle_in_several_rounds() -> Outcome {
     skip_without_qemu!();
     // Slow enough for the guest to write its pages again in every round: a difference needs an older copy.
     let max_bandwidth = 48 << 20;
-    let settings = Settings { xbzrle: true, return_path: true, min_rounds: 8, max_bandwidth, ..Settings::default() };
+    let settings =
+        Settings { xbzrle: true, return_path: true, min_rounds: 8, max_bandwidth, ..Settings::default() };
     // QEMU switches over when the guest wrote nothing between two looks, as one that gets no CPU does: then once more.
     let mut result = Ok(());
     for _ in 0..5 {
@@ -228,4 +185,68 @@ machines! {
     machine_9_0: "pc-q35-9.0";
     machine_9_2: "pc-q35-9.2";
     machine_10_0: "pc-q35-10.0";
+}
+
+/// Where a PC's firmware is: the end of the memory below 4 GiB.
+const FIRMWARE: u64 = (4 << 30) - FIRMWARE_LEN;
+const FIRMWARE_LEN: u64 = 256 << 10;
+
+/// Below the hole for graphics memory and adapters' ROMs.
+const LOW_MEMORY_LEN: u64 = 640 << 10;
+
+/// Fails unless what the guest has at `address` is what the block file has at `offset`.
+fn check_memory(
+    qemu: &mut Qemu,
+    (address, len): (u64, usize),
+    checkpoint: &CheckpointFiles,
+    block: &str,
+) -> Outcome {
+    let path = qemu.scratch().path("memory");
+    qemu.save_memory(address, len as u64, &path)?;
+    let mut expected = vec![0; len];
+    fs::File::open(checkpoint.block(block)?)?.read_exact_at(&mut expected, 0)?;
+    if fs::read(&path)? == expected {
+        return Ok(());
+    }
+    Err(Failure::new(format!("{len} bytes at {address:#x} are not those of {block} in the checkpoint")))
+}
+
+/// Firmware is a RAM block like any other, and the destination has loaded its own before ours arrives: one that has set
+/// bytes wherever ours has zeros.
+fn firmware(channels: Option<u8>) -> Outcome {
+    skip_without_qemu!();
+    let settings = Settings { channels, return_path: true, ..Settings::default() };
+    let journey = Journey::new("pc", settings, Transport::Unix)?;
+    let mut source = journey.vm.spawn("source")?;
+    source.serial().wait_lines(2, 0, SOON)?;
+    let checkpoint = journey.receive(&mut source)?;
+    let firmware = fs::read(checkpoint.block("pc.bios")?)?;
+    assert_eq!(firmware.len() as u64, FIRMWARE_LEN);
+    assert!(firmware.chunks(4096).any(|page| page.iter().all(|byte| *byte == 0)), "no zero page to clear");
+    let parts = [(FIRMWARE, FIRMWARE_LEN, "pc.bios"), (0, LOW_MEMORY_LEN, "pc.ram")];
+    let check = |qemu: &mut Qemu| {
+        parts.iter().try_for_each(|(address, len, block)| {
+            check_memory(qemu, (*address, usize::try_from(*len)?), &checkpoint, block)
+        })
+    };
+    check(&mut source)?;
+
+    let other = journey.scratch.path("other-firmware");
+    fs::write(&other, vec![0xaa; firmware.len()])?;
+    let builder = journey.vm.clone().argument("-bios").argument(other.display().to_string());
+    let mut destination = builder.incoming("defer").paused().spawn("destination")?;
+    check(&mut destination).expect_err("another firmware");
+    let mut destination = journey.send(&checkpoint, destination)?;
+    check(&mut destination)?;
+    journey.goes_on(source, destination)
+}
+
+#[test]
+fn firmware_on_the_main_channel() -> Outcome {
+    firmware(None)
+}
+
+#[test]
+fn firmware_beside_parallel_channels() -> Outcome {
+    firmware(Some(2))
 }

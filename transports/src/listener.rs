@@ -148,7 +148,7 @@ fn bind_address(address: SocketAddr) -> io::Result<Socket> {
 
 /// Connections that the kernel holds until they are accepted: as many channels as a source may have (the
 /// channel number is one byte).
-const BACKLOG: i32 = 256;
+pub(crate) const BACKLOG: i32 = 256;
 
 #[cfg(test)]
 mod tests;

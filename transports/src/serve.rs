@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::backoff::Backoff;
 use crate::door::{Client, Door};
+use crate::listener::BACKLOG;
 use crate::{Channel, Listener, socket};
 
 /// What happened to a connection. Each is [`Opened`](Self::Opened) first, and then has exactly one other end;
@@ -75,7 +76,10 @@ pub(crate) async fn serve(listener: &Listener, mut lobby: Lobby<'_>) -> io::Resu
         tokio::select! {
             biased;
             () = &mut stopped => return Ok(()),
-            Some(done) = lobby.tasks.join_next() => lobby.leave(done.ok()),
+            Some(done) = lobby.tasks.join_next() => {
+                admit_queued(listener, &door, &mut lobby).await;
+                lobby.leave(done.ok());
+            }
             accepted = accept(&door, not_before) => match accepted {
                 Ok((client, address)) => {
                     backoff.reset();
@@ -159,6 +163,23 @@ impl<'a> Lobby<'a> {
             task.abort();
             (self.on_arrival)(Arrival::Silent { number, peer, waited: since.elapsed() });
         }
+    }
+}
+
+/// Admits who is in the queue by now. A source makes all of its connections before it speaks on main (docs/wire.md
+/// §12): whoever hears main must have heard of the others. At most a queue's worth, so that nobody can hold up the
+/// rest by connecting again and again.
+async fn admit_queued(listener: &Listener, door: &Door, lobby: &mut Lobby<'_>) {
+    for _ in 0..BACKLOG {
+        let accepted = tokio::select! {
+            biased;
+            accepted = door.accept() => accepted,
+            () = std::future::ready(()) => return,
+        };
+        // What is wrong with the queue, the next regular look at it will tell.
+        let Ok((client, address)) = accepted else { return };
+        lobby.admit(listener.next_number(), client, address);
+        yield_now().await;
     }
 }
 

@@ -18,7 +18,7 @@ pub struct BlockEntry {
     pub page_size: Option<u64>,
     /// Address within the block's container, with `x-ignore-shared`.
     pub guest_address: Option<u64>,
-    /// Where the block lies in the file, with `mapped-ram`.
+    /// Where the block lies in the file, with `mapped-ram`; see [`MappedRamHeader::is_stored`].
     pub mapped_ram: Option<MappedRamHeader>,
 }
 
@@ -30,7 +30,7 @@ pub struct BlockListFormat {
     pub page_sizes: bool,
     /// `x-ignore-shared` is on.
     pub guest_addresses: bool,
-    /// `mapped-ram` is on. The next entry is then at `pages_offset + used_len` of the file.
+    /// `mapped-ram` is on. After a stored block the next entry is then at `pages_offset + used_len` of the file.
     pub mapped_ram: bool,
 }
 
@@ -118,6 +118,12 @@ impl MappedRamHeader {
         out.extend(raw.as_bytes());
     }
 
+    /// Is the block in the file at all? With `x-ignore-shared`, shared blocks are not, and both places are 0 (QEMU
+    /// after 10.0).
+    pub const fn is_stored(&self) -> bool {
+        self.bitmap_offset != 0 || self.pages_offset != 0
+    }
+
     /// Bytes of the bitmap of a block of `used_len` bytes: a bit a page, in words of 8 bytes.
     pub const fn bitmap_len(used_len: u64, page: PageSize) -> u64 {
         used_len.div_ceil(page.bytes_u64()).div_ceil(64) * 8
@@ -183,8 +189,10 @@ impl BlockListBuilder {
             let expected = format!("at most the {} that are left of the total", self.left);
             return Err(Invalid::new("length of a ram block", block_text(&entry), expected));
         };
-        if let Some(header) = &entry.mapped_ram {
-            header.check(used_len, self.page)?;
+        match &entry.mapped_ram {
+            Some(header) if entry.guest_address.is_some() && !header.is_stored() => {}
+            Some(header) => header.check(used_len, self.page)?,
+            None => {}
         }
         if !self.names.insert(entry.name.clone()) {
             return Err(Invalid::new("ram block", &entry.name, "each name once"));

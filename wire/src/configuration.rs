@@ -1,5 +1,6 @@
 use crate::names::checked;
 use crate::reader::{Reader, Stop, prefix};
+use crate::vmdesc::SUBSECTION;
 use crate::writer::put_cstr8;
 use crate::{Invalid, PageSize, Parsed};
 
@@ -18,8 +19,6 @@ pub struct Configuration {
 
 /// Type byte of the section.
 const CONFIGURATION: u8 = 0x07;
-/// Type byte of a subsection.
-const SUBSECTION: u8 = 0x05;
 /// What the name of each of our subsections begins with.
 const PARENT: &[u8] = b"configuration/";
 const PAGE_BITS: &str = "configuration/target-page-bits";

@@ -5,7 +5,7 @@
 //!                                               |
 //!                        Command ---------------+--------------- SectionHead  payload  Footer
 //!                                                                             |
-//!                  "ram": RamRecord (MemSize -> BlockEntry...), page bytes ---+--- devices: opaque, see TailScanner
+//!                  "ram": RamRecord (MemSize -> BlockEntry...), page bytes ---+--- devices: opaque, see TailScanner, Structure
 //!
 //! multifd channel  InitialPacket  { RamPacket + payload | DeviceStatePacket + payload } ...
 //! return path      ReturnMessage ReturnMessage ...
@@ -33,6 +33,7 @@
 mod block_list;
 mod command;
 mod configuration;
+mod fields;
 mod invalid;
 mod item;
 mod multifd;
@@ -50,6 +51,7 @@ mod writer;
 pub use block_list::{BlockEntry, BlockListBuilder, BlockListFormat, MAX_BLOCKS, MappedRamHeader};
 pub use command::{Advise, Command, DiscardRange, MAX_DISCARD_RANGES};
 pub use configuration::Configuration;
+pub use fields::{Contents, Field, Run, Structure, Subsection, Value};
 pub use invalid::{Invalid, Parsed};
 pub use item::{Footer, Item, SectionHead, SectionId};
 pub use multifd::{

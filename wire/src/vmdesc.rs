@@ -42,11 +42,15 @@ pub struct DeviceDescription {
 }
 
 /// The layout of a structure or a subsection.
+///
+/// QEMU up to 9.2 leaves it empty, without a name, for a null pointer in an array of structures.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StructDescription {
     /// Name of the layout.
+    #[serde(default)]
     pub vmsd_name: String,
     /// Version of the layout.
+    #[serde(default)]
     pub version: u32,
     /// The fields, in the order of the payload.
     #[serde(default)]
@@ -105,23 +109,38 @@ impl DeviceDescription {
     }
 }
 
+impl StructDescription {
+    /// Bytes of the contents; `None` if they do not fit a u64.
+    pub(crate) fn contents_len(&self) -> Option<u64> {
+        contents_len(&self.fields, &self.subsections)
+    }
+}
+
 impl FieldDescription {
-    /// Bytes of the field with all elements that it describes.
-    fn len(&self) -> Option<u64> {
-        let one = match &self.struct_ {
-            Some(inner) => contents_len(&inner.fields, &inner.subsections)?,
+    /// Bytes of the field with all elements that it describes; `None` if they do not fit a u64.
+    pub(crate) fn len(&self) -> Option<u64> {
+        let one = match self.described_struct() {
+            Some(inner) => inner.contents_len()?,
             None => self.size,
         };
         one.checked_mul(self.array_len.unwrap_or(1))
     }
+
+    /// What the field consists of, unless nothing is said of that.
+    pub(crate) fn described_struct(&self) -> Option<&StructDescription> {
+        self.struct_.as_deref().filter(|inner| !(inner.fields.is_empty() && inner.subsections.is_empty()))
+    }
 }
+
+/// Type byte of a subsection. Spec: docs/wire.md §1.
+pub(crate) const SUBSECTION: u8 = 0x05;
 
 /// A subsection has a type byte, a counted name and a version before its contents. Spec: docs/wire.md §3.3.
 fn contents_len(fields: &[FieldDescription], subsections: &[StructDescription]) -> Option<u64> {
     let fields = fields.iter().map(FieldDescription::len);
     let subsections = subsections.iter().map(|sub| {
         let head = 1 + 1 + u64::try_from(sub.vmsd_name.len()).ok()? + 4;
-        contents_len(&sub.fields, &sub.subsections)?.checked_add(head)
+        sub.contents_len()?.checked_add(head)
     });
     fields.chain(subsections).try_fold(0_u64, |sum, len| sum.checked_add(len?))
 }
@@ -152,6 +171,13 @@ mod tests {
         let json = br#"{"devices": [{"name": "d", "instance_id": 0, "fields": [{"name": "q", "type": "queue",
             "vmsd_name": "e", "fields": [], "vmsd_name": "e", "fields": [], "size": 9}]}]}"#;
         assert_eq!(VmDescription::parse(json).unwrap().devices[0].payload_len(), Some(9));
+    }
+
+    #[test]
+    fn a_null_pointer_has_an_empty_layout_and_a_size() {
+        let json = br#"{"devices": [{"name": "d", "instance_id": 0, "fields": [
+            {"name": "p", "type": "nullptr", "index": 0, "struct": {}, "size": 1}]}]}"#;
+        assert_eq!(VmDescription::parse(json).unwrap().devices[0].payload_len(), Some(1));
     }
 
     #[test]

@@ -1,127 +1,139 @@
-//! `multifd demo`: a generated guest goes from this process to another, and every page is compared.
+//! `multifd demo`: a guest that is being written moves from this process to another, and every page is compared.
 
-use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+mod content;
+pub(crate) mod destination;
+mod guest;
 
 use multifd_codecs::parse_codec;
-use multifd_engine::{Checkpoint, PAGE, Report};
+use multifd_engine::wire::Configuration;
+use multifd_engine::{
+    AutoConverge, DeviceState, DirtyMarker, Error, Progress, Report, SoftwareLog, Source, SourceBuilder,
+    UserfaultLog,
+};
 use serde_json::json;
 
 use crate::flags::{Common, Demo, Rate};
-use crate::generated;
 use crate::outcome::Outcome;
-use crate::progress;
+use crate::progress::{self, Lines};
+use crate::signals;
+use destination::Process;
+use guest::Guest;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
+const MACHINE: &str = "multifd-demo-10.0";
 const DEFAULT_CHANNELS: usize = 2;
 const DEFAULT_CODEC: &str = "zstd:1";
 
 pub(crate) fn run(flags: &Demo, common: &Common) -> Outcome {
-    let result = tempfile::Builder::new().prefix("multifd-demo-").tempdir().map_err(Into::into);
-    match result.and_then(|place| migrate(flags, common, place.path())) {
-        Ok((report, pages)) => {
-            let proof = format!("verified     {pages} pages, all equal\n");
-            Outcome::migrated(&report, &proof).with("verified", json!(true))
+    let mut reached = None;
+    match migrate(flags, common, &mut reached) {
+        Ok(Moved { report, log, pages }) => {
+            let over = report.over_limit(common.downtime_limit);
+            let mut proof: String = report.decisions.iter().map(|round| format!("  {round}\n")).collect();
+            proof.extend(over.iter().map(|why| format!("downtime     {why}\n")));
+            proof +=
+                &format!("dirty log    {log}\nverified     {pages} pages of the stopped guest, all equal\n");
+            Outcome::migrated(&report, &proof)
+                .with("verified", json!(true))
+                .with("dirty_log", json!(log))
+                .with("downtime_ledger", json!(report.ledger))
+                .with("decisions", json!(report.decisions))
+                .with("xbzrle", json!(report.xbzrle))
+                .with("downtime_over_limit", json!(over))
         }
-        Err(error) => Outcome::broken(error.to_string()).with("verified", json!(false)),
+        Err(error) => match error.downcast_ref::<Error>() {
+            Some(error) => Outcome::failed(error, reached),
+            None => Outcome::broken(error.to_string()),
+        }
+        .with("verified", json!(false)),
     }
 }
 
-fn migrate(flags: &Demo, common: &Common, place: &Path) -> Result<(Report, usize)> {
-    let (from, to) = (place.join("source"), place.join("destination"));
-    generated::checkpoint(&from, flags.ram)?;
-    let mut destination = Destination::start(&to)?;
-    let checkpoint = Checkpoint::open(&from)?;
+struct Moved {
+    report: Report,
+    log: &'static str,
+    /// Pages that were compared.
+    pages: usize,
+}
+
+fn migrate(flags: &Demo, common: &Common, reached: &mut Option<Progress>) -> Result<Moved> {
+    let Rate(dirty_rate) = flags.dirty_rate;
+    let mut guest = Guest::new(flags.ram)?;
+    let process = Process::start()?;
+    let (builder, marker) = with_log(settings(flags, common, &guest)?, &guest);
+    let log = if marker.is_some() { "software bitmap: there is no userfaultfd here" } else { "userfaultfd" };
+    guest.run(dirty_rate.map_or(0, std::num::NonZeroU64::get), marker.as_ref())?;
+
+    let source = builder.build()?;
+    signals::cancel_on_signal(source.canceller())?;
+    let progress = source.progress();
+    let result =
+        progress::shown(common, &progress, Lines::Told, || move_over(source, &process.uri, &guest, common));
+    *reached = Some(progress.now());
+    let report = result?;
+    let arrived = process.hashes()?;
+    Ok(Moved { report, log, pages: compare(&guest, &arrived)? })
+}
+
+fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilder> {
     let codec = match &common.codec {
         Some(codec) => codec.clone(),
+        None if common.channels == Some(0) => parse_codec("none")?,
         None => parse_codec(DEFAULT_CODEC)?,
     };
     let Rate(max_bandwidth) = common.max_bandwidth.unwrap_or(Rate(None));
-    let source = checkpoint
-        .source()?
+    let configuration =
+        Configuration { machine: MACHINE.to_owned(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let mut builder = Source::builder(vec![guest.block.clone()], configuration)
         .channels(common.channels.unwrap_or(DEFAULT_CHANNELS))
         .codec(codec)
         .max_bandwidth(max_bandwidth)
-        .timeout(common.timeout)
-        .build()?;
-    let progress = source.progress();
-    let report = progress::shown(common, &progress, || {
-        let mut precopy = source.connect(&destination.uri.parse()?)?;
-        precopy.round()?;
-        Ok::<_, Box<dyn std::error::Error>>(precopy.stop_copy()?.commit(checkpoint.device_state())?)
-    })?;
-    destination.wait()?;
-    Ok((report, compare(&checkpoint, &Checkpoint::open(&to)?)?))
-}
-
-/// The same command as another process: the destination.
-struct Destination {
-    child: Child,
-    uri: String,
-}
-
-impl Destination {
-    fn start(out: &Path) -> Result<Self> {
-        let mut child = Command::new(std::env::current_exe()?)
-            .args(["receive", "tcp:127.0.0.1:0", "--out"])
-            .arg(out)
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let mut line = String::new();
-        let mut stderr = BufReader::new(child.stderr.take().ok_or("no stderr")?);
-        stderr.read_line(&mut line)?;
-        let uri = line
-            .trim()
-            .strip_prefix("listening on ")
-            .ok_or_else(|| format!("the destination said {line:?}"))?;
-        let uri = uri.to_owned();
-        child.stderr = Some(stderr.into_inner());
-        Ok(Self { child, uri })
+        .limits(flags.convergence.limits(common.downtime_limit))
+        .timeout(common.timeout);
+    if flags.auto_converge {
+        builder = builder.auto_converge(AutoConverge::default());
     }
+    if let Some(bytes) = flags.xbzrle_cache {
+        builder = builder.xbzrle(usize::try_from(bytes)?);
+    }
+    Ok(builder)
+}
 
-    fn wait(&mut self) -> Result<()> {
-        let mut said = String::new();
-        if let Some(mut stderr) = self.child.stderr.take() {
-            stderr.read_to_string(&mut said)?;
-        }
-        let status = self.child.wait()?;
-        if status.success() {
-            Ok(())
-        } else {
-            Err(format!("the destination failed ({status}): {said}").into())
+/// userfaultfd if the kernel has what it takes; else a bitmap that the guest keeps by the marker.
+fn with_log(builder: SourceBuilder, guest: &Guest) -> (SourceBuilder, Option<DirtyMarker>) {
+    match UserfaultLog::new() {
+        Ok(log) => (builder.dirty_log(log), None),
+        Err(error) => {
+            tracing::warn!(%error, "no userfaultfd");
+            let log = SoftwareLog::new(std::slice::from_ref(&guest.block));
+            let marker = log.marker();
+            (builder.dirty_log(log), Some(marker))
         }
     }
 }
 
-impl Drop for Destination {
-    fn drop(&mut self) {
-        // Ended already, unless something went wrong on this side.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+fn move_over(source: Source, uri: &str, guest: &Guest, common: &Common) -> Result<Report> {
+    let mut precopy = source.connect(&uri.parse()?)?;
+    while !precopy.converged() {
+        let record = precopy.round()?;
+        guest.throttle(record.throttle_percent);
+        if !common.quiet {
+            progress::line(record);
+        }
     }
+    guest.pause();
+    Ok(precopy.stop_copy()?.commit(&DeviceState::none())?)
 }
 
-/// Compares every page of every block; the count of pages.
-fn compare(here: &Checkpoint, there: &Checkpoint) -> Result<usize> {
-    let (ours, theirs) = (here.ram()?, there.ram()?);
-    if ours.len() != theirs.len() {
-        return Err(format!("{} blocks were sent, {} arrived", ours.len(), theirs.len()).into());
+/// Compares every page of the stopped guest with what arrived; the count of pages.
+fn compare(guest: &Guest, arrived: &[u64]) -> Result<usize> {
+    let pages = guest.block.pages();
+    if arrived.len() != pages {
+        return Err(format!("{pages} pages were sent, {} arrived", arrived.len()).into());
     }
-    let mut compared = 0;
-    let (mut a, mut b) = ([0; PAGE], [0; PAGE]);
-    for (ours, theirs) in ours.iter().zip(&theirs) {
-        if ours.name() != theirs.name() || ours.pages() != theirs.pages() {
-            return Err(format!("block {} arrived as {}", ours.name(), theirs.name()).into());
-        }
-        for page in 0..ours.pages() {
-            if !ours.read_page(page, &mut a) || !theirs.read_page(page, &mut b) || a != b {
-                return Err(format!("page {page} of block {} differs", ours.name()).into());
-            }
-        }
-        compared += ours.pages();
+    match arrived.iter().enumerate().find(|(page, hash)| destination::hash(&guest.block, *page) != **hash) {
+        None => Ok(pages),
+        Some((page, _)) => Err(format!("page {page} is not what the guest had").into()),
     }
-    Ok(compared)
 }

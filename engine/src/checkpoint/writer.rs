@@ -88,6 +88,8 @@ impl CheckpointWriter {
         self.write(MANIFEST, &json)?;
         self.sync("ram")?;
         self.sync("")?;
+        // What has its name may be sent on: no cancel may tell the source to run on after that.
+        arrived.seal()?;
         fs::rename(&self.partial, &self.target).map_err(|error| storage("naming", &self.target, error))?;
         self.finished = true;
         let parent = match self.target.parent() {

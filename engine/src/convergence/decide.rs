@@ -36,6 +36,9 @@ pub enum OnStall {
 pub(crate) struct RoundFacts {
     /// Guest bytes dirty at its begin.
     pub(crate) dirty_bytes: u64,
+    /// Those of them that went with content. Zero pages cost next to nothing, and what a guest writes is rarely zero: a rate
+    /// that counts them promises too much for the switch-over.
+    pub(crate) content_bytes: u64,
     /// Guest bytes dirty at its end: written while it ran.
     pub(crate) remaining_bytes: u64,
     pub(crate) wire_bytes: u64,
@@ -79,8 +82,8 @@ impl Convergence {
     /// The line of the decision log for the round that has just ended.
     pub(crate) fn on_round(&mut self, facts: RoundFacts, limits: &Limits) -> RoundRecord {
         self.round += 1;
-        let measured = per_second(facts.dirty_bytes, facts.duration);
-        if facts.dirty_bytes >= MEASURABLE_BYTES || self.bandwidth.is_none() {
+        let measured = per_second(facts.content_bytes, facts.duration);
+        if facts.content_bytes >= MEASURABLE_BYTES || self.bandwidth.is_none() {
             self.bandwidth = Some(measured);
         }
         let bandwidth =
@@ -194,6 +197,7 @@ mod tests {
     fn facts(dirty: u64, remaining: u64) -> RoundFacts {
         RoundFacts {
             dirty_bytes: dirty * MIB,
+            content_bytes: dirty * MIB,
             remaining_bytes: remaining * MIB,
             wire_bytes: dirty * MIB,
             duration: Duration::from_secs(1),
@@ -222,6 +226,13 @@ mod tests {
         let limits = Limits { avail_switchover_bandwidth: NonZeroU64::new(100 * MIB), ..Limits::default() };
         assert_eq!(decisions(&limits, &[(1000, 31)]), [Decision::Continue]);
         assert_eq!(decisions(&limits, &[(1000, 30)]), [Decision::SwitchOver]);
+    }
+
+    #[test]
+    fn zero_pages_do_not_make_the_link_faster() {
+        let mut convergence = Convergence::new(None);
+        let sparse = RoundFacts { content_bytes: 100 * MIB, ..facts(1000, 31) };
+        assert_eq!(convergence.on_round(sparse, &Limits::default()).decision, Decision::Continue);
     }
 
     #[test]
@@ -258,7 +269,7 @@ mod tests {
     fn a_tiny_round_does_not_change_the_bandwidth() {
         let mut convergence = Convergence::new(None);
         convergence.on_round(facts(1000, 400), &Limits::default());
-        let tiny = RoundFacts { dirty_bytes: 4096, ..facts(0, 250) };
+        let tiny = RoundFacts { dirty_bytes: 4096, content_bytes: 4096, ..facts(0, 250) };
         assert_eq!(convergence.on_round(tiny, &Limits::default()).decision, Decision::SwitchOver);
     }
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 /// What follows a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case", tag = "what")]
+#[serde(rename_all = "kebab-case")]
 pub enum Decision {
     /// Give up: the rounds do not shrink, and the policy says so.
     AbortStalled,
@@ -34,7 +34,7 @@ pub struct RoundRecord {
     pub duration_us: u64,
     /// How long the bitmap sync at its end took, in µs.
     pub sync_us: u64,
-    /// Guest bytes sent per second in this round.
+    /// Guest bytes that went with content, per second in this round.
     pub bandwidth_bytes_per_s: u64,
     /// Guest bytes written per second while it ran.
     pub dirty_rate_bytes_per_s: u64,

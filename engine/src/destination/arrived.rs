@@ -3,13 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use multifd_transports::Listener;
-use multifd_wire::{Configuration, VmDescription};
+use multifd_wire::{Configuration, TailScanner, VmDescription, split_tail};
 
 use super::main_channel::MainStream;
 use super::return_path::ReturnPath;
 use super::shared::{DevicePacket, Shared};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::report::Report;
 use crate::session::Progress;
 use crate::workers::Crew;
@@ -26,7 +25,6 @@ pub struct Arrived {
     return_path: ReturnPath,
     shared: Arc<Shared>,
     crew: Arc<Crew>,
-    listener: Arc<Listener>,
     ended: bool,
 }
 
@@ -36,10 +34,9 @@ impl Arrived {
         return_path: ReturnPath,
         shared: Arc<Shared>,
         crew: Arc<Crew>,
-        listener: Arc<Listener>,
     ) -> Self {
         let device_packets = shared.take_device_packets();
-        Self { stream, device_packets, return_path, shared, crew, listener, ended: false }
+        Self { stream, device_packets, return_path, shared, crew, ended: false }
     }
 
     /// Machine type, and what else the source said of itself.
@@ -50,6 +47,19 @@ impl Arrived {
     /// The devices' sections up to the end of the stream, as they came.
     pub fn device_state(&self) -> &[u8] {
         &self.stream.tail
+    }
+
+    /// The one section that a source made by [`DeviceState::opaque`](crate::DeviceState::opaque): its version and bytes.
+    /// `None` if the device state is anything else.
+    pub fn opaque_state(&self, name: &str) -> Option<(u32, &[u8])> {
+        let end = TailScanner::new().push(&self.stream.tail).ok()??;
+        let sections = self.stream.tail.get(..end.devices_len)?;
+        match &split_tail(sections, self.description()).ok()?[..] {
+            [section] if section.head.idstr == name => {
+                Some((section.head.version_id, sections.get(section.payload.clone())?))
+            }
+            _ => None,
+        }
     }
 
     /// What the source said of the fields in its device sections; not every source does.
@@ -80,15 +90,19 @@ impl Arrived {
     /// Takes the guest over: from here on the source never runs it again.
     ///
     /// # Errors
-    /// The source could not be told. It may or may not run the guest: find out before this end does.
+    /// Somebody has cancelled before: then the source has been told that its guest runs on there. Or the source could not be
+    /// told anything ([`Error::source_may_resume`] is false): it may or may not run the guest, find out before this end does.
     pub fn accept(mut self) -> Result<Report> {
+        self.seal()?;
         self.ended = true;
         // The point of no return: a source that has read this has handed its guest over.
         let told = self.return_path.shut();
         self.shared.session.complete();
-        let total = self.shared.session.started.elapsed();
+        let (total, stopped) = (self.shared.session.elapsed(), self.stream.guest_stopped);
+        let downtime = stopped.map_or(Duration::ZERO, |stopped| stopped.elapsed());
         self.shared.gate.drain(LINGER);
-        let report = Report::of(&self.shared.session, total, self.codec());
+        let mut report = Report::of(&self.shared.session, total, self.codec());
+        report.downtime = downtime;
         self.wind_up();
         told.map(|()| report)
     }
@@ -105,7 +119,7 @@ impl Arrived {
 
     /// How long the migration has taken so far.
     pub fn elapsed(&self) -> Duration {
-        self.shared.session.started.elapsed()
+        self.shared.session.elapsed()
     }
 
     /// The codec that the pages came with: `none`, `zlib`, `zstd`.
@@ -113,8 +127,16 @@ impl Arrived {
         self.shared.codec_in_use().map_or_else(|| "none".to_owned(), |codec| codec.name().to_owned())
     }
 
+    /// From here on no cancel comes through; an error if one has.
+    pub(crate) fn seal(&self) -> Result<()> {
+        let stop = &self.shared.session.stop;
+        if stop.seal() {
+            return Ok(());
+        }
+        Err(stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Device, "stopped")))
+    }
+
     fn wind_up(&self) {
-        self.listener.stopper().stop();
         self.shared.session.close_channels();
         self.crew.join();
     }
@@ -124,6 +146,7 @@ impl Drop for Arrived {
     fn drop(&mut self) {
         if !self.ended {
             self.return_path.abort();
+            self.shared.session.note_end_of_failed();
             self.wind_up();
         }
     }

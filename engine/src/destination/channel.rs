@@ -75,9 +75,7 @@ impl ChannelWorker {
             return Err(Error::misbehaved(Phase::Setup, detail));
         }
         self.shared.on_uuid(hello.uuid)?;
-        if !self.shared.gate.join(hello.channel) {
-            return Err(Error::misbehaved(Phase::Setup, format!("channel id {} is taken", hello.channel)));
-        }
+        self.shared.gate.join(hello.channel)?;
         self.id = hello.channel;
         Counters::add(&self.shared.session.counters.channels, 1);
         Ok(())

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::workers::{Monitor, StopSwitch};
+use crate::stop::{Monitor, StopSwitch};
 
 /// Where the channels of one migration meet the main stream.
 #[derive(Clone)]
@@ -51,9 +51,27 @@ impl Gate {
         self.state.update(|state| state.unidentified = state.unidentified.saturating_sub(1));
     }
 
-    /// A channel said its number. False: the number is taken.
-    pub(crate) fn join(&self, id: u8) -> bool {
-        self.state.update(|state| state.channels.insert(id, Arrivals::default()).is_none())
+    /// A channel said its number.
+    ///
+    /// # Errors
+    /// The number is taken, or the channel comes too late: with the second sync point, pages of all channels had to be here.
+    pub(crate) fn join(&self, id: u8) -> Result<()> {
+        self.state.update(|state| {
+            let refusal = if state.channels.contains_key(&id) {
+                format!("channel id {id} is taken")
+            } else if state.released > 1 {
+                format!("channel id {id} comes after {} sync points, expected at most 1", state.released)
+            } else {
+                state.channels.insert(id, Arrivals::default());
+                return Ok(());
+            };
+            Err(Error::misbehaved(Phase::Setup, refusal))
+        })
+    }
+
+    /// True if there are parallel channels.
+    pub(crate) fn has_channels(&self) -> bool {
+        self.state.with(|state| !state.channels.is_empty())
     }
 
     /// A packet came in on the channel.

@@ -9,7 +9,8 @@ use multifd_wire::{MULTIFD_MAGIC, STREAM_MAGIC};
 use super::channel::ChannelWorker;
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::workers::{Crew, Monitor};
+use crate::stop::Monitor;
+use crate::workers::Crew;
 
 /// Most connections of one migration: QEMU's limit of 255 channels, and main.
 const MAX_CONNECTIONS: usize = 256;

@@ -8,6 +8,7 @@
 //! ```
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use multifd_wire::{
     Command, Configuration, Footer, HELLO_PING, Hello, Item, ReturnMessage, SectionHead, SectionId,
@@ -37,6 +38,9 @@ pub(crate) struct MainStream {
     /// FULL sections, EOF, and the vmdescription if there is one.
     pub(crate) tail: Vec<u8>,
     pub(crate) description: Option<VmDescription>,
+    /// When the source announced its last RAM: it had stopped the guest then. `None` in a stream without that, such as a
+    /// background snapshot's.
+    pub(crate) guest_stopped: Option<Instant>,
 }
 
 pub(crate) struct MainChannel<'a> {
@@ -45,6 +49,7 @@ pub(crate) struct MainChannel<'a> {
     return_path: ReturnPath,
     ack: SwitchoverAck,
     switchover_start: bool,
+    guest_stopped: Option<Instant>,
     ram: Option<(SectionId, RamSection<'a>)>,
 }
 
@@ -55,7 +60,7 @@ impl<'a> MainChannel<'a> {
         return_path: ReturnPath,
         ack: SwitchoverAck,
     ) -> Self {
-        Self { reader, shared, return_path, ack, switchover_start: false, ram: None }
+        Self { reader, shared, return_path, ack, switchover_start: false, guest_stopped: None, ram: None }
     }
 
     /// Reads to the end. Pages land in what `ram` provides.
@@ -69,14 +74,16 @@ impl<'a> MainChannel<'a> {
             return Err(Error::incompatible(Phase::Setup, detail).on(self.reader.name()));
         }
         if let Some(uuid) = configuration.uuid {
-            self.shared.on_uuid(uuid)?;
+            self.shared.on_uuid(uuid).map_err(|error| error.on(self.reader.name()))?;
         }
         while self.more_live_items()? {
             let item = self.reader.next(Phase::Active, "a section or command", Item::parse)?;
             self.on_item(item, &configuration, ram).map_err(|error| error.on(self.reader.name()))?;
         }
+        self.check_ram_is_complete()?;
         let (tail, description) = tail::read(&mut self.reader, self.shared.session.timeout)?;
-        Ok(MainStream { configuration, switchover_start: self.switchover_start, tail, description })
+        let Self { switchover_start, guest_stopped, .. } = self;
+        Ok(MainStream { configuration, switchover_start, tail, description, guest_stopped })
     }
 
     /// False when the next byte begins the devices' part of the stream.
@@ -91,6 +98,16 @@ impl<'a> MainChannel<'a> {
         Ok(!device_part)
     }
 
+    /// With parallel channels, only the sync point of END says that every page is here (docs/wire.md §9).
+    fn check_ram_is_complete(&self) -> Result<()> {
+        let ended = self.ram.as_ref().is_some_and(|(_, ram)| ram.ended_in_sync());
+        if ended || !self.shared.gate.has_channels() {
+            return Ok(());
+        }
+        let detail = "device state, but no END of ram with a sync point before it";
+        Err(Error::misbehaved(Phase::Device, detail).on(self.reader.name()))
+    }
+
     fn on_item(
         &mut self,
         item: Item,
@@ -101,7 +118,10 @@ impl<'a> MainChannel<'a> {
             Item::Command(command) => self.on_command(&command, configuration),
             Item::SectionStart(head) => self.on_start(head, configuration, ram),
             Item::SectionPart(id) => self.on_ram(id, SectionKind::Part),
-            Item::SectionEnd(id) => self.on_ram(id, SectionKind::End),
+            Item::SectionEnd(id) => {
+                self.guest_stopped = Some(Instant::now());
+                self.on_ram(id, SectionKind::End)
+            }
             other => Err(Error::misbehaved(Phase::Active, format!("{other:?} between live sections"))),
         }
     }

@@ -148,7 +148,9 @@ impl Destination {
         match result {
             Ok((stream, return_path)) => {
                 shared.gate.finish();
-                Ok(Arrived::new(stream, return_path, shared, crew, self.listener))
+                // Whoever knocks from now on belongs to another migration, and must not end this one.
+                self.listener.stopper().stop();
+                Ok(Arrived::new(stream, return_path, shared, crew))
             }
             Err(error) => {
                 self.session.stop.trip(error);
@@ -159,7 +161,7 @@ impl Destination {
         }
     }
 
-    fn wait_for_main(&self, main: &crate::workers::Monitor<Option<Channel>>) -> Result<Channel> {
+    fn wait_for_main(&self, main: &crate::stop::Monitor<Option<Channel>>) -> Result<Channel> {
         let patience = self.session.timeout;
         main.wait(&self.session.stop, Some(patience), Option::take).ok_or_else(|| {
             let detail = format!("no main channel on {} within {patience:?}", self.listener.endpoint());
@@ -174,6 +176,7 @@ impl Destination {
     ) -> Result<(main_channel::MainStream, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
         self.session.enter(MigrationState::Active)?;
+        self.session.begin();
         let return_path = ReturnPath::new(Arc::clone(&channel));
         let (goodbye, closer) = (return_path.clone(), channel.closer());
         self.session.stop.on_trip(move || {
@@ -181,7 +184,8 @@ impl Destination {
             closer.close();
         });
         let ack = self.settings.switchover_ack;
-        let main = MainChannel::new(StreamReader::new(channel), shared, return_path.clone(), ack);
+        let main =
+            MainChannel::new(StreamReader::new(channel, &self.session), shared, return_path.clone(), ack);
         Ok((main.run(&mut *self.settings.ram)?, return_path))
     }
 }

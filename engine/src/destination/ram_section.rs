@@ -37,6 +37,8 @@ pub(crate) struct RamSection<'a> {
     sync_points: SyncPoints,
     /// Index of the block that CONTINUE refers to; kept over sections.
     last_block: Option<multifd_wire::BlockName>,
+    /// END had a sync point.
+    ended_in_sync: bool,
 }
 
 impl<'a> RamSection<'a> {
@@ -60,7 +62,18 @@ impl<'a> RamSection<'a> {
         shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
         let landings = Arc::new(Landings::new(&announced, blocks)?);
         shared.publish(Arc::clone(&landings));
-        Ok(Self { shared, landings, sync_points: SyncPoints::Unknown, last_block: None })
+        Ok(Self {
+            shared,
+            landings,
+            sync_points: SyncPoints::Unknown,
+            last_block: None,
+            ended_in_sync: false,
+        })
+    }
+
+    /// True once END was read, and a sync point in it.
+    pub(crate) fn ended_in_sync(&self) -> bool {
+        self.ended_in_sync
     }
 
     /// Reads records up to the end of this item of the section; the footer is left.
@@ -112,17 +125,19 @@ impl<'a> RamSection<'a> {
             (SyncPoints::AtSectionEnd, _) => return Ok(()),
             (SyncPoints::AtFlush, _) => Counters::add(&self.shared.session.counters.rounds, 1),
         }
-        self.shared.gate.flush(self.shared.session.timeout)
+        self.sync(kind)
     }
 
     fn end_of_section(&mut self, kind: SectionKind) -> Result<()> {
         if kind == SectionKind::Start && self.sync_points == SyncPoints::Unknown {
             self.sync_points = SyncPoints::AtSectionEnd;
         }
-        if self.sync_points == SyncPoints::AtSectionEnd {
-            self.shared.gate.flush(self.shared.session.timeout)?;
-        }
-        Ok(())
+        if self.sync_points == SyncPoints::AtSectionEnd { self.sync(kind) } else { Ok(()) }
+    }
+
+    fn sync(&mut self, kind: SectionKind) -> Result<()> {
+        self.ended_in_sync = kind == SectionKind::End;
+        self.shared.gate.flush(self.shared.session.timeout)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The return path, from our end: what the destination tells the source.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use multifd_transports::Channel;
 use multifd_wire::ReturnMessage;
@@ -11,6 +12,9 @@ use crate::error::{Error, Phase, Result};
 const SHUT_SUCCESS: u32 = 0;
 /// Status in SHUT: it has not, and never will on this connection.
 const SHUT_FAILED: u32 = 1;
+
+/// How long a SHUT of 8 bytes may wait for room in the socket, when everybody waits for the end.
+const GOODBYE: Duration = Duration::from_millis(100);
 
 /// Speaks on the reverse direction of the main channel, once the source has opened it.
 #[derive(Clone)]
@@ -62,19 +66,23 @@ impl ReturnPath {
 
     /// Tells the source that the guest has arrived; from here on it must not run there.
     pub(crate) fn shut(&self) -> Result<()> {
-        self.finish(SHUT_SUCCESS)
+        self.finish(&mut self.lock(), SHUT_SUCCESS)
             .map_err(|error| Error::io(Phase::Commit, "sending SHUT", error).on("return path"))
     }
 
-    /// Tells the source that its guest did not arrive, if it still listens. Errors have nobody left to tell.
+    /// Tells the source that its guest did not arrive, if it still listens; never waits for it. Errors have nobody left to
+    /// tell.
     pub(crate) fn abort(&self) {
-        if let Err(error) = self.finish(SHUT_FAILED) {
+        // Somebody is sending, and the source does not take it: it would not take SHUT either.
+        let Ok(mut state) = self.state.try_lock() else { return };
+        let told =
+            self.channel.set_silence_limit(Some(GOODBYE)).and_then(|()| self.finish(&mut state, SHUT_FAILED));
+        if let Err(error) = told {
             tracing::debug!(%error, "the source could not be told of the failure");
         }
     }
 
-    fn finish(&self, status: u32) -> std::io::Result<()> {
-        let mut state = self.lock();
+    fn finish(&self, state: &mut State, status: u32) -> std::io::Result<()> {
         if *state != State::Open {
             return Ok(());
         }

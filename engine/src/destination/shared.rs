@@ -10,7 +10,7 @@ use super::gate::Gate;
 use super::landing::Landings;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::session::Session;
-use crate::workers::{Monitor, StopSwitch};
+use crate::stop::{Monitor, StopSwitch};
 
 /// Device state that came over a parallel channel, for the device that knows what it means.
 #[derive(Clone, Debug)]

@@ -1,8 +1,21 @@
 //! Where writes to guest memory are noted while it moves.
 
-mod log;
-mod set;
+pub mod conformance;
 
+#[cfg(feature = "kvm")]
+mod kvm;
+mod log;
+mod region;
+mod request;
+mod set;
+mod software;
+mod userfault;
+
+#[cfg(feature = "kvm")]
+pub use kvm::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot};
 pub use log::{DirtyLog, DirtyLogError};
+pub use region::RegionLog;
+pub use software::{DirtyMarker, SoftwareLog};
+pub use userfault::UserfaultLog;
 
 pub(crate) use set::LogSet;

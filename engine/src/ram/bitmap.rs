@@ -1,6 +1,6 @@
 //! One bit a page, set and taken without locks.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering};
 
 /// Pages in one word of a [`DirtyBitmap`].
 pub(crate) const PAGES_PER_WORD: usize = 64;
@@ -57,8 +57,13 @@ impl DirtyBitmap {
 
     /// Takes all bits and sets them in `other`: what a log of your own does at a sync.
     pub fn move_to(&self, other: &Self) {
+        self.move_to_page(0, other);
+    }
+
+    /// As `move_to`, when page 0 here is page `first` of `other`.
+    pub(crate) fn move_to_page(&self, first: usize, other: &Self) {
         for word in 0..self.words() {
-            other.set_bits(word * PAGES_PER_WORD, self.take_word(word));
+            other.set_bits(first + word * PAGES_PER_WORD, self.take_word(word));
         }
     }
 
@@ -97,7 +102,7 @@ impl DirtyBitmap {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(multifd_loom)))]
 mod tests {
     use super::*;
 
@@ -162,6 +167,11 @@ mod tests {
         from.move_to(&to);
         assert_eq!((from.count(), to.count()), (0, 12));
         assert!(to.test(3) && to.test(60) && to.test(129));
+
+        from.set_range(62, 3);
+        from.move_to_page(10, &to);
+        assert!(to.test(72) && to.test(73) && to.test(74));
+        assert_eq!((from.count(), to.count()), (0, 15));
     }
 
     #[test]

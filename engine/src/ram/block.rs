@@ -1,8 +1,11 @@
 //! A named, contiguous piece of guest memory.
 
+use std::io;
+
 use multifd_codecs::zero;
 use multifd_wire::{BlockName, PageSize};
-use vm_memory::VolatileSlice;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, VolatileSlice};
 
 use super::HostMemory;
 
@@ -27,6 +30,22 @@ impl RamBlock {
     /// A block over all of `memory`, whose length must be a whole number of pages: what is over is not migrated.
     pub fn new(name: BlockName, memory: HostMemory) -> Self {
         Self { name, memory, fresh: false }
+    }
+
+    /// One block for each region of a VMM's guest memory, named by its guest physical address: `ram@0x100000000`.
+    ///
+    /// # Errors
+    /// As [`HostMemory::from_region`].
+    pub fn of_guest_memory<B>(memory: &GuestMemoryMmap<B>) -> io::Result<Vec<Self>>
+    where
+        B: Bitmap + Send + Sync + 'static,
+    {
+        let block = |region: &GuestRegionMmap<B>| {
+            let name = format!("ram@{:#x}", region.start_addr().0);
+            let name = BlockName::try_from(name.as_str()).map_err(io::Error::other)?;
+            Ok(Self::new(name, HostMemory::from_region(region.get_mmap())?))
+        };
+        memory.iter().map(block).collect()
     }
 
     /// Says that the memory is known to be zero now (a new file, fresh anonymous memory), so that a destination need not

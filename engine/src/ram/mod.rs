@@ -9,8 +9,8 @@ mod round;
 pub use bitmap::DirtyBitmap;
 pub use block::{PAGE, RamBlock};
 pub use memory::HostMemory;
+pub use round::{Batch, Claim, Round};
 
 pub(crate) use block::PAGE_SIZE;
 pub(crate) use holes::data_pages;
 pub(crate) use memory::IoVecs;
-pub(crate) use round::{Batch, Claim, Round};

@@ -1,10 +1,8 @@
 //! One pass over the dirty pages, shared by all send workers without a lock.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use super::DirtyBitmap;
 use super::bitmap::PAGES_PER_WORD;
+use crate::sync::{Arc, AtomicUsize, Ordering};
 
 /// Bitmap words claimed in one go: 64 words are 4096 pages, 16 MiB of neighbouring guest memory.
 const MOST_WORDS: usize = 64;
@@ -18,7 +16,7 @@ const MOST_WORDS: usize = 64;
 ///   worker A worker B  A        worker B  ...      each claim a chunk; never over a block's end
 /// ```
 #[derive(Debug)]
-pub(crate) struct Round {
+pub struct Round {
     blocks: Vec<RoundBlock>,
     chunk_words: usize,
     chunks: usize,
@@ -34,7 +32,7 @@ struct RoundBlock {
 
 /// One worker's place in a round: the chunk it owns and how far it has come in it.
 #[derive(Debug, Default)]
-pub(crate) struct Claim {
+pub struct Claim {
     block: usize,
     next_word: usize,
     end_word: usize,
@@ -44,14 +42,16 @@ pub(crate) struct Claim {
 
 /// Pages of one block, in ascending order.
 #[derive(Debug, Default)]
-pub(crate) struct Batch {
-    pub(crate) block: usize,
-    pub(crate) pages: Vec<usize>,
+pub struct Batch {
+    /// Index of the block.
+    pub block: usize,
+    /// Page numbers in the block.
+    pub pages: Vec<usize>,
 }
 
 impl Round {
     /// A pass over what is set in `bitmaps` (one for each block), by `workers` workers.
-    pub(crate) fn new(bitmaps: &[Arc<DirtyBitmap>], workers: usize) -> Self {
+    pub fn new(bitmaps: &[Arc<DirtyBitmap>], workers: usize) -> Self {
         let words: usize = bitmaps.iter().map(|bitmap| bitmap.words()).sum();
         // Small guests: at least 8 chunks a worker, so that none is idle while another has the last large one.
         let chunk_words = (words / (workers.max(1) * 8)).clamp(2, MOST_WORDS);
@@ -68,12 +68,12 @@ impl Round {
     }
 
     /// A pass over nothing: a sync point without pages.
-    pub(crate) fn empty() -> Self {
+    pub fn empty() -> Self {
         Self::new(&[], 1)
     }
 
     /// Fills `batch` with up to `most` pages of one block. False: the round has no more.
-    pub(crate) fn claim(&self, claim: &mut Claim, most: usize, batch: &mut Batch) -> bool {
+    pub fn claim(&self, claim: &mut Claim, most: usize, batch: &mut Batch) -> bool {
         batch.pages.clear();
         while batch.pages.len() < most {
             if claim.bits != 0 {
@@ -96,7 +96,7 @@ impl Round {
     }
 
     /// Gives back what a worker took and did not get rid of: the pages of `batch`, and what `claim` still holds.
-    pub(crate) fn put_back(&self, claim: &mut Claim, batch: &Batch) {
+    pub fn put_back(&self, claim: &mut Claim, batch: &Batch) {
         if let Some(block) = self.blocks.get(batch.block) {
             batch.pages.iter().for_each(|page| block.bitmap.set(*page));
         }
@@ -134,7 +134,7 @@ impl Claim {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(multifd_loom)))]
 mod tests {
     use std::collections::BTreeSet;
 

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use multifd_codecs::{CodecId, Encoder};
 use multifd_transports::Channel;
-use multifd_wire::{InitialPacket, PacketFlags, RamPacketHeader, header_len, pages_per_packet};
+use multifd_wire::{InitialPacket, PacketFlags, RamPacketHeader, header_len};
 
 use super::outgoing::{OutgoingBlock, ZeroRoute};
 use super::packet::{Packet, outside};
@@ -84,7 +84,7 @@ impl SendWorker {
 
     fn round(&mut self, round: &Round, moment: Moment) -> Result<()> {
         let (mut claim, mut batch) = (Claim::default(), Batch::default());
-        while round.claim(&mut claim, pages_per_packet(PAGE_SIZE), &mut batch) {
+        while round.claim(&mut claim, self.shared.batch_pages(), &mut batch) {
             let sent = self.batch(&batch, moment);
             if sent.is_err() {
                 round.put_back(&mut claim, &batch);

@@ -10,7 +10,7 @@ use crate::convergence::Limits;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::session::{Canceller, Progress, Session};
 use crate::state::MigrationState;
-use crate::workers::Monitor;
+use crate::stop::Monitor;
 
 /// Steers a source from any thread: limits, the go-ahead, cancel. Clones steer the same migration.
 #[derive(Clone)]

@@ -1,6 +1,11 @@
 //! The devices' part of a stream, ready to be sent.
 
-use multifd_wire::{Invalid, TailScanner};
+use multifd_wire::{Footer, Invalid, Item, SectionHead, SectionId, TailScanner};
+
+use crate::ram::PAGE;
+
+/// Type byte of the vmdescription. Spec: docs/wire.md §1.
+const VM_DESCRIPTION: u8 = 0x06;
 
 /// Device sections, the end of the stream, and the vmdescription if there is one, as a source wrote them.
 #[derive(Clone, Debug)]
@@ -11,6 +16,39 @@ pub struct DeviceState {
 }
 
 impl DeviceState {
+    /// No devices: for RAM alone, or a VMM that moves its device state on another way.
+    pub fn none() -> Self {
+        Self::from_sections(Vec::new(), "")
+    }
+
+    /// One section with bytes that only the embedder understands: a VMM's own device state. A QEMU does not load it.
+    ///
+    /// `name`: 1..=255 bytes. At the destination, [`Arrived::opaque_state`](crate::Arrived::opaque_state) gives it back.
+    pub fn opaque(name: &str, version: u32, state: &[u8]) -> Self {
+        let mut bytes = Vec::with_capacity(state.len() + 64);
+        let id = SectionId(2);
+        let head = SectionHead { id, idstr: name.to_owned(), instance_id: 0, version_id: version };
+        Item::SectionFull(head).encode(&mut bytes);
+        bytes.extend_from_slice(state);
+        Footer(id).encode(&mut bytes);
+        let device = serde_json::json!({
+            "name": name, "instance_id": 0, "size": state.len(),
+            "fields": [{ "name": "data", "size": state.len(), "type": "buffer" }],
+        });
+        Self::from_sections(bytes, &device.to_string())
+    }
+
+    /// `description`: the JSON of the devices, if there are any.
+    fn from_sections(mut bytes: Vec<u8>, description: &str) -> Self {
+        let sections_len = bytes.len();
+        let json = format!(r#"{{"page_size": {PAGE}, "devices": [{description}]}}"#);
+        Item::Eof.encode(&mut bytes);
+        bytes.push(VM_DESCRIPTION);
+        bytes.extend_from_slice(&u32::try_from(json.len()).unwrap_or(u32::MAX).to_be_bytes());
+        bytes.extend_from_slice(json.as_bytes());
+        Self { bytes, sections_len }
+    }
+
     /// Takes the tail of a recorded stream: from the first FULL section to the end.
     ///
     /// # Errors

@@ -39,6 +39,9 @@ impl SyncPoints {
     }
 }
 
+/// Marks the PING at the end of a round; the round's number is below it.
+const ROUND_PING: u32 = 0x8000_0000;
+
 /// One item of the RAM section. Each carries a sync point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Section {
@@ -73,7 +76,7 @@ impl Migration {
         }
         self.section(Section::Start)?;
         self.enter(MigrationState::Active)?;
-        self.setup = self.shared.session.started.elapsed();
+        self.setup = self.shared.session.elapsed();
         Ok(())
     }
 
@@ -141,6 +144,15 @@ impl Migration {
         Ok(())
     }
 
+    /// Returns when the destination has done all of the round, if it can say so: only then is its bandwidth known, and not that
+    /// of the socket buffers.
+    pub(super) fn wait_for_round(&mut self) -> Result<()> {
+        let Some(return_path) = &self.return_path else { return Ok(()) };
+        let value = ROUND_PING | u32::try_from(self.rounds).unwrap_or(u32::MAX);
+        self.main.command(Command::Ping(value))?;
+        return_path.wait_for_pong(value, self.shared.session.timeout)
+    }
+
     /// Collects what was written since the last time. Gives how long it took.
     pub(super) fn sync_logs(&mut self) -> Result<Duration> {
         let begun = Instant::now();
@@ -156,9 +168,15 @@ impl Migration {
         ledger: &mut DowntimeLedger,
     ) -> Result<()> {
         self.main.raw(state.sections())?;
-        // The point of no return: with the next byte, EOF, the destination has all it needs to run the guest.
-        self.main.enter(Phase::Commit);
-        self.main.raw(state.end())?;
+        let channel = Arc::clone(self.main.channel());
+        let before = channel.bytes_sent();
+        let sent = channel.send_all(state.end());
+        // The point of no return: with EOF, the first of these bytes, the destination has all it needs to run the guest. If not
+        // even that one has left, because the destination died before, it has not been reached.
+        if channel.bytes_sent() > before {
+            self.main.enter(Phase::Commit);
+        }
+        sent.map_err(|error| self.main.error(error))?;
         ledger.device_state_us = micros(last_ram_sent.elapsed());
         let begun = Instant::now();
         match &self.return_path {
@@ -177,7 +195,7 @@ impl Migration {
         let session = &self.shared.session;
         let codec =
             if self.shared.rounds.workers() == 0 { "none".to_owned() } else { self.shared.codec.describe() };
-        let mut report = Report::of(session, session.started.elapsed(), codec);
+        let mut report = Report::of(session, session.elapsed(), codec);
         session.close_channels();
         report.setup = self.setup;
         report.downtime = ledger.total();

@@ -10,7 +10,7 @@ use crate::convergence::{Convergence, Decision, DowntimeLedger, RoundFacts, Roun
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::PAGE;
 use crate::report::Report;
-use crate::session::{Canceller, ProgressReader};
+use crate::session::{Canceller, Progress, ProgressReader};
 
 /// Connected; the guest runs while rounds move its RAM.
 ///
@@ -55,18 +55,21 @@ impl Precopy {
 
     fn send_round(&mut self) -> Result<RoundRecord> {
         let migration = &mut self.migration;
-        let (begun, wire) = (Instant::now(), migration.shared.session.wire_bytes());
+        let (begun, before) = (Instant::now(), migration.shared.session.progress());
         let dirty_bytes = dirty_bytes(migration);
         migration.section(Section::Part)?;
+        migration.wait_for_round()?;
         let duration = begun.elapsed();
         let sync = migration.sync_logs()?;
+        let after = migration.shared.session.progress();
         let facts = RoundFacts {
             dirty_bytes,
+            content_bytes: content_bytes(&after) - content_bytes(&before),
             remaining_bytes: self::dirty_bytes(migration),
-            wire_bytes: migration.shared.session.wire_bytes() - wire,
+            wire_bytes: after.wire_bytes - before.wire_bytes,
             duration,
             sync,
-            elapsed: migration.shared.session.started.elapsed(),
+            elapsed: migration.shared.session.elapsed(),
         };
         let mut record = self.convergence.on_round(facts, &migration.control.limits());
         let moment = Moment { round: migration.rounds, last: false };
@@ -139,4 +142,8 @@ impl StopCopy {
 
 fn dirty_bytes(migration: &Migration) -> u64 {
     (migration.shared.ram.dirty_pages() * PAGE) as u64
+}
+
+fn content_bytes(progress: &Progress) -> u64 {
+    (progress.pages_normal + progress.pages_xbzrle) * PAGE as u64
 }

@@ -9,30 +9,50 @@ use multifd_transports::Channel;
 use multifd_wire::ReturnMessage;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::workers::{Crew, Monitor, StopSwitch};
+use crate::stop::{Monitor, StopSwitch};
+use crate::workers::Crew;
 
 /// Reads the return path on a thread of its own until SHUT, the destination's last word.
 pub(super) struct ReturnPathReader {
-    arrived: Monitor<bool>,
+    heard: Monitor<Heard>,
     stop: StopSwitch,
+}
+
+/// What the destination has said.
+#[derive(Default)]
+struct Heard {
+    /// SHUT(0).
+    arrived: bool,
+    /// The value of the last PONG.
+    pong: u32,
 }
 
 impl ReturnPathReader {
     /// `features` is set when the destination says HELLO.
     pub(super) fn start(channel: Arc<Channel>, features: Arc<AtomicU64>, crew: &Crew) -> Result<Self> {
-        let arrived = Monitor::new(false, crew.stop());
-        let reader = Self { arrived: arrived.clone(), stop: crew.stop().clone() };
+        let heard = Monitor::new(Heard::default(), crew.stop());
+        let reader = Self { heard: heard.clone(), stop: crew.stop().clone() };
         let stop = crew.stop().clone();
         crew.spawn("mig-return", Phase::Setup, move || {
-            read(&channel, &arrived, &features, &stop)
+            read(&channel, &heard, &features, &stop)
                 .map_err(|error| error.on(format!("return path ({})", channel.peer())))
         })?;
         Ok(reader)
     }
 
+    /// Waits for the answer to PING(`value`): the destination has done all that came before it.
+    pub(super) fn wait_for_pong(&self, value: u32, patience: Duration) -> Result<()> {
+        self.heard.wait(&self.stop, Some(patience), |heard| (heard.pong == value).then_some(())).ok_or_else(
+            || {
+                let detail = format!("no PONG({value:#x}) within {patience:?}");
+                Error::new(ErrorKind::Deadline, Phase::Active, detail).on("return path")
+            },
+        )
+    }
+
     /// Waits for SHUT(0). An error if something else ends the migration, or nothing does within `patience`.
     pub(super) fn wait_for_shut(&self, patience: Duration) -> Result<()> {
-        self.arrived.wait(&self.stop, Some(patience), |arrived| arrived.then_some(())).ok_or_else(|| {
+        self.heard.wait(&self.stop, Some(patience), |heard| heard.arrived.then_some(())).ok_or_else(|| {
             let detail =
                 format!("the destination did not confirm within {patience:?}; it may run the guest or not");
             Error::new(ErrorKind::Deadline, Phase::Commit, detail).on("return path")
@@ -40,15 +60,14 @@ impl ReturnPathReader {
     }
 }
 
-fn read(channel: &Channel, arrived: &Monitor<bool>, features: &AtomicU64, stop: &StopSwitch) -> Result<()> {
+fn read(channel: &Channel, heard: &Monitor<Heard>, features: &AtomicU64, stop: &StopSwitch) -> Result<()> {
     let mut bytes = Vec::new();
     loop {
         while let Some((message, used)) =
             ReturnMessage::parse(&bytes).map_err(|invalid| Error::invalid(Phase::Active, invalid))?
         {
             bytes.drain(..used);
-            if on_message(&message, features)? {
-                arrived.update(|arrived| *arrived = true);
+            if on_message(&message, heard, features)? {
                 return Ok(());
             }
         }
@@ -67,10 +86,13 @@ fn read(channel: &Channel, arrived: &Monitor<bool>, features: &AtomicU64, stop: 
 }
 
 /// True for the last message, SHUT(0).
-fn on_message(message: &ReturnMessage, features: &AtomicU64) -> Result<bool> {
+fn on_message(message: &ReturnMessage, heard: &Monitor<Heard>, features: &AtomicU64) -> Result<bool> {
     tracing::debug!(?message, "return path");
     match message {
-        ReturnMessage::Shut(0) => Ok(true),
+        ReturnMessage::Shut(0) => {
+            heard.update(|heard| heard.arrived = true);
+            Ok(true)
+        }
         // Whatever we sent, the guest does not run there: the phase says that it may run here.
         ReturnMessage::Shut(status) => {
             let detail = format!("the destination failed and reported status {status}");
@@ -80,7 +102,11 @@ fn on_message(message: &ReturnMessage, features: &AtomicU64) -> Result<bool> {
             features.store(hello.features, Ordering::Relaxed);
             Ok(false)
         }
-        ReturnMessage::Pong(_) | ReturnMessage::SwitchoverAck => Ok(false),
+        ReturnMessage::Pong(value) => {
+            heard.update(|heard| heard.pong = *value);
+            Ok(false)
+        }
+        ReturnMessage::SwitchoverAck => Ok(false),
         other => Err(Error::incompatible(Phase::Active, format!("{other:?}: postcopy is not supported"))),
     }
 }

@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use multifd_codecs::Codec;
 use multifd_transports::Pacer;
+use multifd_wire::pages_per_packet;
 
 use super::outgoing::OutgoingRam;
 use super::page_cache::{Moment, PageCache};
 use super::rounds::Rounds;
 use crate::dialect::FEATURE_DELTAS;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::ram::{PAGE, PAGE_SIZE};
 use crate::session::Session;
 
 pub(super) struct Shared {
@@ -38,6 +40,13 @@ impl Shared {
     /// The cache, if it serves this round on the main channel: every destination takes differences there.
     pub(super) fn deltas_for_main(&self, moment: Moment) -> Option<&PageCache> {
         self.cache.as_ref().filter(|cache| cache.serves(moment))
+    }
+
+    /// Pages in a batch: a full packet, or as many as take 25 ms at the rate limit, so that a slow link sees no bursts.
+    pub(super) fn batch_pages(&self) -> usize {
+        let full = pages_per_packet(PAGE_SIZE);
+        let Some(rate) = self.pacer.rate() else { return full };
+        usize::try_from(rate.get() / 40).unwrap_or(usize::MAX).div_ceil(PAGE).clamp(1, full)
     }
 
     /// Waits until the rate limit lets `bytes` more go.

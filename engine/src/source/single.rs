@@ -15,10 +15,8 @@ use crate::error::Result;
 use crate::ram::{Batch, Claim, IoVecs, PAGE, PAGE_SIZE, Round};
 use crate::session::Counters;
 
-/// Pages written in one call: with a header each, 256 of the 1024 ranges that the kernel takes.
-const BATCH_PAGES: usize = 128;
-
-/// Sends the pages of a round as records of the section that is open on `main`.
+/// Sends the pages of a round as records of the section that is open on `main`. One call writes a batch: with a header a page,
+/// at most 256 of the 1024 ranges that the kernel takes.
 pub(super) fn send_round(
     main: &mut MainStream,
     round: &Round,
@@ -27,7 +25,7 @@ pub(super) fn send_round(
 ) -> Result<()> {
     let (mut claim, mut batch, mut ranges) = (Claim::default(), Batch::default(), IoVecs::default());
     let mut packet = Packet::default();
-    while round.claim(&mut claim, BATCH_PAGES, &mut batch) {
+    while round.claim(&mut claim, shared.batch_pages(), &mut batch) {
         let sent = send_batch(main, &batch, moment, shared, &mut packet, &mut ranges);
         if sent.is_err() {
             round.put_back(&mut claim, &batch);

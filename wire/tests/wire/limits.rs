@@ -217,6 +217,18 @@ fn mapped_ram_places() {
     assert!(MappedRamHeader::parse(&[&[0, 0, 0, 2][..], &[0; 24]].concat()).is_err(), "version");
 }
 
+#[test]
+fn a_shared_block_need_not_be_in_a_mapped_file() {
+    let nowhere = MappedRamHeader { page_size: 4096, bitmap_offset: 0, pages_offset: 0 };
+    let push = |guest_address| {
+        let mapped_ram = Some(nowhere);
+        BlockListBuilder::new(4096, K4).push(BlockEntry { guest_address, mapped_ram, ..entry("a", 4096) })
+    };
+    assert!(!nowhere.is_stored());
+    assert_eq!(push(Some(0)), Ok(true));
+    assert!(push(None).is_err());
+}
+
 fn packet(normal: usize, zero: usize) -> OwnedPacket {
     OwnedPacket {
         page: K4,

@@ -103,10 +103,75 @@ proptest! {
     }
 }
 
+/// A description of one device, by no means of the bytes that it is applied to.
+fn description() -> impl Strategy<Value = DeviceDescription> {
+    let kind = prop::sample::select(vec!["bool", "uint8", "int32", "uint64", "nullptr", "buffer", "struct"]);
+    let array_len = prop::option::of(prop_oneof![0..5_u64, any::<u64>()]);
+    let field = (kind, 0..9_u64, array_len).prop_map(|(kind, size, array_len)| FieldDescription {
+        name: "f".to_owned(),
+        kind: kind.to_owned(),
+        size,
+        array_len,
+        index: None,
+        struct_: None,
+    });
+    let field = field.prop_recursive(3, 20, 4, |inner| {
+        (inner.clone(), vec(inner, 0..4)).prop_map(|(mut field, fields)| {
+            let name = "s".to_owned();
+            field.struct_ = Some(Box::new(StructDescription {
+                vmsd_name: name,
+                version: 1,
+                fields,
+                subsections: Vec::new(),
+            }));
+            field
+        })
+    });
+    vec(field, 0..4).prop_map(|fields| DeviceDescription {
+        name: "d".to_owned(),
+        instance_id: 0,
+        vmsd_name: None,
+        version: None,
+        size: None,
+        fields,
+        subsections: Vec::new(),
+    })
+}
+
+/// The bytes that were seen. Arrays are visited run by run, so this ends however many elements they claim.
+fn visit(structure: Structure<'_>) -> usize {
+    let Ok(contents) = structure.contents() else { return 0 };
+    let mut seen = 0;
+    for field in &contents.fields {
+        let mut elements = 0;
+        for run in field.runs() {
+            assert!(run.first == elements && run.count > 0);
+            elements += run.count;
+            seen += run.element.len();
+            let _ = (field.value(run.element), field.structure(run.element).map(visit));
+        }
+        assert_eq!(elements, field.array_len().unwrap_or(1));
+    }
+    seen
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1000) })]
+
+    #[test]
+    fn of_a_device_that_is_not_as_described(device in description(), fill: u8, short in 0..3_usize) {
+        let len = device.payload_len().and_then(|len| usize::try_from(len).ok()).unwrap_or(0).min(10_000);
+        let mut payload = vec![fill; len];
+        payload.iter_mut().step_by(3).for_each(|byte| *byte = byte.wrapping_add(1));
+        payload.truncate(len.saturating_sub(short));
+        prop_assert!(visit(Structure::of_device(&device, &payload)) <= payload.len());
+    }
+}
+
 #[test]
 fn public_types_may_cross_threads() {
     fn check<T: Send + Sync + 'static>() {}
-    check::<(BlockListBuilder, Configuration, DeviceStatePacket, Invalid, Item)>();
+    check::<(BlockListBuilder, Configuration, DeviceStatePacket, Invalid, Item, Structure<'static>)>();
     check::<(
         RamPacket<'static>,
         RamPacketHeader<'static>,

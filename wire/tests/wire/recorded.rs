@@ -101,10 +101,47 @@ fn check_devices(name: &str, devices: &[u8], json: &[u8]) {
         assert_eq!(section.head.idstr, device.name);
         assert_eq!(section.head.instance_id, device.instance_id);
         assert_eq!(section.payload.len() as u64, device.payload_len().unwrap(), "{}", device.name);
+        let payload = &devices[section.payload.clone()];
+        assert_eq!(bytes_of_fields(Structure::of_device(device, payload)), payload.len(), "{}", device.name);
     }
     let last = sections.last().unwrap();
     assert_eq!(last.head.idstr, "globalstate");
     assert!(devices[last.payload.start + 4..].starts_with(b"prelaunch\0"));
+}
+
+/// Takes a structure apart to the last element, and adds up what was found.
+fn bytes_of_fields(structure: Structure<'_>) -> usize {
+    let contents = structure.contents().unwrap();
+    let of_field = |field: &Field<'_>| {
+        let of_run = |run: Run<'_>| {
+            let inner = field.structure(run.element).map_or(run.element.len(), bytes_of_fields);
+            inner * usize::try_from(run.count).unwrap()
+        };
+        field.runs().map(of_run).sum::<usize>()
+    };
+    let of_subsection = |sub: &Subsection<'_>| 1 + 1 + sub.name.len() + 4 + bytes_of_fields(sub.structure);
+    contents.fields.iter().map(of_field).sum::<usize>()
+        + contents.subsections.iter().map(of_subsection).sum::<usize>()
+}
+
+#[test]
+fn values_of_a_cpu_before_its_first_instruction() {
+    for (name, stream) in streams() {
+        let (_, tail) = walk_live(&stream);
+        let end = TailScanner::new().push(tail).unwrap().unwrap();
+        let description = VmDescription::parse(&tail[end.vmdesc]).unwrap();
+        let sections = split_tail(&tail[..end.devices_len], Some(&description)).unwrap();
+        let of_cpu = description.devices.iter().zip(&sections).find(|(device, _)| device.name == "cpu");
+        let (device, section) = of_cpu.expect("no cpu");
+        let cpu = Structure::of_device(device, &tail[section.payload.clone()]).contents().unwrap();
+        let field = |name: &str| *cpu.fields.iter().find(|field| field.name() == name).expect(name);
+        let eip = field("env.eip");
+        assert_eq!(eip.value(eip.bytes()), Value::Unsigned(0xfff0), "{name}");
+        assert_eq!(field("env.regs").array_len(), Some(16), "{name}");
+        let base = field("env.segs").runs().map(|run| (run.first, run.count)).collect::<Vec<_>>();
+        // ES, then CS with the base of the firmware, then four like ES.
+        assert_eq!(base, [(0, 1), (1, 1), (2, 4)], "{name}");
+    }
 }
 
 #[test]

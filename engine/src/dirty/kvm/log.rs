@@ -1,0 +1,126 @@
+//! KVM's bitmaps.
+
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap};
+use kvm_ioctls::VmFd;
+
+use super::slot::{KvmSlot, Slots};
+use super::sys;
+use crate::dirty::{DirtyLog, DirtyLogError};
+use crate::ram::{DirtyBitmap, RamBlock};
+
+/// Words of a bitmap whose pages are protected in one call, during which KVM holds a lock that vCPUs' faults take: 1 GiB.
+const CLEAR_AT_ONCE: usize = 4096;
+
+/// KVM_GET_DIRTY_LOG: writes of vCPUs, and of KVM for them. What the VMM's own threads write it does not see: give the
+/// migration a second log for them, as [`SoftwareLog`](crate::SoftwareLog).
+///
+/// Where KVM can, pages are protected again by KVM_CLEAR_DIRTY_LOG, in pieces, so that vCPUs are not held up for long;
+/// otherwise KVM does it for a whole slot at each fetch. A VM with dirty rings ([`KvmDirtyRings`](crate::KvmDirtyRings))
+/// has no such bitmaps.
+#[derive(Debug)]
+pub struct KvmDirtyLog {
+    slots: Slots,
+    manual_protect: bool,
+    /// Whether KVM clears only what it is told to.
+    clears: bool,
+    bitmap: Vec<u64>,
+}
+
+impl KvmDirtyLog {
+    /// A log of these slots of `vm`. Their logging is on while a migration runs; when the first begins,
+    /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is switched on for the VM, and stays on.
+    ///
+    /// # Safety
+    /// When a migration starts and ends, the VM must have every one of `slots` exactly as it says: with this guest address,
+    /// this length, and this memory. (KVM is told all of it to change a flag. It would map the memory of a slot that is not
+    /// there, and keep the mapping when the memory is gone.)
+    #[expect(unsafe_code, reason = "the slots must be true")]
+    pub unsafe fn new(vm: Arc<VmFd>, slots: Vec<KvmSlot>) -> Self {
+        Self { slots: Slots::new(vm, slots), manual_protect: true, clears: false, bitmap: Vec::new() }
+    }
+
+    /// Has KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 off instead: for a VM whose own code fetches the dirty logs of other slots, a
+    /// display's perhaps, and counts on KVM to clear them.
+    #[must_use]
+    pub fn without_manual_protect(mut self) -> Self {
+        self.manual_protect = false;
+        self
+    }
+
+    fn choose_who_clears(&mut self) -> Result<(), DirtyLogError> {
+        let (vm, cap) = (self.slots.vm(), KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
+        let offered = u32::try_from(vm.check_extension_raw(cap.into())).unwrap_or(0);
+        if offered & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0 {
+            let mode = if self.manual_protect { KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE } else { 0 };
+            let mode = kvm_enable_cap { cap, args: [mode.into(), 0, 0, 0], ..Default::default() };
+            vm.enable_cap(&mode).map_err(|cause| {
+                DirtyLogError::new("setting KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2").because(cause)
+            })?;
+            self.clears = self.manual_protect;
+        }
+        Ok(())
+    }
+
+    /// Moves what KVM has noted to `report`.
+    fn take(&mut self, mut report: impl FnMut(usize, &KvmSlot, &[u64])) -> Result<(), DirtyLogError> {
+        for (slot, place) in self.slots.iter() {
+            self.bitmap.clear();
+            self.bitmap.resize(slot.pages().div_ceil(64), 0);
+            sys::get_dirty_log(self.slots.vm(), slot.id, &mut self.bitmap).map_err(|cause| {
+                DirtyLogError::new(format!("fetching the dirty log of {slot}")).because(cause)
+            })?;
+            // Before they are cleared: what KVM forgets must be known here. A write that comes in between is to a page that
+            // is reported, and happens before the page is read.
+            report(place, slot, &self.bitmap);
+            if self.clears {
+                clear(self.slots.vm(), slot, &self.bitmap)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DirtyLog for KvmDirtyLog {
+    fn name(&self) -> &str {
+        "kvm"
+    }
+
+    fn start(&mut self, ram: &[RamBlock]) -> Result<(), DirtyLogError> {
+        self.choose_who_clears()?;
+        self.slots.log_on(ram)?;
+        // What a slot that was logging before has noted, which may be all its pages, none of them protected.
+        self.take(|_, _, _| ())
+    }
+
+    fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
+        self.take(|place, slot, words| {
+            let Some(bitmap) = bitmaps.get(place) else { return };
+            for (word, bits) in words.iter().enumerate().filter(|(_, bits)| **bits != 0) {
+                bitmap.set_bits(slot.first_page() + word * 64, *bits);
+            }
+        })
+    }
+
+    fn stop(&mut self) {
+        self.slots.log_off();
+    }
+}
+
+/// Has KVM clear what is set in `bitmap` and protect those pages: at most [`CLEAR_AT_ONCE`] words a call, from the first set
+/// one on.
+fn clear(vm: &VmFd, slot: &KvmSlot, bitmap: &[u64]) -> Result<(), DirtyLogError> {
+    for (piece, words) in bitmap.chunks(CLEAR_AT_ONCE).enumerate() {
+        let Some(clean) = words.iter().position(|bits| *bits != 0) else { continue };
+        let (_, words) = words.split_at(clean);
+        let first = (piece * CLEAR_AT_ONCE + clean) * 64;
+        let pages = (words.len() * 64).min(slot.pages() - first);
+        #[expect(clippy::cast_possible_truncation, reason = "at most 64 x CLEAR_AT_ONCE")]
+        let pages = pages as u32;
+        sys::clear_dirty_log(vm, slot.id, first as u64, pages, words).map_err(|cause| {
+            DirtyLogError::new(format!("clearing the dirty log of {slot}")).because(cause)
+        })?;
+    }
+    Ok(())
+}
