@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use multifd_transports::Listener;
 use multifd_wire::{Configuration, TailScanner, VmDescription, split_tail};
 
 use super::main_channel::MainStream;
@@ -25,6 +26,7 @@ pub struct Arrived {
     return_path: ReturnPath,
     shared: Arc<Shared>,
     crew: Arc<Crew>,
+    listener: Arc<Listener>,
     ended: bool,
 }
 
@@ -34,9 +36,10 @@ impl Arrived {
         return_path: ReturnPath,
         shared: Arc<Shared>,
         crew: Arc<Crew>,
+        listener: Arc<Listener>,
     ) -> Self {
         let device_packets = shared.take_device_packets();
-        Self { stream, device_packets, return_path, shared, crew, ended: false }
+        Self { stream, device_packets, return_path, shared, crew, listener, ended: false }
     }
 
     /// Machine type, and what else the source said of itself.
@@ -72,9 +75,9 @@ impl Arrived {
         &self.device_packets
     }
 
-    /// The guest's uuid, if the source said one.
+    /// The guest's uuid, if it has one: QEMU says all zeros for a guest without.
     pub fn uuid(&self) -> Option<[u8; 16]> {
-        self.shared.uuid()
+        self.shared.uuid().filter(|uuid| *uuid != [0; 16])
     }
 
     /// The stream announced the switch-over by SWITCHOVER_START.
@@ -137,6 +140,7 @@ impl Arrived {
     }
 
     fn wind_up(&self) {
+        self.listener.stopper().stop();
         self.shared.session.close_channels();
         self.crew.join();
     }

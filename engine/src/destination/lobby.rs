@@ -1,7 +1,7 @@
 //! Where connections arrive, in any order, and are told apart by their first bytes.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use multifd_transports::{Arrival, Channel, Listener};
 use multifd_wire::{MULTIFD_MAGIC, STREAM_MAGIC};
@@ -20,6 +20,8 @@ pub(crate) struct Lobby {
     shared: Arc<Shared>,
     crew: Arc<Crew>,
     main: Monitor<Option<Channel>>,
+    /// There is only one main, also when it has been taken from `main`.
+    main_came: AtomicBool,
     connections: AtomicUsize,
 }
 
@@ -29,6 +31,7 @@ impl Lobby {
             shared: Arc::clone(shared),
             crew: Arc::clone(crew),
             main: Monitor::new(None, crew.stop()),
+            main_came: AtomicBool::new(false),
             connections: AtomicUsize::new(0),
         }
     }
@@ -44,8 +47,11 @@ impl Lobby {
         let stop = self.crew.stop();
         listener
             .serve(4, patience, &mut |arrival| {
-                if let Err(error) = self.on_arrival(arrival) {
-                    stop.trip(error);
+                match self.on_arrival(arrival) {
+                    Ok(()) => {}
+                    // All is here. Who knocks now has lost his way, unless he is a channel that was missing: see Gate::join.
+                    Err(error) if self.shared.gate.finished() => tracing::warn!(%error, "after the end"),
+                    Err(error) => stop.trip(error),
                 }
             })
             .map_err(|error| Error::transport(Phase::Accept, error))
@@ -90,13 +96,13 @@ impl Lobby {
             return Err(Error::misbehaved(Phase::Accept, detail).on(peer));
         }
         match u32::from_be_bytes(first) {
-            STREAM_MAGIC => self.main.update(|main| match main {
-                None => {
-                    *main = Some(channel);
-                    Ok(())
-                }
-                Some(_) => Err(Error::misbehaved(Phase::Accept, "a second main channel").on(peer)),
-            }),
+            STREAM_MAGIC if self.main_came.swap(true, Ordering::Relaxed) => {
+                Err(Error::misbehaved(Phase::Accept, "a second main channel").on(peer))
+            }
+            STREAM_MAGIC => {
+                self.main.update(|main| *main = Some(channel));
+                Ok(())
+            }
             MULTIFD_MAGIC => ChannelWorker::start(channel, &self.shared, &self.crew),
             other => {
                 let detail = format!(

@@ -148,9 +148,7 @@ impl Destination {
         match result {
             Ok((stream, return_path)) => {
                 shared.gate.finish();
-                // Whoever knocks from now on belongs to another migration, and must not end this one.
-                self.listener.stopper().stop();
-                Ok(Arrived::new(stream, return_path, shared, crew))
+                Ok(Arrived::new(stream, return_path, shared, crew, self.listener))
             }
             Err(error) => {
                 self.session.stop.trip(error);

@@ -1,6 +1,8 @@
 //! A guest that is written while it moves, from our source to our destination: nothing may be lost.
 
+mod faults;
 mod guest;
+mod relay;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -9,8 +11,8 @@ use std::time::Duration;
 use guest::{Guest, Load};
 use multifd_codecs::{Codec, Uncompressed, Zlib, Zstd};
 use multifd_engine::{
-    Destination, DeviceState, Error, ErrorKind, HostMemory, Limits, MigrationState, OnStall, PAGE, Precopy,
-    RamBlock, Report, Source, SourceBuilder,
+    Arrived, Destination, DeviceState, Error, ErrorKind, HostMemory, Limits, MigrationState, OnStall, PAGE,
+    Precopy, RamBlock, Report, Source, SourceBuilder,
 };
 use multifd_transports::Endpoint;
 use multifd_wire::Configuration;
@@ -28,6 +30,11 @@ struct There {
 
 impl There {
     fn listen() -> Self {
+        Self::listen_with(Arrived::accept)
+    }
+
+    /// `end` decides about the guest that has arrived.
+    fn listen_with(end: impl FnOnce(Arrived) -> Result<Report, Error> + Send + 'static) -> Self {
         let memory = HostMemory::anonymous(PAGES * PAGE).unwrap();
         let block = RamBlock::new("guest.ram".try_into().unwrap(), memory);
         let garbage = Guest::new("garbage", PAGES);
@@ -37,7 +44,7 @@ impl There {
             .listen(&"tcp:127.0.0.1:0".parse().unwrap())
             .unwrap();
         let uri = destination.endpoint();
-        let thread = std::thread::Builder::new().spawn(|| destination.receive()?.accept()).unwrap();
+        let thread = std::thread::Builder::new().spawn(move || end(destination.receive()?)).unwrap();
         Self { uri, block, thread }
     }
 

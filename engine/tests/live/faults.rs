@@ -1,0 +1,121 @@
+//! Whatever breaks, wherever: the guest runs on, and a second attempt brings it over whole.
+
+use std::time::Duration;
+
+use multifd_engine::{Error, Precopy};
+
+use crate::guest::Guest;
+use crate::relay::{Cut, Relay};
+use crate::{LOAD, PAGES, There, assert_equal, move_over, no_devices, source};
+
+/// A migration that must fail, then one that must not.
+fn fails_then_moves(attempt: impl FnOnce(&Guest, &There) -> Result<(), Error>) -> Error {
+    let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+    let there = There::listen();
+    let error = attempt(&guest, &there).unwrap_err();
+    assert!(error.channel().is_some() || error.source_may_resume(), "{}", error.chain());
+    assert!(there.end().1.is_err());
+    guest.resume();
+    guest.wait_for_writes();
+    let there = There::listen();
+    let precopy = source(&guest).channels(2).build().unwrap().connect(&there.uri).unwrap();
+    move_over(&guest, precopy, 3).unwrap();
+    let (block, result) = there.end();
+    result.unwrap();
+    assert_equal(&guest.block, &block);
+    error
+}
+
+/// Three connections: main, and two channels.
+fn connect(guest: &Guest, relay: &Relay) -> Result<Precopy, Error> {
+    source(guest).channels(2).build().unwrap().connect(&relay.uri)
+}
+
+#[test]
+fn a_connection_cut_at_any_byte() {
+    for connection in 0..3 {
+        // In the greeting, in the first header, in the first pages, in later ones.
+        for after in [1, 70, 1000, 1500, 40_000, 1_000_000] {
+            if connection == 0 && after > 100 {
+                continue; // main carries little beside the pages
+            }
+            let error = fails_then_moves(|guest, there| {
+                let relay = Relay::to(&there.uri, Some(Cut { connection, after }));
+                let precopy = connect(guest, &relay)?;
+                move_over(guest, precopy, 20).map(drop)
+            });
+            assert!(error.source_may_resume(), "{connection} {after}: {}", error.chain());
+        }
+    }
+}
+
+#[test]
+fn everything_cut_between_rounds() {
+    let error = fails_then_moves(|guest, there| {
+        let relay = Relay::to(&there.uri, None);
+        let mut precopy = connect(guest, &relay)?;
+        precopy.round()?;
+        relay.cut();
+        guest.wait_for_writes();
+        precopy.round()?;
+        precopy.round().map(drop)
+    });
+    assert!(error.source_may_resume());
+}
+
+#[test]
+fn everything_cut_at_the_switch_over() {
+    let error = fails_then_moves(|guest, there| {
+        let relay = Relay::to(&there.uri, None);
+        let mut precopy = connect(guest, &relay)?;
+        precopy.round()?;
+        guest.pause();
+        relay.cut();
+        precopy.stop_copy()?.commit(&no_devices()).map(drop)
+    });
+    // Sent into a connection that is cut already: known to have failed, or not known to have arrived.
+    assert!(error.channel().is_some(), "{}", error.chain());
+}
+
+#[test]
+fn a_destination_that_refuses_the_guest() {
+    let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+    let there = There::listen_with(|arrived| {
+        drop(arrived);
+        Err(Error::new(
+            multifd_engine::ErrorKind::Incompatible,
+            multifd_engine::Phase::Device,
+            "no room for it",
+        ))
+    });
+    let precopy = source(&guest).channels(2).build().unwrap().connect(&there.uri).unwrap();
+    let error = move_over(&guest, precopy, 2).unwrap_err();
+    assert_eq!(error.kind(), multifd_engine::ErrorKind::PeerAborted(1));
+    assert!(error.source_may_resume(), "everything was sent, but the destination said no");
+}
+
+#[test]
+fn a_cancel_at_any_moment() {
+    for moment in 0..12 {
+        fails_then_moves(|guest, there| {
+            let mut precopy = source(guest).channels(2).build().unwrap().connect(&there.uri)?;
+            let control = precopy.control();
+            let waiting = std::thread::Builder::new()
+                .spawn(move || {
+                    let begun = std::time::Instant::now();
+                    while begun.elapsed() < Duration::from_micros(1 << moment) {
+                        std::thread::yield_now();
+                    }
+                    control.cancel();
+                })
+                .unwrap();
+            let result = loop {
+                if let Err(error) = precopy.round() {
+                    break Err(error);
+                }
+            };
+            waiting.join().unwrap();
+            result
+        });
+    }
+}

@@ -1,0 +1,74 @@
+//! A relay between source and destination that can be cut.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use multifd_transports::Endpoint;
+
+/// Passes every connection on to the destination, until it is cut.
+pub(crate) struct Relay {
+    pub(crate) uri: Endpoint,
+    open: Arc<Mutex<Vec<TcpStream>>>,
+}
+
+/// Cuts connection number `connection`, counted from 0 (main), when so many bytes have gone to the destination.
+#[derive(Clone, Copy)]
+pub(crate) struct Cut {
+    pub(crate) connection: usize,
+    pub(crate) after: usize,
+}
+
+impl Relay {
+    pub(crate) fn to(destination: &Endpoint, cut: Option<Cut>) -> Self {
+        let Endpoint::Tcp { host, port } = destination.clone() else { panic!("a tcp destination") };
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("tcp:{}", listener.local_addr().unwrap()).parse().unwrap();
+        let open = Arc::new(Mutex::new(Vec::new()));
+        let all = Arc::clone(&open);
+        // Ends with the process: a test that is over has no more connections to pass on.
+        thread::Builder::new()
+            .spawn(move || {
+                for (number, source) in listener.incoming().enumerate() {
+                    let source = source.unwrap();
+                    let Ok(there) = TcpStream::connect((host.as_str(), port)) else { return };
+                    let left = cut.filter(|cut| cut.connection == number).map(|cut| cut.after);
+                    all.lock().unwrap().extend([source.try_clone().unwrap(), there.try_clone().unwrap()]);
+                    pass(source.try_clone().unwrap(), there.try_clone().unwrap(), left);
+                    pass(there, source, None);
+                }
+            })
+            .unwrap();
+        Self { uri, open }
+    }
+
+    /// Cuts everything that is open.
+    pub(crate) fn cut(&self) {
+        self.open.lock().unwrap().drain(..).for_each(|stream| _ = stream.shutdown(Shutdown::Both));
+    }
+}
+
+fn pass(mut from: TcpStream, mut to: TcpStream, mut left: Option<usize>) {
+    let copy = move || {
+        let mut buffer = vec![0; 16 << 10];
+        loop {
+            let most = left.map_or(buffer.len(), |left| left.min(buffer.len()));
+            match from.read(&mut buffer[..most]) {
+                Ok(count) if count > 0 => {
+                    left = left.map(|left| left - count);
+                    if to.write_all(&buffer[..count]).is_err() {
+                        break;
+                    }
+                }
+                _ => break,
+            }
+            if left == Some(0) {
+                break;
+            }
+        }
+        let _ = from.shutdown(Shutdown::Both);
+        let _ = to.shutdown(Shutdown::Both);
+    };
+    thread::Builder::new().spawn(copy).unwrap();
+}
