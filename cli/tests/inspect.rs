@@ -1,5 +1,10 @@
 //! `multifd inspect` as people run it: on streams recorded from QEMU, on streams and checkpoints put together here, and on what is
 //! neither.
+#![expect(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "helpers of tests, outside of the tests themselves"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};

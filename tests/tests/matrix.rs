@@ -48,14 +48,14 @@ impl Journey {
     fn run(&self) -> Outcome {
         let mut source = self.vm.clone().fill(Fill::new(1)).spawn("source")?;
         source.serial().wait_lines(2, 0, SOON)?;
-        let checkpoint = self.receive(&mut source)?;
+        let checkpoint = self.receive(&mut source, "checkpoint")?;
         let destination = self.vm.clone().incoming("defer").paused().spawn("destination")?;
         let destination = self.send(&checkpoint, destination)?;
         self.goes_on(source, destination)
     }
 
-    fn receive(&self, source: &mut Qemu) -> Outcome<CheckpointFiles> {
-        let checkpoint = self.scratch.path("checkpoint");
+    fn receive(&self, source: &mut Qemu, name: &str) -> Outcome<CheckpointFiles> {
+        let checkpoint = self.scratch.path(name);
         let mut receive = Receive::listen(&self.transport.uri(&self.scratch, "in"), &checkpoint)?;
         source.set_up(&self.settings, Side::Source)?;
         source.migrate(receive.uri())?;
@@ -194,16 +194,16 @@ const FIRMWARE_LEN: u64 = 256 << 10;
 /// Below the hole for graphics memory and adapters' ROMs.
 const LOW_MEMORY_LEN: u64 = 640 << 10;
 
-/// Fails unless what the guest has at `address` is what the block file has at `offset`.
+/// Fails unless what the guest has at `address` is what the block begins with.
 fn check_memory(
     qemu: &mut Qemu,
-    (address, len): (u64, usize),
+    (address, len): (u64, u64),
     checkpoint: &CheckpointFiles,
     block: &str,
 ) -> Outcome {
     let path = qemu.scratch().path("memory");
-    qemu.save_memory(address, len as u64, &path)?;
-    let mut expected = vec![0; len];
+    qemu.save_memory(address, len, &path)?;
+    let mut expected = vec![0; usize::try_from(len)?];
     fs::File::open(checkpoint.block(block)?)?.read_exact_at(&mut expected, 0)?;
     if fs::read(&path)? == expected {
         return Ok(());
@@ -211,34 +211,52 @@ fn check_memory(
     Err(Failure::new(format!("{len} bytes at {address:#x} are not those of {block} in the checkpoint")))
 }
 
-/// Firmware is a RAM block like any other, and the destination has loaded its own before ours arrives: one that has set
-/// bytes wherever ours has zeros.
+impl Journey {
+    /// In, out, and in again. What the guest sees of its firmware and low memory is in the checkpoint, and every block of the
+    /// destination is the source's.
+    fn firmware(&self, mut source: Qemu, destination: Qemu, block: &str) -> Outcome<CheckpointFiles> {
+        source.serial().wait_lines(2, 0, SOON)?;
+        let checkpoint = self.receive(&mut source, "checkpoint")?;
+        let check = |qemu: &mut Qemu| {
+            check_memory(qemu, (FIRMWARE, FIRMWARE_LEN), &checkpoint, block)?;
+            check_memory(qemu, (0, LOW_MEMORY_LEN), &checkpoint, "pc.ram")
+        };
+        check(&mut source)?;
+        let mut destination = self.send(&checkpoint, destination)?;
+        check(&mut destination)?;
+        // What it has got is seen in what it sends.
+        let back = self.receive(&mut destination, "back")?;
+        assert_eq!(back.blocks()?, checkpoint.blocks()?);
+        for block in checkpoint.blocks()? {
+            ram::check_equal(&checkpoint.block(block)?, &back.block(block)?)?;
+        }
+        self.goes_on(source, destination)?;
+        Ok(checkpoint)
+    }
+}
+
+/// Firmware is a RAM block like any other. One in flash is also in a destination's memory before ours arrives, and has to go,
+/// zero pages included: here it has set bytes everywhere.
 fn firmware(channels: Option<u8>) -> Outcome {
     skip_without_qemu!();
     let settings = Settings { channels, return_path: true, ..Settings::default() };
-    let journey = Journey::new("pc", settings, Transport::Unix)?;
-    let mut source = journey.vm.spawn("source")?;
-    source.serial().wait_lines(2, 0, SOON)?;
-    let checkpoint = journey.receive(&mut source)?;
-    let firmware = fs::read(checkpoint.block("pc.bios")?)?;
-    assert_eq!(firmware.len() as u64, FIRMWARE_LEN);
-    assert!(firmware.chunks(4096).any(|page| page.iter().all(|byte| *byte == 0)), "no zero page to clear");
-    let parts = [(FIRMWARE, FIRMWARE_LEN, "pc.bios"), (0, LOW_MEMORY_LEN, "pc.ram")];
-    let check = |qemu: &mut Qemu| {
-        parts.iter().try_for_each(|(address, len, block)| {
-            check_memory(qemu, (*address, usize::try_from(*len)?), &checkpoint, block)
-        })
-    };
-    check(&mut source)?;
+    let journey = Journey::new("pc", settings.clone(), Transport::Unix)?;
+    let destination = || journey.vm.clone().incoming("defer").paused();
+    let source = journey.vm.spawn("source")?;
+    let checkpoint = journey.firmware(source, destination().spawn("destination")?, "pc.bios")?;
 
-    let other = journey.scratch.path("other-firmware");
-    fs::write(&other, vec![0xaa; firmware.len()])?;
-    let builder = journey.vm.clone().argument("-bios").argument(other.display().to_string());
-    let mut destination = builder.incoming("defer").paused().spawn("destination")?;
-    check(&mut destination).expect_err("another firmware");
-    let mut destination = journey.send(&checkpoint, destination)?;
-    check(&mut destination)?;
-    journey.goes_on(source, destination)
+    let content = fs::read(checkpoint.block("pc.bios")?)?;
+    assert!(content.chunks(4096).any(|page| page.iter().all(|byte| *byte == 0)), "no zero page to clear");
+    let flash = |name: &str, content: &[u8]| {
+        let file = journey.scratch.path(name);
+        fs::write(&file, content)?;
+        Ok::<_, Failure>(format!("if=pflash,format=raw,read-only=on,file={}", file.display()))
+    };
+    let (ours, theirs) = (flash("flash", &content)?, flash("other-flash", &vec![0xee; content.len()])?);
+    let source = journey.vm.clone().argument("-drive").argument(ours).spawn("source")?;
+    let destination = destination().argument("-drive").argument(theirs).spawn("destination")?;
+    let again = Journey { scratch: Scratch::new()?, vm: journey.vm.clone(), settings, ..journey };
+    again.firmware(source, destination, "system.flash0").map(drop)
 }
 
 #[test]

@@ -53,9 +53,9 @@ impl ChannelWorker {
     }
 
     fn run(&mut self) -> Result<()> {
-        let greeted = self.greet();
+        self.greet().map_err(|error| error.on(self.channel.peer().to_owned()))?;
+        // A channel that has failed keeps its place: no sync point may pass before the switch has tripped.
         self.shared.gate.identified();
-        greeted.map_err(|error| error.on(self.channel.peer().to_owned()))?;
         let result = self.packets();
         if result.is_ok() || self.shared.gate.finished() {
             // After the end of the main stream, a channel may end as it likes.

@@ -64,10 +64,10 @@ impl Lobby {
                 Ok(())
             }
             Arrival::Identified { channel, first, .. } => {
-                let result = self.identify(channel, first);
+                self.identify(channel, first)?;
                 // After the worker has its place at the gate: a sync point must not slip through in between.
                 self.shared.gate.identified();
-                result
+                Ok(())
             }
             Arrival::Silent { peer, waited, .. } => {
                 let detail = format!("the connection said nothing for {waited:?}");

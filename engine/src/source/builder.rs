@@ -180,11 +180,7 @@ impl Source {
 
     fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Arc<Channel>> {
         let stopper = Stopper::new();
-        let options = DialOptions {
-            deadline: self.session.timeout,
-            stopper: stopper.clone(),
-            ..DialOptions::default()
-        };
+        let options = DialOptions { deadline: self.session.timeout, stopper: stopper.clone() };
         self.session.stop.on_trip(move || stopper.stop());
         let channel = blocking::dial(endpoint, &options)
             .map_err(|error| Error::transport(Phase::Connect, error).on(name.to_owned()))?;

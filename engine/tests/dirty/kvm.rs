@@ -17,7 +17,7 @@ use crate::memory::{anonymous, bitmaps, block, memfd, pages};
 use crate::skip::skipped;
 
 const LEN: usize = 16 << 20;
-const RUNS: usize = 60;
+const RUNS: usize = 40;
 const COUNTER_PAGE: usize = 5;
 /// Slow enough that a page is seldom written twice between two syncs.
 const PACE: Pace = Pace { lap: 8, pause: 3000 };

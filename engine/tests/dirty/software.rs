@@ -10,7 +10,7 @@ use multifd_engine::{HostMemory, PAGE, RegionLog, SoftwareLog};
 
 use crate::memory::{anonymous, block, store};
 
-const RUNS: usize = 60;
+const RUNS: usize = 40;
 
 #[test]
 fn no_marked_write_is_lost() {

@@ -12,7 +12,7 @@ use crate::memory::{
 };
 use crate::skip::skipped;
 
-const RUNS: usize = 60;
+const RUNS: usize = 40;
 
 fn log() -> Option<UserfaultLog> {
     UserfaultLog::new()
