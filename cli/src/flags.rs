@@ -48,7 +48,7 @@ pub(crate) struct Common {
     /// Parallel channels, 1 to 255. Default: none for send, whatever comes for receive
     #[arg(long, global = true, value_name = "N", value_parser = human::channels)]
     pub(crate) channels: Option<usize>,
-    /// none, zlib[:LEVEL] or zstd[:LEVEL] on the parallel channels. For receive: refuse any other
+    /// none, zlib or zstd, with a level as in zstd:3, on the parallel channels. For receive: refuse any other
     #[arg(long, global = true, value_name = "CODEC", value_parser = codec)]
     pub(crate) codec: Option<CodecChoice>,
     /// Limit over all channels, such as 1Gbit/s, 100MiB/s or 512K; 0 is no limit

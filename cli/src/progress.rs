@@ -19,7 +19,7 @@ const INTERVAL: Duration = Duration::from_millis(200);
 pub(crate) enum Lines {
     /// The counters are watched for new rounds.
     Watched,
-    /// Whoever runs the rounds, by [`line`].
+    /// Whoever runs the rounds tells of them.
     Told,
 }
 

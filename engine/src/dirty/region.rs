@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use multifd_wire::BlockName;
-use vm_memory::MmapRegion;
 use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, MmapRegion};
 
 use super::software::place_of;
 use super::{DirtyLog, DirtyLogError};
@@ -44,6 +44,17 @@ impl RegionLog {
     /// A log of no region.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A log of all regions of a VMM's guest memory, for the blocks of [`RamBlock::of_guest_memory`].
+    ///
+    /// # Errors
+    /// As [`RamBlock::of_guest_memory`].
+    pub fn of_guest_memory(memory: &GuestMemoryMmap<AtomicBitmap>) -> std::io::Result<Self> {
+        let blocks = RamBlock::of_guest_memory(memory)?;
+        let regions = blocks.iter().zip(memory.iter());
+        Ok(regions
+            .fold(Self::new(), |log, (block, region)| log.region(block.name().clone(), region.get_mmap())))
     }
 
     /// Adds the region that is the memory of RAM block `block`.

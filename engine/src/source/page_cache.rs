@@ -294,7 +294,8 @@ mod tests {
         for round in 2..8 {
             if cache.serves(at(round)) {
                 for key in 0..512 {
-                    let content: [u8; PAGE] = std::array::from_fn(|at| (at as u64 * round * 31 + key) as u8);
+                    let content: [u8; PAGE] =
+                        std::array::from_fn(|at| (at as u64 * round * 31 + key).to_le_bytes()[0]);
                     cache.lookup(key, &content, at(round), &mut Vec::new());
                 }
             }

@@ -48,7 +48,7 @@ impl Guest {
             match page % 4 {
                 0 => {}
                 1 => slice.write_slice(&[page as u8 | 1; PAGE], 0).unwrap(),
-                2 => slice.write_slice("all work and no play ".repeat(196)[..PAGE].as_bytes(), 0).unwrap(),
+                2 => slice.write_slice(&"all work and no play ".repeat(196).as_bytes()[..PAGE], 0).unwrap(),
                 _ => {
                     let mut seed = page as u64 | 1;
                     let bytes: Vec<u8> = (0..PAGE / 8).flat_map(|_| next(&mut seed).to_le_bytes()).collect();

@@ -1,4 +1,11 @@
 //! A guest that is written while it moves, from our source to our destination: nothing may be lost.
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "test code may panic"
+)]
 
 mod faults;
 mod guest;
