@@ -1,6 +1,7 @@
 //! A live source of ours into a real QEMU: pages change while they are sent, and nothing may be lost.
 
 mod device;
+mod faults;
 mod guest;
 
 use std::num::NonZeroU64;
@@ -9,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use device::Device;
 use guest::{Guest, SOON, WRITES, Way, text};
-use multifd_engine::{Control, DeviceState, Error, ErrorKind, MigrationState, Precopy, Report};
-use multifd_tests::{Compression, Outcome, Qemu, process::Signal, skip_without_qemu};
+use multifd_engine::{Control, Error, Precopy, Report};
+use multifd_tests::{Compression, Outcome, skip_without_qemu};
 
 /// At least four, so that pages go again that went again.
 const ROUNDS: u64 = 6;
@@ -83,69 +84,6 @@ fn no_differences_on_parallel_channels_to_qemu() -> Outcome {
     Ok(())
 }
 
-/// What breaks a migration, at which moment.
-#[derive(Clone, Copy, Debug)]
-enum Fault {
-    CancelInRound,
-    KillInRound,
-    KillBeforeStop,
-    KillBeforeCommit,
-}
-
-impl Fault {
-    /// Moves the guest until it strikes.
-    fn strike(self, guest: &Guest, way: &Way, device: &Device) -> Outcome<Error> {
-        // Slow enough for every round to have a middle.
-        let slow = Way { max_bandwidth: NonZeroU64::new(8 * MIB), unix: self.needs_unix(), ..way.clone() };
-        let (mut destination, uri) = guest.destination(&slow)?;
-        let mut precopy = guest.source(&slow, device, &uri).map_err(text)?;
-        let control = precopy.control();
-        let result = match self {
-            Self::CancelInRound => in_the_middle(&mut precopy, device, Control::cancel)?,
-            Self::KillInRound => in_the_middle(&mut precopy, device, |_| kill(&mut destination))?,
-            Self::KillBeforeStop | Self::KillBeforeCommit => {
-                control.set_max_bandwidth(None);
-                precopy.round().map_err(text)?;
-                device.stand_still()?;
-                self.strike_at_the_end(precopy, &mut destination)?
-            }
-        };
-        let expected = match self {
-            Self::CancelInRound => MigrationState::Cancelled,
-            _ => MigrationState::Failed,
-        };
-        assert_eq!(control.state(), expected);
-        if let Self::CancelInRound = self {
-            assert_eq!(destination.wait_end(SOON)?.status, "failed");
-        }
-        Ok(result.expect_err("it was struck"))
-    }
-
-    fn strike_at_the_end(self, precopy: Precopy, destination: &mut Qemu) -> Outcome<Result<(), Error>> {
-        // Without devices, the first byte to go is the one that decides.
-        let nothing = DeviceState::from_tail(NO_DEVICES.to_vec())?;
-        if let Self::KillBeforeStop = self {
-            kill(destination);
-        }
-        let last = match precopy.stop_copy() {
-            Ok(last) => last,
-            Err(error) => return Ok(Err(error)),
-        };
-        if let Self::KillBeforeCommit = self {
-            kill(destination);
-        }
-        Ok(last.commit(&nothing).map(drop))
-    }
-
-    /// Over TCP, a dead destination's kernel takes bytes for a moment: nobody could say whether they were read.
-    fn needs_unix(self) -> bool {
-        matches!(self, Self::KillBeforeCommit)
-    }
-}
-
-/// The end of a stream with nothing before it.
-const NO_DEVICES: &[u8] = b"\0\x06\0\0\0\x20{\"page_size\":4096, \"devices\":[]}";
-
 /// Runs a round while the device writes, and has `act` strike when a part of it is on the wire.
 fn in_the_middle(
     precopy: &mut Precopy,
@@ -171,70 +109,9 @@ fn wait_for_wire(control: &Control, bytes: u64) {
     }
 }
 
-/// Ends a QEMU as a power cut does, and returns when the kernel has closed its sockets.
-fn kill(qemu: &mut Qemu) {
-    let process = qemu.process();
-    let ended = process.signal(Signal::KILL).and_then(|()| process.wait(SOON));
-    assert!(ended.is_ok(), "{ended:?}");
-}
-
-/// The guest is still here, and a second attempt succeeds.
-fn survives(fault: Fault, way: &Way) -> Outcome<Error> {
-    let guest = Guest::new()?;
-    let device = guest.device()?;
-    let error = fault.strike(&guest, way, &device)?;
-    assert!(error.source_may_resume(), "{fault:?}: {}", error.chain());
-    // It runs on here, and is written to.
-    device.write(WRITES)?;
-    let (destination, uri) = guest.destination(way)?;
-    let precopy = guest.source(way, &device, &uri).map_err(text)?;
-    guest.move_over(precopy, &device, ROUNDS)?;
-    guest.check_arrived(destination)?;
-    Ok(error)
-}
-
+/// The two data paths.
 fn ways() -> [Way; 2] {
     [single(), parallel(Compression::Zstd(1))]
-}
-
-#[test]
-fn a_second_attempt_after_a_cancel_in_a_round() -> Outcome {
-    skip_without_qemu!();
-    for way in ways() {
-        let error = survives(Fault::CancelInRound, &way)?;
-        assert_eq!(error.kind(), ErrorKind::Cancelled, "{}", error.chain());
-    }
-    Ok(())
-}
-
-fn after_a_kill(fault: Fault) -> Outcome {
-    for way in ways() {
-        let error = survives(fault, &way)?;
-        println!("{fault:?}: {}", error.chain());
-        // It says what broke and where, not only that something did.
-        let channel = error.channel().unwrap_or_default();
-        assert!(channel.contains("tcp:127.0.0.1") || channel.contains("unix:"), "{}", error.chain());
-        assert_eq!(error.kind(), ErrorKind::Transport, "{}", error.chain());
-    }
-    Ok(())
-}
-
-#[test]
-fn a_second_attempt_after_the_destination_died_in_a_round() -> Outcome {
-    skip_without_qemu!();
-    after_a_kill(Fault::KillInRound)
-}
-
-#[test]
-fn a_second_attempt_after_the_destination_died_before_the_stop() -> Outcome {
-    skip_without_qemu!();
-    after_a_kill(Fault::KillBeforeStop)
-}
-
-#[test]
-fn a_second_attempt_after_the_destination_died_before_the_commit() -> Outcome {
-    skip_without_qemu!();
-    after_a_kill(Fault::KillBeforeCommit)
 }
 
 fn bandwidth_changes(way: &Way) -> Outcome {
@@ -252,8 +129,9 @@ fn bandwidth_changes(way: &Way) -> Outcome {
     };
     in_the_middle(&mut precopy, &device, lift)?.map_err(text)?;
     let wire = precopy.progress().now().wire_bytes;
-    // Limited to the end it would have taken twice that time, which no machine needs by itself.
-    assert!(begun.elapsed() < Duration::from_secs(wire / MIB / 2), "{:?} for {wire}", begun.elapsed());
+    // Limited to the end, it would have taken longer.
+    let limited = Duration::from_secs(wire / MIB).mul_f64(0.9);
+    assert!(begun.elapsed() < limited, "{:?} for {wire} bytes", begun.elapsed());
 
     precopy.control().set_max_bandwidth(limit);
     device.write(WRITES / 2)?;

@@ -1,0 +1,135 @@
+//! What breaks a migration, and when: the guest is still here, and a second attempt succeeds.
+
+use std::num::NonZeroU64;
+
+use multifd_engine::{Control, DeviceState, Error, ErrorKind, MigrationState, Precopy};
+use multifd_tests::{Outcome, Qemu, process::Signal, skip_without_qemu};
+
+use super::device::Device;
+use super::guest::{Guest, SOON, WRITES, Way, text};
+use super::{MIB, ROUNDS, in_the_middle, ways};
+
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    /// Somebody cancels at the source.
+    Cancel,
+    /// The destination dies.
+    Kill,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Moment {
+    /// In the first round, part of which is on the wire.
+    InRound,
+    /// The guest stands still, its last RAM is to follow.
+    BeforeStop,
+    /// All RAM is over, the devices are to follow.
+    BeforeCommit,
+}
+
+impl Fault {
+    fn strike(self, control: &Control, destination: &mut Qemu) {
+        match self {
+            Self::Cancel => control.cancel(),
+            Self::Kill => {
+                let process = destination.process();
+                // Returns when the kernel has closed its sockets.
+                let ended = process.signal(Signal::KILL).and_then(|()| process.wait(SOON));
+                assert!(ended.is_ok(), "{ended:?}");
+            }
+        }
+    }
+
+    fn state(self) -> MigrationState {
+        match self {
+            Self::Cancel => MigrationState::Cancelled,
+            Self::Kill => MigrationState::Failed,
+        }
+    }
+
+    fn kind(self) -> ErrorKind {
+        match self {
+            Self::Cancel => ErrorKind::Cancelled,
+            Self::Kill => ErrorKind::Transport,
+        }
+    }
+}
+
+/// Moves the guest until the fault strikes.
+fn break_off(fault: Fault, moment: Moment, guest: &Guest, way: &Way, device: &Device) -> Outcome<Error> {
+    // Over TCP, the kernel takes bytes for a dead destination for a moment: nobody could say whether they were read.
+    let unix = moment != Moment::InRound;
+    // Slow enough for a round to have a middle.
+    let slow = Way { max_bandwidth: NonZeroU64::new(8 * MIB), unix, ..way.clone() };
+    let (mut destination, uri) = guest.destination(&slow)?;
+    let mut precopy = guest.source(&slow, device, &uri).map_err(text)?;
+    let control = precopy.control();
+    let result = if moment == Moment::InRound {
+        in_the_middle(&mut precopy, device, |control| fault.strike(control, &mut destination))?
+    } else {
+        control.set_max_bandwidth(None);
+        precopy.round().map_err(text)?;
+        device.stand_still()?;
+        break_off_at_the_end(fault, moment, precopy, &mut destination)
+    };
+    assert_eq!(control.state(), fault.state());
+    if let Fault::Cancel = fault {
+        assert_eq!(destination.wait_end(SOON)?.status, "failed");
+    }
+    Ok(result.expect_err("it was struck"))
+}
+
+fn break_off_at_the_end(
+    fault: Fault,
+    moment: Moment,
+    precopy: Precopy,
+    destination: &mut Qemu,
+) -> Result<(), Error> {
+    let control = precopy.control();
+    if moment == Moment::BeforeStop {
+        fault.strike(&control, destination);
+    }
+    let last = precopy.stop_copy()?;
+    if moment == Moment::BeforeCommit {
+        fault.strike(&control, destination);
+    }
+    // Without devices, the first byte to go is the one that decides.
+    last.commit(&DeviceState::none()).map(drop)
+}
+
+fn survives(fault: Fault, moment: Moment, way: &Way) -> Outcome {
+    let guest = Guest::new()?;
+    let device = guest.device()?;
+    let error = break_off(fault, moment, &guest, way, &device)?;
+    // It says what broke and where, not only that something did.
+    assert!(error.source_may_resume(), "{}", error.chain());
+    assert_eq!(error.kind(), fault.kind(), "{}", error.chain());
+    let channel = error.channel().unwrap_or_default();
+    let named = channel.contains("tcp:127.0.0.1:") || channel.contains("unix:/");
+    assert!(named || matches!(fault, Fault::Cancel), "{}", error.chain());
+
+    // It runs on here, and is written to.
+    device.write(WRITES)?;
+    let (destination, uri) = guest.destination(way)?;
+    let precopy = guest.source(way, &device, &uri).map_err(text)?;
+    guest.move_over(precopy, &device, ROUNDS)?;
+    guest.check_arrived(destination)
+}
+
+macro_rules! second_attempts {
+    ($($name:ident: $fault:ident, $moment:ident;)*) => {
+        $(#[test] fn $name() -> Outcome {
+            skip_without_qemu!();
+            ways().iter().try_for_each(|way| survives(Fault::$fault, Moment::$moment, way))
+        })*
+    };
+}
+
+second_attempts! {
+    a_second_attempt_after_a_cancel_in_a_round: Cancel, InRound;
+    a_second_attempt_after_a_cancel_before_the_stop: Cancel, BeforeStop;
+    a_second_attempt_after_a_cancel_before_the_commit: Cancel, BeforeCommit;
+    a_second_attempt_after_the_destination_died_in_a_round: Kill, InRound;
+    a_second_attempt_after_the_destination_died_before_the_stop: Kill, BeforeStop;
+    a_second_attempt_after_the_destination_died_before_the_commit: Kill, BeforeCommit;
+}
