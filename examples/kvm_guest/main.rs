@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use multifd_codecs::Zstd;
 use multifd_engine::wire::Configuration;
-use multifd_engine::{DeviceState, Destination, HostMemory, KvmDirtyLog, PAGE, RamBlock, Report, Source};
+use multifd_engine::{Destination, DeviceState, HostMemory, KvmDirtyLog, PAGE, RamBlock, Report, Source};
 
 use guest::{KvmGuest, Pace};
 use vcpus::{VcpuState, Vcpus};
@@ -79,8 +79,12 @@ fn migrate() -> Result<(Report, Vec<u64>)> {
 
     let mut there = There::start()?;
     let running = Vcpus::start(vcpus);
-    let configuration =
-        Configuration { machine: "kvm-guest-1.0".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration {
+        machine: "kvm-guest-1.0".into(),
+        page_bits: None,
+        capabilities: Vec::new(),
+        uuid: None,
+    };
     let mut precopy = Source::builder(vec![ram.clone()], configuration)
         .channels(4)
         .codec(Arc::new(Zstd::level(1)?))
@@ -88,12 +92,13 @@ fn migrate() -> Result<(Report, Vec<u64>)> {
         .build()?
         .connect(&there.uri.parse()?)?;
     while !precopy.converged() || precopy.decisions().len() < ROUNDS {
-        running.wait_for_more_laps(2 * VCPUS);
+        running.wait_for_laps(2);
         precopy.round()?;
     }
     let states = running.pause()?;
     let counted = (0..VCPUS).map(|number| guest.counted(number)).collect::<Result<Vec<_>>>()?;
-    let report = precopy.stop_copy()?.commit(&DeviceState::opaque(STATE, 1, &serde_json::to_vec(&states)?))?;
+    let report =
+        precopy.stop_copy()?.commit(&DeviceState::opaque(STATE, 1, &serde_json::to_vec(&states)?))?;
 
     let dirtied: u64 = report.decisions.iter().map(|round| round.remaining_bytes).sum();
     assert!(dirtied > 0, "the guest wrote nothing while it moved");
@@ -124,7 +129,7 @@ fn destination() -> Result<()> {
     let before = (0..VCPUS).map(|number| guest.counted(number)).collect::<Result<Vec<_>>>()?;
     println!("counted {before:?}");
     let running = Vcpus::start(vcpus);
-    running.wait_for_more_laps(10 * VCPUS);
+    running.wait_for_laps(5);
     running.pause()?;
     for (number, before) in (0..).zip(before) {
         let now = guest.counted(number)?;
@@ -158,14 +163,19 @@ impl There {
         let mut said = BufReader::new(child.stdout.take().ok_or("no stdout")?);
         let mut line = String::new();
         said.read_line(&mut line)?;
-        let uri = line.trim().strip_prefix("listening on ").ok_or("the destination did not start")?.to_owned();
+        let uri =
+            line.trim().strip_prefix("listening on ").ok_or("the destination did not start")?.to_owned();
         Ok(Self { child, said, uri })
     }
 
     fn expect(&mut self, expected: &str) -> Result<()> {
         let mut line = String::new();
         self.said.read_line(&mut line)?;
-        if line.trim() == expected { Ok(()) } else { Err(format!("{:?}, expected {expected:?}", line.trim()).into()) }
+        if line.trim() == expected {
+            Ok(())
+        } else {
+            Err(format!("{:?}, expected {expected:?}", line.trim()).into())
+        }
     }
 
     fn end(&mut self) -> Result<()> {

@@ -41,20 +41,19 @@ impl VcpuState {
 pub(crate) struct Vcpus {
     threads: Vec<JoinHandle<Result<VcpuState>>>,
     stop: Arc<AtomicBool>,
-    laps: Arc<AtomicU64>,
+    /// Laps of each vCPU.
+    laps: Vec<Arc<AtomicU64>>,
 }
 
 impl Vcpus {
     pub(crate) fn start(vcpus: Vec<VcpuFd>) -> Self {
-        let (stop, laps) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let threads = vcpus
-            .into_iter()
-            .map(|vcpu| {
-                let (stop, laps) = (Arc::clone(&stop), Arc::clone(&laps));
-                thread::spawn(move || run_laps(vcpu, &stop, &laps))
-            })
-            .collect();
-        Self { threads, stop, laps }
+        let stop = Arc::new(AtomicBool::new(false));
+        let laps: Vec<_> = vcpus.iter().map(|_| Arc::new(AtomicU64::new(0))).collect();
+        let threads = vcpus.into_iter().zip(&laps).map(|(vcpu, laps)| {
+            let (stop, laps) = (Arc::clone(&stop), Arc::clone(laps));
+            thread::spawn(move || run_laps(vcpu, &stop, &laps))
+        });
+        Self { threads: threads.collect(), stop, laps }
     }
 
     /// Returns when no vCPU runs any more, with what each was at.
@@ -63,11 +62,13 @@ impl Vcpus {
         self.threads.into_iter().map(|thread| thread.join().map_err(|_| "a vCPU thread panicked")?).collect()
     }
 
-    /// Waits until all together have done so many more laps.
-    pub(crate) fn wait_for_more_laps(&self, laps: u64) {
-        let enough = self.laps.load(Ordering::Relaxed) + laps;
-        while self.laps.load(Ordering::Relaxed) < enough {
-            thread::yield_now();
+    /// Waits until each vCPU has done so many more laps.
+    pub(crate) fn wait_for_laps(&self, more: u64) {
+        for laps in &self.laps {
+            let enough = laps.load(Ordering::Relaxed) + more;
+            while laps.load(Ordering::Relaxed) < enough {
+                thread::yield_now();
+            }
         }
     }
 }
