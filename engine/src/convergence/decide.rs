@@ -61,7 +61,7 @@ const MEASURABLE_BYTES: u64 = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct Convergence {
     round: u64,
-    /// Guest bytes per second, of the last round that was large enough to tell.
+    /// Guest bytes per second to expect at the switch-over, from the rounds that were large enough to tell.
     bandwidth: Option<u64>,
     best_remaining: u64,
     rounds_without_progress: u32,
@@ -84,7 +84,7 @@ impl Convergence {
         self.round += 1;
         let measured = per_second(facts.content_bytes, facts.duration);
         if facts.content_bytes >= MEASURABLE_BYTES || self.bandwidth.is_none() {
-            self.bandwidth = Some(measured);
+            self.bandwidth = Some(self.bandwidth.map_or(measured, |before| cautious(before, measured)));
         }
         let bandwidth =
             limits.avail_switchover_bandwidth.map_or(self.bandwidth.unwrap_or(measured), NonZeroU64::get);
@@ -168,6 +168,11 @@ fn expected_downtime(remaining: u64, bandwidth: u64, sync: Duration) -> Duration
     sync + Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX / 2))
 }
 
+/// Bad news is believed at once, good news by half: one fast round is no promise for the next.
+fn cautious(before: u64, measured: u64) -> u64 {
+    measured.min(before.saturating_add(measured.saturating_sub(before) / 2))
+}
+
 fn per_second(bytes: u64, time: Duration) -> u64 {
     u64::try_from(u128::from(bytes) * 1_000_000_000 / time.as_nanos().max(1)).unwrap_or(u64::MAX)
 }
@@ -233,6 +238,11 @@ mod tests {
         let mut convergence = Convergence::new(None);
         let sparse = RoundFacts { content_bytes: 100 * MIB, ..facts(1000, 31) };
         assert_eq!(convergence.on_round(sparse, &Limits::default()).decision, Decision::Continue);
+    }
+
+    #[test]
+    fn a_faster_round_is_believed_by_half_and_a_slower_one_at_once() {
+        assert_eq!((cautious(100, 200), cautious(200, 100), cautious(100, 100)), (150, 100, 100));
     }
 
     #[test]

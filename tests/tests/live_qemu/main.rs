@@ -130,8 +130,8 @@ fn bandwidth_changes(way: &Way) -> Outcome {
     in_the_middle(&mut precopy, &device, lift)?.map_err(text)?;
     let wire = precopy.progress().now().wire_bytes;
     // Limited to the end, it would have taken longer.
-    let limited = Duration::from_secs(wire / MIB).mul_f64(0.9);
-    assert!(begun.elapsed() < limited, "{:?} for {wire} bytes", begun.elapsed());
+    let unlifted = Duration::from_secs(wire / MIB).mul_f64(0.9);
+    assert!(begun.elapsed() < unlifted, "{:?} for {wire} bytes", begun.elapsed());
 
     precopy.control().set_max_bandwidth(limit);
     device.write(WRITES / 2)?;
