@@ -13,6 +13,8 @@
 //!              multifd, checkpoint: our own command, run the same way, and what it leaves on disk
 //! ```
 //!
+//! For what QEMU never does, legal or not, there are the scripted ends in [`peer`].
+//!
 //! Everything has a deadline, nothing sleeps, and no process outlives its test: each is killed and reaped on
 //! drop, and by the kernel if the test itself is killed. A test returns [`Outcome`], and says `skipped: why`
 //! (see [`skip!`]) on a machine that lacks what it needs; with `MULTIFD_NO_SKIP` set it fails instead.
@@ -44,6 +46,7 @@ pub mod guest;
 pub mod linux;
 pub mod migration;
 pub mod multifd;
+pub mod peer;
 pub mod process;
 pub mod qemu;
 pub mod qmp;

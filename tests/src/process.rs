@@ -75,10 +75,19 @@ impl Process {
     /// # Errors
     /// As there.
     pub fn wait_usage(&mut self, within: Duration) -> Outcome<Usage> {
+        let (status, usage) = self.wait_end(within)?;
+        if status.success() { Ok(usage) } else { Err(self.explain_end(status)) }
+    }
+
+    /// Waits for the process to end by itself, however it ends, and gives the kernel's account of it, too.
+    ///
+    /// # Errors
+    /// When it still runs after `within`; the failure quotes its stderr.
+    pub fn wait_end(&mut self, within: Duration) -> Outcome<(ExitStatus, Usage)> {
         // Before it is reaped: afterwards there is no account.
         let usage = if self.ends(within)? { Some(Usage::of(self.ended.as_fd())?) } else { None };
-        self.wait_success(Duration::ZERO)?;
-        usage.ok_or_else(|| self.explain("ended unnoticed"))
+        let status = self.wait(Duration::ZERO)?;
+        Ok((status, usage.ok_or_else(|| self.explain("ended unnoticed"))?))
     }
 
     /// Sends a signal, such as a user's Ctrl-C ([`Signal::INT`]).

@@ -198,7 +198,8 @@ impl Channel {
         }
     }
 
-    fn explain(&self, error: io::Error) -> io::Error {
+    /// What an error of a call on [`direct`](Self::direct) means, as [`recv`](Self::recv) would say it.
+    pub fn explain(&self, error: io::Error) -> io::Error {
         if self.is_closed() {
             return closed();
         }

@@ -1,5 +1,8 @@
 //! manifest.json
 
+use std::collections::HashSet;
+
+use multifd_wire::BlockName;
 use serde::{Deserialize, Serialize};
 
 use crate::ram::PAGE;
@@ -59,6 +62,10 @@ impl Manifest {
             return Err("no RAM blocks".to_owned());
         }
         self.blocks.iter().try_for_each(CheckpointBlock::check)?;
+        let mut names = HashSet::new();
+        if let Some(block) = self.blocks.iter().find(|block| !names.insert(&block.idstr)) {
+            return Err(format!("block {} is there twice", block.idstr));
+        }
         self.uuid_bytes().map(|_| ())
     }
 
@@ -73,7 +80,7 @@ impl Manifest {
 
 impl CheckpointBlock {
     fn check(&self) -> Result<(), String> {
-        let name = &self.idstr;
+        let name = BlockName::try_from(self.idstr.as_str()).map_err(|invalid| invalid.to_string())?;
         if self.page_size != PAGE as u64 {
             return Err(format!("block {name}: page size {}, expected {PAGE}", self.page_size));
         }

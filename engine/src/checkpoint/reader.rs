@@ -32,13 +32,13 @@ impl Checkpoint {
         manifest.check().map_err(|problem| storage("reading", &path, problem))?;
         for block in &manifest.blocks {
             let path = directory.join(&block.file);
-            let len = fs::metadata(&path).map_err(|error| storage("reading", &path, error))?.len();
-            if len != block.length {
-                return Err(storage(
-                    "reading",
-                    &path,
-                    format!("{len} bytes, the manifest says {}", block.length),
-                ));
+            let found = fs::metadata(&path).map_err(|error| storage("reading", &path, error))?;
+            if !found.is_file() {
+                return Err(storage("reading", &path, "this is no file"));
+            }
+            let (len, expected) = (found.len(), block.length);
+            if len != expected {
+                return Err(storage("reading", &path, format!("{len} bytes, the manifest says {expected}")));
             }
         }
         let path = directory.join(DEVICE_STATE);

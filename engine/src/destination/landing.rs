@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::sync::OnceLock;
 
 use multifd_codecs::xbzrle;
 use multifd_wire::{BlockEntry, BlockName, Configuration};
@@ -42,8 +43,14 @@ impl IncomingRam for Vec<RamBlock> {
 pub(crate) struct Landing {
     block: RamBlock,
     /// Pages that something was written to since the block was fresh. Unused for memory that was not.
-    written: DirtyBitmap,
+    written: Written,
 }
+
+/// One bit a page, made where pages arrive: a block is as long as the peer says, and that alone must cost nothing.
+struct Written(Box<[OnceLock<DirtyBitmap>]>);
+
+/// Pages in a part of [`Written`]: 1 GiB of guest, whose bits are 32 KiB.
+const PART_PAGES: usize = 1 << 18;
 
 /// All blocks of the migration, by the name on the wire.
 pub(crate) struct Landings {
@@ -71,16 +78,36 @@ impl Landings {
             }
             by_name.insert(entry.name.clone(), index);
         }
-        let blocks = blocks
-            .into_iter()
-            .map(|block| Landing { written: DirtyBitmap::new(block.pages()), block })
-            .collect();
+        let blocks =
+            blocks.into_iter().map(|block| Landing { written: Written::new(block.pages()), block }).collect();
         Ok(Self { blocks, by_name })
     }
 
     pub(crate) fn find(&self, name: &str) -> Result<&Landing> {
         let found = self.by_name.get(name).and_then(|index| self.blocks.get(*index));
         found.ok_or_else(|| Error::misbehaved(Phase::Active, format!("page for unknown RAM block {name:?}")))
+    }
+}
+
+impl Written {
+    fn new(pages: usize) -> Self {
+        Self((0..pages.div_ceil(PART_PAGES)).map(|_| OnceLock::new()).collect())
+    }
+
+    fn set_range(&self, first: usize, count: usize) {
+        let end = first.saturating_add(count);
+        let mut page = first;
+        while page < end {
+            let in_part = (PART_PAGES - page % PART_PAGES).min(end - page);
+            let Some(part) = self.0.get(page / PART_PAGES) else { return };
+            part.get_or_init(|| DirtyBitmap::new(PART_PAGES)).set_range(page % PART_PAGES, in_part);
+            page += in_part;
+        }
+    }
+
+    fn test(&self, page: usize) -> bool {
+        let part = self.0.get(page / PART_PAGES).and_then(OnceLock::get);
+        part.is_some_and(|part| part.test(page % PART_PAGES))
     }
 }
 
@@ -143,4 +170,27 @@ impl Landing {
 
 fn incompatible(detail: String) -> Error {
     Error::incompatible(Phase::Setup, detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn written_pages_are_known_over_the_parts_borders() {
+        let written = Written::new(3 * PART_PAGES + 5);
+        written.set_range(PART_PAGES - 2, PART_PAGES + 4);
+        written.set_range(3 * PART_PAGES + 4, 1);
+        let set =
+            |page: usize| (PART_PAGES - 2..2 * PART_PAGES + 2).contains(&page) || page == 3 * PART_PAGES + 4;
+        for page in (0..3 * PART_PAGES + 10).filter(|page| (page + 3) % PART_PAGES < 9 || page % 1009 == 0) {
+            assert_eq!(written.test(page), set(page), "{page}");
+        }
+    }
+
+    #[test]
+    fn what_was_announced_but_never_came_has_no_bits() {
+        let written = Written::new(usize::MAX >> 24);
+        assert!(!written.test(12345) && written.0.iter().all(|part| part.get().is_none()));
+    }
 }

@@ -199,7 +199,7 @@ impl<'a> Ranges<'a> {
         let Some(fd) = channel.direct() else { return self.send_copied(channel) };
         let mut left = &mut self.list[..];
         while !left.is_empty() {
-            let sent = retry(|| send_once(fd, left))?;
+            let sent = retry(|| send_once(fd, left)).map_err(|error| channel.explain(error))?;
             channel.note_direct_sent(sent as u64);
             left = advance(left, sent);
         }
@@ -225,7 +225,7 @@ impl<'a> Ranges<'a> {
         let Some(fd) = channel.direct() else { return self.receive_copied(channel) };
         let mut left = &mut self.list[..];
         while !left.is_empty() {
-            let received = retry(|| receive_once(fd, left))?;
+            let received = retry(|| receive_once(fd, left)).map_err(|error| channel.explain(error))?;
             if received == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -276,7 +276,6 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
         let error = io::Error::last_os_error();
         match error.kind() {
             io::ErrorKind::Interrupted => {}
-            io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
             _ => return Err(error),
         }
     }

@@ -170,6 +170,7 @@ impl Migration {
         self.main.raw(state.sections())?;
         let channel = Arc::clone(self.main.channel());
         let before = channel.bytes_sent();
+        self.return_path.iter().for_each(ReturnPathReader::expect_shut);
         let sent = channel.send_all(state.end());
         // The point of no return: with EOF, the first of these bytes, the destination has all it needs to run the guest. If not
         // even that one has left, because the destination died before, it has not been reached.
@@ -228,7 +229,12 @@ impl Migration {
         self.crew.join();
         // Logs are off before the caller hears of it: the guest runs on at full speed.
         self.logs = LogSet::default();
-        let cause = session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"));
+        let mut cause = session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"));
+        // A destination that refuses hangs up as well: which of the two shows first is chance.
+        let refusal = self.return_path.as_ref().and_then(ReturnPathReader::refusal);
+        if let Some(refusal) = refusal.filter(|_| cause.kind() == ErrorKind::Transport) {
+            cause = refusal;
+        }
         let refused = matches!(cause.kind(), ErrorKind::PeerAborted(_));
         if committed && !refused { cause.committed() } else { cause }
     }

@@ -16,6 +16,7 @@ use crate::workers::Crew;
 pub(super) struct ReturnPathReader {
     heard: Monitor<Heard>,
     stop: StopSwitch,
+    name: String,
 }
 
 /// What the destination has said.
@@ -23,7 +24,11 @@ pub(super) struct ReturnPathReader {
 struct Heard {
     /// SHUT(0).
     arrived: bool,
-    /// The value of the last PONG.
+    /// SHUT(0) may come: the guest is being handed over.
+    may_arrive: bool,
+    /// The status of another SHUT.
+    refused: Option<u32>,
+    /// The largest value of a PONG.
     pong: u32,
 }
 
@@ -31,23 +36,34 @@ impl ReturnPathReader {
     /// `features` is set when the destination says HELLO.
     pub(super) fn start(channel: Arc<Channel>, features: Arc<AtomicU64>, crew: &Crew) -> Result<Self> {
         let heard = Monitor::new(Heard::default(), crew.stop());
-        let reader = Self { heard: heard.clone(), stop: crew.stop().clone() };
+        let name = format!("return path ({})", channel.peer());
+        let reader = Self { heard: heard.clone(), stop: crew.stop().clone(), name: name.clone() };
         let stop = crew.stop().clone();
         crew.spawn("mig-return", Phase::Setup, move || {
-            read(&channel, &heard, &features, &stop)
-                .map_err(|error| error.on(format!("return path ({})", channel.peer())))
+            read(&channel, &heard, &features, &stop).map_err(|error| error.on(name))
         })?;
         Ok(reader)
     }
 
-    /// Waits for the answer to PING(`value`): the destination has done all that came before it.
+    /// Waits for the answer to PING(`value`), or to a later one with a larger value: the destination has done all that came
+    /// before it.
     pub(super) fn wait_for_pong(&self, value: u32, patience: Duration) -> Result<()> {
-        self.heard.wait(&self.stop, Some(patience), |heard| (heard.pong == value).then_some(())).ok_or_else(
+        self.heard.wait(&self.stop, Some(patience), |heard| (heard.pong >= value).then_some(())).ok_or_else(
             || {
                 let detail = format!("no PONG({value:#x}) within {patience:?}");
                 Error::new(ErrorKind::Deadline, Phase::Active, detail).on("return path")
             },
         )
+    }
+
+    /// From here on the destination may say that it has the guest.
+    pub(super) fn expect_shut(&self) {
+        self.heard.with(|heard| heard.may_arrive = true);
+    }
+
+    /// The destination's refusal, if it has said one.
+    pub(super) fn refusal(&self) -> Option<Error> {
+        self.heard.with(|heard| heard.refused).map(|status| refusal(status).on(self.name.clone()))
     }
 
     /// Waits for SHUT(0). An error if something else ends the migration, or nothing does within `patience`.
@@ -90,23 +106,33 @@ fn on_message(message: &ReturnMessage, heard: &Monitor<Heard>, features: &Atomic
     tracing::debug!(?message, "return path");
     match message {
         ReturnMessage::Shut(0) => {
-            heard.update(|heard| heard.arrived = true);
-            Ok(true)
+            let arrived = heard.update(|heard| {
+                heard.arrived = heard.may_arrive;
+                heard.arrived
+            });
+            let early =
+                || Error::misbehaved(Phase::Active, "SHUT(0), success, before the guest was handed over");
+            arrived.then_some(true).ok_or_else(early)
         }
-        // Whatever we sent, the guest does not run there: the phase says that it may run here.
         ReturnMessage::Shut(status) => {
-            let detail = format!("the destination failed and reported status {status}");
-            Err(Error::new(ErrorKind::PeerAborted(*status), Phase::Device, detail))
+            heard.update(|heard| heard.refused = Some(*status));
+            Err(refusal(*status))
         }
         ReturnMessage::Hello(hello) => {
             features.store(hello.features, Ordering::Relaxed);
             Ok(false)
         }
         ReturnMessage::Pong(value) => {
-            heard.update(|heard| heard.pong = *value);
+            heard.update(|heard| heard.pong = heard.pong.max(*value));
             Ok(false)
         }
         ReturnMessage::SwitchoverAck => Ok(false),
         other => Err(Error::incompatible(Phase::Active, format!("{other:?}: postcopy is not supported"))),
     }
+}
+
+/// Whatever we sent, the guest does not run there: the phase says that it may run here.
+fn refusal(status: u32) -> Error {
+    let detail = format!("the destination failed and reported status {status}");
+    Error::new(ErrorKind::PeerAborted(status), Phase::Device, detail)
 }

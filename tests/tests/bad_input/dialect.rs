@@ -1,0 +1,77 @@
+//! Packets of differences, which only multifd ends may send to each other.
+
+use multifd_tests::Outcome;
+use multifd_tests::peer::{Memory, PageAt, Recorder, Recording, Style, Trial, field};
+use multifd_wire::{BlockName, Command, HELLO_PING, PacketFlags, PageSize, RamPacketHeader};
+
+use crate::fixture::{memory, refused};
+
+/// Pages 3 and 5 of `pc.ram` are to be changed by what is in `payload`. The source has asked for a HELLO, or not.
+fn with(asked: bool, payload: &[u8]) -> Recording {
+    let memory = memory();
+    let mut recorder = Recorder::new(Style::multifd(1));
+    recorder.header();
+    if asked {
+        recorder.command(Command::Ping(HELLO_PING));
+    }
+    recorder.start(&memory);
+    recorder.part(&memory, &memory.all());
+    recorder.end(&memory, &[]);
+    let block = BlockName::try_from("pc.ram").unwrap();
+    let mut packet = Vec::new();
+    RamPacketHeader {
+        flags: PacketFlags::pages(6).unwrap(),
+        packet_num: 7,
+        block: Some(&block),
+        normal: &[3 << 12, 5 << 12],
+        zero: &[],
+        payload_len: u32::try_from(payload.len()).unwrap(),
+    }
+    .encode(PageSize::K4, &mut packet);
+    let recording = recorder.finish().inserted("sync", 2, &packet);
+    recording.inserted("sync", 2, payload)
+}
+
+/// Changes byte 1 of the first page and byte 0 of the second.
+const SOUND: [u8; 10] = [0, 3, 1, 1, 0xaa, 0, 3, 0, 1, 0xbb];
+
+#[test]
+fn sound_differences_arrive() -> Outcome {
+    let mut expected: Memory = memory();
+    for (page, byte, value) in [(3, 1, 0xaa), (5, 0, 0xbb)] {
+        let at = PageAt { block: 0, page };
+        let mut content = expected.page(at).to_vec();
+        content[byte] = value;
+        expected.set(at, &content);
+    }
+    let (verdict, received) = Trial::unix()?.receive(&with(true, &SOUND), &expected)?;
+    assert_eq!(verdict.result?.progress.pages_xbzrle, 2);
+    expected.check(&received.blocks)
+}
+
+#[test]
+fn unsound_differences() -> Outcome {
+    let channel = "active, channel 0 (unix:";
+    let zero = with(true, &SOUND).patched("inserted", 0, field::ZERO_PAGES, &[0, 0, 0, 1]);
+    let past = with(true, &SOUND).patched("inserted", 0, field::OFFSETS, &0x8000_u64.to_be_bytes());
+    refused([
+        ("unasked", with(false, &SOUND), &[channel, "packet with codec 0x6 after packets with none (0x0)"]),
+        ("no length", with(true, &[0]), &[channel, "1 bytes left in a packet of differences, 2 expected"]),
+        ("no bytes", with(true, &[0, 0, 0, 0]), &[channel, "difference of 0 bytes, expected 1..=4096"]),
+        ("too many bytes", with(true, &[0x10, 0x01, 0]), &["difference of 4097 bytes, expected 1..=4096"]),
+        (
+            "fewer bytes than it says",
+            with(true, &SOUND[..9]),
+            &["2 bytes left in a packet of differences, 3 expected"],
+        ),
+        ("one page only", with(true, &SOUND[..5]), &["0 bytes left in a packet of differences, 2 expected"]),
+        ("bytes left", with(true, &[&SOUND[..], &[0, 1]].concat()), &["2 bytes and 0 zero pages too many"]),
+        ("zero pages", zero, &[channel, "0 bytes and 1 zero pages too many with differences"]),
+        (
+            "past the page",
+            with(true, &[0, 4, 0xff, 0x1f, 2, 1]),
+            &["xbzrle record for page 3 of RAM block pc.ram"],
+        ),
+        ("past the block", past, &["offset 0x8000 in RAM block pc.ram"]),
+    ])
+}

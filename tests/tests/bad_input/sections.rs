@@ -1,0 +1,169 @@
+//! The section stream on main: header, configuration, commands, sections, the end.
+
+use multifd_tests::Outcome;
+use multifd_tests::peer::{Lane, Recording, Style};
+use multifd_wire::{Advise, BlockName, Command, Configuration, Item, SectionHead, SectionId};
+
+use crate::fixture::{multifd, recording, refused, single};
+
+fn item(item: Item) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    item.encode(&mut bytes);
+    bytes
+}
+
+fn start(id: u32, idstr: &str, instance_id: u32, version_id: u32) -> Vec<u8> {
+    item(Item::SectionStart(SectionHead {
+        id: SectionId(id),
+        idstr: idstr.to_owned(),
+        instance_id,
+        version_id,
+    }))
+}
+
+fn configured(change: impl FnOnce(&mut Configuration)) -> Recording {
+    let (machine, capabilities) = ("pc-q35-10.0".to_owned(), Vec::new());
+    let mut configuration = Configuration { machine, page_bits: None, capabilities, uuid: None };
+    change(&mut configuration);
+    let mut bytes = Vec::new();
+    configuration.encode(&mut bytes);
+    single().replaced("configuration", 0, &bytes)
+}
+
+#[test]
+fn the_configuration() -> Outcome {
+    let name = "machine type name: 4294967295 bytes, expected 1..=255 bytes";
+    let subsection = "\x07\0\0\0\x02pc\x05\x12configuration/what\0\0\0\x01";
+    refused([
+        (
+            "another type",
+            single().patched("configuration", 0, 0, &[8]),
+            &["main", "configuration type: 0x08"],
+        ),
+        (
+            "a huge name",
+            single().patched("configuration", 0, 1, &[0xff; 4]),
+            &["main (unix:", "byte 8", name],
+        ),
+        ("no name", single().patched("configuration", 0, 1, &[0; 4]), &["machine type name: 0 bytes"]),
+        (
+            "an unknown subsection",
+            single().replaced("configuration", 0, subsection.as_bytes()),
+            &["configuration subsection: configuration/what"],
+        ),
+        (
+            "mapped-ram",
+            configured(|it| it.capabilities.push("mapped-ram".to_owned())),
+            &["main", "capability mapped-ram is on"],
+        ),
+        (
+            "large pages",
+            configured(|it| it.page_bits = Some(14)),
+            &["main", "pages of 2^14 bytes at the source, 2^12 here"],
+        ),
+    ])
+}
+
+#[test]
+fn commands() -> Outcome {
+    let before_part = |bytes: &[u8]| single().inserted("part", 0, bytes);
+    let command = |command| before_part(&item(Item::Command(command)));
+    let no_return_path = recording(&Style { return_path: false, ..Style::default() });
+    let no_return_path = Recording { ending: single().ending, ..no_return_path };
+    let ping = item(Item::Command(Command::Ping(7)));
+    let huge = Advise { page_sizes: 0x20_1000, target_page: 0x1000 };
+    refused([
+        ("an unknown one", before_part(&[8, 0, 12, 0, 0]), &["main", "command: 12, expected 1..=11"]),
+        (
+            "a wrong length",
+            before_part(&[8, 0, 2, 0, 3, 0, 0, 0]),
+            &["command length: 3 bytes for command 2"],
+        ),
+        ("a huge length", before_part(&[8, 0, 6, 0xff, 0xff]), &["65535 bytes for command 6", "at most 450"]),
+        ("PING", no_return_path.inserted("start", 0, &ping), &["Pong(7) asked for before OPEN_RETURN_PATH"]),
+        ("ADVISE", command(Command::PostcopyAdvise(Some(huge))), &["host pages 0x201000", "only 4 KiB"]),
+        ("LISTEN", command(Command::PostcopyListen), &["main", "PostcopyListen is not supported"]),
+        ("PACKAGED", command(Command::Packaged(u32::MAX)), &["Packaged(4294967295) is not supported"]),
+        ("COLO", command(Command::EnableColo), &["EnableColo is not supported"]),
+        ("RECV_BITMAP", command(Command::RecvBitmap(BlockName::try_from("pc.ram")?)), &["RecvBitmap"]),
+    ])
+}
+
+#[test]
+fn live_sections() -> Outcome {
+    let bitmap = start(9, "dirty-bitmap", 0, 1);
+    let started = |bytes: &[u8]| single().replaced("start", 0, bytes);
+    refused([
+        (
+            "not ram",
+            started(&start(7, "dirty-bitmap", 0, 1)),
+            &["main", "live section dirty-bitmap (instance 0)"],
+        ),
+        ("another beside ram", single().inserted("part", 0, &bitmap), &["live section dirty-bitmap"]),
+        ("another instance", started(&start(7, "ram", 1, 4)), &["live section ram (instance 1)"]),
+        ("another version", started(&start(7, "ram", 0, 3)), &["ram section version 3, expected 4"]),
+        ("twice", single().inserted("part", 0, &start(8, "ram", 0, 4)), &["a second START of ram"]),
+        ("an empty name", started(&start(7, "", 0, 4)), &["section name: 0 bytes, expected 1..=255"]),
+        (
+            "PART of another",
+            single().patched("part", 0, 4, &[9]),
+            &["section id 9, the only live section is ram (7)"],
+        ),
+        (
+            "PART before START",
+            single().inserted("start", 0, &[2, 0, 0, 0, 7]),
+            &["section id 7 was never started"],
+        ),
+        ("an unknown item", single().inserted("part", 0, &[9]), &["main", "item type: 0x09"]),
+        (
+            "a footer between sections",
+            single().inserted("part", 0, &[0x7e]),
+            &["item type: 0x7e (section footer)"],
+        ),
+        ("another's footer", single().patched("footer", 1, 4, &[9]), &["footer of section 9 in section 7"]),
+        ("no footer", single().without("footer", 1), &["main", "section footer: 0x03, expected 0x7e"]),
+        ("devices before ram", single().inserted("start", 0, &[4]), &["device state before any RAM"]),
+        ("the end before ram", single().inserted("start", 0, &[0]), &["device state before any RAM"]),
+    ])
+}
+
+#[test]
+fn the_end_of_ram_says_that_all_channels_are_through() -> Outcome {
+    let says: &[&str] = &["device, main (unix:", "no END of ram with a sync point before it"];
+    let unsynced = multifd().without("flush", 2);
+    let mut endless = multifd();
+    let (end, devices) = (endless.position("end", 0), endless.position("devices", 0));
+    endless.steps.drain(end..devices);
+    refused([("no FLUSH in END", unsynced, says), ("no END", endless, says)])
+}
+
+#[test]
+fn the_devices_part() -> Outcome {
+    let silent = |at: usize| {
+        let main = single();
+        let end = main.boundaries(Lane::Main).into_iter().max().unwrap_or_default();
+        main.stopped(Lane::Main, end - at)
+    };
+    let description = single().bytes(Lane::Main).len() - single().position_of_description();
+    let silence = "waiting for device state at byte";
+    refused([
+        ("silence in the JSON", silent(10), &["device, main (unix:", silence, "the silence limit"]),
+        ("silence in the sections", silent(description + 9), &["device, main", silence]),
+        ("no JSON", single().patched("description", 0, 5, b"["), &["device, main", silence]),
+        ("other JSON", single().replaced("description", 0, b"\x06\0\0\0\x02{}"), &["device, main", silence]),
+        ("a length beyond the end", single().patched("description", 0, 1, &[1]), &["device, main", silence]),
+        ("a huge length", single().patched("description", 0, 1, &[0xff; 4]), &["device, main", silence]),
+    ])
+}
+
+trait Description {
+    fn position_of_description(&self) -> usize;
+}
+
+impl Description for Recording {
+    /// Bytes of main before the vmdescription.
+    fn position_of_description(&self) -> usize {
+        let boundaries = self.boundaries(Lane::Main);
+        boundaries[boundaries.len() - 2]
+    }
+}

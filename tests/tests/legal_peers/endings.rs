@@ -1,0 +1,100 @@
+//! How a stream ends.
+
+use multifd_tests::Outcome;
+use multifd_tests::peer::{Ending, Lane, Memory, Recorder, Step, Style};
+use multifd_wire::ReturnMessage;
+
+use crate::fixture::{arrives, style_arrives, trial};
+
+#[test]
+fn with_and_without_a_description_and_a_return_path() -> Outcome {
+    for channels in [0, 2] {
+        for return_path in [false, true] {
+            for description in [false, true] {
+                let mut memory = Memory::small(7);
+                let style = Style { return_path, description, ..Style::multifd(channels) };
+                let recording = Recorder::migration(style, &mut memory);
+                let (verdict, received) = arrives(&recording, &memory)?;
+                let main = recording.bytes(Lane::Main);
+                assert!(main.ends_with(&received.tail), "the devices' part is kept as it came");
+                assert!(received.tail.starts_with(&[4, 0, 0, 0, 0, 5]), "from the first FULL section on");
+                assert_eq!(received.described, description);
+                let shut = verdict.replies.last() == Some(&ReturnMessage::Shut(0));
+                assert_eq!(shut, return_path, "{:?}", verdict.replies);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn channels_that_close_right_after_their_last_byte() -> Outcome {
+    for (unmatched_sync, return_path) in [(false, true), (false, false), (true, true)] {
+        let mut memory = Memory::small(8);
+        let style = Style { unmatched_sync, return_path, ..Style::multifd(3) };
+        let recording = Recorder::migration(style, &mut memory);
+        let hang_up = (0..3).map(|id| Step::HangUp(Lane::Channel(id)));
+        arrives(&recording.preceded("devices", 0, hang_up), &memory)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn main_that_closes_its_sending_side_never_matters_without_a_return_path() -> Outcome {
+    let mut memory = Memory::small(8);
+    let style = Style { return_path: false, description: false, ..Style::multifd(2) };
+    let recording = Recorder::migration(style, &mut memory);
+    assert_eq!(recording.ending, Ending::HangUp);
+    arrives(&recording, &memory)?;
+    Ok(())
+}
+
+#[test]
+fn postcopy_that_was_announced_but_never_began() -> Outcome {
+    style_arrives(&Style { advise: true, ..Style::default() })?;
+    style_arrives(&Style { advise: true, ..Style::multifd(2) })
+}
+
+#[test]
+fn a_background_snapshot_has_no_end_of_ram() -> Outcome {
+    let memory = Memory::small(9);
+    let mut recorder = Recorder::new(Style { return_path: false, ..Style::default() });
+    recorder.setup(&memory);
+    recorder.part(&memory, &memory.all());
+    arrives(&recorder.finish(), &memory)?;
+    Ok(())
+}
+
+#[test]
+fn switchover_start_is_noted() -> Outcome {
+    style_arrives(&Style { switchover_start: true, ..Style::multifd(1) })
+}
+
+#[test]
+fn device_state_on_channels_is_handed_on() -> Outcome {
+    let memory = Memory::small(10);
+    let mut recorder = Recorder::new(Style::multifd(2));
+    recorder.setup(&memory);
+    recorder.part(&memory, &memory.all());
+    recorder.device_packet(0, "0000:00:05.0/vfio", &[7; 3000]);
+    recorder.device_packet(1, "0000:00:06.0/vfio", &[8; 1]);
+    recorder.device_packet(0, "0000:00:05.0/vfio", &[9; 70_000]);
+    recorder.end(&memory, &[]);
+    let recording = recorder.finish();
+    let (verdict, received) = trial()?.receive(&recording, &memory)?;
+    verdict.result?;
+    memory.check(&received.blocks)?;
+    let mut packets: Vec<_> = received.packets.iter().map(|packet| (packet.data[0], packet)).collect();
+    packets.sort_by_key(|(first, _)| *first);
+    let seen: Vec<_> = packets
+        .iter()
+        .map(|(first, packet)| {
+            (*first, packet.data.len(), packet.device.idstr.as_str(), packet.device.instance_id)
+        })
+        .collect();
+    let (one, other) = ("0000:00:05.0/vfio", "0000:00:06.0/vfio");
+    assert_eq!(seen, [(7, 3000, one, 3), (8, 1, other, 3), (9, 70_000, one, 3)]);
+    let order: Vec<_> = received.packets.iter().filter(|packet| packet.device.idstr == one).collect();
+    assert_eq!(order[0].data[0], 7, "the packets of one channel keep their order");
+    Ok(())
+}

@@ -1,0 +1,123 @@
+//! What a destination may say, and what it may not.
+
+use multifd_engine::ErrorKind;
+use multifd_tests::Outcome;
+use multifd_tests::peer::{Incoming, Stage};
+use multifd_wire::{BlockName, HELLO_PING, Hello, ReturnMessage};
+
+use crate::fixture::Way;
+
+const STAGES: [Stage; 5] =
+    [Stage::Configured, Stage::Started, Stage::Moving, Stage::RamSent, Stage::Finished];
+
+/// Says `what` when the stream has come to `stage`, then keeps reading as long as there is something.
+fn says(destination: &mut Incoming, stage: Stage, what: &ReturnMessage) -> Outcome {
+    destination.read_to(stage)?;
+    destination.say(what);
+    // The source may end at any place from here on.
+    destination.read_on();
+    Ok(())
+}
+
+#[test]
+fn a_destination_that_failed_leaves_the_guest_here_at_any_time() -> Outcome {
+    for channels in [0, 2] {
+        for stage in STAGES {
+            for status in [1, 5] {
+                let way = Way { device_state: 1 << 20, ..Way::channels(channels) };
+                let ended = way.send(|destination| says(destination, stage, &ReturnMessage::Shut(status)))?;
+                let error = ended.failed(true, &["return path (unix:", "reported status"]);
+                assert_eq!(error.kind(), ErrorKind::PeerAborted(status), "{stage:?}: {}", error.chain());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_destination_that_failed_and_hung_up_leaves_the_guest_here() -> Outcome {
+    for channels in [0, 2] {
+        for stage in STAGES {
+            let way = Way { device_state: 1 << 20, ..Way::channels(channels) };
+            let ended = way.send(|destination| {
+                destination.read_to(stage)?;
+                destination.say(&ReturnMessage::Shut(1));
+                (0..channels).for_each(|channel| destination.cut_channel(channel));
+                destination.cut_main();
+                Ok(())
+            })?;
+            let error = ended.failed(true, &[]);
+            assert_eq!(error.kind(), ErrorKind::PeerAborted(1), "{stage:?}: {}", error.chain());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn success_before_the_guest_was_handed_over_is_none() -> Outcome {
+    for channels in [0, 2] {
+        for stage in [Stage::Configured, Stage::Started] {
+            let ended = Way::channels(channels)
+                .send(|destination| says(destination, stage, &ReturnMessage::Shut(0)))?;
+            let error = ended.failed(true, &["return path (unix:", "SHUT(0)"]);
+            assert_eq!(error.kind(), ErrorKind::PeerMisbehaved, "{stage:?}: {}", error.chain());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn nonsense_is_named_and_the_guest_stays_where_it_is_known_to_be() -> Outcome {
+    let nonsense: [(&[u8], &str); 6] = [
+        (b"HTTP/1.1 200 OK\r\n", "return path message type: 18516"),
+        (&[0, 0, 0, 0], "return path message type: 0, expected 1..=7"),
+        (&[0, 1, 0, 3, 0, 0, 0], "return path message length: 3 bytes for type 1"),
+        (&[0, 2, 0xff, 0xff], "65535 bytes for type 2"),
+        (&[0x4d, 0x46, 0x02, 0x01], "513 bytes for type 19782"),
+        (&[0, 6, 0, 4, 0, 0, 0, 9], "resume acknowledgement: 9, expected 1"),
+    ];
+    for (bytes, text) in nonsense {
+        for (stage, may_resume) in [(Stage::Started, true), (Stage::Finished, false)] {
+            let ended = Way::channels(2).send(|destination| {
+                destination.read_to(stage)?;
+                destination.say_bytes(bytes);
+                destination.wait_for_the_end()
+            })?;
+            let error = ended.failed(may_resume, &["return path (unix:", text]);
+            assert_eq!(error.kind(), ErrorKind::InvalidStream);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn postcopy_is_refused_by_name() -> Outcome {
+    let request =
+        ReturnMessage::RequestPages { block: Some(BlockName::try_from("pc.ram")?), offset: 0, len: 4096 };
+    let ended = Way::default().send(|destination| says(destination, Stage::Started, &request))?;
+    let error = ended.failed(true, &["RequestPages", "postcopy is not supported"]);
+    assert_eq!(error.kind(), ErrorKind::Incompatible);
+    Ok(())
+}
+
+#[test]
+fn what_is_allowed_at_any_time_changes_nothing() -> Outcome {
+    let hello = ReturnMessage::Hello(Hello { version: 9, features: u64::MAX });
+    let chatter =
+        [ReturnMessage::SwitchoverAck, ReturnMessage::Pong(99), ReturnMessage::Pong(HELLO_PING), hello];
+    for channels in [0, 2] {
+        let ended = Way::channels(channels).send(|destination| {
+            for stage in STAGES {
+                destination.read_to(stage)?;
+                chatter.iter().for_each(|message| destination.say(message));
+            }
+            // Split where it hurts.
+            destination.say_bytes(&[0, 1, 0]);
+            destination.say_bytes(&[4, 0, 0, 0]);
+            destination.say_bytes(&[0]);
+            Ok(())
+        })?;
+        assert!(ended.result?.confirmed);
+    }
+    Ok(())
+}

@@ -1,0 +1,150 @@
+//! A source, and the script of its destination.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use multifd_engine::codecs::parse_codec;
+use multifd_engine::{Canceller, DeviceState, Error, Precopy, Report, Source, ZeroPages};
+use multifd_tests::peer::{Incoming, Memory, PAGE, Sink, devices};
+use multifd_tests::{Failure, Outcome};
+use multifd_transports::Endpoint;
+use multifd_wire::Configuration;
+
+/// The silence limit of sources under test.
+pub(crate) const PATIENCE: Duration = Duration::from_millis(400);
+
+/// How the source goes about it.
+#[derive(Clone)]
+pub(crate) struct Way {
+    pub(crate) channels: usize,
+    pub(crate) codec: &'static str,
+    pub(crate) return_path: bool,
+    pub(crate) patience: Duration,
+    /// Pages of RAM; a socket takes some 50 before anybody reads.
+    pub(crate) pages: usize,
+    /// Bytes of device state.
+    pub(crate) device_state: usize,
+}
+
+impl Default for Way {
+    fn default() -> Self {
+        let patience = Duration::from_secs(20);
+        Self { channels: 0, codec: "none", return_path: true, patience, pages: 2000, device_state: 100 }
+    }
+}
+
+/// How a migration ended, and how long it took from the connection on.
+pub(crate) struct Ended {
+    pub(crate) result: Result<Report, Error>,
+    pub(crate) took: Duration,
+}
+
+impl Way {
+    pub(crate) fn channels(channels: usize) -> Self {
+        Self { channels, ..Self::default() }
+    }
+
+    pub(crate) fn patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    pub(crate) fn source(&self) -> Outcome<Source> {
+        let mut memory = Memory::zero(&[("pc.ram", self.pages)]);
+        // Nothing compresses it, so that it does not fit in a socket.
+        for (number, at) in memory.all().into_iter().enumerate() {
+            let word =
+                |index: usize| (number * PAGE + index).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
+            let content: Vec<u8> = (1..=PAGE / 8).flat_map(word).collect();
+            memory.set(at, &content);
+        }
+        let (machine, capabilities) = ("pc-q35-10.0".to_owned(), Vec::new());
+        let configuration = Configuration { machine, page_bits: None, capabilities, uuid: None };
+        let builder = Source::builder(memory.provide_content()?, configuration)
+            .channels(self.channels)
+            .codec(parse_codec(self.codec)?)
+            .zero_pages(ZeroPages::None)
+            .return_path(self.return_path)
+            .timeout(self.patience);
+        Ok(builder.build()?)
+    }
+
+    fn device_state(&self) -> Outcome<DeviceState> {
+        Ok(DeviceState::from_tail([devices::padding(self.device_state), devices::tail()].concat())?)
+    }
+
+    /// Moves a guest to where nobody or somebody listens.
+    pub(crate) fn send_to(&self, endpoint: &Endpoint) -> Outcome<Ended> {
+        let (source, state) = (self.source()?, self.device_state()?);
+        let begun = Instant::now();
+        let whole = |mut precopy: Precopy| {
+            precopy.round()?;
+            precopy.stop_copy()?.commit(&state)
+        };
+        let result = source.connect(endpoint).and_then(whole);
+        Ok(Ended { result, took: begun.elapsed() })
+    }
+
+    /// Moves a guest to a scripted destination. The script's connections stay until the source has ended.
+    pub(crate) fn send(&self, script: impl FnOnce(&mut Incoming) -> Outcome + Send) -> Outcome<Ended> {
+        let sink = Sink::unix()?;
+        thread::scope(|scope| {
+            let destination = scope.spawn(|| {
+                let mut incoming = sink.accept(self.channels)?;
+                script(&mut incoming).map(|()| incoming)
+            });
+            let ended = self.send_to(sink.endpoint())?;
+            let incoming = destination.join().map_err(|_| Failure::new("the script panicked"))?;
+            match (incoming, &ended.result) {
+                (Ok(_), _) => Ok(ended),
+                (Err(failure), Err(error)) => {
+                    Err(Failure::new(format!("{failure}; the source: {}", error.chain())))
+                }
+                (Err(failure), Ok(_)) => Err(failure),
+            }
+        })
+    }
+}
+
+impl Ended {
+    /// The error; `says` are parts of its text. The guest may run on, or not.
+    #[track_caller]
+    pub(crate) fn failed(self, may_resume: bool, says: &[&str]) -> Error {
+        let error = self.result.expect_err("the migration succeeded");
+        let chain = error.chain();
+        assert_eq!(error.source_may_resume(), may_resume, "{chain}");
+        let missing: Vec<_> = says.iter().filter(|part| !chain.contains(**part)).collect();
+        assert!(missing.is_empty(), "{chain:?} does not say {missing:?}");
+        error
+    }
+}
+
+/// Cancels, some time from now, and tells when.
+pub(crate) fn cancel_after(time: Duration, canceller: &Canceller) -> Instant {
+    let (_alive, never) = std::sync::mpsc::channel::<()>();
+    let _ = never.recv_timeout(time);
+    let begun = Instant::now();
+    canceller.cancel();
+    begun
+}
+
+#[test]
+fn a_polite_destination_is_served() -> Outcome {
+    use multifd_tests::peer::Stage;
+    use multifd_wire::ReturnMessage;
+    for codec in ["none", "zlib:1", "zstd:1"] {
+        for channels in [0, 1, 3] {
+            for return_path in [true, false] {
+                let codec = if channels == 0 { "none" } else { codec };
+                let ended = Way { codec, return_path, ..Way::channels(channels) }.send(|destination| {
+                    destination.read_to(Stage::Finished)?;
+                    destination.say(&ReturnMessage::Shut(0));
+                    Ok(())
+                })?;
+                assert_eq!(ended.result?.confirmed, return_path);
+            }
+        }
+    }
+    let _: Arc<dyn multifd_engine::codecs::Codec> = parse_codec("zstd")?;
+    Ok(())
+}
