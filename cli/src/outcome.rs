@@ -52,9 +52,10 @@ impl Outcome {
     /// A migration, or its preparation, that failed. The counters stand where they stood.
     pub(crate) fn failed(error: &Error, progress: Option<Progress>) -> Self {
         let (status, code) = match error.kind() {
+            // Also when somebody cancelled: whoever reads the code must not run the guest on.
+            _ if !error.source_may_resume() => (Status::Failed, FAILED_AFTER_COMMIT),
             ErrorKind::Cancelled => (Status::Cancelled, CANCELLED),
             ErrorKind::ApiMisuse => (Status::Failed, USAGE),
-            _ if !error.source_may_resume() => (Status::Failed, FAILED_AFTER_COMMIT),
             _ => (Status::Failed, FAILED),
         };
         let figures = Figures::so_far(&progress.unwrap_or_default());

@@ -240,9 +240,11 @@ impl ChannelWorker {
         self.receive(Phase::Device, "the rest of a device-state header", rest)?;
         let device =
             DeviceStatePacket::parse(&header).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
+        self.shared.expect_device_packet(&device)?;
         let mut data = vec![0; device.payload_len as usize];
         self.receive(Phase::Device, "device state", &mut data)?;
-        self.shared.on_device_packet(DevicePacket { device, data })
+        self.shared.on_device_packet(DevicePacket { device, data });
+        Ok(())
     }
 
     fn receive(&self, phase: Phase, what: &str, into: &mut [u8]) -> Result<()> {

@@ -133,16 +133,24 @@ impl Shared {
         self.facts.with(|facts| facts.uuid)
     }
 
-    pub(crate) fn on_device_packet(&self, packet: DevicePacket) -> Result<()> {
+    /// A packet of device state is about to come, on any channel: asked before there is memory for it.
+    pub(crate) fn expect_device_packet(&self, device: &DeviceStatePacket) -> Result<()> {
         self.facts.with(|facts| {
-            facts.device_bytes += packet.data.len();
-            if facts.device_bytes > MAX_DEVICE_BYTES {
-                let detail = format!("more than {MAX_DEVICE_BYTES} bytes of device state on channels");
-                return Err(Error::misbehaved(Phase::Device, detail));
+            // Small packets cost more than what is in them.
+            facts.device_bytes += DeviceStatePacket::LEN + device.payload_len as usize;
+            if facts.device_bytes <= MAX_DEVICE_BYTES {
+                return Ok(());
             }
-            facts.device_packets.push(packet);
-            Ok(())
+            let detail = format!(
+                "{} bytes of device state on channels, expected at most {MAX_DEVICE_BYTES}",
+                facts.device_bytes
+            );
+            Err(Error::misbehaved(Phase::Device, detail))
         })
+    }
+
+    pub(crate) fn on_device_packet(&self, packet: DevicePacket) {
+        self.facts.with(|facts| facts.device_packets.push(packet));
     }
 
     pub(crate) fn take_device_packets(&self) -> Vec<DevicePacket> {

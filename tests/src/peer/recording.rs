@@ -135,6 +135,18 @@ impl Recording {
         self
     }
 
+    /// Sends every write in pieces of at most `len` bytes.
+    #[must_use]
+    pub fn in_pieces(self, len: usize) -> Self {
+        let split = |step: Step| match step {
+            Step::Send { lane, what, bytes } => {
+                bytes.chunks(len).map(|piece| Step::Send { lane, what, bytes: piece.to_vec() }).collect()
+            }
+            other => vec![other],
+        };
+        Self { steps: self.steps.into_iter().flat_map(split).collect(), ..self }
+    }
+
     /// Ends `lane` after `at` bytes; all others go on.
     #[must_use]
     pub fn cut(self, lane: Lane, at: usize) -> Self {

@@ -104,6 +104,24 @@ fn an_existing_directory_is_refused_and_left_alone() -> Outcome {
 }
 
 #[test]
+fn an_address_or_a_folder_that_cannot_be_had_leaves_nothing() -> Outcome {
+    let scratch = Scratch::new()?;
+    let taken = scratch.unix_uri("taken");
+    let _listener = std::os::unix::net::UnixListener::bind(scratch.path("taken"))?;
+    let out = |name: &str| scratch.path(name).display().to_string();
+    let cases =
+        [(taken.as_str(), out("out"), "listen on"), ("tcp:127.0.0.1:0", out("no/such/folder"), "no/such")];
+    for (uri, out, says) in cases {
+        let mut receive = Multifd::spawn("receive", ["receive", uri, "--out", &out, "--json"])?;
+        let ended = ended(&mut receive)?;
+        assert_eq!((ended.code, &ended.json["status"]), (1, &"failed".into()), "{}", ended.stderr);
+        assert!(ended.stderr.contains(says), "{}", ended.stderr);
+    }
+    assert_eq!(names(scratch.dir())?, ["taken"]);
+    Ok(())
+}
+
+#[test]
 fn a_sound_source_is_served() -> Outcome {
     let mut memory = Memory::small(3);
     let recording = Recorder::migration(Style::multifd(3), &mut memory);

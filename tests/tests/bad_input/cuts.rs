@@ -123,7 +123,6 @@ fn a_channel_that_falls_silent_is_named_with_what_is_missing() -> Outcome {
             silent(sync + 100),
             &["channel 1 (unix:", "rest of a packet header", "silence limit"],
         ),
-        ("in the pages", silent(sync + 1344 + 5000), &["channel 1"]),
         ("between packets", silent(sync), &["active, main", missing]),
     ])
 }

@@ -1,8 +1,11 @@
 //! Packet headers on the channels.
 
+use std::time::Duration;
+
 use multifd_engine::codecs::{Codecs, Zstd};
 use multifd_tests::Outcome;
-use multifd_tests::peer::{Codec, Recording, Style, Trial, field};
+use multifd_tests::peer::{Codec, Lane, Recording, Step, Style, Trial, field};
+use multifd_wire::DeviceStatePacket;
 
 use crate::fixture::{multifd, recording, refused};
 
@@ -170,6 +173,22 @@ fn device_state() -> Outcome {
         ("huge", packet(u32::MAX, b"vfio"), &["device state payload: 4294967295"]),
         ("of nobody", packet(1, b""), &["device name: 0 bytes"]),
     ])
+}
+
+#[test]
+fn more_device_state_than_fits_is_refused_before_it_comes() -> Outcome {
+    // 17 channels announce 64 MiB each at the same time, and send one byte of it.
+    let mut recording = recording(&Style::multifd(17));
+    let announced = |lane| {
+        let mut bytes = DeviceStatePacket { idstr: "vfio".to_owned(), instance_id: 0, payload_len: 64 << 20 }
+            .encode()
+            .to_vec();
+        bytes.push(1);
+        Step::Send { lane, what: "huge", bytes }
+    };
+    let steps = (0..17).map(|id| announced(Lane::Channel(id)));
+    recording = recording.preceded("packet", 0, steps.chain([Step::Pause(Duration::from_millis(200))]));
+    refused([("17 times", recording, &["bytes of device state on channels, expected at most 1073741824"])])
 }
 
 #[test]

@@ -139,31 +139,19 @@ fn the_end_of_ram_says_that_all_channels_are_through() -> Outcome {
 
 #[test]
 fn the_devices_part() -> Outcome {
-    let silent = |at: usize| {
-        let main = single();
-        let end = main.boundaries(Lane::Main).into_iter().max().unwrap_or_default();
-        main.stopped(Lane::Main, end - at)
-    };
-    let description = single().bytes(Lane::Main).len() - single().position_of_description();
-    let silence = "waiting for device state at byte";
+    // A source without a return path, which hangs up at the end.
+    let over = || recording(&Style { return_path: false, ..Style::default() });
+    let says: &[&str] = &["device, main (unix:", "the stream ended within device state, after"];
+    let silence: &[&str] = &["device, main (unix:", "waiting for device state at byte", "the silence limit"];
+    let main = single();
+    let boundaries = main.boundaries(Lane::Main);
+    let (eof, end) = (boundaries[boundaries.len() - 2], boundaries[boundaries.len() - 1]);
     refused([
-        ("silence in the JSON", silent(10), &["device, main (unix:", silence, "the silence limit"]),
-        ("silence in the sections", silent(description + 9), &["device, main", silence]),
-        ("no JSON", single().patched("description", 0, 5, b"["), &["device, main", silence]),
-        ("other JSON", single().replaced("description", 0, b"\x06\0\0\0\x02{}"), &["device, main", silence]),
-        ("a length beyond the end", single().patched("description", 0, 1, &[1]), &["device, main", silence]),
-        ("a huge length", single().patched("description", 0, 1, &[0xff; 4]), &["device, main", silence]),
+        ("silence in the JSON", main.clone().stopped(Lane::Main, end - 10), silence),
+        ("silence in the sections", main.stopped(Lane::Main, eof - 9), silence),
+        ("no JSON", over().patched("description", 0, 5, b"["), says),
+        ("other JSON", over().replaced("description", 0, b"\x06\0\0\0\x02{}"), says),
+        ("a length beyond the end", over().patched("description", 0, 1, &[1]), says),
+        ("a huge length", over().patched("description", 0, 1, &[0xff; 4]), says),
     ])
-}
-
-trait Description {
-    fn position_of_description(&self) -> usize;
-}
-
-impl Description for Recording {
-    /// Bytes of main before the vmdescription.
-    fn position_of_description(&self) -> usize {
-        let boundaries = self.boundaries(Lane::Main);
-        boundaries[boundaries.len() - 2]
-    }
 }

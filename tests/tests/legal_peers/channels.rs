@@ -1,10 +1,10 @@
 //! Packets, codecs and sync points, as ten years of senders make them.
 
-use multifd_tests::peer::{Codec, Memory, Recorder, Style, SyncPackets, SyncPoints};
+use multifd_tests::peer::{Codec, Memory, Recorder, Style, SyncPackets, SyncPoints, Trial};
 use multifd_tests::{Outcome, ZeroPages};
 use multifd_wire::{PacketFlags, PageSize, RamPacketHeader};
 
-use crate::fixture::{arrives, style_arrives};
+use crate::fixture::{PATIENCE, arrives, style_arrives};
 
 #[test]
 fn every_way_to_pack_pages() -> Outcome {
@@ -12,6 +12,18 @@ fn every_way_to_pack_pages() -> Outcome {
         for (channels, packet_pages) in [(1, 128), (2, 1), (3, 16)] {
             style_arrives(&Style { codec, packet_pages, ..Style::multifd(channels) })?;
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_same_over_tcp() -> Outcome {
+    for (channels, codec) in [(0, Codec::None), (1, Codec::None), (3, Codec::Zlib), (3, Codec::Zstd)] {
+        let mut memory = Memory::small(16);
+        let recording = Recorder::migration(Style { codec, ..Style::multifd(channels) }, &mut memory);
+        let (verdict, received) = Trial::tcp()?.patient(PATIENCE).receive(&recording, &memory)?;
+        verdict.result?;
+        memory.check(&received.blocks)?;
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! How a stream ends.
 
+use std::time::Duration;
+
 use multifd_tests::Outcome;
 use multifd_tests::peer::{Ending, Lane, Memory, Recorder, Step, Style};
 use multifd_wire::ReturnMessage;
@@ -62,6 +64,21 @@ fn a_background_snapshot_has_no_end_of_ram() -> Outcome {
     recorder.setup(&memory);
     recorder.part(&memory, &memory.all());
     arrives(&recorder.finish(), &memory)?;
+    Ok(())
+}
+
+#[test]
+fn a_pause_behind_what_looks_like_the_end_is_not_the_end() -> Outcome {
+    let mut memory = Memory::small(11);
+    let recording = Recorder::migration(Style::default(), &mut memory);
+    // A footer and a zero within a device's state, and then nothing for a while.
+    let (id, lookalike) = ([4, 0, 0, 0, 9], b"\x7e\0\0\0\x09\0");
+    let head = [&id[..], b"\x04trap\0\0\0\0\0\0\0\x01", &[1; 20], lookalike].concat();
+    let send = |bytes: &[u8]| Step::Send { lane: Lane::Main, what: "trap", bytes: bytes.to_vec() };
+    let rest = [&[2; 20][..], b"\x7e\0\0\0\x09"].concat();
+    let steps = [send(&head), Step::Pause(Duration::from_millis(300)), send(&rest)];
+    let (_, received) = arrives(&recording.preceded("devices", 0, steps), &memory)?;
+    assert!(received.tail.starts_with(&[&head[..], &rest].concat()) && received.described);
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use multifd_tests::Outcome;
 use multifd_tests::peer::{Memory, Received, Recorder, Recording, Style, Trial, Verdict};
 
 /// No legal peer of these tests is silent for that long, however slow the machine.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A destination on a unix socket that takes its time.
 pub(crate) fn trial() -> Outcome<Trial> {

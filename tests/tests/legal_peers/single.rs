@@ -1,6 +1,6 @@
 //! Everything on main.
 
-use multifd_tests::peer::{Lane, Memory, Recorder, Recording, Step, Style, SyncPoints};
+use multifd_tests::peer::{Codec, Lane, Memory, Recorder, Recording, Step, Style, SyncPoints};
 use multifd_tests::{Outcome, ZeroPages};
 use multifd_wire::{BlockRef, Command, HELLO_PING, Item, PageSize, RamRecord, ReturnMessage};
 
@@ -80,21 +80,26 @@ fn older_and_newer_machines() -> Outcome {
     Ok(())
 }
 
-/// Main in writes of `len` bytes: where they end means nothing.
-fn in_pieces(recording: &Recording, len: usize) -> Recording {
-    let bytes = recording.bytes(Lane::Main);
-    let send = |piece: &[u8]| Step::Send { lane: Lane::Main, what: "piece", bytes: piece.to_vec() };
-    Recording { steps: bytes.chunks(len).map(send).collect(), ending: recording.ending }
+#[test]
+fn writes_may_end_anywhere() -> Outcome {
+    let styles =
+        [Style { xbzrle: true, ..Style::default() }, Style { codec: Codec::Zstd, ..Style::multifd(2) }];
+    for style in styles {
+        for len in [1, 7, 4096] {
+            let mut memory = Memory::zero(&[("pc.ram", 3), ("a block", 1)]);
+            memory.refill(&memory.all(), 11);
+            arrives(&Recorder::migration(style.clone(), &mut memory).in_pieces(len), &memory)?;
+        }
+    }
+    Ok(())
 }
 
 #[test]
-fn writes_may_end_anywhere() -> Outcome {
-    let mut memory = Memory::zero(&[("pc.ram", 3), ("a block", 1)]);
-    memory.refill(&memory.all(), 11);
+fn all_of_main_in_one_write() -> Outcome {
+    let mut memory = Memory::small(15);
     let recording = Recorder::migration(Style { xbzrle: true, ..Style::default() }, &mut memory);
-    for len in [1, 7, 4096, 1 << 20] {
-        arrives(&in_pieces(&recording, len), &memory)?;
-    }
+    let bytes = recording.bytes(Lane::Main);
+    arrives(&Recording { ending: recording.ending, ..Recording::of_main(&bytes) }, &memory)?;
     Ok(())
 }
 

@@ -86,6 +86,20 @@ fn silence_after_the_last_byte_ends_with_exit_code_3() -> Outcome {
 }
 
 #[test]
+fn ctrl_c_after_the_last_byte_ends_with_exit_code_3() -> Outcome {
+    let trial = checkpoint()?;
+    let sink = Sink::unix()?;
+    let mut send = send(&trial.checkpoint(), &sink.endpoint().to_string(), &[])?;
+    let mut destination = sink.accept(0)?;
+    destination.read_to(Stage::Finished)?;
+    interrupt(&send)?;
+    let ended = ended(&mut send)?;
+    assert_eq!((ended.code, &ended.json["status"]), (3, &"failed".into()), "{}", ended.stderr);
+    assert!(ended.stderr.contains("commit"), "{}", ended.stderr);
+    Ok(())
+}
+
+#[test]
 fn ctrl_c_ends_a_send_at_once() -> Outcome {
     let trial = checkpoint()?;
     for channels in [0, 2] {

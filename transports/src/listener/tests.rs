@@ -263,3 +263,19 @@ fn no_first_bytes_identify_at_once_and_five_are_refused() {
     let error = listener.serve(5, LONG, &mut |_| {}).unwrap_err();
     assert!(matches!(error, TransportError::Io { action: "accept on", .. }), "{error:?}");
 }
+
+#[test]
+fn whoever_is_in_the_queue_is_announced_before_another_is_identified() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = Listener::bind(&unix_uri(&dir).parse().unwrap()).unwrap();
+    let mut first = UnixStream::connect(dir.path().join("x.sock")).unwrap();
+    let others: Vec<_> = (0..40).map(|_| UnixStream::connect(dir.path().join("x.sock")).unwrap()).collect();
+    first.write_all(b"main").unwrap();
+    let (stopper, mut opened) = (listener.stopper(), 0);
+    let served = listener.serve(4, LONG, &mut |arrival| match arrival {
+        Arrival::Opened { .. } => opened += 1,
+        _ => stopper.stop(),
+    });
+    served.unwrap();
+    assert_eq!(opened, 1 + others.len());
+}
