@@ -111,7 +111,8 @@ impl<T: Send + 'static> Monitor<T> {
         limit: Option<Duration>,
         mut ready: impl FnMut(&mut T) -> Option<R>,
     ) -> Option<R> {
-        let deadline = limit.map(|limit| Instant::now() + limit);
+        // A limit past the end of time is none.
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let mut guard = lock(&self.0.0);
         loop {
             if let Some(value) = ready(&mut guard) {

@@ -26,23 +26,19 @@ impl Checkpoint {
     /// `Storage`, naming the file and what is wrong with it.
     pub fn open(directory: &Path) -> Result<Self> {
         let path = directory.join(MANIFEST);
-        let json = fs::read(&path).map_err(|error| storage("reading", &path, error))?;
+        let json = read_file(&path)?;
         let manifest: Manifest =
             serde_json::from_slice(&json).map_err(|error| storage("reading", &path, error))?;
         manifest.check().map_err(|problem| storage("reading", &path, problem))?;
         for block in &manifest.blocks {
             let path = directory.join(&block.file);
-            let found = fs::metadata(&path).map_err(|error| storage("reading", &path, error))?;
-            if !found.is_file() {
-                return Err(storage("reading", &path, "this is no file"));
-            }
-            let (len, expected) = (found.len(), block.length);
+            let (len, expected) = (file_len(&path)?, block.length);
             if len != expected {
                 return Err(storage("reading", &path, format!("{len} bytes, the manifest says {expected}")));
             }
         }
         let path = directory.join(DEVICE_STATE);
-        let mut state = fs::read(&path).map_err(|error| storage("reading", &path, error))?;
+        let mut state = read_file(&path)?;
         let (configuration, used) = match Configuration::parse(&state) {
             Ok(Some(parsed)) => parsed,
             Ok(None) => return Err(storage("reading", &path, "it ends within the configuration section")),
@@ -97,4 +93,15 @@ impl Checkpoint {
             .uuid(uuid.unwrap_or_default())
             .switchover_start(self.manifest.switchover_start))
     }
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>> {
+    file_len(path)?;
+    fs::read(path).map_err(|error| storage("reading", path, error))
+}
+
+/// Bytes in a regular file; anything else could keep its reader waiting for ever.
+fn file_len(path: &Path) -> Result<u64> {
+    let found = fs::metadata(path).map_err(|error| storage("reading", path, error))?;
+    if found.is_file() { Ok(found.len()) } else { Err(storage("reading", path, "this is no file")) }
 }

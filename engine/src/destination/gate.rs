@@ -24,6 +24,8 @@ struct State {
     /// Connections whose first bytes have not come yet: any of them may be a channel.
     unidentified: usize,
     channels: BTreeMap<u8, Arrivals>,
+    /// Channels that there are at least.
+    expected: usize,
     /// Sync points that main has passed.
     released: u64,
     /// The main stream has ended: channels are read to their end, nothing is waited for.
@@ -39,8 +41,10 @@ struct Arrivals {
 }
 
 impl Gate {
-    pub(crate) fn new(stop: &StopSwitch) -> Self {
-        Self { state: Monitor::new(State::default(), stop), stop: stop.clone() }
+    /// `expected`: the number of channels, if it is known beforehand.
+    pub(crate) fn new(stop: &StopSwitch, expected: Option<usize>) -> Self {
+        let state = State { expected: expected.unwrap_or(0), ..State::default() };
+        Self { state: Monitor::new(state, stop), stop: stop.clone() }
     }
 
     pub(crate) fn opened(&self) {
@@ -151,9 +155,8 @@ impl State {
     /// `None`: not all are here yet.
     fn try_release(&mut self) -> Option<Result<()>> {
         let point = self.released + 1;
-        // Numbers are dense: a gap is a channel on its way, and so may be whoever has not said who it is.
-        let highest = self.channels.keys().next_back().map_or(0, |highest| usize::from(*highest) + 1);
-        if self.unidentified > 0 || highest != self.channels.len() {
+        // A gap in the numbers is a channel on its way, and so may be whoever has not said who it is.
+        if self.unidentified > 0 || self.numbers() != self.channels.len() {
             return None;
         }
         if self.channels.values().all(|arrivals| arrivals.syncs >= point) {
@@ -167,6 +170,11 @@ impl State {
         })
     }
 
+    /// Channel numbers are dense: so many there must be.
+    fn numbers(&self) -> usize {
+        self.channels.keys().next_back().map_or(0, |highest| usize::from(*highest) + 1).max(self.expected)
+    }
+
     fn missing(&self) -> String {
         let point = self.released + 1;
         let mut names: Vec<_> = self
@@ -175,11 +183,9 @@ impl State {
             .filter(|(_, arrivals)| arrivals.syncs < point)
             .map(|(id, _)| format!("channel {id}"))
             .collect();
-        let highest = self.channels.keys().next_back().copied().unwrap_or(0);
+        let known = |id: usize| u8::try_from(id).is_ok_and(|id| self.channels.contains_key(&id));
         names.extend(
-            (0..highest)
-                .filter(|id| !self.channels.contains_key(id))
-                .map(|id| format!("channel {id} (never came)")),
+            (0..self.numbers()).filter(|id| !known(*id)).map(|id| format!("channel {id} (never came)")),
         );
         if self.unidentified > 0 {
             names.push(format!("{} connections that never spoke", self.unidentified));
@@ -190,4 +196,53 @@ impl State {
 
 fn stopped() -> Error {
     Error::new(ErrorKind::Cancelled, Phase::Active, "stopped")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_millis(5);
+
+    fn refusal(gate: &Gate) -> String {
+        gate.flush(SOON).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn without_channels_nothing_is_waited_for() {
+        let gate = Gate::new(&StopSwitch::default(), None);
+        assert!(gate.flush(SOON).is_ok() && gate.flush(SOON).is_ok());
+    }
+
+    #[test]
+    fn an_expected_channel_that_never_came_is_named() {
+        let gate = Gate::new(&StopSwitch::default(), Some(2));
+        gate.join(0).unwrap();
+        assert!(refusal(&gate).ends_with("from channel 0, channel 1 (never came)"), "{}", refusal(&gate));
+    }
+
+    #[test]
+    fn a_gap_in_the_numbers_is_waited_for() {
+        let gate = Gate::new(&StopSwitch::default(), None);
+        gate.join(1).unwrap();
+        assert!(refusal(&gate).contains("channel 0 (never came)"));
+    }
+
+    #[test]
+    fn a_connection_that_has_not_spoken_is_waited_for() {
+        let gate = Gate::new(&StopSwitch::default(), None);
+        gate.opened();
+        assert!(refusal(&gate).contains("1 connections that never spoke"));
+        gate.identified();
+        assert!(gate.flush(SOON).is_ok());
+    }
+
+    #[test]
+    fn a_channel_that_ended_too_early_is_an_error_at_once() {
+        let gate = Gate::new(&StopSwitch::default(), None);
+        gate.join(0).unwrap();
+        gate.ended(0);
+        let error = gate.flush(Duration::from_secs(60)).unwrap_err();
+        assert_eq!(error.channel(), Some("channel 0"));
+    }
 }

@@ -65,7 +65,8 @@ impl DestinationBuilder {
         self
     }
 
-    /// Insists on channel numbers below `channels`. Default: any number up to 255.
+    /// Insists on exactly so many parallel channels, and waits for all of them at the first sync point. Default: any number up
+    /// to 255; those count that are there by then.
     #[must_use]
     pub fn channels(mut self, channels: usize) -> Self {
         self.channels = Some(channels);

@@ -49,7 +49,7 @@ impl Shared {
     pub(crate) fn new(session: &Arc<Session>, codecs: Codecs, expected_channels: Option<usize>) -> Arc<Self> {
         Arc::new(Self {
             session: Arc::clone(session),
-            gate: Gate::new(&session.stop),
+            gate: Gate::new(&session.stop, expected_channels),
             codecs,
             expected_channels,
             dialect: AtomicBool::new(false),

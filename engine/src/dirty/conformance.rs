@@ -213,13 +213,14 @@ mod tests {
     }
 
     fn marking(ram: &[RamBlock], log: &mut dyn DirtyLog, marked: impl Fn(usize, usize, usize) + Sync) {
-        let writer = |running: &AtomicBool| {
-            scribble(ram, 7, running, |block, offset, bytes| {
+        let write = |seed, running: &AtomicBool| {
+            scribble(ram, seed, running, |block, offset, bytes| {
                 store(ram, block, offset, bytes);
                 marked(block, offset, bytes.len());
             });
         };
-        check_dirty_log(log, ram, 20, &[&writer, &writer]);
+        // Two seeds: a writer that follows the other from page to page notes the writes that the other loses.
+        check_dirty_log(log, ram, 20, &[&|running| write(7, running), &|running| write(8, running)]);
     }
 
     /// Loses every `nth` write.
@@ -240,7 +241,8 @@ mod tests {
 
     #[test]
     fn a_lost_write_is_found() {
-        assert!(loses(50));
+        // Enough of them to be found in a few runs, on a machine that is busy with other things, too.
+        assert!(loses(5));
         assert!(!loses(usize::MAX));
     }
 
