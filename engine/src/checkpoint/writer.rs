@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use multifd_wire::{BlockEntry, Configuration, TailScanner};
+use multifd_wire::{BlockEntry, Configuration};
 
 use super::{CheckpointBlock, DESCRIPTION, DEVICE_STATE, MANIFEST, Manifest, storage};
 use crate::destination::{Arrived, IncomingRam};
@@ -77,7 +77,7 @@ impl CheckpointWriter {
         arrived.configuration().encode(&mut state);
         state.extend_from_slice(arrived.device_state());
         self.write(DEVICE_STATE, &state)?;
-        if let Some(json) = description_text(arrived.device_state()) {
+        if let Some(json) = arrived.description_text() {
             self.write(DESCRIPTION, json)?;
         }
         for block in &manifest.blocks {
@@ -91,15 +91,25 @@ impl CheckpointWriter {
         // What has its name may be sent on: no cancel may tell the source to run on after that.
         arrived.seal()?;
         fs::rename(&self.partial, &self.target).map_err(|error| storage("naming", &self.target, error))?;
+        if let Err(error) = self.sync_parent() {
+            // The source is told of a failure and runs on: its guest must not be here as well. Dropping this removes it.
+            fs::rename(&self.target, &self.partial)
+                .map_err(|error| storage("taking back the name of", &self.target, error))?;
+            return Err(error);
+        }
         self.finished = true;
+        Ok(self.target.clone())
+    }
+
+    /// Makes the new name itself durable.
+    fn sync_parent(&self) -> Result<()> {
         let parent = match self.target.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
         File::open(parent)
             .and_then(|parent| parent.sync_all())
-            .map_err(|error| storage("syncing", parent, error))?;
-        Ok(self.target.clone())
+            .map_err(|error| storage("syncing", parent, error))
     }
 
     fn manifest(&self, arrived: &Arrived) -> Manifest {
@@ -172,10 +182,4 @@ fn sparse(path: &Path, len: u64) -> std::io::Result<HostMemory> {
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
     file.set_len(len)?;
     HostMemory::map_file(file, usize::try_from(len).map_err(std::io::Error::other)?)
-}
-
-/// The JSON at the end of the devices' part.
-fn description_text(tail: &[u8]) -> Option<&[u8]> {
-    let end = TailScanner::new().push(tail).ok()??;
-    tail.get(end.vmdesc)
 }

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multifd_transports::Listener;
-use multifd_wire::{Configuration, TailScanner, VmDescription, split_tail};
+use multifd_wire::{Configuration, VmDescription, split_tail};
 
 use super::main_channel::MainStream;
 use super::return_path::ReturnPath;
 use super::shared::{DevicePacket, Shared};
+use super::tail::Described;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::report::Report;
 use crate::session::Progress;
@@ -49,15 +50,15 @@ impl Arrived {
 
     /// The devices' sections up to the end of the stream, as they came.
     pub fn device_state(&self) -> &[u8] {
-        &self.stream.tail
+        &self.stream.tail.bytes
     }
 
     /// The one section that a source made by [`DeviceState::opaque`](crate::DeviceState::opaque): its version and bytes.
     /// `None` if the device state is anything else.
     pub fn opaque_state(&self, name: &str) -> Option<(u32, &[u8])> {
-        let end = TailScanner::new().push(&self.stream.tail).ok()??;
-        let sections = self.stream.tail.get(..end.devices_len)?;
-        match &split_tail(sections, self.description()).ok()?[..] {
+        let Described { end, description } = self.stream.tail.described.as_ref()?;
+        let sections = self.device_state().get(..end.devices_len)?;
+        match &split_tail(sections, Some(description)).ok()?[..] {
             [section] if section.head.idstr == name => {
                 Some((section.head.version_id, sections.get(section.payload.clone())?))
             }
@@ -67,7 +68,12 @@ impl Arrived {
 
     /// What the source said of the fields in its device sections; not every source does.
     pub fn description(&self) -> Option<&VmDescription> {
-        self.stream.description.as_ref()
+        self.stream.tail.described.as_ref().map(|described| &described.description)
+    }
+
+    /// The same as the source wrote it: JSON.
+    pub(crate) fn description_text(&self) -> Option<&[u8]> {
+        self.device_state().get(self.stream.tail.described.as_ref()?.end.vmdesc.clone())
     }
 
     /// Device state that came over parallel channels (VFIO).

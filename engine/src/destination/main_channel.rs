@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use multifd_wire::{
     Command, Configuration, Footer, HELLO_PING, Hello, Item, ReturnMessage, SectionHead, SectionId,
-    StreamHeader, VmDescription,
+    StreamHeader,
 };
 
 use super::landing::IncomingRam;
@@ -20,7 +20,7 @@ use super::ram_section::{RamSection, SectionKind};
 use super::return_path::ReturnPath;
 use super::shared::Shared;
 use super::switchover::SwitchoverAck;
-use super::tail;
+use super::tail::{self, Tail};
 use crate::dialect;
 use crate::error::{Error, Phase, Result};
 use crate::stream::StreamReader;
@@ -35,9 +35,7 @@ pub(crate) struct MainStream {
     pub(crate) configuration: Configuration,
     /// SWITCHOVER_START was in the stream: a destination of this machine type expects it.
     pub(crate) switchover_start: bool,
-    /// FULL sections, EOF, and the vmdescription if there is one.
-    pub(crate) tail: Vec<u8>,
-    pub(crate) description: Option<VmDescription>,
+    pub(crate) tail: Tail,
     /// When the source announced its last RAM: it had stopped the guest then. `None` in a stream without that, such as a
     /// background snapshot's.
     pub(crate) guest_stopped: Option<Instant>,
@@ -81,9 +79,9 @@ impl<'a> MainChannel<'a> {
             self.on_item(item, &configuration, ram).map_err(|error| error.on(self.reader.name()))?;
         }
         self.check_ram_is_complete()?;
-        let (tail, description) = tail::read(&mut self.reader, self.shared.session.timeout)?;
+        let tail = tail::read(&mut self.reader, self.shared.session.timeout)?;
         let Self { switchover_start, guest_stopped, .. } = self;
-        Ok(MainStream { configuration, switchover_start, tail, description, guest_stopped })
+        Ok(MainStream { configuration, switchover_start, tail, guest_stopped })
     }
 
     /// False when the next byte begins the devices' part of the stream.

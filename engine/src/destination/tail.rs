@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use multifd_wire::{TailScanner, VmDescription};
+use multifd_wire::{TailEnd, TailScanner, VmDescription};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::stream::StreamReader;
@@ -11,11 +11,23 @@ use crate::stream::StreamReader;
 /// at once, so this much silence after a footer and EOF is taken for the end.
 const QUIET: Duration = Duration::from_secs(1);
 
+/// FULL sections, EOF, and the vmdescription if there is one.
+#[derive(Debug)]
+pub(crate) struct Tail {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) described: Option<Described>,
+}
+
+/// A tail that ends in a vmdescription.
+#[derive(Debug)]
+pub(crate) struct Described {
+    /// Where the parts of the tail lie.
+    pub(crate) end: TailEnd,
+    pub(crate) description: VmDescription,
+}
+
 /// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3).
-pub(crate) fn read(
-    reader: &mut StreamReader,
-    patience: Duration,
-) -> Result<(Vec<u8>, Option<VmDescription>)> {
+pub(crate) fn read(reader: &mut StreamReader, patience: Duration) -> Result<Tail> {
     let quiet = QUIET.min(patience);
     let channel = reader.channel().clone();
     let limit = |duration| {
@@ -29,7 +41,7 @@ pub(crate) fn read(
     result.map_err(|error| error.on(reader.name()))
 }
 
-fn scan(reader: &mut StreamReader, patience: Duration) -> Result<(Vec<u8>, Option<VmDescription>)> {
+fn scan(reader: &mut StreamReader, patience: Duration) -> Result<Tail> {
     let mut scanner = TailScanner::new();
     let mut last_byte = Instant::now();
     loop {
@@ -37,17 +49,17 @@ fn scan(reader: &mut StreamReader, patience: Duration) -> Result<(Vec<u8>, Optio
         let end =
             scanner.push(reader.buffered()).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
         if let Some(end) = end {
-            let mut tail = scanner.into_bytes();
-            let json = tail.get(end.vmdesc).unwrap_or_default();
+            let mut bytes = scanner.into_bytes();
+            let json = bytes.get(end.vmdesc.clone()).unwrap_or_default();
             let description =
                 VmDescription::parse(json).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
-            tail.truncate(end.total);
-            return Ok((tail, Some(description)));
+            bytes.truncate(end.total);
+            return Ok(Tail { bytes, described: Some(Described { end, description }) });
         }
         reader.consume(fed);
         match reader.fill(Phase::Device, "device state") {
             Ok(true) => last_byte = Instant::now(),
-            Ok(false) if scanner.ends_without_description() => return Ok((scanner.into_bytes(), None)),
+            Ok(false) if scanner.ends_without_description() => return Ok(undescribed(scanner)),
             Ok(false) => {
                 let detail = format!(
                     "the stream ended within device state, after {} bytes of it",
@@ -56,10 +68,14 @@ fn scan(reader: &mut StreamReader, patience: Duration) -> Result<(Vec<u8>, Optio
                 return Err(Error::new(ErrorKind::Transport, Phase::Device, detail));
             }
             Err(error) if error.kind() == ErrorKind::Deadline && scanner.ends_without_description() => {
-                return Ok((scanner.into_bytes(), None));
+                return Ok(undescribed(scanner));
             }
             Err(error) if error.kind() == ErrorKind::Deadline && last_byte.elapsed() < patience => {}
             Err(error) => return Err(error),
         }
     }
+}
+
+fn undescribed(scanner: TailScanner) -> Tail {
+    Tail { bytes: scanner.into_bytes(), described: None }
 }
