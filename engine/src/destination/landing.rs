@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use multifd_codecs::xbzrle;
 use multifd_wire::{BlockEntry, BlockName, Configuration};
@@ -53,39 +53,34 @@ struct Written(Box<[OnceLock<DirtyBitmap>]>);
 const PART_PAGES: usize = 1 << 18;
 
 /// All blocks of the migration, by the name on the wire.
-pub(crate) struct Landings {
-    blocks: Vec<Landing>,
-    by_name: HashMap<BlockName, usize>,
-}
+pub(crate) struct Landings(HashMap<BlockName, Arc<Landing>>);
 
 const ZEROS: [u8; PAGE] = [0; PAGE];
 
 impl Landings {
     /// Checks that `blocks` are what was announced: the same names, the same lengths.
-    pub(crate) fn new(announced: &[BlockEntry], blocks: Vec<RamBlock>) -> Result<Self> {
+    pub(crate) fn new(announced: &[BlockEntry], blocks: &[RamBlock]) -> Result<Self> {
         let mut by_name = HashMap::with_capacity(announced.len());
         for entry in announced {
-            let found = blocks.iter().position(|block| *block.name() == entry.name);
-            let Some(index) = found else {
+            let Some(block) = blocks.iter().find(|block| *block.name() == entry.name) else {
                 return Err(incompatible(format!("RAM block {} is unknown here", entry.name)));
             };
-            let here = blocks.get(index).map_or(0, RamBlock::used_len);
+            let here = block.used_len();
             if here != entry.used_len {
                 return Err(incompatible(format!(
                     "RAM block {} has {} bytes at the source, {here} here",
                     entry.name, entry.used_len
                 )));
             }
-            by_name.insert(entry.name.clone(), index);
+            let landing = Landing { written: Written::new(block.pages()), block: block.clone() };
+            by_name.insert(entry.name.clone(), Arc::new(landing));
         }
-        let blocks =
-            blocks.into_iter().map(|block| Landing { written: Written::new(block.pages()), block }).collect();
-        Ok(Self { blocks, by_name })
+        Ok(Self(by_name))
     }
 
-    pub(crate) fn find(&self, name: &str) -> Result<&Landing> {
-        let found = self.by_name.get(name).and_then(|index| self.blocks.get(*index));
-        found.ok_or_else(|| Error::misbehaved(Phase::Active, format!("page for unknown RAM block {name:?}")))
+    pub(crate) fn find(&self, name: &str) -> Result<&Arc<Landing>> {
+        let unknown = || Error::misbehaved(Phase::Active, format!("page for unknown RAM block {name:?}"));
+        self.0.get(name).ok_or_else(unknown)
     }
 }
 

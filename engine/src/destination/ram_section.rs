@@ -35,8 +35,8 @@ pub(crate) struct RamSection<'a> {
     shared: &'a Shared,
     landings: Arc<Landings>,
     sync_points: SyncPoints,
-    /// Index of the block that CONTINUE refers to; kept over sections.
-    last_block: Option<multifd_wire::BlockName>,
+    /// The block that CONTINUE refers to; kept over sections.
+    last_block: Option<Arc<Landing>>,
     /// END had a sync point.
     ended_in_sync: bool,
 }
@@ -60,7 +60,7 @@ impl<'a> RamSection<'a> {
         })?;
         let total: u64 = announced.iter().map(|entry| entry.used_len).sum();
         shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
-        let landings = Arc::new(Landings::new(&announced, blocks)?);
+        let landings = Arc::new(Landings::new(&announced, &blocks)?);
         shared.publish(Arc::clone(&landings));
         Ok(Self {
             shared,
@@ -158,18 +158,14 @@ impl Pages {
     }
 }
 
-fn find<'l>(
-    landings: &'l Landings,
-    last: &mut Option<multifd_wire::BlockName>,
-    block: BlockRef,
-) -> Result<&'l Landing> {
+/// The block of a page record. Most refer to the last one: that costs no look-up.
+fn find<'l>(landings: &Landings, last: &'l mut Option<Arc<Landing>>, block: BlockRef) -> Result<&'l Landing> {
     if let BlockRef::Named(name) = block {
-        *last = Some(name);
+        *last = Some(Arc::clone(landings.find(name.as_str())?));
     }
-    let name = last.as_ref().ok_or_else(|| {
+    last.as_deref().ok_or_else(|| {
         Error::misbehaved(Phase::Active, "a page with CONTINUE, but no RAM block was named before it")
-    })?;
-    landings.find(name.as_str())
+    })
 }
 
 fn read_block_list(reader: &mut StreamReader) -> Result<Vec<BlockEntry>> {
