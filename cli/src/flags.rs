@@ -176,6 +176,11 @@ pub(crate) enum ZeroPageDetection {
 }
 
 impl Common {
+    /// Bytes per second over all channels; `None` is no limit.
+    pub(crate) fn max_bandwidth(&self) -> Option<NonZeroU64> {
+        self.max_bandwidth.and_then(|Rate(limit)| limit)
+    }
+
     pub(crate) fn log_level(&self) -> Option<LevelFilter> {
         match (self.quiet, self.verbose) {
             (true, _) => None,

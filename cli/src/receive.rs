@@ -1,7 +1,7 @@
 //! `multifd receive URI --out DIR`
 
 use multifd_codecs::Codecs;
-use multifd_engine::{CheckpointWriter, Destination, Error, ErrorKind, Phase, Progress, Report};
+use multifd_engine::{CheckpointWriter, Destination, Error, Progress, Report};
 use serde_json::json;
 
 use crate::flags::{Common, Receive};
@@ -33,9 +33,7 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
         builder = builder.codecs(Codecs::empty().with(codec.clone()));
     }
     let destination = builder.listen(&flags.uri)?;
-    signals::cancel_on_signal(destination.canceller()).map_err(|error| {
-        Error::new(ErrorKind::ApiMisuse, Phase::Accept, "no signal handler").because(error)
-    })?;
+    signals::cancel_on_signal(destination.canceller())?;
     if !common.quiet {
         eprintln!("listening on {}", destination.endpoint());
     }

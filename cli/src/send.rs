@@ -1,9 +1,9 @@
 //! `multifd send DIR URI`
 
-use multifd_engine::{Checkpoint, Error, ErrorKind, Phase, Progress, Report};
+use multifd_engine::{Checkpoint, Error, Progress, Report};
 use serde_json::json;
 
-use crate::flags::{Common, Rate, Send};
+use crate::flags::{Common, Send};
 use crate::outcome::Outcome;
 use crate::progress::{self, Lines};
 use crate::signals;
@@ -22,11 +22,10 @@ pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
 
 fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Error> {
     let checkpoint = Checkpoint::open(&flags.dir)?;
-    let Rate(max_bandwidth) = common.max_bandwidth.unwrap_or(Rate(None));
     let mut builder = checkpoint
         .source()?
         .channels(common.channels.unwrap_or(0))
-        .max_bandwidth(max_bandwidth)
+        .max_bandwidth(common.max_bandwidth())
         .return_path(!flags.no_return_path)
         .timeout(common.timeout);
     if let Some(codec) = &common.codec {
@@ -36,9 +35,7 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         builder = builder.zero_pages(detection.into());
     }
     let source = builder.build()?;
-    signals::cancel_on_signal(source.canceller()).map_err(|error| {
-        Error::new(ErrorKind::ApiMisuse, Phase::Connect, "no signal handler").because(error)
-    })?;
+    signals::cancel_on_signal(source.canceller())?;
     let progress = source.progress();
     let result = progress::shown(common, &progress, Lines::Watched, || {
         let mut precopy = source.connect(&flags.uri)?;

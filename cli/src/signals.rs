@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use multifd_engine::Canceller;
+use multifd_engine::{Canceller, Error, ErrorKind, Phase};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -10,7 +10,15 @@ use signal_hook::iterator::Signals;
 const KILLED: i32 = 130;
 
 /// Cancels by `canceller` on the first SIGINT or SIGTERM, from now to the end of the process.
-pub(crate) fn cancel_on_signal(canceller: Canceller) -> std::io::Result<()> {
+///
+/// # Errors
+/// `ApiMisuse`: the system lets us have no handler.
+pub(crate) fn cancel_on_signal(canceller: Canceller) -> Result<(), Error> {
+    watch(canceller)
+        .map_err(|error| Error::new(ErrorKind::ApiMisuse, Phase::Setup, "no signal handler").because(error))
+}
+
+fn watch(canceller: Canceller) -> std::io::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     thread::Builder::new().name("signals".to_owned()).spawn(move || {
         let mut signals = signals.forever();

@@ -82,13 +82,12 @@ fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilde
         None if common.channels == Some(0) => parse_codec("none")?,
         None => parse_codec(DEFAULT_CODEC)?,
     };
-    let Rate(max_bandwidth) = common.max_bandwidth.unwrap_or(Rate(None));
     let configuration =
         Configuration { machine: MACHINE.to_owned(), page_bits: None, capabilities: Vec::new(), uuid: None };
     let mut builder = Source::builder(vec![guest.block.clone()], configuration)
         .channels(common.channels.unwrap_or(DEFAULT_CHANNELS))
         .codec(codec)
-        .max_bandwidth(max_bandwidth)
+        .max_bandwidth(common.max_bandwidth())
         .limits(flags.convergence.limits(common.downtime_limit))
         .timeout(common.timeout);
     if flags.auto_converge {

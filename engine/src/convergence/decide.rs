@@ -83,11 +83,13 @@ impl Convergence {
     pub(crate) fn on_round(&mut self, facts: RoundFacts, limits: &Limits) -> RoundRecord {
         self.round += 1;
         let measured = per_second(facts.content_bytes, facts.duration);
-        if facts.content_bytes >= MEASURABLE_BYTES || self.bandwidth.is_none() {
-            self.bandwidth = Some(self.bandwidth.map_or(measured, |before| cautious(before, measured)));
-        }
-        let bandwidth =
-            limits.avail_switchover_bandwidth.map_or(self.bandwidth.unwrap_or(measured), NonZeroU64::get);
+        let estimate = match self.bandwidth {
+            None => measured,
+            Some(before) if facts.content_bytes < MEASURABLE_BYTES => before,
+            Some(before) => cautious(before, measured),
+        };
+        self.bandwidth = Some(estimate);
+        let bandwidth = limits.avail_switchover_bandwidth.map_or(estimate, NonZeroU64::get);
         let expected = expected_downtime(facts.remaining_bytes, bandwidth, facts.sync);
         self.note_progress(facts.remaining_bytes);
         let throttle_percent = self.throttle.as_mut().map_or(0, |throttle| {
