@@ -9,7 +9,7 @@ use multifd_engine::{CheckpointWriter, Destination, ErrorKind};
 use multifd_tests::peer::{PATIENCE, Recorder, Recording, Socket, Style, Trial};
 use multifd_tests::{Outcome, Scratch};
 use multifd_transports::Endpoint;
-use multifd_wire::{Command, ReturnMessage};
+use multifd_wire::{Command, Item, ReturnMessage};
 
 use crate::fixture::{memory, multifd, recording, single};
 
@@ -142,7 +142,12 @@ fn a_source_that_never_listens_does_not_hold_up_a_cancel() -> Outcome {
             let mut socket = Socket::connect(&endpoint).unwrap();
             socket.limit(Duration::from_millis(300)).unwrap();
             let bytes = deaf().bytes(multifd_tests::peer::Lane::Main);
-            assert!(socket.write_all(&bytes).is_err(), "the destination never stopped reading");
+            let mut pings = Vec::new();
+            (0..50_000).for_each(|value| Item::Command(Command::Ping(value)).encode(&mut pings));
+            // How much goes into the sockets and buffers is the machine's to say: more and more, until they are full.
+            let full =
+                socket.write_all(&bytes).is_err() || (0..1000).any(|_| socket.write_all(&pings).is_err());
+            assert!(full, "the destination never stopped reading");
             let begun = Instant::now();
             canceller.cancel();
             (socket, begun)
