@@ -4,11 +4,14 @@ use std::{
     io, mem,
     os::fd::{AsRawFd as _, BorrowedFd},
     ptr,
+    time::Duration,
 };
 
 /// The account of a process that has ended.
 #[derive(Clone, Copy, Debug)]
 pub struct Usage {
+    /// Time on a core, its own and the kernel's on its behalf, all threads.
+    pub cpu: Duration,
     /// Page faults that found their page in memory, or made one: every page of a file or of fresh memory that
     /// was looked at through a mapping, for the first time, is one, unless the kernel mapped several at once.
     pub minor_faults: u64,
@@ -39,7 +42,11 @@ impl Usage {
             return Err(io::Error::last_os_error());
         }
         let number = |value: libc::c_long| u64::try_from(value).unwrap_or(0);
+        let time = |value: libc::timeval| {
+            Duration::from_secs(number(value.tv_sec)) + Duration::from_micros(number(value.tv_usec))
+        };
         Ok(Self {
+            cpu: time(usage.ru_utime) + time(usage.ru_stime),
             minor_faults: number(usage.ru_minflt),
             // The kernel counts it in KiB.
             peak_resident_bytes: number(usage.ru_maxrss) << 10,

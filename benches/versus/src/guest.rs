@@ -1,0 +1,192 @@
+//! The guests that are moved. Each stands still in a QEMU that is paused, and lies in a checkpoint with the same content.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use multifd_tests::ram::{self, PAGE};
+use multifd_tests::{
+    CheckpointFiles, During, Fill, Linux, Multifd, Outcome, Qemu, QemuBuilder, Receive, Scratch, Settings, Side, skip,
+};
+
+/// What is in the memory.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub(crate) enum Guest {
+    /// Synthetic: zero, text, pattern and random pages.
+    Filled { ram_mib: u32 },
+    /// Linux that has worked with real files: text, libraries, compressed data, heap, page cache, zeros.
+    Linux { ram_mib: u32 },
+    /// 8 GiB of which 256 MiB were ever touched.
+    Sparse,
+}
+
+/// A guest, ready to be moved again and again.
+pub(crate) struct Stage {
+    /// Its only CPU is halted with interrupts off: nothing changes its RAM, whether it is paused or not.
+    pub(crate) qemu: Qemu,
+    /// The same guest.
+    pub(crate) checkpoint: PathBuf,
+    pub(crate) builder: QemuBuilder,
+    _scratch: Scratch,
+}
+
+/// How long anything about a guest may take; a Linux that works through its files under emulation takes longest.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
+
+impl Guest {
+    pub(crate) fn ram_mib(self) -> u32 {
+        match self {
+            Self::Filled { ram_mib } | Self::Linux { ram_mib } => ram_mib,
+            Self::Sparse => 8 << 10,
+        }
+    }
+
+    /// Brings the guest up and stops it.
+    pub(crate) fn stage(self) -> Outcome<Stage> {
+        let scratch = Scratch::new()?;
+        let builder = Qemu::builder().machine("q35").ram_mib(self.ram_mib());
+        let builder = match self {
+            // What the machine has of the way it was booted must be at both ends, the files that it booted need not.
+            Self::Linux { .. } => builder.argument("-kernel").argument(kernel().display().to_string()),
+            Self::Filled { .. } | Self::Sparse => builder.floppy(&halting_floppy(&scratch)?),
+        };
+        let qemu = match self {
+            Self::Linux { ram_mib } => linux(&builder, ram_mib)?,
+            Self::Filled { .. } => halted(&builder.clone().fill(Fill::new(1)))?,
+            Self::Sparse => {
+                let qemu = halted(&builder)?;
+                touch(qemu.ram())?;
+                qemu
+            }
+        };
+        let mut stage = Stage { qemu, checkpoint: scratch.path("checkpoint"), builder, _scratch: scratch };
+        stage.save()?;
+        Ok(stage)
+    }
+}
+
+impl Stage {
+    fn save(&mut self) -> Outcome {
+        receive(&mut self.qemu, &self.checkpoint)?;
+        // One copy is enough: the other would only take memory from what is measured.
+        let copy = CheckpointFiles::open(&self.checkpoint)?.block("pc.ram")?;
+        ram::check_equal(self.qemu.ram(), &copy)?;
+        fs::remove_file(&copy)?;
+        Ok(fs::hard_link(self.qemu.ram(), &copy)?)
+    }
+}
+
+/// Saves what `qemu` holds as a checkpoint.
+fn receive(qemu: &mut Qemu, checkpoint: &Path) -> Outcome {
+    let settings = Settings { channels: Some(2), return_path: true, ..Settings::default() };
+    let mut receive = Receive::listen("tcp:127.0.0.1:0", checkpoint)?;
+    qemu.set_up(&settings, Side::Source)?;
+    qemu.migrate(receive.uri())?;
+    receive.wait_success(PATIENCE)?;
+    qemu.wait_completed(PATIENCE).map(drop)
+}
+
+/// A guest that has switched its only CPU off.
+fn halted(builder: &QemuBuilder) -> Outcome<Qemu> {
+    let mut qemu = builder.spawn("source")?;
+    qemu.serial().wait_for("H", 0, PATIENCE)?;
+    qemu.stop()?;
+    Ok(qemu)
+}
+
+fn halting_floppy(scratch: &Scratch) -> Outcome<PathBuf> {
+    let mut image = HALT.to_vec();
+    image.resize(510, 0);
+    image.extend([0x55, 0xaa]);
+    // The length says which kind of floppy it is.
+    image.resize(1_474_560, 0);
+    let floppy = scratch.path("floppy");
+    fs::write(&floppy, image)?;
+    Ok(floppy)
+}
+
+fn kernel() -> PathBuf {
+    skip::guest_dir().join("vmlinuz")
+}
+
+/// A boot sector: `mov dx, 3f8; mov al, 'H'; out dx, al; cli; hlt; jmp hlt`.
+const HALT: [u8; 10] = [0xba, 0xf8, 0x03, 0xb0, b'H', 0xee, 0xfa, 0xf4, 0xeb, 0xfd];
+
+/// The Linux guest, from the image that the first run has made.
+fn linux(builder: &QemuBuilder, ram_mib: u32) -> Outcome<Qemu> {
+    let image = skip::guest_dir().join(format!("versus-{ram_mib}"));
+    if !image.is_dir() {
+        eprintln!("making the guest image {}: takes some minutes, once", image.display());
+        work_and_save(ram_mib, &image)?;
+    }
+    let mut qemu = builder.clone().incoming("defer").paused().spawn("source")?;
+    let settings = Settings { channels: Some(2), ..Settings::default() };
+    qemu.set_up(&settings, Side::Destination)?;
+    let uri = qemu.listen("tcp:127.0.0.1:0")?;
+    Multifd::send(&image, &uri, &settings)?.wait_success(PATIENCE)?;
+    qemu.wait_completed(PATIENCE)?;
+    Ok(qemu)
+}
+
+/// Boots Linux, has it work with real files of this machine, and saves it.
+fn work_and_save(ram_mib: u32, image: &Path) -> Outcome {
+    let builder = Qemu::builder().machine("q35").ram_mib(ram_mib);
+    let scratch = Scratch::new()?;
+    let mut system = Linux::new();
+    for (name, content) in real_files()? {
+        system = system.file(&name, content);
+    }
+    let mut qemu = builder.linux(&system.build(&scratch)?).spawn("guest")?;
+    qemu.wait_linux(PATIENCE)?;
+    for step in WORK {
+        qemu.run_in_guest(step, PATIENCE)?;
+    }
+    qemu.type_text("halt -f\n")?;
+    qemu.serial().wait_for("System halted", 0, PATIENCE)?;
+    qemu.stop()?;
+    receive(&mut qemu, image)
+}
+
+/// What the guest does: compressed copies, text tools with their heaps, files that come and go.
+const WORK: [&str; 4] = [
+    "cd /tmp && for f in /real-*; do gzip -c $f > ${f#/}.gz; done",
+    "cat /real-* | strings | sort | uniq -c | sort -rn > words",
+    "tar cf all.tar /real-* && md5sum all.tar && rm all.tar",
+    "awk '{ seen[$2] += $1 } END { for (word in seen) print word, seen[word] }' words > counted && sync",
+];
+
+/// Libraries and texts of this machine, at most 96 MiB: enough to fill the page cache, few enough for an emulated guest.
+fn real_files() -> Outcome<Vec<(String, Vec<u8>)>> {
+    let (mut files, mut left) = (Vec::new(), 96 << 20);
+    for folder in ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/share/perl5", "/usr/bin"] {
+        let Ok(entries) = fs::read_dir(folder) else { continue };
+        let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        paths.sort();
+        for path in paths.into_iter().filter(|path| path.is_file() && !path.is_symlink()).take(400) {
+            let content = fs::read(&path).during(path.display())?;
+            if content.len() <= left.min(16 << 20) {
+                left -= content.len();
+                files.push((format!("real-{}", files.len()), content));
+            }
+        }
+    }
+    Ok(files)
+}
+
+/// Writes 256 MiB into a RAM file, in runs of 1 MiB, 31 MiB of nothing between them.
+fn touch(ram: &Path) -> Outcome {
+    let file = File::options().write(true).open(ram).during(ram.display())?;
+    let fill = Fill::new(2);
+    let mut page = Vec::new();
+    // From 1 MiB on: below is what the firmware needs.
+    for run in 0..256_u64 {
+        let first = (1 + run * 32) * ((1 << 20) / PAGE);
+        for index in (first..).take(256) {
+            page.clear();
+            fill.page(index, &mut page);
+            file.write_all_at(&page, index * PAGE)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,96 @@
+//! The same moves by QEMU and by multifd, side by side: `cargo run --release -p multifd-versus`.
+//!
+//! ```text
+//!  scenario: what is moved, how        guest: a paused QEMU and a checkpoint with the same RAM
+//!        └────────────┬──────────────────────┘
+//!               moves: QEMU or multifd at either end, or the raw pump; the RAM is compared every time
+//!                     │  interleaved, several rounds
+//!               table, --json: medians, and ratios of QEMU's time to ours
+//! ```
+
+mod account;
+mod guest;
+mod moves;
+mod pump;
+mod scenario;
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use multifd_tests::{During, Outcome};
+use serde_json::Value;
+
+use guest::{Guest, Stage};
+use scenario::Scenario;
+use table::Results;
+
+/// Runs the same moves by QEMU and by multifd, interleaved, and prints medians and ratios.
+#[derive(Debug, Parser)]
+struct Flags {
+    /// Scenarios to run, by name or the beginning of it. Default: all
+    scenarios: Vec<String>,
+    /// Names the scenarios and ends
+    #[arg(long)]
+    list: bool,
+    /// Runs of each way; the median is what counts
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    repeat: u32,
+    /// Guest RAM, in MiB, where the scenario does not say
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    ram: u32,
+    /// Writes every run here as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    match run(&Flags::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(flags: &Flags) -> Outcome {
+    let chosen = |scenario: &Scenario| {
+        flags.scenarios.is_empty() || flags.scenarios.iter().any(|name| scenario.name.starts_with(name))
+    };
+    let scenarios: Vec<Scenario> = scenario::all(flags.ram).into_iter().filter(chosen).collect();
+    if flags.list {
+        scenarios.iter().for_each(|scenario| println!("{}", scenario.name));
+        return Ok(());
+    }
+    let mut all = Vec::new();
+    let mut staged: Option<(Guest, Stage)> = None;
+    for scenario in &scenarios {
+        // One guest at a time is in memory; neighbours in the list share it.
+        if staged.as_ref().is_none_or(|(guest, _)| *guest != scenario.guest) {
+            drop(staged.take());
+            staged = Some((scenario.guest, scenario.guest.stage().during(&scenario.name)?));
+        }
+        if let Some((_, stage)) = &mut staged {
+            let results = compare(scenario, stage, flags.repeat).during(&scenario.name)?;
+            results.print();
+            all.push(results.json());
+        }
+    }
+    match &flags.json {
+        Some(path) => std::fs::write(path, format!("{:#}\n", Value::Array(all))).during(path.display()),
+        None => Ok(()),
+    }
+}
+
+/// Every way once, then every way again: what else the machine does hits all of them alike.
+fn compare<'a>(scenario: &'a Scenario, stage: &mut Stage, repeat: u32) -> Outcome<Results<'a>> {
+    let mut costs: Vec<_> = scenario.ways().into_iter().map(|way| (way, Vec::new())).collect();
+    for _ in 0..repeat.max(1) {
+        for (way, runs) in &mut costs {
+            runs.push(moves::once(scenario, *way, stage).during(way.name())?);
+        }
+    }
+    Ok(Results { scenario, costs })
+}

@@ -1,0 +1,111 @@
+//! What is moved, how, and by whom: the list that the command runs.
+
+use multifd_tests::{Compression, Settings};
+
+use crate::guest::Guest;
+
+/// One comparison: the same guest, the same settings, every way to move it.
+#[derive(Clone, Debug)]
+pub(crate) struct Scenario {
+    pub(crate) name: String,
+    pub(crate) guest: Guest,
+    pub(crate) transport: Transport,
+    /// Parallel channels; `None`: everything on the main channel.
+    pub(crate) channels: Option<u8>,
+    pub(crate) codec: Compression,
+    /// The least ratio of QEMU's time to ours that the project aims at.
+    pub(crate) target: Option<f64>,
+}
+
+/// What the bytes go over.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Transport {
+    Tcp,
+    Unix,
+}
+
+/// Who sends to whom.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub(crate) enum Way {
+    QemuToQemu,
+    OursToOurs,
+    QemuToOurs,
+    OursToQemu,
+    /// The raw pump into a mapping.
+    PumpMapping,
+    /// The raw pump into a file.
+    PumpFile,
+}
+
+impl Scenario {
+    fn new(name: &str, guest: Guest, channels: Option<u8>, codec: Compression) -> Self {
+        Self { name: name.to_owned(), guest, transport: Transport::Tcp, channels, codec, target: None }
+    }
+
+    fn over_unix(mut self) -> Self {
+        self.transport = Transport::Unix;
+        self
+    }
+
+    fn target(mut self, ratio: f64) -> Self {
+        self.target = Some(ratio);
+        self
+    }
+
+    /// The pump says nothing about compressed or sparse moves.
+    pub(crate) fn ways(&self) -> Vec<Way> {
+        let mut ways = vec![Way::QemuToQemu, Way::OursToOurs, Way::QemuToOurs, Way::OursToQemu];
+        if self.codec == Compression::None && self.guest != Guest::Sparse {
+            ways.extend([Way::PumpMapping, Way::PumpFile]);
+        }
+        ways
+    }
+
+    pub(crate) fn settings(&self) -> Settings {
+        Settings {
+            channels: self.channels,
+            compression: self.codec,
+            // Both ends know that the guest has arrived: the time is that of a move that can be trusted.
+            return_path: true,
+            ..Settings::default()
+        }
+    }
+}
+
+impl Way {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::QemuToQemu => "qemu > qemu",
+            Self::OursToOurs => "multifd > multifd",
+            Self::QemuToOurs => "qemu > multifd",
+            Self::OursToQemu => "multifd > qemu",
+            Self::PumpMapping => "pump (mapping)",
+            Self::PumpFile => "pump (file)",
+        }
+    }
+}
+
+/// Every scenario, `ram_mib` of guest RAM where it does not say otherwise.
+pub(crate) fn all(ram_mib: u32) -> Vec<Scenario> {
+    use Compression::{None as Plain, Zlib, Zstd};
+    let linux = Guest::Linux { ram_mib };
+    let mut list = vec![Scenario::new("single", linux, None, Plain).target(2.5)];
+    for channels in [1, 2, 4] {
+        let name = format!("none-{channels}");
+        let tcp = Scenario::new(&name, linux, Some(channels), Plain);
+        list.push(if channels == 2 { tcp.clone().target(1.2) } else { tcp.clone() });
+        list.push(Scenario { name: format!("{name}-unix"), ..tcp.over_unix() });
+    }
+    list.push(Scenario::new("zlib1", linux, Some(2), Zlib(1)).target(3.0));
+    list.push(Scenario::new("zstd1", linux, Some(2), Zstd(1)).target(1.5));
+    list.push(Scenario::new("zstd3", linux, Some(2), Zstd(3)));
+    list.push(Scenario::new("sparse", Guest::Sparse, Some(2), Plain).target(20.0));
+    for channels in [8, 16] {
+        list.push(Scenario::new(&format!("channels-{channels}"), linux, Some(channels), Plain));
+    }
+    for ram_mib in [256, 512, 2048, 4096] {
+        let name = format!("ram-{ram_mib}");
+        list.push(Scenario::new(&name, Guest::Filled { ram_mib }, Some(2), Plain));
+    }
+    list
+}
