@@ -28,6 +28,7 @@ mod codec;
 mod error;
 mod level;
 mod parse;
+mod random;
 mod registry;
 mod uncompressed;
 mod zlib;

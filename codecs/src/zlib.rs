@@ -1,10 +1,13 @@
 //! The codec `zlib`: one continuous zlib stream per channel, a sync flush at the end of each packet.
+//!
+//! Pages that would not become shorter are not given to the compressor: they go as stored blocks of the same stream.
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 
 use crate::codec::{Codec, CodecId, Decoder, Encoder};
 use crate::error::{CodecError, DecodeFailed, EncodeFailed};
 use crate::level::{LevelOutOfRange, ZlibLevel};
+use crate::random::looks_random;
 
 /// The codec `zlib` (docs/wire.md §8). Memory per channel: 340 KiB to send, 55 KiB to receive.
 #[derive(Clone, Copy, Debug, Default)]
@@ -36,8 +39,7 @@ impl Codec for Zlib {
     }
 
     fn encoder(&self) -> Result<Box<dyn Encoder>, CodecError> {
-        let level = Compression::new(self.0.value().into());
-        Ok(Box::new(Deflater { stream: Compress::new(level, true), dead: false }))
+        Ok(Box::new(Deflater::new(self.0)))
     }
 
     fn decoder(&self) -> Result<Box<dyn Decoder>, CodecError> {
@@ -52,12 +54,56 @@ impl Codec for Zlib {
 /// What a sync or full flush leaves at the end of each packet: the lengths of an empty stored block.
 const FLUSH_MARK: [u8; 4] = [0x00, 0x00, 0xff, 0xff];
 
+/// A stored block's first byte, in a block that is not the last.
+const STORED: u8 = 0x00;
+
+/// Most bytes in a stored block, in whole pages: its length has 16 bits.
+const STORED_MAX: usize = 15 * PAGE;
+
+const PAGE: usize = 4096;
+
+/// Writes the zlib header itself: what the compressor starts over with must not have one.
 struct Deflater {
+    /// Raw deflate. Its window never reaches over a stored block of ours, of which it knows nothing.
     stream: Compress,
+    header: Option<[u8; 2]>,
     dead: bool,
 }
 
 impl Deflater {
+    fn new(level: ZlibLevel) -> Self {
+        // Deflate with a window of 15 bits; the other byte tells the level, roughly, and makes a multiple of 31.
+        let level_hint = match level.value() {
+            0 | 1 => 0x01,
+            2..=5 => 0x5e,
+            6 => 0x9c,
+            _ => 0xda,
+        };
+        let stream = Compress::new(Compression::new(level.value().into()), false);
+        Self { stream, header: Some([0x78, level_hint]), dead: false }
+    }
+
+    fn packet(&mut self, pages: &[u8], out: &mut Vec<u8>) -> Result<(), EncodeFailed> {
+        out.extend(self.header.take().into_iter().flatten());
+        let mut stored_last = false;
+        for (random, run) in runs(pages) {
+            if random {
+                store(run, out);
+                // The decoder's window moves on by these pages, the compressor's does not: it has to forget what it has seen.
+                self.stream.reset();
+            } else {
+                // Bytes that do not compress cost 9 bits each in static Huffman codes, and less otherwise.
+                self.deflate(run, out, run.len() + run.len() / 8 + 64)?;
+            }
+            stored_last = random;
+        }
+        if stored_last {
+            out.push(STORED);
+            out.extend(FLUSH_MARK);
+        }
+        Ok(())
+    }
+
     /// `room` is the space to start with, in bytes. Where it is too small, more is made.
     fn deflate(&mut self, mut pages: &[u8], out: &mut Vec<u8>, room: usize) -> Result<(), EncodeFailed> {
         out.reserve(room);
@@ -83,12 +129,34 @@ impl Encoder for Deflater {
             return Ok(());
         }
         let start = out.len();
-        // Bytes that do not compress cost 9 bits each in static Huffman codes, and less otherwise.
-        let room = pages.len() + pages.len() / 8 + 64;
-        self.deflate(pages, out, room).inspect_err(|_| {
+        self.packet(pages, out).inspect_err(|_| {
             out.truncate(start);
             self.dead = true;
         })
+    }
+}
+
+/// Neighbouring pages of a kind: whether they look random, and their bytes.
+fn runs(pages: &[u8]) -> impl Iterator<Item = (bool, &[u8])> {
+    let mut rest = pages;
+    std::iter::from_fn(move || {
+        let random = looks_random(rest.chunks(PAGE).next()?);
+        let same = rest.chunks(PAGE).take_while(|page| looks_random(page) == random);
+        let (run, others) = rest.split_at(same.map(<[u8]>::len).sum());
+        rest = others;
+        Some((random, run))
+    })
+}
+
+/// Stored blocks: a byte, the length and its complement, the bytes as they are.
+fn store(pages: &[u8], out: &mut Vec<u8>) {
+    for block in pages.chunks(STORED_MAX) {
+        // STORED_MAX is below 2^16.
+        let len = u16::try_from(block.len()).unwrap_or(u16::MAX);
+        out.push(STORED);
+        out.extend(len.to_le_bytes());
+        out.extend((!len).to_le_bytes());
+        out.extend_from_slice(block);
     }
 }
 

@@ -237,7 +237,11 @@ impl Qemu {
     /// When QEMU refuses one of them.
     pub fn set_up(&mut self, settings: &Settings, side: Side) -> Outcome {
         let on = settings.capabilities(side);
-        let list: Vec<Value> = on.iter().map(|name| json!({ "capability": name, "state": true })).collect();
+        // What an earlier migration of this QEMU may have had on.
+        let off = ["multifd", "return-path", "xbzrle"].into_iter().filter(|name| !on.contains(name));
+        let list = on.iter().map(|name| (*name, true)).chain(off.map(|name| (name, false)));
+        let list: Vec<Value> =
+            list.map(|(name, state)| json!({ "capability": name, "state": state })).collect();
         self.execute("migrate-set-capabilities", json!({ "capabilities": list }))?;
         self.execute("migrate-set-parameters", Value::Object(settings.parameters(side))).map(drop)
     }

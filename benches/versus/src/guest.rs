@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use multifd_tests::ram::{self, PAGE};
 use multifd_tests::{
-    CheckpointFiles, During, Fill, Linux, Multifd, Outcome, Qemu, QemuBuilder, Receive, Scratch, Settings, Side, skip,
+    CheckpointFiles, During, Fill, Linux, Multifd, Outcome, Qemu, QemuBuilder, Receive, Scratch, Settings,
+    Side, skip,
 };
 
 /// What is in the memory.
@@ -159,7 +160,8 @@ const WORK: [&str; 4] = [
 /// Libraries and texts of this machine, at most 96 MiB: enough to fill the page cache, few enough for an emulated guest.
 fn real_files() -> Outcome<Vec<(String, Vec<u8>)>> {
     let (mut files, mut left) = (Vec::new(), 96 << 20);
-    for folder in ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/share/perl5", "/usr/bin"] {
+    for folder in ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/share/perl5", "/usr/bin"]
+    {
         let Ok(entries) = fs::read_dir(folder) else { continue };
         let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
         paths.sort();

@@ -45,7 +45,8 @@ fn qemu_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let (mut destination, uri) = incoming(scenario, stage)?;
     let pids = [stage.qemu.process().id(), destination.process().id()];
     let before = Snapshot::of(pids)?;
-    let (report, peak) = watched(pids, || send_by_qemu(scenario, &mut stage.qemu, &uri))?;
+    let moved = watched(pids, || send_by_qemu(scenario, &mut stage.qemu, &uri));
+    let (report, peak) = moved.map_err(|failure| destination.explain(failure))?;
     destination.wait_completed(PATIENCE)?;
     let after = Snapshot::of(pids)?;
     ram::check_equal(stage.qemu.ram(), destination.ram())?;

@@ -49,7 +49,8 @@ pub(crate) fn run(from: &Path, lanes: usize, transport: Transport, landing: Land
                 Landing::Mapping => into.receive_to_mapping(far, to_come),
             }));
         }
-        let join = |worker: thread::ScopedJoinHandle<'_, io::Result<()>>| worker.join().map_err(|_| PANICKED.into());
+        let join =
+            |worker: thread::ScopedJoinHandle<'_, io::Result<()>>| worker.join().map_err(|_| PANICKED.into());
         workers.into_iter().try_for_each(|worker| join(worker).and_then(|moved| moved))
     })?;
     let took = begun.elapsed();
@@ -75,7 +76,8 @@ impl Memory {
 
     fn send(&self, mut socket: File, chunks: impl Iterator<Item = usize>) -> io::Result<()> {
         for start in chunks {
-            let slice = self.mapping.get_slice(start, CHUNK.min(self.len - start)).map_err(io::Error::other)?;
+            let slice =
+                self.mapping.get_slice(start, CHUNK.min(self.len - start)).map_err(io::Error::other)?;
             socket.write_all_volatile(&slice).map_err(io::Error::other)?;
         }
         Ok(())
@@ -83,7 +85,8 @@ impl Memory {
 
     fn receive_to_mapping(&self, mut socket: File, chunks: impl Iterator<Item = usize>) -> io::Result<()> {
         for start in chunks {
-            let mut slice = self.mapping.get_slice(start, CHUNK.min(self.len - start)).map_err(io::Error::other)?;
+            let mut slice =
+                self.mapping.get_slice(start, CHUNK.min(self.len - start)).map_err(io::Error::other)?;
             socket.read_exact_volatile(&mut slice).map_err(io::Error::other)?;
         }
         Ok(())
@@ -108,7 +111,9 @@ impl Memory {
             self.file.read_exact_at(&mut left, start as u64)?;
             other.file.read_exact_at(&mut right, start as u64)?;
             if left != right {
-                return Err(Failure::new(format!("the pump moved other bytes than there are, near {start:#x}")));
+                return Err(Failure::new(format!(
+                    "the pump moved other bytes than there are, near {start:#x}"
+                )));
             }
         }
         Ok(())

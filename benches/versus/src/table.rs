@@ -48,7 +48,12 @@ impl Results<'_> {
     fn print_way(&self, way: Way) {
         let median = |read: &dyn Fn(&Cost) -> f64| self.median(way, read).unwrap_or_default();
         let mib = |bytes: f64| bytes / 1_048_576.0;
-        print!("  {:<18} {:>7.3} s {:>7.2}", way.name(), median(&seconds), self.ratio(way).unwrap_or_default());
+        print!(
+            "  {:<18} {:>7.3} s {:>7.2}",
+            way.name(),
+            median(&seconds),
+            self.ratio(way).unwrap_or_default()
+        );
         if matches!(way, Way::PumpMapping | Way::PumpFile) {
             return println!();
         }

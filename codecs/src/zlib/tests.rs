@@ -65,12 +65,37 @@ fn history_reaches_back_into_earlier_packets() {
 #[test]
 fn space_grows_while_the_flush_wants_more() {
     for room in [0, 1, 7, 100, 4095, 9000] {
-        let mut channel = Deflater { stream: Compress::new(Compression::new(1), true), dead: false };
+        let mut channel = Deflater::new(ZlibLevel::default());
         let pages = batch(128, room);
-        let mut payload = Vec::new();
+        let mut payload: Vec<u8> = channel.header.take().into_iter().flatten().collect();
         channel.deflate(&pages, &mut payload, room).unwrap();
         assert!(payload.ends_with(&FLUSH_MARK));
         assert!(first(&payload, pages.len()).unwrap() == pages, "room for {room}");
+    }
+}
+
+/// Pages of text and pages that look random, in every order that a packet may have.
+#[test]
+fn stored_pages_and_compressed_ones_are_one_stream() {
+    let random = |seed: usize| -> Vec<u8> {
+        let hash = |at: usize| (at + seed * PAGE_LEN).wrapping_mul(0x9e37_79b9_7f4a_7c15) as u64 >> 56;
+        (0..PAGE_LEN).map(|at| u8::try_from(hash(at)).unwrap()).collect()
+    };
+    for level in [1, 6, 9] {
+        let zlib = Zlib::level(level).unwrap();
+        let (mut encoder, mut decoder) = (zlib.encoder().unwrap(), zlib.decoder().unwrap());
+        for kinds in 0..256_usize {
+            let page = |at: usize| if kinds >> at & 1 == 1 { random(kinds + at) } else { batch(1, at) };
+            // 17 pages of a kind at the end: more than one stored block.
+            let sent: Vec<u8> = (0..8).chain([7; 16]).flat_map(page).collect();
+            let payload = encode(&mut *encoder, &sent);
+            assert!(payload.ends_with(&FLUSH_MARK));
+            let stored = (kinds.count_ones() as usize + (kinds >> 7) * 16) * PAGE_LEN;
+            assert!(payload.len() < stored + (sent.len() - stored) / 2 + 400, "{kinds:b}: {}", payload.len());
+            let mut pages = vec![0; sent.len()];
+            decoder.recv_pages(&payload, &mut pages).unwrap();
+            assert!(pages == sent, "level {level}, pages {kinds:b}");
+        }
     }
 }
 
@@ -177,6 +202,6 @@ fn errors_are_final() {
     let error = decoder.recv_pages(&payload, &mut pages).unwrap_err();
     assert_eq!(error.to_string(), "decoder used after it failed");
 
-    let mut dead = Deflater { stream: Compress::new(Compression::new(1), true), dead: true };
+    let mut dead = Deflater { dead: true, ..Deflater::new(ZlibLevel::default()) };
     assert!(matches!(dead.prepare(&[0; PAGE_LEN], &mut Vec::new()), Err(EncodeFailed::Dead)));
 }

@@ -140,13 +140,15 @@ impl ChannelWorker {
         }
         let codec = self.shared.codec(packet.flags())?;
         if packet.normal_pages() > 0 {
-            if codec.id() == CodecId::NONE {
-                self.receive_in_place(landing, packet)?;
-            } else {
+            if codec.id() != CodecId::NONE {
                 if self.decoder.is_none() {
                     self.decoder = Some(codec.decoder().map_err(codec_error)?);
                 }
                 self.receive_decoded(landing, packet)?;
+            } else if landing.is_cheaper_by_file(packet.normal_offsets().next()) {
+                self.receive_copied(landing, packet)?;
+            } else {
+                self.receive_in_place(landing, packet)?;
             }
         }
         for offset in packet.zero_offsets() {
@@ -214,23 +216,18 @@ impl ChannelWorker {
         if let Some(decoder) = &mut self.decoder {
             decoder.recv_pages(&self.payload, pages).map_err(codec_error)?;
         }
-        // Neighbouring pages go in one write.
-        let mut run: Option<(usize, usize, usize)> = None; // first page, pages, index of the first in the packet
-        let store = |(first, count, at): (usize, usize, usize)| {
-            landing.write(first, pages.get(at * PAGE..(at + count) * PAGE).unwrap_or_default())
-        };
-        for (index, offset) in packet.normal_offsets().enumerate() {
-            let page = landing.page_at(offset)?;
-            run = match run {
-                Some((first, count, at)) if first + count == page => Some((first, count + 1, at)),
-                Some(done) => {
-                    store(done)?;
-                    Some((page, 1, index))
-                }
-                None => Some((page, 1, index)),
-            };
-        }
-        run.map_or(Ok(()), store)
+        store(landing, packet, pages)
+    }
+
+    /// No codec, but memory that is a file: a copy more costs less than the faults of fresh pages.
+    fn receive_copied(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+        let mut pages = std::mem::take(&mut self.pages);
+        pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
+        let content = pages.get_mut(..packet.payload_len()).unwrap_or_default();
+        let stored =
+            self.receive(Phase::Active, "pages", content).and_then(|()| store(landing, packet, content));
+        self.pages = pages;
+        stored
     }
 
     fn device_state(&mut self, prefix: &[u8; PACKET_PREFIX_LEN]) -> Result<()> {
@@ -253,6 +250,26 @@ impl ChannelWorker {
             .recv_exact(into)
             .map_err(|error| Error::io(phase, format_args!("receiving {what} ({wanted} bytes)"), error))
     }
+}
+
+/// Puts the packet's pages where they belong; neighbours go in one write.
+fn store(landing: &Landing, packet: &RamPacket<'_>, pages: &[u8]) -> Result<()> {
+    let mut run: Option<(usize, usize, usize)> = None; // first page, pages, index of the first in the packet
+    let store = |(first, count, at): (usize, usize, usize)| {
+        landing.write(first, pages.get(at * PAGE..(at + count) * PAGE).unwrap_or_default())
+    };
+    for (index, offset) in packet.normal_offsets().enumerate() {
+        let page = landing.page_at(offset)?;
+        run = match run {
+            Some((first, count, at)) if first + count == page => Some((first, count + 1, at)),
+            Some(done) => {
+                store(done)?;
+                Some((page, 1, index))
+            }
+            None => Some((page, 1, index)),
+        };
+    }
+    run.map_or(Ok(()), store)
 }
 
 fn codec_error(error: impl std::error::Error + Send + Sync + 'static) -> Error {

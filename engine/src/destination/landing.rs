@@ -124,6 +124,12 @@ impl Landing {
         })
     }
 
+    /// True if the page at `offset` is not in memory yet, and making it by a write to its file costs less than by a page fault.
+    pub(crate) fn is_cheaper_by_file(&self, offset: Option<u64>) -> bool {
+        let page = offset.and_then(|offset| self.block.page_at(offset));
+        self.block.memory().is_written_through_file() && page.is_some_and(|page| !self.written.test(page))
+    }
+
     /// The kernel is about to write these pages by itself.
     pub(crate) fn note_written(&self, first: usize, pages: usize) {
         self.written.set_range(first, pages);
