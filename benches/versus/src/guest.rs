@@ -1,15 +1,19 @@
 //! The guests that are moved. Each stands still in a QEMU that is paused, and lies in a checkpoint with the same content.
 
 use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use multifd_tests::ram::{self, PAGE};
+use multifd_tests::ram::PAGE;
 use multifd_tests::{
-    CheckpointFiles, During, Fill, Linux, Multifd, Outcome, Qemu, QemuBuilder, Receive, Scratch, Settings,
-    Side, skip,
+    CheckpointFiles, During, Failure, Fill, Linux, Multifd, Outcome, Qemu, QemuBuilder, Receive, Scratch,
+    Settings, Side, skip,
 };
+use rustix::fs::{FallocateFlags, fallocate};
+use serde_json::json;
 
 /// What is in the memory.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -28,6 +32,8 @@ pub(crate) struct Stage {
     pub(crate) qemu: Qemu,
     /// The same guest.
     pub(crate) checkpoint: PathBuf,
+    /// The pages of its RAM that hold something.
+    pub(crate) packed: PathBuf,
     pub(crate) builder: QemuBuilder,
     _scratch: Scratch,
 }
@@ -61,22 +67,64 @@ impl Guest {
                 qemu
             }
         };
-        let mut stage = Stage { qemu, checkpoint: scratch.path("checkpoint"), builder, _scratch: scratch };
-        stage.save()?;
+        let (checkpoint, packed) = (scratch.path("checkpoint"), scratch.path("packed"));
+        let mut stage = Stage { qemu, checkpoint, packed, builder, _scratch: scratch };
+        receive(&mut stage.qemu, &stage.checkpoint)?;
+        Stage::pack(&stage.checkpoint, &stage.packed)?;
         Ok(stage)
     }
 }
 
 impl Stage {
-    fn save(&mut self) -> Outcome {
-        receive(&mut self.qemu, &self.checkpoint)?;
-        // One copy is enough: the other would only take memory from what is measured.
-        let copy = CheckpointFiles::open(&self.checkpoint)?.block("pc.ram")?;
-        ram::check_equal(self.qemu.ram(), &copy)?;
-        fs::remove_file(&copy)?;
-        Ok(fs::hard_link(self.qemu.ram(), &copy)?)
+    /// Before each move: pages that hold nothing are no memory of the host, as in a guest that never touched them. A QEMU that
+    /// has looked at them has made them.
+    pub(crate) fn forget_untouched(&self) -> Outcome {
+        let file = File::options().read(true).write(true).open(self.qemu.ram())?;
+        let mut untouched = 0..0;
+        let forget = |range: &Range<u64>| {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            if range.is_empty() {
+                Ok(())
+            } else {
+                fallocate(&file, flags, range.start, range.end - range.start)
+            }
+        };
+        each_page(&file, |offset, zero, _| {
+            if zero && untouched.end == offset {
+                untouched.end += PAGE;
+            } else if zero {
+                forget(&untouched)?;
+                untouched = offset..offset + PAGE;
+            }
+            Ok(())
+        })?;
+        Ok(forget(&untouched)?)
+    }
+
+    /// A file of the pages that hold something, one after the other: what a move moves.
+    fn pack(checkpoint: &Path, packed: &Path) -> Outcome {
+        let ram = File::open(CheckpointFiles::open(checkpoint)?.block("pc.ram")?)?;
+        let mut packed = BufWriter::new(File::create(packed)?);
+        each_page(&ram, |_, zero, page| if zero { Ok(()) } else { packed.write_all(page) })?;
+        Ok(packed.flush()?)
     }
 }
+
+/// Calls `visit` with the offset of each page of `ram`, whether it is zero, and its bytes.
+fn each_page(ram: &File, mut visit: impl FnMut(u64, bool, &[u8]) -> io::Result<()>) -> Outcome {
+    let mut chunk = vec![0; CHUNK];
+    let page_len = usize::try_from(PAGE)?;
+    for start in (0..ram.metadata()?.len()).step_by(CHUNK) {
+        ram.read_exact_at(&mut chunk, start)?;
+        for (offset, page) in (start..).step_by(page_len).zip(chunk.chunks(page_len)) {
+            visit(offset, page.iter().all(|byte| *byte == 0), page)?;
+        }
+    }
+    Ok(())
+}
+
+/// Bytes read at a time. Guests have whole MiB.
+const CHUNK: usize = 1 << 20;
 
 /// Saves what `qemu` holds as a checkpoint.
 fn receive(qemu: &mut Qemu, checkpoint: &Path) -> Outcome {
@@ -92,7 +140,7 @@ fn receive(qemu: &mut Qemu, checkpoint: &Path) -> Outcome {
 fn halted(builder: &QemuBuilder) -> Outcome<Qemu> {
     let mut qemu = builder.spawn("source")?;
     qemu.serial().wait_for("H", 0, PATIENCE)?;
-    qemu.stop()?;
+    come_to_rest(&mut qemu)?;
     Ok(qemu)
 }
 
@@ -127,7 +175,22 @@ fn linux(builder: &QemuBuilder, ram_mib: u32) -> Outcome<Qemu> {
     let uri = qemu.listen("tcp:127.0.0.1:0")?;
     Multifd::send(&image, &uri, &settings)?.wait_success(PATIENCE)?;
     qemu.wait_completed(PATIENCE)?;
+    come_to_rest(&mut qemu)?;
     Ok(qemu)
+}
+
+/// Lets a guest that is about to halt do so, and stops it.
+fn come_to_rest(qemu: &mut Qemu) -> Outcome {
+    let deadline = Instant::now() + PATIENCE;
+    qemu.resume()?;
+    let registers = json!({ "command-line": "info registers" });
+    while !qemu.execute("human-monitor-command", registers.clone())?.to_string().contains("HLT=1") {
+        if Instant::now() > deadline {
+            return Err(Failure::new("the guest does not halt"));
+        }
+        qemu.gather_events(Duration::from_millis(5))?;
+    }
+    qemu.stop()
 }
 
 /// Boots Linux, has it work with real files of this machine, and saves it.

@@ -26,9 +26,10 @@ pub(crate) struct Cost {
 
 /// Moves the guest once; fails unless its RAM arrives equal.
 pub(crate) fn once(scenario: &Scenario, way: Way, stage: &mut Stage) -> Outcome<Cost> {
+    stage.forget_untouched()?;
     let lanes = usize::from(scenario.channels.unwrap_or(1));
     let pump = |landing| {
-        let total = pump::run(stage.qemu.ram(), lanes, scenario.transport, landing)?;
+        let total = pump::run(&stage.packed, lanes, scenario.transport, landing)?;
         Ok(Cost { total, ..Cost::default() })
     };
     match way {

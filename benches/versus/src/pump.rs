@@ -30,7 +30,7 @@ pub(crate) enum Landing {
     Mapping,
 }
 
-/// Moves the whole file `from`, zeros like everything else, into a fresh memory file, and compares.
+/// Moves the whole file `from` into a fresh memory file, and compares.
 pub(crate) fn run(from: &Path, lanes: usize, transport: Transport, landing: Landing) -> Outcome<Duration> {
     let source = Memory::map(File::options().read(true).write(true).open(from)?)?;
     let fresh = File::from(memfd_create("pump", MemfdFlags::CLOEXEC)?);

@@ -145,7 +145,7 @@ impl ChannelWorker {
                     self.decoder = Some(codec.decoder().map_err(codec_error)?);
                 }
                 self.receive_decoded(landing, packet)?;
-            } else if landing.is_cheaper_by_file(packet.normal_offsets().next()) {
+            } else if let Some(_way) = landing.way_through_file(packet.normal_offsets().next()) {
                 self.receive_copied(landing, packet)?;
             } else {
                 self.receive_in_place(landing, packet)?;
@@ -219,7 +219,7 @@ impl ChannelWorker {
         store(landing, packet, pages)
     }
 
-    /// No codec, but memory that is a file: a copy more costs less than the faults of fresh pages.
+    /// No codec, but a file behind the memory: see [`Landing::way_through_file`].
     fn receive_copied(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
         let mut pages = std::mem::take(&mut self.pages);
         pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use multifd_codecs::xbzrle;
 use multifd_wire::{BlockEntry, BlockName, Configuration};
@@ -44,6 +44,7 @@ pub(crate) struct Landing {
     block: RamBlock,
     /// Pages that something was written to since the block was fresh. Unused for memory that was not.
     written: Written,
+    way_through_file: Mutex<()>,
 }
 
 /// One bit a page, made where pages arrive: a block is as long as the peer says, and that alone must cost nothing.
@@ -72,7 +73,11 @@ impl Landings {
                     entry.name, entry.used_len
                 )));
             }
-            let landing = Landing { written: Written::new(block.pages()), block: block.clone() };
+            let landing = Landing {
+                written: Written::new(block.pages()),
+                way_through_file: Mutex::default(),
+                block: block.clone(),
+            };
             by_name.insert(entry.name.clone(), Arc::new(landing));
         }
         Ok(Self(by_name))
@@ -124,10 +129,17 @@ impl Landing {
         })
     }
 
-    /// True if the page at `offset` is not in memory yet, and making it by a write to its file costs less than by a page fault.
-    pub(crate) fn is_cheaper_by_file(&self, offset: Option<u64>) -> bool {
-        let page = offset.and_then(|offset| self.block.page_at(offset));
-        self.block.memory().is_written_through_file() && page.is_some_and(|page| !self.written.test(page))
+    /// The way through the block's file, for a packet that begins with the page at `offset`: if there is a file, the page is not
+    /// in memory yet, and nobody else is on the way.
+    ///
+    /// To make fresh pages by a write costs less than by page faults, a copy of the bytes included. But the kernel lets only one
+    /// write at a time into a file: who finds the way taken is faster with the faults.
+    pub(crate) fn way_through_file(&self, offset: Option<u64>) -> Option<MutexGuard<'_, ()>> {
+        let page = offset.and_then(|offset| self.block.page_at(offset))?;
+        if !self.block.memory().is_written_through_file() || self.written.test(page) {
+            return None;
+        }
+        self.way_through_file.try_lock().ok()
     }
 
     /// The kernel is about to write these pages by itself.
