@@ -9,7 +9,7 @@ use multifd_wire::{
     DeviceStatePacket, InitialPacket, PACKET_PREFIX_LEN, PacketKind, RamPacket, header_len, pages_per_packet,
 };
 
-use super::landing::{Landing, Landings};
+use super::landing::{Landing, Landings, Way};
 use super::shared::{DevicePacket, Shared};
 use crate::dialect;
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -145,10 +145,8 @@ impl ChannelWorker {
                     self.decoder = Some(codec.decoder().map_err(codec_error)?);
                 }
                 self.receive_decoded(landing, packet)?;
-            } else if let Some(_way) = landing.way_through_file(packet.normal_offsets().next()) {
-                self.receive_copied(landing, packet)?;
             } else {
-                self.receive_in_place(landing, packet)?;
+                self.receive_plain(landing, packet)?;
             }
         }
         for offset in packet.zero_offsets() {
@@ -160,7 +158,16 @@ impl ChannelWorker {
         Ok(())
     }
 
-    /// No codec: the kernel puts the bytes where they belong.
+    /// No codec: fresh pages go through the block's file if the way is free.
+    fn receive_plain(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+        let fresh = packet.normal_offsets().next().is_some_and(|offset| landing.is_untouched(offset));
+        match landing.way_through_file().filter(|_| fresh) {
+            Some(way) => self.receive_copied(landing, packet, &way),
+            None => self.receive_in_place(landing, packet),
+        }
+    }
+
+    /// The kernel puts the bytes where they belong.
     fn receive_in_place(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
         let mut ranges = self.ranges.start();
         for offset in packet.normal_offsets() {
@@ -216,16 +223,15 @@ impl ChannelWorker {
         if let Some(decoder) = &mut self.decoder {
             decoder.recv_pages(&self.payload, pages).map_err(codec_error)?;
         }
-        store(landing, packet, pages)
+        store(landing, packet, pages, landing.way_through_file().as_ref())
     }
 
-    /// No codec, but a file behind the memory: see [`Landing::way_through_file`].
-    fn receive_copied(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+    fn receive_copied(&mut self, landing: &Landing, packet: &RamPacket<'_>, way: &Way<'_>) -> Result<()> {
         let mut pages = std::mem::take(&mut self.pages);
         pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
         let content = pages.get_mut(..packet.payload_len()).unwrap_or_default();
-        let stored =
-            self.receive(Phase::Active, "pages", content).and_then(|()| store(landing, packet, content));
+        let received = self.receive(Phase::Active, "pages", content);
+        let stored = received.and_then(|()| store(landing, packet, content, Some(way)));
         self.pages = pages;
         stored
     }
@@ -253,10 +259,10 @@ impl ChannelWorker {
 }
 
 /// Puts the packet's pages where they belong; neighbours go in one write.
-fn store(landing: &Landing, packet: &RamPacket<'_>, pages: &[u8]) -> Result<()> {
+fn store(landing: &Landing, packet: &RamPacket<'_>, pages: &[u8], way: Option<&Way<'_>>) -> Result<()> {
     let mut run: Option<(usize, usize, usize)> = None; // first page, pages, index of the first in the packet
     let store = |(first, count, at): (usize, usize, usize)| {
-        landing.write(first, pages.get(at * PAGE..(at + count) * PAGE).unwrap_or_default())
+        landing.write(first, pages.get(at * PAGE..(at + count) * PAGE).unwrap_or_default(), way)
     };
     for (index, offset) in packet.normal_offsets().enumerate() {
         let page = landing.page_at(offset)?;

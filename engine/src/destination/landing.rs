@@ -44,8 +44,11 @@ pub(crate) struct Landing {
     block: RamBlock,
     /// Pages that something was written to since the block was fresh. Unused for memory that was not.
     written: Written,
-    way_through_file: Mutex<()>,
+    way: Mutex<()>,
 }
+
+/// Whoever has it may write through the block's file.
+pub(crate) struct Way<'l>(#[expect(dead_code, reason = "held, not read")] MutexGuard<'l, ()>);
 
 /// One bit a page, made where pages arrive: a block is as long as the peer says, and that alone must cost nothing.
 struct Written(Box<[OnceLock<DirtyBitmap>]>);
@@ -73,11 +76,8 @@ impl Landings {
                     entry.name, entry.used_len
                 )));
             }
-            let landing = Landing {
-                written: Written::new(block.pages()),
-                way_through_file: Mutex::default(),
-                block: block.clone(),
-            };
+            let landing =
+                Landing { written: Written::new(block.pages()), way: Mutex::default(), block: block.clone() };
             by_name.insert(entry.name.clone(), Arc::new(landing));
         }
         Ok(Self(by_name))
@@ -129,17 +129,17 @@ impl Landing {
         })
     }
 
-    /// The way through the block's file, for a packet that begins with the page at `offset`: if there is a file, the page is not
-    /// in memory yet, and nobody else is on the way.
+    /// The way through the block's file, if there is a file and nobody else is on the way.
     ///
     /// To make fresh pages by a write costs less than by page faults, a copy of the bytes included. But the kernel lets only one
-    /// write at a time into a file: who finds the way taken is faster with the faults.
-    pub(crate) fn way_through_file(&self, offset: Option<u64>) -> Option<MutexGuard<'_, ()>> {
-        let page = offset.and_then(|offset| self.block.page_at(offset))?;
-        if !self.block.memory().is_written_through_file() || self.written.test(page) {
-            return None;
-        }
-        self.way_through_file.try_lock().ok()
+    /// write at a time into a file, and has the others spin: who finds the way taken is better off with the mapping.
+    pub(crate) fn way_through_file(&self) -> Option<Way<'_>> {
+        if self.block.memory().is_written_through_file() { self.way.try_lock().ok().map(Way) } else { None }
+    }
+
+    /// True if nothing has been written to the page at `offset` since the block was fresh.
+    pub(crate) fn is_untouched(&self, offset: u64) -> bool {
+        self.block.page_at(offset).is_some_and(|page| !self.written.test(page))
     }
 
     /// The kernel is about to write these pages by itself.
@@ -147,10 +147,15 @@ impl Landing {
         self.written.set_range(first, pages);
     }
 
-    /// Writes whole pages from `first` on.
-    pub(crate) fn write(&self, first: usize, content: &[u8]) -> Result<()> {
+    /// Writes whole pages from `first` on, through the file or through the mapping.
+    pub(crate) fn write(&self, first: usize, content: &[u8], way: Option<&Way<'_>>) -> Result<()> {
         self.written.set_range(first, content.len() / PAGE);
-        self.block.memory().store(first * PAGE, content).map_err(|error| self.failed("writing", first, error))
+        let (memory, offset) = (self.block.memory(), first * PAGE);
+        let stored = match way {
+            Some(_) => memory.store(offset, content),
+            None => memory.store_mapped(offset, content),
+        };
+        stored.map_err(|error| self.failed("writing", first, error))
     }
 
     /// Makes the page zero. Memory that is zero already is left alone, so that holes stay holes.
@@ -172,7 +177,7 @@ impl Landing {
             let detail = format!("xbzrle record for page {page} of RAM block {}", self.block.name());
             Error::new(ErrorKind::Codec, Phase::Active, detail).because(error)
         })?;
-        self.write(page, &content)
+        self.write(page, &content, self.way_through_file().as_ref())
     }
 
     fn failed(&self, doing: &str, page: usize, error: io::Error) -> Error {

@@ -94,7 +94,8 @@ impl<'a> RamSection<'a> {
                 RamRecord::Page { offset, block } => {
                     let landing = find(&self.landings, &mut self.last_block, block)?;
                     let page = landing.page_at(offset)?;
-                    landing.write(page, reader.bytes(Phase::Active, "a page", PAGE)?)?;
+                    let way = landing.way_through_file();
+                    landing.write(page, reader.bytes(Phase::Active, "a page", PAGE)?, way.as_ref())?;
                     reader.consume(PAGE);
                     pages.normal += 1;
                 }

@@ -149,6 +149,23 @@ impl HostMemory {
         slice.copy_from(from);
         Ok(())
     }
+
+    /// As [`store`](Self::store), but through the mapping: for a file that somebody else writes to, whom a write would wait for.
+    pub(crate) fn store_mapped(&self, offset: usize, from: &[u8]) -> io::Result<()> {
+        match self.slice(offset, from.len()) {
+            Some(slice) if self.shared_file.is_none() || populate(&slice) => slice.copy_from(from),
+            _ => return self.store(offset, from),
+        }
+        Ok(())
+    }
+}
+
+/// Makes the pages of `slice`; false if there is no room for them, or the kernel (before 5.14) cannot.
+fn populate(slice: &VolatileSlice<'_>) -> bool {
+    // SAFETY: the range is mapped, see `HostMemory::slice`; its content stays as it is.
+    unsafe {
+        libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_POPULATE_WRITE) == 0
+    }
 }
 
 impl std::fmt::Debug for HostMemory {
