@@ -10,6 +10,7 @@
 
 mod account;
 mod guest;
+mod live;
 mod moves;
 mod pump;
 mod scenario;
@@ -23,7 +24,8 @@ use multifd_tests::{During, Outcome};
 use serde_json::Value;
 
 use guest::{Guest, Stage};
-use scenario::Scenario;
+use moves::Cost;
+use scenario::{Scenario, Way};
 use table::Results;
 
 /// Runs the same moves by QEMU and by multifd, interleaved, and prints medians and ratios.
@@ -67,13 +69,25 @@ fn run(flags: &Flags) -> Outcome {
     let mut all = Vec::new();
     let mut staged: Option<(Guest, Stage)> = None;
     for scenario in &scenarios {
+        if let Some(set) = scenario.live {
+            drop(staged.take());
+            let results = compare(scenario, flags.repeat, |way| match way {
+                Way::QemuToQemu => live::by_qemu(scenario, set),
+                _ => live::by_ours(scenario, set),
+            });
+            let results = results.during(&scenario.name)?;
+            results.print();
+            all.push(results.json());
+            continue;
+        }
         // One guest at a time is in memory; neighbours in the list share it.
         if staged.as_ref().is_none_or(|(guest, _)| *guest != scenario.guest) {
             drop(staged.take());
             staged = Some((scenario.guest, scenario.guest.stage().during(&scenario.name)?));
         }
         if let Some((_, stage)) = &mut staged {
-            let results = compare(scenario, stage, flags.repeat).during(&scenario.name)?;
+            let results = compare(scenario, flags.repeat, |way| moves::once(scenario, way, stage));
+            let results = results.during(&scenario.name)?;
             results.print();
             all.push(results.json());
         }
@@ -85,11 +99,15 @@ fn run(flags: &Flags) -> Outcome {
 }
 
 /// Every way once, then every way again: what else the machine does hits all of them alike.
-fn compare<'a>(scenario: &'a Scenario, stage: &mut Stage, repeat: u32) -> Outcome<Results<'a>> {
+fn compare(
+    scenario: &Scenario,
+    repeat: u32,
+    mut run: impl FnMut(Way) -> Outcome<Cost>,
+) -> Outcome<Results<'_>> {
     let mut costs: Vec<_> = scenario.ways().into_iter().map(|way| (way, Vec::new())).collect();
     for _ in 0..repeat.max(1) {
         for (way, runs) in &mut costs {
-            runs.push(moves::once(scenario, *way, stage).during(way.name())?);
+            runs.push(run(*way).during(way.name())?);
         }
     }
     Ok(Results { scenario, costs })

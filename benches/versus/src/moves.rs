@@ -20,6 +20,10 @@ pub(crate) struct Cost {
     /// Time on a core at the source and at the destination.
     pub(crate) cpu: [Duration; 2],
     pub(crate) wire_bytes: u64,
+    /// How long a live guest stood still.
+    pub(crate) downtime: Duration,
+    /// How often a live guest's dirty pages were collected.
+    pub(crate) rounds: u64,
     /// The most private memory at the source and at the destination, in bytes: what was there before the move is not counted.
     pub(crate) private_bytes: [u64; 2],
 }
@@ -56,6 +60,7 @@ fn qemu_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
         wire_bytes: report.1,
         cpu: after.cpu_since(&before),
         private_bytes: before.growth_to(peak),
+        ..Cost::default()
     })
 }
 
@@ -76,6 +81,7 @@ fn ours_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
         wire_bytes: report.number("wire_bytes")?,
         cpu: usages.map(|usage| usage.cpu),
         private_bytes,
+        ..Cost::default()
     })
 }
 
@@ -97,6 +103,7 @@ fn qemu_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
         wire_bytes: report.1,
         cpu: [source, destination],
         private_bytes: [private_source, peak[1]],
+        ..Cost::default()
     })
 }
 
@@ -115,6 +122,7 @@ fn ours_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
         wire_bytes: report.number("wire_bytes")?,
         cpu: [usage.cpu, after.cpu_since(&before)[1]],
         private_bytes: [peak[0], before.growth_to(peak)[1]],
+        ..Cost::default()
     })
 }
 

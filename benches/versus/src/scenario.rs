@@ -3,6 +3,7 @@
 use multifd_tests::{Compression, Settings};
 
 use crate::guest::Guest;
+use crate::live::WorkingSet;
 
 /// One comparison: the same guest, the same settings, every way to move it.
 #[derive(Clone, Debug)]
@@ -13,6 +14,8 @@ pub(crate) struct Scenario {
     /// Parallel channels; `None`: everything on the main channel.
     pub(crate) channels: Option<u8>,
     pub(crate) codec: Compression,
+    /// The guest runs, and rewrites these pages. Otherwise it stands still.
+    pub(crate) live: Option<WorkingSet>,
     /// The least ratio of QEMU's time to ours that the project aims at.
     pub(crate) target: Option<f64>,
 }
@@ -39,7 +42,15 @@ pub(crate) enum Way {
 
 impl Scenario {
     fn new(name: &str, guest: Guest, channels: Option<u8>, codec: Compression) -> Self {
-        Self { name: name.to_owned(), guest, transport: Transport::Tcp, channels, codec, target: None }
+        Self {
+            name: name.to_owned(),
+            guest,
+            transport: Transport::Tcp,
+            channels,
+            codec,
+            live: None,
+            target: None,
+        }
     }
 
     fn over_unix(mut self) -> Self {
@@ -52,8 +63,20 @@ impl Scenario {
         self
     }
 
+    fn live(mut self, set_mib: u32) -> Self {
+        self.live = Some(WorkingSet { pages: set_mib << 8, laps_per_second: 19 });
+        self
+    }
+
+    pub(crate) fn over_tcp(&self) -> bool {
+        self.transport == Transport::Tcp
+    }
+
     /// The pump says nothing about compressed or sparse moves.
     pub(crate) fn ways(&self) -> Vec<Way> {
+        if self.live.is_some() {
+            return vec![Way::QemuToQemu, Way::OursToOurs];
+        }
         let mut ways = vec![Way::QemuToQemu, Way::OursToOurs, Way::QemuToOurs, Way::OursToQemu];
         if self.codec == Compression::None && self.guest != Guest::Sparse {
             ways.extend([Way::PumpMapping, Way::PumpFile]);
@@ -100,6 +123,10 @@ pub(crate) fn all(ram_mib: u32) -> Vec<Scenario> {
     list.push(Scenario::new("zstd1", linux, Some(2), Zstd(1)).target(1.5));
     list.push(Scenario::new("zstd3", linux, Some(2), Zstd(3)));
     list.push(Scenario::new("sparse", Guest::Sparse, Some(2), Plain).target(20.0));
+    for set_mib in [4, 16, 64, 128] {
+        let guest = Guest::Filled { ram_mib: 512 };
+        list.push(Scenario::new(&format!("live-{set_mib}"), guest, Some(2), Plain).live(set_mib));
+    }
     for channels in [8, 16] {
         list.push(Scenario::new(&format!("channels-{channels}"), linux, Some(channels), Plain));
     }

@@ -32,6 +32,9 @@ impl Results<'_> {
     pub(crate) fn print(&self) {
         let Scenario { name, target, .. } = self.scenario;
         println!("\n{name}");
+        if self.scenario.live.is_some() {
+            return self.print_live();
+        }
         println!(
             "  {:<18} {:>9} {:>7} {:>15} {:>10} {:>17}",
             "", "time", "ratio", "cpu s (src+dst)", "wire MiB", "memory MiB"
@@ -42,6 +45,25 @@ impl Results<'_> {
         if let (Some(target), Some(reached)) = (target, self.ratio(Way::OursToOurs)) {
             let verdict = if reached >= *target { "reached" } else { "missed" };
             println!("  target: {target:.1}, {verdict} with {reached:.2}");
+        }
+    }
+
+    fn print_live(&self) {
+        println!(
+            "  {:<18} {:>9} {:>11} {:>9} {:>7} {:>10}",
+            "", "time", "downtime", "ratio", "rounds", "wire MiB"
+        );
+        for (way, _) in &self.costs {
+            let median = |read: &dyn Fn(&Cost) -> f64| self.median(*way, read).unwrap_or_default();
+            println!(
+                "  {:<18} {:>7.3} s {:>8.1} ms {:>9.2} {:>7} {:>10.0}",
+                way.name(),
+                median(&seconds),
+                median(&downtime) * 1e3,
+                self.median(Way::QemuToQemu, downtime).unwrap_or_default() / median(&downtime),
+                median(&|cost| cost.rounds as f64),
+                median(&|cost| cost.wire_bytes as f64) / 1_048_576.0,
+            );
         }
     }
 
@@ -95,6 +117,10 @@ pub(crate) fn seconds(cost: &Cost) -> f64 {
     cost.total.as_secs_f64()
 }
 
+fn downtime(cost: &Cost) -> f64 {
+    cost.downtime.as_secs_f64()
+}
+
 fn run(cost: &Cost) -> Value {
     let [source, destination] = cost.cpu.map(|time| time.as_secs_f64());
     let [memory_source, memory_destination] = cost.private_bytes;
@@ -103,6 +129,8 @@ fn run(cost: &Cost) -> Value {
         "cpu_source_s": source,
         "cpu_destination_s": destination,
         "wire_bytes": cost.wire_bytes,
+        "downtime_s": downtime(cost),
+        "rounds": cost.rounds,
         "memory_source_bytes": memory_source,
         "memory_destination_bytes": memory_destination,
     })
