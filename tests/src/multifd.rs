@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{Compression, Failure, Outcome, Process, Settings};
+use crate::{Compression, Failure, Outcome, Process, Settings, process::wrapped};
 
 /// When this variable is set, it is the command that the tests run; otherwise they build it.
 const BINARY: &str = "MULTIFD_BIN";
@@ -85,8 +85,18 @@ impl Receive {
     /// # Errors
     /// When it cannot be built or started, or does not listen.
     pub fn listen(uri: &str, out: &Path) -> Outcome<Self> {
+        Self::listen_in(&[], uri, out)
+    }
+
+    /// As [`Receive::listen`], by this command: `ip netns exec NAME`, for example.
+    ///
+    /// # Errors
+    /// As [`Receive::listen`].
+    pub fn listen_in(wrapper: &[&str], uri: &str, out: &Path) -> Outcome<Self> {
         let out = out.display().to_string();
-        let process = Multifd::spawn("receive", ["receive", uri, "--out", &out, "--json"])?;
+        let mut command = wrapped(wrapper, Multifd::binary()?);
+        command.args(["receive", uri, "--out", &out, "--json"]);
+        let process = Process::spawn("receive", command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
         let listening = |said: &[u8]| {
             let said = std::str::from_utf8(said).ok()?.strip_suffix('\n')?;
             said.lines().find_map(|line| line.strip_prefix("listening on ")).map(str::to_owned)

@@ -1,6 +1,7 @@
 //! A child process that never outlives its test.
 
 use std::{
+    ffi::OsStr,
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::process::CommandExt as _,
@@ -157,6 +158,14 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// The command that runs `program` by `wrapper`, if there is one.
+pub(crate) fn wrapped(wrapper: &[impl AsRef<OsStr>], program: impl AsRef<OsStr>) -> Command {
+    let Some((first, others)) = wrapper.split_first() else { return Command::new(program) };
+    let mut command = Command::new(first);
+    command.args(others).arg(program);
+    command
 }
 
 #[expect(unsafe_code, reason = "asking for the parent-death signal must happen between fork and exec")]

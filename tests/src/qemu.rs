@@ -13,7 +13,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::{During, Failure, Fill, Outcome, Process, Qmp, Scratch, Transcript};
+use crate::{During, Failure, Fill, Outcome, Process, Qmp, Scratch, Transcript, process::wrapped};
 
 /// The emulator that all tests run.
 pub const PROGRAM: &str = "qemu-system-x86_64";
@@ -32,6 +32,7 @@ pub struct QemuBuilder {
     ram_mib: u32,
     accel: String,
     fill: Option<Fill>,
+    wrapper: Vec<String>,
     arguments: Vec<String>,
 }
 
@@ -96,6 +97,13 @@ impl QemuBuilder {
         self.argument("-uuid").argument(uuid)
     }
 
+    /// Runs QEMU by this command: `ip netns exec NAME`, for example. It must become QEMU, not start it.
+    #[must_use]
+    pub fn inside(mut self, wrapper: &[&str]) -> Self {
+        self.wrapper = wrapper.iter().map(|word| (*word).to_owned()).collect();
+        self
+    }
+
     /// One more `-device`.
     #[must_use]
     pub fn device(self, device: &str) -> Self {
@@ -132,7 +140,7 @@ impl QemuBuilder {
     }
 
     fn command(&self, ram: &Path) -> Command {
-        let mut command = Command::new(PROGRAM);
+        let mut command = wrapped(&self.wrapper, PROGRAM);
         command.args([
             "-nodefaults",
             "-no-user-config",
@@ -176,6 +184,7 @@ impl Qemu {
             ram_mib: 64,
             accel: "tcg".into(),
             fill: None,
+            wrapper: Vec::new(),
             arguments: Vec::new(),
         }
     }

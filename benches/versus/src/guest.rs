@@ -32,10 +32,8 @@ pub(crate) struct Stage {
     pub(crate) qemu: Qemu,
     /// The same guest.
     pub(crate) checkpoint: PathBuf,
-    /// The pages of its RAM that hold something.
-    pub(crate) packed: PathBuf,
     pub(crate) builder: QemuBuilder,
-    _scratch: Scratch,
+    scratch: Scratch,
 }
 
 /// How long anything about a guest may take; a Linux that works through its files under emulation takes longest.
@@ -67,10 +65,8 @@ impl Guest {
                 qemu
             }
         };
-        let (checkpoint, packed) = (scratch.path("checkpoint"), scratch.path("packed"));
-        let mut stage = Stage { qemu, checkpoint, packed, builder, _scratch: scratch };
+        let mut stage = Stage { qemu, checkpoint: scratch.path("checkpoint"), builder, scratch };
         receive(&mut stage.qemu, &stage.checkpoint)?;
-        Stage::pack(&stage.checkpoint, &stage.packed)?;
         Ok(stage)
     }
 }
@@ -102,11 +98,15 @@ impl Stage {
     }
 
     /// A file of the pages that hold something, one after the other: what a move moves.
-    fn pack(checkpoint: &Path, packed: &Path) -> Outcome {
-        let ram = File::open(CheckpointFiles::open(checkpoint)?.block("pc.ram")?)?;
-        let mut packed = BufWriter::new(File::create(packed)?);
-        each_page(&ram, |_, zero, page| if zero { Ok(()) } else { packed.write_all(page) })?;
-        Ok(packed.flush()?)
+    pub(crate) fn packed(&self) -> Outcome<PathBuf> {
+        let path = self.scratch.path("packed");
+        if !path.exists() {
+            let ram = File::open(CheckpointFiles::open(&self.checkpoint)?.block("pc.ram")?)?;
+            let mut packed = BufWriter::new(File::create(&path)?);
+            each_page(&ram, |_, zero, page| if zero { Ok(()) } else { packed.write_all(page) })?;
+            packed.flush()?;
+        }
+        Ok(path)
     }
 }
 

@@ -31,6 +31,9 @@ pub(crate) struct WorkingSet {
 /// The working set lies where the boot sector's machine has plain RAM.
 const FIRST_PAGE: u32 = 0x1000;
 
+/// QEMU's default xbzrle-cache-size, in bytes.
+const QEMU_CACHE: usize = 64 << 20;
+
 /// Laps before a move begins: all of the working set has been written.
 const WARM_UP: u32 = 3;
 
@@ -93,6 +96,7 @@ fn run(scenario: &Scenario, set: WorkingSet, memory: &Path, len: u64, uri: &str)
         .channels(settings.channels.unwrap_or(0).into())
         .downtime_limit(settings.downtime_limit)
         .dirty_log(log);
+    let source = if settings.xbzrle { source.xbzrle(QEMU_CACHE) } else { source };
     thread::scope(|scope| {
         let vcpu = scope.spawn(|| guest.run());
         guest.wait_laps(WARM_UP);

@@ -10,8 +10,10 @@
 
 mod account;
 mod guest;
+mod link;
 mod live;
 mod moves;
+mod plot;
 mod pump;
 mod scenario;
 mod table;
@@ -24,6 +26,7 @@ use multifd_tests::{During, Outcome};
 use serde_json::Value;
 
 use guest::{Guest, Stage};
+use link::Link;
 use moves::Cost;
 use scenario::{Scenario, Way};
 use table::Results;
@@ -45,6 +48,9 @@ struct Flags {
     /// Writes every run here as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Draws each scenario into this folder, as SVG
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -66,35 +72,65 @@ fn run(flags: &Flags) -> Outcome {
         scenarios.iter().for_each(|scenario| println!("{}", scenario.name));
         return Ok(());
     }
-    let mut all = Vec::new();
-    let mut staged: Option<(Guest, Stage)> = None;
-    for scenario in &scenarios {
-        if let Some(set) = scenario.live {
-            drop(staged.take());
-            let results = compare(scenario, flags.repeat, |way| match way {
-                Way::QemuToQemu => live::by_qemu(scenario, set),
-                _ => live::by_ours(scenario, set),
-            });
-            let results = results.during(&scenario.name)?;
-            results.print();
-            all.push(results.json());
-            continue;
-        }
-        // One guest at a time is in memory; neighbours in the list share it.
-        if staged.as_ref().is_none_or(|(guest, _)| *guest != scenario.guest) {
-            drop(staged.take());
-            staged = Some((scenario.guest, scenario.guest.stage().during(&scenario.name)?));
-        }
-        if let Some((_, stage)) = &mut staged {
-            let results = compare(scenario, flags.repeat, |way| moves::once(scenario, way, stage));
-            let results = results.during(&scenario.name)?;
-            results.print();
-            all.push(results.json());
+    let mut bench = Bench { flags, staged: None, all: Vec::new() };
+    scenarios.iter().try_for_each(|scenario| bench.run(scenario).during(&scenario.name))?;
+    match &flags.json {
+        Some(path) => std::fs::write(path, format!("{:#}\n", Value::Array(bench.all))).during(path.display()),
+        None => Ok(()),
+    }
+}
+
+struct Bench<'f> {
+    flags: &'f Flags,
+    /// One guest at a time is in memory; neighbours in the list share it.
+    staged: Option<(Guest, Stage)>,
+    all: Vec<Value>,
+}
+
+impl Bench<'_> {
+    fn run(&mut self, scenario: &Scenario) -> Outcome {
+        let repeat = self.flags.repeat;
+        let results = match scenario.live {
+            Some(set) => {
+                self.staged = None;
+                compare(scenario, repeat, |way| match way {
+                    Way::QemuToQemu => live::by_qemu(scenario, set),
+                    _ => live::by_ours(scenario, set),
+                })?
+            }
+            None => {
+                let _link = match scenario.link.map(Link::new) {
+                    Some(Err(failure)) => {
+                        println!("\n{}\n  skipped: no such link here: {failure}", scenario.name);
+                        return Ok(());
+                    }
+                    link => link,
+                };
+                let stage = self.stage(scenario.guest)?;
+                compare(scenario, repeat, |way| moves::once(scenario, way, stage))?
+            }
+        };
+        results.print();
+        self.all.push(results.json());
+        match &self.flags.plots {
+            Some(folder) => {
+                let path = folder.join(format!("{}.svg", scenario.name));
+                std::fs::create_dir_all(folder)?;
+                std::fs::write(&path, plot::svg(&results)).during(path.display())
+            }
+            None => Ok(()),
         }
     }
-    match &flags.json {
-        Some(path) => std::fs::write(path, format!("{:#}\n", Value::Array(all))).during(path.display()),
-        None => Ok(()),
+
+    fn stage(&mut self, guest: Guest) -> Outcome<&mut Stage> {
+        if self.staged.as_ref().is_some_and(|(staged, _)| *staged != guest) {
+            self.staged = None;
+        }
+        let (_, stage) = match self.staged.take() {
+            Some(staged) => self.staged.insert(staged),
+            None => self.staged.insert((guest, guest.stage()?)),
+        };
+        Ok(stage)
     }
 }
 

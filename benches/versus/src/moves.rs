@@ -9,6 +9,7 @@ use multifd_tests::{CheckpointFiles, CommandReport, Multifd, Outcome, Qemu, Rece
 
 use crate::account;
 use crate::guest::{PATIENCE, Stage};
+use crate::link::Link;
 use crate::pump::{self, Landing};
 use crate::scenario::{Scenario, Transport, Way};
 
@@ -30,10 +31,12 @@ pub(crate) struct Cost {
 
 /// Moves the guest once; fails unless its RAM arrives equal.
 pub(crate) fn once(scenario: &Scenario, way: Way, stage: &mut Stage) -> Outcome<Cost> {
-    stage.forget_untouched()?;
+    if !scenario.looked_at {
+        stage.forget_untouched()?;
+    }
     let lanes = usize::from(scenario.channels.unwrap_or(1));
     let pump = |landing| {
-        let total = pump::run(&stage.packed, lanes, scenario.transport, landing)?;
+        let total = pump::run(&stage.packed()?, lanes, scenario.transport, landing)?;
         Ok(Cost { total, ..Cost::default() })
     };
     match way {
@@ -67,7 +70,7 @@ fn qemu_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
 fn ours_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let scratch = Scratch::new()?;
     let out = scratch.path("out");
-    let mut receive = Receive::listen(&uri(scenario, &scratch), &out)?;
+    let mut receive = Receive::listen_in(far_end(scenario), &uri(scenario, &scratch), &out)?;
     let mut send = Multifd::send(&stage.checkpoint, receive.uri(), &scenario.settings())?;
     let pids = [send.id(), receive.process().id()];
     let (usages, private_bytes) = watched(pids, || {
@@ -88,7 +91,7 @@ fn ours_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
 fn qemu_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let scratch = Scratch::new()?;
     let out = scratch.path("out");
-    let mut receive = Receive::listen(&uri(scenario, &scratch), &out)?;
+    let mut receive = Receive::listen_in(far_end(scenario), &uri(scenario, &scratch), &out)?;
     let target = receive.uri().to_owned();
     let pids = [stage.qemu.process().id(), receive.process().id()];
     let before = Snapshot::of(pids)?;
@@ -128,7 +131,8 @@ fn ours_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
 
 /// A QEMU that listens, and where.
 fn incoming(scenario: &Scenario, stage: &Stage) -> Outcome<(Qemu, String)> {
-    let mut destination = stage.builder.clone().incoming("defer").paused().spawn("destination")?;
+    let destination = stage.builder.clone().inside(far_end(scenario)).incoming("defer").paused();
+    let mut destination = destination.spawn("destination")?;
     destination.set_up(&scenario.settings(), Side::Destination)?;
     let uri = uri(scenario, destination.scratch());
     let uri = destination.listen(&uri)?;
@@ -147,10 +151,16 @@ fn send_by_qemu(scenario: &Scenario, qemu: &mut Qemu, uri: &str) -> Outcome<(Dur
 }
 
 fn uri(scenario: &Scenario, scratch: &Scratch) -> String {
-    match scenario.transport {
-        Transport::Tcp => "tcp:127.0.0.1:0".to_owned(),
-        Transport::Unix => scratch.unix_uri("socket"),
+    match (scenario.transport, scenario.link) {
+        (Transport::Tcp, Some(_)) => format!("tcp:{}:0", Link::HOST),
+        (Transport::Tcp, None) => "tcp:127.0.0.1:0".to_owned(),
+        (Transport::Unix, _) => scratch.unix_uri("socket"),
     }
+}
+
+/// What the destination's command begins with.
+fn far_end(scenario: &Scenario) -> &'static [&'static str] {
+    if scenario.link.is_some() { &Link::FAR_END } else { &[] }
 }
 
 fn check_arrived(stage: &Stage, out: &std::path::Path) -> Outcome {

@@ -14,6 +14,12 @@ pub(crate) struct Scenario {
     /// Parallel channels; `None`: everything on the main channel.
     pub(crate) channels: Option<u8>,
     pub(crate) codec: Compression,
+    /// Pages that are written again go as differences.
+    pub(crate) xbzrle: bool,
+    /// QEMU has looked at all of its guest's RAM before: what was never touched is memory of zeros, no holes.
+    pub(crate) looked_at: bool,
+    /// Mbit/s of the link; none: this machine's own.
+    pub(crate) link: Option<u32>,
     /// The guest runs, and rewrites these pages. Otherwise it stands still.
     pub(crate) live: Option<WorkingSet>,
     /// The least ratio of QEMU's time to ours that the project aims at.
@@ -48,6 +54,9 @@ impl Scenario {
             transport: Transport::Tcp,
             channels,
             codec,
+            xbzrle: false,
+            looked_at: false,
+            link: None,
             live: None,
             target: None,
         }
@@ -63,6 +72,11 @@ impl Scenario {
         self
     }
 
+    fn over(mut self, mbit: u32) -> Self {
+        self.link = Some(mbit);
+        self
+    }
+
     fn live(mut self, set_mib: u32) -> Self {
         self.live = Some(WorkingSet { pages: set_mib << 8, laps_per_second: 19 });
         self
@@ -72,13 +86,14 @@ impl Scenario {
         self.transport == Transport::Tcp
     }
 
-    /// The pump says nothing about compressed or sparse moves.
+    /// The pump says nothing about compressed moves, and would need as much memory again for a large guest.
     pub(crate) fn ways(&self) -> Vec<Way> {
         if self.live.is_some() {
             return vec![Way::QemuToQemu, Way::OursToOurs];
         }
         let mut ways = vec![Way::QemuToQemu, Way::OursToOurs, Way::QemuToOurs, Way::OursToQemu];
-        if self.codec == Compression::None && self.guest != Guest::Sparse {
+        let whole = matches!(self.guest, Guest::Linux { .. }) && self.link.is_none();
+        if self.codec == Compression::None && whole {
             ways.extend([Way::PumpMapping, Way::PumpFile]);
         }
         ways
@@ -90,12 +105,18 @@ impl Scenario {
             compression: self.codec,
             // Both ends know that the guest has arrived: the time is that of a move that can be trusted.
             return_path: true,
+            xbzrle: self.xbzrle,
             ..Settings::default()
         }
     }
 }
 
 impl Way {
+    /// We are at both ends.
+    pub(crate) fn is_ours(self) -> bool {
+        self == Self::OursToOurs
+    }
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::QemuToQemu => "qemu > qemu",
@@ -119,18 +140,31 @@ pub(crate) fn all(ram_mib: u32) -> Vec<Scenario> {
         list.push(if channels == 2 { tcp.clone().target(1.2) } else { tcp.clone() });
         list.push(Scenario { name: format!("{name}-unix"), ..tcp.over_unix() });
     }
+    let second = Scenario::new("none-2-again", linux, Some(2), Plain);
+    list.push(Scenario { looked_at: true, ..second });
     list.push(Scenario::new("zlib1", linux, Some(2), Zlib(1)).target(3.0));
     list.push(Scenario::new("zstd1", linux, Some(2), Zstd(1)).target(1.5));
     list.push(Scenario::new("zstd3", linux, Some(2), Zstd(3)));
     list.push(Scenario::new("sparse", Guest::Sparse, Some(2), Plain).target(20.0));
+    let small_live = Guest::Filled { ram_mib: 512 };
     for set_mib in [4, 16, 64, 128] {
-        let guest = Guest::Filled { ram_mib: 512 };
-        list.push(Scenario::new(&format!("live-{set_mib}"), guest, Some(2), Plain).live(set_mib));
+        list.push(Scenario::new(&format!("live-{set_mib}"), small_live, Some(2), Plain).live(set_mib));
+    }
+    list.push(Scenario {
+        xbzrle: true,
+        channels: None,
+        ..Scenario::new("live-64-xbzrle", small_live, None, Plain).live(64)
+    });
+    let codecs = [("none", Plain), ("zlib1", Zlib(1)), ("zstd1", Zstd(1)), ("zstd3", Zstd(3))];
+    for (rate, mbit, guest) in [("1gbit", 1000, linux), ("100mbit", 100, Guest::Filled { ram_mib: 256 })] {
+        for (codec_name, codec) in codecs {
+            list.push(Scenario::new(&format!("{rate}-{codec_name}"), guest, Some(2), codec).over(mbit));
+        }
     }
     for channels in [8, 16] {
         list.push(Scenario::new(&format!("channels-{channels}"), linux, Some(channels), Plain));
     }
-    for ram_mib in [256, 512, 2048, 4096] {
+    for ram_mib in [256, 512, 2048, 4096, 8192] {
         let name = format!("ram-{ram_mib}");
         list.push(Scenario::new(&name, Guest::Filled { ram_mib }, Some(2), Plain));
     }
