@@ -12,10 +12,12 @@ use multifd_transports::Endpoint;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::human;
+use crate::sockets::{Sockets, SourceSockets};
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the source may run on; 2 wrong usage; \
     3 failed after the guest was handed over; 130 cancelled.\n\
-    URIs: tcp:HOST:PORT (port 0: any free port), unix:PATH.";
+    URIs: tcp:HOST:PORT (port 0: any free port), unix:PATH, fd:N (an inherited socket or pipe; 0 is standard input), \
+    fd:unix:PATH (a descriptor that is handed over there), exec:COMMAND, vsock:CID:PORT.";
 
 /// Moves live guests between hosts, to and from disk; speaks QEMU's migration stream in both directions.
 #[derive(Debug, Parser)]
@@ -81,6 +83,8 @@ pub(crate) struct Receive {
     /// When to acknowledge the switch-over unasked; auto: to machine types of 8.1 and later
     #[arg(long, value_enum, default_value_t = Ack::Auto)]
     pub(crate) switchover_ack: Ack,
+    #[command(flatten)]
+    pub(crate) sockets: Sockets,
 }
 
 #[derive(Debug, Args)]
@@ -89,12 +93,17 @@ pub(crate) struct Send {
     pub(crate) dir: PathBuf,
     /// Where the destination listens
     pub(crate) uri: Endpoint,
-    /// Do not ask the destination to confirm that the guest has arrived
+    /// Do not ask the destination to confirm that the guest has arrived. Default for exec: and pipes
     #[arg(long)]
     pub(crate) no_return_path: bool,
+    /// Ask the destination to confirm also behind exec:, whose command must pass on what it answers
+    #[arg(long, conflicts_with = "no_return_path")]
+    pub(crate) return_path: bool,
     /// How zero pages go, in QEMU's words. Default: what QEMU does for the machine type
     #[arg(long, value_enum, value_name = "HOW")]
     pub(crate) zero_page_detection: Option<ZeroPageDetection>,
+    #[command(flatten)]
+    pub(crate) sockets: SourceSockets,
 }
 
 #[derive(Debug, Args)]

@@ -162,6 +162,10 @@ impl Channel {
         self.link.stream.set_silence_limit(limit.map(|limit| limit.max(Duration::from_micros(1))))
     }
 
+    pub(crate) fn silence_limit(&self) -> io::Result<Option<Duration>> {
+        self.link.stream.silence_limit()
+    }
+
     /// Ends the channel from any thread.
     pub fn closer(&self) -> Closer {
         Closer::new(Arc::downgrade(&self.link))
@@ -185,8 +189,8 @@ impl Channel {
         self.link.stream.is_two_way()
     }
 
-    /// Waits, after [`finish_sending`](Self::finish_sending), until a command behind the channel has ended well. Other
-    /// kinds have nothing to wait for.
+    /// Ends what is sent to a command, and waits until the command has ended well. Channels without one have nothing to
+    /// wait for.
     ///
     /// # Errors
     /// Names the command, and the exit status if that is not 0; `TimedOut` if it runs on for longer than `limit`.

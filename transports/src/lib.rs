@@ -45,6 +45,7 @@ mod sys;
 mod testing;
 mod vsock;
 mod wake;
+mod zero_copy;
 
 pub use channel::Channel;
 pub use closer::Closer;
@@ -57,3 +58,4 @@ pub use pacer::{Pacer, Stopped};
 pub use serve::Arrival;
 pub use socket_options::{Keepalive, SocketOptions};
 pub use stopper::Stopper;
+pub use zero_copy::ZeroCopy;

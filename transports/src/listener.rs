@@ -73,6 +73,11 @@ impl Listener {
         self.endpoint.clone()
     }
 
+    /// Whether more than one connection can come.
+    pub fn takes_several(&self) -> bool {
+        matches!(self.origin, Origin::Socket { .. })
+    }
+
     /// Ends [`serve`](Self::serve), for good.
     pub fn stopper(&self) -> Stopper {
         self.stopper.clone()

@@ -84,9 +84,7 @@ impl Pipe {
             };
             match broken_pipe::as_error(|| rustix::io::writev(pipe, bufs)) {
                 Ok(sent) => return Ok(sent),
-                Err(Errno::AGAIN) => {
-                    drop(self.wake.wait(pipe.as_fd(), PollFlags::OUT, self.silence_limit())?)
-                }
+                Err(Errno::AGAIN) => self.wait(pipe, PollFlags::OUT)?,
                 Err(Errno::INTR) => {}
                 Err(Errno::PIPE) => return Err(self.not_read()),
                 Err(error) => return Err(error.into()),
@@ -108,9 +106,7 @@ impl Pipe {
             match rustix::io::read(pipe, &mut *buf) {
                 Ok(0) => return self.at_end(),
                 Ok(received) => return Ok(received),
-                Err(Errno::AGAIN) => {
-                    drop(self.wake.wait(pipe.as_fd(), PollFlags::IN, self.silence_limit())?)
-                }
+                Err(Errno::AGAIN) => self.wait(pipe, PollFlags::IN)?,
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -130,9 +126,10 @@ impl Pipe {
         self.outgoing.lock().take();
     }
 
-    /// Waits for the command's end; its failure is ours. Without a command there is nothing to wait for.
+    /// Ends what the command reads, and waits for its end; its failure is ours. Without one there is nothing to wait for.
     pub(crate) fn settle(&self, limit: Duration) -> io::Result<()> {
         let Some(shell) = &self.shell else { return Ok(()) };
+        self.finish_sending();
         match shell.wait(&self.wake, limit)? {
             Some(status) => shell.failure(status).map_or(Ok(()), Err),
             None => Err(shell.runs_on(limit)),
@@ -145,6 +142,11 @@ impl Pipe {
 
     pub(crate) fn silence_limit(&self) -> Option<Duration> {
         *self.silence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until it is worth trying again, be it to find the pipe closed.
+    fn wait(&self, end: &OwnedFd, ready: PollFlags) -> io::Result<()> {
+        self.wake.wait(end.as_fd(), ready, self.silence_limit()).map(drop)
     }
 
     /// The other end is closed: is that all, or did the command break off?

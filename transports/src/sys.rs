@@ -40,8 +40,11 @@ pub(crate) fn allow_zero_copy(socket: BorrowedFd<'_>) -> io::Result<()> {
             libc::SOL_SOCKET,
             libc::SO_ZEROCOPY,
             (&raw const on).cast(),
-            size_of_val(&on) as libc::socklen_t,
+            INT_LEN,
         )
     };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+const INT_LEN: libc::socklen_t = 4;
+const _: () = assert!(size_of::<libc::c_int>() == INT_LEN as usize);
