@@ -43,6 +43,7 @@
 pub mod checkpoint;
 pub mod fill;
 pub mod guest;
+pub mod inherited;
 pub mod linux;
 pub mod migration;
 pub mod multifd;
@@ -63,6 +64,7 @@ pub use checkpoint::CheckpointFiles;
 pub use failure::{During, Failure, Outcome};
 pub use fill::Fill;
 pub use guest::BootSector;
+pub use inherited::Inherited;
 pub use linux::{Linux, LinuxImage};
 pub use migration::{Compression, Report, Settings, Side, ZeroPages};
 pub use multifd::{CommandReport, Multifd, Receive};
