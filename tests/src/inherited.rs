@@ -1,7 +1,8 @@
 //! Descriptors that commands which are started inherit.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 
+use multifd_transports::Endpoint;
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use crate::Outcome;
@@ -24,6 +25,11 @@ impl Inherited {
     /// `fd:7`, which the other process knows it by.
     pub fn uri(&self) -> String {
         format!("fd:{}", self.0.as_raw_fd())
+    }
+
+    /// Leaves it to whoever takes it in this process, by its number.
+    pub fn give_away(self) -> Endpoint {
+        Endpoint::Fd(self.0.into_raw_fd())
     }
 }
 

@@ -48,6 +48,10 @@ impl ReturnPath {
         }
     }
 
+    fn name(&self) -> String {
+        format!("return path ({})", self.channel.peer())
+    }
+
     /// The address of the other end.
     pub(crate) fn peer(&self) -> &str {
         self.channel.peer()
@@ -64,16 +68,16 @@ impl ReturnPath {
         }
         if *state != State::Open {
             return Err(Error::misbehaved(phase, format!("{message:?} asked for before OPEN_RETURN_PATH"))
-                .on("return path"));
+                .on(self.name()));
         }
         self.write(message)
-            .map_err(|error| Error::io(phase, format_args!("sending {message:?}"), error).on("return path"))
+            .map_err(|error| Error::io(phase, format_args!("sending {message:?}"), error).on(self.name()))
     }
 
     /// Tells the source that the guest has arrived; from here on it must not run there.
     pub(crate) fn shut(&self) -> Result<()> {
         self.finish(&mut self.lock(), SHUT_SUCCESS)
-            .map_err(|error| Error::io(Phase::Commit, "sending SHUT", error).on("return path"))
+            .map_err(|error| Error::io(Phase::Commit, "sending SHUT", error).on(self.name()))
     }
 
     /// Lets a command behind the channel end by itself. It has done all that it was needed for: no more than a word if it

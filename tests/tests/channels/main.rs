@@ -1,6 +1,9 @@
 //! Every kind of channel: the real QEMU at the other end, and peers that break off, stand still or never begin.
 
+mod broken_destinations;
+mod broken_sources;
 mod journey;
+mod wire;
 
 use std::time::Duration;
 
