@@ -52,7 +52,7 @@ fn sent(kind: Kind, read: usize, then: Then) -> Outcome<Error> {
 #[test]
 fn a_destination_that_breaks_off_stands_still_or_never_begins() -> Outcome {
     for kind in Kind::all() {
-        for read in [0, 5, 64, 500_000, 20_000_000] {
+        for read in [0, 64, 500_000, 20_000_000] {
             let error = sent(kind, read, Then::Cut)?;
             assert_eq!(error.kind(), ErrorKind::Transport, "{kind:?} {read}: {}", error.chain());
             assert!(error.source_may_resume());
@@ -79,7 +79,7 @@ fn fed(command: &str, return_path: Option<bool>) -> Outcome<Error> {
 
 #[test]
 fn a_command_that_breaks_off_fails_or_stands_still() -> Outcome {
-    for read in [0, 5, 64, 500_000, 20_000_000] {
+    for read in [0, 64, 20_000_000] {
         let head = format!("head -c {read} > /dev/null");
         for (end, status) in
             [("exit 9", "exit status: 9"), ("exit 0", "exit status: 0"), ("kill -9 $$", "signal: 9")]

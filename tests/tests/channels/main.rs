@@ -3,6 +3,7 @@
 mod broken_destinations;
 mod broken_sources;
 mod journey;
+mod network;
 mod wire;
 
 use std::time::Duration;
