@@ -248,6 +248,23 @@ mod tests {
     }
 
     #[test]
+    fn a_source_takes_every_socket_flag() {
+        let line = "multifd send d tcp:h:1 --bind 10.0.0.1 --channel-uri tcp:a:1 --channel-uri tcp:b:1 --keepalive 5s,2s \
+            --user-timeout 9s --send-buffer 1M --receive-buffer 64K --mptcp --zero-copy-send --return-path";
+        let flags = Flags::try_parse_from(line.split_whitespace()).unwrap();
+        let Command::Send(send) = flags.command else { panic!("{flags:?}") };
+        let options = send.sockets.options();
+        assert_eq!(options.bind, Some([10, 0, 0, 1].into()));
+        assert_eq!(options.keepalive.map(|keepalive| keepalive.patience()), Some(Duration::from_secs(11)));
+        assert_eq!(options.user_timeout, Some(Duration::from_secs(9)));
+        assert_eq!((options.send_buffer, options.receive_buffer), (Some(1 << 20), Some(64 << 10)));
+        assert!(options.mptcp && options.no_delay && send.return_path);
+        assert_eq!(send.sockets.channel_uri.len(), 2);
+        assert_eq!(send.sockets.zero_copy_send(), multifd_engine::ZeroCopySend::WhileItPays);
+        assert!(Flags::try_parse_from("multifd receive u --out d --bind 10.0.0.1".split(' ')).is_err());
+    }
+
+    #[test]
     fn a_wrong_value_is_repeated() {
         let error =
             Flags::try_parse_from(["multifd", "send", "d", "tcp:h:1", "--codec", "zstd:99"]).unwrap_err();

@@ -9,6 +9,9 @@ use multifd_transports::{Endpoint, Keepalive, SocketOptions};
 
 use crate::human;
 
+/// Where the flags are in the help.
+const HEADING: &str = "Sockets";
+
 const KEEPALIVE_GRAMMAR: &str =
     "TIME[,INTERVAL[,RETRIES]] or off, with times of 1s to 9h in whole seconds and 1 to 127 retries";
 
@@ -16,19 +19,19 @@ const KEEPALIVE_GRAMMAR: &str =
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Sockets {
     /// Ask a silent peer for a sign of life after TIME, then every INTERVAL, RETRIES times; off: never
-    #[arg(long, value_name = "TIME[,INTERVAL[,RETRIES]]", default_value = "30s,10s,3", value_parser = keepalive)]
+    #[arg(long, help_heading = HEADING, value_name = "TIME[,INTERVAL[,RETRIES]]", default_value = "30s,10s,3", value_parser = keepalive)]
     keepalive: KeepaliveChoice,
     /// How long what was sent may stay unacknowledged until the peer has vanished. Default: 10s more than --timeout
-    #[arg(long, value_name = "TIME", value_parser = human::duration)]
+    #[arg(long, help_heading = HEADING, value_name = "TIME", value_parser = human::duration)]
     user_timeout: Option<Duration>,
     /// Size of a socket's send buffer, at most net.core.wmem_max. Default: the kernel tunes it
-    #[arg(long, value_name = "SIZE", value_parser = human::size)]
+    #[arg(long, help_heading = HEADING, value_name = "SIZE", value_parser = human::size)]
     send_buffer: Option<u64>,
     /// Size of a socket's receive buffer, at most net.core.rmem_max. Default: the kernel tunes it
-    #[arg(long, value_name = "SIZE", value_parser = human::size)]
+    #[arg(long, help_heading = HEADING, value_name = "SIZE", value_parser = human::size)]
     receive_buffer: Option<u64>,
     /// Multipath TCP where both ends have it, TCP otherwise
-    #[arg(long)]
+    #[arg(long, help_heading = HEADING)]
     mptcp: bool,
 }
 
@@ -38,14 +41,14 @@ pub(crate) struct SourceSockets {
     #[command(flatten)]
     both: Sockets,
     /// The address of this machine to connect from, which chooses the network
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, help_heading = HEADING, value_name = "ADDRESS")]
     bind: Option<IpAddr>,
     /// Where parallel channels connect to: another address of the destination. Several are taken in turn. Default: URI
-    #[arg(long, value_name = "URI")]
+    #[arg(long, help_heading = HEADING, value_name = "URI")]
     pub(crate) channel_uri: Vec<Endpoint>,
     /// Have the kernel send pages straight from the guest's memory, for as long as that pays; always: even if not. For
     /// parallel channels over TCP, without a codec
-    #[arg(long, value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true,
+    #[arg(long, help_heading = HEADING, value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true,
         default_missing_value = "auto")]
     zero_copy_send: Option<When>,
 }

@@ -91,10 +91,13 @@ impl Shell {
         }
     }
 
-    /// The status of a shell that has ended. It stays to be reaped.
+    /// The status of a shell that has ended. It stays to be reaped, unless this process ignores SIGCHLD or reaps whatever
+    /// ends.
     fn status(&self) -> io::Result<ExitStatus> {
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        let raw = match waitid(WaitId::Pid(self.pid), options)? {
+        let taken =
+            |_| io::Error::other(format!("how the command {:?} ended is known to others only", self.command));
+        let raw = match waitid(WaitId::Pid(self.pid), options).map_err(taken)? {
             None => 0,
             Some(status) => match (status.exit_status(), status.terminating_signal()) {
                 (Some(code), _) => (code & 0xff) << 8,

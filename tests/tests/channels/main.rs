@@ -2,6 +2,7 @@
 
 mod broken_destinations;
 mod broken_sources;
+mod commands;
 mod journey;
 mod network;
 mod wire;
