@@ -12,10 +12,12 @@ use multifd_transports::Endpoint;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::human;
+use crate::sockets::{Sockets, SourceSockets};
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the source may run on; 2 wrong usage; \
     3 failed after the guest was handed over; 130 cancelled.\n\
-    URIs: tcp:HOST:PORT (port 0: any free port), unix:PATH.";
+    URIs: tcp:HOST:PORT (port 0: any free port), unix:PATH, fd:N (an inherited socket or pipe; 0 is standard input), \
+    fd:unix:PATH (a descriptor that is handed over there), exec:COMMAND, vsock:CID:PORT.";
 
 /// Moves live guests between hosts, to and from disk; speaks QEMU's migration stream in both directions.
 #[derive(Debug, Parser)]
@@ -81,6 +83,8 @@ pub(crate) struct Receive {
     /// When to acknowledge the switch-over unasked; auto: to machine types of 8.1 and later
     #[arg(long, value_enum, default_value_t = Ack::Auto)]
     pub(crate) switchover_ack: Ack,
+    #[command(flatten)]
+    pub(crate) sockets: Sockets,
 }
 
 #[derive(Debug, Args)]
@@ -89,12 +93,17 @@ pub(crate) struct Send {
     pub(crate) dir: PathBuf,
     /// Where the destination listens
     pub(crate) uri: Endpoint,
-    /// Do not ask the destination to confirm that the guest has arrived
+    /// Do not ask the destination to confirm that the guest has arrived. Default for exec: and pipes
     #[arg(long)]
     pub(crate) no_return_path: bool,
+    /// Ask the destination to confirm also behind exec:, whose command must pass on what it answers
+    #[arg(long, conflicts_with = "no_return_path")]
+    pub(crate) return_path: bool,
     /// How zero pages go, in QEMU's words. Default: what QEMU does for the machine type
     #[arg(long, value_enum, value_name = "HOW")]
     pub(crate) zero_page_detection: Option<ZeroPageDetection>,
+    #[command(flatten)]
+    pub(crate) sockets: SourceSockets,
 }
 
 #[derive(Debug, Args)]
@@ -236,6 +245,23 @@ mod tests {
             assert!(flags.common.json && flags.common.quiet);
             assert_eq!(flags.common.channels, Some(2));
         }
+    }
+
+    #[test]
+    fn a_source_takes_every_socket_flag() {
+        let line = "multifd send d tcp:h:1 --bind 10.0.0.1 --channel-uri tcp:a:1 --channel-uri tcp:b:1 --keepalive 5s,2s \
+            --user-timeout 9s --send-buffer 1M --receive-buffer 64K --mptcp --zero-copy-send --return-path";
+        let flags = Flags::try_parse_from(line.split_whitespace()).unwrap();
+        let Command::Send(send) = flags.command else { panic!("{flags:?}") };
+        let options = send.sockets.options();
+        assert_eq!(options.bind, Some([10, 0, 0, 1].into()));
+        assert_eq!(options.keepalive.map(|keepalive| keepalive.patience()), Some(Duration::from_secs(11)));
+        assert_eq!(options.user_timeout, Some(Duration::from_secs(9)));
+        assert_eq!((options.send_buffer, options.receive_buffer), (Some(1 << 20), Some(64 << 10)));
+        assert!(options.mptcp && options.no_delay && send.return_path);
+        assert_eq!(send.sockets.channel_uri.len(), 2);
+        assert_eq!(send.sockets.zero_copy_send(), multifd_engine::ZeroCopySend::WhileItPays);
+        assert!(Flags::try_parse_from("multifd receive u --out d --bind 10.0.0.1".split(' ')).is_err());
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod progress;
 mod receive;
 mod send;
 mod signals;
+mod sockets;
 
 use std::process::ExitCode;
 

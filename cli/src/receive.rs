@@ -25,7 +25,8 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     let writer = CheckpointWriter::create(&flags.out)?;
     let mut builder = Destination::builder(writer.ram())
         .switchover_ack(flags.switchover_ack.into())
-        .timeout(common.timeout);
+        .timeout(common.timeout)
+        .socket_options(flags.sockets.options());
     if let Some(channels) = common.channels {
         builder = builder.channels(channels);
     }

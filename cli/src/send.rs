@@ -1,6 +1,6 @@
 //! `multifd send DIR URI`
 
-use multifd_engine::{Checkpoint, Error, Progress, Report};
+use multifd_engine::{Checkpoint, Error, Progress, Report, ZeroCopyStats};
 use serde_json::json;
 
 use crate::flags::{Common, Send};
@@ -13,8 +13,15 @@ pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
     match send(flags, common, &mut reached) {
         Ok(report) => {
             let word = if report.confirmed { "by the destination" } else { "no: sent without a return path" };
-            Outcome::migrated(&report, &format!("confirmed    {word}\n"))
-                .with("confirmed", json!(report.confirmed))
+            let outcome = Outcome::migrated(&report, &format!("confirmed    {word}\n"))
+                .with("confirmed", json!(report.confirmed));
+            match report.zero_copy {
+                Some(ZeroCopyStats { sends, copied, refused }) => outcome
+                    .with("zero_copy_sends", json!(sends))
+                    .with("zero_copy_copied", json!(copied))
+                    .with("zero_copy_refused", json!(refused)),
+                None => outcome,
+            }
         }
         Err(error) => Outcome::failed(&error, reached),
     }
@@ -26,8 +33,13 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         .source()?
         .channels(common.channels.unwrap_or(0))
         .max_bandwidth(common.max_bandwidth())
-        .return_path(!flags.no_return_path)
-        .timeout(common.timeout);
+        .timeout(common.timeout)
+        .socket_options(flags.sockets.options())
+        .channel_endpoints(flags.sockets.channel_uri.clone())
+        .zero_copy_send(flags.sockets.zero_copy_send());
+    if flags.return_path || flags.no_return_path {
+        builder = builder.return_path(flags.return_path);
+    }
     if let Some(codec) = &common.codec {
         builder = builder.codec(codec.clone());
     }

@@ -44,7 +44,10 @@ pub use recording::{
 };
 pub use report::{Figures, Report};
 pub use session::{Canceller, DEFAULT_TIMEOUT, Progress, ProgressReader};
-pub use source::{Control, DeviceState, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats, ZeroPages};
+pub use source::{
+    Control, DeviceState, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats,
+    ZeroPages,
+};
 pub use state::MigrationState;
 
 pub use multifd_codecs as codecs;

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::convergence::{DowntimeLedger, RoundRecord};
 use crate::session::{Progress, Session};
-use crate::source::XbzrleStats;
+use crate::source::{XbzrleStats, ZeroCopyStats};
 
 /// The account of a migration that has ended well.
 #[derive(Clone, Debug)]
@@ -31,6 +31,8 @@ pub struct Report {
     pub decisions: Vec<RoundRecord>,
     /// What the xbzrle cache has done, if there was one.
     pub xbzrle: Option<XbzrleStats>,
+    /// What became of zero-copy sends, if there were any.
+    pub zero_copy: Option<ZeroCopyStats>,
 }
 
 /// The same as plain numbers, under the names that scripts know.
@@ -63,6 +65,7 @@ impl Report {
             ledger: DowntimeLedger::default(),
             decisions: Vec::new(),
             xbzrle: None,
+            zero_copy: None,
         }
     }
 
@@ -152,6 +155,12 @@ impl fmt::Display for Report {
                 "\nxbzrle       {} % hits, {:.1} MiB saved{off}",
                 stats.hits * 100 / looked_up,
                 mib(stats.saved_bytes)
+            )?;
+        }
+        if let Some(ZeroCopyStats { sends, copied, refused }) = &self.zero_copy {
+            write!(
+                f,
+                "\nzero-copy    {sends} sends, {copied} copied by the kernel all the same, {refused} refused"
             )?;
         }
         if !self.decisions.is_empty() {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use multifd_transports::Channel;
+use multifd_transports::{Channel, SocketOptions};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::state::MigrationState;
@@ -57,6 +57,9 @@ pub(crate) struct Counters {
     pub(crate) pages_xbzrle: AtomicU64,
     pub(crate) rounds: AtomicU64,
     pub(crate) channels: AtomicU64,
+    pub(crate) zero_copy_sends: AtomicU64,
+    pub(crate) zero_copy_copied: AtomicU64,
+    pub(crate) zero_copy_refused: AtomicU64,
 }
 
 impl Session {
@@ -81,6 +84,12 @@ impl Session {
         let channel = Arc::new(channel);
         self.lock_channels().push(Arc::clone(&channel));
         Ok(channel)
+    }
+
+    /// The options of the migration's sockets: see `SourceBuilder::socket_options`.
+    pub(crate) fn socket_options(&self, wanted: &SocketOptions) -> SocketOptions {
+        let user_timeout = wanted.user_timeout.or_else(|| self.timeout.checked_add(Duration::from_secs(10)));
+        SocketOptions { user_timeout, ..wanted.clone() }
     }
 
     /// Shuts the channel's socket down when the migration stops, which wakes whoever reads or writes it.

@@ -30,6 +30,19 @@ impl Multifd {
         Process::spawn(name, command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()))
     }
 
+    /// The same with a standard input, for `fd:0`.
+    ///
+    /// # Errors
+    /// As [`Multifd::spawn`].
+    pub fn spawn_reading<A: AsRef<OsStr>>(
+        name: &str,
+        input: impl Into<Stdio>,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Outcome<Process> {
+        let mut command = Command::new(Self::binary()?);
+        Process::spawn(name, command.args(arguments).stdin(input).stdout(Stdio::piped()))
+    }
+
     /// Starts `multifd send`: the checkpoint goes to `uri`, the way that `settings` say.
     ///
     /// # Errors
@@ -85,10 +98,20 @@ impl Receive {
     /// # Errors
     /// When it cannot be built or started, or does not listen.
     pub fn listen(uri: &str, out: &Path) -> Outcome<Self> {
-        Self::listen_in(&[], uri, out)
+        Self::listen_with(uri, out, Stdio::null(), &[])
     }
 
-    /// As [`Receive::listen`], by this command: `ip netns exec NAME`, for example.
+    /// The same with a standard input, for `fd:0`, and more arguments.
+    ///
+    /// # Errors
+    /// As [`Receive::listen`].
+    pub fn listen_with(uri: &str, out: &Path, input: impl Into<Stdio>, arguments: &[&str]) -> Outcome<Self> {
+        let out = out.display().to_string();
+        let usual = ["receive", uri, "--out", &out, "--json"];
+        Self::listening(Multifd::spawn_reading("receive", input, usual.iter().chain(arguments))?)
+    }
+
+    /// The same by this command: `ip netns exec NAME`, for example.
     ///
     /// # Errors
     /// As [`Receive::listen`].
@@ -96,7 +119,10 @@ impl Receive {
         let out = out.display().to_string();
         let mut command = wrapped(wrapper, Multifd::binary()?);
         command.args(["receive", uri, "--out", &out, "--json"]);
-        let process = Process::spawn("receive", command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
+        Self::listening(Process::spawn("receive", command.stdin(Stdio::null()).stdout(Stdio::piped()))?)
+    }
+
+    fn listening(process: Process) -> Outcome<Self> {
         let listening = |said: &[u8]| {
             let said = std::str::from_utf8(said).ok()?.strip_suffix('\n')?;
             said.lines().find_map(|line| line.strip_prefix("listening on ")).map(str::to_owned)

@@ -5,7 +5,10 @@
 
 use std::{
     io::Write as _,
-    os::{fd::OwnedFd, unix::net::UnixStream},
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -195,6 +198,15 @@ impl Qemu {
     /// QEMU's words when it refuses; its stderr too when it is gone.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Outcome<Value> {
         let answer = self.qmp.execute(command, arguments);
+        answer.map_err(|failure| self.explain(failure))
+    }
+
+    /// Hands it a descriptor, which `fd:name` then stands for.
+    ///
+    /// # Errors
+    /// QEMU's words when it refuses.
+    pub fn getfd(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> Outcome {
+        let answer = self.qmp.getfd(name, descriptor);
         answer.map_err(|failure| self.explain(failure))
     }
 

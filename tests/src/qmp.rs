@@ -2,11 +2,13 @@
 
 use std::{
     collections::VecDeque,
-    io::{ErrorKind, Read as _, Write as _},
-    os::unix::net::UnixStream,
+    io::{ErrorKind, IoSlice, Read as _, Write as _},
+    mem::MaybeUninit,
+    os::{fd::BorrowedFd, unix::net::UnixStream},
     time::{Duration, Instant},
 };
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
 use crate::{Failure, Outcome};
@@ -61,6 +63,16 @@ impl Qmp {
             }
             self.events.push_back(message);
         }
+    }
+
+    /// Hands QEMU a descriptor, which `fd:name` then stands for.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn getfd(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> Outcome {
+        // QEMU keeps it until the next command that wants one. It comes with the first byte of that command's line.
+        send_descriptor(&self.stream, b" ", descriptor)?;
+        self.execute("getfd", json!({ "fdname": name })).map(drop)
     }
 
     /// Waits for the first event that `accept` takes. Older ones are forgotten, newer ones kept.
@@ -130,6 +142,25 @@ impl Qmp {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+}
+
+/// Sends `bytes`, and a descriptor beside them.
+///
+/// # Errors
+/// When the other side is gone.
+pub fn send_descriptor(stream: &UnixStream, bytes: &[u8], descriptor: BorrowedFd<'_>) -> Outcome {
+    let handed = [descriptor];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !control.push(SendAncillaryMessage::ScmRights(&handed)) {
+        return Err(Failure::new("no room for a descriptor"));
+    }
+    let sent = sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::empty())?;
+    if sent == bytes.len() {
+        Ok(())
+    } else {
+        Err(Failure::new(format!("sent {sent} bytes of {}", bytes.len())))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io::{self, ErrorKind, IoSlice};
 use std::net::TcpStream;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -11,10 +11,10 @@ use std::time::Duration;
 use socket2::Socket;
 
 use crate::closer::{Closer, Link};
-use crate::socket;
 use crate::stream::Stream;
+use crate::{SocketOptions, socket};
 
-/// A connected, blocking byte channel, in both directions.
+/// A connected, blocking byte channel, in both directions unless it is a [pipe](Self::is_two_way).
 ///
 /// All methods take `&self`: one thread may send while another receives, and any thread may hold the
 /// [`closer`](Self::closer). Two threads that send at the same time get their bytes mixed, and so do two that
@@ -31,13 +31,28 @@ pub struct Channel {
 impl Channel {
     /// Takes a connected, blocking socket; `first` is what was received on it already.
     pub(crate) fn new(socket: Socket, peer: String, first: &[u8]) -> Self {
+        Self::over(Stream::Socket(socket), peer).push_back(first)
+    }
+
+    /// A channel over any kind of stream.
+    pub(crate) fn over(stream: Stream, peer: String) -> Self {
         Self {
             peer,
-            link: Arc::new(Link::new(Stream::Socket(socket))),
-            pushed_back: PushedBack::new(first),
+            link: Arc::new(Link::new(stream)),
+            pushed_back: PushedBack::new(&[]),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
         }
+    }
+
+    /// Lets `first`, all that was received so far, be received again.
+    pub(crate) fn push_back(self, first: &[u8]) -> Self {
+        Self { pushed_back: PushedBack::new(first), received: AtomicU64::new(0), ..self }
+    }
+
+    /// A duplicate of the descriptor that becomes readable when bytes have come.
+    pub(crate) fn readable_end(&self) -> io::Result<OwnedFd> {
+        self.link.stream.readable_end()
     }
 
     /// Two channels connected to each other, within this process.
@@ -147,6 +162,10 @@ impl Channel {
         self.link.stream.set_silence_limit(limit.map(|limit| limit.max(Duration::from_micros(1))))
     }
 
+    pub(crate) fn silence_limit(&self) -> io::Result<Option<Duration>> {
+        self.link.stream.silence_limit()
+    }
+
     /// Ends the channel from any thread.
     pub fn closer(&self) -> Closer {
         Closer::new(Arc::downgrade(&self.link))
@@ -163,6 +182,21 @@ impl Channel {
     /// `NotConnected` if the connection is gone.
     pub fn finish_sending(&self) -> io::Result<()> {
         self.link.stream.finish_sending()
+    }
+
+    /// Whether the other end can answer. A pipe leads one way; a command can be answered for, but few commands do.
+    pub fn is_two_way(&self) -> bool {
+        self.link.stream.is_two_way()
+    }
+
+    /// Ends what is sent to a command, and waits until the command has ended well. Channels without one have nothing to
+    /// wait for.
+    ///
+    /// # Errors
+    /// Names the command, and the exit status if that is not 0; `TimedOut` if it runs on for longer than `limit`.
+    pub fn settle(&self, limit: Duration) -> io::Result<()> {
+        let settled = self.link.stream.settle(limit);
+        if self.is_closed() { Err(closed()) } else { settled }
     }
 
     /// Bytes sent so far, those by [`direct`](Self::direct) included. A blocked call counts when the system
@@ -202,6 +236,11 @@ impl Channel {
     pub fn explain(&self, error: io::Error) -> io::Error {
         if self.is_closed() {
             return closed();
+        }
+        // The kernel's own word for a peer that is gone must not look like a silence, after which one may try again.
+        if let Some(libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH) = error.raw_os_error() {
+            let text = format!("the peer has vanished, it acknowledges nothing any more: {error}");
+            return io::Error::new(ErrorKind::ConnectionReset, text);
         }
         match (error.kind(), self.link.stream.silence_limit()) {
             (ErrorKind::WouldBlock, Ok(Some(limit))) => {
@@ -264,7 +303,7 @@ impl PushedBack {
 
 fn adopt(socket: Socket) -> io::Result<Channel> {
     let peer = socket::peer_name(&socket)?;
-    socket::into_channel(socket, peer, &[])
+    socket::into_channel(socket, peer, &[], &SocketOptions::default())
 }
 
 fn closed() -> io::Error {

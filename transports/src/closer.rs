@@ -20,7 +20,7 @@ impl Closer {
         Self { link }
     }
 
-    /// Closes the channel. Never blocks; a second time does nothing.
+    /// Closes the channel; a second time does nothing. Never blocks, but for a command to die that is killed: 2 s at most.
     pub fn close(&self) {
         if let Some(link) = self.link.upgrade() {
             link.closed.store(true, Ordering::Relaxed);

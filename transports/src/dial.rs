@@ -2,15 +2,19 @@
 
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use socket2::Socket;
-use tokio::net::{TcpStream, UnixStream, lookup_host};
+use socket2::{Domain, Socket, Type};
+use tokio::net::{UnixStream, lookup_host};
 use tokio::time::{sleep, timeout};
 
 use crate::backoff::Backoff;
-use crate::{Channel, Endpoint, Stopper, TransportError, socket};
+use crate::connect::connect;
+use crate::pipe::Pipe;
+use crate::stream::Stream;
+use crate::{Channel, Endpoint, SocketOptions, Stopper, TransportError, descriptor, socket, vsock};
 
 /// How long to try, and what ends it early. More fields will come: write `..DialOptions::default()`.
 #[derive(Clone, Debug)]
@@ -19,11 +23,13 @@ pub struct DialOptions {
     pub deadline: Duration,
     /// Ends the dialling at once. Default: one that nobody else has.
     pub stopper: Stopper,
+    /// How the socket is tuned. Default: [`SocketOptions::default`].
+    pub socket: SocketOptions,
 }
 
 impl Default for DialOptions {
     fn default() -> Self {
-        Self { deadline: Duration::from_secs(10), stopper: Stopper::new() }
+        Self { deadline: Duration::from_secs(10), stopper: Stopper::new(), socket: SocketOptions::default() }
     }
 }
 
@@ -38,8 +44,14 @@ impl Default for DialOptions {
 /// [`Cancelled`](TransportError::Cancelled), or [`Io`](TransportError::Io) if trying again would not help:
 /// unknown name, no route, no permission.
 pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel, TransportError> {
-    let mut dialling =
-        Dialling { endpoint, limit: options.deadline, begun: Instant::now(), attempts: 0, last: None };
+    let mut dialling = Dialling {
+        endpoint,
+        options: &options.socket,
+        limit: options.deadline,
+        begun: Instant::now(),
+        attempts: 0,
+        last: None,
+    };
     let outcome = tokio::select! {
         biased;
         () = options.stopper.stopped() => None,
@@ -55,6 +67,7 @@ pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel,
 
 struct Dialling<'a> {
     endpoint: &'a Endpoint,
+    options: &'a SocketOptions,
     limit: Duration,
     begun: Instant,
     attempts: u32,
@@ -83,10 +96,12 @@ impl Dialling<'_> {
                 Err(io::Error::new(ErrorKind::InvalidInput, "port 0 is for listening, expected 1..=65535"))
             }
             Endpoint::Tcp { host, port } => self.tcp(host, *port).await,
-            Endpoint::Unix(path) => unix(path).await,
+            Endpoint::Unix(path) => self.unix(path).await,
+            Endpoint::Vsock { cid, port } => vsock::dial(*cid, *port).await,
+            Endpoint::Exec(_) | Endpoint::Fd(_) | Endpoint::FdFrom(_) => return self.ready_made().await,
         }?;
         let peer = socket::peer_name(&connected)?;
-        socket::into_channel(connected, peer, &[])
+        socket::into_channel(connected, peer, &[], self.options)
     }
 
     async fn tcp(&self, host: &str, port: u16) -> io::Result<Socket> {
@@ -95,7 +110,7 @@ impl Dialling<'_> {
         let mut failure = io::Error::new(ErrorKind::AddrNotAvailable, "the name has no address");
         for (tried, address) in addresses.iter().enumerate() {
             let patience = self.patience(addresses.len() - tried);
-            match timeout(patience, tcp_address(*address))
+            match timeout(patience, tcp_address(*address, self.options))
                 .await
                 .unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
             {
@@ -106,6 +121,27 @@ impl Dialling<'_> {
             }
         }
         Err(failure)
+    }
+
+    async fn unix(&self, path: &Path) -> io::Result<Socket> {
+        let address = socket::unix_address(path)?;
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        self.options.set_buffers(&socket)?;
+        connect(socket, &address).await
+    }
+
+    /// What needs no connecting: a descriptor, or a command.
+    async fn ready_made(&self) -> io::Result<Channel> {
+        let descriptor = match self.endpoint {
+            Endpoint::Fd(number) => descriptor::take(*number)?,
+            Endpoint::FdFrom(path) => {
+                let giver = UnixStream::from_std(OwnedFd::from(self.unix(path).await?).into())?;
+                giver.readable().await?;
+                descriptor::receive_descriptor(&giver.into_std()?)?
+            }
+            endpoint => return command(endpoint),
+        };
+        descriptor::dialled(descriptor, self.endpoint, self.options)
     }
 
     /// How long one of `left` addresses may take: a silent one must leave time for the others.
@@ -139,17 +175,20 @@ impl Dialling<'_> {
     }
 }
 
-async fn tcp_address(address: SocketAddr) -> io::Result<Socket> {
-    let connected: Socket = TcpStream::connect(address).await?.into_std()?.into();
+async fn tcp_address(address: SocketAddr, options: &SocketOptions) -> io::Result<Socket> {
+    let socket = options.tcp_socket(address)?;
+    options.bind_source(&socket, address)?;
+    let connected = connect(socket, &address.into()).await?;
     if socket::is_connected_to_itself(&connected)? {
         return Err(ErrorKind::ConnectionRefused.into());
     }
     Ok(connected)
 }
 
-async fn unix(path: &Path) -> io::Result<Socket> {
-    socket::unix_address(path)?;
-    Ok(UnixStream::connect(path).await?.into_std()?.into())
+/// The channel through the command of an `exec:` endpoint.
+pub(crate) fn command(endpoint: &Endpoint) -> io::Result<Channel> {
+    let Endpoint::Exec(command) = endpoint else { return Err(ErrorKind::InvalidInput.into()) };
+    Ok(Channel::over(Stream::Pipe(Pipe::through(command)?), endpoint.to_string()))
 }
 
 /// Whether the same attempt may succeed later: nobody listens yet, a relay hung up at once (`NotConnected`),

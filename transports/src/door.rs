@@ -1,17 +1,21 @@
-//! A listening socket and its clients of either family, in tokio's hands.
+//! A listening socket and its clients of any family, in tokio's hands.
 
-use std::io;
-use std::net::SocketAddr;
+use std::io::{self, Read};
 
 use socket2::Socket;
-use tokio::io::AsyncReadExt;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+use crate::socket;
+use crate::sys::watch;
 
 /// Where clients come in.
 #[derive(Debug)]
 pub(crate) enum Door {
     Tcp(TcpListener),
     Unix(UnixListener),
+    Vsock(AsyncFd<Socket>),
 }
 
 impl Door {
@@ -20,19 +24,27 @@ impl Door {
         let copy = socket.try_clone()?;
         if socket.local_addr()?.is_unix() {
             Ok(Self::Unix(UnixListener::from_std(copy.into())?))
+        } else if socket.local_addr()?.as_vsock_address().is_some() {
+            Ok(Self::Vsock(watch(copy, Interest::READABLE)?))
         } else {
             Ok(Self::Tcp(TcpListener::from_std(copy.into())?))
         }
     }
 
-    /// The next client and its address, which is `None` on unix: clients have no name there.
-    pub(crate) async fn accept(&self) -> io::Result<(Client, Option<SocketAddr>)> {
+    /// The next client and its name, which is `None` on unix: clients have none there.
+    pub(crate) async fn accept(&self) -> io::Result<(Client, Option<String>)> {
         Ok(match self {
             Self::Tcp(listener) => {
                 let (client, address) = listener.accept().await?;
-                (Client::Tcp(client), Some(address))
+                (Client::Tcp(client), Some(socket::tcp_name(address)))
             }
             Self::Unix(listener) => (Client::Unix(listener.accept().await?.0), None),
+            Self::Vsock(listener) => {
+                let (client, address) = listener.async_io(Interest::READABLE, Socket::accept).await?;
+                client.set_nonblocking(true)?;
+                let name = address.as_vsock_address().map(socket::vsock_name);
+                (Client::Vsock(watch(client, Interest::READABLE)?), name)
+            }
         })
     }
 }
@@ -42,6 +54,7 @@ impl Door {
 pub(crate) enum Client {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Vsock(AsyncFd<Socket>),
 }
 
 impl Client {
@@ -49,6 +62,7 @@ impl Client {
         match self {
             Self::Tcp(stream) => stream.read(buf).await,
             Self::Unix(stream) => stream.read(buf).await,
+            Self::Vsock(socket) => socket.async_io(Interest::READABLE, |mut socket| socket.read(buf)).await,
         }
     }
 
@@ -57,6 +71,7 @@ impl Client {
         Ok(match self {
             Self::Tcp(stream) => stream.into_std()?.into(),
             Self::Unix(stream) => stream.into_std()?.into(),
+            Self::Vsock(socket) => socket.into_inner(),
         })
     }
 }

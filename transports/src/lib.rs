@@ -1,4 +1,4 @@
-//! Connected byte channels for a migration: dialling, accepting, pacing.
+//! Connected byte channels for a migration: sockets, pipes and commands; dialling, accepting, pacing.
 //!
 //! ```text
 //!  "tcp:10.0.0.7:4444"                      Listener::bind(&endpoint)
@@ -20,28 +20,42 @@
 
 mod backoff;
 pub mod blocking;
+mod broken_pipe;
 mod channel;
 mod closer;
+mod connect;
+mod descriptor;
 mod dial;
 mod door;
 mod endpoint;
 mod error;
 mod listener;
+mod only;
 mod pacer;
+mod pipe;
 mod serve;
+mod shell;
 mod socket;
 mod socket_file;
+mod socket_options;
 mod stopper;
 mod stream;
+mod sys;
 #[cfg(test)]
 mod testing;
+mod vsock;
+mod wake;
+mod zero_copy;
 
 pub use channel::Channel;
 pub use closer::Closer;
+pub use descriptor::receive_descriptor;
 pub use dial::{DialOptions, dial};
-pub use endpoint::{Endpoint, InvalidEndpoint};
+pub use endpoint::{Endpoint, InvalidEndpoint, VSOCK_ANY};
 pub use error::TransportError;
 pub use listener::Listener;
 pub use pacer::{Pacer, Stopped};
 pub use serve::Arrival;
+pub use socket_options::{Keepalive, SocketOptions};
 pub use stopper::Stopper;
+pub use zero_copy::ZeroCopy;

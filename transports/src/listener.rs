@@ -2,30 +2,46 @@
 
 use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
-use std::path::Path;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::Socket;
 
+use crate::dial::command;
 use crate::serve::{Arrival, Lobby, serve};
 use crate::socket_file::SocketFile;
-use crate::{Endpoint, Stopper, TransportError, blocking};
+use crate::{Channel, Endpoint, SocketOptions, Stopper, TransportError, blocking, descriptor, only, vsock};
 
 /// A bound socket that takes connections. Dropping it frees the address, and removes a unix socket's file.
 #[derive(Debug)]
 pub struct Listener {
     endpoint: Endpoint,
-    socket: Socket,
-    file: Option<SocketFile>,
+    origin: Origin,
+    options: SocketOptions,
     stopper: Stopper,
     /// The number that the next connection gets, over all calls of `serve`.
     next_number: AtomicU64,
 }
 
+/// Where connections come from.
+#[derive(Debug)]
+enum Origin {
+    /// One that is there already: a connected socket, a pipe or a command. Taken by the first `serve`.
+    Ready(Mutex<Option<Channel>>),
+    Socket {
+        socket: Socket,
+        file: Option<SocketFile>,
+    },
+}
+
 impl Listener {
     /// Binds and listens; clients can connect from now on, and wait in the queue until
     /// [`serve`](Self::serve).
+    ///
+    /// A descriptor or a command is one channel that is there already, unless the descriptor is a listening socket;
+    /// [`serve`](Self::serve) reports it as the only arrival.
     ///
     /// Of a name with several addresses, the first that works is taken. An empty host or `[::]` is any
     /// address, v4 and v6; `0` and `0.0.0.0` are any v4 address. A unix socket file that nobody listens on
@@ -35,8 +51,16 @@ impl Listener {
     /// [`Io`](TransportError::Io): the address is taken or not of this machine, the name is unknown, the path
     /// is too long or not a socket.
     pub fn bind(endpoint: &Endpoint) -> Result<Self, TransportError> {
+        Self::bind_with(endpoint, &SocketOptions::default())
+    }
+
+    /// The same, with sockets that are tuned as `options` say.
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind).
+    pub fn bind_with(endpoint: &Endpoint, options: &SocketOptions) -> Result<Self, TransportError> {
         let begun = Instant::now();
-        Self::try_bind(endpoint).map_err(|source| TransportError::Io {
+        Self::try_bind(endpoint, options).map_err(|source| TransportError::Io {
             action: "listen on",
             endpoint: endpoint.clone(),
             elapsed: begun.elapsed(),
@@ -47,6 +71,11 @@ impl Listener {
     /// Where it listens: as asked for, with a port 0 replaced by the one that was given.
     pub fn endpoint(&self) -> Endpoint {
         self.endpoint.clone()
+    }
+
+    /// Whether more than one connection can come.
+    pub fn takes_several(&self) -> bool {
+        matches!(self.origin, Origin::Socket { .. })
     }
 
     /// Ends [`serve`](Self::serve), for good.
@@ -76,9 +105,19 @@ impl Listener {
         on_arrival: &mut dyn FnMut(Arrival),
     ) -> Result<(), TransportError> {
         let begun = Instant::now();
-        let path = self.file.as_ref().map(SocketFile::path);
-        let served = Lobby::new(first_bytes, silence, path, on_arrival)
-            .and_then(|lobby| blocking::runtime()?.block_on(serve(self, lobby)));
+        let served = match &self.origin {
+            Origin::Socket { socket, file } => {
+                let path = file.as_ref().map(SocketFile::path);
+                Lobby::new(first_bytes, silence, path, &self.options, on_arrival)
+                    .and_then(|lobby| blocking::runtime()?.block_on(serve(self, socket, lobby)))
+            }
+            Origin::Ready(channel) => {
+                let channel = channel.lock().unwrap_or_else(PoisonError::into_inner).take();
+                blocking::runtime().and_then(|it| {
+                    it.block_on(only::serve(self, channel, (first_bytes, silence), on_arrival))
+                })
+            }
+        };
         served.map_err(|source| TransportError::Io {
             action: "accept on",
             endpoint: self.endpoint(),
@@ -87,37 +126,63 @@ impl Listener {
         })
     }
 
-    pub(crate) fn socket(&self) -> &Socket {
-        &self.socket
-    }
-
     pub(crate) fn next_number(&self) -> u64 {
         self.next_number.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn try_bind(endpoint: &Endpoint) -> io::Result<Self> {
-        let (socket, file) = match endpoint {
-            Endpoint::Tcp { host, port } => (bind_tcp(host, *port)?, None),
-            Endpoint::Unix(path) => bind_unix(path)?,
-        };
-        socket.set_nonblocking(true)?;
-        let endpoint = match (endpoint, socket.local_addr()?.as_socket()) {
-            (Endpoint::Tcp { host, .. }, Some(bound)) => {
-                Endpoint::Tcp { host: host.clone(), port: bound.port() }
+    fn try_bind(endpoint: &Endpoint, options: &SocketOptions) -> io::Result<Self> {
+        let origin = match endpoint {
+            Endpoint::Exec(_) => Origin::Ready(Mutex::new(Some(command(endpoint)?))),
+            Endpoint::Fd(number) => Origin::descriptor(descriptor::take(*number)?, endpoint, options)?,
+            Endpoint::FdFrom(path) => {
+                Origin::descriptor(descriptor::fetch(path, HAND_OVER)?, endpoint, options)?
             }
-            _ => endpoint.clone(),
+            Endpoint::Tcp { host, port } => Origin::listening(bind_tcp(host, *port, options)?, None)?,
+            Endpoint::Unix(path) => {
+                let (socket, file) = SocketFile::bind(path)?;
+                options.set_buffers(&socket)?;
+                Origin::listening(socket, Some(file))?
+            }
+            Endpoint::Vsock { cid, port } => Origin::listening(vsock::bind(*cid, *port)?, None)?,
         };
-        Ok(Self { endpoint, socket, file, stopper: Stopper::new(), next_number: AtomicU64::new(1) })
+        let endpoint = origin.endpoint(endpoint)?;
+        let (options, stopper) = (options.clone(), Stopper::new());
+        Ok(Self { endpoint, origin, options, stopper, next_number: AtomicU64::new(1) })
     }
 }
 
-fn bind_unix(path: &Path) -> io::Result<(Socket, Option<SocketFile>)> {
-    let (socket, file) = SocketFile::bind(path)?;
-    socket.listen(BACKLOG)?;
-    Ok((socket, Some(file)))
+impl Origin {
+    fn listening(socket: Socket, file: Option<SocketFile>) -> io::Result<Self> {
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)?;
+        Ok(Self::Socket { socket, file })
+    }
+
+    fn descriptor(descriptor: OwnedFd, endpoint: &Endpoint, options: &SocketOptions) -> io::Result<Self> {
+        match descriptor::arrived(descriptor, endpoint, options)? {
+            Ok(channel) => Ok(Self::Ready(Mutex::new(Some(channel)))),
+            Err(listening) => {
+                listening.set_nonblocking(true)?;
+                Ok(Self::Socket { socket: listening, file: None })
+            }
+        }
+    }
+
+    /// What was asked for, with the port that the system chose.
+    fn endpoint(&self, asked: &Endpoint) -> io::Result<Endpoint> {
+        let Self::Socket { socket, .. } = self else { return Ok(asked.clone()) };
+        let bound = socket.local_addr()?;
+        Ok(match (asked, bound.as_socket(), bound.as_vsock_address()) {
+            (Endpoint::Tcp { host, .. }, Some(bound), _) => {
+                Endpoint::Tcp { host: host.clone(), port: bound.port() }
+            }
+            (Endpoint::Vsock { cid, .. }, _, Some((_, port))) => Endpoint::Vsock { cid: *cid, port },
+            _ => asked.clone(),
+        })
+    }
 }
 
-fn bind_tcp(host: &str, port: u16) -> io::Result<Socket> {
+fn bind_tcp(host: &str, port: u16, options: &SocketOptions) -> io::Result<Socket> {
     let any_v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
     let addresses = match host {
         // Without v6 in the kernel, v4 is all there is.
@@ -127,7 +192,7 @@ fn bind_tcp(host: &str, port: u16) -> io::Result<Socket> {
     };
     let mut failure = io::Error::new(ErrorKind::AddrNotAvailable, "the name has no address");
     for address in addresses {
-        match bind_address(address) {
+        match bind_address(address, options) {
             Ok(socket) => return Ok(socket),
             Err(error) => failure = error,
         }
@@ -135,16 +200,20 @@ fn bind_tcp(host: &str, port: u16) -> io::Result<Socket> {
     Err(failure)
 }
 
-fn bind_address(address: SocketAddr) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+fn bind_address(address: SocketAddr, options: &SocketOptions) -> io::Result<Socket> {
+    let socket = options.tcp_socket(address)?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() && address.ip().is_unspecified() {
         socket.set_only_v6(false)?;
     }
     socket.bind(&address.into())?;
+    // Another socket of the same address may be listening: only this tells, and it is to be the next address then.
     socket.listen(BACKLOG)?;
     Ok(socket)
 }
+
+/// How long whoever hands over a descriptor may take: he was asked for nothing else.
+const HAND_OVER: Duration = Duration::from_secs(10);
 
 /// Connections that the kernel holds until they are accepted: as many channels as a source may have (the
 /// channel number is one byte).

@@ -2,18 +2,18 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
-use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::pin;
 use std::time::Duration;
 
+use socket2::Socket;
 use tokio::task::{AbortHandle, JoinSet, yield_now};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::backoff::Backoff;
 use crate::door::{Client, Door};
 use crate::listener::BACKLOG;
-use crate::{Channel, Listener, socket};
+use crate::{Channel, Listener, SocketOptions, socket};
 
 /// What happened to a connection. Each is [`Opened`](Self::Opened) first, and then has exactly one other end;
 /// the last ones may have none when the listener is stopped.
@@ -65,10 +65,10 @@ pub enum Arrival {
 }
 
 /// Accepts into `lobby` until the listener is stopped. An error is the listening socket's own.
-pub(crate) async fn serve(listener: &Listener, mut lobby: Lobby<'_>) -> io::Result<()> {
+pub(crate) async fn serve(listener: &Listener, socket: &Socket, mut lobby: Lobby<'_>) -> io::Result<()> {
     let stopper = listener.stopper();
     let mut stopped = pin!(stopper.stopped());
-    let door = Door::new(listener.socket())?;
+    let door = Door::new(socket)?;
     let mut backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(100));
     let mut not_before = Instant::now();
     loop {
@@ -104,6 +104,7 @@ pub(crate) struct Lobby<'a> {
     first_bytes: usize,
     silence: Duration,
     path: Option<&'a Path>,
+    options: &'a SocketOptions,
     on_arrival: &'a mut dyn FnMut(Arrival),
     tasks: JoinSet<Arrival>,
     /// One for each task, longest waiting first.
@@ -122,6 +123,7 @@ impl<'a> Lobby<'a> {
         first_bytes: usize,
         silence: Duration,
         path: Option<&'a Path>,
+        options: &'a SocketOptions,
         on_arrival: &'a mut dyn FnMut(Arrival),
     ) -> io::Result<Self> {
         if first_bytes > FIRST_BYTES {
@@ -129,16 +131,17 @@ impl<'a> Lobby<'a> {
             return Err(io::Error::new(ErrorKind::InvalidInput, text));
         }
         let (tasks, waiting) = (JoinSet::new(), VecDeque::new());
-        Ok(Self { first_bytes, silence, path, on_arrival, tasks, waiting })
+        Ok(Self { first_bytes, silence, path, options, on_arrival, tasks, waiting })
     }
 
-    fn admit(&mut self, number: u64, client: Client, address: Option<SocketAddr>) {
+    fn admit(&mut self, number: u64, client: Client, address: Option<String>) {
         if self.waiting.len() >= MAX_WAITING {
             self.evict_longest_waiting();
         }
-        let peer = address.map_or_else(|| socket::unix_name(self.path), socket::tcp_name);
+        let peer = address.unwrap_or_else(|| socket::unix_name(self.path));
         (self.on_arrival)(Arrival::Opened { number, peer: peer.clone() });
-        let task = self.tasks.spawn(identify(number, peer.clone(), client, self.first_bytes, self.silence));
+        let expected = (self.first_bytes, self.silence, self.options.clone());
+        let task = self.tasks.spawn(identify(number, peer.clone(), client, expected));
         self.waiting.push_back(Waiting { number, peer, since: Instant::now(), task });
     }
 
@@ -183,7 +186,7 @@ async fn admit_queued(listener: &Listener, door: &Door, lobby: &mut Lobby<'_>) {
     }
 }
 
-async fn accept(door: &Door, not_before: Instant) -> io::Result<(Client, Option<SocketAddr>)> {
+async fn accept(door: &Door, not_before: Instant) -> io::Result<(Client, Option<String>)> {
     sleep_until(not_before).await;
     door.accept().await
 }
@@ -193,14 +196,20 @@ fn is_own_fault(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EBADF | libc::EFAULT | libc::EINVAL | libc::ENOTSOCK))
 }
 
-async fn identify(number: u64, peer: String, client: Client, wanted: usize, silence: Duration) -> Arrival {
+async fn identify(
+    number: u64,
+    peer: String,
+    client: Client,
+    (wanted, silence, options): (usize, Duration, SocketOptions),
+) -> Arrival {
     let begun = Instant::now();
     let mut first = FirstBytes { bytes: [0; FIRST_BYTES], received: 0, wanted };
     let channel = match timeout(silence, first.receive(client)).await {
         Err(_elapsed) => return Arrival::Silent { number, peer, waited: begun.elapsed() },
         Ok(Ok(None)) => return Arrival::Closed { number, peer, received: first.received },
         Ok(Ok(Some(client))) => {
-            client.into_socket().and_then(|client| socket::into_channel(client, peer.clone(), first.so_far()))
+            let socket = client.into_socket();
+            socket.and_then(|socket| socket::into_channel(socket, peer.clone(), first.so_far(), &options))
         }
         Ok(Err(error)) => Err(error),
     };

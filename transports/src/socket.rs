@@ -3,20 +3,24 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::time::Duration;
 
-use socket2::{SockAddr, Socket, TcpKeepalive};
+use socket2::{SockAddr, Socket};
 
-use crate::Channel;
+use crate::{Channel, SocketOptions};
 
 /// Longest path of a unix socket, in bytes: `sun_path` less the final NUL.
 const MAX_UNIX_PATH: usize = if cfg!(target_os = "linux") { 107 } else { 103 };
 
 /// Makes a connected socket a channel. `first` is what was received on it already.
-pub(crate) fn into_channel(socket: Socket, peer: String, first: &[u8]) -> io::Result<Channel> {
+pub(crate) fn into_channel(
+    socket: Socket,
+    peer: String,
+    first: &[u8],
+    options: &SocketOptions,
+) -> io::Result<Channel> {
     socket.set_nonblocking(false)?;
     if socket.local_addr()?.as_socket().is_some() {
-        tune_tcp(&socket)?;
+        options.tune_tcp(&socket)?;
     }
     Ok(Channel::new(socket, peer, first))
 }
@@ -26,13 +30,20 @@ pub(crate) fn peer_name(socket: &Socket) -> io::Result<String> {
     let address = socket.peer_addr()?;
     Ok(match address.as_socket() {
         Some(address) => tcp_name(address),
-        None => unix_name(address.as_pathname()),
+        None => match address.as_vsock_address() {
+            Some(address) => vsock_name(address),
+            None => unix_name(address.as_pathname()),
+        },
     })
 }
 
 /// A v4 client of a v6 listener is written as what it is.
 pub(crate) fn tcp_name(address: SocketAddr) -> String {
     format!("tcp:{}", SocketAddr::new(address.ip().to_canonical(), address.port()))
+}
+
+pub(crate) fn vsock_name((cid, port): (u32, u32)) -> String {
+    format!("vsock:{cid}:{port}")
 }
 
 /// Only one end of a unix connection has a path; the other goes by the same name.
@@ -58,14 +69,4 @@ pub(crate) fn unix_address(path: &Path) -> io::Result<SockAddr> {
 pub(crate) fn is_connected_to_itself(socket: &Socket) -> io::Result<bool> {
     let (own, peer) = (socket.local_addr()?, socket.peer_addr()?);
     Ok(own.as_socket().is_some() && own.as_socket() == peer.as_socket())
-}
-
-/// A packet leaves at once, and a peer that vanished is noticed after 60 s without a byte: 30 s + 3 * 10 s.
-fn tune_tcp(socket: &Socket) -> io::Result<()> {
-    socket.set_tcp_nodelay(true)?;
-    let keepalive = TcpKeepalive::new()
-        .with_time(Duration::from_secs(30))
-        .with_interval(Duration::from_secs(10))
-        .with_retries(3);
-    socket.set_tcp_keepalive(&keepalive)
 }

@@ -2,14 +2,18 @@
 
 use std::io::{self, IoSlice, Read};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use socket2::Socket;
 
+use crate::pipe::Pipe;
+
 /// The kinds of byte stream. All methods take `&self`: one thread sends while another receives.
 #[derive(Debug)]
 pub(crate) enum Stream {
+    /// Pipes, with or without a command behind them.
+    Pipe(Pipe),
     /// A connected, blocking stream socket: the bytes on it are the channel's bytes, nothing in between.
     Socket(Socket),
 }
@@ -18,6 +22,7 @@ impl Stream {
     /// Sends some of `bufs`, at least one byte unless all are empty. At most [`Self::MAX_SLICES`] of them.
     pub(crate) fn send_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
+            Self::Pipe(pipe) => pipe.send_vectored(bufs),
             // No SIGPIPE: the process belongs to the embedder, and may not ignore that signal.
             Self::Socket(socket) => socket.send_vectored_with_flags(bufs, libc::MSG_NOSIGNAL),
         }
@@ -25,6 +30,7 @@ impl Stream {
 
     pub(crate) fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
         match self {
+            Self::Pipe(pipe) => pipe.recv(buf),
             Self::Socket(socket) => (&*socket).read(buf),
         }
     }
@@ -32,6 +38,7 @@ impl Stream {
     /// Ends both directions; blocked calls of other threads return.
     pub(crate) fn close(&self) {
         match self {
+            Self::Pipe(pipe) => pipe.close(),
             // Fails only if the connection is gone already, which is what is wanted.
             Self::Socket(socket) => drop(socket.shutdown(Shutdown::Both)),
         }
@@ -39,12 +46,20 @@ impl Stream {
 
     pub(crate) fn finish_sending(&self) -> io::Result<()> {
         match self {
+            Self::Pipe(pipe) => {
+                pipe.finish_sending();
+                Ok(())
+            }
             Self::Socket(socket) => socket.shutdown(Shutdown::Write),
         }
     }
 
     pub(crate) fn set_silence_limit(&self, limit: Option<Duration>) -> io::Result<()> {
         match self {
+            Self::Pipe(pipe) => {
+                pipe.set_silence_limit(limit);
+                Ok(())
+            }
             Self::Socket(socket) => {
                 socket.set_read_timeout(limit)?;
                 socket.set_write_timeout(limit)
@@ -54,6 +69,7 @@ impl Stream {
 
     pub(crate) fn silence_limit(&self) -> io::Result<Option<Duration>> {
         match self {
+            Self::Pipe(pipe) => Ok(pipe.silence_limit()),
             Self::Socket(socket) => socket.read_timeout(),
         }
     }
@@ -61,7 +77,32 @@ impl Stream {
     /// The descriptor on which the channel's bytes appear as they are.
     pub(crate) fn direct(&self) -> Option<BorrowedFd<'_>> {
         match self {
+            Self::Pipe(_) => None,
             Self::Socket(socket) => Some(socket.as_fd()),
+        }
+    }
+
+    /// Whether bytes may come back from where they are sent to.
+    pub(crate) fn is_two_way(&self) -> bool {
+        match self {
+            Self::Pipe(pipe) => pipe.is_two_way(),
+            Self::Socket(_) => true,
+        }
+    }
+
+    /// Waits until a command behind the channel has ended well; returns at once if there is none.
+    pub(crate) fn settle(&self, limit: Duration) -> io::Result<()> {
+        match self {
+            Self::Pipe(pipe) => pipe.settle(limit),
+            Self::Socket(_) => Ok(()),
+        }
+    }
+
+    /// A duplicate of the descriptor that becomes readable when bytes have come.
+    pub(crate) fn readable_end(&self) -> io::Result<OwnedFd> {
+        match self {
+            Self::Pipe(pipe) => pipe.readable_end(),
+            Self::Socket(socket) => socket.as_fd().try_clone_to_owned(),
         }
     }
 

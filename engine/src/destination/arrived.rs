@@ -110,6 +110,7 @@ impl Arrived {
         let (total, stopped) = (self.shared.session.elapsed(), self.stream.guest_stopped);
         let downtime = stopped.map_or(Duration::ZERO, |stopped| stopped.elapsed());
         self.shared.gate.drain(LINGER);
+        self.return_path.settle(LINGER);
         let mut report = Report::of(&self.shared.session, total, self.codec());
         report.downtime = downtime;
         self.wind_up();

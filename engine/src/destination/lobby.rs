@@ -47,7 +47,7 @@ impl Lobby {
         let stop = self.crew.stop();
         listener
             .serve(4, patience, &mut |arrival| {
-                match self.on_arrival(arrival) {
+                match self.on_arrival(arrival, listener.takes_several()) {
                     Ok(()) => {}
                     // All is here. Who knocks now has lost his way, unless he is a channel that was missing: see Gate::join.
                     Err(error) if self.shared.gate.finished() => tracing::warn!(%error, "after the end"),
@@ -57,7 +57,8 @@ impl Lobby {
             .map_err(|error| Error::transport(Phase::Accept, error))
     }
 
-    fn on_arrival(&self, arrival: Arrival) -> Result<()> {
+    /// `others_may_come`: whoever hangs up without a word was a mistake, and no reason to give up.
+    fn on_arrival(&self, arrival: Arrival, others_may_come: bool) -> Result<()> {
         match arrival {
             Arrival::Opened { .. } => {
                 self.shared.gate.opened();
@@ -73,7 +74,7 @@ impl Lobby {
                 let detail = format!("the connection said nothing for {waited:?}");
                 Err(Error::new(ErrorKind::Deadline, Phase::Accept, detail).on(peer))
             }
-            Arrival::Closed { peer, received: 0, .. } => {
+            Arrival::Closed { peer, received: 0, .. } if others_may_come => {
                 tracing::warn!(peer, "a connection was closed before it said anything");
                 self.shared.gate.identified();
                 Ok(())

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multifd_codecs::Codecs;
-use multifd_transports::{Channel, Endpoint, Listener};
+use multifd_transports::{Channel, Endpoint, Listener, SocketOptions};
 
 pub use arrived::Arrived;
 pub use landing::IncomingRam;
@@ -48,6 +48,7 @@ pub struct DestinationBuilder {
     channels: Option<usize>,
     switchover_ack: SwitchoverAck,
     timeout: Duration,
+    socket: SocketOptions,
 }
 
 /// Listens for one migration.
@@ -88,16 +89,28 @@ impl DestinationBuilder {
         self
     }
 
+    /// How the connections' sockets are tuned. Default: as for [`SourceBuilder`](crate::SourceBuilder).
+    #[must_use]
+    pub fn socket_options(mut self, options: SocketOptions) -> Self {
+        self.socket = options;
+        self
+    }
+
     /// Opens the listening socket. The source may connect from now on.
     ///
     /// # Errors
-    /// `ApiMisuse` for a timeout of zero, `Transport` if the address cannot be listened on.
+    /// `ApiMisuse` for a timeout of zero or channels over what is one channel, `Transport` if the address cannot be listened on.
     pub fn listen(self, endpoint: &Endpoint) -> Result<Destination> {
         if self.timeout.is_zero() {
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, "timeout is 0, expected more"));
         }
-        let listener = Listener::bind(endpoint).map_err(|error| Error::transport(Phase::Accept, error))?;
         let session = Session::new(self.timeout);
+        let listener = Listener::bind_with(endpoint, &session.socket_options(&self.socket))
+            .map_err(|error| Error::transport(Phase::Accept, error))?;
+        if let Some(channels) = self.channels.filter(|channels| *channels > 0 && !listener.takes_several()) {
+            let detail = format!("{channels} parallel channels over {endpoint}, which is one channel");
+            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, detail));
+        }
         Ok(Destination { listener: Arc::new(listener), session, settings: self })
     }
 }
@@ -111,6 +124,7 @@ impl Destination {
             channels: None,
             switchover_ack: SwitchoverAck::Auto,
             timeout: DEFAULT_TIMEOUT,
+            socket: SocketOptions::default(),
         }
     }
 

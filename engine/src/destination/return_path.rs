@@ -30,11 +30,14 @@ enum State {
     Open,
     /// SHUT was sent, the last message.
     Shut,
+    /// The channel leads one way: whatever the source asks for, nothing is said.
+    OneWay,
 }
 
 impl ReturnPath {
     pub(crate) fn new(channel: Arc<Channel>) -> Self {
-        Self { channel, state: Arc::new(Mutex::new(State::Closed)) }
+        let state = if channel.is_two_way() { State::Closed } else { State::OneWay };
+        Self { channel, state: Arc::new(Mutex::new(state)) }
     }
 
     /// The source sent OPEN_RETURN_PATH. Repeats are harmless.
@@ -43,6 +46,10 @@ impl ReturnPath {
         if *state == State::Closed {
             *state = State::Open;
         }
+    }
+
+    fn name(&self) -> String {
+        format!("return path ({})", self.channel.peer())
     }
 
     /// The address of the other end.
@@ -56,18 +63,29 @@ impl ReturnPath {
 
     pub(crate) fn send(&self, phase: Phase, message: &ReturnMessage) -> Result<()> {
         let state = self.lock();
+        if *state == State::OneWay {
+            return Ok(());
+        }
         if *state != State::Open {
             return Err(Error::misbehaved(phase, format!("{message:?} asked for before OPEN_RETURN_PATH"))
-                .on("return path"));
+                .on(self.name()));
         }
         self.write(message)
-            .map_err(|error| Error::io(phase, format_args!("sending {message:?}"), error).on("return path"))
+            .map_err(|error| Error::io(phase, format_args!("sending {message:?}"), error).on(self.name()))
     }
 
     /// Tells the source that the guest has arrived; from here on it must not run there.
     pub(crate) fn shut(&self) -> Result<()> {
         self.finish(&mut self.lock(), SHUT_SUCCESS)
-            .map_err(|error| Error::io(Phase::Commit, "sending SHUT", error).on("return path"))
+            .map_err(|error| Error::io(Phase::Commit, "sending SHUT", error).on(self.name()))
+    }
+
+    /// Lets a command behind the channel end by itself. It has done all that it was needed for: no more than a word if it
+    /// failed in the end.
+    pub(crate) fn settle(&self, patience: Duration) {
+        if let Err(error) = self.channel.settle(patience) {
+            tracing::warn!(%error, "after the guest has arrived");
+        }
     }
 
     /// Tells the source that its guest did not arrive, if it still listens; never waits for it. Errors have nobody left to

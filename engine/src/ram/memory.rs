@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use multifd_transports::Channel;
+use multifd_transports::{Channel, ZeroCopy};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileSlice};
@@ -221,11 +221,48 @@ impl<'a> Ranges<'a> {
         let Some(fd) = channel.direct() else { return self.send_copied(channel) };
         let mut left = &mut self.list[..];
         while !left.is_empty() {
-            let sent = retry(|| send_once(fd, left)).map_err(|error| channel.explain(error))?;
+            let sent = retry(|| send_once(fd, left, 0)).map_err(|error| channel.explain(error))?;
             channel.note_direct_sent(sent as u64);
             left = advance(left, sent);
         }
         Ok(())
+    }
+
+    /// Sends the bytes of `header`, then all of it without copying guest memory, which may change for as long as `account`
+    /// has sends outstanding: what arrives then is newer than the page that was asked for, and the page is dirty again.
+    /// Gives the calls that had to copy because the kernel had no room to keep track of more.
+    pub(crate) fn send_zero_copy(
+        self,
+        header: &[u8],
+        channel: &Channel,
+        account: &mut ZeroCopy,
+    ) -> io::Result<usize> {
+        let Some(fd) = channel.direct() else { return Err(io::ErrorKind::Unsupported.into()) };
+        let mut start = [libc::iovec { iov_base: header.as_ptr().cast_mut().cast(), iov_len: header.len() }];
+        let (mut left, mut at_header, mut refused) = (&mut start[..], true, 0);
+        loop {
+            if left.is_empty() && at_header {
+                (left, at_header) = (&mut self.list[..], false);
+            }
+            if left.is_empty() {
+                return Ok(refused);
+            }
+            let flags = if at_header { libc::MSG_MORE } else { libc::MSG_ZEROCOPY };
+            let sent = match retry(|| send_once(fd, left, flags)) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    refused += 1;
+                    retry(|| send_once(fd, left, 0))
+                }
+                Ok(sent) if !at_header => {
+                    account.note_send();
+                    Ok(sent)
+                }
+                outcome => outcome,
+            }
+            .map_err(|error| channel.explain(error))?;
+            channel.note_direct_sent(sent as u64);
+            left = advance(left, sent);
+        }
     }
 
     /// A channel that is not a plain socket takes private bytes only.
@@ -278,10 +315,11 @@ fn message(ranges: &mut [libc::iovec]) -> libc::msghdr {
     message
 }
 
-fn send_once(fd: BorrowedFd<'_>, ranges: &mut [libc::iovec]) -> isize {
+fn send_once(fd: BorrowedFd<'_>, ranges: &mut [libc::iovec], flags: i32) -> isize {
     let message = message(ranges);
-    // SAFETY: `message` points to valid ranges; MSG_NOSIGNAL: a closed peer is an error, not a signal.
-    unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) }
+    // SAFETY: `message` points to valid ranges; the kernel pins what it sends later (MSG_ZEROCOPY).
+    // MSG_NOSIGNAL: a closed peer is an error, not a signal.
+    unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL | flags) }
 }
 
 fn receive_once(fd: BorrowedFd<'_>, ranges: &mut [libc::iovec]) -> isize {

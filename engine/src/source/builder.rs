@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use multifd_codecs::{Codec, Uncompressed};
-use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, blocking};
+use multifd_transports::{Channel, DialOptions, Endpoint, SocketOptions, Stopper, blocking};
 use multifd_wire::Configuration;
 
 use super::channel::SendWorker;
@@ -19,6 +19,7 @@ use super::precopy::Precopy;
 use super::return_path::ReturnPathReader;
 use super::rounds::Rounds;
 use super::shared::Shared;
+use super::zero_copy::ZeroCopySend;
 use crate::convergence::{AutoConverge, Convergence, Limits};
 use crate::dirty::{DirtyLog, LogSet};
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -54,7 +55,7 @@ pub struct SourceBuilder {
     channels: usize,
     max_bandwidth: Option<NonZeroU64>,
     zero_pages: Option<ZeroPages>,
-    return_path: bool,
+    return_path: Option<bool>,
     switchover_start: bool,
     pause_before_switchover: bool,
     timeout: Duration,
@@ -62,6 +63,9 @@ pub struct SourceBuilder {
     auto_converge: Option<AutoConverge>,
     xbzrle_cache: Option<usize>,
     logs: Vec<Box<dyn DirtyLog>>,
+    socket: SocketOptions,
+    channel_endpoints: Vec<Endpoint>,
+    zero_copy: ZeroCopySend,
 }
 
 impl Source {
@@ -75,7 +79,7 @@ impl Source {
             channels: 0,
             max_bandwidth: None,
             zero_pages: None,
-            return_path: true,
+            return_path: None,
             switchover_start: false,
             pause_before_switchover: false,
             timeout: DEFAULT_TIMEOUT,
@@ -83,6 +87,9 @@ impl Source {
             auto_converge: None,
             xbzrle_cache: None,
             logs: Vec::new(),
+            socket: SocketOptions::default(),
+            channel_endpoints: Vec::new(),
+            zero_copy: ZeroCopySend::Off,
         }
     }
 
@@ -144,6 +151,7 @@ impl Source {
     }
 
     fn open(&mut self, endpoint: &Endpoint, crew: &Crew) -> Result<Parts> {
+        self.settings.check_endpoints(endpoint)?;
         let settings = &mut self.settings;
         let default_zero = ZeroPages::for_machine(&settings.configuration);
         let zero_pages = settings.zero_pages.unwrap_or(default_zero);
@@ -161,10 +169,14 @@ impl Source {
             packets: AtomicU64::new(0),
             cache: settings.xbzrle_cache.map(PageCache::new),
             peer_features: Arc::default(),
+            zero_copy: settings.zero_copy,
         });
-        let (channels, return_path) = (settings.channels, settings.return_path);
+        let channels = settings.channels;
         let main = self.dial(endpoint, "main")?;
-        for id in 0..channels {
+        let return_path = self.settings.wants_return_path(endpoint, &main)?;
+        let endpoints = self.settings.channel_endpoints.iter().cycle();
+        let endpoints = endpoints.chain(std::iter::repeat(endpoint)).take(channels);
+        for (id, endpoint) in endpoints.enumerate() {
             let channel = self.dial(endpoint, &format!("channel {id}"))?;
             Counters::add(&self.session.counters.channels, 1);
             SendWorker::start(channel, u8::try_from(id).unwrap_or(u8::MAX), &shared, crew)?;
@@ -180,7 +192,8 @@ impl Source {
 
     fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Arc<Channel>> {
         let stopper = Stopper::new();
-        let options = DialOptions { deadline: self.session.timeout, stopper: stopper.clone() };
+        let socket = self.session.socket_options(&self.settings.socket);
+        let options = DialOptions { deadline: self.session.timeout, stopper: stopper.clone(), socket };
         self.session.stop.on_trip(move || stopper.stop());
         let channel = blocking::dial(endpoint, &options)
             .map_err(|error| Error::transport(Phase::Connect, error).on(name.to_owned()))?;
@@ -227,10 +240,11 @@ impl SourceBuilder {
         self
     }
 
-    /// Has the destination confirm that the guest has arrived. Default: yes. Without it, nobody knows whether it did.
+    /// Has the destination confirm that the guest has arrived. Without it, nobody knows whether it did. Default: yes over
+    /// sockets; no to a command, which has to pass answers on if this is set, and over a pipe, which cannot.
     #[must_use]
     pub fn return_path(mut self, return_path: bool) -> Self {
-        self.return_path = return_path;
+        self.return_path = Some(return_path);
         self
     }
 
@@ -292,6 +306,30 @@ impl SourceBuilder {
         self
     }
 
+    /// How sockets are tuned. Default: [`SocketOptions::default`], and a user timeout that is 10 s longer than the timeout:
+    /// a destination that stands still is found by the one that says so, one that has vanished by either.
+    #[must_use]
+    pub fn socket_options(mut self, options: SocketOptions) -> Self {
+        self.socket = options;
+        self
+    }
+
+    /// Where the parallel channels connect to, one after the other and round again: other addresses of the destination, to
+    /// use several networks. Default: where main does.
+    #[must_use]
+    pub fn channel_endpoints(mut self, endpoints: Vec<Endpoint>) -> Self {
+        self.channel_endpoints = endpoints;
+        self
+    }
+
+    /// Lets the kernel send pages straight from guest memory, on parallel channels without a codec over plain TCP. Default:
+    /// off; the kernel's copy is cheap, and only a fast network card makes up for what this costs.
+    #[must_use]
+    pub fn zero_copy_send(mut self, zero_copy: ZeroCopySend) -> Self {
+        self.zero_copy = zero_copy;
+        self
+    }
+
     /// Checks the settings. Nothing is connected yet.
     ///
     /// # Errors
@@ -303,6 +341,35 @@ impl SourceBuilder {
         Ok(Source { settings: self, session, control })
     }
 
+    /// What can be said before there is a connection.
+    fn check_endpoints(&self, main: &Endpoint) -> Result<()> {
+        let misuse = |detail| Err(Error::new(ErrorKind::ApiMisuse, Phase::Connect, detail));
+        let all = || std::iter::once(main).chain(&self.channel_endpoints);
+        if self.channels > 0
+            && let Some(single) = all().find(|endpoint| !endpoint.takes_several())
+        {
+            return misuse(format!(
+                "{} parallel channels over {single}, which is one channel; they go over tcp, unix or vsock",
+                self.channels
+            ));
+        }
+        let plain_tcp = |endpoint: &Endpoint| matches!(endpoint, Endpoint::Tcp { .. });
+        match all().find(|endpoint| !plain_tcp(endpoint)).filter(|_| self.zero_copy != ZeroCopySend::Off) {
+            Some(other) => misuse(format!("zero-copy send over {other}, expected plain TCP")),
+            None => Ok(()),
+        }
+    }
+
+    fn wants_return_path(&self, endpoint: &Endpoint, main: &Channel) -> Result<bool> {
+        if self.return_path == Some(true) && !main.is_two_way() {
+            let detail = "a return path was asked for, but nothing comes back over a pipe";
+            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Connect, detail).on(main.peer()));
+        }
+        // Most commands store or pass on, and say nothing.
+        let answers = main.is_two_way() && !matches!(endpoint, Endpoint::Exec(_));
+        Ok(self.return_path.unwrap_or(answers))
+    }
+
     fn check(&self) -> Result<(), String> {
         if self.channels > MAX_CHANNELS {
             return Err(format!("{} channels, expected 0..={MAX_CHANNELS}", self.channels));
@@ -310,6 +377,15 @@ impl SourceBuilder {
         if self.channels == 0 && self.codec.id() != multifd_codecs::CodecId::NONE {
             return Err(format!(
                 "codec {} without parallel channels, which alone are compressed",
+                self.codec.name()
+            ));
+        }
+        if self.zero_copy != ZeroCopySend::Off
+            && (self.channels == 0 || self.codec.id() != multifd_codecs::CodecId::NONE)
+        {
+            return Err(format!(
+                "zero-copy send with {} channels and codec {}, expected at least 1 channel and none",
+                self.channels,
                 self.codec.name()
             ));
         }

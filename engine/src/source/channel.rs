@@ -13,6 +13,7 @@ use super::packet::{Packet, outside};
 use super::page_cache::Moment;
 use super::rounds::{Work, ZeroMail};
 use super::shared::Shared;
+use super::zero_copy::ZeroCopySender;
 use crate::dialect::DELTA_CODEC;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{Batch, Claim, IoVecs, PAGE_SIZE, Round};
@@ -31,6 +32,7 @@ pub(super) struct SendWorker {
     header: Vec<u8>,
     payload: Vec<u8>,
     ranges: IoVecs,
+    zero_copy: Option<ZeroCopySender>,
 }
 
 impl SendWorker {
@@ -44,6 +46,8 @@ impl SendWorker {
                     .because(error)
             })?),
         };
+        let zero_copy = ZeroCopySender::new(&channel, shared.zero_copy)
+            .map_err(|error| error.on(format!("channel {id} ({})", channel.peer())))?;
         let mut worker = Self {
             channel,
             shared: Arc::clone(shared),
@@ -54,6 +58,7 @@ impl SendWorker {
             header: Vec::with_capacity(header_len(PAGE_SIZE)),
             payload: Vec::new(),
             ranges: IoVecs::default(),
+            zero_copy,
         };
         crew.spawn(&format!("mig-send-{id}"), Phase::Active, move || {
             worker.run().map_err(|error| error.on(format!("channel {id} ({})", worker.channel.peer())))
@@ -147,7 +152,7 @@ impl SendWorker {
         Ok(())
     }
 
-    /// One vectored write: the header, then the pages where they are.
+    /// One vectored write: the header, then the pages where they are. With zero-copy sends one each.
     fn send_in_place(&mut self, block: &OutgoingBlock) -> Result<()> {
         let packet = &self.packet;
         let payload_len = packet.normal.len() * crate::ram::PAGE;
@@ -161,12 +166,19 @@ impl SendWorker {
         );
         self.shared.pace(self.header.len() + payload_len)?;
         let mut ranges = self.ranges.start();
-        ranges.private(&self.header);
+        let zero_copy = self.zero_copy.as_mut().filter(|zero_copy| zero_copy.pays());
+        if zero_copy.is_none() {
+            ranges.private(&self.header);
+        }
         for offset in &packet.normal {
             let page = block.block.page_at(*offset).and_then(|page| block.block.run(page, 1));
             ranges.guest(&page.ok_or_else(outside)?);
         }
-        ranges.send(&self.channel).map_err(|error| packet_error(payload_len, error))
+        match zero_copy {
+            Some(zero_copy) => zero_copy.send(&self.header, ranges, &self.channel),
+            None => ranges.send(&self.channel),
+        }
+        .map_err(|error| packet_error(payload_len, error))
     }
 
     fn send_deltas(&mut self, block: &OutgoingBlock) -> Result<()> {
@@ -183,6 +195,9 @@ impl SendWorker {
     }
 
     fn sync(&mut self) -> Result<()> {
+        if let Some(zero_copy) = &mut self.zero_copy {
+            zero_copy.settle(&self.channel, &self.shared.session.counters)?;
+        }
         self.header.clear();
         RamPacketHeader {
             flags: PacketFlags::SYNC,

@@ -182,11 +182,20 @@ impl Migration {
         let begun = Instant::now();
         match &self.return_path {
             Some(return_path) => return_path.wait_for_shut(self.shared.session.timeout)?,
-            None => self.main.channel().finish_sending().map_err(|error| self.main.error(error))?,
+            None => self.end_unanswered()?,
         }
         ledger.acknowledgement_us = micros(begun.elapsed());
         self.shared.session.complete();
         Ok(())
+    }
+
+    /// Without a return path the end is all that can be said. A command behind the channel must end well.
+    fn end_unanswered(&self) -> Result<()> {
+        let channel = self.main.channel();
+        channel.finish_sending().map_err(|error| self.main.error(error))?;
+        channel
+            .settle(self.shared.session.timeout)
+            .map_err(|error| Error::io(Phase::Commit, "at the end", error).on(self.main.name()))
     }
 
     /// The account, when all threads have ended.
@@ -203,6 +212,7 @@ impl Migration {
         report.ledger = ledger;
         report.xbzrle = self.shared.cache.as_ref().map(|cache| cache.stats());
         report.confirmed = self.return_path.is_some();
+        report.zero_copy = self.shared.zero_copy_stats();
         report
     }
 

@@ -8,6 +8,7 @@
 //!    page_cache ─── what the destination holds of hot pages (xbzrle)
 //!    rounds ─────── hands a round to the channels, collects SYNCs
 //!    single ─────── the pages, when there are no channels
+//!    zero_copy ──── pages without a copy by the kernel, while it pays
 //!    return_path ── what the destination says                               one thread, `mig-return`
 //! ```
 
@@ -25,6 +26,7 @@ mod return_path;
 mod rounds;
 mod shared;
 mod single;
+mod zero_copy;
 
 pub use builder::{Source, SourceBuilder};
 pub use control::Control;
@@ -32,3 +34,4 @@ pub use device_state::DeviceState;
 pub use outgoing::ZeroPages;
 pub use page_cache::XbzrleStats;
 pub use precopy::{Precopy, StopCopy};
+pub use zero_copy::{ZeroCopySend, ZeroCopyStats};

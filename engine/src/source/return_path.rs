@@ -51,7 +51,7 @@ impl ReturnPathReader {
         self.heard.wait(&self.stop, Some(patience), |heard| (heard.pong >= value).then_some(())).ok_or_else(
             || {
                 let detail = format!("no PONG({value:#x}) within {patience:?}");
-                Error::new(ErrorKind::Deadline, Phase::Active, detail).on("return path")
+                Error::new(ErrorKind::Deadline, Phase::Active, detail).on(self.name.clone())
             },
         )
     }
@@ -71,7 +71,7 @@ impl ReturnPathReader {
         self.heard.wait(&self.stop, Some(patience), |heard| heard.arrived.then_some(())).ok_or_else(|| {
             let detail =
                 format!("the destination did not confirm within {patience:?}; it may run the guest or not");
-            Error::new(ErrorKind::Deadline, Phase::Commit, detail).on("return path")
+            Error::new(ErrorKind::Deadline, Phase::Commit, detail).on(self.name.clone())
         })
     }
 }

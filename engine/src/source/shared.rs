@@ -10,6 +10,7 @@ use multifd_wire::pages_per_packet;
 use super::outgoing::OutgoingRam;
 use super::page_cache::{Moment, PageCache};
 use super::rounds::Rounds;
+use super::zero_copy::{ZeroCopySend, ZeroCopyStats};
 use crate::dialect::FEATURE_DELTAS;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{PAGE, PAGE_SIZE};
@@ -28,6 +29,7 @@ pub(super) struct Shared {
     pub(super) cache: Option<PageCache>,
     /// What a multifd destination said it can; 0: nothing yet, or a QEMU.
     pub(super) peer_features: Arc<AtomicU64>,
+    pub(super) zero_copy: ZeroCopySend,
 }
 
 impl Shared {
@@ -40,6 +42,16 @@ impl Shared {
     /// The cache, if it serves this round on the main channel: every destination takes differences there.
     pub(super) fn deltas_for_main(&self, moment: Moment) -> Option<&PageCache> {
         self.cache.as_ref().filter(|cache| cache.serves(moment))
+    }
+
+    /// What became of zero-copy sends, if they were asked for.
+    pub(super) fn zero_copy_stats(&self) -> Option<ZeroCopyStats> {
+        let counters = &self.session.counters;
+        (self.zero_copy != ZeroCopySend::Off).then(|| ZeroCopyStats {
+            sends: counters.zero_copy_sends.load(Ordering::Relaxed),
+            copied: counters.zero_copy_copied.load(Ordering::Relaxed),
+            refused: counters.zero_copy_refused.load(Ordering::Relaxed),
+        })
     }
 
     /// Pages in a batch: a full packet, or as many as take 25 ms at the rate limit, so that a slow link sees no bursts.

@@ -19,7 +19,7 @@ use guest::{Guest, Load};
 use multifd_codecs::{Codec, Uncompressed, Zlib, Zstd};
 use multifd_engine::{
     Arrived, Destination, DeviceState, Error, ErrorKind, HostMemory, Limits, MigrationState, OnStall, PAGE,
-    Precopy, RamBlock, Report, Source, SourceBuilder,
+    Precopy, RamBlock, Report, Source, SourceBuilder, ZeroCopySend,
 };
 use multifd_transports::Endpoint;
 use multifd_wire::Configuration;
@@ -217,4 +217,34 @@ fn a_guest_that_never_converges_follows_the_policy() {
     let last = precopy.decisions().last().unwrap();
     assert!(last.reason.contains("rounds without progress"), "{}", last.reason);
     assert!(there.end().1.is_err());
+}
+
+#[test]
+fn pages_that_the_kernel_sends_from_where_they_are() {
+    for wanted in [ZeroCopySend::WhileItPays, ZeroCopySend::Always] {
+        let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+        let there = There::listen();
+        let source = source(&guest).channels(2).zero_copy_send(wanted).build().unwrap();
+        let report = move_over(&guest, source.connect(&there.uri).unwrap(), 4).unwrap();
+        let (block, result) = there.end();
+        result.unwrap();
+        assert_equal(&guest.block, &block);
+        let stats = report.zero_copy.unwrap();
+        assert!(stats.sends > 0 && stats.copied <= stats.sends, "{stats:?}");
+    }
+}
+
+#[test]
+fn zero_copy_is_refused_where_there_can_be_none() {
+    let guest = Guest::new("guest.ram", PAGES);
+    let wanted = |builder: SourceBuilder| builder.zero_copy_send(ZeroCopySend::WhileItPays);
+    let no_channels = wanted(source(&guest)).build().err().unwrap();
+    let compressed = wanted(source(&guest)).channels(2).codec(Arc::new(Zlib::level(1).unwrap())).build();
+    for error in [no_channels, compressed.err().unwrap()] {
+        assert_eq!(error.kind(), ErrorKind::ApiMisuse);
+        assert!(error.to_string().contains("zero-copy send with"), "{error}");
+    }
+    let unix = wanted(source(&guest)).channels(2).build().unwrap().connect(&"unix:/nowhere".parse().unwrap());
+    let error = unix.err().unwrap();
+    assert!(error.to_string().contains("zero-copy send over unix:/nowhere, expected plain TCP"), "{error}");
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use multifd_engine::codecs::{Codec, Uncompressed, parse_codec};
 use multifd_engine::transports::Endpoint;
-use multifd_engine::{Checkpoint, Error, HostMemory, Precopy, RamBlock, Report, Source};
+use multifd_engine::{Checkpoint, Error, HostMemory, Precopy, RamBlock, Report, Source, ZeroCopySend};
 use multifd_tests::{
     BootSector, Compression, Failure, Fill, Outcome, Qemu, QemuBuilder, Receive, Scratch, Settings, Side,
     guest, ram,
@@ -44,6 +44,7 @@ pub(crate) struct Way {
     pub(crate) xbzrle: bool,
     /// Over a socket file, where whoever sends learns at once that the other end is gone. Default: TCP.
     pub(crate) unix: bool,
+    pub(crate) zero_copy: ZeroCopySend,
     /// Bytes per second.
     pub(crate) max_bandwidth: Option<NonZeroU64>,
 }
@@ -95,6 +96,7 @@ impl Guest {
             .channels(way.channels.unwrap_or(0).into())
             .codec(way.codec())
             .max_bandwidth(way.max_bandwidth)
+            .zero_copy_send(way.zero_copy)
             .timeout(SOON);
         if way.xbzrle {
             builder = builder.xbzrle(CACHE);

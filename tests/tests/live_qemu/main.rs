@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use device::Device;
 use guest::{Guest, SOON, WRITES, Way, text};
-use multifd_engine::{Control, Error, Precopy, Report};
+use multifd_engine::{Control, Error, Precopy, Report, ZeroCopySend};
 use multifd_tests::{Compression, Outcome, skip_without_qemu};
 
 /// At least four, so that pages go again that went again.
@@ -73,6 +73,19 @@ fn parallel_channels_with_zlib() -> Outcome {
 fn parallel_channels_with_zstd() -> Outcome {
     skip_without_qemu!();
     moves(&parallel(Compression::Zstd(1))).map(drop)
+}
+
+/// A local network copies all the same: one goes on regardless, the other gives it up.
+#[test]
+fn parallel_channels_without_a_copy_on_our_side() -> Outcome {
+    skip_without_qemu!();
+    let way = |zero_copy| Way { zero_copy, ..parallel(Compression::None) };
+    let always = moves(&way(ZeroCopySend::Always))?.zero_copy.unwrap_or_default();
+    assert!(always.sends > WRITES / 128, "{always:?}");
+    let while_it_pays = moves(&way(ZeroCopySend::WhileItPays))?.zero_copy.unwrap_or_default();
+    assert!(while_it_pays.sends > 0, "{while_it_pays:?}");
+    assert!(while_it_pays.copied == 0 || while_it_pays.sends < always.sends, "{while_it_pays:?} {always:?}");
+    Ok(())
 }
 
 /// QEMU takes no differences on parallel channels: a cache must not make us send them.

@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::testing::{LONG, spawn};
-use crate::{Listener, blocking};
+use crate::{Arrival, Listener, blocking};
 
 fn patient() -> DialOptions {
     DialOptions { deadline: LONG, ..DialOptions::default() }
@@ -132,9 +132,15 @@ fn what_cannot_pass_is_not_tried_again() {
 
 #[test]
 fn a_silent_address_leaves_time_for_the_others() {
-    let endpoint = tcp(1);
-    let dialling =
-        |limit| Dialling { endpoint: &endpoint, limit, begun: Instant::now(), attempts: 0, last: None };
+    let (endpoint, options) = (tcp(1), SocketOptions::default());
+    let dialling = |limit| Dialling {
+        endpoint: &endpoint,
+        options: &options,
+        limit,
+        begun: Instant::now(),
+        attempts: 0,
+        last: None,
+    };
     let short = dialling(Duration::from_secs(4));
     assert!(short.patience(4) <= Duration::from_secs(1) && short.patience(4) > Duration::from_millis(500));
     assert!(short.patience(1) > Duration::from_secs(3));
@@ -161,4 +167,97 @@ async fn dialling_works_inside_a_runtime_and_needs_no_deadline() {
     let listener = Listener::bind(&tcp(0)).unwrap();
     let options = DialOptions { deadline: Duration::MAX, ..DialOptions::default() };
     dial(&listener.endpoint(), &options).await.unwrap();
+}
+
+/// The first that is identified.
+fn accepted(listener: Listener) -> Channel {
+    let (stopper, mut accepted) = (listener.stopper(), None);
+    let mut on_arrival = |arrival| {
+        if let Arrival::Identified { channel, .. } = arrival {
+            accepted = Some(channel);
+            stopper.stop();
+        }
+    };
+    listener.serve(0, LONG, &mut on_arrival).unwrap();
+    accepted.unwrap()
+}
+
+#[test]
+fn a_source_comes_from_the_address_that_it_is_bound_to() {
+    let listener = Listener::bind(&tcp(0)).unwrap();
+    let bound = |address: &str| {
+        let socket = SocketOptions { bind: Some(address.parse().unwrap()), ..SocketOptions::default() };
+        DialOptions { socket, ..patient() }
+    };
+    let endpoint = listener.endpoint();
+    let _channel = dial_with(&endpoint, bound("127.0.0.2")).unwrap();
+    let peer = spawn("accept-bound", || accepted(listener)).join().peer().to_owned();
+    assert!(peer.starts_with("tcp:127.0.0.2:"), "{peer}");
+
+    for (address, said) in
+        [("203.0.113.9", "cannot connect from 203.0.113.9"), ("::1", "of the other family")]
+    {
+        let TransportError::Io { source, .. } = dial_with(&endpoint, bound(address)).unwrap_err() else {
+            panic!()
+        };
+        assert!(source.to_string().contains(said), "{source}");
+    }
+}
+
+#[test]
+fn accepted_sockets_are_tuned_like_dialled_ones() {
+    let options = SocketOptions {
+        no_delay: false,
+        user_timeout: Some(Duration::from_secs(7)),
+        receive_buffer: Some(64 << 10),
+        ..SocketOptions::default()
+    };
+    let listener = Listener::bind_with(&tcp(0), &options).unwrap();
+    let dialled = dial_with(&listener.endpoint(), DialOptions { socket: options, ..patient() }).unwrap();
+    for channel in [dialled, spawn("accept-tuned", || accepted(listener)).join()] {
+        let socket = Socket::from(channel.direct().unwrap().try_clone_to_owned().unwrap());
+        assert!(!socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(7)));
+        assert_eq!(socket.recv_buffer_size().unwrap(), 128 << 10);
+    }
+}
+
+#[test]
+fn multipath_tcp_and_plain_tcp_understand_each_other() {
+    for (listens, dials) in [(true, true), (true, false), (false, true)] {
+        let options = |mptcp| SocketOptions { mptcp, ..SocketOptions::default() };
+        let listener = Listener::bind_with(&tcp(0), &options(listens)).unwrap();
+        let socket = options(dials);
+        let one = dial_with(&listener.endpoint(), DialOptions { socket, ..patient() }).unwrap();
+        let other = spawn("accept-mptcp", || accepted(listener)).join();
+        one.send_all(b"there").unwrap();
+        other.send_all(b"back").unwrap();
+        other.recv_exact(&mut [0; 5]).unwrap();
+        one.recv_exact(&mut [0; 4]).unwrap();
+        drop(one);
+        assert_eq!(other.recv(&mut [0]).unwrap(), 0);
+    }
+}
+
+#[test]
+fn machines_are_dialled_by_number_and_say_who_does_not_answer() {
+    let vsock = |cid, port| Endpoint::Vsock { cid, port };
+    let door = match Listener::bind(&vsock(crate::VSOCK_ANY, 0)) {
+        Ok(door) => door,
+        Err(error) => return eprintln!("skipped: no vsock: {error:?}"),
+    };
+    let Endpoint::Vsock { port, .. } = door.endpoint() else { panic!("{:?}", door.endpoint()) };
+    assert_ne!(port, 0);
+    for endpoint in [vsock(crate::VSOCK_ANY, 7), vsock(1, 0)] {
+        let TransportError::Io { source, .. } = dial_with(&endpoint, patient()).unwrap_err() else {
+            panic!()
+        };
+        assert!(source.to_string().contains("are for listening"), "{source}");
+    }
+    // Where machines reach themselves, it succeeds; else nobody answers.
+    let options = DialOptions { deadline: Duration::from_millis(300), ..DialOptions::default() };
+    match dial_with(&vsock(1, port), options) {
+        Ok(channel) => assert_eq!(channel.peer(), format!("vsock:1:{port}")),
+        Err(error) => assert!(error.to_string().contains(&format!("connect to vsock:1:{port}")), "{error}"),
+    }
 }

@@ -1,0 +1,133 @@
+//! A destination whose source is cut, stands still, or never begins, over every kind of channel.
+
+use multifd_engine::{Destination, Error, ErrorKind};
+use multifd_tests::peer::{Lane, Memory, Recorder, Style};
+use multifd_tests::{Outcome, Scratch};
+use multifd_transports::{Channel, Endpoint};
+
+use crate::wire::{Kind, PATIENCE, Then, broken, says};
+
+/// A sound migration's bytes, 1.6 MB: more than any channel holds by itself.
+fn stream() -> (Memory, Vec<u8>) {
+    let mut memory = Memory::zero(&[("pc.ram", 400)]);
+    memory.refill(&memory.all(), 7);
+    // Without a return path: whether an answer or the next byte fails first is chance.
+    let style = Style { return_path: false, ..Style::default() };
+    let bytes = Recorder::migration(style, &mut memory.clone()).bytes(Lane::Main);
+    (memory, bytes)
+}
+
+/// What the destination says when its source sends `bytes` and no more.
+fn received(kind: Kind, memory: &Memory, bytes: &[u8], then: Then) -> Outcome<Error> {
+    let mut wire = kind.wire(false)?;
+    let destination = Destination::builder(memory.provide(0)?).timeout(PATIENCE).listen(&wire.endpoint)?;
+    let there = destination.endpoint();
+    let send = move || {
+        let peer: Channel = wire.connect(&there)?;
+        peer.send_all(bytes)?;
+        Ok(Some(peer).filter(|_| then == Then::Stall))
+    };
+    broken(destination.canceller(), || destination.receive().map(drop), send)
+}
+
+#[test]
+fn a_source_that_never_begins() -> Outcome {
+    let (memory, bytes) = stream();
+    for kind in Kind::all() {
+        for sent in [0, 2] {
+            let error = received(kind, &memory, &bytes[..sent], Then::Stall)?;
+            assert_eq!(error.kind(), ErrorKind::Deadline, "{kind:?} {sent}: {}", error.chain());
+            // Either of two waits that begin together may end first.
+            let chain = error.chain();
+            assert!(chain.contains("said nothing for") || chain.contains("no main channel on "), "{chain}");
+
+            let error = received(kind, &memory, &bytes[..sent], Then::Cut)?;
+            if sent == 0 && kind.takes_several() {
+                assert_eq!(error.kind(), ErrorKind::Deadline, "{kind:?}: {}", error.chain());
+                says(&error, &["accept: no main channel on ", "within 300ms"]);
+            } else {
+                assert_eq!(error.kind(), ErrorKind::Transport, "{kind:?} {sent}: {}", error.chain());
+                says(&error, &["accept, ", &format!("ended after {sent} bytes")]);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_source_that_breaks_off_or_stands_still() -> Outcome {
+    let (memory, bytes) = stream();
+    for kind in Kind::all() {
+        for sent in [4, 9, 64, 5_000, bytes.len() / 2, bytes.len() - 400_000] {
+            let error = received(kind, &memory, &bytes[..sent], Then::Cut)?;
+            assert_eq!(error.kind(), ErrorKind::Transport, "{kind:?} {sent}: {}", error.chain());
+            says(&error, &["main (", kind.name(), "the stream ended after"]);
+
+            let error = received(kind, &memory, &bytes[..sent], Then::Stall)?;
+            assert_eq!(error.kind(), ErrorKind::Deadline, "{kind:?} {sent}: {}", error.chain());
+            says(&error, &["main (", kind.name(), "no byte moved for 300ms, the silence limit"]);
+        }
+    }
+    Ok(())
+}
+
+/// What the destination says of a command.
+fn printed(memory: &Memory, command: &str) -> Outcome<Error> {
+    let endpoint = Endpoint::Exec(command.to_owned());
+    let destination = Destination::builder(memory.provide(0)?).timeout(PATIENCE).listen(&endpoint)?;
+    broken(destination.canceller(), || destination.receive().map(drop), || Ok(()))
+}
+
+#[test]
+fn a_command_that_breaks_off_fails_or_stands_still() -> Outcome {
+    let (memory, bytes) = stream();
+    let scratch = Scratch::new()?;
+    let file = scratch.path("stream");
+    std::fs::write(&file, &bytes)?;
+    for sent in [0, 2, 4, 64, 5_000, bytes.len() / 2] {
+        let head = format!("head -c {sent} {}", file.display());
+        let error = printed(&memory, &format!("{head}; exit 7"))?;
+        assert_eq!(error.kind(), ErrorKind::Transport, "{}", error.chain());
+        says(&error, &["exec:head", "ended with exit status: 7"]);
+
+        let error = printed(&memory, &head)?;
+        assert_eq!(error.kind(), ErrorKind::Transport, "{}", error.chain());
+        says(&error, &["exec:head", "ended after"]);
+
+        for stalls in ["exec sleep 1000", "sleep 1000 & exit 0"] {
+            let error = printed(&memory, &format!("{head}; {stalls}"))?;
+            assert_eq!(error.kind(), ErrorKind::Deadline, "{}", error.chain());
+            says(&error, &["exec:head"]);
+        }
+    }
+    let error = printed(&memory, "kill -9 $$")?;
+    says(&error, &["ended with signal: 9"]);
+    Ok(())
+}
+
+#[test]
+fn a_command_behind_a_sound_stream_may_end_as_it_likes() -> Outcome {
+    let (memory, bytes) = stream();
+    let scratch = Scratch::new()?;
+    let file = scratch.path("stream");
+    std::fs::write(&file, &bytes)?;
+    for after in ["", "; exit 7", "; exec sleep 1000"] {
+        let endpoint = Endpoint::Exec(format!("cat {}{after}", file.display()));
+        let blocks = memory.provide(0)?;
+        let destination = Destination::builder(blocks.clone()).timeout(PATIENCE).listen(&endpoint)?;
+        destination.receive()?.accept()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn parallel_channels_are_refused_where_there_can_be_none() -> Outcome {
+    for kind in [Kind::Pipe, Kind::SocketPair] {
+        let wire = kind.wire(false)?;
+        let builder = Destination::builder(stream().0.provide(0)?).channels(2);
+        let error = builder.listen(&wire.endpoint).err().expect("it listens");
+        assert_eq!(error.kind(), ErrorKind::ApiMisuse);
+        says(&error, &["2 parallel channels over fd:", "which is one channel"]);
+    }
+    Ok(())
+}

@@ -1,0 +1,67 @@
+//! Serving a descriptor or a command: one channel is there already, and no other can come.
+
+use std::io;
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::time::{Instant, timeout};
+
+use crate::serve::Arrival;
+use crate::sys::watch;
+use crate::{Channel, Listener};
+
+/// Reports what becomes of the channel, and then waits until the listener is stopped.
+pub(crate) async fn serve(
+    listener: &Listener,
+    channel: Option<Channel>,
+    (first_bytes, silence): (usize, Duration),
+    on_arrival: &mut dyn FnMut(Arrival),
+) -> io::Result<()> {
+    let stopper = listener.stopper();
+    if let Some(channel) = channel {
+        let number = listener.next_number();
+        on_arrival(Arrival::Opened { number, peer: channel.peer().to_owned() });
+        tokio::select! {
+            biased;
+            () = stopper.stopped() => return Ok(()),
+            arrival = hear(number, channel, first_bytes, silence) => on_arrival(arrival),
+        }
+    }
+    stopper.stopped().await;
+    Ok(())
+}
+
+async fn hear(number: u64, channel: Channel, wanted: usize, silence: Duration) -> Arrival {
+    let (begun, peer) = (Instant::now(), channel.peer().to_owned());
+    let (mut first, mut received) = ([0; 4], 0);
+    let heard =
+        timeout(silence, first_bytes(&channel, first.get_mut(..wanted).unwrap_or_default(), &mut received));
+    match heard.await {
+        Err(_elapsed) => Arrival::Silent { number, peer, waited: begun.elapsed() },
+        Ok(Err(error)) => Arrival::Failed { number, peer, error },
+        Ok(Ok(())) if received < wanted => Arrival::Closed { number, peer, received },
+        Ok(Ok(())) => {
+            let channel = channel.push_back(first.get(..received).unwrap_or_default());
+            Arrival::Identified { number, channel, first }
+        }
+    }
+}
+
+/// Fills `into`, or gets as far as the other side goes.
+async fn first_bytes(channel: &Channel, into: &mut [u8], received: &mut usize) -> io::Result<()> {
+    let readable = watch(channel.readable_end()?, Interest::READABLE)?;
+    while let Some(missing @ [_, ..]) = into.get_mut(*received..) {
+        let mut ready = readable.readable().await?;
+        let asked = missing.len();
+        let got = channel.recv(missing)?;
+        if got == 0 {
+            return Ok(());
+        }
+        // Less than asked for is all that there was.
+        if got < asked {
+            ready.clear_ready();
+        }
+        *received += got;
+    }
+    Ok(())
+}
