@@ -15,7 +15,7 @@ use crate::human;
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the source may run on; 2 wrong usage; \
     3 failed after the guest was handed over; 130 cancelled.\n\
-    URIs: tcp:HOST:PORT (port 0: any free port), unix:PATH.";
+    URIs: tcp:HOST:PORT (port 0: any free port), unix:PATH, file:PATH[,offset=N].";
 
 /// Moves live guests between hosts, to and from disk; speaks QEMU's migration stream in both directions.
 #[derive(Debug, Parser)]
@@ -45,7 +45,7 @@ pub(crate) enum Command {
 /// Flags of every command.
 #[derive(Debug, Args)]
 pub(crate) struct Common {
-    /// Parallel channels, 1 to 255. Default: none for send, whatever comes for receive
+    /// Parallel channels, 1 to 255; of a mapped-ram file: threads. Default: none for send, whatever comes for receive
     #[arg(long, global = true, value_name = "N", value_parser = human::channels)]
     pub(crate) channels: Option<usize>,
     /// none, zlib or zstd, with a level as in zstd:3, on the parallel channels. For receive: refuse any other
@@ -73,11 +73,14 @@ pub(crate) struct Common {
 
 #[derive(Debug, Args)]
 pub(crate) struct Receive {
-    /// Where to listen
+    /// Where to listen, or the file to read
     pub(crate) uri: Endpoint,
     /// The checkpoint to write; must not exist
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
+    /// Read the pages of a mapped-ram file past the page cache
+    #[arg(long)]
+    pub(crate) direct_io: bool,
     /// When to acknowledge the switch-over unasked; auto: to machine types of 8.1 and later
     #[arg(long, value_enum, default_value_t = Ack::Auto)]
     pub(crate) switchover_ack: Ack,
@@ -87,11 +90,17 @@ pub(crate) struct Receive {
 pub(crate) struct Send {
     /// The checkpoint
     pub(crate) dir: PathBuf,
-    /// Where the destination listens
+    /// Where the destination listens, or the file to write
     pub(crate) uri: Endpoint,
     /// Do not ask the destination to confirm that the guest has arrived
     #[arg(long)]
     pub(crate) no_return_path: bool,
+    /// To file: give each page a fixed place, written by --channels threads
+    #[arg(long)]
+    pub(crate) mapped_ram: bool,
+    /// With --mapped-ram, write the pages past the page cache
+    #[arg(long, requires = "mapped_ram")]
+    pub(crate) direct_io: bool,
     /// How zero pages go, in QEMU's words. Default: what QEMU does for the machine type
     #[arg(long, value_enum, value_name = "HOW")]
     pub(crate) zero_page_detection: Option<ZeroPageDetection>,

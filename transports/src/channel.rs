@@ -2,7 +2,7 @@
 
 use std::io::{self, ErrorKind, IoSlice};
 use std::net::TcpStream;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -11,6 +11,7 @@ use std::time::Duration;
 use socket2::Socket;
 
 use crate::closer::{Closer, Link};
+use crate::file::FileStream;
 use crate::socket;
 use crate::stream::Stream;
 
@@ -31,9 +32,18 @@ pub struct Channel {
 impl Channel {
     /// Takes a connected, blocking socket; `first` is what was received on it already.
     pub(crate) fn new(socket: Socket, peer: String, first: &[u8]) -> Self {
+        Self::over(Stream::Socket(socket), peer, first)
+    }
+
+    /// A channel that writes to a file, or reads it.
+    pub(crate) fn of_file(file: FileStream, peer: String) -> Self {
+        Self::over(Stream::File(file), peer, &[])
+    }
+
+    fn over(stream: Stream, peer: String, first: &[u8]) -> Self {
         Self {
             peer,
-            link: Arc::new(Link::new(Stream::Socket(socket))),
+            link: Arc::new(Link::new(stream)),
             pushed_back: PushedBack::new(first),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
@@ -47,6 +57,22 @@ impl Channel {
     pub fn pair() -> io::Result<(Self, Self)> {
         let (one, other) = UnixStream::pair()?;
         Ok((Self::try_from(one)?, Self::try_from(other)?))
+    }
+
+    /// A channel that writes to the regular file `fd` from `offset` on; what is after that is cut off now. See [`FileStream`].
+    ///
+    /// # Errors
+    /// `InvalidInput` for anything but a regular file that is open for writing.
+    pub fn writing_to_file(fd: OwnedFd, offset: u64, peer: String) -> io::Result<Self> {
+        Ok(Self::of_file(FileStream::writing_to(fd, offset)?, peer))
+    }
+
+    /// A channel that reads the regular file `fd` from `offset` on.
+    ///
+    /// # Errors
+    /// `InvalidInput` for anything but a regular file that is open for reading, and has `offset` bytes.
+    pub fn reading_file(fd: OwnedFd, offset: u64, peer: String) -> io::Result<Self> {
+        Ok(Self::of_file(FileStream::reading_from(fd, offset)?, peer))
     }
 
     /// Who is at the other end: `tcp:10.0.0.7:51234`, `unix:/run/x.sock`.
@@ -134,6 +160,16 @@ impl Channel {
         if self.pushed_back.is_empty() { self.link.stream.direct() } else { None }
     }
 
+    /// Whether the other end can answer. A file cannot.
+    pub fn is_two_way(&self) -> bool {
+        self.link.stream.is_two_way()
+    }
+
+    /// The file behind the channel, if it is one.
+    pub fn file(&self) -> Option<&FileStream> {
+        self.link.stream.file()
+    }
+
     /// Limits how long one call may wait without a byte moving; `None`, the default, is for ever. A call that
     /// is blocked already keeps its limit; one that sent a part before it fell silent may take twice as long.
     ///
@@ -157,12 +193,12 @@ impl Channel {
         self.link.is_closed()
     }
 
-    /// Tells the peer that nothing more will be sent; receiving goes on.
+    /// Tells the peer that nothing more will be sent; receiving goes on. A file lies on the disk when this returns.
     ///
     /// # Errors
-    /// `NotConnected` if the connection is gone.
+    /// `NotConnected` if the connection is gone; for a file the system's word.
     pub fn finish_sending(&self) -> io::Result<()> {
-        self.link.stream.finish_sending()
+        self.link.stream.finish_sending().map_err(|error| self.explain(error))
     }
 
     /// Bytes sent so far, those by [`direct`](Self::direct) included. A blocked call counts when the system

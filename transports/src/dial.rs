@@ -10,6 +10,7 @@ use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio::time::{sleep, timeout};
 
 use crate::backoff::Backoff;
+use crate::file::FileStream;
 use crate::{Channel, Endpoint, Stopper, TransportError, socket};
 
 /// How long to try, and what ends it early. More fields will come: write `..DialOptions::default()`.
@@ -27,7 +28,8 @@ impl Default for DialOptions {
     }
 }
 
-/// Connects, and tries again for as long as nobody listens there yet, until the deadline.
+/// Connects, and tries again for as long as nobody listens there yet, until the deadline. A file is opened to be written:
+/// see [`FileStream`](crate::FileStream).
 ///
 /// All addresses of a name are tried, one after the other and never two at a time: a connection that is
 /// opened and dropped again ends the incoming migration of a QEMU. Needs a tokio runtime with I/O and time;
@@ -40,6 +42,12 @@ impl Default for DialOptions {
 pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel, TransportError> {
     let mut dialling =
         Dialling { endpoint, limit: options.deadline, begun: Instant::now(), attempts: 0, last: None };
+    if let Endpoint::File { path, offset } = endpoint {
+        // Nothing to wait for.
+        return FileStream::create(path, *offset)
+            .map(|file| Channel::of_file(file, endpoint.to_string()))
+            .map_err(|source| dialling.refused("write to", source));
+    }
     let outcome = tokio::select! {
         biased;
         () = options.stopper.stopped() => None,
@@ -47,7 +55,7 @@ pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel,
     };
     match outcome {
         Some(Ok(Ok(channel))) => Ok(channel),
-        Some(Ok(Err(source))) => Err(dialling.refused(source)),
+        Some(Ok(Err(source))) => Err(dialling.refused(ACTION, source)),
         Some(Err(_elapsed)) => Err(dialling.too_late()),
         None => Err(dialling.cancelled()),
     }
@@ -84,6 +92,7 @@ impl Dialling<'_> {
             }
             Endpoint::Tcp { host, port } => self.tcp(host, *port).await,
             Endpoint::Unix(path) => unix(path).await,
+            Endpoint::File { .. } => Err(ErrorKind::Unsupported.into()),
         }?;
         let peer = socket::peer_name(&connected)?;
         socket::into_channel(connected, peer, &[])
@@ -117,9 +126,9 @@ impl Dialling<'_> {
         }
     }
 
-    fn refused(self, source: io::Error) -> TransportError {
+    fn refused(self, action: &'static str, source: io::Error) -> TransportError {
         let (endpoint, elapsed) = (self.endpoint.clone(), self.begun.elapsed());
-        TransportError::Io { action: ACTION, endpoint, elapsed, source }
+        TransportError::Io { action, endpoint, elapsed, source }
     }
 
     fn too_late(self) -> TransportError {

@@ -6,14 +6,24 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-const GRAMMAR: &str = "tcp:HOST:PORT (a v6 address in [brackets]; no HOST: any address) or unix:PATH";
+use crate::file_uri;
 
-/// The address of a listener, in QEMU's URI form. Spec: docs/wire.md §12.
+const GRAMMAR: &str = "tcp:HOST:PORT (a v6 address in [brackets]; no HOST: any address), unix:PATH or \
+    file:PATH[,offset=N]";
+
+/// The address of a listener, or a file, in QEMU's URI form. Spec: docs/wire.md §12.
 ///
-/// `tcp:HOST:PORT`, `tcp:[V6]:PORT`, `tcp::PORT`, `unix:PATH`. [`Display`](fmt::Display) gives the URI back.
+/// `tcp:HOST:PORT`, `tcp:[V6]:PORT`, `tcp::PORT`, `unix:PATH`, `file:PATH[,offset=N]`. [`Display`](fmt::Display) gives the URI back.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Endpoint {
+    /// A regular file: the stream is written to it or read from it.
+    File {
+        /// Where it is. With `,offset=` in it, it cannot be said as a URI.
+        path: PathBuf,
+        /// Where in the file the stream begins, in bytes.
+        offset: u64,
+    },
     /// A name or an address, and a port.
     Tcp {
         /// Name, v4 address, or v6 address without brackets. Empty: any address when listening, this machine
@@ -32,6 +42,7 @@ impl FromStr for Endpoint {
     fn from_str(given: &str) -> Result<Self, InvalidEndpoint> {
         let invalid = |reason| InvalidEndpoint { given: given.to_owned(), reason };
         match given.split_once(':') {
+            Some(("file", rest)) => file_uri::parse(rest).map_err(invalid),
             Some(("tcp", rest)) => parse_tcp(rest).map_err(invalid),
             Some(("unix", "")) => Err(invalid("the path is missing")),
             Some(("unix", path)) => Ok(Self::Unix(PathBuf::from(path))),
@@ -44,6 +55,7 @@ impl FromStr for Endpoint {
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::File { path, offset } => f.write_str(&file_uri::print(path, *offset)),
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
@@ -99,6 +111,8 @@ mod tests {
             ("tcp:[fe80::1%eth0]:4444", tcp("fe80::1%eth0", 4444)),
             ("unix:/run/x.sock", Endpoint::Unix("/run/x.sock".into())),
             ("unix:a:b c", Endpoint::Unix("a:b c".into())),
+            ("file:/vm,1", Endpoint::File { path: "/vm,1".into(), offset: 0 }),
+            ("file:vm,offset=1024", Endpoint::File { path: "vm".into(), offset: 1024 }),
         ] {
             assert_eq!(uri.parse(), Ok(endpoint.clone()), "{uri}");
             assert_eq!(endpoint.to_string(), uri);
@@ -124,6 +138,8 @@ mod tests {
             "tcp:a b:1",
             "tcp:h:4444,ipv4=on",
             "unix:",
+            "file:",
+            "file:vm,offset=",
             "10.0.0.7:4444",
             "/run/x.sock",
             "TCP:h:1",
@@ -135,7 +151,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_parses_to_what_prints_it_back_or_is_refused(rest in ".{0,24}", scheme in "(tcp|unix|):?") {
+        fn any_text_parses_to_what_prints_it_back_or_is_refused(rest in ".{0,24}", scheme in "(tcp|unix|file|):?") {
             let uri = scheme + &rest;
             if let Ok(endpoint) = uri.parse::<Endpoint>() {
                 prop_assert_eq!(endpoint.to_string().parse(), Ok(endpoint));

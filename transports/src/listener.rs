@@ -8,19 +8,30 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::file::FileStream;
+use crate::ready::Ready;
 use crate::serve::{Arrival, Lobby, serve};
 use crate::socket_file::SocketFile;
-use crate::{Endpoint, Stopper, TransportError, blocking};
+use crate::{Channel, Endpoint, Stopper, TransportError, blocking};
 
 /// A bound socket that takes connections. Dropping it frees the address, and removes a unix socket's file.
 #[derive(Debug)]
 pub struct Listener {
     endpoint: Endpoint,
-    socket: Socket,
+    entrance: Entrance,
     file: Option<SocketFile>,
     stopper: Stopper,
     /// The number that the next connection gets, over all calls of `serve`.
     next_number: AtomicU64,
+}
+
+/// Where channels come from.
+#[derive(Debug)]
+enum Entrance {
+    /// One that is there already.
+    Ready(Ready),
+    /// All that connect to a socket.
+    Socket(Socket),
 }
 
 impl Listener {
@@ -29,7 +40,7 @@ impl Listener {
     ///
     /// Of a name with several addresses, the first that works is taken. An empty host or `[::]` is any
     /// address, v4 and v6; `0` and `0.0.0.0` are any v4 address. A unix socket file that nobody listens on
-    /// any more is replaced.
+    /// any more is replaced. A file is opened to be read: it is the one channel that arrives.
     ///
     /// # Errors
     /// [`Io`](TransportError::Io): the address is taken or not of this machine, the name is unknown, the path
@@ -37,7 +48,7 @@ impl Listener {
     pub fn bind(endpoint: &Endpoint) -> Result<Self, TransportError> {
         let begun = Instant::now();
         Self::try_bind(endpoint).map_err(|source| TransportError::Io {
-            action: "listen on",
+            action: if matches!(endpoint, Endpoint::File { .. }) { "read" } else { "listen on" },
             endpoint: endpoint.clone(),
             elapsed: begun.elapsed(),
             source,
@@ -77,8 +88,11 @@ impl Listener {
     ) -> Result<(), TransportError> {
         let begun = Instant::now();
         let path = self.file.as_ref().map(SocketFile::path);
-        let served = Lobby::new(first_bytes, silence, path, on_arrival)
-            .and_then(|lobby| blocking::runtime()?.block_on(serve(self, lobby)));
+        let served = match &self.entrance {
+            Entrance::Ready(ready) => ready.serve(self, first_bytes, on_arrival),
+            Entrance::Socket(socket) => Lobby::new(first_bytes, silence, path, on_arrival)
+                .and_then(|lobby| blocking::runtime()?.block_on(serve(self, socket, lobby))),
+        };
         served.map_err(|source| TransportError::Io {
             action: "accept on",
             endpoint: self.endpoint(),
@@ -87,16 +101,16 @@ impl Listener {
         })
     }
 
-    pub(crate) fn socket(&self) -> &Socket {
-        &self.socket
-    }
-
     pub(crate) fn next_number(&self) -> u64 {
         self.next_number.fetch_add(1, Ordering::Relaxed)
     }
 
     fn try_bind(endpoint: &Endpoint) -> io::Result<Self> {
         let (socket, file) = match endpoint {
+            Endpoint::File { path, offset } => {
+                let channel = Channel::of_file(FileStream::open(path, *offset)?, endpoint.to_string());
+                return Ok(Self::new(endpoint.clone(), Entrance::Ready(Ready::new(channel)), None));
+            }
             Endpoint::Tcp { host, port } => (bind_tcp(host, *port)?, None),
             Endpoint::Unix(path) => bind_unix(path)?,
         };
@@ -107,7 +121,11 @@ impl Listener {
             }
             _ => endpoint.clone(),
         };
-        Ok(Self { endpoint, socket, file, stopper: Stopper::new(), next_number: AtomicU64::new(1) })
+        Ok(Self::new(endpoint, Entrance::Socket(socket), file))
+    }
+
+    fn new(endpoint: Endpoint, entrance: Entrance, file: Option<SocketFile>) -> Self {
+        Self { endpoint, entrance, file, stopper: Stopper::new(), next_number: AtomicU64::new(1) }
     }
 }
 

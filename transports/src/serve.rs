@@ -7,6 +7,7 @@ use std::path::Path;
 use std::pin::pin;
 use std::time::Duration;
 
+use socket2::Socket;
 use tokio::task::{AbortHandle, JoinSet, yield_now};
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -65,10 +66,10 @@ pub enum Arrival {
 }
 
 /// Accepts into `lobby` until the listener is stopped. An error is the listening socket's own.
-pub(crate) async fn serve(listener: &Listener, mut lobby: Lobby<'_>) -> io::Result<()> {
+pub(crate) async fn serve(listener: &Listener, socket: &Socket, mut lobby: Lobby<'_>) -> io::Result<()> {
     let stopper = listener.stopper();
     let mut stopped = pin!(stopper.stopped());
-    let door = Door::new(listener.socket())?;
+    let door = Door::new(socket)?;
     let mut backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(100));
     let mut not_before = Instant::now();
     loop {

@@ -32,6 +32,7 @@ use multifd_wire::{
 };
 
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::mapped::{CAPABILITY, next_entry};
 use description::Described;
 use file::{FileReader, StreamFile};
 use items::{Items, Next};
@@ -221,17 +222,17 @@ fn block_list(
     let format = BlockListFormat {
         page_sizes: false,
         guest_addresses: has("x-ignore-shared"),
-        mapped_ram: has("mapped-ram"),
+        mapped_ram: has(CAPABILITY),
     };
     let mut list = BlockListBuilder::new(total, page);
     while !list.complete() {
         let position = reader.position();
         let entry = reader.next(Phase::Setup, what, |bytes| BlockEntry::parse(bytes, format))?;
-        let (name, stored) = (entry.name.clone(), mapped::end_of_pages(&entry));
-        list.push(entry).map_err(|error| {
-            invalid(Phase::Setup, format!("{what} at byte {position} is invalid")).because(error)
-        })?;
-        if let Some(end) = stored {
+        let (name, next) = (entry.name.clone(), next_entry(&entry, reader.position()));
+        let refused =
+            |error| invalid(Phase::Setup, format!("{what} at byte {position} is invalid")).because(error);
+        list.push(entry).map_err(refused)?;
+        if let Some(end) = next.map_err(refused)? {
             reader.seek(end, || format!("the pages of block {name}"))?;
         }
     }

@@ -12,6 +12,7 @@ use multifd_wire::Configuration;
 use super::channel::SendWorker;
 use super::control::Control;
 use super::main_stream::MainStream;
+use super::mapped::{self, MappedFile};
 use super::migration::{Migration, SyncPoints};
 use super::outgoing::{OutgoingRam, ZeroPages};
 use super::page_cache::PageCache;
@@ -22,6 +23,7 @@ use super::shared::Shared;
 use crate::convergence::{AutoConverge, Convergence, Limits};
 use crate::dirty::{DirtyLog, LogSet};
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::mapped::CAPABILITY;
 use crate::ram::{PAGE, RamBlock};
 use crate::session::{Canceller, Counters, DEFAULT_TIMEOUT, ProgressReader, Session};
 use crate::state::MigrationState;
@@ -55,6 +57,8 @@ pub struct SourceBuilder {
     max_bandwidth: Option<NonZeroU64>,
     zero_pages: Option<ZeroPages>,
     return_path: bool,
+    mapped_ram: bool,
+    direct_io: bool,
     switchover_start: bool,
     pause_before_switchover: bool,
     timeout: Duration,
@@ -76,6 +80,8 @@ impl Source {
             max_bandwidth: None,
             zero_pages: None,
             return_path: true,
+            mapped_ram: false,
+            direct_io: false,
             switchover_start: false,
             pause_before_switchover: false,
             timeout: DEFAULT_TIMEOUT,
@@ -144,32 +150,48 @@ impl Source {
     }
 
     fn open(&mut self, endpoint: &Endpoint, crew: &Crew) -> Result<Parts> {
+        match endpoint {
+            Endpoint::File { .. } => self.settings.check_carrier(true)?,
+            Endpoint::Tcp { .. } | Endpoint::Unix(_) => self.settings.check_carrier(false)?,
+            // It shows when it is open.
+            _ => {}
+        }
         let settings = &mut self.settings;
+        settings.name_capabilities();
         let default_zero = ZeroPages::for_machine(&settings.configuration);
         let zero_pages = settings.zero_pages.unwrap_or(default_zero);
         // The logs first: what is read from now on may change, and they note it.
         let logs = LogSet::start(std::mem::take(&mut settings.logs), &settings.ram)?;
         let ram = OutgoingRam::new(std::mem::take(&mut settings.ram), zero_pages, settings.channels > 0)?;
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
+        let main = self.dial(endpoint, "main")?;
+        let settings = &self.settings;
+        settings.check_carrier(main.file().is_some())?;
+        let mapped =
+            settings.mapped_ram.then(|| MappedFile::new(&main, &ram, settings.direct_io)).transpose()?;
         let shared = Arc::new(Shared {
             session: Arc::clone(&self.session),
             ram,
             codec: Arc::clone(&settings.codec),
             uuid: settings.uuid,
             rounds: Rounds::new(&self.session.stop, settings.channels),
+            mapped,
             pacer: Arc::clone(self.control.pacer()),
             packets: AtomicU64::new(0),
             cache: settings.xbzrle_cache.map(PageCache::new),
             peer_features: Arc::default(),
         });
-        let (channels, return_path) = (settings.channels, settings.return_path);
-        let main = self.dial(endpoint, "main")?;
-        for id in 0..channels {
+        for id in 0..settings.channels {
+            if settings.mapped_ram {
+                Counters::add(&self.session.counters.channels, 1);
+                MappedFile::start_worker(id, &shared, crew)?;
+                continue;
+            }
             let channel = self.dial(endpoint, &format!("channel {id}"))?;
             Counters::add(&self.session.counters.channels, 1);
             SendWorker::start(channel, u8::try_from(id).unwrap_or(u8::MAX), &shared, crew)?;
         }
-        let return_path = match return_path {
+        let return_path = match settings.return_path && main.is_two_way() {
             true => {
                 Some(ReturnPathReader::start(Arc::clone(&main), Arc::clone(&shared.peer_features), crew)?)
             }
@@ -227,10 +249,28 @@ impl SourceBuilder {
         self
     }
 
-    /// Has the destination confirm that the guest has arrived. Default: yes. Without it, nobody knows whether it did.
+    /// Has the destination confirm that the guest has arrived. Default: yes. Without it, nobody knows whether it did. A file
+    /// cannot confirm and is not asked.
     #[must_use]
     pub fn return_path(mut self, return_path: bool) -> Self {
         self.return_path = return_path;
+        self
+    }
+
+    /// Gives every page a fixed place in the file that it goes to, where [`channels`](Self::channels) threads write at a time, or
+    /// the caller's if that is 0; a page that is sent again is written over. For a [`file`](Endpoint::File) only, without codec
+    /// and xbzrle. Default: no.
+    #[must_use]
+    pub fn mapped_ram(mut self, mapped_ram: bool) -> Self {
+        self.mapped_ram = mapped_ram;
+        self
+    }
+
+    /// Writes the pages past the page cache (O_DIRECT), with [`mapped_ram`](Self::mapped_ram) only. Guest memory must begin at
+    /// a multiple of the disk's block size. Default: no.
+    #[must_use]
+    pub fn direct_io(mut self, direct_io: bool) -> Self {
+        self.direct_io = direct_io;
         self
     }
 
@@ -292,6 +332,17 @@ impl SourceBuilder {
         self
     }
 
+    fn check_carrier(&self, file: bool) -> Result<()> {
+        mapped::check_settings(self.mapped_ram, self.direct_io, file, self.channels)
+    }
+
+    /// Mapped-ram belongs to the file that the guest goes to, not to the one that it may come from.
+    fn name_capabilities(&mut self) {
+        let capabilities = &mut self.configuration.capabilities;
+        capabilities.retain(|capability| capability != CAPABILITY);
+        capabilities.extend(self.mapped_ram.then(|| CAPABILITY.to_owned()));
+    }
+
     /// Checks the settings. Nothing is connected yet.
     ///
     /// # Errors
@@ -312,6 +363,15 @@ impl SourceBuilder {
                 "codec {} without parallel channels, which alone are compressed",
                 self.codec.name()
             ));
+        }
+        if self.mapped_ram && self.codec.id() != multifd_codecs::CodecId::NONE {
+            return Err(format!(
+                "mapped-ram excludes compression, codec {} was asked for",
+                self.codec.name()
+            ));
+        }
+        if self.mapped_ram && self.xbzrle_cache.is_some() {
+            return Err("mapped-ram excludes xbzrle".to_owned());
         }
         if self.timeout.is_zero() {
             return Err("timeout is 0, expected more".to_owned());

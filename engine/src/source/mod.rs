@@ -8,6 +8,7 @@
 //!    page_cache ─── what the destination holds of hot pages (xbzrle)
 //!    rounds ─────── hands a round to the channels, collects SYNCs
 //!    single ─────── the pages, when there are no channels
+//!    mapped ─────── the pages at fixed places of a file, and who writes them  one thread each, `mig-send-N`
 //!    return_path ── what the destination says                               one thread, `mig-return`
 //! ```
 
@@ -16,6 +17,7 @@ mod channel;
 mod control;
 mod device_state;
 mod main_stream;
+mod mapped;
 mod migration;
 mod outgoing;
 mod packet;
