@@ -27,24 +27,27 @@ pub(crate) fn print(path: &Path, offset: u64) -> String {
 
 /// QEMU's sizes: `4096`, `0x1000`, or a whole number and one of B, K, M, G, T, P, E in powers of 1024.
 fn parse_size(text: &str) -> Option<u64> {
-    // `from_str_radix` takes a plus sign, which is in no size.
-    if text.starts_with('+') {
+    let hex = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+    let digits = hex.unwrap_or_else(|| text.trim_end_matches(|c: char| c.is_ascii_alphabetic()));
+    // Both parsers take a plus sign, which is in no size.
+    if digits.starts_with('+') {
         return None;
     }
-    if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        return u64::from_str_radix(hex, 16).ok().filter(|_| !hex.starts_with('+'));
-    }
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let power = match &text[digits.len()..] {
-        "" => 0,
-        unit => "BKMGTPE".find(unit.to_ascii_uppercase().as_str()).filter(|_| unit.len() == 1)?,
+    let size = match hex {
+        Some(hex) => u64::from_str_radix(hex, 16).ok()?,
+        None => digits.parse::<u64>().ok()?.checked_mul(unit(text.strip_prefix(digits)?)?)?,
     };
-    digits.parse::<u64>().ok()?.checked_mul(1 << (10 * power)).filter(fits_a_file)
+    // The kernel's file positions are signed.
+    i64::try_from(size).is_ok().then_some(size)
 }
 
-/// The kernel's file positions are signed.
-fn fits_a_file(offset: &u64) -> bool {
-    i64::try_from(*offset).is_ok()
+fn unit(letter: &str) -> Option<u64> {
+    let power = match letter {
+        "" => 0,
+        _ if letter.len() == 1 => "BKMGTPE".find(letter.to_ascii_uppercase().as_str())?,
+        _ => return None,
+    };
+    Some(1 << (10 * power))
 }
 
 const WRONG_OFFSET: &str =

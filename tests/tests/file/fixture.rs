@@ -78,7 +78,8 @@ impl Way {
 
     /// `multifd send CHECKPOINT file:PATH`
     pub(crate) fn send(self, checkpoint: &Path, path: &Path) -> Outcome<Process> {
-        let mut arguments = vec!["send".into(), checkpoint.display().to_string(), self.uri(path), "--json".into()];
+        let mut arguments =
+            vec!["send".into(), checkpoint.display().to_string(), self.uri(path), "--json".into()];
         arguments.extend(self.mapped.then(|| "--mapped-ram".into()));
         self.flags(&mut arguments);
         Multifd::spawn("send", arguments)
