@@ -226,7 +226,7 @@ fn the_rate_limit_counts_for_pages_at_fixed_places() {
 /// Settings that cannot go to a file, or to nothing else: refused before there is one.
 #[test]
 fn settings_that_files_exclude_are_refused() {
-    let guest = Guest::new("guest.ram", PAGES);
+    let guest = Guest::new("guest.ram", PAGES).run(LOAD);
     let place = Place::new(0);
     let there = crate::There::listen();
     let refused = |builder: SourceBuilder, endpoint: &Endpoint, says: &str| {

@@ -115,11 +115,20 @@ impl Way {
 }
 
 /// The command ends with code 1, says all of `words`, and leaves none of `files`.
-pub(crate) fn fails(mut process: Process, words: &[&str], files: &[&Path]) -> Outcome<String> {
+pub(crate) fn fails(process: Process, words: &[&str], files: &[&Path]) -> Outcome<String> {
+    ends(process, 1, words, files)
+}
+
+/// The same for settings that cannot work, code 2.
+pub(crate) fn misused(process: Process, words: &[&str], files: &[&Path]) -> Outcome<String> {
+    ends(process, 2, words, files)
+}
+
+fn ends(mut process: Process, code: i32, words: &[&str], files: &[&Path]) -> Outcome<String> {
     let status = process.wait(SOON)?;
     let report = CommandReport::by(&process)?;
     let said = report.text("error")?.to_owned();
-    assert_eq!(status.code(), Some(1), "{said}");
+    assert_eq!(status.code(), Some(code), "{said}");
     assert_eq!(report.text("status")?, "failed");
     for word in words {
         assert!(said.contains(word), "{said:?} does not say {word:?}");
