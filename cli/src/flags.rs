@@ -108,8 +108,8 @@ pub(crate) struct Send {
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
-    /// A checkpoint's directory, or a file with a stream that QEMU wrote to exec: or file:, with mapped-ram or without. -v adds
-    /// the fields of every device
+    /// A checkpoint's directory, or a file with a stream that QEMU wrote to exec: or file:, with mapped-ram or without. As
+    /// file:PATH,offset=N: a stream within a file. -v adds the fields of every device
     pub(crate) path: PathBuf,
 }
 

@@ -30,14 +30,17 @@ pub(crate) struct PageReaders {
 /// More readers than this ask one disk for nothing new.
 const MOST_BY_DEFAULT: usize = 4;
 
+/// As many as there can be channels.
+const MOST: usize = 255;
+
 /// Words of a bitmap that a reader claims in one go: 4096 pages, 16 MiB of neighbouring guest memory.
-const CHUNK_WORDS: u64 = 64;
-const CHUNK_PAGES: u64 = CHUNK_WORDS * 64;
+const CHUNK_WORDS: usize = 64;
+const CHUNK_PAGES: u64 = 64 * CHUNK_WORDS as u64;
 
 impl PageReaders {
     fn count(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from).min(MOST_BY_DEFAULT);
-        self.count.unwrap_or_else(cores)
+        self.count.unwrap_or_else(cores).clamp(1, MOST)
     }
 
     /// What was asked for must fit the stream that came.
@@ -162,7 +165,7 @@ impl Plan {
 
     /// The bits of pages `first..last`.
     fn bits(&self, block: &PlannedBlock, first: u64, last: u64) -> Result<StoredBits> {
-        let mut bytes = [0; 8 * CHUNK_WORDS as usize];
+        let mut bytes = [0; 8 * CHUNK_WORDS];
         let bytes = bytes.get_mut(..size((last - first).div_ceil(64) * 8)).unwrap_or_default();
         let position = block.place.bitmap_offset + first / 8;
         file(&self.channel).and_then(|file| file.read_exact_at(bytes, position)).map_err(|error| {

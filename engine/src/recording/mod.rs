@@ -96,12 +96,20 @@ impl Recording {
     /// `Storage` if the file cannot be read, `InvalidStream` if it is no stream or ends too early, `Incompatible` for a stream
     /// of a kind that cannot be read. They name the byte.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = StreamFile::open(path)?;
-        Self::read(&file).map_err(|error| error.on(file.name())).map(|parts| parts.of(file))
+        Self::open_at(path, 0)
     }
 
-    fn read(file: &StreamFile) -> Result<Parts> {
-        let mut reader = FileReader::new(file, 0);
+    /// The same for a stream that begins at byte `offset` of the file, as in `file:PATH,offset=N`.
+    ///
+    /// # Errors
+    /// As [`Recording::open`].
+    pub fn open_at(path: &Path, offset: u64) -> Result<Self> {
+        let file = StreamFile::open(path)?;
+        Self::read(&file, offset).map_err(|error| error.on(file.name())).map(|parts| parts.of(file))
+    }
+
+    fn read(file: &StreamFile, offset: u64) -> Result<Parts> {
+        let mut reader = FileReader::new(file, offset);
         check_first_bytes(&mut reader)?;
         reader.next(Phase::Setup, "the stream header", StreamHeader::parse)?;
         let configuration = reader.next(Phase::Setup, "the configuration section", Configuration::parse)?;

@@ -59,8 +59,8 @@ impl Place {
 }
 
 /// What a recording finds is the guest's RAM; a later record of a page replaces the one before.
-fn assert_recorded(place: &Place, block: &RamBlock) {
-    let recording = Recording::open(&place.path).unwrap();
+fn assert_recorded(place: &Place, offset: u64, block: &RamBlock) {
+    let recording = Recording::open_at(&place.path, offset).unwrap();
     let mut seen = vec![None; PAGES];
     let mut pages = recording.pages();
     while let Some(record) = pages.next_page().unwrap() {
@@ -88,9 +88,7 @@ fn goes(offset: u64, readers: Option<usize>, builder: impl FnOnce(SourceBuilder)
     let report = move_over(&guest, precopy, 4).unwrap();
     assert!(!report.confirmed && report.decisions.len() >= 4);
     assert_equal(&guest.block, &place.read(readers));
-    if offset == 0 {
-        assert_recorded(&place, &guest.block);
-    }
+    assert_recorded(&place, offset, &guest.block);
     report
 }
 
