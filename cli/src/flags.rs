@@ -16,8 +16,8 @@ use crate::sockets::{Sockets, SourceSockets};
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the source may run on; 2 wrong usage; \
     3 failed after the guest was handed over; 130 cancelled.\n\
-    URIs: tcp:HOST:PORT (port 0: any free port), unix:PATH, fd:N (an inherited socket or pipe; 0 is standard input), \
-    fd:unix:PATH (a descriptor that is handed over there), exec:COMMAND, vsock:CID:PORT.";
+    URIs: tcp:HOST:PORT (port 0: any free port), unix:PATH, file:PATH[,offset=N], fd:N (an inherited socket, pipe or file; \
+    0 is standard input), fd:unix:PATH (a descriptor that is handed over there), exec:COMMAND, vsock:CID:PORT.";
 
 /// Moves live guests between hosts, to and from disk; speaks QEMU's migration stream in both directions.
 #[derive(Debug, Parser)]
@@ -47,7 +47,7 @@ pub(crate) enum Command {
 /// Flags of every command.
 #[derive(Debug, Args)]
 pub(crate) struct Common {
-    /// Parallel channels, 1 to 255. Default: none for send, whatever comes for receive
+    /// Parallel channels, 1 to 255; of a mapped-ram file: threads. Default: none for send, whatever comes for receive
     #[arg(long, global = true, value_name = "N", value_parser = human::channels)]
     pub(crate) channels: Option<usize>,
     /// none, zlib or zstd, with a level as in zstd:3, on the parallel channels. For receive: refuse any other
@@ -75,11 +75,14 @@ pub(crate) struct Common {
 
 #[derive(Debug, Args)]
 pub(crate) struct Receive {
-    /// Where to listen
+    /// Where to listen, or the file to read
     pub(crate) uri: Endpoint,
     /// The checkpoint to write; must not exist
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
+    /// Read the pages of a mapped-ram file past the page cache
+    #[arg(long)]
+    pub(crate) direct_io: bool,
     /// When to acknowledge the switch-over unasked; auto: to machine types of 8.1 and later
     #[arg(long, value_enum, default_value_t = Ack::Auto)]
     pub(crate) switchover_ack: Ack,
@@ -91,7 +94,7 @@ pub(crate) struct Receive {
 pub(crate) struct Send {
     /// The checkpoint
     pub(crate) dir: PathBuf,
-    /// Where the destination listens
+    /// Where the destination listens, or the file to write
     pub(crate) uri: Endpoint,
     /// Do not ask the destination to confirm that the guest has arrived. Default for exec: and pipes
     #[arg(long)]
@@ -99,6 +102,12 @@ pub(crate) struct Send {
     /// Ask the destination to confirm also behind exec:, whose command must pass on what it answers
     #[arg(long, conflicts_with = "no_return_path")]
     pub(crate) return_path: bool,
+    /// To file: give each page a fixed place, written by --channels threads
+    #[arg(long)]
+    pub(crate) mapped_ram: bool,
+    /// With --mapped-ram, write the pages past the page cache
+    #[arg(long, requires = "mapped_ram")]
+    pub(crate) direct_io: bool,
     /// How zero pages go, in QEMU's words. Default: what QEMU does for the machine type
     #[arg(long, value_enum, value_name = "HOW")]
     pub(crate) zero_page_detection: Option<ZeroPageDetection>,
@@ -108,8 +117,8 @@ pub(crate) struct Send {
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
-    /// A checkpoint's directory, or a file with a stream that QEMU wrote to exec: or file:, with mapped-ram or without. -v adds
-    /// the fields of every device
+    /// A checkpoint's directory, or a file with a stream that QEMU wrote to exec: or file:, with mapped-ram or without. As
+    /// file:PATH,offset=N: a stream within a file. -v adds the fields of every device
     pub(crate) path: PathBuf,
 }
 

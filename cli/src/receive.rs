@@ -2,6 +2,7 @@
 
 use multifd_codecs::Codecs;
 use multifd_engine::{CheckpointWriter, Destination, Error, Progress, Report};
+use multifd_transports::Endpoint;
 use serde_json::json;
 
 use crate::flags::{Common, Receive};
@@ -25,6 +26,7 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     let writer = CheckpointWriter::create(&flags.out)?;
     let mut builder = Destination::builder(writer.ram())
         .switchover_ack(flags.switchover_ack.into())
+        .direct_io(flags.direct_io)
         .timeout(common.timeout)
         .socket_options(flags.sockets.options());
     if let Some(channels) = common.channels {
@@ -36,7 +38,9 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     let destination = builder.listen(&flags.uri)?;
     signals::cancel_on_signal(destination.canceller())?;
     if !common.quiet {
-        eprintln!("listening on {}", destination.endpoint());
+        let endpoint = destination.endpoint();
+        let doing = if matches!(endpoint, Endpoint::File { .. }) { "reading" } else { "listening on" };
+        eprintln!("{doing} {endpoint}");
     }
     let progress = destination.progress();
     let result = progress::shown(common, &progress, Lines::Watched, || {

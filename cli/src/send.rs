@@ -1,6 +1,7 @@
 //! `multifd send DIR URI`
 
 use multifd_engine::{Checkpoint, Error, Progress, Report, ZeroCopyStats};
+use multifd_transports::Endpoint;
 use serde_json::json;
 
 use crate::flags::{Common, Send};
@@ -12,7 +13,11 @@ pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
     let mut reached = None;
     match send(flags, common, &mut reached) {
         Ok(report) => {
-            let word = if report.confirmed { "by the destination" } else { "no: sent without a return path" };
+            let word = match (&flags.uri, report.confirmed) {
+                (Endpoint::File { .. }, _) => "no: a file, written and synced",
+                (_, true) => "by the destination",
+                (_, false) => "no: sent without a return path",
+            };
             let outcome = Outcome::migrated(&report, &format!("confirmed    {word}\n"))
                 .with("confirmed", json!(report.confirmed));
             match report.zero_copy {
@@ -33,6 +38,8 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         .source()?
         .channels(common.channels.unwrap_or(0))
         .max_bandwidth(common.max_bandwidth())
+        .mapped_ram(flags.mapped_ram)
+        .direct_io(flags.direct_io)
         .timeout(common.timeout)
         .socket_options(flags.sockets.options())
         .channel_endpoints(flags.sockets.channel_uri.clone())

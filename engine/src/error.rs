@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
 
-use multifd_transports::TransportError;
+use multifd_transports::{Endpoint, TransportError};
 use multifd_wire::Invalid;
 
 /// A migration that did not succeed.
@@ -45,7 +45,7 @@ pub enum ErrorKind {
     PeerAborted(u32),
     /// Sound bytes at a moment or with a meaning that the protocol does not allow.
     PeerMisbehaved,
-    /// A checkpoint could not be read or written.
+    /// A checkpoint or a file could not be read or written.
     Storage,
     /// A connection could not be made, or broke.
     Transport,
@@ -154,7 +154,10 @@ impl Error {
     }
 
     pub(crate) fn transport(phase: Phase, error: TransportError) -> Self {
-        Self::new(ErrorKind::Transport, phase, "no connection").because(error)
+        match error.endpoint() {
+            Endpoint::File { .. } => Self::new(ErrorKind::Storage, phase, "no file").because(error),
+            _ => Self::new(ErrorKind::Transport, phase, "no connection").because(error),
+        }
     }
 }
 

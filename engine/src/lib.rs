@@ -20,6 +20,7 @@ mod destination;
 mod dialect;
 mod dirty;
 mod error;
+mod mapped;
 mod ram;
 mod recording;
 mod report;

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use multifd_transports::Channel;
+use multifd_transports::{Channel, FileStream};
 use multifd_wire::Parsed;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -22,7 +22,7 @@ pub(crate) struct StreamReader {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
-    /// Bytes of the stream before `start`, for error texts.
+    /// Bytes of the stream before `start`, for error texts; of a file: where in it `start` is.
     position: u64,
 }
 
@@ -30,7 +30,8 @@ impl StreamReader {
     /// Main may be silent for as long as other channels of `session` are not: a round can take any time.
     pub(crate) fn new(channel: Arc<Channel>, session: &Arc<Session>) -> Self {
         let (session, buffer) = (Arc::clone(session), vec![0; BUFFER_LEN].into());
-        Self { channel, session, buffer, start: 0, end: 0, position: 0 }
+        let position = channel.file().map_or(0, FileStream::position);
+        Self { channel, session, buffer, start: 0, end: 0, position }
     }
 
     /// What has arrived and was not taken yet.
@@ -118,6 +119,32 @@ impl StreamReader {
                     .on(self.name()))
             }
         }
+    }
+
+    /// Bytes of the stream that were taken; of a file: where in it the next one is.
+    pub(crate) fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Goes on at `position` of the file, at or behind the next byte: `what` is before it.
+    pub(crate) fn jump(&mut self, position: u64, what: &'static str) -> Result<()> {
+        let seek = |file: &FileStream| {
+            let len = file.file_len()?;
+            if position > len {
+                let text = format!("the file ends at byte {len}, {what} should reach to byte {position}");
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
+            }
+            file.seek(position);
+            Ok(())
+        };
+        let file = self.channel.file().ok_or_else(|| io::ErrorKind::Unsupported.into());
+        file.and_then(seek).map_err(|error| {
+            Error::new(ErrorKind::InvalidStream, Phase::Setup, "a file that is too short")
+                .on(self.name())
+                .because(error)
+        })?;
+        (self.start, self.end, self.position) = (0, 0, position);
+        Ok(())
     }
 
     /// `main (tcp:10.0.0.7:51234)`

@@ -11,6 +11,7 @@ use std::time::Duration;
 use socket2::Socket;
 
 use crate::closer::{Closer, Link};
+use crate::file::FileStream;
 use crate::stream::Stream;
 use crate::{SocketOptions, socket};
 
@@ -32,6 +33,11 @@ impl Channel {
     /// Takes a connected, blocking socket; `first` is what was received on it already.
     pub(crate) fn new(socket: Socket, peer: String, first: &[u8]) -> Self {
         Self::over(Stream::Socket(socket), peer).push_back(first)
+    }
+
+    /// A channel that writes to a file, or reads it.
+    pub(crate) fn of_file(file: FileStream, peer: String) -> Self {
+        Self::over(Stream::File(file), peer)
     }
 
     /// A channel over any kind of stream.
@@ -62,6 +68,22 @@ impl Channel {
     pub fn pair() -> io::Result<(Self, Self)> {
         let (one, other) = UnixStream::pair()?;
         Ok((Self::try_from(one)?, Self::try_from(other)?))
+    }
+
+    /// A channel that writes to the regular file `fd` from `offset` on; what is after that is cut off now. See [`FileStream`].
+    ///
+    /// # Errors
+    /// `InvalidInput` for anything but a regular file that is open for writing.
+    pub fn writing_to_file(fd: OwnedFd, offset: u64, peer: String) -> io::Result<Self> {
+        Ok(Self::of_file(FileStream::writing_to(fd, offset)?, peer))
+    }
+
+    /// A channel that reads the regular file `fd` from `offset` on.
+    ///
+    /// # Errors
+    /// `InvalidInput` for anything but a regular file that is open for reading, and has `offset` bytes.
+    pub fn reading_file(fd: OwnedFd, offset: u64, peer: String) -> io::Result<Self> {
+        Ok(Self::of_file(FileStream::reading_from(fd, offset)?, peer))
     }
 
     /// Who is at the other end: `tcp:10.0.0.7:51234`, `unix:/run/x.sock`.
@@ -149,6 +171,11 @@ impl Channel {
         if self.pushed_back.is_empty() { self.link.stream.direct() } else { None }
     }
 
+    /// The file behind the channel, if it is one.
+    pub fn file(&self) -> Option<&FileStream> {
+        self.link.stream.file()
+    }
+
     /// Limits how long one call may wait without a byte moving; `None`, the default, is for ever. A call that
     /// is blocked already keeps its limit; one that sent a part before it fell silent may take twice as long.
     ///
@@ -176,15 +203,15 @@ impl Channel {
         self.link.is_closed()
     }
 
-    /// Tells the peer that nothing more will be sent; receiving goes on.
+    /// Tells the peer that nothing more will be sent; receiving goes on. A file lies on the disk when this returns.
     ///
     /// # Errors
-    /// `NotConnected` if the connection is gone.
+    /// `NotConnected` if the connection is gone; for a file the system's word.
     pub fn finish_sending(&self) -> io::Result<()> {
-        self.link.stream.finish_sending()
+        self.link.stream.finish_sending().map_err(|error| self.explain(error))
     }
 
-    /// Whether the other end can answer. A pipe leads one way; a command can be answered for, but few commands do.
+    /// Whether the other end can answer. A pipe leads one way, and so does a file; a command can be answered for, but few commands do.
     pub fn is_two_way(&self) -> bool {
         self.link.stream.is_two_way()
     }

@@ -14,6 +14,7 @@ use rustix::net::sockopt::socket_acceptconn;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use socket2::{Socket, Type};
 
+use crate::file::FileStream;
 use crate::pipe::Pipe;
 use crate::stream::Stream;
 use crate::{Channel, Endpoint, SocketOptions, socket};
@@ -22,6 +23,8 @@ use crate::{Channel, Endpoint, SocketOptions, socket};
 #[derive(Debug)]
 pub(crate) enum Found {
     Connected(Socket),
+    /// A regular file.
+    File(OwnedFd),
     Listening(Socket),
     /// The reading end of a pipe.
     Readable(OwnedFd),
@@ -75,6 +78,7 @@ impl TryFrom<OwnedFd> for Channel {
                 socket::into_channel(socket, peer, &[], &SocketOptions::default())
             }
             Found::Listening(_) => Err(unfit("a listening socket, expected a connected one")),
+            Found::File(_) => Err(unfit("a regular file: say whether to write or to read it")),
             Found::Readable(end) => Ok(Self::over(Stream::Pipe(Pipe::incoming(end)?), "pipe".to_owned())),
             Found::Writable(end) => Ok(Self::over(Stream::Pipe(Pipe::outgoing(end)?), "pipe".to_owned())),
         }
@@ -89,6 +93,10 @@ pub(crate) fn dialled(
 ) -> io::Result<Channel> {
     match classify(descriptor)? {
         Found::Connected(socket) => connected(socket, endpoint, options),
+        Found::File(file) => {
+            let offset = position(&file)?;
+            Ok(filed(FileStream::writing_to(file, offset)?, endpoint))
+        }
         Found::Listening(_) => Err(unfit("a listening socket, a source needs a connected one")),
         Found::Readable(_) => Err(unfit("the reading end of a pipe, a source needs the writing end")),
         Found::Writable(end) => Ok(piped(Pipe::outgoing(end)?, endpoint)),
@@ -103,6 +111,10 @@ pub(crate) fn arrived(
 ) -> io::Result<Result<Channel, Socket>> {
     match classify(descriptor)? {
         Found::Connected(socket) => connected(socket, endpoint, options).map(Ok),
+        Found::File(file) => {
+            let offset = position(&file)?;
+            Ok(Ok(filed(FileStream::reading_from(file, offset)?, endpoint)))
+        }
         Found::Listening(socket) => Ok(Err(socket)),
         Found::Readable(end) => Ok(Ok(piped(Pipe::incoming(end)?, endpoint))),
         Found::Writable(_) => Err(unfit("the writing end of a pipe, a destination needs the reading end")),
@@ -162,8 +174,8 @@ fn classify(descriptor: OwnedFd) -> io::Result<Found> {
             OFlags::WRONLY => Ok(Found::Writable(descriptor)),
             _ => Err(unfit("a FIFO open for reading and writing, which has no end; open it for one of them")),
         },
-        FileType::RegularFile => Err(unfit("a regular file: a migration to or from it is file:PATH")),
-        other => Err(unfit(format!("{other:?}, expected a stream socket or an end of a pipe"))),
+        FileType::RegularFile => Ok(Found::File(descriptor)),
+        other => Err(unfit(format!("{other:?}, expected a stream socket, an end of a pipe, or a file"))),
     }
 }
 
@@ -188,6 +200,15 @@ fn stream_socket(descriptor: OwnedFd) -> io::Result<Found> {
 fn connected(socket: Socket, endpoint: &Endpoint, options: &SocketOptions) -> io::Result<Channel> {
     let peer = format!("{endpoint}, {}", socket::peer_name(&socket)?);
     socket::into_channel(socket, peer, &[], options)
+}
+
+fn filed(file: FileStream, endpoint: &Endpoint) -> Channel {
+    Channel::of_file(file, format!("{endpoint}, file"))
+}
+
+/// Where in a file its opener left off: there the stream begins.
+fn position(file: &OwnedFd) -> io::Result<u64> {
+    Ok(rustix::fs::tell(file)?)
 }
 
 fn piped(pipe: Pipe, endpoint: &Endpoint) -> Channel {

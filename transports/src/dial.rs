@@ -12,6 +12,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::backoff::Backoff;
 use crate::connect::connect;
+use crate::file::FileStream;
 use crate::pipe::Pipe;
 use crate::stream::Stream;
 use crate::{Channel, Endpoint, SocketOptions, Stopper, TransportError, descriptor, socket, vsock};
@@ -33,7 +34,8 @@ impl Default for DialOptions {
     }
 }
 
-/// Connects, and tries again for as long as nobody listens there yet, until the deadline.
+/// Connects, and tries again for as long as nobody listens there yet, until the deadline. A file is opened to be written:
+/// see [`FileStream`](crate::FileStream).
 ///
 /// All addresses of a name are tried, one after the other and never two at a time: a connection that is
 /// opened and dropped again ends the incoming migration of a QEMU. Needs a tokio runtime with I/O and time;
@@ -52,6 +54,12 @@ pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel,
         attempts: 0,
         last: None,
     };
+    if let Endpoint::File { path, offset } = endpoint {
+        // Nothing to wait for.
+        return FileStream::create(path, *offset)
+            .map(|file| Channel::of_file(file, endpoint.to_string()))
+            .map_err(|source| dialling.refused("write to", source));
+    }
     let outcome = tokio::select! {
         biased;
         () = options.stopper.stopped() => None,
@@ -59,7 +67,7 @@ pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel,
     };
     match outcome {
         Some(Ok(Ok(channel))) => Ok(channel),
-        Some(Ok(Err(source))) => Err(dialling.refused(source)),
+        Some(Ok(Err(source))) => Err(dialling.refused(ACTION, source)),
         Some(Err(_elapsed)) => Err(dialling.too_late()),
         None => Err(dialling.cancelled()),
     }
@@ -99,6 +107,7 @@ impl Dialling<'_> {
             Endpoint::Unix(path) => self.unix(path).await,
             Endpoint::Vsock { cid, port } => vsock::dial(*cid, *port).await,
             Endpoint::Exec(_) | Endpoint::Fd(_) | Endpoint::FdFrom(_) => return self.ready_made().await,
+            Endpoint::File { .. } => Err(ErrorKind::Unsupported.into()),
         }?;
         let peer = socket::peer_name(&connected)?;
         socket::into_channel(connected, peer, &[], self.options)
@@ -153,9 +162,9 @@ impl Dialling<'_> {
         }
     }
 
-    fn refused(self, source: io::Error) -> TransportError {
+    fn refused(self, action: &'static str, source: io::Error) -> TransportError {
         let (endpoint, elapsed) = (self.endpoint.clone(), self.begun.elapsed());
-        TransportError::Io { action: ACTION, endpoint, elapsed, source }
+        TransportError::Io { action, endpoint, elapsed, source }
     }
 
     fn too_late(self) -> TransportError {

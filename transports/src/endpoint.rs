@@ -6,23 +6,32 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+use crate::file_uri;
+
 const GRAMMAR: &str = "tcp:HOST:PORT (a v6 address in [brackets]; no HOST: any address), unix:PATH, \
-    fd:N (an inherited descriptor), fd:unix:PATH (one that is handed over there), exec:COMMAND, \
+    file:PATH[,offset=N], fd:N (an inherited descriptor), fd:unix:PATH (one that is handed over there), exec:COMMAND, \
     or vsock:CID:PORT (CID a number, local, host or any)";
 
-/// The address of a listener, in QEMU's URI form. Spec: docs/wire.md §12.
+/// The address of a listener, or a file, in QEMU's URI form. Spec: docs/wire.md §12.
 ///
-/// `tcp:HOST:PORT`, `tcp:[V6]:PORT`, `tcp::PORT`, `unix:PATH`, `fd:N`, `fd:unix:PATH`, `exec:COMMAND`, `vsock:CID:PORT`.
-/// [`Display`](fmt::Display) gives the URI back.
+/// `tcp:HOST:PORT`, `tcp:[V6]:PORT`, `tcp::PORT`, `unix:PATH`, `file:PATH[,offset=N]`, `fd:N`, `fd:unix:PATH`,
+/// `exec:COMMAND`, `vsock:CID:PORT`. [`Display`](fmt::Display) gives the URI back.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Endpoint {
     /// A command for `/bin/sh -c`: what is sent goes to its standard input, what it prints is received.
     Exec(String),
-    /// A descriptor that this process inherited: a stream socket, connected or listening, or an end of a pipe.
+    /// A descriptor that this process inherited: a stream socket, connected or listening, an end of a pipe, or a file.
     Fd(i32),
     /// The path of a unix socket on which somebody hands over such a descriptor (`SCM_RIGHTS`).
     FdFrom(PathBuf),
+    /// A regular file: the stream is written to it or read from it.
+    File {
+        /// Where it is. With `,offset=` in it, it cannot be said as a URI.
+        path: PathBuf,
+        /// Where in the file the stream begins, in bytes.
+        offset: u64,
+    },
     /// A name or an address, and a port.
     Tcp {
         /// Name, v4 address, or v6 address without brackets. Empty: any address when listening, this machine
@@ -58,6 +67,7 @@ impl FromStr for Endpoint {
     fn from_str(given: &str) -> Result<Self, InvalidEndpoint> {
         let invalid = |reason| InvalidEndpoint { given: given.to_owned(), reason };
         match given.split_once(':') {
+            Some(("file", rest)) => file_uri::parse(rest).map_err(invalid),
             Some(("tcp", rest)) => parse_tcp(rest).map_err(invalid),
             Some(("exec", "")) => Err(invalid("the command is missing")),
             Some(("exec", command)) => Ok(Self::Exec(command.to_owned())),
@@ -74,6 +84,7 @@ impl FromStr for Endpoint {
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::File { path, offset } => f.write_str(&file_uri::print(path, *offset)),
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
             Self::Exec(command) => write!(f, "exec:{command}"),
@@ -165,6 +176,8 @@ mod tests {
             ("exec:gzip -c > 'a:b'", Endpoint::Exec("gzip -c > 'a:b'".to_owned())),
             ("vsock:3:4444", Endpoint::Vsock { cid: 3, port: 4444 }),
             ("vsock:any:0", Endpoint::Vsock { cid: VSOCK_ANY, port: 0 }),
+            ("file:/vm,1", Endpoint::File { path: "/vm,1".into(), offset: 0 }),
+            ("file:vm,offset=1024", Endpoint::File { path: "vm".into(), offset: 1024 }),
         ] {
             assert_eq!(uri.parse(), Ok(endpoint.clone()), "{uri}");
             assert_eq!(endpoint.to_string(), uri);
@@ -202,6 +215,8 @@ mod tests {
             "vsock:+3:4",
             "vsock:guest:4",
             "vsock:3:4294967295",
+            "file:",
+            "file:vm,offset=",
             "10.0.0.7:4444",
             "/run/x.sock",
             "TCP:h:1",
@@ -220,7 +235,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_parses_to_what_prints_it_back_or_is_refused(rest in ".{0,24}", scheme in "(tcp|unix|fd|fd:unix|exec|vsock|):?") {
+        fn any_text_parses_to_what_prints_it_back_or_is_refused(rest in ".{0,24}", scheme in "(tcp|unix|file|fd|fd:unix|exec|vsock|):?") {
             let uri = scheme + &rest;
             if let Ok(endpoint) = uri.parse::<Endpoint>() {
                 prop_assert_eq!(endpoint.to_string().parse(), Ok(endpoint));

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use socket2::Socket;
 
 use crate::dial::command;
+use crate::file::FileStream;
 use crate::serve::{Arrival, Lobby, serve};
 use crate::socket_file::SocketFile;
 use crate::{Channel, Endpoint, SocketOptions, Stopper, TransportError, blocking, descriptor, only, vsock};
@@ -28,7 +29,7 @@ pub struct Listener {
 /// Where connections come from.
 #[derive(Debug)]
 enum Origin {
-    /// One that is there already: a connected socket, a pipe or a command. Taken by the first `serve`.
+    /// One that is there already: a connected socket, a pipe, a command or a file. Taken by the first `serve`.
     Ready(Mutex<Option<Channel>>),
     Socket {
         socket: Socket,
@@ -45,7 +46,7 @@ impl Listener {
     ///
     /// Of a name with several addresses, the first that works is taken. An empty host or `[::]` is any
     /// address, v4 and v6; `0` and `0.0.0.0` are any v4 address. A unix socket file that nobody listens on
-    /// any more is replaced.
+    /// any more is replaced. A file is opened to be read: it is the one channel that arrives.
     ///
     /// # Errors
     /// [`Io`](TransportError::Io): the address is taken or not of this machine, the name is unknown, the path
@@ -61,7 +62,7 @@ impl Listener {
     pub fn bind_with(endpoint: &Endpoint, options: &SocketOptions) -> Result<Self, TransportError> {
         let begun = Instant::now();
         Self::try_bind(endpoint, options).map_err(|source| TransportError::Io {
-            action: "listen on",
+            action: if matches!(endpoint, Endpoint::File { .. }) { "read" } else { "listen on" },
             endpoint: endpoint.clone(),
             elapsed: begun.elapsed(),
             source,
@@ -136,6 +137,10 @@ impl Listener {
             Endpoint::Fd(number) => Origin::descriptor(descriptor::take(*number)?, endpoint, options)?,
             Endpoint::FdFrom(path) => {
                 Origin::descriptor(descriptor::fetch(path, HAND_OVER)?, endpoint, options)?
+            }
+            Endpoint::File { path, offset } => {
+                let channel = Channel::of_file(FileStream::open(path, *offset)?, endpoint.to_string());
+                Origin::Ready(Mutex::new(Some(channel)))
             }
             Endpoint::Tcp { host, port } => Origin::listening(bind_tcp(host, *port, options)?, None)?,
             Endpoint::Unix(path) => {

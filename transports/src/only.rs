@@ -1,6 +1,6 @@
-//! Serving a descriptor or a command: one channel is there already, and no other can come.
+//! Serving a descriptor, a command or a file: one channel is there already, and no other can come.
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::time::Duration;
 
 use tokio::io::Interest;
@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::serve::Arrival;
 use crate::sys::watch;
-use crate::{Channel, Listener};
+use crate::{Channel, FileStream, Listener};
 
 /// Reports what becomes of the channel, and then waits until the listener is stopped.
 pub(crate) async fn serve(
@@ -41,7 +41,9 @@ async fn hear(number: u64, channel: Channel, wanted: usize, silence: Duration) -
         Ok(Err(error)) => Arrival::Failed { number, peer, error },
         Ok(Ok(())) if received < wanted => Arrival::Closed { number, peer, received },
         Ok(Ok(())) => {
-            let channel = channel.push_back(first.get(..received).unwrap_or_default());
+            let looked_at = channel.file().is_some();
+            let first_bytes = first.get(..received).filter(|_| !looked_at);
+            let channel = channel.push_back(first_bytes.unwrap_or_default());
             Arrival::Identified { number, channel, first }
         }
     }
@@ -49,6 +51,10 @@ async fn hear(number: u64, channel: Channel, wanted: usize, silence: Duration) -
 
 /// Fills `into`, or gets as far as the other side goes.
 async fn first_bytes(channel: &Channel, into: &mut [u8], received: &mut usize) -> io::Result<()> {
+    if let Some(file) = channel.file() {
+        *received = into.len();
+        return look(file, into);
+    }
     let readable = watch(channel.readable_end()?, Interest::READABLE)?;
     while let Some(missing @ [_, ..]) = into.get_mut(*received..) {
         let mut ready = readable.readable().await?;
@@ -64,4 +70,15 @@ async fn first_bytes(channel: &Channel, into: &mut [u8], received: &mut usize) -
         *received += got;
     }
     Ok(())
+}
+
+/// The first bytes, which stay where they are: a file's position is the place of its next byte.
+fn look(file: &FileStream, first: &mut [u8]) -> io::Result<()> {
+    file.read_exact_at(first, file.position()).map_err(|error| match (error.kind(), file.file_len()) {
+        (ErrorKind::UnexpectedEof, Ok(len)) => {
+            let text = format!("the file ends at byte {len}, a stream begins at byte {}", file.position());
+            io::Error::new(ErrorKind::UnexpectedEof, text)
+        }
+        _ => error,
+    })
 }

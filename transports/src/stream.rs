@@ -7,11 +7,14 @@ use std::time::Duration;
 
 use socket2::Socket;
 
+use crate::file::FileStream;
 use crate::pipe::Pipe;
 
 /// The kinds of byte stream. All methods take `&self`: one thread sends while another receives.
 #[derive(Debug)]
 pub(crate) enum Stream {
+    /// A regular file, in one direction.
+    File(FileStream),
     /// Pipes, with or without a command behind them.
     Pipe(Pipe),
     /// A connected, blocking stream socket: the bytes on it are the channel's bytes, nothing in between.
@@ -22,6 +25,7 @@ impl Stream {
     /// Sends some of `bufs`, at least one byte unless all are empty. At most [`Self::MAX_SLICES`] of them.
     pub(crate) fn send_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
+            Self::File(file) => file.send_vectored(bufs),
             Self::Pipe(pipe) => pipe.send_vectored(bufs),
             // No SIGPIPE: the process belongs to the embedder, and may not ignore that signal.
             Self::Socket(socket) => socket.send_vectored_with_flags(bufs, libc::MSG_NOSIGNAL),
@@ -30,6 +34,7 @@ impl Stream {
 
     pub(crate) fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
         match self {
+            Self::File(file) => file.recv(buf),
             Self::Pipe(pipe) => pipe.recv(buf),
             Self::Socket(socket) => (&*socket).read(buf),
         }
@@ -38,6 +43,7 @@ impl Stream {
     /// Ends both directions; blocked calls of other threads return.
     pub(crate) fn close(&self) {
         match self {
+            Self::File(file) => file.close(),
             Self::Pipe(pipe) => pipe.close(),
             // Fails only if the connection is gone already, which is what is wanted.
             Self::Socket(socket) => drop(socket.shutdown(Shutdown::Both)),
@@ -46,6 +52,7 @@ impl Stream {
 
     pub(crate) fn finish_sending(&self) -> io::Result<()> {
         match self {
+            Self::File(file) => file.finish(),
             Self::Pipe(pipe) => {
                 pipe.finish_sending();
                 Ok(())
@@ -56,6 +63,8 @@ impl Stream {
 
     pub(crate) fn set_silence_limit(&self, limit: Option<Duration>) -> io::Result<()> {
         match self {
+            // The kernel waits for a disk, not for a peer.
+            Self::File(_) => Ok(()),
             Self::Pipe(pipe) => {
                 pipe.set_silence_limit(limit);
                 Ok(())
@@ -69,6 +78,7 @@ impl Stream {
 
     pub(crate) fn silence_limit(&self) -> io::Result<Option<Duration>> {
         match self {
+            Self::File(_) => Ok(None),
             Self::Pipe(pipe) => Ok(pipe.silence_limit()),
             Self::Socket(socket) => socket.read_timeout(),
         }
@@ -77,6 +87,7 @@ impl Stream {
     /// The descriptor on which the channel's bytes appear as they are.
     pub(crate) fn direct(&self) -> Option<BorrowedFd<'_>> {
         match self {
+            Self::File(_) => None,
             Self::Pipe(_) => None,
             Self::Socket(socket) => Some(socket.as_fd()),
         }
@@ -85,8 +96,16 @@ impl Stream {
     /// Whether bytes may come back from where they are sent to.
     pub(crate) fn is_two_way(&self) -> bool {
         match self {
+            Self::File(_) => false,
             Self::Pipe(pipe) => pipe.is_two_way(),
             Self::Socket(_) => true,
+        }
+    }
+
+    pub(crate) fn file(&self) -> Option<&FileStream> {
+        match self {
+            Self::File(file) => Some(file),
+            Self::Pipe(_) | Self::Socket(_) => None,
         }
     }
 
@@ -94,13 +113,14 @@ impl Stream {
     pub(crate) fn settle(&self, limit: Duration) -> io::Result<()> {
         match self {
             Self::Pipe(pipe) => pipe.settle(limit),
-            Self::Socket(_) => Ok(()),
+            Self::File(_) | Self::Socket(_) => Ok(()),
         }
     }
 
     /// A duplicate of the descriptor that becomes readable when bytes have come.
     pub(crate) fn readable_end(&self) -> io::Result<OwnedFd> {
         match self {
+            Self::File(file) => file.as_fd().try_clone_to_owned(),
             Self::Pipe(pipe) => pipe.readable_end(),
             Self::Socket(socket) => socket.as_fd().try_clone_to_owned(),
         }

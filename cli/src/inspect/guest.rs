@@ -64,8 +64,8 @@ pub(super) fn checkpoint(directory: &Path, progress: impl Fn(u64, u64)) -> Resul
     })
 }
 
-pub(super) fn recording(path: &Path, progress: impl Fn(u64, u64)) -> Result<Findings> {
-    let recording = Recording::open(path).map_err(|error| error.chain())?;
+pub(super) fn recording(path: &Path, offset: u64, progress: impl Fn(u64, u64)) -> Result<Findings> {
+    let recording = Recording::open_at(path, offset).map_err(|error| error.chain())?;
     let lengths: Vec<_> = recording.blocks().iter().map(|block| block.used_len).collect();
     let mut survey = Survey::new(&lengths, recording.page_size().bytes());
     let mut pages = recording.pages();

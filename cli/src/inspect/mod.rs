@@ -18,6 +18,7 @@ mod values;
 use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use multifd_transports::Endpoint;
 use serde_json::json;
 
 use crate::flags::{Common, Inspect};
@@ -32,10 +33,10 @@ pub(crate) fn run(flags: &Inspect, common: &Common) -> Outcome {
         bar.set_length(len);
         bar.set_position(position);
     };
-    let findings = if flags.path.is_dir() {
-        guest::checkpoint(&flags.path, progress)
-    } else {
-        guest::recording(&flags.path, progress)
+    let findings = match flags.path.to_string_lossy().parse() {
+        _ if flags.path.is_dir() => guest::checkpoint(&flags.path, progress),
+        Ok(Endpoint::File { path, offset }) => guest::recording(&path, offset, progress),
+        _ => guest::recording(&flags.path, 0, progress),
     };
     bar.finish_and_clear();
     match findings {

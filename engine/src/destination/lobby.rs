@@ -104,6 +104,10 @@ impl Lobby {
                 self.main.update(|main| *main = Some(channel));
                 Ok(())
             }
+            MULTIFD_MAGIC if !channel.is_two_way() => {
+                let detail = "what went over a parallel channel, expected a main channel's stream";
+                Err(Error::new(ErrorKind::InvalidStream, Phase::Accept, detail).on(peer))
+            }
             MULTIFD_MAGIC => ChannelWorker::start(channel, &self.shared, &self.crew),
             other => {
                 let detail = format!(

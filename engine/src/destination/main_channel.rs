@@ -16,6 +16,7 @@ use multifd_wire::{
 };
 
 use super::landing::IncomingRam;
+use super::mapped::PageReaders;
 use super::ram_section::{RamSection, SectionKind};
 use super::return_path::ReturnPath;
 use super::shared::Shared;
@@ -46,6 +47,7 @@ pub(crate) struct MainChannel<'a> {
     shared: &'a Arc<Shared>,
     return_path: ReturnPath,
     ack: SwitchoverAck,
+    readers: PageReaders,
     switchover_start: bool,
     guest_stopped: Option<Instant>,
     ram: Option<(SectionId, RamSection<'a>)>,
@@ -57,8 +59,18 @@ impl<'a> MainChannel<'a> {
         shared: &'a Arc<Shared>,
         return_path: ReturnPath,
         ack: SwitchoverAck,
+        readers: PageReaders,
     ) -> Self {
-        Self { reader, shared, return_path, ack, switchover_start: false, guest_stopped: None, ram: None }
+        Self {
+            reader,
+            shared,
+            return_path,
+            ack,
+            readers,
+            switchover_start: false,
+            guest_stopped: None,
+            ram: None,
+        }
     }
 
     /// Reads to the end. Pages land in what `ram` provides.
@@ -180,7 +192,8 @@ impl<'a> MainChannel<'a> {
         if self.ram.is_some() {
             return Err(Error::misbehaved(Phase::Setup, "a second START of ram"));
         }
-        let mut section = RamSection::start(&mut self.reader, self.shared, configuration, ram)?;
+        let mut section =
+            RamSection::start(&mut self.reader, self.shared, configuration, ram, &self.readers)?;
         section.read(&mut self.reader, SectionKind::Start)?;
         self.ram = Some((head.id, section));
         self.footer(head.id)

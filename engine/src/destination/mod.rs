@@ -5,6 +5,7 @@
 //!    ├─ main_channel ── header, commands, ram_section, tail      on the caller's thread
 //!    └─ channel ×N ──── packets into guest memory                one thread each, `mig-recv`
 //!         gate ──────── where SYNC on channels meets FLUSH on main
+//!    └─ mapped ×N ─── pages at fixed places of a file            one thread each, `mig-recv-N`
 //!         landing ───── the blocks, and how a page is written or cleared
 //! ```
 
@@ -14,6 +15,7 @@ mod gate;
 mod landing;
 mod lobby;
 mod main_channel;
+mod mapped;
 mod ram_section;
 mod return_path;
 mod shared;
@@ -38,6 +40,7 @@ use crate::stream::StreamReader;
 use crate::workers::Crew;
 use lobby::Lobby;
 use main_channel::MainChannel;
+use mapped::PageReaders;
 use return_path::ReturnPath;
 use shared::Shared;
 
@@ -46,6 +49,7 @@ pub struct DestinationBuilder {
     ram: Box<dyn IncomingRam>,
     codecs: Codecs,
     channels: Option<usize>,
+    direct_io: bool,
     switchover_ack: SwitchoverAck,
     timeout: Duration,
     socket: SocketOptions,
@@ -67,10 +71,18 @@ impl DestinationBuilder {
     }
 
     /// Insists on exactly so many parallel channels, and waits for all of them at the first sync point. Default: any number up
-    /// to 255; those count that are there by then.
+    /// to 255; those count that are there by then. Of a `mapped-ram` file: so many threads read it; default: one a core, up to 4.
     #[must_use]
     pub fn channels(mut self, channels: usize) -> Self {
         self.channels = Some(channels);
+        self
+    }
+
+    /// Reads the pages of a `mapped-ram` file past the page cache (O_DIRECT); anything else that comes is refused then. The memory
+    /// must begin at a multiple of the disk's block size. Default: no.
+    #[must_use]
+    pub fn direct_io(mut self, direct_io: bool) -> Self {
+        self.direct_io = direct_io;
         self
     }
 
@@ -122,6 +134,7 @@ impl Destination {
             ram: Box::new(ram),
             codecs: Codecs::default(),
             channels: None,
+            direct_io: false,
             switchover_ack: SwitchoverAck::Auto,
             timeout: DEFAULT_TIMEOUT,
             socket: SocketOptions::default(),
@@ -159,7 +172,7 @@ impl Destination {
         self.session.stop.on_trip(move || stopper.stop());
         crew.spawn("mig-accept", Phase::Accept, move || lobby.run(&listener))?;
 
-        let result = self.wait_for_main(&main).and_then(|main| self.run_main(main, &shared));
+        let result = self.wait_for_main(&main).and_then(|main| self.run_main(main, &shared, &crew));
         match result {
             Ok((stream, return_path)) => {
                 shared.gate.finish();
@@ -186,6 +199,7 @@ impl Destination {
         &mut self,
         channel: Channel,
         shared: &Arc<Shared>,
+        crew: &Arc<Crew>,
     ) -> Result<(main_channel::MainStream, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
         self.session.enter(MigrationState::Active)?;
@@ -196,9 +210,15 @@ impl Destination {
             goodbye.abort();
             closer.close();
         });
-        let ack = self.settings.switchover_ack;
-        let main =
-            MainChannel::new(StreamReader::new(channel, &self.session), shared, return_path.clone(), ack);
+        let (ack, direct) = (self.settings.switchover_ack, self.settings.direct_io);
+        let readers = PageReaders { crew: Arc::clone(crew), count: self.settings.channels, direct };
+        let main = MainChannel::new(
+            StreamReader::new(channel, &self.session),
+            shared,
+            return_path.clone(),
+            ack,
+            readers,
+        );
         Ok((main.run(&mut *self.settings.ram)?, return_path))
     }
 }

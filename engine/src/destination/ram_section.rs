@@ -6,8 +6,10 @@ use std::sync::atomic::Ordering;
 use multifd_wire::{BlockEntry, BlockListBuilder, BlockListFormat, BlockRef, Configuration, RamRecord};
 
 use super::landing::{IncomingRam, Landing, Landings};
+use super::mapped::PageReaders;
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::mapped::{self, CAPABILITY};
 use crate::ram::{PAGE, PAGE_SIZE};
 use crate::session::Counters;
 use crate::stream::StreamReader;
@@ -34,6 +36,8 @@ enum SyncPoints {
 pub(crate) struct RamSection<'a> {
     shared: &'a Shared,
     landings: Arc<Landings>,
+    /// Pages lie elsewhere, and there is no parallel channel to wait for.
+    mapped: bool,
     sync_points: SyncPoints,
     /// The block that CONTINUE refers to; kept over sections.
     last_block: Option<Arc<Landing>>,
@@ -48,12 +52,11 @@ impl<'a> RamSection<'a> {
         shared: &'a Shared,
         configuration: &Configuration,
         ram: &mut dyn IncomingRam,
+        readers: &PageReaders,
     ) -> Result<Self> {
-        if let Some(capability) = configuration.capabilities.first() {
-            let detail = format!("capability {capability} is on at the source, it is not supported here");
-            return Err(Error::incompatible(Phase::Setup, detail));
-        }
-        let announced = read_block_list(reader)?;
+        let mapped = is_mapped(configuration)?;
+        readers.check(reader.channel(), mapped)?;
+        let announced = read_block_list(reader, mapped)?;
         let blocks = ram.open(configuration, &announced).map_err(|error| {
             Error::new(ErrorKind::GuestMemory, Phase::Setup, "no memory for the source's RAM blocks")
                 .because(error)
@@ -62,9 +65,13 @@ impl<'a> RamSection<'a> {
         shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
         let landings = Arc::new(Landings::new(&announced, &blocks)?);
         shared.publish(Arc::clone(&landings));
+        if mapped {
+            readers.load(reader.channel(), &announced, &landings, shared)?;
+        }
         Ok(Self {
             shared,
             landings,
+            mapped,
             sync_points: SyncPoints::Unknown,
             last_block: None,
             ended_in_sync: false,
@@ -89,6 +96,11 @@ impl<'a> RamSection<'a> {
             let record =
                 reader.next(Phase::Active, "a RAM record", |bytes| RamRecord::parse(bytes, PAGE_SIZE))?;
             match record {
+                RamRecord::EndOfSection if self.mapped => return Ok(()),
+                record if self.mapped => {
+                    let detail = format!("{record:?} in a mapped-ram stream, where pages have fixed places");
+                    return Err(Error::misbehaved(Phase::Active, detail));
+                }
                 RamRecord::EndOfSection => return self.end_of_section(kind),
                 RamRecord::Flush => self.flush(kind)?,
                 RamRecord::Page { offset, block } => {
@@ -169,17 +181,31 @@ fn find<'l>(landings: &Landings, last: &'l mut Option<Arc<Landing>>, block: Bloc
     })
 }
 
-fn read_block_list(reader: &mut StreamReader) -> Result<Vec<BlockEntry>> {
+/// Of all capabilities that change the stream, mapped-ram is the one that can be read.
+fn is_mapped(configuration: &Configuration) -> Result<bool> {
+    let capabilities = &configuration.capabilities;
+    if let Some(capability) = capabilities.iter().find(|capability| *capability != CAPABILITY) {
+        let detail = format!("capability {capability} is on at the source, it is not supported here");
+        return Err(Error::incompatible(Phase::Setup, detail));
+    }
+    Ok(!capabilities.is_empty())
+}
+
+fn read_block_list(reader: &mut StreamReader, mapped: bool) -> Result<Vec<BlockEntry>> {
     let what = "the list of RAM blocks";
+    let format = BlockListFormat { mapped_ram: mapped, ..BlockListFormat::default() };
     let record = reader.next(Phase::Setup, what, |bytes| RamRecord::parse(bytes, PAGE_SIZE))?;
     let RamRecord::MemSize { total } = record else {
         return Err(Error::misbehaved(Phase::Setup, format!("{record:?}, expected {what}")));
     };
     let mut list = BlockListBuilder::new(total, PAGE_SIZE);
     while !list.complete() {
-        let entry =
-            reader.next(Phase::Setup, what, |bytes| BlockEntry::parse(bytes, BlockListFormat::default()))?;
+        let entry = reader.next(Phase::Setup, what, |bytes| BlockEntry::parse(bytes, format))?;
+        let next = mapped::next_entry(&entry, reader.position());
         list.push(entry).map_err(|invalid| Error::invalid(Phase::Setup, invalid))?;
+        if let Some(position) = next.map_err(|invalid| Error::invalid(Phase::Setup, invalid))? {
+            reader.jump(position, "the pages of a RAM block")?;
+        }
     }
     Ok(list.finish())
 }

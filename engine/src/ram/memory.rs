@@ -21,6 +21,8 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileSlice};
 
+use super::file_io;
+
 /// A mapped range of guest memory, kept alive for as long as this value or a clone of it lives.
 #[derive(Clone)]
 pub struct HostMemory {
@@ -190,7 +192,7 @@ pub(crate) struct IoVecs(Vec<libc::iovec>);
 unsafe impl Send for IoVecs {}
 
 /// Most ranges the kernel takes in one call (UIO_MAXIOV).
-const MAX_RANGES_PER_CALL: usize = 1024;
+pub(super) const MAX_RANGES_PER_CALL: usize = 1024;
 
 impl IoVecs {
     pub(crate) fn start<'a>(&'a mut self) -> Ranges<'a> {
@@ -218,6 +220,9 @@ impl<'a> Ranges<'a> {
 
     /// Sends all of it.
     pub(crate) fn send(self, channel: &Channel) -> io::Result<()> {
+        if let Some(file) = channel.file() {
+            return file_io::write_all(self.list, channel, file);
+        }
         let Some(fd) = channel.direct() else { return self.send_copied(channel) };
         let mut left = &mut self.list[..];
         while !left.is_empty() {
@@ -328,7 +333,7 @@ fn receive_once(fd: BorrowedFd<'_>, ranges: &mut [libc::iovec]) -> isize {
     unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_WAITALL) }
 }
 
-fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+pub(super) fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
     loop {
         if let Ok(count) = usize::try_from(call()) {
             return Ok(count);
@@ -342,7 +347,7 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
 }
 
 /// Drops the first `count` bytes.
-fn advance(ranges: &mut [libc::iovec], mut count: usize) -> &mut [libc::iovec] {
+pub(super) fn advance(ranges: &mut [libc::iovec], mut count: usize) -> &mut [libc::iovec] {
     let done = ranges
         .iter()
         .take_while(|range| {

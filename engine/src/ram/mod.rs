@@ -2,6 +2,7 @@
 
 mod bitmap;
 mod block;
+mod file_io;
 mod holes;
 mod memory;
 mod round;

@@ -1,11 +1,12 @@
 //! The pages of a `mapped-ram` file: a bitmap a block says which are stored, and each has its place. Spec: docs/wire.md §17.
 
-use multifd_wire::{BlockEntry, MappedRamHeader};
+use multifd_wire::BlockEntry;
 
 use super::file::FileReader;
 use super::pages::{PageContent, PageRecord};
 use super::{Recording, invalid};
 use crate::error::{Phase, Result};
+use crate::mapped::StoredBits;
 
 /// Words of the bitmap that are held: 32 KiB, the bits of 1 GiB of pages of 4 KiB.
 const CHUNK_WORDS: usize = 4096;
@@ -16,21 +17,14 @@ pub(super) struct MappedPages<'r> {
     reader: FileReader<'r>,
     block: usize,
     page: u64,
-    /// A piece of the block's bitmap, and the page of its first bit.
-    words: Vec<u64>,
-    first: u64,
-}
-
-/// Where in the file the pages of a stored block end; `None` if the block is not stored, or its places cannot be.
-pub(super) fn end_of_pages(entry: &BlockEntry) -> Option<u64> {
-    let header = entry.mapped_ram.filter(MappedRamHeader::is_stored)?;
-    header.pages_offset.checked_add(entry.used_len)
+    /// A piece of the block's bitmap.
+    bits: StoredBits,
 }
 
 impl<'r> MappedPages<'r> {
     pub(super) fn new(recording: &'r Recording) -> Self {
         let reader = FileReader::new(&recording.file, 0);
-        Self { recording, reader, block: 0, page: 0, words: Vec::new(), first: 0 }
+        Self { recording, reader, block: 0, page: 0, bits: StoredBits::default() }
     }
 
     pub(super) fn position(&self) -> u64 {
@@ -48,8 +42,7 @@ impl<'r> MappedPages<'r> {
             }
             self.block += 1;
             self.page = 0;
-            self.words.clear();
-            self.first = 0;
+            self.bits = StoredBits::default();
         }
         Ok(false)
     }
@@ -63,7 +56,7 @@ impl<'r> MappedPages<'r> {
             return Err(invalid(Phase::Active, "a block without a place in the file"));
         };
         let pages = entry.map_or(0, |entry| entry.used_len / size.bytes_u64());
-        let zeros = self.zeros().min(pages - page);
+        let zeros = if self.bits.test(page) { 0 } else { self.bits.run(page).1.min(pages - page) };
         self.page += zeros.max(1);
         let content = if zeros > 0 {
             PageContent::Zero { pages: zeros }
@@ -75,41 +68,19 @@ impl<'r> MappedPages<'r> {
         Ok(PageRecord { block, page, content })
     }
 
-    /// Clear bits from this page's on, as far as the piece of the bitmap goes.
-    fn zeros(&self) -> u64 {
-        let bit = self.page - self.first;
-        let words = self.words.iter().skip(usize::try_from(bit / PAGES_PER_WORD).unwrap_or(usize::MAX));
-        let mut skipped = bit % PAGES_PER_WORD;
-        let mut zeros = 0;
-        for word in words {
-            let here = u64::from((word >> skipped).trailing_zeros()).min(PAGES_PER_WORD - skipped);
-            zeros += here;
-            if here < PAGES_PER_WORD - skipped {
-                break;
-            }
-            skipped = 0;
-        }
-        zeros
-    }
-
     /// Makes sure that the piece of the bitmap with this page's bit is there.
     fn load(&mut self, entry: &BlockEntry, pages: u64) -> Result<()> {
-        let (Some(header), bit) = (entry.mapped_ram, self.page - self.first) else { return Ok(()) };
-        if bit < self.words.len() as u64 * PAGES_PER_WORD {
-            return Ok(());
-        }
-        self.first = self.page / PAGES_PER_WORD * PAGES_PER_WORD;
-        let left = usize::try_from((pages - self.first).div_ceil(PAGES_PER_WORD)).unwrap_or(CHUNK_WORDS);
+        let Some(header) = entry.mapped_ram.filter(|_| self.page >= self.bits.end()) else { return Ok(()) };
+        let first = self.page / PAGES_PER_WORD * PAGES_PER_WORD;
+        let left = usize::try_from((pages - first).div_ceil(PAGES_PER_WORD)).unwrap_or(CHUNK_WORDS);
         let mut bytes = vec![0; left.min(CHUNK_WORDS) * 8];
-        let position = header.bitmap_offset + self.first / 8;
+        let position = header.bitmap_offset + first / 8;
         if self.recording.file.read_at(&mut bytes, position)? < bytes.len() {
             let detail =
                 format!("the file ends within the bitmap of block {} at byte {position}", entry.name);
             return Err(invalid(Phase::Active, detail));
         }
-        // In the source's byte order, which is little-endian on all that this runs on.
-        let (words, _) = bytes.as_chunks::<8>();
-        self.words = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        self.bits = StoredBits::decode(first, &bytes);
         Ok(())
     }
 }

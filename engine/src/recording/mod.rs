@@ -32,6 +32,7 @@ use multifd_wire::{
 };
 
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::mapped::{CAPABILITY, next_entry};
 use description::Described;
 use file::{FileReader, StreamFile};
 use items::{Items, Next};
@@ -95,12 +96,20 @@ impl Recording {
     /// `Storage` if the file cannot be read, `InvalidStream` if it is no stream or ends too early, `Incompatible` for a stream
     /// of a kind that cannot be read. They name the byte.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = StreamFile::open(path)?;
-        Self::read(&file).map_err(|error| error.on(file.name())).map(|parts| parts.of(file))
+        Self::open_at(path, 0)
     }
 
-    fn read(file: &StreamFile) -> Result<Parts> {
-        let mut reader = FileReader::new(file, 0);
+    /// The same for a stream that begins at byte `offset` of the file, as in `file:PATH,offset=N`.
+    ///
+    /// # Errors
+    /// As [`Recording::open`].
+    pub fn open_at(path: &Path, offset: u64) -> Result<Self> {
+        let file = StreamFile::open(path)?;
+        Self::read(&file, offset).map_err(|error| error.on(file.name())).map(|parts| parts.of(file))
+    }
+
+    fn read(file: &StreamFile, offset: u64) -> Result<Parts> {
+        let mut reader = FileReader::new(file, offset);
         check_first_bytes(&mut reader)?;
         reader.next(Phase::Setup, "the stream header", StreamHeader::parse)?;
         let configuration = reader.next(Phase::Setup, "the configuration section", Configuration::parse)?;
@@ -221,17 +230,17 @@ fn block_list(
     let format = BlockListFormat {
         page_sizes: false,
         guest_addresses: has("x-ignore-shared"),
-        mapped_ram: has("mapped-ram"),
+        mapped_ram: has(CAPABILITY),
     };
     let mut list = BlockListBuilder::new(total, page);
     while !list.complete() {
         let position = reader.position();
         let entry = reader.next(Phase::Setup, what, |bytes| BlockEntry::parse(bytes, format))?;
-        let (name, stored) = (entry.name.clone(), mapped::end_of_pages(&entry));
-        list.push(entry).map_err(|error| {
-            invalid(Phase::Setup, format!("{what} at byte {position} is invalid")).because(error)
-        })?;
-        if let Some(end) = stored {
+        let (name, next) = (entry.name.clone(), next_entry(&entry, reader.position()));
+        let refused =
+            |error| invalid(Phase::Setup, format!("{what} at byte {position} is invalid")).because(error);
+        list.push(entry).map_err(refused)?;
+        if let Some(end) = next.map_err(refused)? {
             reader.seek(end, || format!("the pages of block {name}"))?;
         }
     }

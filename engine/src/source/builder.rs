@@ -12,6 +12,7 @@ use multifd_wire::Configuration;
 use super::channel::SendWorker;
 use super::control::Control;
 use super::main_stream::MainStream;
+use super::mapped::{self, MappedFile};
 use super::migration::{Migration, SyncPoints};
 use super::outgoing::{OutgoingRam, ZeroPages};
 use super::page_cache::PageCache;
@@ -23,6 +24,7 @@ use super::zero_copy::ZeroCopySend;
 use crate::convergence::{AutoConverge, Convergence, Limits};
 use crate::dirty::{DirtyLog, LogSet};
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::mapped::CAPABILITY;
 use crate::ram::{PAGE, RamBlock};
 use crate::session::{Canceller, Counters, DEFAULT_TIMEOUT, ProgressReader, Session};
 use crate::state::MigrationState;
@@ -56,6 +58,8 @@ pub struct SourceBuilder {
     max_bandwidth: Option<NonZeroU64>,
     zero_pages: Option<ZeroPages>,
     return_path: Option<bool>,
+    mapped_ram: bool,
+    direct_io: bool,
     switchover_start: bool,
     pause_before_switchover: bool,
     timeout: Duration,
@@ -80,6 +84,8 @@ impl Source {
             max_bandwidth: None,
             zero_pages: None,
             return_path: None,
+            mapped_ram: false,
+            direct_io: false,
             switchover_start: false,
             pause_before_switchover: false,
             timeout: DEFAULT_TIMEOUT,
@@ -153,34 +159,33 @@ impl Source {
     fn open(&mut self, endpoint: &Endpoint, crew: &Crew) -> Result<Parts> {
         self.settings.check_endpoints(endpoint)?;
         let settings = &mut self.settings;
+        settings.name_capabilities();
         let default_zero = ZeroPages::for_machine(&settings.configuration);
         let zero_pages = settings.zero_pages.unwrap_or(default_zero);
         // The logs first: what is read from now on may change, and they note it.
         let logs = LogSet::start(std::mem::take(&mut settings.logs), &settings.ram)?;
         let ram = OutgoingRam::new(std::mem::take(&mut settings.ram), zero_pages, settings.channels > 0)?;
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
+        let main = self.dial(endpoint, "main")?;
+        let settings = &self.settings;
+        settings.check_carrier(main.file().is_some())?;
+        let mapped =
+            settings.mapped_ram.then(|| MappedFile::new(&main, &ram, settings.direct_io)).transpose()?;
         let shared = Arc::new(Shared {
             session: Arc::clone(&self.session),
             ram,
             codec: Arc::clone(&settings.codec),
             uuid: settings.uuid,
             rounds: Rounds::new(&self.session.stop, settings.channels),
+            mapped,
             pacer: Arc::clone(self.control.pacer()),
             packets: AtomicU64::new(0),
             cache: settings.xbzrle_cache.map(PageCache::new),
             peer_features: Arc::default(),
             zero_copy: settings.zero_copy,
         });
-        let channels = settings.channels;
-        let main = self.dial(endpoint, "main")?;
-        let return_path = self.settings.wants_return_path(endpoint, &main)?;
-        let endpoints = self.settings.channel_endpoints.iter().cycle();
-        let endpoints = endpoints.chain(std::iter::repeat(endpoint)).take(channels);
-        for (id, endpoint) in endpoints.enumerate() {
-            let channel = self.dial(endpoint, &format!("channel {id}"))?;
-            Counters::add(&self.session.counters.channels, 1);
-            SendWorker::start(channel, u8::try_from(id).unwrap_or(u8::MAX), &shared, crew)?;
-        }
+        let return_path = settings.wants_return_path(endpoint, &main)?;
+        self.start_workers(endpoint, &shared, crew)?;
         let return_path = match return_path {
             true => {
                 Some(ReturnPathReader::start(Arc::clone(&main), Arc::clone(&shared.peer_features), crew)?)
@@ -188,6 +193,22 @@ impl Source {
             false => None,
         };
         Ok(Parts { main, shared, return_path, logs })
+    }
+
+    /// One for each parallel channel, or for each share of the pages in a file.
+    fn start_workers(&self, endpoint: &Endpoint, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
+        let settings = &self.settings;
+        let endpoints = settings.channel_endpoints.iter().cycle().chain(std::iter::repeat(endpoint));
+        for (id, endpoint) in endpoints.take(settings.channels).enumerate() {
+            if settings.mapped_ram {
+                MappedFile::start_worker(id, shared, crew)?;
+            } else {
+                let channel = self.dial(endpoint, &format!("channel {id}"))?;
+                SendWorker::start(channel, u8::try_from(id).unwrap_or(u8::MAX), shared, crew)?;
+            }
+            Counters::add(&self.session.counters.channels, 1);
+        }
+        Ok(())
     }
 
     fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Arc<Channel>> {
@@ -241,10 +262,27 @@ impl SourceBuilder {
     }
 
     /// Has the destination confirm that the guest has arrived. Without it, nobody knows whether it did. Default: yes over
-    /// sockets; no to a command, which has to pass answers on if this is set, and over a pipe, which cannot.
+    /// sockets; no to a command, which has to pass answers on if this is set, and over a pipe or to a file, which cannot.
     #[must_use]
     pub fn return_path(mut self, return_path: bool) -> Self {
         self.return_path = Some(return_path);
+        self
+    }
+
+    /// Gives every page a fixed place in the file that it goes to, where [`channels`](Self::channels) threads write at a time, or
+    /// the caller's if that is 0; a page that is sent again is written over. For a [`file`](Endpoint::File) only, without codec
+    /// and xbzrle. Default: no.
+    #[must_use]
+    pub fn mapped_ram(mut self, mapped_ram: bool) -> Self {
+        self.mapped_ram = mapped_ram;
+        self
+    }
+
+    /// Writes the pages past the page cache (O_DIRECT), with [`mapped_ram`](Self::mapped_ram) only. Guest memory must begin at
+    /// a multiple of the disk's block size. Default: no.
+    #[must_use]
+    pub fn direct_io(mut self, direct_io: bool) -> Self {
+        self.direct_io = direct_io;
         self
     }
 
@@ -341,11 +379,29 @@ impl SourceBuilder {
         Ok(Source { settings: self, session, control })
     }
 
+    fn check_carrier(&self, file: bool) -> Result<()> {
+        mapped::check_settings(self.mapped_ram, self.direct_io, file, self.channels)
+    }
+
+    /// Mapped-ram belongs to the file that the guest goes to, not to the one that it may come from.
+    fn name_capabilities(&mut self) {
+        let capabilities = &mut self.configuration.capabilities;
+        capabilities.retain(|capability| capability != CAPABILITY);
+        capabilities.extend(self.mapped_ram.then(|| CAPABILITY.to_owned()));
+    }
+
     /// What can be said before there is a connection.
     fn check_endpoints(&self, main: &Endpoint) -> Result<()> {
+        match main {
+            Endpoint::File { .. } => self.check_carrier(true)?,
+            // It shows when it is open.
+            Endpoint::Fd(_) | Endpoint::FdFrom(_) => {}
+            _ => self.check_carrier(false)?,
+        }
         let misuse = |detail| Err(Error::new(ErrorKind::ApiMisuse, Phase::Connect, detail));
         let all = || std::iter::once(main).chain(&self.channel_endpoints);
         if self.channels > 0
+            && !self.mapped_ram
             && let Some(single) = all().find(|endpoint| !endpoint.takes_several())
         {
             return misuse(format!(
@@ -362,7 +418,7 @@ impl SourceBuilder {
 
     fn wants_return_path(&self, endpoint: &Endpoint, main: &Channel) -> Result<bool> {
         if self.return_path == Some(true) && !main.is_two_way() {
-            let detail = "a return path was asked for, but nothing comes back over a pipe";
+            let detail = "a return path was asked for, but nothing comes back over a pipe or from a file";
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Connect, detail).on(main.peer()));
         }
         // Most commands store or pass on, and say nothing.
@@ -388,6 +444,15 @@ impl SourceBuilder {
                 self.channels,
                 self.codec.name()
             ));
+        }
+        if self.mapped_ram && self.codec.id() != multifd_codecs::CodecId::NONE {
+            return Err(format!(
+                "mapped-ram excludes compression, codec {} was asked for",
+                self.codec.name()
+            ));
+        }
+        if self.mapped_ram && self.xbzrle_cache.is_some() {
+            return Err("mapped-ram excludes xbzrle".to_owned());
         }
         if self.timeout.is_zero() {
             return Err("timeout is 0, expected more".to_owned());

@@ -56,11 +56,16 @@ impl MainStream {
 
     /// Begins the RAM section with the list of blocks.
     pub(super) fn ram_start(&mut self, ram: &OutgoingRam) {
+        self.ram_head(ram);
+        ram.list().for_each(|entry| entry.encode(&mut self.buffer));
+    }
+
+    /// Begins the RAM section as far as the entries of the list.
+    pub(super) fn ram_head(&mut self, ram: &OutgoingRam) {
         let head =
             SectionHead { id: RAM_ID, idstr: "ram".to_owned(), instance_id: 0, version_id: RAM_VERSION };
         Item::SectionStart(head).encode(&mut self.buffer);
         self.record(&RamRecord::MemSize { total: ram.total_bytes() });
-        ram.list().for_each(|entry| entry.encode(&mut self.buffer));
     }
 
     pub(super) fn ram_part(&mut self) {

@@ -8,6 +8,7 @@ use multifd_wire::{Command, Configuration, HELLO_PING, RamRecord};
 use super::control::Control;
 use super::device_state::DeviceState;
 use super::main_stream::MainStream;
+use super::mapped::MappedFile;
 use super::page_cache::Moment;
 use super::return_path::ReturnPathReader;
 use super::shared::Shared;
@@ -104,7 +105,10 @@ impl Migration {
         let workers = self.shared.rounds.workers();
         let round = match section {
             Section::Start => {
-                self.main.ram_start(&self.shared.ram);
+                match &self.shared.mapped {
+                    Some(mapped) => mapped.announce(&mut self.main, &self.shared.ram)?,
+                    None => self.main.ram_start(&self.shared.ram),
+                }
                 Round::empty()
             }
             Section::Part => {
@@ -121,7 +125,9 @@ impl Migration {
             Counters::add(&self.shared.session.counters.rounds, 1);
         }
         let moment = Moment { round: self.rounds, last: section == Section::End };
-        if workers == 0 {
+        if let Some(mapped) = &self.shared.mapped {
+            self.write_mapped(mapped, round, moment)?;
+        } else if workers == 0 {
             single::send_round(&mut self.main, &round, moment, &self.shared)?;
         } else {
             self.send_parallel(round, moment)?;
@@ -130,6 +136,17 @@ impl Migration {
             self.shared.ram.forget_holes();
         }
         self.main.end_of_section()
+    }
+
+    /// Pages at fixed places; the section itself stays empty.
+    fn write_mapped(&self, mapped: &MappedFile, round: Round, moment: Moment) -> Result<()> {
+        if self.shared.rounds.workers() == 0 {
+            mapped.write_round(&round, &self.shared)?;
+        } else {
+            // A page is written again only when all workers are through: the newest stays.
+            self.shared.rounds.run(round, moment, |_| Ok(()))?;
+        }
+        if moment.last { mapped.write_bitmaps() } else { Ok(()) }
     }
 
     fn send_parallel(&mut self, round: Round, moment: Moment) -> Result<()> {
@@ -145,8 +162,11 @@ impl Migration {
     }
 
     /// Returns when the destination has done all of the round, if it can say so: only then is its bandwidth known, and not that
-    /// of the socket buffers.
+    /// of the socket buffers. A file has it when the disk has it: what is left to be synced when the guest stands still is little.
     pub(super) fn wait_for_round(&mut self) -> Result<()> {
+        if let Some(file) = self.main.channel().file() {
+            return file.sync().map_err(|error| self.main.error(error));
+        }
         let Some(return_path) = &self.return_path else { return Ok(()) };
         let value = ROUND_PING | u32::try_from(self.rounds).unwrap_or(u32::MAX);
         self.main.command(Command::Ping(value))?;
@@ -174,7 +194,8 @@ impl Migration {
         let sent = channel.send_all(state.end());
         // The point of no return: with EOF, the first of these bytes, the destination has all it needs to run the guest. If not
         // even that one has left, because the destination died before, it has not been reached.
-        if channel.bytes_sent() > before {
+        // A file runs nowhere by itself, and is thrown away if it does not come to its end.
+        if channel.bytes_sent() > before && channel.file().is_none() {
             self.main.enter(Phase::Commit);
         }
         sent.map_err(|error| self.main.error(error))?;
@@ -237,6 +258,8 @@ impl Migration {
         session.stop.trip(error);
         session.note_end_of_failed();
         self.crew.join();
+        // What a writer has put into a file after that was thrown away.
+        session.close_channels();
         // Logs are off before the caller hears of it: the guest runs on at full speed.
         self.logs = LogSet::default();
         let mut cause = session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"));

@@ -9,6 +9,7 @@
 //!    rounds ─────── hands a round to the channels, collects SYNCs
 //!    single ─────── the pages, when there are no channels
 //!    zero_copy ──── pages without a copy by the kernel, while it pays
+//!    mapped ─────── the pages at fixed places of a file, and who writes them  one thread each, `mig-send-N`
 //!    return_path ── what the destination says                               one thread, `mig-return`
 //! ```
 
@@ -17,6 +18,7 @@ mod channel;
 mod control;
 mod device_state;
 mod main_stream;
+mod mapped;
 mod migration;
 mod outgoing;
 mod packet;

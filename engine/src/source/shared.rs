@@ -7,6 +7,7 @@ use multifd_codecs::Codec;
 use multifd_transports::Pacer;
 use multifd_wire::pages_per_packet;
 
+use super::mapped::MappedFile;
 use super::outgoing::OutgoingRam;
 use super::page_cache::{Moment, PageCache};
 use super::rounds::Rounds;
@@ -25,6 +26,8 @@ pub(super) struct Shared {
     pub(super) pacer: Arc<Pacer>,
     /// Number of the next packet, over all channels.
     pub(super) packets: AtomicU64,
+    /// The file, if pages have fixed places.
+    pub(super) mapped: Option<MappedFile>,
     /// The xbzrle cache, if it was asked for.
     pub(super) cache: Option<PageCache>,
     /// What a multifd destination said it can; 0: nothing yet, or a QEMU.

@@ -8,6 +8,7 @@
 )]
 
 mod faults;
+mod file;
 mod guest;
 mod relay;
 

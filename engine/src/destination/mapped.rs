@@ -1,0 +1,235 @@
+//! Pages at fixed places of a file (`mapped-ram`): any number of threads read them straight to where they belong. Spec:
+//! docs/wire.md §17.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use multifd_transports::{Channel, FileStream};
+use multifd_wire::{BlockEntry, MappedRamHeader};
+
+use super::landing::{Landing, Landings};
+use super::shared::Shared;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::mapped::StoredBits;
+use crate::ram::PAGE;
+use crate::session::{Counters, Session};
+use crate::stop::Monitor;
+use crate::workers::Crew;
+
+/// Who reads the pages of a `mapped-ram` file, and how.
+pub(crate) struct PageReaders {
+    pub(crate) crew: Arc<Crew>,
+    /// Threads; `None`: a sensible number.
+    pub(crate) count: Option<usize>,
+    /// Past the page cache.
+    pub(crate) direct: bool,
+}
+
+/// More readers than this ask one disk for nothing new.
+const MOST_BY_DEFAULT: usize = 4;
+
+/// As many as there can be channels.
+const MOST: usize = 255;
+
+/// Words of a bitmap that a reader claims in one go: 4096 pages, 16 MiB of neighbouring guest memory.
+const CHUNK_WORDS: usize = 64;
+const CHUNK_PAGES: u64 = 64 * CHUNK_WORDS as u64;
+
+impl PageReaders {
+    fn count(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from).min(MOST_BY_DEFAULT);
+        self.count.unwrap_or_else(cores).clamp(1, MOST)
+    }
+
+    /// What was asked for must fit the stream that came.
+    pub(super) fn check(&self, channel: &Channel, mapped: bool) -> Result<()> {
+        let problem = match (mapped, channel.is_two_way()) {
+            (true, _) if channel.file().is_none() => "mapped-ram, which only a file can hold".to_owned(),
+            (true, _) => return Ok(()),
+            (false, _) if self.direct => {
+                "a plain stream, direct I/O was asked for and needs mapped-ram".to_owned()
+            }
+            (false, false) if self.count.is_some_and(|count| count > 0) => {
+                format!("a plain stream in one direction, {} channels were asked for", self.count())
+            }
+            (false, _) => return Ok(()),
+        };
+        Err(Error::incompatible(Phase::Setup, problem))
+    }
+
+    /// Reads the pages of all `announced` blocks from the file behind `channel`. They have landed when this returns.
+    pub(super) fn load(
+        &self,
+        channel: &Arc<Channel>,
+        announced: &[BlockEntry],
+        landings: &Landings,
+        shared: &Shared,
+    ) -> Result<()> {
+        let pages = file(channel)
+            .and_then(|file| file.for_pages(self.direct))
+            .map_err(|error| Error::io(Phase::Setup, "opening the file for pages", error))?;
+        let (channel, session) = (Arc::clone(channel), Arc::clone(&shared.session));
+        let plan = Arc::new(Plan {
+            channel,
+            pages,
+            session,
+            blocks: plan(announced, landings)?,
+            cursor: AtomicUsize::new(0),
+        });
+        let stop = &shared.session.stop;
+        let (count, finished) = (self.count(), Monitor::new(0, stop));
+        for id in 0..count {
+            let (plan, finished) = (Arc::clone(&plan), finished.clone());
+            Counters::add(&shared.session.counters.channels, 1);
+            self.crew.spawn(&format!("mig-recv-{id}"), Phase::Active, move || {
+                plan.run().map_err(|error| error.on(format!("main ({})", plan.channel.peer())))?;
+                finished.update(|finished| *finished += 1);
+                Ok(())
+            })?;
+        }
+        finished
+            .wait(stop, None, |finished| (*finished == count).then_some(()))
+            .ok_or_else(|| Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"))
+    }
+}
+
+/// All blocks, and a cursor over the chunks of their bitmaps.
+struct Plan {
+    channel: Arc<Channel>,
+    pages: File,
+    session: Arc<Session>,
+    blocks: Vec<PlannedBlock>,
+    cursor: AtomicUsize,
+}
+
+struct PlannedBlock {
+    landing: Arc<Landing>,
+    place: MappedRamHeader,
+    pages: u64,
+    /// Chunks of the blocks before this one.
+    first_chunk: u64,
+}
+
+fn plan(announced: &[BlockEntry], landings: &Landings) -> Result<Vec<PlannedBlock>> {
+    let mut first_chunk = 0;
+    let mut blocks = Vec::with_capacity(announced.len());
+    for entry in announced {
+        let Some(place) = entry.mapped_ram else { continue };
+        let landing = Arc::clone(landings.find(entry.name.as_str())?);
+        let pages = landing.block().pages() as u64;
+        blocks.push(PlannedBlock { landing, place, pages, first_chunk });
+        first_chunk += pages.div_ceil(CHUNK_PAGES);
+    }
+    Ok(blocks)
+}
+
+impl Plan {
+    /// One reader: claims chunks until there are no more.
+    fn run(&self) -> Result<()> {
+        loop {
+            let chunk = self.cursor.fetch_add(1, Ordering::Relaxed) as u64;
+            let block = self.blocks.partition_point(|block| block.first_chunk <= chunk);
+            let Some(block) = block.checked_sub(1).and_then(|block| self.blocks.get(block)) else {
+                return Ok(());
+            };
+            let first = (chunk - block.first_chunk) * CHUNK_PAGES;
+            if first >= block.pages {
+                return Ok(());
+            }
+            if self.session.stop.tripped() {
+                return Err(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"));
+            }
+            self.chunk(block, first)?;
+        }
+    }
+
+    fn chunk(&self, block: &PlannedBlock, first: u64) -> Result<()> {
+        let last = block.pages.min(first + CHUNK_PAGES);
+        let bits = self.bits(block, first, last)?;
+        let mut page = first;
+        while page < last {
+            let (stored, run) = bits.run(page);
+            // A run of clear bits goes on in those that belong to no page.
+            let count = run.clamp(1, last - page);
+            if stored {
+                self.read(block, page, count)?
+            } else {
+                self.clear(block, page, count)?
+            }
+            page += count;
+        }
+        Ok(())
+    }
+
+    /// The bits of pages `first..last`.
+    fn bits(&self, block: &PlannedBlock, first: u64, last: u64) -> Result<StoredBits> {
+        let mut bytes = [0; 8 * CHUNK_WORDS];
+        let bytes = bytes.get_mut(..size((last - first).div_ceil(64) * 8)).unwrap_or_default();
+        let position = block.place.bitmap_offset + first / 8;
+        file(&self.channel).and_then(|file| file.read_exact_at(bytes, position)).map_err(|error| {
+            let what = format!(
+                "reading the bitmap of RAM block {} at byte {position}",
+                block.landing.block().name()
+            );
+            failed(what, error)
+        })?;
+        self.channel.note_direct_received(bytes.len() as u64);
+        let bits = StoredBits::decode(first, bytes);
+        let (stray, clear) = bits.run(last);
+        if stray || last + clear < bits.end() {
+            let detail = format!(
+                "a page past the {} pages of RAM block {}",
+                block.pages,
+                block.landing.block().name()
+            );
+            return Err(Error::new(ErrorKind::InvalidStream, Phase::Active, detail));
+        }
+        Ok(bits)
+    }
+
+    fn read(&self, block: &PlannedBlock, page: u64, count: u64) -> Result<()> {
+        let (first, count, start) = (size(page), size(count), page * PAGE as u64);
+        let (memory, position) = (block.landing.block().memory(), block.place.pages_offset + start);
+        block.landing.note_written(first, count);
+        memory.fill_from(first * PAGE..(first + count) * PAGE, &self.pages, position).map_err(|error| {
+            let name = block.landing.block().name();
+            match error.raw_os_error() {
+                Some(libc::EFAULT) => {
+                    let detail = format!("RAM block {name} cannot be written: no room behind it");
+                    Error::new(ErrorKind::GuestMemory, Phase::Active, detail)
+                }
+                _ => failed(format!("reading {count} pages of RAM block {name} at byte {position}"), error),
+            }
+        })?;
+        self.channel.note_direct_received((count * PAGE) as u64);
+        Counters::add(&self.session.counters.pages_normal, count);
+        Ok(())
+    }
+
+    fn clear(&self, block: &PlannedBlock, page: u64, count: u64) -> Result<()> {
+        (size(page)..size(page + count)).try_for_each(|page| block.landing.clear(page))?;
+        Counters::add(&self.session.counters.pages_zero, size(count));
+        Ok(())
+    }
+}
+
+/// Pages of a block that is mapped here: they fit.
+fn size(pages: u64) -> usize {
+    usize::try_from(pages).unwrap_or(usize::MAX)
+}
+
+fn file(channel: &Channel) -> io::Result<&FileStream> {
+    channel
+        .file()
+        .ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "pages at fixed places need a file"))
+}
+
+fn failed(what: String, error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => Error::new(ErrorKind::InvalidStream, Phase::Active, what)
+            .because(io::Error::new(error.kind(), "the file ends before")),
+        _ => Error::io(Phase::Active, what, error),
+    }
+}

@@ -1,0 +1,143 @@
+//! What cannot be written or read, as a user meets it: an error that says why, exit code 1, and nothing left behind.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use multifd_tests::peer::{Memory, Recorder, Style, Trial};
+use multifd_tests::{Outcome, Scratch, skip};
+use rustix::fs::{CWD, FileType, mknodat};
+
+use super::fixture::{Disk, Way, fails, misused};
+
+const PLAIN: Way = Way { mapped: false, workers: 0, offset: 0, direct: false };
+const MAPPED: Way = Way { mapped: true, ..PLAIN };
+
+/// A checkpoint of a guest of 8 MiB without a zero page in it.
+fn checkpoint() -> Outcome<Trial> {
+    let trial = Trial::unix()?.patient(std::time::Duration::from_secs(10));
+    let mut memory = Memory::zero(&[("pc.ram", 2048)]);
+    for at in memory.all() {
+        memory.set(at, &[u8::try_from(at.page % 255)? + 1; 4096]);
+    }
+    let recording = Recorder::migration(Style::default(), &mut memory);
+    trial.write_checkpoint(&recording)?.result?;
+    Ok(trial)
+}
+
+/// A small file system of its own. Unmounted on drop.
+struct Mount(PathBuf);
+
+impl Mount {
+    /// `None`: this needs root.
+    fn new(at: PathBuf, kind: &str, options: &str) -> Outcome<Option<Self>> {
+        fs::create_dir(&at)?;
+        let status = Command::new("mount").args(["-t", kind, "-o", options, kind]).arg(&at).output()?.status;
+        Ok(status.success().then_some(Self(at)))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        // A test that fails has said more than this could.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_disk_that_is_full() -> Outcome {
+    let (scratch, trial) = (Scratch::new()?, checkpoint()?);
+    let Some(full) = Mount::new(scratch.path("full"), "tmpfs", "size=4m")? else {
+        skip!("a file system of a test's own needs root");
+    };
+    let file = full.0.join("snapshot");
+    for way in [PLAIN, MAPPED, Way { workers: 2, ..MAPPED }] {
+        fails(way.send(&trial.checkpoint(), &file)?, &["No space left", "snapshot"], &[&file])?;
+        // What was there before the stream stays; the stream does not.
+        let way = Way { offset: 4096, ..way };
+        fs::write(&file, [7; 5000])?;
+        fails(way.send(&trial.checkpoint(), &file)?, &["No space left"], &[])?;
+        assert_eq!(fs::read(&file)?, [7; 4096]);
+        fs::remove_file(&file)?;
+    }
+    // No room for the checkpoint.
+    let snapshot = scratch.path("snapshot");
+    for way in [PLAIN, MAPPED] {
+        way.sent(&trial.checkpoint(), &snapshot)?;
+        let out = full.0.join("checkpoint");
+        let said = fails(way.receive(&snapshot, &out)?, &["pc.ram"], &[&out])?;
+        assert!(said.contains("No space left") || said.contains("no room behind it"), "{said}");
+        assert!(fs::read_dir(&full.0)?.next().is_none(), "something is left after {said}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_file_system_without_direct_io() -> Outcome {
+    let (scratch, trial) = (Scratch::new()?, checkpoint()?);
+    let Some(memory) = Mount::new(scratch.path("memory"), "ramfs", "mode=700")? else {
+        skip!("a file system of a test's own needs root");
+    };
+    let (file, out) = (memory.0.join("snapshot"), scratch.path("out"));
+    let direct = Way { direct: true, ..MAPPED };
+    let words = ["its file system refuses direct I/O (O_DIRECT)", "snapshot"];
+    fails(direct.send(&trial.checkpoint(), &file)?, &words, &[&file])?;
+    MAPPED.sent(&trial.checkpoint(), &file)?;
+    fails(direct.receive(&file, &out)?, &words, &[&out])?;
+    MAPPED.received(&file, &out)?;
+    Ok(())
+}
+
+#[test]
+fn what_is_no_regular_file() -> Outcome {
+    let (scratch, trial) = (Scratch::new()?, checkpoint()?);
+    let (fifo, out) = (scratch.path("fifo"), scratch.path("out"));
+    mknodat(CWD, &fifo, FileType::Fifo, 0o600.into(), 0)?;
+    for (path, name) in
+        [(scratch.dir(), "a directory"), (&fifo, "a named pipe"), (Path::new("/dev/null"), "a device")]
+    {
+        let says = format!("{name}, expected a regular file");
+        for way in [PLAIN, MAPPED] {
+            fails(way.send(&trial.checkpoint(), path)?, &[&says], &[])?;
+            fails(way.receive(path, &out)?, &[&says], &[&out])?;
+        }
+        assert!(path.exists());
+    }
+    Ok(())
+}
+
+#[test]
+fn files_that_hold_no_stream() -> Outcome {
+    let (scratch, trial) = (Scratch::new()?, checkpoint()?);
+    let (file, out) = (scratch.path("file"), scratch.path("out"));
+    let refused =
+        |way: Way, says: &str| fails(way.receive(&file, &out)?, &[says, "file:"], &[&out]).map(drop);
+    refused(PLAIN, "No such file")?;
+    File::create(&file)?;
+    refused(PLAIN, "the file ends at byte 0")?;
+    refused(Way { offset: 1, ..PLAIN }, "offset 1, the file has 0 bytes")?;
+    fs::write(&file, "QEV")?;
+    refused(PLAIN, "the file ends at byte 3")?;
+    fs::write(&file, [0x1f, 0x8b, 8, 0, 0])?;
+    refused(PLAIN, "magic 0x1f8b0800, expected 0x5145564d")?;
+    fs::write(&file, [0x11, 0x22, 0x33, 0x44, 0])?;
+    refused(PLAIN, "what went over a parallel channel")?;
+
+    PLAIN.sent(&trial.checkpoint(), &file)?;
+    refused(Way { offset: 4, ..PLAIN }, "magic 0x00000003")?;
+    refused(Way { workers: 2, ..PLAIN }, "a plain stream in one direction, 2 channels were asked for")?;
+    refused(Way { direct: true, ..PLAIN }, "a plain stream, direct I/O was asked for")
+}
+
+#[test]
+fn ways_that_a_file_does_not_know() -> Outcome {
+    let (disk, trial) = (Disk::new()?, checkpoint()?);
+    let file = disk.path("snapshot");
+    let words = ["parallel channels to a file need mapped-ram"];
+    misused(Way { workers: 2, ..PLAIN }.send(&trial.checkpoint(), &file)?, &words, &[&file])?;
+    // An older snapshot must not be lost to a typo.
+    fs::write(&file, "precious")?;
+    misused(Way { workers: 2, ..PLAIN }.send(&trial.checkpoint(), &file)?, &words, &[])?;
+    assert_eq!(fs::read(&file)?, b"precious");
+    Ok(())
+}
