@@ -14,6 +14,8 @@ use crate::closer::{Closer, Link};
 use crate::socket;
 use crate::stream::Stream;
 
+mod bulk;
+
 /// A connected, blocking byte channel, in both directions.
 ///
 /// All methods take `&self`: one thread may send while another receives, and any thread may hold the
@@ -31,9 +33,14 @@ pub struct Channel {
 impl Channel {
     /// Takes a connected, blocking socket; `first` is what was received on it already.
     pub(crate) fn new(socket: Socket, peer: String, first: &[u8]) -> Self {
+        Self::over(Stream::Socket(socket), peer, first)
+    }
+
+    /// The same with anything that carries bytes.
+    pub(crate) fn over(stream: Stream, peer: String, first: &[u8]) -> Self {
         Self {
             peer,
-            link: Arc::new(Link::new(Stream::Socket(socket))),
+            link: Arc::new(Link::new(stream)),
             pushed_back: PushedBack::new(first),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
@@ -114,8 +121,7 @@ impl Channel {
         while !rest.is_empty() {
             let received = self.recv(rest)?;
             if received == 0 {
-                let text = format!("end of stream after {} of {wanted} bytes", wanted - rest.len());
-                return Err(io::Error::new(ErrorKind::UnexpectedEof, text));
+                return Err(ended(wanted - rest.len(), wanted));
             }
             rest = rest.split_at_mut(received).1;
         }
@@ -157,7 +163,7 @@ impl Channel {
         self.link.is_closed()
     }
 
-    /// Tells the peer that nothing more will be sent; receiving goes on.
+    /// Tells the peer that nothing more will be sent; receiving goes on. With TLS, by a `close_notify` first.
     ///
     /// # Errors
     /// `NotConnected` if the connection is gone.
@@ -258,13 +264,22 @@ impl PushedBack {
     }
 
     fn is_empty(&self) -> bool {
-        self.taken.load(Ordering::Relaxed) >= self.bytes.len()
+        self.left() == 0
+    }
+
+    fn left(&self) -> usize {
+        self.bytes.len().saturating_sub(self.taken.load(Ordering::Relaxed))
     }
 }
 
 fn adopt(socket: Socket) -> io::Result<Channel> {
     let peer = socket::peer_name(&socket)?;
     socket::into_channel(socket, peer, &[])
+}
+
+fn ended(received: usize, wanted: usize) -> io::Error {
+    let text = format!("end of stream after {received} of {wanted} bytes");
+    io::Error::new(ErrorKind::UnexpectedEof, text)
 }
 
 fn closed() -> io::Error {

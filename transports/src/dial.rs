@@ -10,7 +10,8 @@ use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio::time::{sleep, timeout};
 
 use crate::backoff::Backoff;
-use crate::{Channel, Endpoint, Stopper, TransportError, socket};
+use crate::stream::Stream;
+use crate::{Channel, Endpoint, Stopper, TlsClient, TransportError, socket};
 
 /// How long to try, and what ends it early. More fields will come: write `..DialOptions::default()`.
 #[derive(Clone, Debug)]
@@ -19,11 +20,13 @@ pub struct DialOptions {
     pub deadline: Duration,
     /// Ends the dialling at once. Default: one that nobody else has.
     pub stopper: Stopper,
+    /// Seals the channel. Default: no.
+    pub tls: Option<TlsClient>,
 }
 
 impl Default for DialOptions {
     fn default() -> Self {
-        Self { deadline: Duration::from_secs(10), stopper: Stopper::new() }
+        Self { deadline: Duration::from_secs(10), stopper: Stopper::new(), tls: None }
     }
 }
 
@@ -36,10 +39,16 @@ impl Default for DialOptions {
 /// # Errors
 /// [`DeadlinePassed`](TransportError::DeadlinePassed) with the last attempt's error,
 /// [`Cancelled`](TransportError::Cancelled), or [`Io`](TransportError::Io) if trying again would not help:
-/// unknown name, no route, no permission.
+/// unknown name, no route, no permission, no agreement on TLS.
 pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel, TransportError> {
-    let mut dialling =
-        Dialling { endpoint, limit: options.deadline, begun: Instant::now(), attempts: 0, last: None };
+    let mut dialling = Dialling {
+        endpoint,
+        options,
+        limit: options.deadline,
+        begun: Instant::now(),
+        attempts: 0,
+        last: None,
+    };
     let outcome = tokio::select! {
         biased;
         () = options.stopper.stopped() => None,
@@ -55,6 +64,7 @@ pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel,
 
 struct Dialling<'a> {
     endpoint: &'a Endpoint,
+    options: &'a DialOptions,
     limit: Duration,
     begun: Instant,
     attempts: u32,
@@ -77,7 +87,9 @@ impl Dialling<'_> {
         }
     }
 
-    async fn attempt(&self) -> io::Result<Channel> {
+    async fn attempt(&mut self) -> io::Result<Channel> {
+        let tls = self.options.tls.as_ref();
+        let tls = tls.map(|tls| tls.server_name(self.endpoint).map(|name| (tls, name))).transpose()?;
         let connected = match self.endpoint {
             Endpoint::Tcp { port: 0, .. } => {
                 Err(io::Error::new(ErrorKind::InvalidInput, "port 0 is for listening, expected 1..=65535"))
@@ -86,7 +98,13 @@ impl Dialling<'_> {
             Endpoint::Unix(path) => unix(path).await,
         }?;
         let peer = socket::peer_name(&connected)?;
-        socket::into_channel(connected, peer, &[])
+        let Some((tls, name)) = tls else { return socket::into_channel(connected, peer, &[]) };
+        self.last = Some(io::Error::new(
+            ErrorKind::TimedOut,
+            "connected, but the peer did not finish the TLS handshake",
+        ));
+        let stream = tls.connect(connected, name).await?;
+        Ok(Channel::over(Stream::Tls(Box::new(stream)), peer, &[]))
     }
 
     async fn tcp(&self, host: &str, port: u16) -> io::Result<Socket> {

@@ -12,6 +12,8 @@
 //!        | Pacer::take before each packet: one rate over all channels
 //! ```
 //!
+//! With a [`TlsClient`] in [`DialOptions`] and a [`TlsServer`] at the [`Listener`], the bytes between the two channels are sealed.
+//!
 //! Waiting for connections is asynchronous and stays inside; what comes out is a connected channel with
 //! blocking calls, one worker thread each. Nothing here knows what the bytes mean.
 //!
@@ -35,6 +37,7 @@ mod stopper;
 mod stream;
 #[cfg(test)]
 mod testing;
+pub mod tls;
 
 pub use channel::Channel;
 pub use closer::Closer;
@@ -45,3 +48,4 @@ pub use listener::Listener;
 pub use pacer::{Pacer, Stopped};
 pub use serve::Arrival;
 pub use stopper::Stopper;
+pub use tls::{InvalidCredentials, TlsClient, TlsProvider, TlsServer};

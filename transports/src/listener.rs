@@ -10,7 +10,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::serve::{Arrival, Lobby, serve};
 use crate::socket_file::SocketFile;
-use crate::{Endpoint, Stopper, TransportError, blocking};
+use crate::{Endpoint, Stopper, TlsServer, TransportError, blocking};
 
 /// A bound socket that takes connections. Dropping it frees the address, and removes a unix socket's file.
 #[derive(Debug)]
@@ -21,6 +21,7 @@ pub struct Listener {
     stopper: Stopper,
     /// The number that the next connection gets, over all calls of `serve`.
     next_number: AtomicU64,
+    tls: Option<TlsServer>,
 }
 
 impl Listener {
@@ -42,6 +43,14 @@ impl Listener {
             elapsed: begun.elapsed(),
             source,
         })
+    }
+
+    /// Takes sealed connections only: [`serve`](Self::serve) shakes hands before it waits for the first bytes, within the same
+    /// silence. Default: plain ones only.
+    #[must_use]
+    pub fn tls(mut self, tls: Option<TlsServer>) -> Self {
+        self.tls = tls;
+        self
     }
 
     /// Where it listens: as asked for, with a port 0 replaced by the one that was given.
@@ -77,7 +86,7 @@ impl Listener {
     ) -> Result<(), TransportError> {
         let begun = Instant::now();
         let path = self.file.as_ref().map(SocketFile::path);
-        let served = Lobby::new(first_bytes, silence, path, on_arrival)
+        let served = Lobby::new(first_bytes, silence, path, self.tls.clone(), on_arrival)
             .and_then(|lobby| blocking::runtime()?.block_on(serve(self, lobby)));
         served.map_err(|source| TransportError::Io {
             action: "accept on",
@@ -107,7 +116,14 @@ impl Listener {
             }
             _ => endpoint.clone(),
         };
-        Ok(Self { endpoint, socket, file, stopper: Stopper::new(), next_number: AtomicU64::new(1) })
+        Ok(Self {
+            endpoint,
+            socket,
+            file,
+            stopper: Stopper::new(),
+            next_number: AtomicU64::new(1),
+            tls: None,
+        })
     }
 }
 

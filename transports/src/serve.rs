@@ -13,7 +13,9 @@ use tokio::time::{Instant, sleep_until, timeout};
 use crate::backoff::Backoff;
 use crate::door::{Client, Door};
 use crate::listener::BACKLOG;
-use crate::{Channel, Listener, socket};
+use crate::stream::Stream;
+use crate::tls::Stage;
+use crate::{Channel, Listener, TlsServer, socket};
 
 /// What happened to a connection. Each is [`Opened`](Self::Opened) first, and then has exactly one other end;
 /// the last ones may have none when the listener is stopped.
@@ -104,6 +106,7 @@ pub(crate) struct Lobby<'a> {
     first_bytes: usize,
     silence: Duration,
     path: Option<&'a Path>,
+    tls: Option<TlsServer>,
     on_arrival: &'a mut dyn FnMut(Arrival),
     tasks: JoinSet<Arrival>,
     /// One for each task, longest waiting first.
@@ -122,6 +125,7 @@ impl<'a> Lobby<'a> {
         first_bytes: usize,
         silence: Duration,
         path: Option<&'a Path>,
+        tls: Option<TlsServer>,
         on_arrival: &'a mut dyn FnMut(Arrival),
     ) -> io::Result<Self> {
         if first_bytes > FIRST_BYTES {
@@ -129,7 +133,7 @@ impl<'a> Lobby<'a> {
             return Err(io::Error::new(ErrorKind::InvalidInput, text));
         }
         let (tasks, waiting) = (JoinSet::new(), VecDeque::new());
-        Ok(Self { first_bytes, silence, path, on_arrival, tasks, waiting })
+        Ok(Self { first_bytes, silence, path, tls, on_arrival, tasks, waiting })
     }
 
     fn admit(&mut self, number: u64, client: Client, address: Option<SocketAddr>) {
@@ -138,7 +142,11 @@ impl<'a> Lobby<'a> {
         }
         let peer = address.map_or_else(|| socket::unix_name(self.path), socket::tcp_name);
         (self.on_arrival)(Arrival::Opened { number, peer: peer.clone() });
-        let task = self.tasks.spawn(identify(number, peer.clone(), client, self.first_bytes, self.silence));
+        let (wanted, silence, caller) = (self.first_bytes, self.silence, peer.clone());
+        let task = match self.tls.clone() {
+            None => self.tasks.spawn(identify(number, caller, client, wanted, silence)),
+            Some(tls) => self.tasks.spawn(identify_sealed(number, caller, client, (tls, wanted), silence)),
+        };
         self.waiting.push_back(Waiting { number, peer, since: Instant::now(), task });
     }
 
@@ -208,6 +216,34 @@ async fn identify(number: u64, peer: String, client: Client, wanted: usize, sile
         Ok(channel) => Arrival::Identified { number, channel, first: first.bytes },
         Err(error) => Arrival::Failed { number, peer, error },
     }
+}
+
+/// The same behind a TLS handshake.
+async fn identify_sealed(
+    number: u64,
+    peer: String,
+    client: Client,
+    (tls, wanted): (TlsServer, usize),
+    silence: Duration,
+) -> Arrival {
+    let begun = Instant::now();
+    let (mut bytes, mut stage) = ([0; FIRST_BYTES], Stage::Handshake(0));
+    let first = bytes.split_at_mut(wanted).0;
+    let accepted = timeout(silence, async { tls.accept(client, first, &mut stage).await });
+    let error = match (accepted.await, stage) {
+        (Ok(Ok(Some(stream))), _) => {
+            let channel = Channel::over(Stream::Tls(Box::new(stream)), peer, first);
+            return Arrival::Identified { number, channel, first: bytes };
+        }
+        (Ok(Ok(None)), _) => return Arrival::Closed { number, peer, received: 0 },
+        (Ok(Err(error)), _) => error,
+        (Err(_elapsed), Stage::Handshake(received @ 1..)) => {
+            let text = format!("the TLS handshake stalled after {received} bytes, for {silence:?}");
+            io::Error::new(ErrorKind::TimedOut, text)
+        }
+        (Err(_elapsed), _) => return Arrival::Silent { number, peer, waited: begun.elapsed() },
+    };
+    Arrival::Failed { number, peer, error }
 }
 
 /// 0 <= received <= wanted <= bytes.len()

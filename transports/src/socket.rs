@@ -15,10 +15,13 @@ const MAX_UNIX_PATH: usize = if cfg!(target_os = "linux") { 107 } else { 103 };
 /// Makes a connected socket a channel. `first` is what was received on it already.
 pub(crate) fn into_channel(socket: Socket, peer: String, first: &[u8]) -> io::Result<Channel> {
     socket.set_nonblocking(false)?;
-    if socket.local_addr()?.as_socket().is_some() {
-        tune_tcp(&socket)?;
-    }
+    tune(&socket)?;
     Ok(Channel::new(socket, peer, first))
+}
+
+/// Sets the options of a socket that is to carry a channel.
+pub(crate) fn tune(socket: &Socket) -> io::Result<()> {
+    if socket.local_addr()?.as_socket().is_some() { tune_tcp(socket) } else { Ok(()) }
 }
 
 /// The name of the other end of a connected socket, in the form of a URI.

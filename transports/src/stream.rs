@@ -7,11 +7,15 @@ use std::time::Duration;
 
 use socket2::Socket;
 
+use crate::tls::TlsStream;
+
 /// The kinds of byte stream. All methods take `&self`: one thread sends while another receives.
 #[derive(Debug)]
 pub(crate) enum Stream {
     /// A connected, blocking stream socket: the bytes on it are the channel's bytes, nothing in between.
     Socket(Socket),
+    /// The same, with TLS in between.
+    Tls(Box<TlsStream>),
 }
 
 impl Stream {
@@ -20,12 +24,14 @@ impl Stream {
         match self {
             // No SIGPIPE: the process belongs to the embedder, and may not ignore that signal.
             Self::Socket(socket) => socket.send_vectored_with_flags(bufs, libc::MSG_NOSIGNAL),
+            Self::Tls(tls) => tls.send_vectored(bufs),
         }
     }
 
     pub(crate) fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Socket(socket) => (&*socket).read(buf),
+            Self::Tls(tls) => tls.recv(buf),
         }
     }
 
@@ -34,12 +40,14 @@ impl Stream {
         match self {
             // Fails only if the connection is gone already, which is what is wanted.
             Self::Socket(socket) => drop(socket.shutdown(Shutdown::Both)),
+            Self::Tls(tls) => tls.close(),
         }
     }
 
     pub(crate) fn finish_sending(&self) -> io::Result<()> {
         match self {
             Self::Socket(socket) => socket.shutdown(Shutdown::Write),
+            Self::Tls(tls) => tls.finish_sending(),
         }
     }
 
@@ -49,12 +57,14 @@ impl Stream {
                 socket.set_read_timeout(limit)?;
                 socket.set_write_timeout(limit)
             }
+            Self::Tls(tls) => tls.set_silence_limit(limit),
         }
     }
 
     pub(crate) fn silence_limit(&self) -> io::Result<Option<Duration>> {
         match self {
             Self::Socket(socket) => socket.read_timeout(),
+            Self::Tls(tls) => tls.silence_limit(),
         }
     }
 
@@ -62,6 +72,7 @@ impl Stream {
     pub(crate) fn direct(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Socket(socket) => Some(socket.as_fd()),
+            Self::Tls(_) => None,
         }
     }
 

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multifd_codecs::Codecs;
-use multifd_transports::{Channel, Endpoint, Listener};
+use multifd_transports::{Channel, Endpoint, Listener, TlsServer};
 
 pub use arrived::Arrived;
 pub use landing::IncomingRam;
@@ -48,6 +48,7 @@ pub struct DestinationBuilder {
     channels: Option<usize>,
     switchover_ack: SwitchoverAck,
     timeout: Duration,
+    tls: Option<TlsServer>,
 }
 
 /// Listens for one migration.
@@ -88,6 +89,13 @@ impl DestinationBuilder {
         self
     }
 
+    /// Takes sealed connections only, and refuses a source whose certificate does not verify. Default: plain ones only.
+    #[must_use]
+    pub fn tls(mut self, tls: TlsServer) -> Self {
+        self.tls = Some(tls);
+        self
+    }
+
     /// Opens the listening socket. The source may connect from now on.
     ///
     /// # Errors
@@ -97,6 +105,7 @@ impl DestinationBuilder {
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, "timeout is 0, expected more"));
         }
         let listener = Listener::bind(endpoint).map_err(|error| Error::transport(Phase::Accept, error))?;
+        let listener = listener.tls(self.tls.clone());
         let session = Session::new(self.timeout);
         Ok(Destination { listener: Arc::new(listener), session, settings: self })
     }
@@ -111,6 +120,7 @@ impl Destination {
             channels: None,
             switchover_ack: SwitchoverAck::Auto,
             timeout: DEFAULT_TIMEOUT,
+            tls: None,
         }
     }
 

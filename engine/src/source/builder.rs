@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use multifd_codecs::{Codec, Uncompressed};
-use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, blocking};
+use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, TlsClient, blocking};
 use multifd_wire::Configuration;
 
 use super::channel::SendWorker;
@@ -62,6 +62,7 @@ pub struct SourceBuilder {
     auto_converge: Option<AutoConverge>,
     xbzrle_cache: Option<usize>,
     logs: Vec<Box<dyn DirtyLog>>,
+    tls: Option<TlsClient>,
 }
 
 impl Source {
@@ -83,6 +84,7 @@ impl Source {
             auto_converge: None,
             xbzrle_cache: None,
             logs: Vec::new(),
+            tls: None,
         }
     }
 
@@ -164,23 +166,28 @@ impl Source {
         });
         let (channels, return_path) = (settings.channels, settings.return_path);
         let main = self.dial(endpoint, "main")?;
-        for id in 0..channels {
-            let channel = self.dial(endpoint, &format!("channel {id}"))?;
-            Counters::add(&self.session.counters.channels, 1);
-            SendWorker::start(channel, u8::try_from(id).unwrap_or(u8::MAX), &shared, crew)?;
-        }
+        // Before the others are dialled: a destination that refuses us says so here, and then nobody listens there any more.
         let return_path = match return_path {
             true => {
                 Some(ReturnPathReader::start(Arc::clone(&main), Arc::clone(&shared.peer_features), crew)?)
             }
             false => None,
         };
+        for id in 0..channels {
+            let channel = self.dial(endpoint, &format!("channel {id}"))?;
+            Counters::add(&self.session.counters.channels, 1);
+            SendWorker::start(channel, u8::try_from(id).unwrap_or(u8::MAX), &shared, crew)?;
+        }
         Ok(Parts { main, shared, return_path, logs })
     }
 
     fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Arc<Channel>> {
         let stopper = Stopper::new();
-        let options = DialOptions { deadline: self.session.timeout, stopper: stopper.clone() };
+        let options = DialOptions {
+            deadline: self.session.timeout,
+            stopper: stopper.clone(),
+            tls: self.settings.tls.clone(),
+        };
         self.session.stop.on_trip(move || stopper.stop());
         let channel = blocking::dial(endpoint, &options)
             .map_err(|error| Error::transport(Phase::Connect, error).on(name.to_owned()))?;
@@ -275,6 +282,13 @@ impl SourceBuilder {
     #[must_use]
     pub fn xbzrle(mut self, cache_bytes: usize) -> Self {
         self.xbzrle_cache = Some(cache_bytes);
+        self
+    }
+
+    /// Seals main and every channel, and refuses a destination whose certificate does not verify. Default: no.
+    #[must_use]
+    pub fn tls(mut self, tls: TlsClient) -> Self {
+        self.tls = Some(tls);
         self
     }
 
