@@ -13,6 +13,8 @@ mod progress;
 mod receive;
 mod send;
 mod signals;
+mod tls;
+mod tls_init;
 
 use std::process::ExitCode;
 
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
         Command::Inspect(inspect) => inspect::run(inspect, &flags.common),
         Command::Receive(receive) => receive::run(receive, &flags.common),
         Command::Send(send) => send::run(send, &flags.common),
+        Command::TlsInit(init) => tls_init::run(init),
     };
     outcome.report(&flags.common)
 }
