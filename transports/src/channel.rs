@@ -183,6 +183,14 @@ impl Channel {
         self.received.load(Ordering::Relaxed)
     }
 
+    /// How often the key that seals what is sent was changed. Always 0 without TLS.
+    pub fn keys_refreshed(&self) -> u64 {
+        match &self.link.stream {
+            Stream::Tls(tls) => tls.keys_refreshed(),
+            Stream::Socket(_) => 0,
+        }
+    }
+
     /// Counts bytes that were sent on [`direct`](Self::direct).
     pub fn note_direct_sent(&self, bytes: u64) {
         self.sent.fetch_add(bytes, Ordering::Relaxed);

@@ -43,7 +43,7 @@ impl Default for DialOptions {
 pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel, TransportError> {
     let mut dialling = Dialling {
         endpoint,
-        options,
+        tls: options.tls.as_ref(),
         limit: options.deadline,
         begun: Instant::now(),
         attempts: 0,
@@ -64,7 +64,7 @@ pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel,
 
 struct Dialling<'a> {
     endpoint: &'a Endpoint,
-    options: &'a DialOptions,
+    tls: Option<&'a TlsClient>,
     limit: Duration,
     begun: Instant,
     attempts: u32,
@@ -88,8 +88,7 @@ impl Dialling<'_> {
     }
 
     async fn attempt(&mut self) -> io::Result<Channel> {
-        let tls = self.options.tls.as_ref();
-        let tls = tls.map(|tls| tls.server_name(self.endpoint).map(|name| (tls, name))).transpose()?;
+        let tls = self.tls.map(|tls| tls.server_name(self.endpoint).map(|name| (tls, name))).transpose()?;
         let connected = match self.endpoint {
             Endpoint::Tcp { port: 0, .. } => {
                 Err(io::Error::new(ErrorKind::InvalidInput, "port 0 is for listening, expected 1..=65535"))

@@ -133,8 +133,14 @@ fn what_cannot_pass_is_not_tried_again() {
 #[test]
 fn a_silent_address_leaves_time_for_the_others() {
     let endpoint = tcp(1);
-    let dialling =
-        |limit| Dialling { endpoint: &endpoint, limit, begun: Instant::now(), attempts: 0, last: None };
+    let dialling = |limit| Dialling {
+        endpoint: &endpoint,
+        tls: None,
+        limit,
+        begun: Instant::now(),
+        attempts: 0,
+        last: None,
+    };
     let short = dialling(Duration::from_secs(4));
     assert!(short.patience(4) <= Duration::from_secs(1) && short.patience(4) > Duration::from_millis(500));
     assert!(short.patience(1) > Duration::from_secs(3));

@@ -183,11 +183,15 @@ impl Line {
     /// Sends the alert, and waits for the peer to hang up: to close with bytes unread would reset the connection, and the
     /// alert might be lost with it.
     async fn say_goodbye<C: Handshaking>(&mut self, connection: &mut C) {
-        while let UnbufferedStatus { state: Ok(ConnectionState::EncodeTlsData(data)), .. } =
-            connection.process(&mut [])
-        {
-            if encode(data, &mut self.outgoing).is_err() {
-                break;
+        // No further: rustls looks for more of what it has refused, and panics if that is not there.
+        while connection.has_to_send() {
+            match connection.process(&mut []).state {
+                Ok(ConnectionState::EncodeTlsData(data)) => {
+                    if encode(data, &mut self.outgoing).is_err() {
+                        break;
+                    }
+                }
+                _ => break,
             }
         }
         let heard = timeout(GOODBYE, async {

@@ -38,3 +38,6 @@ pub use server::TlsServer;
 
 pub(crate) use server::Stage;
 pub(crate) use stream::TlsStream;
+
+#[cfg(test)]
+mod tests;

@@ -61,7 +61,7 @@ impl Names {
 
 impl fmt::Display for Names {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}", self.subject)?;
+        write!(f, "\"{}\"", self.subject)?;
         if self.alternative.is_empty() { Ok(()) } else { write!(f, " ({})", self.alternatives()) }
     }
 }

@@ -72,6 +72,9 @@ pub(crate) trait Handshaking: Sized {
 
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
 
+    /// Whether there is something to send before anything else, such as an alert.
+    fn has_to_send(&self) -> bool;
+
     /// The keys in use, and where the next ones come from.
     fn into_secrets(self) -> Result<(ExtractedSecrets, Secrets), rustls::Error>;
 }
@@ -81,6 +84,10 @@ impl Handshaking for UnbufferedClientConnection {
 
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
         self.process_tls_records(incoming)
+    }
+
+    fn has_to_send(&self) -> bool {
+        self.wants_write()
     }
 
     fn into_secrets(self) -> Result<(ExtractedSecrets, Secrets), rustls::Error> {
@@ -94,6 +101,10 @@ impl Handshaking for UnbufferedServerConnection {
 
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
         self.process_tls_records(incoming)
+    }
+
+    fn has_to_send(&self) -> bool {
+        self.wants_write()
     }
 
     fn into_secrets(self) -> Result<(ExtractedSecrets, Secrets), rustls::Error> {

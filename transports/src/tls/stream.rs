@@ -17,7 +17,7 @@ use std::fmt;
 use std::io::{self, ErrorKind, IoSlice};
 use std::net::Shutdown;
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -45,6 +45,8 @@ pub(crate) struct TlsStream {
     secrets: Mutex<Secrets>,
     /// The peer has asked for our next key.
     answer_due: AtomicBool,
+    /// New keys for sending so far.
+    refreshed: AtomicU64,
     /// Why nothing will come any more, as soon as it is known.
     heard: Mutex<Option<Ended>>,
     hearing: Condvar,
@@ -96,6 +98,7 @@ impl TlsStream {
             receiving: Mutex::new(Receiving { opener, ended: ended.then_some(Ended::Well) }),
             secrets: Mutex::new(secrets),
             answer_due: AtomicBool::new(false),
+            refreshed: AtomicU64::new(0),
             heard: Mutex::default(),
             hearing: Condvar::new(),
             settings,
@@ -210,6 +213,11 @@ impl TlsStream {
         Ok(taken)
     }
 
+    /// New keys for sending so far.
+    pub(crate) fn keys_refreshed(&self) -> u64 {
+        self.refreshed.load(Ordering::Relaxed)
+    }
+
     fn seal(
         &self,
         sending: &mut Sending,
@@ -226,6 +234,7 @@ impl TlsStream {
             if secrets.can_refresh() {
                 sealer.control(content::HANDSHAKE, &KEY_UPDATE)?;
                 sealer.rekey(secrets.next(Direction::Send, self.settings.provider)?);
+                self.refreshed.fetch_add(1, Ordering::Relaxed);
             } else if sealer.is_worn() {
                 return Err(Unsound);
             }

@@ -174,7 +174,7 @@ impl Circumstances<'_> {
         let refused = |why: String| format!("refused the peer's certificate {names}: {why}");
         match problem {
             Problem::UnknownIssuer | Problem::BadSignature => refused(format!(
-                "unknown CA, it was signed by {:?} and not by a CA of {}",
+                "unknown CA, it was signed by \"{}\" and not by a CA of {}",
                 names.issuer,
                 self.ca.display()
             )),
