@@ -39,7 +39,9 @@ fn main() {
 
 fn compare(provider: TlsProvider, dir: &Path) {
     let mut cipher = cipher(provider);
-    let (mut seal, mut open) = (Seal::new(provider), Open::new(provider));
+    let mut seal = Seal::new(provider);
+    // Each opener wants all records of its sealer, in order.
+    let (mut sealed, mut open) = (Seal::new(provider), Open::new(provider));
     let (mut rates, text) = ([(); 6].map(|()| Vec::new()), vec![0x5a; RECORD]);
     let plain = pair(None);
     let tls = pair(Some((dir, provider)));
@@ -55,7 +57,7 @@ fn compare(provider: TlsProvider, dir: &Path) {
         of_copy.push(rate(MAX_BATCH_TEXT, &mut || {
             black_box(seal.batch(MAX_BATCH_TEXT, &mut |into| into.copy_from_slice(&text)));
         }));
-        of_open.push(opening(&mut seal, &mut open, &text));
+        of_open.push(opening(&mut sealed, &mut open, &text));
         of_plain.push(loopback(&plain));
         of_tls.push(loopback(&tls));
     }

@@ -35,6 +35,14 @@ impl Multifd {
     /// # Errors
     /// When it cannot be built or started.
     pub fn send(checkpoint: &Path, uri: &str, settings: &Settings) -> Outcome<Process> {
+        Self::send_with(checkpoint, uri, settings, &[])
+    }
+
+    /// The same with more flags.
+    ///
+    /// # Errors
+    /// As [`Multifd::send`].
+    pub fn send_with(checkpoint: &Path, uri: &str, settings: &Settings, flags: &[&str]) -> Outcome<Process> {
         let mut arguments = vec!["send".to_owned(), checkpoint.display().to_string(), uri.to_owned()];
         arguments.push("--json".into());
         if let Some(channels) = settings.channels {
@@ -54,6 +62,7 @@ impl Multifd {
         if let Some(zero_pages) = settings.zero_pages {
             arguments.extend(["--zero-page-detection".into(), zero_pages.name().into()]);
         }
+        arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
         Self::spawn("send", arguments)
     }
 
@@ -85,8 +94,17 @@ impl Receive {
     /// # Errors
     /// When it cannot be built or started, or does not listen.
     pub fn listen(uri: &str, out: &Path) -> Outcome<Self> {
+        Self::listen_with(uri, out, &[])
+    }
+
+    /// The same with more flags.
+    ///
+    /// # Errors
+    /// As [`Receive::listen`].
+    pub fn listen_with(uri: &str, out: &Path, flags: &[&str]) -> Outcome<Self> {
         let out = out.display().to_string();
-        let process = Multifd::spawn("receive", ["receive", uri, "--out", &out, "--json"])?;
+        let always = ["receive", uri, "--out", &out, "--json"];
+        let process = Multifd::spawn("receive", always.iter().chain(flags))?;
         let listening = |said: &[u8]| {
             let said = std::str::from_utf8(said).ok()?.strip_suffix('\n')?;
             said.lines().find_map(|line| line.strip_prefix("listening on ")).map(str::to_owned)
