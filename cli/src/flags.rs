@@ -42,6 +42,8 @@ pub(crate) enum Command {
     Receive(Receive),
     /// Be the source: a checkpoint goes to QEMU -incoming or to multifd receive
     Send(Send),
+    /// Make a test CA, and certificates and keys for both ends, under the names that QEMU uses
+    TlsInit(TlsInit),
 }
 
 /// Flags of every command.
@@ -62,6 +64,13 @@ pub(crate) struct Common {
     /// Longest silence of the other end, the wait for its connection included
     #[arg(long, global = true, value_name = "TIME", default_value = "60s", value_parser = human::duration)]
     pub(crate) timeout: Duration,
+    /// Seal all channels by TLS, with ca-cert.pem, server-cert.pem, server-key.pem (receive), client-cert.pem, client-key.pem
+    /// (send) of this directory
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) tls_dir: Option<PathBuf>,
+    /// For send: the name that the destination's certificate must have. Default: the host of the URI
+    #[arg(long, global = true, value_name = "NAME", requires = "tls_dir")]
+    pub(crate) tls_hostname: Option<String>,
     /// One JSON object on stdout instead of a table
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -86,6 +95,13 @@ pub(crate) struct Receive {
     /// When to acknowledge the switch-over unasked; auto: to machine types of 8.1 and later
     #[arg(long, value_enum, default_value_t = Ack::Auto)]
     pub(crate) switchover_ack: Ack,
+    /// With TLS: let a source in whose certificate has this subject (CN=host,O=Example) or alternative name (host.example); * is
+    /// any text. May be repeated. Default: every source with a certificate of the CA
+    #[arg(long, value_name = "NAME", requires = "tls_dir")]
+    pub(crate) tls_authz: Vec<String>,
+    /// With TLS: let sources in that have no certificate
+    #[arg(long, requires = "tls_dir", conflicts_with = "tls_authz")]
+    pub(crate) tls_no_client_auth: bool,
     #[command(flatten)]
     pub(crate) sockets: Sockets,
 }
@@ -120,6 +136,21 @@ pub(crate) struct Inspect {
     /// A checkpoint's directory, or a file with a stream that QEMU wrote to exec: or file:, with mapped-ram or without. As
     /// file:PATH,offset=N: a stream within a file. -v adds the fields of every device
     pub(crate) path: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TlsInit {
+    /// Where the files go. None of them may be there already
+    pub(crate) dir: PathBuf,
+    /// Name or address of the destination, as sources dial it. May be repeated
+    #[arg(long, value_name = "NAME", required = true, num_args = 1..)]
+    pub(crate) host: Vec<String>,
+    /// Common name of the source
+    #[arg(long, value_name = "NAME", default_value = "client")]
+    pub(crate) client: String,
+    /// How long the certificates are valid
+    #[arg(long, value_name = "N", default_value_t = 365, value_parser = clap::value_parser!(u16).range(1..=3650))]
+    pub(crate) days: u16,
 }
 
 #[derive(Debug, Args)]

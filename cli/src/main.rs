@@ -14,6 +14,8 @@ mod receive;
 mod send;
 mod signals;
 mod sockets;
+mod tls;
+mod tls_init;
 
 use std::process::ExitCode;
 
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
         Command::Inspect(inspect) => inspect::run(inspect, &flags.common),
         Command::Receive(receive) => receive::run(receive, &flags.common),
         Command::Send(send) => send::run(send, &flags.common),
+        Command::TlsInit(init) => tls_init::run(init),
     };
     outcome.report(&flags.common)
 }

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::flags::{Common, Receive};
 use crate::outcome::Outcome;
 use crate::progress::{self, Lines};
-use crate::signals;
+use crate::{signals, tls};
 
 pub(crate) fn run(flags: &Receive, common: &Common) -> Outcome {
     let mut reached = None;
@@ -23,6 +23,7 @@ pub(crate) fn run(flags: &Receive, common: &Common) -> Outcome {
 }
 
 fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Error> {
+    let tls = tls::server(flags, common)?;
     let writer = CheckpointWriter::create(&flags.out)?;
     let mut builder = Destination::builder(writer.ram())
         .switchover_ack(flags.switchover_ack.into())
@@ -34,6 +35,9 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     }
     if let Some(codec) = &common.codec {
         builder = builder.codecs(Codecs::empty().with(codec.clone()));
+    }
+    if let Some(tls) = tls {
+        builder = builder.tls(tls);
     }
     let destination = builder.listen(&flags.uri)?;
     signals::cancel_on_signal(destination.canceller())?;

@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::flags::{Common, Send};
 use crate::outcome::Outcome;
 use crate::progress::{self, Lines};
-use crate::signals;
+use crate::{signals, tls};
 
 pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
     let mut reached = None;
@@ -52,6 +52,9 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
     }
     if let Some(detection) = flags.zero_page_detection {
         builder = builder.zero_pages(detection.into());
+    }
+    if let Some(tls) = tls::client(common)? {
+        builder = builder.tls(tls);
     }
     let source = builder.build()?;
     signals::cancel_on_signal(source.canceller())?;

@@ -40,6 +40,7 @@
 //! # a_guest_moves().unwrap();
 //! ```
 
+pub mod authority;
 pub mod checkpoint;
 pub mod fill;
 pub mod guest;
@@ -61,6 +62,7 @@ pub mod usage;
 mod cpio;
 mod failure;
 
+pub use authority::{Authority, Member};
 pub use checkpoint::CheckpointFiles;
 pub use failure::{During, Failure, Outcome};
 pub use fill::Fill;

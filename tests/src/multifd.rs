@@ -48,6 +48,14 @@ impl Multifd {
     /// # Errors
     /// When it cannot be built or started.
     pub fn send(checkpoint: &Path, uri: &str, settings: &Settings) -> Outcome<Process> {
+        Self::send_with(checkpoint, uri, settings, &[])
+    }
+
+    /// The same with more flags.
+    ///
+    /// # Errors
+    /// As [`Multifd::send`].
+    pub fn send_with(checkpoint: &Path, uri: &str, settings: &Settings, flags: &[&str]) -> Outcome<Process> {
         let mut arguments = vec!["send".to_owned(), checkpoint.display().to_string(), uri.to_owned()];
         arguments.push("--json".into());
         if let Some(channels) = settings.channels {
@@ -67,6 +75,7 @@ impl Multifd {
         if let Some(zero_pages) = settings.zero_pages {
             arguments.extend(["--zero-page-detection".into(), zero_pages.name().into()]);
         }
+        arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
         Self::spawn("send", arguments)
     }
 
@@ -98,27 +107,34 @@ impl Receive {
     /// # Errors
     /// When it cannot be built or started, or does not listen.
     pub fn listen(uri: &str, out: &Path) -> Outcome<Self> {
-        Self::listen_with(uri, out, Stdio::null(), &[])
+        Self::listen_with(uri, out, &[])
     }
 
-    /// The same with a standard input, for `fd:0`, and more arguments.
+    /// The same with more flags.
     ///
     /// # Errors
     /// As [`Receive::listen`].
-    pub fn listen_with(uri: &str, out: &Path, input: impl Into<Stdio>, arguments: &[&str]) -> Outcome<Self> {
+    pub fn listen_with(uri: &str, out: &Path, flags: &[&str]) -> Outcome<Self> {
+        Self::listen_in(&[], uri, out, flags)
+    }
+
+    /// The same with a standard input, for `fd:0`.
+    ///
+    /// # Errors
+    /// As [`Receive::listen`].
+    pub fn listen_reading(uri: &str, out: &Path, input: impl Into<Stdio>) -> Outcome<Self> {
         let out = out.display().to_string();
-        let usual = ["receive", uri, "--out", &out, "--json"];
-        Self::listening(Multifd::spawn_reading("receive", input, usual.iter().chain(arguments))?)
+        Self::listening(Multifd::spawn_reading("receive", input, ["receive", uri, "--out", &out, "--json"])?)
     }
 
     /// The same by this command: `ip netns exec NAME`, for example.
     ///
     /// # Errors
     /// As [`Receive::listen`].
-    pub fn listen_in(wrapper: &[&str], uri: &str, out: &Path) -> Outcome<Self> {
+    pub fn listen_in(wrapper: &[&str], uri: &str, out: &Path, flags: &[&str]) -> Outcome<Self> {
         let out = out.display().to_string();
         let mut command = wrapped(wrapper, Multifd::binary()?);
-        command.args(["receive", uri, "--out", &out, "--json"]);
+        command.args(["receive", uri, "--out", &out, "--json"]).args(flags);
         Self::listening(Process::spawn("receive", command.stdin(Stdio::null()).stdout(Stdio::piped()))?)
     }
 

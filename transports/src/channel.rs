@@ -15,6 +15,8 @@ use crate::file::FileStream;
 use crate::stream::Stream;
 use crate::{SocketOptions, socket};
 
+mod bulk;
+
 /// A connected, blocking byte channel, in both directions unless it is a [pipe](Self::is_two_way).
 ///
 /// All methods take `&self`: one thread may send while another receives, and any thread may hold the
@@ -151,8 +153,7 @@ impl Channel {
         while !rest.is_empty() {
             let received = self.recv(rest)?;
             if received == 0 {
-                let text = format!("end of stream after {} of {wanted} bytes", wanted - rest.len());
-                return Err(io::Error::new(ErrorKind::UnexpectedEof, text));
+                return Err(ended(wanted - rest.len(), wanted));
             }
             rest = rest.split_at_mut(received).1;
         }
@@ -203,7 +204,8 @@ impl Channel {
         self.link.is_closed()
     }
 
-    /// Tells the peer that nothing more will be sent; receiving goes on. A file lies on the disk when this returns.
+    /// Tells the peer that nothing more will be sent; receiving goes on. With TLS, by a `close_notify` first. A file lies on the
+    /// disk when this returns.
     ///
     /// # Errors
     /// `NotConnected` if the connection is gone; for a file the system's word.
@@ -236,6 +238,14 @@ impl Channel {
     /// [`recv`](Self::recv) gives them.
     pub fn bytes_received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
+    }
+
+    /// How often the key that seals what is sent was changed. Always 0 without TLS.
+    pub fn keys_refreshed(&self) -> u64 {
+        match &self.link.stream {
+            Stream::Tls(tls) => tls.keys_refreshed(),
+            Stream::File(_) | Stream::Pipe(_) | Stream::Socket(_) => 0,
+        }
     }
 
     /// Counts bytes that were sent on [`direct`](Self::direct).
@@ -324,13 +334,22 @@ impl PushedBack {
     }
 
     fn is_empty(&self) -> bool {
-        self.taken.load(Ordering::Relaxed) >= self.bytes.len()
+        self.left() == 0
+    }
+
+    fn left(&self) -> usize {
+        self.bytes.len().saturating_sub(self.taken.load(Ordering::Relaxed))
     }
 }
 
 fn adopt(socket: Socket) -> io::Result<Channel> {
     let peer = socket::peer_name(&socket)?;
     socket::into_channel(socket, peer, &[], &SocketOptions::default())
+}
+
+fn ended(received: usize, wanted: usize) -> io::Error {
+    let text = format!("end of stream after {received} of {wanted} bytes");
+    io::Error::new(ErrorKind::UnexpectedEof, text)
 }
 
 fn closed() -> io::Error {

@@ -15,7 +15,9 @@ use crate::connect::connect;
 use crate::file::FileStream;
 use crate::pipe::Pipe;
 use crate::stream::Stream;
-use crate::{Channel, Endpoint, SocketOptions, Stopper, TransportError, descriptor, socket, vsock};
+use crate::{
+    Channel, Endpoint, SocketOptions, Stopper, TlsClient, TransportError, descriptor, socket, vsock,
+};
 
 /// How long to try, and what ends it early. More fields will come: write `..DialOptions::default()`.
 #[derive(Clone, Debug)]
@@ -26,11 +28,14 @@ pub struct DialOptions {
     pub stopper: Stopper,
     /// How the socket is tuned. Default: [`SocketOptions::default`].
     pub socket: SocketOptions,
+    /// Seals the channel. Default: no.
+    pub tls: Option<TlsClient>,
 }
 
 impl Default for DialOptions {
     fn default() -> Self {
-        Self { deadline: Duration::from_secs(10), stopper: Stopper::new(), socket: SocketOptions::default() }
+        let (deadline, stopper) = (Duration::from_secs(10), Stopper::new());
+        Self { deadline, stopper, socket: SocketOptions::default(), tls: None }
     }
 }
 
@@ -44,16 +49,21 @@ impl Default for DialOptions {
 /// # Errors
 /// [`DeadlinePassed`](TransportError::DeadlinePassed) with the last attempt's error,
 /// [`Cancelled`](TransportError::Cancelled), or [`Io`](TransportError::Io) if trying again would not help:
-/// unknown name, no route, no permission.
+/// unknown name, no route, no permission, no agreement on TLS.
 pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel, TransportError> {
     let mut dialling = Dialling {
         endpoint,
         options: &options.socket,
+        tls: options.tls.as_ref(),
         limit: options.deadline,
         begun: Instant::now(),
         attempts: 0,
         last: None,
     };
+    if options.tls.is_some() && !endpoint.takes_several() {
+        let text = "TLS goes over tcp, unix or vsock";
+        return Err(dialling.refused(ACTION, io::Error::new(ErrorKind::Unsupported, text)));
+    }
     if let Endpoint::File { path, offset } = endpoint {
         // Nothing to wait for.
         return FileStream::create(path, *offset)
@@ -76,6 +86,7 @@ pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel,
 struct Dialling<'a> {
     endpoint: &'a Endpoint,
     options: &'a SocketOptions,
+    tls: Option<&'a TlsClient>,
     limit: Duration,
     begun: Instant,
     attempts: u32,
@@ -98,7 +109,8 @@ impl Dialling<'_> {
         }
     }
 
-    async fn attempt(&self) -> io::Result<Channel> {
+    async fn attempt(&mut self) -> io::Result<Channel> {
+        let tls = self.tls.map(|tls| tls.server_name(self.endpoint).map(|name| (tls, name))).transpose()?;
         let connected = match self.endpoint {
             Endpoint::Tcp { port: 0, .. } => {
                 Err(io::Error::new(ErrorKind::InvalidInput, "port 0 is for listening, expected 1..=65535"))
@@ -110,7 +122,16 @@ impl Dialling<'_> {
             Endpoint::File { .. } => Err(ErrorKind::Unsupported.into()),
         }?;
         let peer = socket::peer_name(&connected)?;
-        socket::into_channel(connected, peer, &[], self.options)
+        let Some((tls, name)) = tls else {
+            return socket::into_channel(connected, peer, &[], self.options);
+        };
+        socket::tune(&connected, self.options)?;
+        self.last = Some(io::Error::new(
+            ErrorKind::TimedOut,
+            "connected, but the peer did not finish the TLS handshake",
+        ));
+        let stream = tls.connect(connected, name).await?;
+        Ok(Channel::over(Stream::Tls(Box::new(stream)), peer))
     }
 
     async fn tcp(&self, host: &str, port: u16) -> io::Result<Socket> {

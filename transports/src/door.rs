@@ -1,14 +1,15 @@
 //! A listening socket and its clients of any family, in tokio's hands.
 
-use std::io::{self, Read};
+use std::io::{self, ErrorKind, Read};
+use std::net::Shutdown;
 
-use socket2::Socket;
+use socket2::{SockRef, Socket};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
-use crate::socket;
 use crate::sys::watch;
+use crate::{SocketOptions, socket};
 
 /// Where clients come in.
 #[derive(Debug)]
@@ -63,6 +64,62 @@ impl Client {
             Self::Tcp(stream) => stream.read(buf).await,
             Self::Unix(stream) => stream.read(buf).await,
             Self::Vsock(socket) => socket.async_io(Interest::READABLE, |mut socket| socket.read(buf)).await,
+        }
+    }
+
+    /// Puts a connected stream socket into tokio's hands. Must be called in a runtime.
+    pub(crate) fn new(socket: Socket) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        if socket.local_addr()?.is_unix() {
+            Ok(Self::Unix(UnixStream::from_std(socket.into())?))
+        } else if socket.local_addr()?.as_vsock_address().is_some() {
+            Ok(Self::Vsock(watch(socket, Interest::READABLE | Interest::WRITABLE)?))
+        } else {
+            Ok(Self::Tcp(TcpStream::from_std(socket.into())?))
+        }
+    }
+
+    /// Makes a call that does not block, again and again until it does not have to wait.
+    pub(crate) async fn when_ready<T>(
+        &self,
+        interest: Interest,
+        mut call: impl FnMut(SockRef<'_>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        loop {
+            let outcome = match self {
+                Self::Tcp(stream) => {
+                    stream.ready(interest).await?;
+                    stream.try_io(interest, || call(SockRef::from(stream)))
+                }
+                Self::Unix(stream) => {
+                    stream.ready(interest).await?;
+                    stream.try_io(interest, || call(SockRef::from(stream)))
+                }
+                Self::Vsock(socket) => socket.async_io(interest, |socket| call(SockRef::from(socket))).await,
+            };
+            match outcome {
+                Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Sets the options of the socket.
+    pub(crate) fn tune(&self, options: &SocketOptions) -> io::Result<()> {
+        let socket = match self {
+            Self::Tcp(stream) => SockRef::from(stream),
+            Self::Unix(stream) => SockRef::from(stream),
+            Self::Vsock(socket) => SockRef::from(socket.get_ref()),
+        };
+        socket::tune(&socket, options)
+    }
+
+    /// Says that nothing more will be sent.
+    pub(crate) fn shutdown(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => SockRef::from(stream).shutdown(Shutdown::Write),
+            Self::Unix(stream) => SockRef::from(stream).shutdown(Shutdown::Write),
+            Self::Vsock(socket) => socket.get_ref().shutdown(Shutdown::Write),
         }
     }
 

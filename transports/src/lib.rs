@@ -12,6 +12,8 @@
 //!        | Pacer::take before each packet: one rate over all channels
 //! ```
 //!
+//! With a [`TlsClient`] in [`DialOptions`] and a [`TlsServer`] at the [`Listener`], the bytes between the two channels are sealed.
+//!
 //! Waiting for connections is asynchronous and stays inside; what comes out is a connected channel with
 //! blocking calls, one worker thread each. Nothing here knows what the bytes mean.
 //!
@@ -45,6 +47,7 @@ mod stream;
 mod sys;
 #[cfg(test)]
 mod testing;
+pub mod tls;
 mod vsock;
 mod wake;
 mod zero_copy;
@@ -61,4 +64,5 @@ pub use pacer::{Pacer, Stopped};
 pub use serve::Arrival;
 pub use socket_options::{Keepalive, SocketOptions};
 pub use stopper::Stopper;
+pub use tls::{InvalidCredentials, TlsClient, TlsProvider, TlsServer};
 pub use zero_copy::ZeroCopy;

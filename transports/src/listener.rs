@@ -13,7 +13,9 @@ use crate::dial::command;
 use crate::file::FileStream;
 use crate::serve::{Arrival, Lobby, serve};
 use crate::socket_file::SocketFile;
-use crate::{Channel, Endpoint, SocketOptions, Stopper, TransportError, blocking, descriptor, only, vsock};
+use crate::{
+    Channel, Endpoint, SocketOptions, Stopper, TlsServer, TransportError, blocking, descriptor, only, vsock,
+};
 
 /// A bound socket that takes connections. Dropping it frees the address, and removes a unix socket's file.
 #[derive(Debug)]
@@ -24,6 +26,7 @@ pub struct Listener {
     stopper: Stopper,
     /// The number that the next connection gets, over all calls of `serve`.
     next_number: AtomicU64,
+    tls: Option<TlsServer>,
 }
 
 /// Where connections come from.
@@ -69,6 +72,14 @@ impl Listener {
         })
     }
 
+    /// Takes sealed connections only: [`serve`](Self::serve) shakes hands before it waits for the first bytes, within the same
+    /// silence. Default: plain ones only.
+    #[must_use]
+    pub fn tls(mut self, tls: Option<TlsServer>) -> Self {
+        self.tls = tls;
+        self
+    }
+
     /// Where it listens: as asked for, with a port 0 replaced by the one that was given.
     pub fn endpoint(&self) -> Endpoint {
         self.endpoint.clone()
@@ -109,8 +120,11 @@ impl Listener {
         let served = match &self.origin {
             Origin::Socket { socket, file } => {
                 let path = file.as_ref().map(SocketFile::path);
-                Lobby::new(first_bytes, silence, path, &self.options, on_arrival)
+                Lobby::new(first_bytes, silence, path, (&self.options, self.tls.clone()), on_arrival)
                     .and_then(|lobby| blocking::runtime()?.block_on(serve(self, socket, lobby)))
+            }
+            Origin::Ready(_) if self.tls.is_some() => {
+                Err(io::Error::new(ErrorKind::Unsupported, "TLS goes over tcp, unix or vsock"))
             }
             Origin::Ready(channel) => {
                 let channel = channel.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -152,7 +166,7 @@ impl Listener {
         };
         let endpoint = origin.endpoint(endpoint)?;
         let (options, stopper) = (options.clone(), Stopper::new());
-        Ok(Self { endpoint, origin, options, stopper, next_number: AtomicU64::new(1) })
+        Ok(Self { endpoint, origin, options, stopper, next_number: AtomicU64::new(1), tls: None })
     }
 }
 

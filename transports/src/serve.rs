@@ -13,7 +13,9 @@ use tokio::time::{Instant, sleep_until, timeout};
 use crate::backoff::Backoff;
 use crate::door::{Client, Door};
 use crate::listener::BACKLOG;
-use crate::{Channel, Listener, SocketOptions, socket};
+use crate::stream::Stream;
+use crate::tls::Stage;
+use crate::{Channel, Listener, SocketOptions, TlsServer, socket};
 
 /// What happened to a connection. Each is [`Opened`](Self::Opened) first, and then has exactly one other end;
 /// the last ones may have none when the listener is stopped.
@@ -105,6 +107,7 @@ pub(crate) struct Lobby<'a> {
     silence: Duration,
     path: Option<&'a Path>,
     options: &'a SocketOptions,
+    tls: Option<TlsServer>,
     on_arrival: &'a mut dyn FnMut(Arrival),
     tasks: JoinSet<Arrival>,
     /// One for each task, longest waiting first.
@@ -123,7 +126,7 @@ impl<'a> Lobby<'a> {
         first_bytes: usize,
         silence: Duration,
         path: Option<&'a Path>,
-        options: &'a SocketOptions,
+        (options, tls): (&'a SocketOptions, Option<TlsServer>),
         on_arrival: &'a mut dyn FnMut(Arrival),
     ) -> io::Result<Self> {
         if first_bytes > FIRST_BYTES {
@@ -131,7 +134,7 @@ impl<'a> Lobby<'a> {
             return Err(io::Error::new(ErrorKind::InvalidInput, text));
         }
         let (tasks, waiting) = (JoinSet::new(), VecDeque::new());
-        Ok(Self { first_bytes, silence, path, options, on_arrival, tasks, waiting })
+        Ok(Self { first_bytes, silence, path, options, tls, on_arrival, tasks, waiting })
     }
 
     fn admit(&mut self, number: u64, client: Client, address: Option<String>) {
@@ -140,8 +143,12 @@ impl<'a> Lobby<'a> {
         }
         let peer = address.unwrap_or_else(|| socket::unix_name(self.path));
         (self.on_arrival)(Arrival::Opened { number, peer: peer.clone() });
-        let expected = (self.first_bytes, self.silence, self.options.clone());
-        let task = self.tasks.spawn(identify(number, peer.clone(), client, expected));
+        let (wanted, caller) = (self.first_bytes, peer.clone());
+        let terms = Terms { silence: self.silence, options: self.options.clone() };
+        let task = match self.tls.clone() {
+            None => self.tasks.spawn(identify(number, caller, client, wanted, terms)),
+            Some(tls) => self.tasks.spawn(identify_sealed(number, caller, client, (tls, wanted), terms)),
+        };
         self.waiting.push_back(Waiting { number, peer, since: Instant::now(), task });
     }
 
@@ -196,11 +203,18 @@ fn is_own_fault(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EBADF | libc::EFAULT | libc::EINVAL | libc::ENOTSOCK))
 }
 
+/// How a connection is treated until it is identified, and its socket for good.
+struct Terms {
+    silence: Duration,
+    options: SocketOptions,
+}
+
 async fn identify(
     number: u64,
     peer: String,
     client: Client,
-    (wanted, silence, options): (usize, Duration, SocketOptions),
+    wanted: usize,
+    Terms { silence, options }: Terms,
 ) -> Arrival {
     let begun = Instant::now();
     let mut first = FirstBytes { bytes: [0; FIRST_BYTES], received: 0, wanted };
@@ -217,6 +231,37 @@ async fn identify(
         Ok(channel) => Arrival::Identified { number, channel, first: first.bytes },
         Err(error) => Arrival::Failed { number, peer, error },
     }
+}
+
+/// The same behind a TLS handshake.
+async fn identify_sealed(
+    number: u64,
+    peer: String,
+    client: Client,
+    (tls, wanted): (TlsServer, usize),
+    Terms { silence, options }: Terms,
+) -> Arrival {
+    let begun = Instant::now();
+    let (mut bytes, mut stage) = ([0; FIRST_BYTES], Stage::Handshake(0));
+    let first = bytes.split_at_mut(wanted).0;
+    if let Err(error) = client.tune(&options) {
+        return Arrival::Failed { number, peer, error };
+    }
+    let accepted = timeout(silence, async { tls.accept(client, first, &mut stage).await });
+    let error = match (accepted.await, stage) {
+        (Ok(Ok(Some(stream))), _) => {
+            let channel = Channel::over(Stream::Tls(Box::new(stream)), peer).push_back(first);
+            return Arrival::Identified { number, channel, first: bytes };
+        }
+        (Ok(Ok(None)), _) => return Arrival::Closed { number, peer, received: 0 },
+        (Ok(Err(error)), _) => error,
+        (Err(_elapsed), Stage::Handshake(received @ 1..)) => {
+            let text = format!("the TLS handshake stalled after {received} bytes, for {silence:?}");
+            io::Error::new(ErrorKind::TimedOut, text)
+        }
+        (Err(_elapsed), _) => return Arrival::Silent { number, peer, waited: begun.elapsed() },
+    };
+    Arrival::Failed { number, peer, error }
 }
 
 /// 0 <= received <= wanted <= bytes.len()

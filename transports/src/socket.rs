@@ -19,10 +19,13 @@ pub(crate) fn into_channel(
     options: &SocketOptions,
 ) -> io::Result<Channel> {
     socket.set_nonblocking(false)?;
-    if socket.local_addr()?.as_socket().is_some() {
-        options.tune_tcp(&socket)?;
-    }
+    tune(&socket, options)?;
     Ok(Channel::new(socket, peer, first))
+}
+
+/// Sets the options of a socket that is to carry a channel.
+pub(crate) fn tune(socket: &Socket, options: &SocketOptions) -> io::Result<()> {
+    if socket.local_addr()?.as_socket().is_some() { options.tune_tcp(socket) } else { Ok(()) }
 }
 
 /// The name of the other end of a connected socket, in the form of a URI.

@@ -9,6 +9,7 @@ use socket2::Socket;
 
 use crate::file::FileStream;
 use crate::pipe::Pipe;
+use crate::tls::TlsStream;
 
 /// The kinds of byte stream. All methods take `&self`: one thread sends while another receives.
 #[derive(Debug)]
@@ -19,6 +20,8 @@ pub(crate) enum Stream {
     Pipe(Pipe),
     /// A connected, blocking stream socket: the bytes on it are the channel's bytes, nothing in between.
     Socket(Socket),
+    /// The same, with TLS in between.
+    Tls(Box<TlsStream>),
 }
 
 impl Stream {
@@ -29,6 +32,7 @@ impl Stream {
             Self::Pipe(pipe) => pipe.send_vectored(bufs),
             // No SIGPIPE: the process belongs to the embedder, and may not ignore that signal.
             Self::Socket(socket) => socket.send_vectored_with_flags(bufs, libc::MSG_NOSIGNAL),
+            Self::Tls(tls) => tls.send_vectored(bufs),
         }
     }
 
@@ -37,6 +41,7 @@ impl Stream {
             Self::File(file) => file.recv(buf),
             Self::Pipe(pipe) => pipe.recv(buf),
             Self::Socket(socket) => (&*socket).read(buf),
+            Self::Tls(tls) => tls.recv(buf),
         }
     }
 
@@ -47,6 +52,7 @@ impl Stream {
             Self::Pipe(pipe) => pipe.close(),
             // Fails only if the connection is gone already, which is what is wanted.
             Self::Socket(socket) => drop(socket.shutdown(Shutdown::Both)),
+            Self::Tls(tls) => tls.close(),
         }
     }
 
@@ -58,6 +64,7 @@ impl Stream {
                 Ok(())
             }
             Self::Socket(socket) => socket.shutdown(Shutdown::Write),
+            Self::Tls(tls) => tls.finish_sending(),
         }
     }
 
@@ -73,6 +80,7 @@ impl Stream {
                 socket.set_read_timeout(limit)?;
                 socket.set_write_timeout(limit)
             }
+            Self::Tls(tls) => tls.set_silence_limit(limit),
         }
     }
 
@@ -81,6 +89,7 @@ impl Stream {
             Self::File(_) => Ok(None),
             Self::Pipe(pipe) => Ok(pipe.silence_limit()),
             Self::Socket(socket) => socket.read_timeout(),
+            Self::Tls(tls) => tls.silence_limit(),
         }
     }
 
@@ -90,6 +99,7 @@ impl Stream {
             Self::File(_) => None,
             Self::Pipe(_) => None,
             Self::Socket(socket) => Some(socket.as_fd()),
+            Self::Tls(_) => None,
         }
     }
 
@@ -98,14 +108,14 @@ impl Stream {
         match self {
             Self::File(_) => false,
             Self::Pipe(pipe) => pipe.is_two_way(),
-            Self::Socket(_) => true,
+            Self::Socket(_) | Self::Tls(_) => true,
         }
     }
 
     pub(crate) fn file(&self) -> Option<&FileStream> {
         match self {
             Self::File(file) => Some(file),
-            Self::Pipe(_) | Self::Socket(_) => None,
+            Self::Pipe(_) | Self::Socket(_) | Self::Tls(_) => None,
         }
     }
 
@@ -113,7 +123,7 @@ impl Stream {
     pub(crate) fn settle(&self, limit: Duration) -> io::Result<()> {
         match self {
             Self::Pipe(pipe) => pipe.settle(limit),
-            Self::File(_) | Self::Socket(_) => Ok(()),
+            Self::File(_) | Self::Socket(_) | Self::Tls(_) => Ok(()),
         }
     }
 
@@ -123,6 +133,8 @@ impl Stream {
             Self::File(file) => file.as_fd().try_clone_to_owned(),
             Self::Pipe(pipe) => pipe.readable_end(),
             Self::Socket(socket) => socket.as_fd().try_clone_to_owned(),
+            // Bytes on its socket need not be bytes of the channel.
+            Self::Tls(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 

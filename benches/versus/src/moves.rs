@@ -70,7 +70,7 @@ fn qemu_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
 fn ours_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let scratch = Scratch::new()?;
     let out = scratch.path("out");
-    let mut receive = Receive::listen_in(far_end(scenario), &uri(scenario, &scratch), &out)?;
+    let mut receive = Receive::listen_in(far_end(scenario), &uri(scenario, &scratch), &out, &[])?;
     let mut send = Multifd::send(&stage.checkpoint, receive.uri(), &scenario.settings())?;
     let pids = [send.id(), receive.process().id()];
     let (usages, private_bytes) = watched(pids, || {
@@ -91,7 +91,7 @@ fn ours_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
 fn qemu_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let scratch = Scratch::new()?;
     let out = scratch.path("out");
-    let mut receive = Receive::listen_in(far_end(scenario), &uri(scenario, &scratch), &out)?;
+    let mut receive = Receive::listen_in(far_end(scenario), &uri(scenario, &scratch), &out, &[])?;
     let target = receive.uri().to_owned();
     let pids = [stage.qemu.process().id(), receive.process().id()];
     let before = Snapshot::of(pids)?;

@@ -178,14 +178,13 @@ impl ChannelWorker {
                 &slice.ok_or_else(|| Error::new(ErrorKind::GuestMemory, Phase::Active, "page outside"))?,
             );
         }
-        let wanted = packet.payload_len();
         ranges.receive(&self.channel).map_err(|error| match error.raw_os_error() {
             Some(libc::EFAULT) => {
                 let detail =
                     format!("RAM block {} cannot be written: no room behind it", landing.block().name());
                 Error::new(ErrorKind::GuestMemory, Phase::Active, detail)
             }
-            _ => Error::io(Phase::Active, format_args!("receiving {wanted} bytes of pages"), error),
+            _ => pages_missing(packet, error),
         })
     }
 
@@ -230,7 +229,7 @@ impl ChannelWorker {
         let mut pages = std::mem::take(&mut self.pages);
         pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
         let content = pages.get_mut(..packet.payload_len()).unwrap_or_default();
-        let received = self.receive(Phase::Active, "pages", content);
+        let received = self.channel.recv_exact(content).map_err(|error| pages_missing(packet, error));
         let stored = received.and_then(|()| store(landing, packet, content, Some(way)));
         self.pages = pages;
         stored
@@ -276,6 +275,10 @@ fn store(landing: &Landing, packet: &RamPacket<'_>, pages: &[u8], way: Option<&W
         };
     }
     run.map_or(Ok(()), store)
+}
+
+fn pages_missing(packet: &RamPacket<'_>, error: io::Error) -> Error {
+    Error::io(Phase::Active, format_args!("receiving {} bytes of pages", packet.payload_len()), error)
 }
 
 fn codec_error(error: impl std::error::Error + Send + Sync + 'static) -> Error {

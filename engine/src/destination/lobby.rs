@@ -84,7 +84,7 @@ impl Lobby {
                 Err(Error::new(ErrorKind::Transport, Phase::Accept, detail).on(peer))
             }
             Arrival::Failed { peer, error, .. } => {
-                Err(Error::io(Phase::Accept, "receiving the first bytes", error).on(peer))
+                Err(Error::io(Phase::Accept, "the first bytes", error).on(peer))
             }
         }
     }
@@ -109,6 +109,11 @@ impl Lobby {
                 Err(Error::new(ErrorKind::InvalidStream, Phase::Accept, detail).on(peer))
             }
             MULTIFD_MAGIC => ChannelWorker::start(channel, &self.shared, &self.crew),
+            // A TLS record of the handshake: type 22, version 3.x.
+            tls if tls >> 16 == 0x1603 => {
+                let detail = "the peer speaks TLS, and this side is not set up for it (see --tls-dir)";
+                Err(Error::incompatible(Phase::Accept, detail).on(peer))
+            }
             other => {
                 let detail = format!(
                     "magic {other:#010x}, expected {STREAM_MAGIC:#010x} (main) or {MULTIFD_MAGIC:#010x} (channel)"

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multifd_codecs::Codecs;
-use multifd_transports::{Channel, Endpoint, Listener, SocketOptions};
+use multifd_transports::{Channel, Endpoint, Listener, SocketOptions, TlsServer};
 
 pub use arrived::Arrived;
 pub use landing::IncomingRam;
@@ -53,6 +53,7 @@ pub struct DestinationBuilder {
     switchover_ack: SwitchoverAck,
     timeout: Duration,
     socket: SocketOptions,
+    tls: Option<TlsServer>,
 }
 
 /// Listens for one migration.
@@ -108,6 +109,13 @@ impl DestinationBuilder {
         self
     }
 
+    /// Takes sealed connections only, and refuses a source whose certificate does not verify. Default: plain ones only.
+    #[must_use]
+    pub fn tls(mut self, tls: TlsServer) -> Self {
+        self.tls = Some(tls);
+        self
+    }
+
     /// Opens the listening socket. The source may connect from now on.
     ///
     /// # Errors
@@ -118,7 +126,12 @@ impl DestinationBuilder {
         }
         let session = Session::new(self.timeout);
         let listener = Listener::bind_with(endpoint, &session.socket_options(&self.socket))
-            .map_err(|error| Error::transport(Phase::Accept, error))?;
+            .map_err(|error| Error::transport(Phase::Accept, error))?
+            .tls(self.tls.clone());
+        if self.tls.is_some() && !listener.takes_several() {
+            let detail = format!("TLS over {endpoint}, expected tcp, unix or vsock");
+            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, detail));
+        }
         if let Some(channels) = self.channels.filter(|channels| *channels > 0 && !listener.takes_several()) {
             let detail = format!("{channels} parallel channels over {endpoint}, which is one channel");
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, detail));
@@ -138,6 +151,7 @@ impl Destination {
             switchover_ack: SwitchoverAck::Auto,
             timeout: DEFAULT_TIMEOUT,
             socket: SocketOptions::default(),
+            tls: None,
         }
     }
 

@@ -272,16 +272,18 @@ impl<'a> Ranges<'a> {
 
     /// A channel that is not a plain socket takes private bytes only.
     fn send_copied(self, channel: &Channel) -> io::Result<()> {
-        let mut copy = vec![0_u8; self.list.iter().map(|range| range.iov_len).sum()];
-        let mut rest = &mut copy[..];
-        for range in self.list.iter() {
-            let (head, tail) = std::mem::take(&mut rest).split_at_mut(range.iov_len);
-            // SAFETY: every range lies in memory borrowed for 'a, see `private` and `guest`.
-            let slice = unsafe { VolatileSlice::new(range.iov_base.cast(), range.iov_len) };
-            slice.copy_to(head);
-            rest = tail;
-        }
-        channel.send_all(&copy)
+        let len = self.list.iter().map(|range| range.iov_len).sum();
+        let mut left = &mut self.list[..];
+        channel.send_filled(len, &mut |mut into| {
+            while let (Some(range), false) = (left.first(), into.is_empty()) {
+                let (now, later) = into.split_at_mut(range.iov_len.min(into.len()));
+                // SAFETY: every range lies in memory borrowed for 'a, see `private` and `guest`.
+                let slice = unsafe { VolatileSlice::new(range.iov_base.cast(), now.len()) };
+                slice.copy_to(now);
+                left = advance(std::mem::take(&mut left), now.len());
+                into = later;
+            }
+        })
     }
 
     /// Fills all of it. `UnexpectedEof` says that the peer ended before that.
@@ -300,15 +302,18 @@ impl<'a> Ranges<'a> {
     }
 
     fn receive_copied(self, channel: &Channel) -> io::Result<()> {
-        let mut copy = Vec::new();
-        for range in self.list.iter() {
-            copy.resize(range.iov_len, 0);
-            channel.recv_exact(&mut copy)?;
-            // SAFETY: as in `send_copied`; received ranges come from `guest` only, whose memory may be written.
-            let slice = unsafe { VolatileSlice::new(range.iov_base.cast(), range.iov_len) };
-            slice.copy_from(&copy[..]);
-        }
-        Ok(())
+        let len = self.list.iter().map(|range| range.iov_len).sum();
+        let mut left = &mut self.list[..];
+        channel.recv_each(len, &mut |mut from| {
+            while let (Some(range), false) = (left.first(), from.is_empty()) {
+                let (now, later) = from.split_at(range.iov_len.min(from.len()));
+                // SAFETY: as in `send_copied`; received ranges come from `guest` only, whose memory may be written.
+                let slice = unsafe { VolatileSlice::new(range.iov_base.cast(), now.len()) };
+                slice.copy_from(now);
+                left = advance(std::mem::take(&mut left), now.len());
+                from = later;
+            }
+        })
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use multifd_codecs::{Codec, Uncompressed};
-use multifd_transports::{Channel, DialOptions, Endpoint, SocketOptions, Stopper, blocking};
+use multifd_transports::{Channel, DialOptions, Endpoint, SocketOptions, Stopper, TlsClient, blocking};
 use multifd_wire::Configuration;
 
 use super::channel::SendWorker;
@@ -70,6 +70,7 @@ pub struct SourceBuilder {
     socket: SocketOptions,
     channel_endpoints: Vec<Endpoint>,
     zero_copy: ZeroCopySend,
+    tls: Option<TlsClient>,
 }
 
 impl Source {
@@ -96,6 +97,7 @@ impl Source {
             socket: SocketOptions::default(),
             channel_endpoints: Vec::new(),
             zero_copy: ZeroCopySend::Off,
+            tls: None,
         }
     }
 
@@ -184,14 +186,14 @@ impl Source {
             peer_features: Arc::default(),
             zero_copy: settings.zero_copy,
         });
-        let return_path = settings.wants_return_path(endpoint, &main)?;
-        self.start_workers(endpoint, &shared, crew)?;
-        let return_path = match return_path {
+        // Before the others are dialled: a destination that refuses us says so here, and then nobody listens there any more.
+        let return_path = match settings.wants_return_path(endpoint, &main)? {
             true => {
                 Some(ReturnPathReader::start(Arc::clone(&main), Arc::clone(&shared.peer_features), crew)?)
             }
             false => None,
         };
+        self.start_workers(endpoint, &shared, crew)?;
         Ok(Parts { main, shared, return_path, logs })
     }
 
@@ -213,8 +215,12 @@ impl Source {
 
     fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Arc<Channel>> {
         let stopper = Stopper::new();
-        let socket = self.session.socket_options(&self.settings.socket);
-        let options = DialOptions { deadline: self.session.timeout, stopper: stopper.clone(), socket };
+        let options = DialOptions {
+            deadline: self.session.timeout,
+            stopper: stopper.clone(),
+            socket: self.session.socket_options(&self.settings.socket),
+            tls: self.settings.tls.clone(),
+        };
         self.session.stop.on_trip(move || stopper.stop());
         let channel = blocking::dial(endpoint, &options)
             .map_err(|error| Error::transport(Phase::Connect, error).on(name.to_owned()))?;
@@ -330,6 +336,13 @@ impl SourceBuilder {
         self
     }
 
+    /// Seals main and every channel, and refuses a destination whose certificate does not verify. Default: no.
+    #[must_use]
+    pub fn tls(mut self, tls: TlsClient) -> Self {
+        self.tls = Some(tls);
+        self
+    }
+
     /// Has [`Precopy::stop_copy`] wait for [`Control::proceed`] before the guest's last RAM goes. Default: no.
     #[must_use]
     pub fn pause_before_switchover(mut self, pause: bool) -> Self {
@@ -409,7 +422,12 @@ impl SourceBuilder {
                 self.channels
             ));
         }
-        let plain_tcp = |endpoint: &Endpoint| matches!(endpoint, Endpoint::Tcp { .. });
+        if self.tls.is_some()
+            && let Some(other) = all().find(|endpoint| !endpoint.takes_several())
+        {
+            return misuse(format!("TLS over {other}, expected tcp, unix or vsock"));
+        }
+        let plain_tcp = |endpoint: &Endpoint| self.tls.is_none() && matches!(endpoint, Endpoint::Tcp { .. });
         match all().find(|endpoint| !plain_tcp(endpoint)).filter(|_| self.zero_copy != ZeroCopySend::Off) {
             Some(other) => misuse(format!("zero-copy send over {other}, expected plain TCP")),
             None => Ok(()),

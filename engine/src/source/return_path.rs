@@ -80,7 +80,13 @@ fn read(channel: &Channel, heard: &Monitor<Heard>, features: &AtomicU64, stop: &
     let mut bytes = Vec::new();
     loop {
         while let Some((message, used)) =
-            ReturnMessage::parse(&bytes).map_err(|invalid| Error::invalid(Phase::Active, invalid))?
+            ReturnMessage::parse(&bytes).map_err(|invalid| match bytes.first_chunk() {
+                Some(TLS_ALERT) => Error::incompatible(
+                    Phase::Active,
+                    "the destination speaks TLS, and this side is not set up for it (see --tls-dir)",
+                ),
+                _ => Error::invalid(Phase::Active, invalid),
+            })?
         {
             bytes.drain(..used);
             if on_message(&message, heard, features)? {
@@ -100,6 +106,9 @@ fn read(channel: &Channel, heard: &Monitor<Heard>, features: &AtomicU64, stop: &
         }
     }
 }
+
+/// How an alert in the clear begins: type 21, version 3.x. No message begins so.
+const TLS_ALERT: &[u8; 2] = &[21, 3];
 
 /// True for the last message, SHUT(0).
 fn on_message(message: &ReturnMessage, heard: &Monitor<Heard>, features: &AtomicU64) -> Result<bool> {

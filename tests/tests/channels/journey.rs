@@ -110,7 +110,7 @@ impl Journey {
             Link::Pipe => {
                 let (reading, writing) = pipe()?;
                 source.getfd("link", writing.as_fd())?;
-                Ok((Receive::listen_with("fd:0", out, reading, &[])?, handed))
+                Ok((Receive::listen_reading("fd:0", out, reading)?, handed))
             }
             Link::Exec => {
                 let fifo = self.fifo("in")?;

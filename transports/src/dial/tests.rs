@@ -136,6 +136,7 @@ fn a_silent_address_leaves_time_for_the_others() {
     let dialling = |limit| Dialling {
         endpoint: &endpoint,
         options: &options,
+        tls: None,
         limit,
         begun: Instant::now(),
         attempts: 0,

@@ -1,0 +1,165 @@
+//! The dialling end of TLS.
+
+use std::io::{self, ErrorKind};
+use std::num::NonZeroU64;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::ClientConfig;
+use rustls::client::danger::ServerCertVerifier;
+use rustls::client::{Resumption, UnbufferedClientConnection, WebPkiServerVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::ServerName;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use socket2::Socket;
+
+use super::alert::Role;
+use super::credentials::{Directory, InvalidCredentials};
+use super::handshake::{Failure, Line};
+use super::provider::TlsProvider;
+use super::stream::{Settings, TlsStream};
+use super::verify::{Circumstances, Seen, Witness};
+use crate::Endpoint;
+use crate::door::Client;
+
+/// How to dial by TLS: whom to trust, who we are. Cheap to clone.
+///
+/// TLS 1.3 and 1.2. The server's certificate must be signed by a CA of `ca-cert.pem`, be valid now, and be for the host
+/// that is dialled: its subject alternative names count, not its common name.
+#[derive(Clone, Debug)]
+pub struct TlsClient {
+    directory: Directory,
+    verifier: Arc<WebPkiServerVerifier>,
+    identity: Option<Arc<CertifiedKey>>,
+    crypto: Arc<CryptoProvider>,
+    hostname: Option<ServerName<'static>>,
+    settings: Settings,
+}
+
+impl TlsClient {
+    /// Reads `ca-cert.pem`, and if they are there `ca-crl.pem`, `client-cert.pem` and `client-key.pem` of a directory. Without
+    /// a certificate, a server that demands one refuses us.
+    ///
+    /// # Errors
+    /// A file that is missing, cannot be read or does not fit the others, by its name.
+    pub fn from_directory(path: &Path) -> Result<Self, InvalidCredentials> {
+        Self::with_provider(path, TlsProvider::default())
+    }
+
+    /// The same with a provider of choice.
+    ///
+    /// # Errors
+    /// As [`from_directory`](Self::from_directory).
+    pub fn with_provider(path: &Path, provider: TlsProvider) -> Result<Self, InvalidCredentials> {
+        let directory = Directory::new(path);
+        let crypto = provider.for_rustls();
+        let mut verifier =
+            WebPkiServerVerifier::builder_with_provider(directory.roots()?, Arc::clone(&crypto));
+        let revoked = directory.revoked()?;
+        if !revoked.is_empty() {
+            verifier = verifier.with_crls(revoked).allow_unknown_revocation_status();
+        }
+        let verifier = verifier
+            .build()
+            .map_err(|error| InvalidCredentials::new(&directory.ca_path(), error.to_string()))?;
+        let identity = directory.identity("client", &crypto)?;
+        let settings = Settings { role: Role::Client, provider, refresh_after: None };
+        Ok(Self { directory, verifier, identity, crypto, hostname: None, settings })
+    }
+
+    /// The name or address that the server's certificate must have. Default: the host that is dialled; without one, on a
+    /// unix socket, it must be set.
+    ///
+    /// # Errors
+    /// When it is neither a DNS name nor an address.
+    pub fn hostname(mut self, name: &str) -> Result<Self, InvalidCredentials> {
+        let parsed = ServerName::try_from(name.to_owned()).map_err(|_| {
+            let problem = format!(
+                "{name:?} is no host name that a certificate may have, expected a DNS name or an address"
+            );
+            InvalidCredentials::new(self.directory.path(), problem)
+        })?;
+        self.hostname = Some(parsed);
+        Ok(self)
+    }
+
+    /// Goes on with a new key after so many bytes sent, to the next 256 KiB. Default: when the cipher demands it, after 2^24
+    /// records of 16 KiB or 256 GiB on one channel with AES-GCM. No effect in TLS 1.2. Not towards a QEMU: see docs/tls.md.
+    #[must_use]
+    pub fn refresh_keys_after(mut self, bytes: NonZeroU64) -> Self {
+        self.settings.refresh_after = Some(bytes);
+        self
+    }
+
+    /// Whether we have a certificate to show.
+    pub fn has_certificate(&self) -> bool {
+        self.identity.is_some()
+    }
+
+    /// The name to expect at `endpoint`.
+    pub(crate) fn server_name(&self, endpoint: &Endpoint) -> io::Result<ServerName<'static>> {
+        if let Some(name) = &self.hostname {
+            return Ok(name.clone());
+        }
+        let host = match endpoint {
+            Endpoint::Tcp { host, .. } if host.is_empty() => "localhost",
+            // Which interface it is said to be behind is nobody else's business.
+            Endpoint::Tcp { host, .. } => host.split('%').next().unwrap_or(host),
+            other => {
+                let text = format!("TLS over {other}: no host name to expect in the certificate, set one");
+                return Err(io::Error::new(ErrorKind::InvalidInput, text));
+            }
+        };
+        ServerName::try_from(host.to_owned()).map_err(|_| {
+            let text = format!("{host:?} is no name that a certificate may have, set the one to expect");
+            io::Error::new(ErrorKind::InvalidInput, text)
+        })
+    }
+
+    /// Makes a connected socket a sealed stream.
+    pub(crate) async fn connect(&self, socket: Socket, name: ServerName<'static>) -> io::Result<TlsStream> {
+        let seen = Seen::default();
+        let outcome = self.shake_hands(socket, name, &seen).await;
+        match outcome {
+            Ok(stream) => Ok(stream),
+            Err(failure) => {
+                let ca = self.directory.ca_path();
+                let circumstances = Circumstances { role: Role::Client, seen: &seen, ca: &ca, allowed: &[] };
+                // Never one of the kinds that dialling tries again after: the peer has seen a connection.
+                Err(io::Error::new(ErrorKind::InvalidData, circumstances.explain(&failure)))
+            }
+        }
+    }
+
+    async fn shake_hands(
+        &self,
+        socket: Socket,
+        name: ServerName<'static>,
+        seen: &Seen,
+    ) -> Result<TlsStream, Failure> {
+        let config = self.config(seen).map_err(Failure::Tls)?;
+        let connection = UnbufferedClientConnection::new(Arc::new(config), name).map_err(Failure::Tls)?;
+        let mut line = Line::new(Client::new(socket).map_err(Failure::Broken)?);
+        let (connection, early) = line.shake_hands(connection, &mut |_| {}).await?;
+        let parts = line.into_parts(connection, early, self.settings.provider)?;
+        TlsStream::new(parts, self.settings).into_blocking().map_err(Failure::Broken)
+    }
+
+    fn config(&self, seen: &Seen) -> Result<ClientConfig, rustls::Error> {
+        let verifier: Arc<dyn ServerCertVerifier> = Arc::clone(&self.verifier) as _;
+        let builder = ClientConfig::builder_with_provider(Arc::clone(&self.crypto))
+            .with_safe_default_protocol_versions()?
+            .dangerous()
+            .with_custom_certificate_verifier(Witness::new(verifier, seen, &Arc::default()));
+        let mut config = match &self.identity {
+            Some(identity) => {
+                builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(identity))))
+            }
+            None => builder.with_no_client_auth(),
+        };
+        config.enable_secret_extraction = true;
+        // It saves the certificates, but no round trip in TLS 1.3, and QEMU shows no interest.
+        config.resumption = Resumption::disabled();
+        Ok(config)
+    }
+}

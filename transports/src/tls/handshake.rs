@@ -1,0 +1,228 @@
+//! The handshake, of either end, on a socket that does not block.
+
+use std::io::{self, Read};
+use std::time::Duration;
+
+use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
+use socket2::{SockRef, Socket};
+use tokio::io::Interest;
+use tokio::time::timeout;
+
+use super::opener::Opener;
+use super::provider::{TlsProvider, Unsound};
+use super::record::{Protection, content};
+use super::sealer::Sealer;
+use super::secrets::{Handshaking, Secrets};
+use crate::door::Client;
+
+/// Bytes of a handshake that may be waiting to be understood; a chain of certificates is some KiB.
+const MAX_WAITING: usize = 128 << 10;
+
+/// How long a peer that was refused may take to hear of it.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// A socket in its handshake.
+pub(crate) struct Line {
+    client: Client,
+    /// Received and not understood yet.
+    incoming: Vec<u8>,
+    outgoing: Vec<u8>,
+    /// Bytes received, all told.
+    received: usize,
+}
+
+/// Why there is no connection.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The connection broke.
+    Broken(io::Error),
+    /// The peer ended it after so many bytes.
+    Ended(usize),
+    /// The first byte is not that of a TLS record; these are the first ones.
+    NotTls(Vec<u8>),
+    /// TLS says no: a certificate, an alert, a fault.
+    Tls(rustls::Error),
+}
+
+/// What a handshake has made.
+pub(crate) struct Parts {
+    pub(crate) socket: Socket,
+    pub(crate) sealer: Sealer,
+    pub(crate) opener: Opener,
+    pub(crate) secrets: Secrets,
+    /// The peer said goodbye right behind its part of the handshake.
+    pub(crate) ended: bool,
+}
+
+/// What to do next.
+enum Next {
+    Done,
+    Go,
+    Read,
+    Write,
+}
+
+impl Line {
+    pub(crate) fn new(client: Client) -> Self {
+        Self { client, incoming: Vec::new(), outgoing: Vec::new(), received: 0 }
+    }
+
+    /// Shakes hands. When that fails, the peer has been told why, if it listens. `on_received` hears how many bytes the peer
+    /// has sent so far.
+    pub(crate) async fn shake_hands<C: Handshaking>(
+        &mut self,
+        mut connection: C,
+        on_received: &mut (dyn FnMut(usize) + Send),
+    ) -> Result<(C, Early), Failure> {
+        let mut early = Early::default();
+        loop {
+            match self.step(&mut connection, &mut early) {
+                Ok(Next::Done) => {
+                    self.flush().await.map_err(Failure::Broken)?;
+                    return Ok((connection, early));
+                }
+                Ok(Next::Go) => {}
+                Ok(Next::Read) => {
+                    self.read().await?;
+                    on_received(self.received);
+                }
+                Ok(Next::Write) => self.flush().await.map_err(Failure::Broken)?,
+                Err(error) => {
+                    self.say_goodbye(&mut connection).await;
+                    return Err(Failure::Tls(error));
+                }
+            }
+        }
+    }
+
+    /// The end of the asynchronous part.
+    pub(crate) fn into_parts<C: Handshaking>(
+        self,
+        connection: C,
+        early: Early,
+        provider: TlsProvider,
+    ) -> Result<Parts, Failure> {
+        let (keys, secrets) = connection.into_secrets().map_err(Failure::Tls)?;
+        let unsound = |Unsound| Failure::Tls(rustls::Error::General("unusable keys".to_owned()));
+        let version = secrets.version();
+        let sending = Protection::new(provider, version, keys.tx).map_err(unsound)?;
+        let receiving = Protection::new(provider, version, keys.rx).map_err(unsound)?;
+        Ok(Parts {
+            socket: self.client.into_socket().map_err(Failure::Broken)?,
+            sealer: Sealer::new(sending, secrets.record_limit()),
+            opener: Opener::new(receiving, &early.data, &self.incoming),
+            secrets,
+            ended: early.ended,
+        })
+    }
+
+    fn step<C: Handshaking>(&mut self, connection: &mut C, early: &mut Early) -> Result<Next, rustls::Error> {
+        let UnbufferedStatus { discard, state } = connection.process(&mut self.incoming);
+        let next = match state {
+            Ok(ConnectionState::BlockedHandshake) => Ok(Next::Read),
+            Ok(ConnectionState::EncodeTlsData(data)) => encode(data, &mut self.outgoing).map(|()| Next::Go),
+            Ok(ConnectionState::PeerClosed) => {
+                early.ended = true;
+                Ok(Next::Go)
+            }
+            // What the peer sends right behind its part of the handshake.
+            Ok(ConnectionState::ReadTraffic(mut traffic)) => {
+                while let Some(record) = traffic.next_record() {
+                    early.data.extend_from_slice(record?.payload);
+                }
+                Ok(Next::Go)
+            }
+            Ok(ConnectionState::TransmitTlsData(data)) => {
+                data.done();
+                Ok(Next::Write)
+            }
+            Ok(ConnectionState::WriteTraffic(_)) => Ok(Next::Done),
+            Ok(_) => Err(rustls::Error::General("the peer ended the handshake".to_owned())),
+            Err(error) => Err(error),
+        };
+        self.incoming.drain(..discard.min(self.incoming.len()));
+        next
+    }
+
+    async fn read(&mut self) -> Result<(), Failure> {
+        if self.incoming.len() > MAX_WAITING {
+            let text = format!("more than {MAX_WAITING} bytes of one handshake message");
+            return Err(Failure::Tls(rustls::Error::General(text)));
+        }
+        let mut bytes = [0; 4096];
+        let received = self.receive(&mut bytes).await.map_err(Failure::Broken)?;
+        if received == 0 {
+            return Err(Failure::Ended(self.received));
+        }
+        self.incoming.extend_from_slice(bytes.get(..received).unwrap_or_default());
+        let first = self.received == 0;
+        self.received += received;
+        match self.incoming.first() {
+            Some(kind) if first && ![content::HANDSHAKE, content::ALERT].contains(kind) => {
+                self.incoming.truncate(8);
+                Err(Failure::NotTls(std::mem::take(&mut self.incoming)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        while !self.outgoing.is_empty() {
+            let send = |socket: SockRef<'_>| socket.send_with_flags(&self.outgoing, libc::MSG_NOSIGNAL);
+            let sent = self.client.when_ready(Interest::WRITABLE, send).await?;
+            self.outgoing.drain(..sent);
+        }
+        Ok(())
+    }
+
+    /// Receives at least a byte, or 0 at the end.
+    async fn receive(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.client.when_ready(Interest::READABLE, |socket| (&*socket).read(bytes)).await
+    }
+
+    /// Sends the alert, and waits for the peer to hang up: to close with bytes unread would reset the connection, and the
+    /// alert might be lost with it.
+    async fn say_goodbye<C: Handshaking>(&mut self, connection: &mut C) {
+        // No further: rustls looks for more of what it has refused, and panics if that is not there.
+        while connection.has_to_send() {
+            match connection.process(&mut []).state {
+                Ok(ConnectionState::EncodeTlsData(data)) => {
+                    if encode(data, &mut self.outgoing).is_err() {
+                        break;
+                    }
+                }
+                _ => break,
+            }
+        }
+        let heard = timeout(GOODBYE, async {
+            self.flush().await?;
+            self.client.shutdown()?;
+            let mut bytes = [0; 4096];
+            while self.receive(&mut bytes).await? > 0 {}
+            Ok::<_, io::Error>(())
+        });
+        // There is nothing more to be done for it.
+        let _ = heard.await;
+    }
+}
+
+/// What came behind the handshake.
+#[derive(Default)]
+pub(crate) struct Early {
+    data: Vec<u8>,
+    ended: bool,
+}
+
+fn encode<D>(mut data: EncodeTlsData<'_, D>, outgoing: &mut Vec<u8>) -> Result<(), rustls::Error> {
+    let failed = |error| rustls::Error::General(format!("{error}"));
+    let at = outgoing.len();
+    match data.encode(&mut []) {
+        Ok(_) => Ok(()),
+        Err(EncodeError::InsufficientSize(short)) => {
+            outgoing.resize(at + short.required_size, 0);
+            let (_, room) = outgoing.split_at_mut(at);
+            data.encode(room).map(drop).map_err(failed)
+        }
+        Err(error) => Err(failed(error)),
+    }
+}

@@ -1,0 +1,180 @@
+//! The accepting end of TLS.
+
+use std::io::{self, ErrorKind};
+use std::num::NonZeroU64;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::ServerConfig;
+use rustls::crypto::CryptoProvider;
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection, WebPkiClientVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use tokio::io::Interest;
+
+use super::alert::Role;
+use super::credentials::{Directory, InvalidCredentials};
+use super::handshake::{Failure, Line, Parts};
+use super::provider::TlsProvider;
+use super::stream::{Settings, TlsStream};
+use super::verify::{Circumstances, Seen, Witness};
+use crate::door::Client;
+
+/// How to accept by TLS: who we are, whom to let in. Cheap to clone.
+///
+/// TLS 1.3 and 1.2. Every client must show a certificate signed by a CA of `ca-cert.pem`, unless
+/// [`without_client_certificates`](Self::without_client_certificates) says otherwise.
+#[derive(Clone, Debug)]
+pub struct TlsServer {
+    directory: Directory,
+    verifier: Option<Arc<dyn ClientCertVerifier>>,
+    identity: Arc<CertifiedKey>,
+    crypto: Arc<CryptoProvider>,
+    allowed: Arc<[String]>,
+    settings: Settings,
+}
+
+/// How far a client has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// It has sent so many bytes of its handshake.
+    Handshake(usize),
+    /// It has a sealed connection, and has sent so many bytes on it.
+    Sealed(usize),
+}
+
+impl TlsServer {
+    /// Reads `ca-cert.pem`, `server-cert.pem`, `server-key.pem`, and if it is there `ca-crl.pem` of a directory.
+    ///
+    /// # Errors
+    /// A file that is missing, cannot be read or does not fit the others, by its name.
+    pub fn from_directory(path: &Path) -> Result<Self, InvalidCredentials> {
+        Self::with_provider(path, TlsProvider::default())
+    }
+
+    /// The same with a provider of choice.
+    ///
+    /// # Errors
+    /// As [`from_directory`](Self::from_directory).
+    pub fn with_provider(path: &Path, provider: TlsProvider) -> Result<Self, InvalidCredentials> {
+        let directory = Directory::new(path);
+        let crypto = provider.for_rustls();
+        let identity = directory.identity("server", &crypto)?.ok_or_else(|| {
+            InvalidCredentials::new(&directory.path().join("server-cert.pem"), "there is no such file")
+        })?;
+        let mut verifier =
+            WebPkiClientVerifier::builder_with_provider(directory.roots()?, Arc::clone(&crypto));
+        let revoked = directory.revoked()?;
+        if !revoked.is_empty() {
+            verifier = verifier.with_crls(revoked).allow_unknown_revocation_status();
+        }
+        let verifier = verifier
+            .build()
+            .map_err(|error| InvalidCredentials::new(&directory.ca_path(), error.to_string()))?;
+        let settings = Settings { role: Role::Server, provider, refresh_after: None };
+        Ok(Self { directory, verifier: Some(verifier), identity, crypto, allowed: Arc::default(), settings })
+    }
+
+    /// Lets everybody in. The stream is sealed, but nobody knows who sends it.
+    #[must_use]
+    pub fn without_client_certificates(mut self) -> Self {
+        self.verifier = None;
+        self
+    }
+
+    /// Lets only those in whose certificate has one of these names: a subject as QEMU writes it (`CN=host,O=Example`, in
+    /// either order), or a subject alternative name (`host.example`, `10.0.0.7`). A `*` stands for any text. An empty list,
+    /// the default, is everybody with a certificate of the CA.
+    #[must_use]
+    pub fn authorise<N: Into<String>>(mut self, names: impl IntoIterator<Item = N>) -> Self {
+        self.allowed = names.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// As [`TlsClient::refresh_keys_after`](crate::TlsClient::refresh_keys_after).
+    #[must_use]
+    pub fn refresh_keys_after(mut self, bytes: NonZeroU64) -> Self {
+        self.settings.refresh_after = Some(bytes);
+        self
+    }
+
+    /// Makes an accepted client a sealed stream, and receives its first bytes: they are in `first`, and come again. `stage` is
+    /// kept up to date for whoever loses patience.
+    pub(crate) async fn accept(
+        &self,
+        client: Client,
+        first: &mut [u8],
+        stage: &mut Stage,
+    ) -> io::Result<Option<TlsStream>> {
+        let seen = Seen::default();
+        let parts = self.shake_hands(client, &seen, stage).await;
+        let stream = match parts {
+            Ok(parts) => TlsStream::new(parts, self.settings),
+            // Somebody who knocks and leaves.
+            Err(Failure::Ended(0)) => return Ok(None),
+            Err(failure) => {
+                let ca = self.directory.ca_path();
+                let circumstances =
+                    Circumstances { role: Role::Server, seen: &seen, ca: &ca, allowed: &self.allowed };
+                return Err(io::Error::new(ErrorKind::InvalidData, circumstances.explain(&failure)));
+            }
+        };
+        let stream = first_bytes(stream, first, stage).await?;
+        stream.into_blocking().map(Some)
+    }
+
+    async fn shake_hands(&self, client: Client, seen: &Seen, stage: &mut Stage) -> Result<Parts, Failure> {
+        let config = self.config(seen).map_err(Failure::Tls)?;
+        let connection = UnbufferedServerConnection::new(Arc::new(config)).map_err(Failure::Tls)?;
+        let mut line = Line::new(client);
+        let (connection, early) = line
+            .shake_hands(connection, &mut |received| {
+                *stage = Stage::Handshake(received);
+            })
+            .await?;
+        line.into_parts(connection, early, self.settings.provider)
+    }
+
+    fn config(&self, seen: &Seen) -> Result<ServerConfig, rustls::Error> {
+        let builder = ServerConfig::builder_with_provider(Arc::clone(&self.crypto))
+            .with_safe_default_protocol_versions()?;
+        let builder = match &self.verifier {
+            Some(verifier) => {
+                builder.with_client_cert_verifier(Witness::new(Arc::clone(verifier), seen, &self.allowed))
+            }
+            None => builder.with_no_client_auth(),
+        };
+        let mut config =
+            builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.identity))));
+        config.enable_secret_extraction = true;
+        // Nobody would come back with them, and a client that does not read would leave them in the socket.
+        config.send_tls13_tickets = 0;
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        Ok(config)
+    }
+}
+
+/// Fills `first` with what the client sends.
+async fn first_bytes(stream: TlsStream, first: &mut [u8], stage: &mut Stage) -> io::Result<TlsStream> {
+    let client = stream.client()?;
+    let mut received = 0;
+    while received < first.len() {
+        *stage = Stage::Sealed(received);
+        let missing = first.get_mut(received..).unwrap_or_default();
+        // Before the wait: something may have come with the handshake.
+        let count = match stream.recv_now(missing) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                client.when_ready(Interest::READABLE, |_| stream.recv_now(missing)).await?
+            }
+            outcome => outcome?,
+        };
+        if count == 0 {
+            let text = format!(
+                "the peer closed the connection {received} bytes after the TLS handshake: it may have refused our certificate, and says why on its side"
+            );
+            return Err(io::Error::new(ErrorKind::UnexpectedEof, text));
+        }
+        received += count;
+    }
+    Ok(stream)
+}

@@ -1,0 +1,434 @@
+//! An established connection, on a blocking socket.
+//!
+//! ```text
+//!  sending thread                                receiving thread
+//!   sending: Sealer ── records ──> socket ──> receiving: Opener
+//!      | before each batch: looks                | a key update: next key, `answer_due`
+//!      | what the peer has sent, without waiting | an alert, an end: `heard` tells the sender
+//!      +--------------- secrets: the next keys --+
+//! ```
+//!
+//! The directions have nothing in common but the secrets that the next keys come from, so a thread that is blocked in one
+//! never holds up the other. The receiver writes nothing: the answer to a key update has to go before the next data, and
+//! not before (RFC 8446 §4.6.3), so the next sender sends it. Nobody waits for one lock while he holds another of the
+//! first two.
+
+use std::fmt;
+use std::io::{self, ErrorKind, IoSlice};
+use std::net::Shutdown;
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
+
+use rustix::net::{RecvFlags, recv};
+use socket2::Socket;
+
+use super::handshake::Parts;
+use super::opener::{Bad, Opened, Opener};
+use super::provider::{TlsProvider, Unsound};
+use super::record::content;
+use super::sealer::{MAX_BATCH_TEXT, Sealer};
+use super::secrets::{Direction, Secrets};
+use super::{alert, alert::Role};
+use crate::door::Client;
+
+/// How long a sender whose connection broke waits for the receiver to hear the peer's last words, which say why.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// A connection that is sealed.
+pub(crate) struct TlsStream {
+    socket: Socket,
+    sending: Mutex<Sending>,
+    receiving: Mutex<Receiving>,
+    secrets: Mutex<Secrets>,
+    /// The peer has asked for our next key.
+    answer_due: AtomicBool,
+    /// New keys for sending so far.
+    refreshed: AtomicU64,
+    /// Why nothing will come any more, as soon as it is known.
+    heard: Mutex<Option<Ended>>,
+    hearing: Condvar,
+    settings: Settings,
+}
+
+/// What both ends of a connection know of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Settings {
+    pub(crate) role: Role,
+    pub(crate) provider: TlsProvider,
+    pub(crate) refresh_after: Option<NonZeroU64>,
+}
+
+struct Sending {
+    sealer: Sealer,
+    /// Why nothing can be sent any more.
+    ended: Option<Ended>,
+}
+
+struct Receiving {
+    opener: Opener,
+    /// How it has ended. `None`: it has not.
+    ended: Option<Ended>,
+}
+
+/// The end of a direction, which does not change any more.
+#[derive(Clone, Debug)]
+enum Ended {
+    /// As it should: `close_notify`, or the end of the connection between two records.
+    Well,
+    Badly(ErrorKind, String),
+}
+
+/// Whether to wait for the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wait {
+    No,
+    Yes,
+}
+
+impl TlsStream {
+    /// Takes what a handshake has made. The socket does not block yet.
+    pub(crate) fn new(parts: Parts, settings: Settings) -> Self {
+        let Parts { socket, sealer, opener, secrets, ended } = parts;
+        Self {
+            socket,
+            sending: Mutex::new(Sending { sealer, ended: None }),
+            receiving: Mutex::new(Receiving { opener, ended: ended.then_some(Ended::Well) }),
+            secrets: Mutex::new(secrets),
+            answer_due: AtomicBool::new(false),
+            refreshed: AtomicU64::new(0),
+            heard: Mutex::default(),
+            hearing: Condvar::new(),
+            settings,
+        }
+    }
+
+    /// Where to wait for the socket, until it is to block.
+    pub(crate) fn client(&self) -> io::Result<Client> {
+        Client::new(self.socket.try_clone()?)
+    }
+
+    /// The end of the asynchronous part.
+    pub(crate) fn into_blocking(self) -> io::Result<Self> {
+        self.socket.set_nonblocking(false)?;
+        Ok(self)
+    }
+
+    /// Sends up to `len` bytes, which `fill` writes in pieces, in order. Gives how many went; `fill` may have been asked for
+    /// more than that, if the connection broke.
+    pub(crate) fn send_filled(&self, len: usize, fill: &mut dyn FnMut(&mut [u8])) -> io::Result<usize> {
+        let mut sending = lock(&self.sending);
+        check(sending.ended.as_ref())?;
+        self.listen()?;
+        let sealed = self.seal(&mut sending, len, fill);
+        self.write(&mut sending, sealed)
+    }
+
+    /// The same of slices.
+    pub(crate) fn send_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        let len = bufs.iter().map(|buf| buf.len()).sum::<usize>().min(MAX_BATCH_TEXT);
+        let mut bytes = bufs.iter().flat_map(|buf| (!buf.is_empty()).then_some(&buf[..]));
+        let mut piece: &[u8] = &[];
+        self.send_filled(len, &mut |mut into| {
+            while !into.is_empty() {
+                if piece.is_empty() {
+                    piece = bytes.next().unwrap_or_default();
+                }
+                let (head, tail) = piece.split_at(piece.len().min(into.len()));
+                let (now, later) = into.split_at_mut(head.len());
+                now.copy_from_slice(head);
+                (into, piece) = (later, tail);
+                if head.is_empty() {
+                    return;
+                }
+            }
+        })
+    }
+
+    /// Receives at least a byte; 0 is the peer's end.
+    pub(crate) fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
+        self.recv_with(buf.len(), &mut |data| {
+            buf.split_at_mut(data.len()).0.copy_from_slice(data);
+            data.len()
+        })
+    }
+
+    /// Shows `take` what is there, at least a byte and at most `most`, and forgets as much as it has taken. 0 is the peer's
+    /// end.
+    pub(crate) fn recv_with(&self, most: usize, take: &mut dyn FnMut(&[u8]) -> usize) -> io::Result<usize> {
+        self.receive(most, Wait::Yes, take)
+    }
+
+    /// As [`recv`](Self::recv), but does not wait: `WouldBlock`.
+    pub(crate) fn recv_now(&self, buf: &mut [u8]) -> io::Result<usize> {
+        self.receive(buf.len(), Wait::No, &mut |data| {
+            buf.split_at_mut(data.len()).0.copy_from_slice(data);
+            data.len()
+        })
+    }
+
+    /// Says goodbye, and that nothing more will be sent.
+    pub(crate) fn finish_sending(&self) -> io::Result<()> {
+        let mut sending = lock(&self.sending);
+        match &sending.ended {
+            Some(Ended::Well) => return Ok(()),
+            ended => check(ended.as_ref())?,
+        }
+        sending.sealer.clear();
+        let sealed = sending.sealer.control(content::ALERT, &alert::CLOSE_NOTIFY);
+        // A peer that has all it wants may be gone already. What lies unread when the socket is closed would reset the
+        // connection, and the goodbye might not arrive.
+        if let Err(error) = self.write(&mut sending, sealed).and_then(|_| self.listen()) {
+            tracing::debug!(%error, "the goodbye of a TLS connection");
+        }
+        sending.ended = Some(Ended::Well);
+        self.socket.shutdown(Shutdown::Write)
+    }
+
+    pub(crate) fn close(&self) {
+        // Fails only if the connection is gone already, which is what is wanted.
+        drop(self.socket.shutdown(Shutdown::Both));
+    }
+
+    pub(crate) fn set_silence_limit(&self, limit: Option<Duration>) -> io::Result<()> {
+        self.socket.set_read_timeout(limit)?;
+        self.socket.set_write_timeout(limit)
+    }
+
+    pub(crate) fn silence_limit(&self) -> io::Result<Option<Duration>> {
+        self.socket.read_timeout()
+    }
+
+    fn receive(&self, most: usize, wait: Wait, take: &mut dyn FnMut(&[u8]) -> usize) -> io::Result<usize> {
+        let mut receiving = lock(&self.receiving);
+        if !self.advance(&mut receiving, wait)? {
+            return Ok(0);
+        }
+        let data = receiving.opener.data();
+        let taken = take(data.get(..most).unwrap_or(data));
+        receiving.opener.take(taken);
+        Ok(taken)
+    }
+
+    /// New keys for sending so far.
+    pub(crate) fn keys_refreshed(&self) -> u64 {
+        self.refreshed.load(Ordering::Relaxed)
+    }
+
+    fn seal(
+        &self,
+        sending: &mut Sending,
+        len: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<(), Unsound> {
+        let sealer = &mut sending.sealer;
+        sealer.clear();
+        let asked = self.answer_due.swap(false, Ordering::Relaxed);
+        let wished =
+            self.settings.refresh_after.is_some_and(|bytes| sealer.text_since_refresh() >= bytes.get());
+        if asked || wished || sealer.is_worn() {
+            let mut secrets = lock(&self.secrets);
+            if secrets.can_refresh() {
+                sealer.control(content::HANDSHAKE, &KEY_UPDATE)?;
+                sealer.rekey(secrets.next(Direction::Send, self.settings.provider)?);
+                self.refreshed.fetch_add(1, Ordering::Relaxed);
+            } else if sealer.is_worn() {
+                return Err(Unsound);
+            }
+        }
+        sealer.data(len, fill).map(drop)
+    }
+
+    /// Writes the batch. Gives how much data has gone with it.
+    fn write(&self, sending: &mut Sending, sealed: Result<(), Unsound>) -> io::Result<usize> {
+        if let Err(Unsound) = sealed {
+            let text =
+                "the key has protected as many records as it may, and TLS 1.2 has no other: use TLS 1.3";
+            return end(&mut sending.ended, Ended::Badly(ErrorKind::Other, text.to_owned()));
+        }
+        let Sending { sealer, ended } = sending;
+        let mut left = sealer.sealed();
+        let whole = left.len();
+        while !left.is_empty() {
+            match self.socket.send_with_flags(left, libc::MSG_NOSIGNAL) {
+                Ok(sent) => left = left.get(sent..).unwrap_or_default(),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => {
+                    // Half a record is of no use to the peer, and nothing can follow it.
+                    let gone = sealer.text_in(whole - left.len());
+                    let error = self.explain_broken(error);
+                    *ended = Some(Ended::Badly(error.kind(), error.to_string()));
+                    return if gone > 0 { Ok(gone) } else { Err(error) };
+                }
+            }
+        }
+        Ok(sealer.text_in(whole))
+    }
+
+    /// Takes note of what the peer has sent, without waiting: its alert, its key, a ticket. Stops at data, which is for a
+    /// receiver.
+    fn listen(&self) -> io::Result<()> {
+        let mut receiving = match self.receiving.try_lock() {
+            Ok(receiving) => receiving,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // Somebody receives, and sees it.
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
+        match self.advance(&mut receiving, Wait::No) {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gets data into the opener; false at the peer's end.
+    fn advance(&self, receiving: &mut Receiving, wait: Wait) -> io::Result<bool> {
+        loop {
+            if !receiving.opener.data().is_empty() {
+                return Ok(true);
+            }
+            match &receiving.ended {
+                Some(Ended::Well) => return Ok(false),
+                ended => check(ended.as_ref())?,
+            }
+            match receiving.opener.open() {
+                Ok(Opened::Data) => return Ok(true),
+                Ok(Opened::Nothing) => self.read(receiving, wait)?,
+                Ok(Opened::Other) => {}
+                Ok(Opened::Alert(_, alert::CLOSE)) => self.note_end(receiving, Ended::Well),
+                Ok(Opened::Alert(_, description)) => {
+                    let text = alert::received(description, self.settings.role);
+                    self.note_end(receiving, Ended::Badly(ErrorKind::ConnectionAborted, text));
+                }
+                Ok(Opened::KeyUpdate(answer)) => self.follow_key(receiving, answer),
+                Err(bad) => self.refuse(receiving, &bad),
+            }
+        }
+    }
+
+    fn read(&self, receiving: &mut Receiving, wait: Wait) -> io::Result<()> {
+        let flags = if wait == Wait::Yes { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
+        let received = recv(&self.socket, receiving.opener.room(), flags);
+        match received.map(|(_, received)| received).map_err(io::Error::from) {
+            Ok(0) => {
+                let ended = self.end_of_connection(&receiving.opener);
+                self.note_end(receiving, ended);
+                Ok(())
+            }
+            Ok(received) => {
+                receiving.opener.fill(received);
+                Ok(())
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => Ok(()),
+            // Nothing for now, or for as long as the silence limit: more may come.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Err(error),
+            Err(error) => {
+                let text = self.with_hint(&receiving.opener, &error.to_string());
+                self.note_end(receiving, Ended::Badly(error.kind(), text));
+                Ok(())
+            }
+        }
+    }
+
+    fn end_of_connection(&self, opener: &Opener) -> Ended {
+        match opener.partial() {
+            0 if opener.has_heard() || self.settings.role == Role::Server => Ended::Well,
+            0 => Ended::Badly(
+                ErrorKind::UnexpectedEof,
+                self.with_hint(opener, "the peer closed the connection without a word"),
+            ),
+            partial => Ended::Badly(
+                ErrorKind::UnexpectedEof,
+                format!("the connection ended after {partial} bytes of a TLS record"),
+            ),
+        }
+    }
+
+    /// A server of TLS 1.3 looks at the client's certificate when the client is through with its handshake.
+    fn with_hint(&self, opener: &Opener, text: &str) -> String {
+        if opener.has_heard() || self.settings.role == Role::Server {
+            return text.to_owned();
+        }
+        format!(
+            "{text}, right after the TLS handshake: it may have refused our certificate, and says why on its side"
+        )
+    }
+
+    fn follow_key(&self, receiving: &mut Receiving, answer: bool) {
+        match lock(&self.secrets).next(Direction::Receive, self.settings.provider) {
+            Ok(protection) => receiving.opener.rekey(protection),
+            Err(Unsound) => return self.refuse(receiving, &Bad::Message(24)),
+        }
+        if answer {
+            self.answer_due.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The peer has sent what no sound peer sends. It is told so if that costs no waiting.
+    fn refuse(&self, receiving: &mut Receiving, bad: &Bad) {
+        let (description, text) = alert::for_bad(bad);
+        if let Ok(mut sending) = self.sending.try_lock()
+            && sending.ended.is_none()
+        {
+            sending.sealer.clear();
+            if sending.sealer.control(content::ALERT, &[alert::FATAL, description]).is_ok() {
+                let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+                // Nobody is left to be told of a failure.
+                let _ = self.socket.send_with_flags(sending.sealer.sealed(), flags);
+            }
+            sending.ended = Some(Ended::Badly(ErrorKind::InvalidData, text.clone()));
+        }
+        self.note_end(receiving, Ended::Badly(ErrorKind::InvalidData, text));
+    }
+
+    fn note_end(&self, receiving: &mut Receiving, ended: Ended) {
+        *lock(&self.heard) = Some(ended.clone());
+        self.hearing.notify_all();
+        receiving.ended = Some(ended);
+    }
+
+    /// The peer's last words say more than "broken pipe".
+    fn explain_broken(&self, error: io::Error) -> io::Error {
+        if !matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) {
+            return error;
+        }
+        let listened = self.listen();
+        if let Err(said) = listened {
+            return said;
+        }
+        let heard = lock(&self.heard);
+        let heard = self.hearing.wait_timeout_while(heard, LAST_WORDS, |heard| heard.is_none());
+        match &*heard.unwrap_or_else(PoisonError::into_inner).0 {
+            Some(Ended::Badly(kind, text)) => io::Error::new(*kind, text.clone()),
+            _ => error,
+        }
+    }
+}
+
+impl fmt::Debug for TlsStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsStream").field("socket", &self.socket).field("settings", &self.settings).finish()
+    }
+}
+
+/// A `key_update` that asks for no answer. RFC 8446 §4.6.3.
+const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
+
+fn check(ended: Option<&Ended>) -> io::Result<()> {
+    match ended {
+        None => Ok(()),
+        Some(Ended::Badly(kind, text)) => Err(io::Error::new(*kind, text.clone())),
+        Some(Ended::Well) => Err(io::Error::new(ErrorKind::BrokenPipe, "sending was ended on this side")),
+    }
+}
+
+fn end<T>(place: &mut Option<Ended>, ended: Ended) -> io::Result<T> {
+    let outcome = check(Some(&ended));
+    *place = Some(ended);
+    outcome.and(Err(ErrorKind::Other.into()))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

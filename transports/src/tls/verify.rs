@@ -1,0 +1,212 @@
+//! Checking the peer's certificate: rustls does it, we remember what it has seen, and look it up in the list.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
+
+use super::alert::{self, Role};
+use super::handshake::Failure;
+use super::names::Names;
+
+/// A verifier of rustls for one connection: notes whose certificate came.
+#[derive(Debug)]
+pub(crate) struct Witness<V: ?Sized> {
+    inner: Arc<V>,
+    seen: Seen,
+    /// Who may be the peer; empty: whoever has a certificate that verifies.
+    allowed: Arc<[String]>,
+}
+
+/// The peer's certificate, if one came.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Seen(Arc<Mutex<Option<Names>>>);
+
+impl Seen {
+    fn note(&self, certificate: &CertificateDer<'_>) -> Names {
+        let names = Names::of(certificate);
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(names.clone());
+        names
+    }
+
+    pub(crate) fn names(&self) -> Option<Names> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl<V: ?Sized> Witness<V> {
+    pub(crate) fn new(inner: Arc<V>, seen: &Seen, allowed: &Arc<[String]>) -> Arc<Self> {
+        Arc::new(Self { inner, seen: seen.clone(), allowed: Arc::clone(allowed) })
+    }
+}
+
+impl<V: ServerCertVerifier + ?Sized> ServerCertVerifier for Witness<V> {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        self.seen.note(end_entity);
+        self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}
+
+impl<V: ClientCertVerifier + ?Sized> ClientCertVerifier for Witness<V> {
+    /// None: a client of another CA would show no certificate at all, and nobody could say what is wrong with it.
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let names = self.seen.note(end_entity);
+        let verified = self.inner.verify_client_cert(end_entity, intermediates, now)?;
+        if self.allowed.is_empty() || self.allowed.iter().any(|pattern| names.match_pattern(pattern)) {
+            return Ok(verified);
+        }
+        Err(CertificateError::ApplicationVerificationFailure.into())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}
+
+/// What an error text needs to know beside the error.
+pub(crate) struct Circumstances<'a> {
+    pub(crate) role: Role,
+    pub(crate) seen: &'a Seen,
+    pub(crate) ca: &'a Path,
+    pub(crate) allowed: &'a [String],
+}
+
+impl Circumstances<'_> {
+    /// Why there is no connection, in words.
+    pub(crate) fn explain(&self, failure: &Failure) -> String {
+        match failure {
+            Failure::Broken(error) => format!("the connection broke in the TLS handshake: {error}"),
+            Failure::Ended(received) => {
+                let maybe = match self.role {
+                    Role::Client => "is it set up for TLS?",
+                    Role::Server => "it may have refused our certificate",
+                };
+                format!("the peer hung up in the TLS handshake, after {received} bytes: {maybe}")
+            }
+            Failure::NotTls(first) => {
+                format!(
+                    "the peer does not speak TLS: its first bytes are {}, expected a handshake",
+                    Hex(first)
+                )
+            }
+            Failure::Tls(error) => self.explain_tls(error),
+        }
+    }
+
+    fn explain_tls(&self, error: &Error) -> String {
+        match error {
+            Error::AlertReceived(description) => alert::received(u8::from(*description), self.role),
+            Error::InvalidCertificate(problem) => self.explain_certificate(problem),
+            Error::NoCertificatesPresented => {
+                format!(
+                    "the peer has sent no certificate, expected one signed by a CA of {}",
+                    self.ca.display()
+                )
+            }
+            Error::PeerIncompatible(reason) => format!("no TLS in common with the peer: {reason:?}"),
+            Error::PeerMisbehaved(reason) => format!("the peer breaks the rules of TLS: {reason:?}"),
+            other => format!("the TLS handshake failed: {other}"),
+        }
+    }
+
+    fn explain_certificate(&self, problem: &CertificateError) -> String {
+        use CertificateError as Problem;
+        let names = self.seen.names().unwrap_or_default();
+        let refused = |why: String| format!("refused the peer's certificate {names}: {why}");
+        match problem {
+            Problem::UnknownIssuer | Problem::BadSignature => refused(format!(
+                "unknown CA, it was signed by \"{}\" and not by a CA of {}",
+                names.issuer,
+                self.ca.display()
+            )),
+            Problem::Expired | Problem::ExpiredContext { .. } => {
+                refused(format!("it expired at {}", names.not_after))
+            }
+            Problem::NotValidYet | Problem::NotValidYetContext { .. } => {
+                refused(format!("it is not valid before {}", names.not_before))
+            }
+            Problem::NotValidForNameContext { expected, .. } => refused(format!(
+                "it is for {}, expected {:?}; the host name to expect can be set",
+                names.alternatives(),
+                expected.to_str()
+            )),
+            Problem::Revoked => refused("it was revoked".to_owned()),
+            Problem::ApplicationVerificationFailure => {
+                refused(format!("its name is not authorised, expected {}", self.allowed.join(" or ")))
+            }
+            other => refused(other.to_string()),
+        }
+    }
+}
+
+/// Bytes as hexadecimal numbers with blanks between.
+struct Hex<'a>(&'a [u8]);
+
+impl fmt::Display for Hex<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().enumerate().try_for_each(|(at, byte)| {
+            let blank = if at == 0 { "" } else { " " };
+            write!(f, "{blank}{byte:02x}")
+        })
+    }
+}
