@@ -19,7 +19,8 @@ const KEEPALIVE_GRAMMAR: &str =
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Sockets {
     /// Ask a silent peer for a sign of life after TIME, then every INTERVAL, RETRIES times; off: never
-    #[arg(long, help_heading = HEADING, value_name = "TIME[,INTERVAL[,RETRIES]]", default_value = "30s,10s,3", value_parser = keepalive)]
+    #[arg(long, help_heading = HEADING, value_name = "TIME[,INTERVAL[,RETRIES]]", default_value = "30s,10s,3",
+        value_parser = keepalive)]
     keepalive: KeepaliveChoice,
     /// How long what was sent may stay unacknowledged until the peer has vanished. Default: 10s more than --timeout
     #[arg(long, help_heading = HEADING, value_name = "TIME", value_parser = human::duration)]

@@ -19,7 +19,8 @@ const GRAMMAR: &str = "tcp:HOST:PORT (a v6 address in [brackets]; no HOST: any a
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Endpoint {
-    /// A command for `/bin/sh -c`: what is sent goes to its standard input, what it prints is received.
+    /// A command for `/bin/sh -c`: what is sent goes to its standard input, what it prints is received. It is killed when the
+    /// channel is dropped: [`Channel::settle`](crate::Channel::settle) waits for its end.
     Exec(String),
     /// A descriptor that this process inherited: a stream socket, connected or listening, an end of a pipe, or a file.
     Fd(i32),

@@ -8,6 +8,7 @@
 //!        v       Stopper                    Arrival::Identified { channel, first, .. }
 //!     Channel <------------ bytes ------------> Channel
 //!        | send_all, send_vectored, recv, direct (the bare socket, for iovecs over guest memory)
+//!        | settle: how the command behind `exec:` has ended
 //!        | closer(): wakes whoever is blocked, from any thread
 //!        | Pacer::take before each packet: one rate over all channels
 //! ```

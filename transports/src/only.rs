@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::time::{Instant, timeout};
 
-use crate::serve::Arrival;
+use crate::serve::{Arrival, check_first_bytes};
 use crate::sys::watch;
 use crate::{Channel, FileStream, Listener};
 
@@ -17,6 +17,7 @@ pub(crate) async fn serve(
     (first_bytes, silence): (usize, Duration),
     on_arrival: &mut dyn FnMut(Arrival),
 ) -> io::Result<()> {
+    check_first_bytes(first_bytes)?;
     let stopper = listener.stopper();
     if let Some(channel) = channel {
         let number = listener.next_number();

@@ -129,10 +129,7 @@ impl<'a> Lobby<'a> {
         (options, tls): (&'a SocketOptions, Option<TlsServer>),
         on_arrival: &'a mut dyn FnMut(Arrival),
     ) -> io::Result<Self> {
-        if first_bytes > FIRST_BYTES {
-            let text = format!("{first_bytes} first bytes, limit is {FIRST_BYTES}");
-            return Err(io::Error::new(ErrorKind::InvalidInput, text));
-        }
+        check_first_bytes(first_bytes)?;
         let (tasks, waiting) = (JoinSet::new(), VecDeque::new());
         Ok(Self { first_bytes, silence, path, options, tls, on_arrival, tasks, waiting })
     }
@@ -191,6 +188,14 @@ async fn admit_queued(listener: &Listener, door: &Door, lobby: &mut Lobby<'_>) {
         lobby.admit(listener.next_number(), client, address);
         yield_now().await;
     }
+}
+
+pub(crate) fn check_first_bytes(wanted: usize) -> io::Result<()> {
+    if wanted <= FIRST_BYTES {
+        return Ok(());
+    }
+    let text = format!("{wanted} first bytes, limit is {FIRST_BYTES}");
+    Err(io::Error::new(ErrorKind::InvalidInput, text))
 }
 
 async fn accept(door: &Door, not_before: Instant) -> io::Result<(Client, Option<String>)> {

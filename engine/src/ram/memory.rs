@@ -224,13 +224,7 @@ impl<'a> Ranges<'a> {
             return file_io::write_all(self.list, channel, file);
         }
         let Some(fd) = channel.direct() else { return self.send_copied(channel) };
-        let mut left = &mut self.list[..];
-        while !left.is_empty() {
-            let sent = retry(|| send_once(fd, left, 0)).map_err(|error| channel.explain(error))?;
-            channel.note_direct_sent(sent as u64);
-            left = advance(left, sent);
-        }
-        Ok(())
+        send_ranges(channel, self.list, |left| retry(|| send_once(fd, left, 0)))
     }
 
     /// Sends the bytes of `header`, then all of it without copying guest memory, which may change for as long as `account`
@@ -243,31 +237,19 @@ impl<'a> Ranges<'a> {
         account: &mut ZeroCopy,
     ) -> io::Result<usize> {
         let Some(fd) = channel.direct() else { return Err(io::ErrorKind::Unsupported.into()) };
+        // A header alone must not wait for pages that never come.
+        let more = if self.list.is_empty() { 0 } else { libc::MSG_MORE };
         let mut start = [libc::iovec { iov_base: header.as_ptr().cast_mut().cast(), iov_len: header.len() }];
-        let (mut left, mut at_header, mut refused) = (&mut start[..], true, 0);
-        loop {
-            if left.is_empty() && at_header {
-                (left, at_header) = (&mut self.list[..], false);
+        send_ranges(channel, &mut start, |left| retry(|| send_once(fd, left, more)))?;
+        let mut refused = 0;
+        send_ranges(channel, self.list, |left| match retry(|| send_once(fd, left, libc::MSG_ZEROCOPY)) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                refused += 1;
+                retry(|| send_once(fd, left, 0))
             }
-            if left.is_empty() {
-                return Ok(refused);
-            }
-            let flags = if at_header { libc::MSG_MORE } else { libc::MSG_ZEROCOPY };
-            let sent = match retry(|| send_once(fd, left, flags)) {
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
-                    refused += 1;
-                    retry(|| send_once(fd, left, 0))
-                }
-                Ok(sent) if !at_header => {
-                    account.note_send();
-                    Ok(sent)
-                }
-                outcome => outcome,
-            }
-            .map_err(|error| channel.explain(error))?;
-            channel.note_direct_sent(sent as u64);
-            left = advance(left, sent);
-        }
+            outcome => outcome.inspect(|_| account.note_send()),
+        })?;
+        Ok(refused)
     }
 
     /// A channel that is not a plain socket takes private bytes only.
@@ -315,6 +297,20 @@ impl<'a> Ranges<'a> {
             }
         })
     }
+}
+
+/// Calls `send` until all of `left` is on its way.
+fn send_ranges(
+    channel: &Channel,
+    mut left: &mut [libc::iovec],
+    mut send: impl FnMut(&mut [libc::iovec]) -> io::Result<usize>,
+) -> io::Result<()> {
+    while !left.is_empty() {
+        let sent = send(left).map_err(|error| channel.explain(error))?;
+        channel.note_direct_sent(sent as u64);
+        left = advance(left, sent);
+    }
+    Ok(())
 }
 
 fn message(ranges: &mut [libc::iovec]) -> libc::msghdr {

@@ -84,7 +84,7 @@ fn vanish(channels: usize, rounds: bool, when: impl Fn(&ProgressReader) -> bool)
                 let _ = is_cut.recv_timeout(SOON)?;
             }
             let error = precopy.round().map(drop).err();
-            Ok::<_, Failure>(error.ok_or_else(|| Failure::new("the round came through"))?)
+            error.ok_or_else(|| Failure::new("the round came through"))
         });
         let progress = watching.recv()?;
         let begun = Instant::now();

@@ -111,7 +111,7 @@ impl Wire {
         }
         let listener = Listener::bind(&self.endpoint)?;
         self.endpoint = listener.endpoint();
-        thread::spawn(move || {
+        thread::Builder::new().spawn(move || {
             let stopper = listener.stopper();
             listener.serve(0, LIMIT, &mut |arrival| {
                 if let Arrival::Identified { channel, .. } = arrival {
@@ -119,7 +119,7 @@ impl Wire {
                     stopper.stop();
                 }
             })
-        });
+        })?;
         Ok(receiver)
     }
 }

@@ -124,6 +124,13 @@ fn a_command_that_fails_at_once_is_an_arrival_that_failed() {
 }
 
 #[test]
+fn more_first_bytes_than_there_can_be_are_refused() {
+    let listener = Listener::bind(&Endpoint::Exec("cat".to_owned())).unwrap();
+    let error = spawn("five-bytes", move || listener.serve(5, LONG, &mut |_| ()).unwrap_err()).join();
+    assert!(format!("{error:?}").contains("5 first bytes, limit is 4"), "{error:?}");
+}
+
+#[test]
 fn a_silent_one_is_dropped_and_a_stop_comes_through() {
     let listener = Listener::bind(&Endpoint::Exec("exec sleep 1000".to_owned())).unwrap();
     let stopper = listener.stopper();
