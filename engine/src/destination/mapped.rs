@@ -69,7 +69,7 @@ impl PageReaders {
     ) -> Result<()> {
         let pages = file(channel)
             .and_then(|file| file.for_pages(self.direct))
-            .map_err(|error| Error::io(Phase::Setup, "opening the file for pages", error))?;
+            .map_err(|error| Error::storage(Phase::Setup, "opening the file for pages", error))?;
         let (channel, session) = (Arc::clone(channel), Arc::clone(&shared.session));
         let plan = Arc::new(Plan {
             channel,
@@ -230,6 +230,6 @@ fn failed(what: String, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::UnexpectedEof => Error::new(ErrorKind::InvalidStream, Phase::Active, what)
             .because(io::Error::new(error.kind(), "the file ends before")),
-        _ => Error::io(Phase::Active, what, error),
+        _ => Error::storage(Phase::Active, what, error),
     }
 }

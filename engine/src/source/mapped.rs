@@ -38,7 +38,8 @@ struct StoredBlock {
 impl MappedFile {
     /// `channel` is a file's. `direct`: past the page cache.
     pub(super) fn new(channel: &Arc<Channel>, ram: &OutgoingRam, direct: bool) -> Result<Self> {
-        let failed = |error| Error::io(Phase::Setup, "opening the file for pages", error).on(name(channel));
+        let failed =
+            |error| Error::storage(Phase::Setup, "opening the file for pages", error).on(name(channel));
         let pages = file(channel).and_then(|file| file.for_pages(direct)).map_err(failed)?;
         let block = |outgoing: &OutgoingBlock| StoredBlock {
             place: OnceLock::new(),
@@ -70,7 +71,7 @@ impl MappedFile {
             let bitmap: Vec<u8> =
                 block.stored.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
             file(&self.channel).and_then(|file| file.write_all_at(&bitmap, place.bitmap_offset)).map_err(
-                |error| Error::io(Phase::Device, "writing a bitmap", error).on(name(&self.channel)),
+                |error| Error::storage(Phase::Device, "writing a bitmap", error).on(name(&self.channel)),
             )?;
             self.channel.note_direct_sent(bitmap.len() as u64);
         }
@@ -125,7 +126,7 @@ impl MappedFile {
         memory.write_to(start..start + len, &self.pages, place.pages_offset + start as u64).map_err(
             |error| {
                 let what = format!("writing {} pages of RAM block {}", run.len(), outgoing.block.name());
-                Error::io(Phase::Active, what, error)
+                Error::storage(Phase::Active, what, error)
             },
         )?;
         self.channel.note_direct_sent(len as u64);
