@@ -6,13 +6,13 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use multifd_transports::{Channel, FileStream};
+use multifd_transports::Channel;
 use multifd_wire::{BlockEntry, MappedRamHeader};
 
 use super::landing::{Landing, Landings};
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::mapped::StoredBits;
+use crate::mapped::{StoredBits, file};
 use crate::ram::PAGE;
 use crate::session::{Counters, Session};
 use crate::stop::Monitor;
@@ -218,12 +218,6 @@ impl Plan {
 /// Pages of a block that is mapped here: they fit.
 fn size(pages: u64) -> usize {
     usize::try_from(pages).unwrap_or(usize::MAX)
-}
-
-fn file(channel: &Channel) -> io::Result<&FileStream> {
-    channel
-        .file()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "pages at fixed places need a file"))
 }
 
 fn failed(what: String, error: io::Error) -> Error {

@@ -2,12 +2,11 @@
 //! docs/wire.md §17.
 
 use std::fs::File;
-use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use multifd_transports::{Channel, FileStream};
+use multifd_transports::Channel;
 use multifd_wire::MappedRamHeader;
 
 use super::main_stream::MainStream;
@@ -15,7 +14,7 @@ use super::outgoing::{OutgoingBlock, OutgoingRam};
 use super::rounds::Work;
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::mapped;
+use crate::mapped::{self, file};
 use crate::ram::{Batch, Claim, PAGE, PAGE_SIZE, Round};
 use crate::session::Counters;
 use crate::workers::Crew;
@@ -54,11 +53,11 @@ impl MappedFile {
         for (entry, block) in ram.list().zip(&self.blocks) {
             entry.encode(main.unsent());
             main.flush()?;
-            let file = file(&self.channel).map_err(|error| main.error(error))?;
-            let place = mapped::place(file.position(), entry.used_len, PAGE_SIZE);
+            let stream = file(&self.channel).map_err(|error| main.error(error))?;
+            let place = mapped::place(stream.position(), entry.used_len, PAGE_SIZE);
             place.encode(main.unsent());
             main.flush()?;
-            file.seek(place.pages_offset + entry.used_len);
+            stream.seek(place.pages_offset + entry.used_len);
             block.place.get_or_init(|| place);
         }
         Ok(())
@@ -161,13 +160,6 @@ impl StoredBlock {
             word.fetch_and(!bit, Ordering::Relaxed)
         };
     }
-}
-
-/// What the settings make sure of: mapped-ram goes to files only.
-fn file(channel: &Channel) -> io::Result<&FileStream> {
-    channel
-        .file()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "pages at fixed places need a file"))
 }
 
 fn name(channel: &Channel) -> String {
