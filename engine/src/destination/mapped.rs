@@ -46,7 +46,9 @@ impl PageReaders {
     /// What was asked for must fit the stream that came.
     pub(super) fn check(&self, channel: &Channel, mapped: bool) -> Result<()> {
         let problem = match (mapped, channel.is_two_way()) {
-            (true, _) if channel.file().is_none() => "mapped-ram, which only a file can hold".to_owned(),
+            (true, _) if channel.file().is_none() => {
+                "capability mapped-ram is on at the source, only a file can hold such a stream".to_owned()
+            }
             (true, _) => return Ok(()),
             (false, _) if self.direct => {
                 "a plain stream, direct I/O was asked for and needs mapped-ram".to_owned()
