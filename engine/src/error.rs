@@ -153,6 +153,11 @@ impl Error {
         Self::new(kind, phase, format!("{doing}")).because(error)
     }
 
+    /// The same for a file.
+    pub(crate) fn storage(phase: Phase, doing: impl fmt::Display, error: std::io::Error) -> Self {
+        Self::new(ErrorKind::Storage, phase, format!("{doing}")).because(error)
+    }
+
     pub(crate) fn transport(phase: Phase, error: TransportError) -> Self {
         match error.endpoint() {
             Endpoint::File { .. } => Self::new(ErrorKind::Storage, phase, "no file").because(error),

@@ -6,13 +6,13 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use multifd_transports::{Channel, FileStream};
+use multifd_transports::Channel;
 use multifd_wire::{BlockEntry, MappedRamHeader};
 
 use super::landing::{Landing, Landings};
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::mapped::StoredBits;
+use crate::mapped::{StoredBits, file};
 use crate::ram::PAGE;
 use crate::session::{Counters, Session};
 use crate::stop::Monitor;
@@ -46,7 +46,9 @@ impl PageReaders {
     /// What was asked for must fit the stream that came.
     pub(super) fn check(&self, channel: &Channel, mapped: bool) -> Result<()> {
         let problem = match (mapped, channel.is_two_way()) {
-            (true, _) if channel.file().is_none() => "mapped-ram, which only a file can hold".to_owned(),
+            (true, _) if channel.file().is_none() => {
+                "capability mapped-ram is on at the source, only a file can hold such a stream".to_owned()
+            }
             (true, _) => return Ok(()),
             (false, _) if self.direct => {
                 "a plain stream, direct I/O was asked for and needs mapped-ram".to_owned()
@@ -69,7 +71,7 @@ impl PageReaders {
     ) -> Result<()> {
         let pages = file(channel)
             .and_then(|file| file.for_pages(self.direct))
-            .map_err(|error| Error::io(Phase::Setup, "opening the file for pages", error))?;
+            .map_err(|error| Error::storage(Phase::Setup, "opening the file for pages", error))?;
         let (channel, session) = (Arc::clone(channel), Arc::clone(&shared.session));
         let plan = Arc::new(Plan {
             channel,
@@ -220,16 +222,10 @@ fn size(pages: u64) -> usize {
     usize::try_from(pages).unwrap_or(usize::MAX)
 }
 
-fn file(channel: &Channel) -> io::Result<&FileStream> {
-    channel
-        .file()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "pages at fixed places need a file"))
-}
-
 fn failed(what: String, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::UnexpectedEof => Error::new(ErrorKind::InvalidStream, Phase::Active, what)
             .because(io::Error::new(error.kind(), "the file ends before")),
-        _ => Error::io(Phase::Active, what, error),
+        _ => Error::storage(Phase::Active, what, error),
     }
 }

@@ -122,7 +122,10 @@ impl MainStream {
     }
 
     pub(super) fn error(&self, error: std::io::Error) -> Error {
-        Error::io(self.phase, "sending", error).on(self.name())
+        match self.channel.file() {
+            Some(_) => Error::storage(self.phase, "writing", error).on(self.name()),
+            None => Error::io(self.phase, "sending", error).on(self.name()),
+        }
     }
 
     pub(super) fn name(&self) -> String {

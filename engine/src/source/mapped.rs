@@ -2,12 +2,11 @@
 //! docs/wire.md §17.
 
 use std::fs::File;
-use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use multifd_transports::{Channel, FileStream};
+use multifd_transports::Channel;
 use multifd_wire::MappedRamHeader;
 
 use super::main_stream::MainStream;
@@ -15,7 +14,7 @@ use super::outgoing::{OutgoingBlock, OutgoingRam};
 use super::rounds::Work;
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::mapped;
+use crate::mapped::{self, file};
 use crate::ram::{Batch, Claim, PAGE, PAGE_SIZE, Round};
 use crate::session::Counters;
 use crate::workers::Crew;
@@ -38,7 +37,8 @@ struct StoredBlock {
 impl MappedFile {
     /// `channel` is a file's. `direct`: past the page cache.
     pub(super) fn new(channel: &Arc<Channel>, ram: &OutgoingRam, direct: bool) -> Result<Self> {
-        let failed = |error| Error::io(Phase::Setup, "opening the file for pages", error).on(name(channel));
+        let failed =
+            |error| Error::storage(Phase::Setup, "opening the file for pages", error).on(name(channel));
         let pages = file(channel).and_then(|file| file.for_pages(direct)).map_err(failed)?;
         let block = |outgoing: &OutgoingBlock| StoredBlock {
             place: OnceLock::new(),
@@ -53,11 +53,11 @@ impl MappedFile {
         for (entry, block) in ram.list().zip(&self.blocks) {
             entry.encode(main.unsent());
             main.flush()?;
-            let file = file(&self.channel).map_err(|error| main.error(error))?;
-            let place = mapped::place(file.position(), entry.used_len, PAGE_SIZE);
+            let stream = file(&self.channel).map_err(|error| main.error(error))?;
+            let place = mapped::place(stream.position(), entry.used_len, PAGE_SIZE);
             place.encode(main.unsent());
             main.flush()?;
-            file.seek(place.pages_offset + entry.used_len);
+            stream.seek(place.pages_offset + entry.used_len);
             block.place.get_or_init(|| place);
         }
         Ok(())
@@ -70,7 +70,7 @@ impl MappedFile {
             let bitmap: Vec<u8> =
                 block.stored.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
             file(&self.channel).and_then(|file| file.write_all_at(&bitmap, place.bitmap_offset)).map_err(
-                |error| Error::io(Phase::Device, "writing a bitmap", error).on(name(&self.channel)),
+                |error| Error::storage(Phase::Device, "writing a bitmap", error).on(name(&self.channel)),
             )?;
             self.channel.note_direct_sent(bitmap.len() as u64);
         }
@@ -125,7 +125,7 @@ impl MappedFile {
         memory.write_to(start..start + len, &self.pages, place.pages_offset + start as u64).map_err(
             |error| {
                 let what = format!("writing {} pages of RAM block {}", run.len(), outgoing.block.name());
-                Error::io(Phase::Active, what, error)
+                Error::storage(Phase::Active, what, error)
             },
         )?;
         self.channel.note_direct_sent(len as u64);
@@ -160,13 +160,6 @@ impl StoredBlock {
             word.fetch_and(!bit, Ordering::Relaxed)
         };
     }
-}
-
-/// What the settings make sure of: mapped-ram goes to files only.
-fn file(channel: &Channel) -> io::Result<&FileStream> {
-    channel
-        .file()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "pages at fixed places need a file"))
 }
 
 fn name(channel: &Channel) -> String {

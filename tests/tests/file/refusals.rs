@@ -3,12 +3,14 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use multifd_tests::peer::{Memory, Recorder, Style, Trial};
-use multifd_tests::{Outcome, Scratch, skip};
+use multifd_tests::process::Signal;
+use multifd_tests::{Multifd, Outcome, Scratch, skip};
 use rustix::fs::{CWD, FileType, mknodat};
 
-use super::fixture::{Disk, Way, fails, misused};
+use super::fixture::{Disk, SOON, Way, fails, misused};
 
 const PLAIN: Way = Way { mapped: false, workers: 0, offset: 0, direct: false };
 const MAPPED: Way = Way { mapped: true, ..PLAIN };
@@ -85,6 +87,26 @@ fn a_file_system_without_direct_io() -> Outcome {
     MAPPED.sent(&trial.checkpoint(), &file)?;
     fails(direct.receive(&file, &out)?, &words, &[&out])?;
     MAPPED.received(&file, &out)?;
+    Ok(())
+}
+
+#[test]
+fn a_save_that_is_interrupted_leaves_nothing() -> Outcome {
+    let (scratch, trial) = (Scratch::new()?, checkpoint()?);
+    let file = scratch.path("snapshot");
+    for mapped in ["--mapped-ram", "--no-return-path"] {
+        let (from, to) = (trial.checkpoint().display().to_string(), PLAIN.uri(&file));
+        let slow = ["send", &from, &to, mapped, "--max-bandwidth", "1MiB/s", "--json"];
+        let mut send = Multifd::spawn("send", slow)?;
+        let begun = Instant::now();
+        while !file.exists() {
+            assert!(begun.elapsed() < SOON, "no file");
+            std::thread::yield_now();
+        }
+        send.signal(Signal::INT)?;
+        assert_eq!(send.wait(SOON)?.code(), Some(130));
+        assert!(!file.exists());
+    }
     Ok(())
 }
 
