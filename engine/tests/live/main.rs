@@ -11,6 +11,7 @@ mod faults;
 mod file;
 mod guest;
 mod relay;
+mod tls;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -22,7 +23,7 @@ use multifd_engine::{
     Arrived, Destination, DeviceState, Error, ErrorKind, HostMemory, Limits, MigrationState, OnStall, PAGE,
     Precopy, RamBlock, Report, Source, SourceBuilder, ZeroCopySend,
 };
-use multifd_transports::Endpoint;
+use multifd_transports::{Endpoint, TlsServer};
 use multifd_wire::Configuration;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -43,14 +44,22 @@ impl There {
 
     /// `end` decides about the guest that has arrived.
     fn listen_with(end: impl FnOnce(Arrived) -> Result<Report, Error> + Send + 'static) -> Self {
+        Self::listen_as(None, end)
+    }
+
+    fn listen_as(
+        tls: Option<TlsServer>,
+        end: impl FnOnce(Arrived) -> Result<Report, Error> + Send + 'static,
+    ) -> Self {
         let memory = HostMemory::anonymous(PAGES * PAGE).unwrap();
         let block = RamBlock::new("guest.ram".try_into().unwrap(), memory);
         let garbage = Guest::new("garbage", PAGES);
         copy(&garbage.block, &block);
-        let destination = Destination::builder(vec![block.clone()])
-            .timeout(SOON)
-            .listen(&"tcp:127.0.0.1:0".parse().unwrap())
-            .unwrap();
+        let mut builder = Destination::builder(vec![block.clone()]).timeout(SOON);
+        if let Some(tls) = tls {
+            builder = builder.tls(tls);
+        }
+        let destination = builder.listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
         let uri = destination.endpoint();
         let thread = std::thread::Builder::new().spawn(move || end(destination.receive()?)).unwrap();
         Self { uri, block, thread }

@@ -98,10 +98,6 @@ impl Credentials {
         self.0.to_str().unwrap_or_default()
     }
 
-    pub(crate) fn path(&self) -> String {
-        self.text().to_owned()
-    }
-
     pub(crate) fn dir(&self) -> &Path {
         &self.0
     }

@@ -1,5 +1,6 @@
 //! Sealed migrations from and to the real QEMU: a running guest comes in, lies on disk, and goes out; and whoever is not to take
 //! part in it is told why.
+#![allow(clippy::indexing_slicing, clippy::unwrap_used, reason = "test code may panic")]
 
 mod fixture;
 mod init;
@@ -35,7 +36,7 @@ fn journey(way: Way, settings: &Settings) -> Outcome {
 
     let mut source = vm.source(Some(&credentials.object("client", way.priority)))?;
     let out = vm.scratch.path("checkpoint");
-    let mut receive = Receive::listen_with(&uri("in"), &out, &["--tls-dir", &credentials.path()])?;
+    let mut receive = Receive::listen_with(&uri("in"), &out, &["--tls-dir", credentials.text()])?;
     source.set_up(settings, Side::Source)?;
     source.migrate(receive.uri())?;
     let ended = source.settle(settings, SOON)?;

@@ -9,6 +9,9 @@ use multifd_tests::{
 
 use crate::fixture::{Credentials, SOON, Vm, sealed};
 
+/// What GnuTLS says of an alert, whatever it was.
+const ALERT: &str = "A TLS fatal alert has been received";
+
 /// What both ends have said.
 struct Said {
     ours: String,
@@ -18,7 +21,6 @@ struct Said {
 impl Said {
     #[track_caller]
     fn check(&self, ours: &[&str], theirs: &[&str]) {
-        eprintln!("OURS {}\nTHEIRS {}", self.ours, self.theirs);
         for (said, expected) in [(&self.ours, ours), (&self.theirs, theirs)] {
             for part in expected {
                 assert!(said.contains(part), "{said:?} lacks {part:?}");
@@ -135,17 +137,20 @@ fn another_ca() -> Outcome {
     let (good, other) = (&all.good, &all.of_another_ca()?);
     // The source's certificate.
     from_qemu(Some(&other.object("client", None)), &["--tls-dir", good.text()])?
-        .check(&["refused the peer's certificate", "unknown CA, it was signed by \"CN=other CA\""], &[""]);
+        .check(&["refused the peer's certificate", "unknown CA, it was signed by \"CN=other CA\""], &[ALERT]);
     // The destination's.
     from_qemu(Some(&good.object("client", None)), &["--tls-dir", other.text()])?
-        .check(&["the TLS handshake", "refused our certificate"], &[""]);
+        .check(&["the TLS handshake", "refused our certificate"], &["hasn't got a known issuer"]);
     let stored = Stored::new()?;
     stored
         .to_qemu(&[&good.object("server", None)], false, &["--tls-dir", other.text()], "ertificate")?
-        .check(&["right after the TLS handshake: it may have refused our certificate"], &[""]);
+        .check(
+            &["right after the TLS handshake: it may have refused our certificate"],
+            &["hasn't got a known issuer"],
+        );
     stored
         .to_qemu(&[&other.object("server", None)], false, &["--tls-dir", good.text()], "TLS")?
-        .check(&["refused the peer's certificate", "unknown CA, it was signed by \"CN=other CA\""], &[""]);
+        .check(&["refused the peer's certificate", "unknown CA, it was signed by \"CN=other CA\""], &[ALERT]);
     Ok(())
 }
 
@@ -156,16 +161,17 @@ fn expired() -> Outcome {
     let (good, old) =
         (&all.good, &all.issued(&Member::server().expired(), Some(&Member::client().expired()))?);
     from_qemu(Some(&old.object("client", None)), &["--tls-dir", good.text()])?
-        .check(&["refused the peer's certificate", "it expired at"], &[""]);
+        .check(&["refused the peer's certificate", "it expired at"], &[ALERT]);
     from_qemu(Some(&good.object("client", None)), &["--tls-dir", old.text()])?
-        .check(&["the TLS handshake", "refused our certificate"], &[""]);
+        .check(&["the TLS handshake", "refused our certificate"], &["The certificate is not trusted"]);
     let stored = Stored::new()?;
-    stored
-        .to_qemu(&[&good.object("server", None)], false, &["--tls-dir", old.text()], "ertificate")?
-        .check(&["right after the TLS handshake: it may have refused our certificate"], &[""]);
+    stored.to_qemu(&[&good.object("server", None)], false, &["--tls-dir", old.text()], "ertificate")?.check(
+        &["right after the TLS handshake: it may have refused our certificate"],
+        &["The certificate is not trusted"],
+    );
     stored
         .to_qemu(&[&old.object("server", None)], false, &["--tls-dir", good.text()], "TLS")?
-        .check(&["refused the peer's certificate", "it expired at"], &[""]);
+        .check(&["refused the peer's certificate", "it expired at"], &[ALERT]);
     Ok(())
 }
 
@@ -176,16 +182,18 @@ fn another_host_name() -> Outcome {
     let good = &all.good;
     let elsewhere =
         &all.issued(&Member::new("destination", &["elsewhere.example"]), Some(&Member::client()))?;
-    from_qemu(Some(&good.object("client", None)), &["--tls-dir", elsewhere.text()])?
-        .check(&["the TLS handshake", "refused our certificate"], &[""]);
+    from_qemu(Some(&good.object("client", None)), &["--tls-dir", elsewhere.text()])?.check(
+        &["the TLS handshake", "refused our certificate"],
+        &["Certificate does not match the hostname 127.0.0.1"],
+    );
     let stored = Stored::new()?;
     stored
         .to_qemu(&[&elsewhere.object("server", None)], false, &["--tls-dir", good.text()], "TLS")?
-        .check(&["it is for elsewhere.example, expected \"127.0.0.1\""], &[""]);
+        .check(&["it is for elsewhere.example, expected \"127.0.0.1\""], &[ALERT]);
     let flags = ["--tls-dir", good.text(), "--tls-hostname", "other.example"];
     stored
         .to_qemu(&[&good.object("server", None)], false, &flags, "TLS")?
-        .check(&["it is for localhost, 127.0.0.1, expected \"other.example\""], &[""]);
+        .check(&["it is for localhost, 127.0.0.1, expected \"other.example\""], &[ALERT]);
     Ok(())
 }
 
@@ -195,10 +203,10 @@ fn no_client_certificate() -> Outcome {
     let all = All::new()?;
     let (good, without) = (&all.good, &all.issued(&Member::server(), None)?);
     from_qemu(Some(&without.object("client", None)), &["--tls-dir", good.text()])?
-        .check(&["the peer has sent no certificate, expected one signed by a CA of"], &[""]);
+        .check(&["the peer has sent no certificate, expected one signed by a CA of"], &[ALERT]);
     Stored::new()?
         .to_qemu(&[&good.object("server", None)], false, &["--tls-dir", without.text()], "ertificate")?
-        .check(&[""], &[""]);
+        .check(&["it may demand a client certificate, and we have none"], &["No certificate was found"]);
     Ok(())
 }
 
@@ -210,7 +218,7 @@ fn a_name_outside_the_list() -> Outcome {
     let flags = ["--tls-dir", good.text(), "--tls-authz", "CN=other,*", "--tls-authz", "other.example"];
     from_qemu(Some(&good.object("client", None)), &flags)?.check(
         &["(source.example): its name is not authorised, expected CN=other,* or other.example"],
-        &[""],
+        &[ALERT],
     );
     let list = |name: &str| {
         format!(
@@ -225,7 +233,10 @@ fn a_name_outside_the_list() -> Outcome {
             &["--tls-dir", good.text()],
             "TLS",
         )?
-        .check(&["right after the TLS handshake: it may have refused our certificate"], &[""]);
+        .check(
+            &["right after the TLS handshake: it may have refused our certificate"],
+            &["authz check for CN=source,O=Example is denied"],
+        );
     Ok(())
 }
 
@@ -237,10 +248,14 @@ fn one_end_without_tls() -> Outcome {
     from_qemu(None, &["--tls-dir", good.text()])?
         .check(&["the peer does not speak TLS: its first bytes are 51 45 56 4d"], &[]);
     from_qemu(Some(&good.object("client", None)), &[])?
-        .check(&["the peer speaks TLS, and this side is not set up for it"], &[""]);
+        .check(&["the peer speaks TLS, and this side is not set up for it"], &["TLS handshake failed"]);
     let stored = Stored::new()?;
-    stored.to_qemu(&[&good.object("server", None)], false, &[], "TLS")?.check(&[""], &[""]);
-    stored.to_qemu(&[], false, &["--tls-dir", good.text()], "")?.check(&[""], &[]);
+    stored
+        .to_qemu(&[&good.object("server", None)], false, &[], "TLS")?
+        .check(&[], &["An unexpected TLS packet was received"]);
+    stored
+        .to_qemu(&[], false, &["--tls-dir", good.text()], "")?
+        .check(&["in the TLS handshake", "is it set up for TLS?"], &[]);
     Ok(())
 }
 

@@ -9,8 +9,11 @@ use multifd_tests::{Failure, Outcome};
 
 pub(crate) struct Relay {
     uri: String,
-    seen: Arc<Mutex<Vec<Arc<Mutex<Vec<u8>>>>>>,
+    seen: Arc<Mutex<Vec<Record>>>,
 }
+
+/// What went in one direction of a connection.
+type Record = Arc<Mutex<Vec<u8>>>;
 
 impl Relay {
     pub(crate) fn to(uri: &str) -> Outcome<Self> {
@@ -25,7 +28,7 @@ impl Relay {
                 let Ok(destination) = TcpStream::connect(&there) else { return };
                 for (from, to) in [(&source, &destination), (&destination, &source)] {
                     let (Ok(from), Ok(to)) = (from.try_clone(), to.try_clone()) else { return };
-                    let record = Arc::new(Mutex::new(Vec::new()));
+                    let record = Record::default();
                     all.lock().unwrap().push(Arc::clone(&record));
                     drop(Builder::new().spawn(move || pass(from, to, &record)));
                 }

@@ -32,7 +32,9 @@ pub(crate) fn received(description: u8, role: Role) -> String {
         46 => refused("unknown reason (certificate unknown)"),
         48 => refused("unknown CA, the peer trusts another one than the one that signed it"),
         49 => refused("its name is not in the peer's authorisation list (access denied)"),
-        51 => refused("its signature does not verify (decrypt error)"),
+        51 => refused(
+            "its signature does not verify, another CA of the same name may have signed it (decrypt error)",
+        ),
         70 => "the peer has no TLS version in common with us, 1.2 or 1.3 is needed".into(),
         116 => "the peer demands a client certificate and we have none (certificate required)".into(),
         other => format!("the peer ended the TLS connection with alert {other} ({})", name(other)),

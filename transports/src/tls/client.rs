@@ -63,7 +63,8 @@ impl TlsClient {
             .build()
             .map_err(|error| InvalidCredentials::new(&directory.ca_path(), error.to_string()))?;
         let identity = directory.identity("client", &crypto)?;
-        let settings = Settings { role: Role::Client, provider, refresh_after: None };
+        let settings =
+            Settings { role: Role::Client, certified: identity.is_some(), provider, refresh_after: None };
         Ok(Self { directory, verifier, identity, crypto, hostname: None, settings })
     }
 

@@ -21,6 +21,9 @@ const MAX_WAITING: usize = 128 << 10;
 /// How long a peer that was refused may take to hear of it.
 const GOODBYE: Duration = Duration::from_secs(1);
 
+/// A fatal alert in the clear, as a record of its own.
+const UNEXPECTED_MESSAGE: [u8; 7] = [content::ALERT, 3, 3, 0, 2, 2, 10];
+
 /// A socket in its handshake.
 pub(crate) struct Line {
     client: Client,
@@ -83,7 +86,10 @@ impl Line {
                 }
                 Ok(Next::Go) => {}
                 Ok(Next::Read) => {
-                    self.read().await?;
+                    if let Err(failure) = self.read().await {
+                        self.turn_away(&failure).await;
+                        return Err(failure);
+                    }
                     on_received(self.received);
                 }
                 Ok(Next::Write) => self.flush().await.map_err(Failure::Broken)?,
@@ -180,8 +186,7 @@ impl Line {
         self.client.when_ready(Interest::READABLE, |socket| (&*socket).read(bytes)).await
     }
 
-    /// Sends the alert, and waits for the peer to hang up: to close with bytes unread would reset the connection, and the
-    /// alert might be lost with it.
+    /// Sends the alert.
     async fn say_goodbye<C: Handshaking>(&mut self, connection: &mut C) {
         // No further: rustls looks for more of what it has refused, and panics if that is not there.
         while connection.has_to_send() {
@@ -194,6 +199,20 @@ impl Line {
                 _ => break,
             }
         }
+        self.part().await;
+    }
+
+    /// Who does not speak TLS may know an alert when it sees one: a multifd source does.
+    async fn turn_away(&mut self, failure: &Failure) {
+        if let Failure::NotTls(_) = failure {
+            self.outgoing = UNEXPECTED_MESSAGE.to_vec();
+            self.part().await;
+        }
+    }
+
+    /// Sends what is left, and waits for the peer to hang up: to close with bytes unread would reset the connection, and the
+    /// alert might be lost with it.
+    async fn part(&mut self) {
         let heard = timeout(GOODBYE, async {
             self.flush().await?;
             self.client.shutdown()?;

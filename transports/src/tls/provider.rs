@@ -67,7 +67,7 @@ pub(crate) enum Key {
     #[cfg(feature = "aws-lc-rs")]
     AwsLc(aws_lc_rs::aead::LessSafeKey),
     #[cfg(feature = "ring")]
-    Ring(ring::aead::LessSafeKey),
+    Ring(Box<ring::aead::LessSafeKey>),
 }
 
 /// The body of [`Key::new`]: the libraries differ in their names only.
@@ -107,7 +107,7 @@ impl Key {
             #[cfg(feature = "aws-lc-rs")]
             TlsProvider::AwsLc => Self::AwsLc(key!(aws_lc_rs, algorithm, bytes)),
             #[cfg(feature = "ring")]
-            TlsProvider::Ring => Self::Ring(key!(ring, algorithm, bytes)),
+            TlsProvider::Ring => Self::Ring(Box::new(key!(ring, algorithm, bytes))),
         })
     }
 

@@ -71,7 +71,7 @@ impl TlsServer {
         let verifier = verifier
             .build()
             .map_err(|error| InvalidCredentials::new(&directory.ca_path(), error.to_string()))?;
-        let settings = Settings { role: Role::Server, provider, refresh_after: None };
+        let settings = Settings { role: Role::Server, certified: true, provider, refresh_after: None };
         Ok(Self { directory, verifier: Some(verifier), identity, crypto, allowed: Arc::default(), settings })
     }
 

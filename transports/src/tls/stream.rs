@@ -56,6 +56,8 @@ pub(crate) struct TlsStream {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Settings {
     pub(crate) role: Role,
+    /// We have shown a certificate, or would.
+    pub(crate) certified: bool,
     pub(crate) provider: TlsProvider,
     pub(crate) refresh_after: Option<NonZeroU64>,
 }
@@ -350,9 +352,11 @@ impl TlsStream {
         if opener.has_heard() || self.settings.role == Role::Server {
             return text.to_owned();
         }
-        format!(
-            "{text}, right after the TLS handshake: it may have refused our certificate, and says why on its side"
-        )
+        let maybe = match self.settings.certified {
+            true => "it may have refused our certificate, and says why on its side",
+            false => "it may demand a client certificate, and we have none",
+        };
+        format!("{text}, right after the TLS handshake: {maybe}")
     }
 
     fn follow_key(&self, receiving: &mut Receiving, answer: bool) {

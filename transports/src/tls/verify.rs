@@ -135,13 +135,11 @@ impl Circumstances<'_> {
     /// Why there is no connection, in words.
     pub(crate) fn explain(&self, failure: &Failure) -> String {
         match failure {
-            Failure::Broken(error) => format!("the connection broke in the TLS handshake: {error}"),
+            Failure::Broken(error) => {
+                format!("the connection broke in the TLS handshake: {error}; {}", self.maybe())
+            }
             Failure::Ended(received) => {
-                let maybe = match self.role {
-                    Role::Client => "is it set up for TLS?",
-                    Role::Server => "it may have refused our certificate",
-                };
-                format!("the peer hung up in the TLS handshake, after {received} bytes: {maybe}")
+                format!("the peer hung up in the TLS handshake, after {received} bytes: {}", self.maybe())
             }
             Failure::NotTls(first) => {
                 format!(
@@ -150,6 +148,14 @@ impl Circumstances<'_> {
                 )
             }
             Failure::Tls(error) => self.explain_tls(error),
+        }
+    }
+
+    /// The most likely reason of a peer that says none.
+    fn maybe(&self) -> &'static str {
+        match self.role {
+            Role::Client => "is it set up for TLS?",
+            Role::Server => "it may have refused our certificate",
         }
     }
 

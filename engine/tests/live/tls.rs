@@ -1,0 +1,68 @@
+//! The same, sealed: with keys that change all the time, and with an end that is refused.
+
+use std::fs;
+use std::sync::Arc;
+
+use multifd_codecs::{Codec, Uncompressed, Zstd};
+use multifd_engine::{Arrived, ErrorKind};
+use multifd_transports::{TlsClient, TlsServer};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use tempfile::TempDir;
+
+use crate::guest::Guest;
+use crate::{LOAD, PAGES, There, assert_equal, move_over, source};
+
+/// Credentials for both ends on this machine.
+fn credentials(ca: &str) -> TempDir {
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, ca);
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("ca-cert.pem"), authority.pem()).unwrap();
+    for end in ["server", "client"] {
+        let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &authority).unwrap();
+        fs::write(dir.path().join(format!("{end}-cert.pem")), certificate.pem()).unwrap();
+        fs::write(dir.path().join(format!("{end}-key.pem")), key.serialize_pem()).unwrap();
+    }
+    dir
+}
+
+#[test]
+fn a_guest_moves_sealed_across_new_keys() {
+    let dir = credentials("CA");
+    let often = (1 << 20).try_into().unwrap();
+    let codecs: [Arc<dyn Codec>; 2] = [Arc::new(Uncompressed), Arc::new(Zstd::level(1).unwrap())];
+    for (channels, codec) in [(0, &codecs[0]), (1, &codecs[0]), (3, &codecs[0]), (3, &codecs[1])] {
+        let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+        let server = TlsServer::from_directory(dir.path()).unwrap().refresh_keys_after(often);
+        let client = TlsClient::from_directory(dir.path()).unwrap().refresh_keys_after(often);
+        let there = There::listen_as(Some(server), Arrived::accept);
+        let source = source(&guest).channels(channels).codec(Arc::clone(codec)).tls(client).build().unwrap();
+        let report = move_over(&guest, source.connect(&there.uri).unwrap(), 4).unwrap();
+        assert!(report.confirmed);
+        let (block, result) = there.end();
+        result.unwrap();
+        assert_equal(&guest.block, &block);
+    }
+}
+
+#[test]
+fn a_destination_that_refuses_the_source_is_heard_while_channels_are_dialled() {
+    let (ours, theirs) = (credentials("our CA"), credentials("their CA"));
+    // The source trusts the destination, but not the other way round.
+    fs::copy(theirs.path().join("ca-cert.pem"), ours.path().join("ca-cert.pem")).unwrap();
+    let there = There::listen_as(Some(TlsServer::from_directory(theirs.path()).unwrap()), Arrived::accept);
+    let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+    let client = TlsClient::from_directory(ours.path()).unwrap();
+    let source = source(&guest).channels(4).tls(client).build().unwrap();
+    let error = source.connect(&there.uri).and_then(|precopy| move_over(&guest, precopy, 1)).unwrap_err();
+    assert!(error.chain().contains("the peer refused our certificate: unknown CA"), "{}", error.chain());
+    assert!(error.source_may_resume());
+    let (_, result) = there.end();
+    let error = result.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Transport);
+    assert!(error.chain().contains("refused the peer's certificate"), "{}", error.chain());
+}
