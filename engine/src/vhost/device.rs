@@ -1,6 +1,7 @@
 //! One device: its rings, and what its back-end is told when the guest's memory migrates.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vhost::VringConfigData;
 use vm_memory::{Address, GuestAddress};
@@ -33,12 +34,25 @@ pub struct VhostDevice<F> {
     features: u64,
     rings: Vec<(Ring, RingEvents)>,
     inflight: Option<Inflight>,
-    running: bool,
+    phase: Phase,
+    finishes: bool,
     /// The back-end knows the guest's memory.
     has_memory: bool,
     /// Where the back-end logs, from when it is told until it has confirmed that it does not any more: the kernel writes there.
     log: Option<Arc<SharedLog>>,
 }
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Nothing of its writes any more.
+    Standing,
+    Running,
+    /// Its rings are stopped, but it may not be done with what it took from them.
+    Halted,
+}
+
+/// Between two looks at a used ring.
+const POLL: Duration = Duration::from_micros(100);
 
 /// How guest and back-end wake each other.
 #[derive(Debug)]
@@ -60,7 +74,8 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
             features,
             rings,
             inflight,
-            running: false,
+            phase: Phase::Standing,
+            finishes: false,
             has_memory: false,
             log: None,
         }
@@ -113,7 +128,17 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
     /// Says that the embedder has told the back-end features, memory and rings, and that the rings run.
     #[must_use]
     pub fn running(mut self) -> Self {
-        (self.running, self.has_memory) = (true, true);
+        (self.phase, self.has_memory) = (Phase::Running, true);
+        self
+    }
+
+    /// Says that the device does every request by itself, as disks and file systems do, and unlike the receive ring of a
+    /// network card. Then [`VhostDevices::stop`](super::VhostDevices::stop) waits for all requests that the guest has made,
+    /// before it stops the rings. There are back-ends that need it: qemu-storage-daemon 10.0 answers GET_VRING_BASE at
+    /// once, and drops the requests that it has not done.
+    #[must_use]
+    pub fn finishes_requests(mut self) -> Self {
+        self.finishes = true;
         self
     }
 
@@ -172,16 +197,18 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         Ok(())
     }
 
+    /// A ring that stands still is told when it starts.
+    fn tell_running_addresses(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+        if self.phase == Phase::Running { self.tell_addresses(regions) } else { Ok(()) }
+    }
+
     fn config(
         &self,
         index: usize,
         ring: &Ring,
         regions: &[VhostRegion],
     ) -> Result<VringConfigData, VhostError> {
-        let size = u64::from(ring.size);
-        // Bytes, by the virtio specification. Of a packed ring: an event structure.
-        let (available, used) =
-            if self.features & RING_PACKED != 0 { (4, 4) } else { (6 + 2 * size, 6 + 8 * size) };
+        let [descriptors, available, used] = self.lens(ring);
         let address = |at: GuestAddress, len: u64| {
             let host = region::host_address(regions, at, len).ok_or_else(|| {
                 let at = at.raw_value();
@@ -193,11 +220,52 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
             queue_max_size: ring.size,
             queue_size: ring.size,
             flags: if self.log.is_some() { RING_LOGS } else { 0 },
-            desc_table_addr: address(ring.descriptors, 16 * size)?,
+            desc_table_addr: address(ring.descriptors, descriptors)?,
             avail_ring_addr: address(ring.available, available)?,
             used_ring_addr: address(ring.used, used)?,
             log_addr: Some(ring.used.raw_value()),
         })
+    }
+
+    /// Waits until no ring has requests left that `left` counts; of split rings, which alone tell.
+    fn wait_for(&self, what: &str, left: impl Fn(&Ring) -> Option<u16>) -> Result<(), VhostError> {
+        let patience = self.front_end.timeout();
+        let deadline = Instant::now() + patience;
+        for (index, (ring, _)) in self.rings.iter().enumerate().filter(|_| self.features & RING_PACKED == 0) {
+            while let Some(left) = left(ring).filter(|left| *left > 0) {
+                if Instant::now() >= deadline {
+                    return Err(
+                        self.failed(format!("ring {index}: {left} requests {what} after {patience:?}"))
+                    );
+                }
+                // A poll: back-ends that are being stopped do not signal, and the guest may have told them not to.
+                std::thread::park_timeout(POLL);
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops every ring, and learns where.
+    fn halt_rings(&mut self) -> Result<(), VhostError> {
+        for index in 0..self.rings.len() {
+            let front_end = &self.front_end;
+            let base = front_end.switch_ring(index, false).and_then(|()| front_end.get_vring_base(index));
+            let base = base.map_err(|cause| self.failed(format!("stopping ring {index}")).because(cause))?;
+            if let Some((ring, _)) = self.rings.get_mut(index) {
+                ring.base = base;
+            }
+        }
+        self.phase = Phase::Halted;
+        Ok(())
+    }
+
+    /// Bytes of a ring's three parts, by the virtio specification: descriptors, available, used. A packed ring has event
+    /// structures for the latter two.
+    fn lens(&self, ring: &Ring) -> [u64; 3] {
+        let size = u64::from(ring.size);
+        let (available, used) =
+            if self.features & RING_PACKED != 0 { (4, 4) } else { (6 + 2 * size, 6 + 8 * size) };
+        [16 * size, available, used]
     }
 
     fn start_rings(&self, regions: &[VhostRegion]) -> vhost::Result<Result<(), VhostError>> {
@@ -221,12 +289,12 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
 /// A device of any back-end, as the others need it.
 pub(super) trait Device: Send {
     fn name(&self) -> &str;
-    fn running(&self) -> bool;
+    fn standing(&self) -> bool;
     /// Why it cannot migrate.
     fn blocker(&self) -> Result<(), VhostError>;
     fn start(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError>;
     /// Returns when the back-end writes nothing any more.
-    fn stop(&mut self) -> Result<(), VhostError>;
+    fn stop(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError>;
     /// Everything that is written after this is in `log`.
     fn log_on(
         &mut self,
@@ -248,8 +316,8 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
         &self.name
     }
 
-    fn running(&self) -> bool {
-        self.running
+    fn standing(&self) -> bool {
+        self.phase == Phase::Standing
     }
 
     fn blocker(&self) -> Result<(), VhostError> {
@@ -269,7 +337,7 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
     }
 
     fn start(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        if self.running {
+        if self.phase == Phase::Running {
             return Ok(());
         }
         self.tell_features()?;
@@ -284,23 +352,29 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
             shared.map_err(|cause| self.failed("sharing the in-flight region").because(cause))?;
         }
         self.start_rings(regions).map_err(|cause| self.failed("starting its rings").because(cause))??;
-        self.running = true;
+        self.phase = Phase::Running;
         Ok(())
     }
 
-    fn stop(&mut self) -> Result<(), VhostError> {
-        if !self.running {
-            return Ok(());
-        }
-        for index in 0..self.rings.len() {
-            let front_end = &self.front_end;
-            let base = front_end.switch_ring(index, false).and_then(|()| front_end.get_vring_base(index));
-            let base = base.map_err(|cause| self.failed(format!("stopping ring {index}")).because(cause))?;
-            if let Some((ring, _)) = self.rings.get_mut(index) {
-                ring.base = base;
+    fn stop(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+        let index = |area: GuestAddress| region::read_u16(regions, GuestAddress(area.0.saturating_add(2)));
+        let done = |ring: &Ring| index(ring.used);
+        if self.phase == Phase::Running {
+            if self.finishes {
+                self.wait_for("are not done", |ring| Some(index(ring.available)?.wrapping_sub(done(ring)?)))?;
             }
+            self.halt_rings()?;
         }
-        self.running = false;
+        if self.phase == Phase::Halted {
+            // A split ring's base is 16 bits. With an in-flight region, what is in flight may go along in it.
+            let taken = |ring: &Ring| u16::try_from(ring.base).ok().filter(|_| self.inflight.is_none());
+            self.wait_for("are in flight", |ring| Some(taken(ring)?.wrapping_sub(done(ring)?)))?;
+            if let Some(log) = &self.log {
+                // The index may be there before its page is in the log.
+                self.rings.iter().for_each(|(ring, _)| log.mark(ring.used, self.lens(ring)[2]));
+            }
+            self.phase = Phase::Standing;
+        }
         Ok(())
     }
 
@@ -317,7 +391,7 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
             set.map_err(|cause| self.failed("setting the log's eventfd").because(cause))?;
         }
         self.tell_features()?;
-        if self.running { self.tell_addresses(regions) } else { Ok(()) }
+        self.tell_running_addresses(regions)
     }
 
     fn log_into(&mut self, log: &Arc<SharedLog>) -> Result<(), VhostError> {
@@ -328,10 +402,7 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
 
     fn log_off(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
         let Some(log) = self.log.take() else { return Ok(()) };
-        let off = self.tell_features().and_then(|()| match self.running {
-            true => self.tell_addresses(regions),
-            false => Ok(()),
-        });
+        let off = self.tell_features().and_then(|()| self.tell_running_addresses(regions));
         off.inspect_err(|_| self.log = Some(log))
     }
 
@@ -339,9 +410,9 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
         if !self.has_memory {
             return Ok(());
         }
-        let halt = self.running && self.front_end.stops_for_memory();
+        let halt = self.phase == Phase::Running && self.front_end.stops_for_memory();
         if halt {
-            self.stop()?;
+            self.stop(old)?;
         }
         let changed = self.front_end.change_memory(old, new);
         changed.map_err(|cause| self.failed("changing the guest's memory").because(cause))?;
@@ -358,7 +429,7 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
     }
 
     fn state(&self) -> Result<VhostState, VhostError> {
-        if self.running {
+        if self.phase != Phase::Standing {
             return Err(self.failed("it still runs: its state is known when it is stopped"));
         }
         let inflight = self.inflight.as_ref().map(Inflight::save).transpose();

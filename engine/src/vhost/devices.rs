@@ -84,7 +84,7 @@ impl VhostDevices {
         let at = group.devices.iter().position(|device| device.name() == name);
         let at = at.ok_or_else(|| unknown(name))?;
         let mut device = group.devices.remove(at);
-        device.stop()?;
+        device.stop(&group.regions)?;
         device.log_off(&group.regions)
     }
 
@@ -104,7 +104,7 @@ impl VhostDevices {
     /// # Errors
     /// The first device that does not stop; the others stand still.
     pub fn stop(&self) -> Result<(), VhostError> {
-        self.group().each(|device, _| device.stop())
+        self.group().each(|device, regions| device.stop(regions))
     }
 
     /// Changes the guest memory that devices reach: adds, removes, resizes regions, also while a migration runs. Tell
@@ -212,14 +212,16 @@ impl Group {
             return Err(DirtyLogError::new("the vhost devices serve another migration"));
         }
         for device in &self.devices {
-            device.blocker().map_err(refused)?;
+            device.blocker().map_err(DirtyLogError::from)?;
         }
         let log = RunLog::new(&self.regions, &self.regions, ram)?;
         let (shared, event) = (Arc::clone(&log.log), self.log_event.clone());
         self.migration = Some(Logging { ram: ram.to_vec(), log, retired: Vec::new(), lost: None });
         let regions = &self.regions;
         let mut devices = self.devices.iter_mut();
-        devices.try_for_each(|device| device.log_on(&shared, event.as_deref(), regions)).map_err(refused)
+        devices
+            .try_for_each(|device| device.log_on(&shared, event.as_deref(), regions))
+            .map_err(DirtyLogError::from)
     }
 
     /// The guest runs on, or is elsewhere: nobody reads the log any more.
@@ -238,11 +240,11 @@ impl Group {
         if let Some(lost) = self.migration.as_ref().and_then(|logging| logging.lost.as_ref()) {
             return Err(DirtyLogError::new(format!("what vhost devices write is not known since {lost}")));
         }
-        self.devices.iter().try_for_each(|device| device.check_connected()).map_err(refused)
+        self.devices.iter().try_for_each(|device| device.check_connected()).map_err(DirtyLogError::from)
     }
 
     pub(super) fn check_stopped(&self) -> Result<(), DirtyLogError> {
-        match self.devices.iter().find(|device| device.running()) {
+        match self.devices.iter().find(|device| !device.standing()) {
             Some(device) => Err(DirtyLogError::new(format!(
                 "vhost device {} still runs: it must be stopped before the last sync",
                 device.name()
@@ -262,8 +264,4 @@ impl std::fmt::Debug for VhostDevices {
 
 fn unknown(name: &str) -> VhostError {
     VhostError::of_device(name, "there is none of this name")
-}
-
-fn refused(error: VhostError) -> DirtyLogError {
-    DirtyLogError::new("vhost").because(error)
 }

@@ -2,6 +2,8 @@
 
 use thiserror::Error;
 
+use crate::dirty::DirtyLogError;
+
 /// A device's back-end could not do what was asked of it, or its state does not fit.
 #[derive(Debug, Error)]
 #[error("{subject}: {doing}")]
@@ -31,5 +33,15 @@ impl VhostError {
     pub fn chain(&self) -> String {
         let causes = std::iter::successors(Some(self as &dyn std::error::Error), |error| error.source());
         causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    }
+}
+
+impl From<VhostError> for DirtyLogError {
+    fn from(error: VhostError) -> Self {
+        let text = Self::new(error.to_string());
+        match error.source {
+            Some(cause) => text.because(cause),
+            None => text,
+        }
     }
 }

@@ -19,6 +19,11 @@ pub(super) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 /// * When `get_vring_base` has returned, the back-end writes nothing more for this ring, neither data nor used ring.
 /// * A call that follows one that failed may fail at once.
 pub trait VhostFrontEnd: VhostBackend + Send {
+    /// The longest wait for the back-end: for an answer, and for requests to be done. Default: 10 s.
+    fn timeout(&self) -> Duration {
+        DEFAULT_TIMEOUT
+    }
+
     /// The protocol features that both ends use. The kernel has none.
     fn protocol_features(&self) -> u64 {
         0

@@ -45,6 +45,10 @@ impl Connection {
         self
     }
 
+    pub(super) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
     /// Asks for something: the body of the reply.
     pub(super) fn ask(&self, request: FrontendReq, body: &[u8], fds: &[RawFd]) -> io::Result<Vec<u8>> {
         self.exchange(request, 0, body, fds)

@@ -145,6 +145,14 @@ pub(super) fn host_address(regions: &[VhostRegion], at: GuestAddress, len: u64) 
     regions.iter().find_map(|region| region.host_address(at, len))
 }
 
+/// Reads a number of the guest's, in the byte order of virtio.
+pub(super) fn read_u16(regions: &[VhostRegion], at: GuestAddress) -> Option<u16> {
+    let region = regions.iter().find(|region| region.host_address(at, 2).is_some())?;
+    let offset = region.range.start + (at.raw_value() - region.guest_address.raw_value());
+    let mut bytes = [0; 2];
+    region.block.memory().read(usize::try_from(offset).ok()?, &mut bytes).then(|| u16::from_le_bytes(bytes))
+}
+
 fn pages(bytes: u64) -> usize {
     usize::try_from(bytes / PAGE as u64).unwrap_or(usize::MAX)
 }

@@ -5,6 +5,8 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use vm_memory::GuestAddress;
+
 use super::region::VhostRegion;
 use super::sys;
 use crate::dirty::{DirtyLogError, place_of};
@@ -54,6 +56,17 @@ impl SharedLog {
     /// Where it is mapped in this process: what the kernel's vhost is told.
     pub fn address(&self) -> u64 {
         self.memory.slice(0, 0).map_or(0, |slice| slice.ptr_guard().as_ptr() as u64)
+    }
+
+    /// Sets the bits of `len` bytes from a guest address on, as a back-end does.
+    pub fn mark(&self, at: GuestAddress, len: u64) {
+        let (first, end) = (at.0 / PAGE as u64, at.0.saturating_add(len).div_ceil(PAGE as u64));
+        let words = sys::words(&self.memory).unwrap_or_default();
+        for page in first..end {
+            let word = usize::try_from(page / PAGES).ok().and_then(|word| words.get(word));
+            // Release: who takes the bit sees what was written before.
+            _ = word.map(|word| word.fetch_or((1_u64 << (page % PAGES)).to_le(), Ordering::Release));
+        }
     }
 
     /// Takes the bits of `pages` pages from guest page `first` on, and sets those of the pages from `into_first` on in `into`.
@@ -117,7 +130,7 @@ impl RunLog {
         let run = |region: &VhostRegion| {
             let place = place_of(region.block().name(), region.block().pages(), ram)?;
             let (guest_page, pages) = (region.first_guest_page(), region.pages());
-            Ok(Run { guest_page, pages, place, page: region.first_page() })
+            Ok::<_, DirtyLogError>(Run { guest_page, pages, place, page: region.first_page() })
         };
         let runs = regions.iter().map(run).collect::<Result<_, _>>()?;
         let end = sized_for.iter().map(VhostRegion::guest_end).max().unwrap_or(0);
@@ -189,6 +202,19 @@ mod tests {
     }
 
     #[test]
+    fn marks_are_as_a_back_end_makes_them() {
+        let (ours, theirs) = (SharedLog::new(1 << 20).unwrap(), SharedLog::new(1 << 20).unwrap());
+        ours.mark(GuestAddress(0x41fff), 2);
+        ours.mark(GuestAddress(0x1000), 0);
+        ours.mark(GuestAddress(0xff000), u64::MAX >> 20);
+        [0x41, 0x42, 0xff].into_iter().for_each(|page| mark(&theirs, page));
+        let (mut a, mut b) = ([0; 32], [0; 32]);
+        ours.file.read_exact_at(&mut a, 0).unwrap();
+        theirs.file.read_exact_at(&mut b, 0).unwrap();
+        assert_eq!(a, b);
+    }
+
+    #[test]
     fn a_run_past_the_end_of_the_log_is_left_out() {
         let log = SharedLog::new(64 * PAGE as u64).unwrap();
         mark(&log, 63);
@@ -206,8 +232,8 @@ mod tests {
         };
         let ram = [block("rom", 4), block("ram", 100)];
         let regions = [
-            VhostRegion::new(vm_memory::GuestAddress(0), &ram[1]).part(0..0xa000),
-            VhostRegion::new(vm_memory::GuestAddress(1 << 32), &ram[1]).part(0xa000..100 * PAGE as u64),
+            VhostRegion::new(GuestAddress(0), &ram[1]).part(0..0xa000),
+            VhostRegion::new(GuestAddress(1 << 32), &ram[1]).part(0xa000..100 * PAGE as u64),
         ];
         let log = RunLog::new(&regions, &regions, &ram).unwrap();
         let high = (1 << 32) / PAGE as u64;

@@ -88,6 +88,10 @@ impl VhostUser {
 }
 
 impl VhostFrontEnd for VhostUser {
+    fn timeout(&self) -> Duration {
+        self.connection.timeout()
+    }
+
     fn protocol_features(&self) -> u64 {
         self.features.bits()
     }
