@@ -12,9 +12,11 @@
 mod backend;
 mod blk;
 mod faults;
+mod fs;
 mod guest;
 mod kernel;
 mod merged;
+mod net;
 mod order;
 mod peers;
 mod queues;
