@@ -18,7 +18,7 @@ pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + S
 /// VIRTIO_F_VERSION_1.
 pub const VERSION_1: u64 = 1 << 32;
 /// Bytes of a sector, whatever the disk.
-pub const SECTOR: u64 = 512;
+pub const SECTOR: usize = 512;
 
 /// Descriptor flags.
 const NEXT: u16 = 1;
@@ -215,11 +215,11 @@ struct Request {
 
 impl Disk {
     /// Longest data of a request.
-    pub const DATA: u64 = 64 << 10;
+    pub const DATA: usize = 64 << 10;
     /// Requests at a time.
     pub const SLOTS: usize = 16;
     /// Bytes of guest memory that it needs: three pages for the ring, then the slots.
-    pub const MEMORY: u64 = 0x3000 + Self::SLOTS as u64 * (0x1000 + Self::DATA);
+    pub const MEMORY: u64 = 0x3000 + (Self::SLOTS * (0x1000 + Self::DATA)) as u64;
     /// Bytes of a slot's part of the disk.
     const PART: usize = 256 << 10;
     /// Bytes of the disk.
@@ -317,20 +317,19 @@ impl Disk {
     }
 
     fn submit(&mut self, slot: usize) -> Result<()> {
-        let sector = SECTOR as usize;
         let write = self.below(2) == 0;
-        let len = (1 + self.below(Self::DATA as usize / sector)) * sector;
-        let offset = self.below(Self::DATA as usize - len + 1);
-        let place = slot * Self::PART + self.below((Self::PART - len) / sector + 1) * sector;
+        let len = (1 + self.below(Self::DATA / SECTOR)) * SECTOR;
+        let offset = self.below(Self::DATA - len + 1);
+        let place = slot * Self::PART + self.below((Self::PART - len) / SECTOR + 1) * SECTOR;
         let header = self.header(slot);
         let at = GuestAddress(header.0 + 0x1000 + offset as u64);
         if write {
             let seed = self.below(251);
-            let data: Vec<u8> = (0..len).map(|byte| (byte.wrapping_mul(31) + seed) as u8).collect();
+            let data: Vec<u8> = (seed..seed + len).map(|byte| byte.to_le_bytes()[0]).collect();
             self.memory.write_slice(&data, at)?;
         }
         self.memory.write_obj(u64::from(write), header)?;
-        self.memory.write_obj(place as u64 / SECTOR, GuestAddress(header.0 + 8))?;
+        self.memory.write_obj((place / SECTOR) as u64, GuestAddress(header.0 + 8))?;
         self.memory.write_obj(0xff_u8, GuestAddress(header.0 + 16))?;
         let buffer = |at, len, device_writes| Buffer { at, len, device_writes };
         let head = self.queue.add(&[
@@ -345,7 +344,7 @@ impl Disk {
     }
 
     fn header(&self, slot: usize) -> GuestAddress {
-        GuestAddress(self.area.0 + slot as u64 * (0x1000 + Self::DATA))
+        GuestAddress(self.area.0 + (slot * (0x1000 + Self::DATA)) as u64)
     }
 
     /// SplitMix64.

@@ -1,13 +1,11 @@
 //! One device: its rings, and what its back-end is told when the guest's memory migrates.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use vhost::VringConfigData;
 use vm_memory::{Address, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::announce::{Announcement, GUEST_ANNOUNCE};
 use super::error::VhostError;
 use super::front_end::VhostFrontEnd;
 use super::region::{self, VhostRegion};
@@ -16,7 +14,7 @@ use super::state::{Inflight, LASTING_PROTOCOL_FEATURES, RING_PACKED, Ring, Vhost
 use super::user::PROTOCOL_FEATURES;
 
 /// VHOST_F_LOG_ALL: what a back-end that can log offers, and what turns its log on.
-const LOG_ALL: u64 = 1 << 26;
+pub(super) const LOG_ALL: u64 = 1 << 26;
 /// VHOST_VRING_F_LOG: the used ring is logged, too.
 const RING_LOGS: u32 = 1;
 
@@ -28,31 +26,29 @@ const RING_LOGS: u32 = 1;
 /// ```
 #[derive(Debug)]
 pub struct VhostDevice<F> {
-    name: String,
-    front_end: F,
+    pub(super) name: String,
+    pub(super) front_end: F,
     /// What guest and device have agreed on.
-    features: u64,
-    rings: Vec<(Ring, RingEvents)>,
-    inflight: Option<Inflight>,
-    phase: Phase,
-    finishes: bool,
+    pub(super) features: u64,
+    pub(super) rings: Vec<(Ring, RingEvents)>,
+    pub(super) inflight: Option<Inflight>,
+    pub(super) phase: Phase,
+    pub(super) finishes: bool,
     /// The back-end knows the guest's memory.
-    has_memory: bool,
+    pub(super) has_memory: bool,
     /// Where the back-end logs, from when it is told until it has confirmed that it does not any more: the kernel writes there.
-    log: Option<Arc<SharedLog>>,
+    pub(super) log: Option<Arc<SharedLog>>,
 }
 
+/// What a device is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+pub(super) enum Phase {
     /// Nothing of its writes any more.
     Standing,
     Running,
     /// Its rings are stopped, but it may not be done with what it took from them.
     Halted,
 }
-
-/// Between two looks at a used ring.
-const POLL: Duration = Duration::from_micros(100);
 
 /// How guest and back-end wake each other.
 #[derive(Debug)]
@@ -160,11 +156,11 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         Ok(())
     }
 
-    fn offered(&self) -> Result<u64, VhostError> {
+    pub(super) fn offered(&self) -> Result<u64, VhostError> {
         self.front_end.get_features().map_err(|cause| self.failed("asking for its features").because(cause))
     }
 
-    fn failed(&self, doing: impl Into<String>) -> VhostError {
+    pub(super) fn failed(&self, doing: impl Into<String>) -> VhostError {
         VhostError::of_device(&self.name, doing)
     }
 
@@ -175,19 +171,19 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         self.features | protocol | log
     }
 
-    fn tell_features(&self) -> Result<(), VhostError> {
+    pub(super) fn tell_features(&self) -> Result<(), VhostError> {
         let features = self.all_features();
         self.front_end
             .set_features(features)
             .map_err(|cause| self.failed(format!("setting features {features:#x}")).because(cause))
     }
 
-    fn tell_log(&self, log: &SharedLog) -> Result<(), VhostError> {
+    pub(super) fn tell_log(&self, log: &SharedLog) -> Result<(), VhostError> {
         let text = || format!("sharing a log of {} bytes", log.len());
         self.front_end.share_log(log).map_err(|cause| self.failed(text()).because(cause))
     }
 
-    fn tell_addresses(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+    pub(super) fn tell_addresses(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
         for (index, (ring, _)) in self.rings.iter().enumerate() {
             let config = self.config(index, ring, regions)?;
             self.front_end.set_vring_addr(index, &config).map_err(|cause| {
@@ -198,7 +194,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
     }
 
     /// A ring that stands still is told when it starts.
-    fn tell_running_addresses(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+    pub(super) fn tell_running_addresses(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
         if self.phase == Phase::Running { self.tell_addresses(regions) } else { Ok(()) }
     }
 
@@ -227,228 +223,12 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         })
     }
 
-    /// Waits until no ring has requests left that `left` counts; of split rings, which alone tell.
-    fn wait_for(&self, what: &str, left: impl Fn(&Ring) -> Option<u16>) -> Result<(), VhostError> {
-        let patience = self.front_end.timeout();
-        let deadline = Instant::now() + patience;
-        for (index, (ring, _)) in self.rings.iter().enumerate().filter(|_| self.features & RING_PACKED == 0) {
-            while let Some(left) = left(ring).filter(|left| *left > 0) {
-                if Instant::now() >= deadline {
-                    return Err(
-                        self.failed(format!("ring {index}: {left} requests {what} after {patience:?}"))
-                    );
-                }
-                // A poll: back-ends that are being stopped do not signal, and the guest may have told them not to.
-                std::thread::park_timeout(POLL);
-            }
-        }
-        Ok(())
-    }
-
-    /// Stops every ring, and learns where.
-    fn halt_rings(&mut self) -> Result<(), VhostError> {
-        for index in 0..self.rings.len() {
-            let front_end = &self.front_end;
-            let base = front_end.switch_ring(index, false).and_then(|()| front_end.get_vring_base(index));
-            let base = base.map_err(|cause| self.failed(format!("stopping ring {index}")).because(cause))?;
-            if let Some((ring, _)) = self.rings.get_mut(index) {
-                ring.base = base;
-            }
-        }
-        self.phase = Phase::Halted;
-        Ok(())
-    }
-
     /// Bytes of a ring's three parts, by the virtio specification: descriptors, available, used. A packed ring has event
     /// structures for the latter two.
-    fn lens(&self, ring: &Ring) -> [u64; 3] {
+    pub(super) fn lens(&self, ring: &Ring) -> [u64; 3] {
         let size = u64::from(ring.size);
         let (available, used) =
             if self.features & RING_PACKED != 0 { (4, 4) } else { (6 + 2 * size, 6 + 8 * size) };
         [16 * size, available, used]
-    }
-
-    fn start_rings(&self, regions: &[VhostRegion]) -> vhost::Result<Result<(), VhostError>> {
-        let front_end = &self.front_end;
-        for (index, (ring, _)) in self.rings.iter().enumerate() {
-            front_end.set_vring_num(index, ring.size)?;
-            front_end.set_ring_base(index, ring.base)?;
-        }
-        if let Err(error) = self.tell_addresses(regions) {
-            return Ok(Err(error));
-        }
-        for (index, (_, events)) in self.rings.iter().enumerate() {
-            front_end.set_vring_call(index, &events.call)?;
-            front_end.set_vring_kick(index, &events.kick)?;
-            front_end.switch_ring(index, true)?;
-        }
-        Ok(Ok(()))
-    }
-}
-
-/// A device of any back-end, as the others need it.
-pub(super) trait Device: Send {
-    fn name(&self) -> &str;
-    fn standing(&self) -> bool;
-    /// Why it cannot migrate.
-    fn blocker(&self) -> Result<(), VhostError>;
-    fn start(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError>;
-    /// Returns when the back-end writes nothing any more.
-    fn stop(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError>;
-    /// Everything that is written after this is in `log`.
-    fn log_on(
-        &mut self,
-        log: &Arc<SharedLog>,
-        event: Option<&EventFd>,
-        regions: &[VhostRegion],
-    ) -> Result<(), VhostError>;
-    /// The same for a device that logs elsewhere.
-    fn log_into(&mut self, log: &Arc<SharedLog>) -> Result<(), VhostError>;
-    fn log_off(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError>;
-    fn change_memory(&mut self, old: &[VhostRegion], new: &[VhostRegion]) -> Result<(), VhostError>;
-    fn check_connected(&self) -> Result<(), VhostError>;
-    fn state(&self) -> Result<VhostState, VhostError>;
-    fn announce(&self, mac: [u8; 6]) -> Result<Announcement, VhostError>;
-}
-
-impl<F: VhostFrontEnd> Device for VhostDevice<F> {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn standing(&self) -> bool {
-        self.phase == Phase::Standing
-    }
-
-    fn blocker(&self) -> Result<(), VhostError> {
-        let offered = self.offered()?;
-        if offered & LOG_ALL == 0 {
-            let text = format!(
-                "cannot migrate: its back-end has no VHOST_F_LOG_ALL among its features {offered:#x}"
-            );
-            return Err(self.failed(text));
-        }
-        match self.front_end.log_obstacle() {
-            Some(missing) => {
-                Err(self.failed(format!("cannot migrate: {missing} is not negotiated with its back-end")))
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn start(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        if self.phase == Phase::Running {
-            return Ok(());
-        }
-        self.tell_features()?;
-        if !self.has_memory {
-            let told = self.front_end.change_memory(&[], regions);
-            told.map_err(|cause| self.failed("sharing the guest's memory").because(cause))?;
-            self.has_memory = true;
-            self.log.as_ref().map_or(Ok(()), |log| self.tell_log(log))?;
-        }
-        if let Some(inflight) = &self.inflight {
-            let shared = self.front_end.share_inflight(inflight);
-            shared.map_err(|cause| self.failed("sharing the in-flight region").because(cause))?;
-        }
-        self.start_rings(regions).map_err(|cause| self.failed("starting its rings").because(cause))??;
-        self.phase = Phase::Running;
-        Ok(())
-    }
-
-    fn stop(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        let index = |area: GuestAddress| region::read_u16(regions, GuestAddress(area.0.saturating_add(2)));
-        let done = |ring: &Ring| index(ring.used);
-        if self.phase == Phase::Running {
-            if self.finishes {
-                self.wait_for("are not done", |ring| Some(index(ring.available)?.wrapping_sub(done(ring)?)))?;
-            }
-            self.halt_rings()?;
-        }
-        if self.phase == Phase::Halted {
-            // A split ring's base is 16 bits. With an in-flight region, what is in flight may go along in it.
-            let taken = |ring: &Ring| u16::try_from(ring.base).ok().filter(|_| self.inflight.is_none());
-            self.wait_for("are in flight", |ring| Some(taken(ring)?.wrapping_sub(done(ring)?)))?;
-            if let Some(log) = &self.log {
-                // The index may be there before its page is in the log.
-                self.rings.iter().for_each(|(ring, _)| log.mark(ring.used, self.lens(ring)[2]));
-            }
-            self.phase = Phase::Standing;
-        }
-        Ok(())
-    }
-
-    fn log_on(
-        &mut self,
-        log: &Arc<SharedLog>,
-        event: Option<&EventFd>,
-        regions: &[VhostRegion],
-    ) -> Result<(), VhostError> {
-        self.log_into(log)?;
-        if let Some(event) = event {
-            let fd = std::os::fd::AsRawFd::as_raw_fd(event);
-            let set = self.front_end.set_log_fd(fd);
-            set.map_err(|cause| self.failed("setting the log's eventfd").because(cause))?;
-        }
-        self.tell_features()?;
-        self.tell_running_addresses(regions)
-    }
-
-    fn log_into(&mut self, log: &Arc<SharedLog>) -> Result<(), VhostError> {
-        let before = self.log.replace(Arc::clone(log));
-        // On an error, where it logs is not known: the one before must stay as well.
-        self.tell_log(log).inspect_err(|_| std::mem::forget(before))
-    }
-
-    fn log_off(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        let Some(log) = self.log.take() else { return Ok(()) };
-        let off = self.tell_features().and_then(|()| self.tell_running_addresses(regions));
-        off.inspect_err(|_| self.log = Some(log))
-    }
-
-    fn change_memory(&mut self, old: &[VhostRegion], new: &[VhostRegion]) -> Result<(), VhostError> {
-        if !self.has_memory {
-            return Ok(());
-        }
-        let halt = self.phase == Phase::Running && self.front_end.stops_for_memory();
-        if halt {
-            self.stop(old)?;
-        }
-        let changed = self.front_end.change_memory(old, new);
-        changed.map_err(|cause| self.failed("changing the guest's memory").because(cause))?;
-        if halt {
-            // Some back-ends forget with the memory where to log it.
-            self.log.as_ref().map_or(Ok(()), |log| self.tell_log(log))?;
-            self.start(new)?;
-        }
-        Ok(())
-    }
-
-    fn check_connected(&self) -> Result<(), VhostError> {
-        self.front_end.check_connected().map_err(|cause| self.failed("its back-end is gone").because(cause))
-    }
-
-    fn state(&self) -> Result<VhostState, VhostError> {
-        if self.phase != Phase::Standing {
-            return Err(self.failed("it still runs: its state is known when it is stopped"));
-        }
-        let inflight = self.inflight.as_ref().map(Inflight::save).transpose();
-        Ok(VhostState {
-            features: self.features,
-            protocol_features: self.front_end.protocol_features(),
-            rings: self.rings.iter().map(|(ring, _)| *ring).collect(),
-            inflight: inflight.map_err(|cause| self.failed("reading its in-flight region").because(cause))?,
-        })
-    }
-
-    fn announce(&self, mac: [u8; 6]) -> Result<Announcement, VhostError> {
-        if self.features & GUEST_ANNOUNCE != 0 {
-            return Ok(Announcement::ByGuest);
-        }
-        let sent = self.front_end.send_rarp(mac);
-        match sent.map_err(|cause| self.failed("announcing the guest's address").because(cause))? {
-            true => Ok(Announcement::ByBackEnd),
-            false => Ok(Announcement::ByEmbedder),
-        }
     }
 }

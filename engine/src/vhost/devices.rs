@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::announce::Announcement;
-use super::device::{Device, VhostDevice};
+use super::device::VhostDevice;
 use super::dirty_log::VhostLog;
 use super::error::VhostError;
 use super::front_end::VhostFrontEnd;
+use super::life::Device;
 use super::region::{self, VhostRegion};
 use super::shared_log::RunLog;
 use super::state::VhostState;

@@ -15,6 +15,7 @@ mod dirty_log;
 mod error;
 mod front_end;
 mod kernel;
+mod life;
 mod message;
 mod region;
 mod shared_log;

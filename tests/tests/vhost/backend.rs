@@ -151,7 +151,7 @@ impl VhostUserBackend for Filler {
 
 /// A running back-end; ends with this value.
 pub struct Own {
-    pub daemon: VhostUserDaemon<Arc<Filler>>,
+    _daemon: VhostUserDaemon<Arc<Filler>>,
     _scratch: Scratch,
 }
 
@@ -164,7 +164,7 @@ impl Own {
         let memory = GuestMemoryAtomic::new(Guest::new());
         let mut daemon = VhostUserDaemon::new("own".to_owned(), Arc::new(filler), memory).unwrap();
         daemon.start(&mut listener).unwrap();
-        (Self { daemon, _scratch: scratch }, socket)
+        (Self { _daemon: daemon, _scratch: scratch }, socket)
     }
 }
 

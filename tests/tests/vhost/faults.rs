@@ -155,7 +155,7 @@ fn a_log_that_is_too_small_is_refused() {
     whole.start().unwrap();
     // Only the low region: a log of 256 bytes.
     let (_own, socket) = Own::start(Filler::new(1));
-    let Attached { user, front_end, .. } = attach(socket, wanted());
+    let Attached { user, front_end } = attach(socket, wanted());
     let regions = VhostRegion::of_guest_memory(&memory).unwrap();
     let elsewhere = VhostUser::new(&front_end, wanted()).unwrap();
     multifd_engine::vhost::VhostFrontEnd::change_memory(&elsewhere, &[], &regions).unwrap();

@@ -42,8 +42,6 @@ pub fn source(ram: Vec<RamBlock>) -> SourceBuilder {
 pub struct Attached {
     pub front_end: Frontend,
     pub user: VhostUser,
-    pub offered: u64,
-    pub protocol: VhostUserProtocolFeatures,
 }
 
 /// What these tests use, of what there is.
@@ -59,11 +57,11 @@ pub fn wanted() -> VhostUserProtocolFeatures {
 pub fn attach(socket: UnixStream, wanted: VhostUserProtocolFeatures) -> Attached {
     let mut front_end = Frontend::from_stream(socket, 8);
     front_end.set_owner().unwrap();
-    let offered = front_end.get_features().unwrap();
+    front_end.get_features().unwrap();
     let protocol = front_end.get_protocol_features().unwrap() & wanted;
     front_end.set_protocol_features(protocol).unwrap();
     let user = VhostUser::new(&front_end, protocol).unwrap().timeout(SOON);
-    Attached { front_end, user, offered, protocol }
+    Attached { front_end, user }
 }
 
 /// A destination: it has what was reported, as it was when it was copied.

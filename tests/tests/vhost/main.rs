@@ -16,7 +16,6 @@ mod fs;
 mod guest;
 mod kernel;
 #[path = "../../../engine/tests/kvm_guest/mod.rs"]
-#[expect(dead_code, reason = "the engine's tests count as well")]
 mod kvm_guest;
 mod merged;
 mod net;

@@ -29,7 +29,7 @@ fn every_write_arrives(protocol: VhostUserProtocolFeatures) {
     let mut drivers: Vec<_> =
         (0..QUEUES as u64).map(|queue| Driver::new(&memory, GuestAddress(queue * RINGS))).collect();
     let mut filler = Filler::new(QUEUES);
-    filler.protocol = filler.protocol & protocol;
+    filler.protocol &= protocol;
     let (_own, device) = own("own", filler, &drivers);
     let devices = VhostDevices::new(regions(&ram, Some(HIGH.0), None)).unwrap();
     devices.add(device).unwrap();
