@@ -285,10 +285,18 @@ impl Disk {
     /// # Errors
     /// It has not after `within`, or as [`Disk::work`].
     pub fn finish(&mut self, within: Duration) -> Result<()> {
+        self.wait(0, within)
+    }
+
+    /// Waits until no more than `left` requests are in flight.
+    ///
+    /// # Errors
+    /// As [`Disk::finish`].
+    pub fn wait(&mut self, left: u16, within: Duration) -> Result<()> {
         let deadline = Instant::now() + within;
         self.queue.kick()?;
         self.take_done()?;
-        while self.queue.in_flight() > 0 {
+        while self.queue.in_flight() > left {
             if Instant::now() > deadline {
                 return Err(
                     format!("{} requests are not done after {within:?}", self.queue.in_flight()).into()

@@ -131,7 +131,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
     /// Says that the device does every request by itself, as disks and file systems do, and unlike the receive ring of a
     /// network card. Then [`VhostDevices::stop`](super::VhostDevices::stop) waits for all requests that the guest has made,
     /// before it stops the rings. There are back-ends that need it: qemu-storage-daemon 10.0 answers GET_VRING_BASE at
-    /// once, and drops the requests that it has not done.
+    /// once, and never reports the requests as done that were in flight.
     #[must_use]
     pub fn finishes_requests(mut self) -> Self {
         self.finishes = true;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use multifd_engine::vhost::vhost::vhost_user::Listener;
 use multifd_engine::vhost::vhost::vhost_user::message::VhostUserProtocolFeatures;
-use multifd_engine::vhost::{VhostDevice, VhostUser};
+use multifd_engine::vhost::{VhostDevice, VhostDevices, VhostUser};
 use multifd_engine::vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use multifd_tests::Scratch;
 use multifd_tests::virtio::{Buffer, Memory, Queue, VERSION_1};
@@ -151,6 +151,7 @@ impl VhostUserBackend for Filler {
 
 /// A running back-end; ends with this value.
 pub struct Own {
+    filler: Arc<Filler>,
     _daemon: VhostUserDaemon<Arc<Filler>>,
     _scratch: Scratch,
 }
@@ -162,9 +163,21 @@ impl Own {
         let mut listener = Listener::new(&path, true).unwrap();
         let socket = UnixStream::connect(&path).unwrap();
         let memory = GuestMemoryAtomic::new(Guest::new());
-        let mut daemon = VhostUserDaemon::new("own".to_owned(), Arc::new(filler), memory).unwrap();
+        let filler = Arc::new(filler);
+        let mut daemon = VhostUserDaemon::new("own".to_owned(), Arc::clone(&filler), memory).unwrap();
         daemon.start(&mut listener).unwrap();
-        (Self { _daemon: daemon, _scratch: scratch }, socket)
+        (Self { filler, _daemon: daemon, _scratch: scratch }, socket)
+    }
+}
+
+impl Own {
+    /// Waits until the back-end has taken a request that it holds back.
+    pub fn wait_for_held(&self, within: Duration) {
+        let deadline = Instant::now() + within;
+        while self.filler.work.lock().unwrap().held.is_empty() {
+            assert!(Instant::now() < deadline, "no request is held after {within:?}");
+            std::thread::yield_now();
+        }
     }
 }
 
@@ -173,8 +186,18 @@ pub struct Driver {
     pub queue: Queue,
     memory: Memory,
     area: GuestAddress,
-    slots: Vec<Option<(u16, u8, GuestAddress, usize)>>,
+    slots: Vec<Option<Order>>,
     pub done: usize,
+}
+
+/// An order in flight.
+#[derive(Clone, Copy)]
+struct Order {
+    head: u16,
+    seed: u8,
+    hold: bool,
+    at: GuestAddress,
+    len: usize,
 }
 
 impl Driver {
@@ -200,7 +223,7 @@ impl Driver {
         self.memory.write_obj([seed, u8::from(hold)], order).unwrap();
         let fill = Buffer { at, len: len as u32, device_writes: true };
         let head = self.queue.add(&[Buffer { at: order, len: 16, device_writes: false }, fill]).unwrap();
-        self.slots[slot] = Some((head, seed, at, len));
+        self.slots[slot] = Some(Order { head, seed, hold, at, len });
         self.queue.kick().unwrap();
         true
     }
@@ -208,8 +231,9 @@ impl Driver {
     /// Checks what is done.
     pub fn take_done(&mut self) {
         while let Some((head, _)) = self.queue.used().unwrap() {
-            let slot = self.slots.iter_mut().find(|slot| slot.is_some_and(|order| order.0 == head)).unwrap();
-            let (_, seed, at, len) = slot.take().unwrap();
+            let slot =
+                self.slots.iter_mut().find(|slot| slot.is_some_and(|order| order.head == head)).unwrap();
+            let Order { seed, at, len, .. } = slot.take().unwrap();
             let mut filled = vec![0; len];
             self.memory.read_slice(&mut filled, at).unwrap();
             assert!(filled.iter().all(|byte| *byte == seed), "filled with something else");
@@ -217,10 +241,11 @@ impl Driver {
         }
     }
 
-    /// Waits until everything is done.
+    /// Waits until everything is done that is not held back.
     pub fn finish(&mut self, within: Duration) {
         let deadline = Instant::now() + within;
-        while self.in_flight() > 0 {
+        self.take_done();
+        while self.slots.iter().flatten().any(|order| !order.hold) {
             assert!(Instant::now() < deadline, "{} orders are not done after {within:?}", self.in_flight());
             std::thread::yield_now();
             self.take_done();
@@ -229,6 +254,21 @@ impl Driver {
 
     pub fn in_flight(&self) -> usize {
         usize::from(self.queue.in_flight())
+    }
+}
+
+/// Has everything done, also what is held back: that is done when its ring stops, once it was taken.
+pub fn drain(devices: &VhostDevices, drivers: &mut [Driver], within: Duration) {
+    let deadline = Instant::now() + within;
+    loop {
+        devices.stop().unwrap();
+        drivers.iter_mut().for_each(Driver::take_done);
+        if drivers.iter().all(|driver| driver.in_flight() == 0) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "orders are not done after {within:?}");
+        devices.start().unwrap();
+        drivers.iter_mut().for_each(|driver| driver.finish(within));
     }
 }
 

@@ -46,7 +46,7 @@ fn moves(stop_first: bool) -> (Memory, Vec<(usize, usize)>, (usize, usize)) {
         std::thread::Builder::new().spawn(move || destination.receive().unwrap().accept().unwrap()).unwrap();
 
     let mut drivers = [Driver::new(&here, GuestAddress(0))];
-    let (_own, device) = own("slow", Filler::new(1), &drivers);
+    let (slow, device) = own("slow", Filler::new(1), &drivers);
     let devices = devices(&here);
     devices.add(device).unwrap();
     devices.start().unwrap();
@@ -55,6 +55,7 @@ fn moves(stop_first: bool) -> (Memory, Vec<(usize, usize)>, (usize, usize)) {
     let mut precopy = source.build().unwrap().connect(&uri).unwrap();
     precopy.round().unwrap();
     assert!(drivers[0].order(0xaa, true, SLOW, 16));
+    slow.wait_for_held(SOON);
     precopy.round().unwrap();
     if stop_first {
         devices.stop().unwrap();
