@@ -4,3 +4,4 @@
 //! * `cargo run --release --example kvm_guest`: a real KVM guest moves between two processes and counts on
 //! * `cargo run --release --example custom_codec`: a compression method of your own
 //! * `cargo run --release --example custom_dirty_log`: a dirty log of your own
+//! * `cargo run --release --example vhost_user_blk`: a disk in another process, before, during and after the move

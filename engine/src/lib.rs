@@ -30,6 +30,8 @@ mod state;
 mod stop;
 mod stream;
 mod sync;
+#[cfg(feature = "vhost")]
+pub mod vhost;
 mod workers;
 
 pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, Manifest};

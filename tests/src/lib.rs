@@ -58,6 +58,7 @@ pub mod scratch;
 pub mod skip;
 pub mod transcript;
 pub mod usage;
+pub mod virtio;
 
 mod cpio;
 mod failure;

@@ -34,6 +34,15 @@ pub trait DirtyLog: Send {
     /// The log cannot be read: the migration fails, the guest runs on.
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError>;
 
+    /// The `sync` after which the guest goes over: what is written from now on is lost. A log that knows of a writer that
+    /// still runs refuses. Default: `sync`.
+    ///
+    /// # Errors
+    /// As [`DirtyLog::sync`].
+    fn last_sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
+        self.sync(bitmaps)
+    }
+
     /// Ends the noting, and takes back what `start` did to the guest's memory.
     fn stop(&mut self);
 }

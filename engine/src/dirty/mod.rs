@@ -19,3 +19,5 @@ pub use software::{DirtyMarker, SoftwareLog};
 pub use userfault::UserfaultLog;
 
 pub(crate) use set::LogSet;
+#[cfg(feature = "vhost")]
+pub(crate) use software::place_of;

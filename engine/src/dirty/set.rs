@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::DirtyLog;
+use super::{DirtyLog, DirtyLogError};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{DirtyBitmap, RamBlock};
 
@@ -30,13 +30,25 @@ impl LogSet {
 
     /// ORs what every log has noted into `bitmaps`, one for each block.
     pub(crate) fn sync(&mut self, phase: Phase, bitmaps: &[Arc<DirtyBitmap>]) -> Result<()> {
-        for log in &mut self.started {
-            log.sync(bitmaps).map_err(|error| {
+        self.each(phase, |log| log.sync(bitmaps))
+    }
+
+    /// The same for the last time: the guest stands still.
+    pub(crate) fn last_sync(&mut self, phase: Phase, bitmaps: &[Arc<DirtyBitmap>]) -> Result<()> {
+        self.each(phase, |log| log.last_sync(bitmaps))
+    }
+
+    fn each(
+        &mut self,
+        phase: Phase,
+        read: impl Fn(&mut dyn DirtyLog) -> Result<(), DirtyLogError>,
+    ) -> Result<()> {
+        self.started.iter_mut().try_for_each(|log| {
+            read(&mut **log).map_err(|error| {
                 let detail = format!("dirty log {} could not be read", log.name());
                 Error::new(ErrorKind::GuestMemory, phase, detail).because(error)
-            })?;
-        }
-        Ok(())
+            })
+        })
     }
 }
 

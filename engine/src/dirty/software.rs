@@ -111,7 +111,7 @@ impl DirtyLog for SoftwareLog {
 }
 
 /// Where in `ram` the block `name` is, which a log was made for when it had `pages` pages.
-pub(super) fn place_of(name: &BlockName, pages: usize, ram: &[RamBlock]) -> Result<usize, DirtyLogError> {
+pub(crate) fn place_of(name: &BlockName, pages: usize, ram: &[RamBlock]) -> Result<usize, DirtyLogError> {
     match ram.iter().enumerate().find(|(_, block)| block.name() == name) {
         Some((place, block)) if block.pages() == pages => Ok(place),
         Some((_, block)) => Err(DirtyLogError::new(format!(

@@ -84,7 +84,7 @@ impl Migration {
     /// The guest stands still: the last dirty bits, the last pages.
     pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger) -> Result<()> {
         let begun = Instant::now();
-        self.sync_logs()?;
+        self.logs.last_sync(Phase::Active, &self.shared.ram.dirty)?;
         ledger.bitmap_sync_us = micros(begun.elapsed());
         if self.pause_before_switchover {
             self.enter(MigrationState::PreSwitchover)?;

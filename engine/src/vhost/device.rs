@@ -1,0 +1,234 @@
+//! One device: its rings, and what its back-end is told when the guest's memory migrates.
+
+use std::sync::Arc;
+
+use vhost::VringConfigData;
+use vm_memory::{Address, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::error::VhostError;
+use super::front_end::VhostFrontEnd;
+use super::region::{self, VhostRegion};
+use super::shared_log::SharedLog;
+use super::state::{Inflight, LASTING_PROTOCOL_FEATURES, RING_PACKED, Ring, VhostState};
+use super::user::PROTOCOL_FEATURES;
+
+/// VHOST_F_LOG_ALL: what a back-end that can log offers, and what turns its log on.
+pub(super) const LOG_ALL: u64 = 1 << 26;
+/// VHOST_VRING_F_LOG: the used ring is logged, too.
+const RING_LOGS: u32 = 1;
+
+/// A device whose back-end reads and writes guest memory on its own.
+///
+/// ```text
+///   new, load ──> standing ──start──> running ──stop──> standing: state() ──start──> running
+///                                        │ a migration: log on, log off
+/// ```
+#[derive(Debug)]
+pub struct VhostDevice<F> {
+    pub(super) name: String,
+    pub(super) front_end: F,
+    /// What guest and device have agreed on.
+    pub(super) features: u64,
+    pub(super) rings: Vec<(Ring, RingEvents)>,
+    pub(super) inflight: Option<Inflight>,
+    pub(super) phase: Phase,
+    pub(super) finishes: bool,
+    /// The back-end knows the guest's memory.
+    pub(super) has_memory: bool,
+    /// Where the back-end logs, from when it is told until it has confirmed that it does not any more: the kernel writes there.
+    pub(super) log: Option<Arc<SharedLog>>,
+}
+
+/// What a device is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Nothing of its writes any more.
+    Standing,
+    Running,
+    /// Its rings are stopped, but it may not be done with what it took from them.
+    Halted,
+}
+
+/// How guest and back-end wake each other.
+#[derive(Debug)]
+pub struct RingEvents {
+    /// The guest has made buffers available.
+    pub kick: EventFd,
+    /// The back-end has used buffers.
+    pub call: EventFd,
+}
+
+impl<F: VhostFrontEnd> VhostDevice<F> {
+    /// A device without rings that stands still. `features`: what its guest's driver has acknowledged. `name` is in every
+    /// error.
+    pub fn new(name: impl Into<String>, front_end: F, features: u64) -> Self {
+        let (rings, inflight) = (Vec::new(), None);
+        Self {
+            name: name.into(),
+            front_end,
+            features,
+            rings,
+            inflight,
+            phase: Phase::Standing,
+            finishes: false,
+            has_memory: false,
+            log: None,
+        }
+    }
+
+    /// The device that `state` tells of, standing still, on a back-end that fits. `events`: for each ring of it.
+    ///
+    /// # Errors
+    /// The state needs features that the back-end does not offer, or other rings than there are.
+    pub fn load(
+        name: impl Into<String>,
+        front_end: F,
+        state: &VhostState,
+        events: Vec<RingEvents>,
+    ) -> Result<Self, VhostError> {
+        let mut device = Self::new(name, front_end, state.features & !LOG_ALL);
+        device.check_features(state)?;
+        let (needed, here) = (state.rings.len(), events.len());
+        if needed != here {
+            return Err(device.failed(format!("the state has {needed} rings, the device here has {here}")));
+        }
+        let limit = device.front_end.ring_limit();
+        let limit = limit.map_err(|cause| device.failed("asking for its number of rings").because(cause))?;
+        if let Some(limit) = limit.filter(|limit| *limit < needed as u64) {
+            return Err(
+                device.failed(format!("the state has {needed} rings, its back-end here serves {limit}"))
+            );
+        }
+        device.rings = state.rings.iter().copied().zip(events).collect();
+        let inflight = state.inflight.as_ref().map(Inflight::load).transpose();
+        device.inflight =
+            inflight.map_err(|cause| device.failed("making the in-flight region").because(cause))?;
+        Ok(device)
+    }
+
+    /// Adds the next ring.
+    #[must_use]
+    pub fn ring(mut self, ring: Ring, events: RingEvents) -> Self {
+        self.rings.push((ring, events));
+        self
+    }
+
+    /// The region in which the back-end keeps track of requests: it goes with the guest.
+    #[must_use]
+    pub fn inflight(mut self, inflight: Inflight) -> Self {
+        self.inflight = Some(inflight);
+        self
+    }
+
+    /// Says that the embedder has told the back-end features, memory and rings, and that the rings run.
+    #[must_use]
+    pub fn running(mut self) -> Self {
+        (self.phase, self.has_memory) = (Phase::Running, true);
+        self
+    }
+
+    /// Says that the device does every request by itself, as disks and file systems do, and unlike the receive ring of a
+    /// network card. Then [`VhostDevices::stop`](super::VhostDevices::stop) waits for all requests that the guest has made,
+    /// before it stops the rings. There are back-ends that need it: qemu-storage-daemon 10.0 answers GET_VRING_BASE at
+    /// once, and never reports the requests as done that were in flight.
+    #[must_use]
+    pub fn finishes_requests(mut self) -> Self {
+        self.finishes = true;
+        self
+    }
+
+    fn check_features(&self, state: &VhostState) -> Result<(), VhostError> {
+        let offered = self.offered()?;
+        let here = self.front_end.protocol_features();
+        let lasting = state.protocol_features & LASTING_PROTOCOL_FEATURES;
+        for (kind, needed, here) in
+            [("features", self.features, offered), ("protocol features", lasting, here)]
+        {
+            let missing = needed & !here;
+            if missing != 0 {
+                let text = format!(
+                    "the state needs {kind} {needed:#x}, its back-end here has {here:#x}: not {missing:#x}"
+                );
+                return Err(self.failed(text));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn offered(&self) -> Result<u64, VhostError> {
+        self.front_end.get_features().map_err(|cause| self.failed("asking for its features").because(cause))
+    }
+
+    pub(super) fn failed(&self, doing: impl Into<String>) -> VhostError {
+        VhostError::of_device(&self.name, doing)
+    }
+
+    /// What the back-end is told: the guest's features, and those that are between us and it.
+    fn all_features(&self) -> u64 {
+        let protocol = if self.front_end.protocol_features() == 0 { 0 } else { PROTOCOL_FEATURES };
+        let log = if self.log.is_some() { LOG_ALL } else { 0 };
+        self.features | protocol | log
+    }
+
+    pub(super) fn tell_features(&self) -> Result<(), VhostError> {
+        let features = self.all_features();
+        self.front_end
+            .set_features(features)
+            .map_err(|cause| self.failed(format!("setting features {features:#x}")).because(cause))
+    }
+
+    pub(super) fn tell_log(&self, log: &SharedLog) -> Result<(), VhostError> {
+        let text = || format!("sharing a log of {} bytes", log.len());
+        self.front_end.share_log(log).map_err(|cause| self.failed(text()).because(cause))
+    }
+
+    pub(super) fn tell_addresses(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+        for (index, (ring, _)) in self.rings.iter().enumerate() {
+            let config = self.config(index, ring, regions)?;
+            self.front_end.set_vring_addr(index, &config).map_err(|cause| {
+                self.failed(format!("setting the addresses of ring {index}")).because(cause)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// A ring that stands still is told when it starts.
+    pub(super) fn tell_running_addresses(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+        if self.phase == Phase::Running { self.tell_addresses(regions) } else { Ok(()) }
+    }
+
+    fn config(
+        &self,
+        index: usize,
+        ring: &Ring,
+        regions: &[VhostRegion],
+    ) -> Result<VringConfigData, VhostError> {
+        let [descriptors, available, used] = self.lens(ring);
+        let address = |at: GuestAddress, len: u64| {
+            let host = region::host_address(regions, at, len).ok_or_else(|| {
+                let at = at.raw_value();
+                self.failed(format!("ring {index}: {len} bytes at {at:#x} are not in the guest's memory"))
+            })?;
+            Ok::<_, VhostError>(self.front_end.ring_address(at, host))
+        };
+        Ok(VringConfigData {
+            queue_max_size: ring.size,
+            queue_size: ring.size,
+            flags: if self.log.is_some() { RING_LOGS } else { 0 },
+            desc_table_addr: address(ring.descriptors, descriptors)?,
+            avail_ring_addr: address(ring.available, available)?,
+            used_ring_addr: address(ring.used, used)?,
+            log_addr: Some(ring.used.raw_value()),
+        })
+    }
+
+    /// Bytes of a ring's three parts, by the virtio specification: descriptors, available, used. A packed ring has event
+    /// structures for the latter two.
+    pub(super) fn lens(&self, ring: &Ring) -> [u64; 3] {
+        let size = u64::from(ring.size);
+        let (available, used) =
+            if self.features & RING_PACKED != 0 { (4, 4) } else { (6 + 2 * size, 6 + 8 * size) };
+        [16 * size, available, used]
+    }
+}

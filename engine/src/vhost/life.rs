@@ -1,0 +1,239 @@
+//! What a device goes through: start, stop, a migration's log, new memory.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::announce::{Announcement, GUEST_ANNOUNCE};
+use super::device::{LOG_ALL, Phase, VhostDevice};
+use super::error::VhostError;
+use super::front_end::VhostFrontEnd;
+use super::region::{self, VhostRegion};
+use super::shared_log::SharedLog;
+use super::state::{Inflight, RING_PACKED, Ring, VhostState};
+
+/// Between two looks at a used ring.
+const POLL: Duration = Duration::from_micros(100);
+
+/// A device of any back-end, as the others need it.
+pub(super) trait Device: Send {
+    fn name(&self) -> &str;
+    fn standing(&self) -> bool;
+    /// Why it cannot migrate.
+    fn blocker(&self) -> Result<(), VhostError>;
+    fn start(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError>;
+    /// Returns when the back-end writes nothing any more.
+    fn stop(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError>;
+    /// Everything that is written after this is in `log`.
+    fn log_on(
+        &mut self,
+        log: &Arc<SharedLog>,
+        event: Option<&EventFd>,
+        regions: &[VhostRegion],
+    ) -> Result<(), VhostError>;
+    /// The same for a device that logs elsewhere.
+    fn log_into(&mut self, log: &Arc<SharedLog>) -> Result<(), VhostError>;
+    fn log_off(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError>;
+    fn change_memory(&mut self, old: &[VhostRegion], new: &[VhostRegion]) -> Result<(), VhostError>;
+    fn check_connected(&self) -> Result<(), VhostError>;
+    fn state(&self) -> Result<VhostState, VhostError>;
+    fn announce(&self, mac: [u8; 6]) -> Result<Announcement, VhostError>;
+}
+
+impl<F: VhostFrontEnd> Device for VhostDevice<F> {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn standing(&self) -> bool {
+        self.phase == Phase::Standing
+    }
+
+    fn blocker(&self) -> Result<(), VhostError> {
+        let offered = self.offered()?;
+        if offered & LOG_ALL == 0 {
+            let text = format!(
+                "cannot migrate: its back-end has no VHOST_F_LOG_ALL among its features {offered:#x}"
+            );
+            return Err(self.failed(text));
+        }
+        match self.front_end.log_obstacle() {
+            Some(missing) => {
+                Err(self.failed(format!("cannot migrate: {missing} is not negotiated with its back-end")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn start(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+        if self.phase == Phase::Running {
+            return Ok(());
+        }
+        self.tell_features()?;
+        if !self.has_memory {
+            let told = self.front_end.change_memory(&[], regions);
+            told.map_err(|cause| self.failed("sharing the guest's memory").because(cause))?;
+            self.has_memory = true;
+            self.log.as_ref().map_or(Ok(()), |log| self.tell_log(log))?;
+        }
+        if let Some(inflight) = &self.inflight {
+            let shared = self.front_end.share_inflight(inflight);
+            shared.map_err(|cause| self.failed("sharing the in-flight region").because(cause))?;
+        }
+        self.start_rings(regions)?;
+        self.phase = Phase::Running;
+        Ok(())
+    }
+
+    fn stop(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+        let index = |area: GuestAddress| region::read_u16(regions, GuestAddress(area.0.saturating_add(2)));
+        let done = |ring: &Ring| index(ring.used);
+        if self.phase == Phase::Running {
+            if self.finishes {
+                self.wait_for("are not done", |ring| Some(index(ring.available)?.wrapping_sub(done(ring)?)))?;
+            }
+            self.halt_rings()?;
+        }
+        if self.phase == Phase::Halted {
+            // A split ring's base is 16 bits. With an in-flight region, what is in flight may go along in it.
+            let taken = |ring: &Ring| u16::try_from(ring.base).ok().filter(|_| self.inflight.is_none());
+            self.wait_for("are in flight", |ring| Some(taken(ring)?.wrapping_sub(done(ring)?)))?;
+            if let Some(log) = &self.log {
+                // The index may be there before its page is in the log.
+                self.rings.iter().for_each(|(ring, _)| log.mark(ring.used, self.lens(ring)[2]));
+            }
+            self.phase = Phase::Standing;
+        }
+        Ok(())
+    }
+
+    fn log_on(
+        &mut self,
+        log: &Arc<SharedLog>,
+        event: Option<&EventFd>,
+        regions: &[VhostRegion],
+    ) -> Result<(), VhostError> {
+        self.log_into(log)?;
+        if let Some(event) = event {
+            let fd = std::os::fd::AsRawFd::as_raw_fd(event);
+            let set = self.front_end.set_log_fd(fd);
+            set.map_err(|cause| self.failed("setting the log's eventfd").because(cause))?;
+        }
+        self.tell_features()?;
+        self.tell_running_addresses(regions)
+    }
+
+    fn log_into(&mut self, log: &Arc<SharedLog>) -> Result<(), VhostError> {
+        let before = self.log.replace(Arc::clone(log));
+        // On an error, where it logs is not known: the one before must stay as well.
+        self.tell_log(log).inspect_err(|_| std::mem::forget(before))
+    }
+
+    fn log_off(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+        let Some(log) = self.log.take() else { return Ok(()) };
+        let off = self.tell_features().and_then(|()| self.tell_running_addresses(regions));
+        off.inspect_err(|_| self.log = Some(log))
+    }
+
+    fn change_memory(&mut self, old: &[VhostRegion], new: &[VhostRegion]) -> Result<(), VhostError> {
+        if !self.has_memory {
+            return Ok(());
+        }
+        let halt = self.phase == Phase::Running && self.front_end.stops_for_memory();
+        if halt {
+            self.stop(old)?;
+        }
+        let changed = self.front_end.change_memory(old, new);
+        changed.map_err(|cause| self.failed("changing the guest's memory").because(cause))?;
+        if halt {
+            // Some back-ends forget with the memory where to log it.
+            self.log.as_ref().map_or(Ok(()), |log| self.tell_log(log))?;
+            self.start(new)?;
+        }
+        Ok(())
+    }
+
+    fn check_connected(&self) -> Result<(), VhostError> {
+        self.front_end.check_connected().map_err(|cause| self.failed("its back-end is gone").because(cause))
+    }
+
+    fn state(&self) -> Result<VhostState, VhostError> {
+        if self.phase != Phase::Standing {
+            return Err(self.failed("it still runs: its state is known when it is stopped"));
+        }
+        let inflight = self.inflight.as_ref().map(Inflight::save).transpose();
+        Ok(VhostState {
+            features: self.features,
+            protocol_features: self.front_end.protocol_features(),
+            rings: self.rings.iter().map(|(ring, _)| *ring).collect(),
+            inflight: inflight.map_err(|cause| self.failed("reading its in-flight region").because(cause))?,
+        })
+    }
+
+    fn announce(&self, mac: [u8; 6]) -> Result<Announcement, VhostError> {
+        if self.features & GUEST_ANNOUNCE != 0 {
+            return Ok(Announcement::ByGuest);
+        }
+        let sent = self.front_end.send_rarp(mac);
+        match sent.map_err(|cause| self.failed("announcing the guest's address").because(cause))? {
+            true => Ok(Announcement::ByBackEnd),
+            false => Ok(Announcement::ByEmbedder),
+        }
+    }
+}
+
+impl<F: VhostFrontEnd> VhostDevice<F> {
+    /// Waits until no ring has requests left that `left` counts; of split rings, which alone tell.
+    fn wait_for(&self, what: &str, left: impl Fn(&Ring) -> Option<u16>) -> Result<(), VhostError> {
+        let patience = self.front_end.timeout();
+        let deadline = Instant::now() + patience;
+        for (index, (ring, _)) in self.rings.iter().enumerate().filter(|_| self.features & RING_PACKED == 0) {
+            while let Some(left) = left(ring).filter(|left| *left > 0) {
+                if Instant::now() >= deadline {
+                    return Err(
+                        self.failed(format!("ring {index}: {left} requests {what} after {patience:?}"))
+                    );
+                }
+                self.check_connected()?;
+                // A poll: back-ends that are being stopped do not signal, and the guest may have told them not to.
+                std::thread::park_timeout(POLL);
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops every ring, and learns where.
+    fn halt_rings(&mut self) -> Result<(), VhostError> {
+        for index in 0..self.rings.len() {
+            let front_end = &self.front_end;
+            let base = front_end.switch_ring(index, false).and_then(|()| front_end.get_vring_base(index));
+            let base = base.map_err(|cause| self.failed(format!("stopping ring {index}")).because(cause))?;
+            if let Some((ring, _)) = self.rings.get_mut(index) {
+                ring.base = base;
+            }
+        }
+        self.phase = Phase::Halted;
+        Ok(())
+    }
+
+    fn start_rings(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+        let rings = || self.rings.iter().enumerate();
+        let starting = |cause| self.failed("starting its rings").because(cause);
+        rings()
+            .try_for_each(|(index, (ring, _))| {
+                self.front_end.set_vring_num(index, ring.size)?;
+                self.front_end.set_ring_base(index, ring.base)
+            })
+            .map_err(starting)?;
+        self.tell_addresses(regions)?;
+        rings()
+            .try_for_each(|(index, (_, events))| {
+                self.front_end.set_vring_call(index, &events.call)?;
+                self.front_end.set_vring_kick(index, &events.kick)?;
+                self.front_end.switch_ring(index, true)
+            })
+            .map_err(starting)
+    }
+}
