@@ -15,6 +15,8 @@ use multifd_tests::{
 use rustix::fs::{FallocateFlags, fallocate};
 use serde_json::json;
 
+use crate::tls::Credentials;
+
 /// What is in the memory.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(crate) enum Guest {
@@ -33,6 +35,7 @@ pub(crate) struct Stage {
     /// The same guest.
     pub(crate) checkpoint: PathBuf,
     pub(crate) builder: QemuBuilder,
+    pub(crate) credentials: Credentials,
     scratch: Scratch,
 }
 
@@ -65,7 +68,10 @@ impl Guest {
                 qemu
             }
         };
-        let mut stage = Stage { qemu, checkpoint: scratch.path("checkpoint"), builder, scratch };
+        let credentials = Credentials::new(&scratch)?;
+        let checkpoint = scratch.path("checkpoint");
+        let mut stage = Stage { qemu, checkpoint, builder, credentials, scratch };
+        stage.credentials.give_to(&mut stage.qemu, "client")?;
         receive(&mut stage.qemu, &stage.checkpoint)?;
         Ok(stage)
     }

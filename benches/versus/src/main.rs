@@ -17,6 +17,7 @@ mod plot;
 mod pump;
 mod scenario;
 mod table;
+mod tls;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

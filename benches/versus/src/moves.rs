@@ -1,11 +1,14 @@
 //! One move: who sends to whom, what it cost, and whether the RAM is equal.
 
 use std::fs;
+use std::path::Path;
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
-use multifd_tests::{CheckpointFiles, CommandReport, Multifd, Outcome, Qemu, Receive, Scratch, Side, ram};
+use multifd_tests::{
+    CheckpointFiles, CommandReport, Multifd, Outcome, Process, Qemu, Receive, Scratch, Side, ram,
+};
 
 use crate::account;
 use crate::guest::{PATIENCE, Stage};
@@ -70,8 +73,8 @@ fn qemu_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
 fn ours_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let scratch = Scratch::new()?;
     let out = scratch.path("out");
-    let mut receive = Receive::listen_in(far_end(scenario), &uri(scenario, &scratch), &out, &[])?;
-    let mut send = Multifd::send(&stage.checkpoint, receive.uri(), &scenario.settings())?;
+    let mut receive = listen(scenario, stage, &scratch, &out)?;
+    let mut send = send(scenario, stage, receive.uri())?;
     let pids = [send.id(), receive.process().id()];
     let (usages, private_bytes) = watched(pids, || {
         let source = send.wait_usage(PATIENCE)?;
@@ -91,7 +94,7 @@ fn ours_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
 fn qemu_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let scratch = Scratch::new()?;
     let out = scratch.path("out");
-    let mut receive = Receive::listen_in(far_end(scenario), &uri(scenario, &scratch), &out, &[])?;
+    let mut receive = listen(scenario, stage, &scratch, &out)?;
     let target = receive.uri().to_owned();
     let pids = [stage.qemu.process().id(), receive.process().id()];
     let before = Snapshot::of(pids)?;
@@ -114,7 +117,7 @@ fn ours_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let (mut destination, uri) = incoming(scenario, stage)?;
     let id = destination.process().id();
     let before = Snapshot::of([id, id])?;
-    let mut send = Multifd::send(&stage.checkpoint, &uri, &scenario.settings())?;
+    let mut send = send(scenario, stage, &uri)?;
     let (usage, peak) = watched([send.id(), id], || send.wait_usage(PATIENCE))?;
     destination.wait_completed(PATIENCE)?;
     let after = Snapshot::of([id, id])?;
@@ -133,6 +136,7 @@ fn ours_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
 fn incoming(scenario: &Scenario, stage: &Stage) -> Outcome<(Qemu, String)> {
     let destination = stage.builder.clone().inside(far_end(scenario)).incoming("defer").paused();
     let mut destination = destination.spawn("destination")?;
+    stage.credentials.give_to(&mut destination, "server")?;
     destination.set_up(&scenario.settings(), Side::Destination)?;
     let uri = uri(scenario, destination.scratch());
     let uri = destination.listen(&uri)?;
@@ -150,6 +154,20 @@ fn send_by_qemu(scenario: &Scenario, qemu: &mut Qemu, uri: &str) -> Outcome<(Dur
     Ok((report.total, report.transferred_bytes))
 }
 
+/// A `multifd receive` that listens.
+fn listen(scenario: &Scenario, stage: &Stage, scratch: &Scratch, out: &Path) -> Outcome<Receive> {
+    let flags = if scenario.tls { Vec::from(stage.credentials.flags()) } else { Vec::new() };
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    Receive::listen_in(far_end(scenario), &uri(scenario, scratch), out, &flags)
+}
+
+/// A `multifd send` under way.
+fn send(scenario: &Scenario, stage: &Stage, uri: &str) -> Outcome<Process> {
+    let flags = if scenario.tls { Vec::from(stage.credentials.flags()) } else { Vec::new() };
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    Multifd::send_with(&stage.checkpoint, uri, &scenario.settings(), &flags)
+}
+
 fn uri(scenario: &Scenario, scratch: &Scratch) -> String {
     match (scenario.transport, scenario.link) {
         (Transport::Tcp, Some(_)) => format!("tcp:{}:0", Link::HOST),
@@ -163,7 +181,7 @@ fn far_end(scenario: &Scenario) -> &'static [&'static str] {
     if scenario.link.is_some() { &Link::FAR_END } else { &[] }
 }
 
-fn check_arrived(stage: &Stage, out: &std::path::Path) -> Outcome {
+fn check_arrived(stage: &Stage, out: &Path) -> Outcome {
     ram::check_equal(stage.qemu.ram(), &CheckpointFiles::open(out)?.block("pc.ram")?)?;
     Ok(fs::remove_dir_all(out)?)
 }

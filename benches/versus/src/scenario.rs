@@ -2,8 +2,11 @@
 
 use multifd_tests::{Compression, Settings};
 
+use serde_json::{Map, json};
+
 use crate::guest::Guest;
 use crate::live::WorkingSet;
+use crate::tls;
 
 /// One comparison: the same guest, the same settings, every way to move it.
 #[derive(Clone, Debug)]
@@ -14,6 +17,8 @@ pub(crate) struct Scenario {
     /// Parallel channels; `None`: everything on the main channel.
     pub(crate) channels: Option<u8>,
     pub(crate) codec: Compression,
+    /// Certificates on both sides.
+    pub(crate) tls: bool,
     /// Pages that are written again go as differences.
     pub(crate) xbzrle: bool,
     /// QEMU has looked at all of its guest's RAM before: what was never touched is memory of zeros, no holes.
@@ -54,6 +59,7 @@ impl Scenario {
             transport: Transport::Tcp,
             channels,
             codec,
+            tls: false,
             xbzrle: false,
             looked_at: false,
             link: None,
@@ -100,7 +106,10 @@ impl Scenario {
     }
 
     pub(crate) fn settings(&self) -> Settings {
+        let mut parameters = Map::new();
+        parameters.insert("tls-creds".to_owned(), json!(if self.tls { tls::OBJECT } else { "" }));
         Settings {
+            parameters,
             channels: self.channels,
             compression: self.codec,
             // Both ends know that the guest has arrived: the time is that of a move that can be trusted.
@@ -140,6 +149,8 @@ pub(crate) fn all(ram_mib: u32) -> Vec<Scenario> {
         list.push(if channels == 2 { tcp.clone().target(1.2) } else { tcp.clone() });
         list.push(Scenario { name: format!("{name}-unix"), ..tcp.over_unix() });
     }
+    let plain = Scenario::new("none-2-tls", linux, Some(2), Plain).target(1.6);
+    list.push(Scenario { tls: true, ..plain });
     let second = Scenario::new("none-2-again", linux, Some(2), Plain);
     list.push(Scenario { looked_at: true, ..second });
     list.push(Scenario::new("zlib1", linux, Some(2), Zlib(1)).target(3.0));
