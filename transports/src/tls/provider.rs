@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use rustls::crypto::CryptoProvider;
 
+#[cfg(not(any(feature = "aws-lc-rs", feature = "ring")))]
+compile_error!("TLS needs one of the features aws-lc-rs and ring");
+
 /// A library of cryptographic primitives. Which are there, the crate's features decide; docs/tls.md compares them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TlsProvider {
