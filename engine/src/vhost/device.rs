@@ -67,7 +67,8 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         Self {
             name: name.into(),
             front_end,
-            features,
+            // Between us and the back-end, never the guest's.
+            features: features & !LOG_ALL,
             rings,
             inflight,
             phase: Phase::Standing,
@@ -87,7 +88,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         state: &VhostState,
         events: Vec<RingEvents>,
     ) -> Result<Self, VhostError> {
-        let mut device = Self::new(name, front_end, state.features & !LOG_ALL);
+        let mut device = Self::new(name, front_end, state.features);
         device.check_features(state)?;
         let (needed, here) = (state.rings.len(), events.len());
         if needed != here {
