@@ -43,7 +43,7 @@ pub struct VhostDevice<F> {
 /// What a device is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// Nothing of its writes any more.
+    /// Its back-end writes nothing any more.
     Standing,
     Running,
     /// Its rings are stopped, but it may not be done with what it took from them.
