@@ -43,7 +43,7 @@ pub struct VhostDevice<F> {
 /// What a device is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// Nothing of its writes any more.
+    /// Its back-end writes nothing any more.
     Standing,
     Running,
     /// Its rings are stopped, but it may not be done with what it took from them.
@@ -67,7 +67,8 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         Self {
             name: name.into(),
             front_end,
-            features,
+            // Between us and the back-end, never the guest's.
+            features: features & !LOG_ALL,
             rings,
             inflight,
             phase: Phase::Standing,
@@ -87,7 +88,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         state: &VhostState,
         events: Vec<RingEvents>,
     ) -> Result<Self, VhostError> {
-        let mut device = Self::new(name, front_end, state.features & !LOG_ALL);
+        let mut device = Self::new(name, front_end, state.features);
         device.check_features(state)?;
         let (needed, here) = (state.rings.len(), events.len());
         if needed != here {

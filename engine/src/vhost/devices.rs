@@ -79,14 +79,10 @@ impl VhostDevices {
     /// Stops a device and forgets it. What it has written stays in the log.
     ///
     /// # Errors
-    /// There is none of that name, or it does not stop; it is forgotten all the same.
+    /// There is none of that name, or it does not stop; then it is forgotten all the same, and a migration that runs will
+    /// fail.
     pub fn remove(&self, name: &str) -> Result<(), VhostError> {
-        let mut group = self.group();
-        let at = group.devices.iter().position(|device| device.name() == name);
-        let at = at.ok_or_else(|| unknown(name))?;
-        let mut device = group.devices.remove(at);
-        device.stop(&group.regions)?;
-        device.log_off(&group.regions)
+        self.group().remove(name)
     }
 
     /// Lets every device that stands still go on, where its rings stopped: after the move at the destination, after a failure
@@ -155,11 +151,29 @@ impl Group {
             return Err(VhostError::of_device(device.name(), "there is one of this name already"));
         }
         if let Some(logging) = &self.migration {
-            device.blocker()?;
-            device.log_on(&logging.log.log, self.log_event.as_deref(), &self.regions)?;
+            let (log, event) = (&logging.log.log, self.log_event.as_deref());
+            let logged = device.blocker().and_then(|()| device.log_on(log, event, &self.regions));
+            if let Err(error) = logged {
+                return if device.standing() { Err(error) } else { self.lose(error) };
+            }
         }
         self.devices.push(device);
         Ok(())
+    }
+
+    fn remove(&mut self, name: &str) -> Result<(), VhostError> {
+        let at = self.devices.iter().position(|device| device.name() == name);
+        let mut device = self.devices.remove(at.ok_or_else(|| unknown(name))?);
+        device.stop(&self.regions).or_else(|error| self.lose(error))?;
+        device.log_off(&self.regions)
+    }
+
+    /// Something may write that is in no log any more: a migration that runs must not end well.
+    fn lose(&mut self, error: VhostError) -> Result<(), VhostError> {
+        if let Some(logging) = &mut self.migration {
+            logging.lost.get_or_insert_with(|| error.chain());
+        }
+        Err(error)
     }
 
     fn find(&self, name: &str) -> Result<&dyn Device, VhostError> {
@@ -183,10 +197,7 @@ impl Group {
     fn change_regions(&mut self, new: Vec<VhostRegion>) -> Result<(), VhostError> {
         let result = self.follow(&new);
         self.regions = new;
-        if let (Err(error), Some(logging)) = (&result, &mut self.migration) {
-            logging.lost = Some(error.chain());
-        }
-        result
+        result.or_else(|error| self.lose(error))
     }
 
     /// While a migration runs: a log that is long enough for both, then the memory, then a log that is read as the new

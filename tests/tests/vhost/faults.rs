@@ -254,6 +254,25 @@ fn the_guest_the_back_end_or_the_embedder_announces() {
     }
 }
 
+/// What cannot be stopped may go on writing when nobody reads its log.
+#[test]
+fn a_device_that_is_removed_and_does_not_stop_fails_the_migration() {
+    let memory = memory();
+    let ram = blocks(&memory);
+    let (devices, ..) = scripted(&memory, FrontendReq::GET_VRING_BASE, || Answer::Silence);
+    let mut log = devices.log();
+    log.start(&ram).unwrap();
+    let error = devices.remove("odd").unwrap_err().chain();
+    let reported = crate::guest::bitmaps(&ram);
+    let text = format!("what vhost devices write is not known since {error}");
+    assert_eq!(log.sync(&reported).unwrap_err().to_string(), text);
+    assert_eq!(log.last_sync(&reported).unwrap_err().to_string(), text);
+    log.stop();
+    log.start(&ram).unwrap();
+    log.last_sync(&reported).unwrap();
+    log.stop();
+}
+
 /// A device that comes while a migration runs is logged like the others; one that cannot be is refused.
 #[test]
 fn a_device_may_come_and_go_while_the_guest_moves() {
