@@ -1,5 +1,5 @@
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
 use std::os::unix::net::UnixListener;
@@ -165,6 +165,27 @@ fn a_listening_socket_is_listened_on() {
 }
 
 #[test]
+fn a_file_is_written_and_read_from_where_its_opener_left_off() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("file");
+    let mut file = File::create(&path).unwrap();
+    file.write_all(b"a header, ").unwrap();
+    let channel = dial(&inherited(file)).unwrap();
+    assert!(!channel.is_two_way() && channel.peer().ends_with(", file"), "{}", channel.peer());
+    channel.send_all(b"QEVM and more").unwrap();
+    channel.finish_sending().unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"a header, QEVM and more");
+
+    let mut file = File::open(&path).unwrap();
+    file.read_exact(&mut [0; 10]).unwrap();
+    let Arrival::Identified { channel, first, .. } = first_arrival(&inherited(file)) else { panic!() };
+    assert_eq!(&first, b"QEVM");
+    let mut all = [0; 13];
+    channel.recv_exact(&mut all).unwrap();
+    assert_eq!(&all, b"QEVM and more");
+}
+
+#[test]
 fn what_does_not_fit_is_named() {
     let dir = TempDir::new().unwrap();
     let (reading, writing) = pipe().unwrap();
@@ -174,9 +195,11 @@ fn what_does_not_fit_is_named() {
     let both = File::options().read(true).write(true).open(&fifo).unwrap();
     let listening = TcpListener::bind("127.0.0.1:0").unwrap();
     let unowned = File::open("/dev/null").unwrap();
+    let file = dir.path().join("file");
+    File::create(&file).unwrap();
     for (endpoint, said) in [
         (inherited(reading), "the reading end of a pipe, a source needs the writing end"),
-        (inherited(File::create(dir.path().join("file")).unwrap()), "a regular file: "),
+        (inherited(File::open(&file).unwrap()), "open for reading only"),
         (inherited(File::open("/dev/null").unwrap()), "CharacterDevice, expected a stream socket"),
         (inherited(UdpSocket::bind("127.0.0.1:0").unwrap()), "expected a stream socket"),
         (inherited(unconnected), "neither connected nor listening"),
