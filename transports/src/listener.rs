@@ -90,6 +90,13 @@ impl Listener {
         matches!(self.origin, Origin::Socket { .. })
     }
 
+    /// Whether the one channel that comes is a regular file.
+    pub fn reads_file(&self) -> bool {
+        let Origin::Ready(channel) = &self.origin else { return false };
+        let channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
+        channel.as_ref().is_some_and(|channel| channel.file().is_some())
+    }
+
     /// Ends [`serve`](Self::serve), for good.
     pub fn stopper(&self) -> Stopper {
         self.stopper.clone()

@@ -132,7 +132,9 @@ impl DestinationBuilder {
             let detail = format!("TLS over {endpoint}, expected tcp, unix or vsock");
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, detail));
         }
-        if let Some(channels) = self.channels.filter(|channels| *channels > 0 && !listener.takes_several()) {
+        // Of a file they are threads, if its pages have fixed places; the stream says whether they do.
+        let one = !listener.takes_several() && !listener.reads_file();
+        if let Some(channels) = self.channels.filter(|channels| *channels > 0 && one) {
             let detail = format!("{channels} parallel channels over {endpoint}, which is one channel");
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, detail));
         }
