@@ -112,7 +112,7 @@ pub(crate) struct Send {
     pub(crate) dir: PathBuf,
     /// Where the destination listens, or the file to write
     pub(crate) uri: Endpoint,
-    /// Do not ask the destination to confirm that the guest has arrived. Default for exec: and pipes
+    /// Do not ask the destination to confirm that the guest has arrived. Default for exec:, pipes and files
     #[arg(long)]
     pub(crate) no_return_path: bool,
     /// Ask the destination to confirm also behind exec:, whose command must pass on what it answers

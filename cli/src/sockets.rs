@@ -15,7 +15,7 @@ const HEADING: &str = "Sockets";
 const KEEPALIVE_GRAMMAR: &str =
     "TIME[,INTERVAL[,RETRIES]] or off, with times of 1s to 9h in whole seconds and 1 to 127 retries";
 
-/// Settings of TCP connections; other kinds take the buffers only.
+/// Settings of TCP connections; unix sockets take the buffers only, others nothing.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Sockets {
     /// Ask a silent peer for a sign of life after TIME, then every INTERVAL, RETRIES times; off: never

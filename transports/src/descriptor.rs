@@ -151,18 +151,21 @@ pub(crate) fn take(number: i32) -> io::Result<OwnedFd> {
 
 /// Takes over a descriptor that is handed over by whoever listens at `path`, within `limit`.
 pub(crate) fn fetch(path: &Path, limit: Duration) -> io::Result<OwnedFd> {
-    let stream: UnixStream = {
-        let socket = Socket::new(socket2::Domain::UNIX, Type::STREAM, None)?;
-        socket.connect(&socket::unix_address(path)?)?;
-        OwnedFd::from(socket).into()
-    };
-    stream.set_read_timeout(Some(limit))?;
-    receive_descriptor(&stream).map_err(|error| match error.kind() {
+    let late = |error: io::Error| match error.kind() {
         ErrorKind::WouldBlock => {
             io::Error::new(ErrorKind::TimedOut, format!("no descriptor was handed over within {limit:?}"))
         }
         _ => error,
-    })
+    };
+    let stream: UnixStream = {
+        let socket = Socket::new(socket2::Domain::UNIX, Type::STREAM, None)?;
+        // Also for how long to wait for a place in the listener's queue.
+        socket.set_write_timeout(Some(limit))?;
+        socket.connect(&socket::unix_address(path)?).map_err(late)?;
+        OwnedFd::from(socket).into()
+    };
+    stream.set_read_timeout(Some(limit))?;
+    receive_descriptor(&stream).map_err(late)
 }
 
 /// Looks at what a descriptor is.

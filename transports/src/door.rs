@@ -44,7 +44,7 @@ impl Door {
                 let (client, address) = listener.async_io(Interest::READABLE, Socket::accept).await?;
                 client.set_nonblocking(true)?;
                 let name = address.as_vsock_address().map(socket::vsock_name);
-                (Client::Vsock(watch(client, Interest::READABLE)?), name)
+                (Client::Vsock(watch(client, Interest::READABLE | Interest::WRITABLE)?), name)
             }
         })
     }

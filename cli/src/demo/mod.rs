@@ -7,8 +7,8 @@ mod guest;
 use multifd_codecs::parse_codec;
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
-    AutoConverge, DeviceState, DirtyMarker, Error, Progress, Report, SoftwareLog, Source, SourceBuilder,
-    UserfaultLog,
+    AutoConverge, DeviceState, DirtyMarker, Error, ErrorKind, Phase, Progress, Report, SoftwareLog, Source,
+    SourceBuilder, UserfaultLog,
 };
 use serde_json::json;
 
@@ -58,6 +58,10 @@ struct Moved {
 }
 
 fn migrate(flags: &Demo, common: &Common, reached: &mut Option<Progress>) -> Result<Moved> {
+    if common.tls_dir.is_some() {
+        let detail = "the demo goes from process to process, without TLS";
+        return Err(Error::new(ErrorKind::ApiMisuse, Phase::Setup, detail).into());
+    }
     let Rate(dirty_rate) = flags.dirty_rate;
     let mut guest = Guest::new(flags.ram)?;
     let process = Process::start()?;

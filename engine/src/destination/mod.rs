@@ -124,21 +124,36 @@ impl DestinationBuilder {
         if self.timeout.is_zero() {
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, "timeout is 0, expected more"));
         }
+        // Before a command is started or a file opened. What a descriptor is, shows when it is looked at.
+        if !matches!(endpoint, Endpoint::Fd(_) | Endpoint::FdFrom(_)) {
+            self.check_carrier(
+                endpoint,
+                endpoint.takes_several(),
+                matches!(endpoint, Endpoint::File { .. }),
+            )?;
+        }
         let session = Session::new(self.timeout);
         let listener = Listener::bind_with(endpoint, &session.socket_options(&self.socket))
             .map_err(|error| Error::transport(Phase::Accept, error))?
             .tls(self.tls.clone());
-        if self.tls.is_some() && !listener.takes_several() {
-            let detail = format!("TLS over {endpoint}, expected tcp, unix or vsock");
-            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, detail));
-        }
-        // Of a file they are threads, if its pages have fixed places; the stream says whether they do.
-        let one = !listener.takes_several() && !listener.reads_file();
-        if let Some(channels) = self.channels.filter(|channels| *channels > 0 && one) {
-            let detail = format!("{channels} parallel channels over {endpoint}, which is one channel");
-            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, detail));
-        }
+        self.check_carrier(endpoint, listener.takes_several(), listener.reads_file())?;
         Ok(Destination { listener: Arc::new(listener), session, settings: self })
+    }
+}
+
+impl DestinationBuilder {
+    fn check_carrier(&self, endpoint: &Endpoint, takes_several: bool, is_file: bool) -> Result<()> {
+        let misuse = |detail| Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, detail));
+        if self.tls.is_some() && !takes_several {
+            return misuse(format!("TLS over {endpoint}, expected tcp, unix or vsock"));
+        }
+        match self.channels {
+            // Of a file they are threads, if its pages have fixed places; the stream says whether they do.
+            Some(channels @ 1..) if !takes_several && !is_file => {
+                misuse(format!("{channels} parallel channels over {endpoint}, which is one channel"))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

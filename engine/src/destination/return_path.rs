@@ -42,9 +42,6 @@ impl ReturnPath {
 
     /// The source sent OPEN_RETURN_PATH. Repeats are harmless.
     pub(crate) fn open(&self) {
-        if !self.channel.is_two_way() {
-            return;
-        }
         let mut state = self.lock();
         if *state == State::Closed {
             *state = State::Open;
@@ -65,11 +62,8 @@ impl ReturnPath {
     }
 
     pub(crate) fn send(&self, phase: Phase, message: &ReturnMessage) -> Result<()> {
-        // What was recorded asks, but nobody waits for an answer.
-        if !self.channel.is_two_way() {
-            return Ok(());
-        }
         let state = self.lock();
+        // What was recorded asks, but nobody waits for an answer.
         if *state == State::OneWay {
             return Ok(());
         }

@@ -7,10 +7,11 @@ use super::{DirtyBitmap, PAGE, RamBlock};
 
 /// One bit for each page that may hold something else than zeros. `None`: not known, every page has to be looked at.
 ///
-/// Asks the file behind the block for its holes (SEEK_DATA, SEEK_HOLE). Memory without a file, and file systems that do not
-/// know their holes, give `None` or report everything as data: slower, never wrong.
+/// Asks the file behind the block for its holes (SEEK_DATA, SEEK_HOLE). Memory without a file of its own, and file systems that
+/// do not know their holes, give `None` or report everything as data: slower, never wrong. What was written to a private mapping
+/// is not in its file, which says nothing then.
 pub(crate) fn data_pages(block: &RamBlock) -> io::Result<Option<DirtyBitmap>> {
-    let Some(file) = block.memory().file() else { return Ok(None) };
+    let Some(file) = block.memory().shared_file() else { return Ok(None) };
     let start = file.start();
     let end = start + block.used_len();
     let bitmap = DirtyBitmap::new(block.pages());
@@ -73,6 +74,22 @@ mod tests {
         assert!(touched.iter().all(|page| data.test(*page)));
         // A file system may report more as data than was written, but not a hole of many megabytes.
         assert!(data.count() < 64, "{} pages", data.count());
+    }
+
+    /// The guest's pages are copies then, of which the file knows nothing.
+    #[test]
+    fn a_private_mapping_of_a_file_is_not_known() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(PAGE as u64).unwrap();
+        let region = vm_memory::mmap::MmapRegionBuilder::<()>::new(PAGE)
+            .with_file_offset(vm_memory::FileOffset::new(file, 0))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE)
+            .build()
+            .unwrap();
+        let memory = HostMemory::from_region(std::sync::Arc::new(region)).unwrap();
+        memory.slice(0, 4).unwrap().copy_from(&[1_u8; 4]);
+        assert!(data_pages(&RamBlock::new("ram".try_into().unwrap(), memory)).unwrap().is_none());
     }
 
     #[test]

@@ -30,6 +30,9 @@ use crate::session::{Canceller, Counters, DEFAULT_TIMEOUT, ProgressReader, Sessi
 use crate::state::MigrationState;
 use crate::workers::Crew;
 
+const NOTHING_COMES_BACK: &str =
+    "a return path was asked for, but nothing comes back over a pipe or from a file";
+
 /// Most parallel channels: QEMU's limit.
 const MAX_CHANNELS: usize = 255;
 
@@ -245,7 +248,7 @@ impl SourceBuilder {
         self
     }
 
-    /// Parallel channels, each a socket and a thread: 1..=255, and about 2 MiB of buffers each with a codec. 0, the default:
+    /// Parallel channels, each a socket and a thread (a thread to a file with [`mapped_ram`](Self::mapped_ram)): 1..=255, and about 2 MiB of buffers each with a codec. 0, the default:
     /// everything goes on the main channel. A QEMU destination must be set to the same number.
     #[must_use]
     pub fn channels(mut self, channels: usize) -> Self {
@@ -393,7 +396,7 @@ impl SourceBuilder {
     }
 
     fn check_carrier(&self, file: bool) -> Result<()> {
-        mapped::check_settings(self.mapped_ram, self.direct_io, file, self.channels)
+        mapped::check_settings(self.mapped_ram, file, self.channels)
     }
 
     /// Mapped-ram belongs to the file that the guest goes to, not to the one that it may come from.
@@ -412,6 +415,9 @@ impl SourceBuilder {
             _ => self.check_carrier(false)?,
         }
         let misuse = |detail| Err(Error::new(ErrorKind::ApiMisuse, Phase::Connect, detail));
+        if self.return_path == Some(true) && matches!(main, Endpoint::File { .. }) {
+            return misuse(NOTHING_COMES_BACK.to_owned());
+        }
         let all = || std::iter::once(main).chain(&self.channel_endpoints);
         if self.channels > 0
             && !self.mapped_ram
@@ -436,8 +442,7 @@ impl SourceBuilder {
 
     fn wants_return_path(&self, endpoint: &Endpoint, main: &Channel) -> Result<bool> {
         if self.return_path == Some(true) && !main.is_two_way() {
-            let detail = "a return path was asked for, but nothing comes back over a pipe or from a file";
-            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Connect, detail).on(main.peer()));
+            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Connect, NOTHING_COMES_BACK).on(main.peer()));
         }
         // Most commands store or pass on, and say nothing.
         let answers = main.is_two_way() && !matches!(endpoint, Endpoint::Exec(_));
@@ -468,6 +473,12 @@ impl SourceBuilder {
                 "mapped-ram excludes compression, codec {} was asked for",
                 self.codec.name()
             ));
+        }
+        if self.direct_io && !self.mapped_ram {
+            return Err("direct I/O needs mapped-ram: a plain stream is not aligned".to_owned());
+        }
+        if !self.channel_endpoints.is_empty() && (self.channels == 0 || self.mapped_ram) {
+            return Err("addresses for parallel channels, but there are none".to_owned());
         }
         if self.mapped_ram && self.xbzrle_cache.is_some() {
             return Err("mapped-ram excludes xbzrle".to_owned());

@@ -167,13 +167,12 @@ fn name(channel: &Channel) -> String {
 }
 
 /// The rules of QEMU for what may go to a file, and how. `file`: the endpoint is one.
-pub(super) fn check_settings(mapped: bool, direct: bool, file: bool, channels: usize) -> Result<()> {
+pub(super) fn check_settings(mapped: bool, file: bool, channels: usize) -> Result<()> {
     let problem = match (mapped, file) {
         (true, false) => "mapped-ram goes to file: only, where pages have fixed places",
         (false, true) if channels > 0 => {
             "parallel channels to a file need mapped-ram, where pages have fixed places"
         }
-        (false, _) if direct => "direct I/O needs mapped-ram: a plain stream is not aligned",
         _ => return Ok(()),
     };
     Err(Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))

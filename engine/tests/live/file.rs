@@ -236,6 +236,8 @@ fn settings_that_files_exclude_are_refused() {
     let zstd = || std::sync::Arc::new(multifd_codecs::Zstd::default());
     refused(new().channels(2), &place.endpoint, "need mapped-ram");
     refused(new().direct_io(true), &place.endpoint, "direct I/O needs mapped-ram");
+    refused(new().return_path(true), &place.endpoint, "nothing comes back");
+    refused(new().channel_endpoints(vec![there.uri.clone()]), &there.uri, "there are none");
     refused(new().mapped_ram(true), &there.uri, "file: only");
     refused(new().mapped_ram(true).channels(2).codec(zstd()), &place.endpoint, "excludes compression");
     refused(new().mapped_ram(true).xbzrle(1 << 20), &place.endpoint, "excludes xbzrle");

@@ -129,5 +129,12 @@ fn parallel_channels_are_refused_where_there_can_be_none() -> Outcome {
         assert_eq!(error.kind(), ErrorKind::ApiMisuse);
         says(&error, &["2 parallel channels over fd:", "which is one channel"]);
     }
+    // The command has not been started for it: it would say so in a file, before it is heard to say nothing.
+    let scratch = Scratch::new()?;
+    let trace = scratch.path("trace");
+    let command = Endpoint::Exec(format!("echo started > {}", trace.display()));
+    let refused = Destination::builder(stream().0.provide(0)?).channels(2).listen(&command);
+    says(&refused.err().expect("it listens"), &["2 parallel channels over exec:", "which is one channel"]);
+    assert!(!trace.exists());
     Ok(())
 }
