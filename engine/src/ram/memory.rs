@@ -106,6 +106,11 @@ impl HostMemory {
         self.file.as_ref()
     }
 
+    /// The file behind the memory, if stores to the memory and writes to the file are the same thing.
+    pub fn shared_file(&self) -> Option<&FileOffset> {
+        self.shared_file.as_ref()
+    }
+
     /// A checked window; `None` if any of it lies outside.
     pub fn slice(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
         if offset.checked_add(len)? > self.len {
