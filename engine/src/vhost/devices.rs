@@ -89,9 +89,11 @@ impl VhostDevices {
     /// at the source.
     ///
     /// # Errors
-    /// The first device that does not; the others run.
+    /// The first device that does not; the others run. It stands still again if it can be stopped. A migration that runs
+    /// will fail.
     pub fn start(&self) -> Result<(), VhostError> {
-        self.group().each(|device, regions| device.start(regions))
+        let mut group = self.group();
+        group.each(|device, regions| device.start(regions)).or_else(|error| group.lose(error))
     }
 
     /// Stops every ring. The vCPUs stand still already; when this has returned without an error, nothing writes guest memory
@@ -99,7 +101,8 @@ impl VhostDevices {
     /// the requests in flight, and is downtime.
     ///
     /// # Errors
-    /// The first device that does not stop; the others stand still.
+    /// The first device that does not stop; the others stand still. Some of its own rings may, too: [`start`](Self::start)
+    /// lets them go on.
     pub fn stop(&self) -> Result<(), VhostError> {
         self.group().each(|device, regions| device.stop(regions))
     }
