@@ -2,13 +2,13 @@
 
 use multifd_engine::DirtyLog;
 use multifd_engine::vhost::vhost::vhost_user::message::FrontendReq;
-use multifd_engine::vhost::VhostDevices;
+use multifd_engine::vhost::{VhostDevices, VhostRegion};
 use multifd_engine::vm_memory::GuestAddress;
 use multifd_tests::virtio::Memory;
 
-use crate::backend::{Driver, device};
+use crate::backend::{Driver, Filler, device, own};
 use crate::faults::SHORT;
-use crate::guest::{Attached, attach, bitmaps, blocks, devices, memory, wanted};
+use crate::guest::{Attached, HIGH, attach, bitmaps, blocks, devices, memory, wanted};
 use crate::script::{self, Answer, Journal};
 
 /// A device of two rings that stands still, whose back-end does as `script` says. The journal begins after the negotiation.
@@ -113,4 +113,23 @@ fn the_rings_of_a_device_that_stops_only_in_part_go_on() {
     devices.stop().unwrap();
     assert_eq!(told(&journal, &[STOP]), [0, 1].map(|ring| (u32::from(STOP), ring)));
     devices.state("odd").unwrap();
+}
+
+#[test]
+fn memory_does_not_change_without_a_log_for_it() {
+    let (memory, devices, journal) = two_rings(second(FrontendReq::SET_LOG_BASE, || Answer::HangUp));
+    devices.start().unwrap();
+    let ram = blocks(&memory);
+    let mut log = devices.log();
+    log.start(&ram).unwrap();
+    told(&journal, &[]);
+    let error = devices.change_regions(vec![VhostRegion::new(HIGH, &ram[1])]).unwrap_err().chain();
+    assert_eq!(told(&journal, &[STOP, FrontendReq::SET_MEM_TABLE]), []);
+    let lost = log.sync(&bitmaps(&ram)).unwrap_err();
+    assert_eq!(lost.to_string(), format!("what vhost devices write is not known since {error}"));
+    log.stop();
+    // The low memory, where the rings of this one are, is still known.
+    let (_own, next) = own("next", Filler::new(1), &[Driver::new(&memory, GuestAddress(0x8000))]);
+    devices.add(next).unwrap();
+    devices.start().unwrap();
 }
