@@ -1,5 +1,6 @@
 //! One device: its rings, and what its back-end is told when the guest's memory migrates.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use vhost::VringConfigData;
@@ -33,6 +34,8 @@ pub struct VhostDevice<F> {
     pub(super) rings: Vec<(Ring, RingEvents)>,
     pub(super) inflight: Option<Inflight>,
     pub(super) phase: Phase,
+    /// The rings of a running device that stand still: not all of them could be stopped, or started.
+    pub(super) halted: BTreeSet<usize>,
     pub(super) finishes: bool,
     /// The back-end knows the guest's memory.
     pub(super) has_memory: bool,
@@ -45,6 +48,7 @@ pub struct VhostDevice<F> {
 pub(super) enum Phase {
     /// Its back-end writes nothing any more.
     Standing,
+    /// Its rings run, but for those that are halted.
     Running,
     /// Its rings are stopped, but it may not be done with what it took from them.
     Halted,
@@ -72,6 +76,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
             rings,
             inflight,
             phase: Phase::Standing,
+            halted: BTreeSet::new(),
             finishes: false,
             has_memory: false,
             log: None,
@@ -184,8 +189,27 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         self.front_end.share_log(log).map_err(|cause| self.failed(text()).because(cause))
     }
 
-    pub(super) fn tell_addresses(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        for (index, (ring, _)) in self.rings.iter().enumerate() {
+    /// The rings that stand still.
+    pub(super) fn halted_rings(&self) -> impl Iterator<Item = (usize, &Ring)> {
+        self.rings_by(move |index| self.halted.contains(&index))
+    }
+
+    /// The rings that may run.
+    pub(super) fn live_rings(&self) -> impl Iterator<Item = (usize, &Ring)> {
+        self.rings_by(move |index| !self.halted.contains(&index))
+    }
+
+    fn rings_by(&self, mine: impl Fn(usize) -> bool) -> impl Iterator<Item = (usize, &Ring)> {
+        let rings = self.rings.iter().map(|(ring, _)| ring).enumerate();
+        rings.filter(move |(index, _)| mine(*index))
+    }
+
+    pub(super) fn tell_addresses<'a>(
+        &self,
+        rings: impl Iterator<Item = (usize, &'a Ring)>,
+        regions: &[VhostRegion],
+    ) -> Result<(), VhostError> {
+        for (index, ring) in rings {
             let config = self.config(index, ring, regions)?;
             self.front_end.set_vring_addr(index, &config).map_err(|cause| {
                 self.failed(format!("setting the addresses of ring {index}")).because(cause)
@@ -196,7 +220,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
 
     /// A ring that stands still is told when it starts.
     pub(super) fn tell_running_addresses(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        if self.phase == Phase::Running { self.tell_addresses(regions) } else { Ok(()) }
+        if self.phase == Phase::Running { self.tell_addresses(self.live_rings(), regions) } else { Ok(()) }
     }
 
     fn config(

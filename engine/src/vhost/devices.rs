@@ -89,9 +89,11 @@ impl VhostDevices {
     /// at the source.
     ///
     /// # Errors
-    /// The first device that does not; the others run.
+    /// The first device that does not; the others run. It stands still again if it can be stopped. A migration that runs
+    /// will fail.
     pub fn start(&self) -> Result<(), VhostError> {
-        self.group().each(|device, regions| device.start(regions))
+        let mut group = self.group();
+        group.each(|device, regions| device.start(regions)).or_else(|error| group.lose(error))
     }
 
     /// Stops every ring. The vCPUs stand still already; when this has returned without an error, nothing writes guest memory
@@ -99,7 +101,8 @@ impl VhostDevices {
     /// the requests in flight, and is downtime.
     ///
     /// # Errors
-    /// The first device that does not stop; the others stand still.
+    /// The first device that does not stop; the others stand still. Some of its own rings may, too: [`start`](Self::start)
+    /// lets them go on.
     pub fn stop(&self) -> Result<(), VhostError> {
         self.group().each(|device, regions| device.stop(regions))
     }
@@ -108,7 +111,8 @@ impl VhostDevices {
     /// the guest of new memory after this has returned; memory that is removed must have been taken from the guest before.
     ///
     /// # Errors
-    /// Wrong regions: nothing is changed. Or a back-end that does not follow: a migration that runs will fail.
+    /// Wrong regions: nothing is changed. A back-end that does not take a larger log: no memory is changed, and a migration
+    /// that runs will fail. A back-end that does not follow: a migration that runs will fail.
     pub fn change_regions(&self, regions: Vec<VhostRegion>) -> Result<(), VhostError> {
         region::check(&regions).map_err(VhostError::of_memory)?;
         self.group().change_regions(regions)
@@ -195,19 +199,15 @@ impl Group {
     }
 
     fn change_regions(&mut self, new: Vec<VhostRegion>) -> Result<(), VhostError> {
-        let result = self.follow(&new);
-        self.regions = new;
-        result.or_else(|error| self.lose(error))
-    }
-
-    /// While a migration runs: a log that is long enough for both, then the memory, then a log that is read as the new
-    /// memory lies. What was logged before each step is read as the memory lay then.
-    fn follow(&mut self, new: &[VhostRegion]) -> Result<(), VhostError> {
         let old = self.regions.clone();
-        let both = [&old[..], new].concat();
-        self.exchange_log(&old, &both)?;
-        self.each(|device, _| device.change_memory(&old, new))?;
-        self.exchange_log(new, &both)
+        let both = [&old[..], &new].concat();
+        // While a migration runs: a log that is long enough for both, then the memory, then a log that is read as the new
+        // memory lies. What was logged before each step is read as the memory lay then.
+        self.exchange_log(&old, &both).or_else(|error| self.lose(error))?;
+        self.regions.clone_from(&new);
+        self.each(|device, _| device.change_memory(&old, &new))
+            .and_then(|()| self.exchange_log(&new, &both))
+            .or_else(|error| self.lose(error))
     }
 
     fn exchange_log(&mut self, runs: &[VhostRegion], sized_for: &[VhostRegion]) -> Result<(), VhostError> {

@@ -68,23 +68,14 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
     }
 
     fn start(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        if self.phase == Phase::Running {
-            return Ok(());
+        if self.phase != Phase::Running {
+            self.prepare(regions)?;
+            self.halted = (0..self.rings.len()).collect();
         }
-        self.tell_features()?;
-        if !self.has_memory {
-            let told = self.front_end.change_memory(&[], regions);
-            told.map_err(|cause| self.failed("sharing the guest's memory").because(cause))?;
-            self.has_memory = true;
-            self.log.as_ref().map_or(Ok(()), |log| self.tell_log(log))?;
-        }
-        if let Some(inflight) = &self.inflight {
-            let shared = self.front_end.share_inflight(inflight);
-            shared.map_err(|cause| self.failed("sharing the in-flight region").because(cause))?;
-        }
-        self.start_rings(regions)?;
+        self.prepare_rings(regions)?;
+        // From the first ring on, it is no device any more that writes nothing.
         self.phase = Phase::Running;
-        Ok(())
+        self.start_rings(regions)
     }
 
     fn stop(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
@@ -92,14 +83,16 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
         let done = |ring: &Ring| index(ring.used);
         if self.phase == Phase::Running {
             if self.finishes {
-                self.wait_for("are not done", |ring| Some(index(ring.available)?.wrapping_sub(done(ring)?)))?;
+                let left = |ring: &Ring| Some(index(ring.available)?.wrapping_sub(done(ring)?));
+                self.wait_for(self.live_rings(), "are not done", left)?;
             }
             self.halt_rings()?;
         }
         if self.phase == Phase::Halted {
             // A split ring's base is 16 bits. With an in-flight region, what is in flight may go along in it.
             let taken = |ring: &Ring| u16::try_from(ring.base).ok().filter(|_| self.inflight.is_none());
-            self.wait_for("are in flight", |ring| Some(taken(ring)?.wrapping_sub(done(ring)?)))?;
+            let left = |ring: &Ring| Some(taken(ring)?.wrapping_sub(done(ring)?));
+            self.wait_for(self.halted_rings(), "are in flight", left)?;
             if let Some(log) = &self.log {
                 // The index may be there before its page is in the log.
                 self.rings.iter().for_each(|(ring, _)| log.mark(ring.used, self.lens(ring)[2]));
@@ -185,11 +178,32 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
 }
 
 impl<F: VhostFrontEnd> VhostDevice<F> {
-    /// Waits until no ring has requests left that `left` counts; of split rings, which alone tell.
-    fn wait_for(&self, what: &str, left: impl Fn(&Ring) -> Option<u16>) -> Result<(), VhostError> {
+    /// What the back-end must know before any ring.
+    fn prepare(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+        self.tell_features()?;
+        if !self.has_memory {
+            let told = self.front_end.change_memory(&[], regions);
+            told.map_err(|cause| self.failed("sharing the guest's memory").because(cause))?;
+            self.has_memory = true;
+            self.log.as_ref().map_or(Ok(()), |log| self.tell_log(log))?;
+        }
+        if let Some(inflight) = &self.inflight {
+            let shared = self.front_end.share_inflight(inflight);
+            shared.map_err(|cause| self.failed("sharing the in-flight region").because(cause))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until none of `rings` has requests left that `left` counts; of split rings, which alone tell.
+    fn wait_for<'a>(
+        &self,
+        rings: impl Iterator<Item = (usize, &'a Ring)>,
+        what: &str,
+        left: impl Fn(&Ring) -> Option<u16>,
+    ) -> Result<(), VhostError> {
         let patience = self.front_end.timeout();
         let deadline = Instant::now() + patience;
-        for (index, (ring, _)) in self.rings.iter().enumerate().filter(|_| self.features & RING_PACKED == 0) {
+        for (index, ring) in rings.filter(|_| self.features & RING_PACKED == 0) {
             while let Some(left) = left(ring).filter(|left| *left > 0) {
                 if Instant::now() >= deadline {
                     return Err(
@@ -204,36 +218,60 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         Ok(())
     }
 
-    /// Stops every ring, and learns where.
+    /// Stops every ring that may run.
     fn halt_rings(&mut self) -> Result<(), VhostError> {
-        for index in 0..self.rings.len() {
-            let front_end = &self.front_end;
-            let base = front_end.switch_ring(index, false).and_then(|()| front_end.get_vring_base(index));
-            let base = base.map_err(|cause| self.failed(format!("stopping ring {index}")).because(cause))?;
-            if let Some((ring, _)) = self.rings.get_mut(index) {
-                ring.base = base;
-            }
-        }
+        (0..self.rings.len()).try_for_each(|index| self.halt_ring(index))?;
         self.phase = Phase::Halted;
         Ok(())
     }
 
-    fn start_rings(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        let rings = || self.rings.iter().enumerate();
-        let starting = |cause| self.failed("starting its rings").because(cause);
-        rings()
-            .try_for_each(|(index, (ring, _))| {
-                self.front_end.set_vring_num(index, ring.size)?;
-                self.front_end.set_ring_base(index, ring.base)
-            })
-            .map_err(starting)?;
-        self.tell_addresses(regions)?;
-        rings()
-            .try_for_each(|(index, (_, events))| {
-                self.front_end.set_vring_call(index, &events.call)?;
-                self.front_end.set_vring_kick(index, &events.kick)?;
-                self.front_end.switch_ring(index, true)
-            })
-            .map_err(starting)
+    /// Stops a ring, and learns where. One that is halted already may not be asked again.
+    fn halt_ring(&mut self, index: usize) -> Result<(), VhostError> {
+        if self.halted.contains(&index) {
+            return Ok(());
+        }
+        let front_end = &self.front_end;
+        let base = front_end.switch_ring(index, false).and_then(|()| front_end.get_vring_base(index));
+        let base = base.map_err(|cause| self.failed(format!("stopping ring {index}")).because(cause))?;
+        if let Some((ring, _)) = self.rings.get_mut(index) {
+            ring.base = base;
+        }
+        self.halted.insert(index);
+        Ok(())
+    }
+
+    /// Tells what the halted rings need, and where they go on. None runs yet.
+    fn prepare_rings(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+        for (index, ring) in self.halted_rings() {
+            let size = self.front_end.set_vring_num(index, ring.size);
+            let told = size.and_then(|()| self.front_end.set_ring_base(index, ring.base));
+            told.map_err(|cause| self.failed("starting its rings").because(cause))?;
+        }
+        self.tell_addresses(self.halted_rings(), regions)
+    }
+
+    /// Starts the halted rings: all of them, or, if they can be stopped again, none of the device.
+    fn start_rings(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
+        for index in self.halted.clone() {
+            let Err(refusal) = self.start_ring(index) else { continue };
+            // First the one that may not run: nobody has to wait for its requests.
+            let stopped = self.halt_ring(index).and_then(|()| self.stop(regions));
+            if let Err(error) = stopped {
+                tracing::warn!(error = error.chain(), "rings of a device that did not start may run");
+            }
+            return Err(refusal);
+        }
+        Ok(())
+    }
+
+    fn start_ring(&mut self, index: usize) -> Result<(), VhostError> {
+        let Some((_, events)) = self.rings.get(index) else { return Ok(()) };
+        let told = self.front_end.set_vring_call(index, &events.call).and_then(|()| {
+            // With its kick it may run, whatever the back-end answers.
+            self.halted.remove(&index);
+            self.front_end.set_vring_kick(index, &events.kick)?;
+            self.front_end.switch_ring(index, true)
+        });
+        told.map_err(|cause| self.failed("starting its rings").because(cause))
     }
 }

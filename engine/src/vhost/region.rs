@@ -24,7 +24,7 @@ pub struct VhostRegion {
 }
 
 impl VhostRegion {
-    /// All of `block`, from `guest_address` on. A vhost-user back-end needs memory with a file that it can map
+    /// All of `block`, from `guest_address` on. A vhost-user back-end needs memory that it can share
     /// ([`HostMemory::map_file`](crate::HostMemory::map_file)).
     pub fn new(guest_address: GuestAddress, block: &RamBlock) -> Self {
         Self { guest_address, block: block.clone(), range: 0..block.used_len() }
@@ -87,9 +87,9 @@ impl VhostRegion {
         Some(self.userspace_address()? + offset)
     }
 
-    /// What a back-end is told of it. The descriptor is -1 for memory without a file.
+    /// What a back-end is told of it. The descriptor is -1 for memory that it cannot share: without a file, or private.
     pub(super) fn info(&self) -> VhostUserMemoryRegionInfo {
-        let file = self.block.memory().file();
+        let file = self.block.memory().shared_file();
         VhostUserMemoryRegionInfo {
             guest_phys_addr: self.guest_address.raw_value(),
             memory_size: self.len(),
@@ -159,6 +159,10 @@ fn pages(bytes: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::{FileOffset, MmapRegion};
+
     use super::*;
     use crate::ram::HostMemory;
 
@@ -186,6 +190,21 @@ mod tests {
             error(&[at(0x3000, 0..0x1000), at(0, 0..0x4000)]),
             "guest memory at 0x0, RAM block ram overlaps guest memory at 0x3000, RAM block ram"
         );
+    }
+
+    #[test]
+    fn the_file_of_a_private_mapping_is_not_the_guests_memory() {
+        let info = |flags| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(PAGE as u64).unwrap();
+            let (file, rights) = (FileOffset::new(file, 0), libc::PROT_READ | libc::PROT_WRITE);
+            let mapped = MmapRegion::<()>::build(Some(file), PAGE, rights, flags).unwrap();
+            let memory = HostMemory::from_region(Arc::new(mapped)).unwrap();
+            assert!(memory.file().is_some());
+            VhostRegion::new(GuestAddress(0), &RamBlock::new("ram".try_into().unwrap(), memory)).info()
+        };
+        assert_eq!(info(libc::MAP_PRIVATE).mmap_handle, -1);
+        assert!(info(libc::MAP_SHARED).mmap_handle >= 0);
     }
 
     #[test]

@@ -58,11 +58,11 @@ impl SharedLog {
         self.memory.slice(0, 0).map_or(0, |slice| slice.ptr_guard().as_ptr() as u64)
     }
 
-    /// Sets the bits of `len` bytes from a guest address on, as a back-end does.
+    /// Sets the bits of `len` bytes from a guest address on, as a back-end does; as far as there are any.
     pub fn mark(&self, at: GuestAddress, len: u64) {
         let (first, end) = (at.0 / PAGE as u64, at.0.saturating_add(len).div_ceil(PAGE as u64));
         let words = sys::words(&self.memory).unwrap_or_default();
-        for page in first..end {
+        for page in first..end.min(words.len() as u64 * PAGES) {
             let word = usize::try_from(page / PAGES).ok().and_then(|word| words.get(word));
             // Release: who takes the bit sees what was written before.
             _ = word.map(|word| word.fetch_or((1_u64 << (page % PAGES)).to_le(), Ordering::Release));
@@ -206,7 +206,8 @@ mod tests {
         let (ours, theirs) = (SharedLog::new(1 << 20).unwrap(), SharedLog::new(1 << 20).unwrap());
         ours.mark(GuestAddress(0x41fff), 2);
         ours.mark(GuestAddress(0x1000), 0);
-        ours.mark(GuestAddress(0xff000), u64::MAX >> 20);
+        ours.mark(GuestAddress(0xff000), u64::MAX);
+        ours.mark(GuestAddress(1 << 20), u64::MAX);
         [0x41, 0x42, 0xff].into_iter().for_each(|page| mark(&theirs, page));
         let (mut a, mut b) = ([0; 32], [0; 32]);
         ours.file.read_exact_at(&mut a, 0).unwrap();

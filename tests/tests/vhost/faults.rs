@@ -12,7 +12,7 @@ use crate::backend::{Driver, Filler, Own, device, own};
 use crate::guest::{Attached, HIGH, MAC, attach, blocks, devices, memory, source, wanted};
 use crate::script::{self, Answer, Journal};
 
-const SHORT: Duration = Duration::from_millis(300);
+pub const SHORT: Duration = Duration::from_millis(300);
 
 /// A running device whose back-end does as `script` says about requests `special`.
 fn scripted(

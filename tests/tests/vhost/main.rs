@@ -20,6 +20,7 @@ mod kvm_guest;
 mod merged;
 mod net;
 mod order;
+mod partly;
 mod peers;
 mod queues;
 mod script;
