@@ -134,6 +134,19 @@ fn a_name_that_is_not_in_the_list() {
 }
 
 #[test]
+fn a_list_demands_a_certificate() {
+    let credentials = Credentials::made(&Authority::new("test CA"), &Member::server(), None);
+    let server = || credentials.server();
+    for server in [
+        server().authorise(["*"]).without_client_certificates(),
+        server().without_client_certificates().authorise(["*"]),
+    ] {
+        let (here, _) = refused_client(credentials.client(), server);
+        says(&here, &["the peer has sent no certificate"]);
+    }
+}
+
+#[test]
 fn a_revoked_certificate() {
     use rcgen::{
         CertificateParams, CertificateRevocationListParams, CertifiedIssuer, IsCa, KeyIdMethod, KeyPair,
