@@ -59,16 +59,12 @@ pub(crate) struct Opener {
 }
 
 impl Opener {
-    /// `early` was received and opened before, `sealed` was received only.
-    pub(crate) fn new(protection: Protection, early: &[u8], sealed: &[u8]) -> Self {
-        let start = early.len();
-        let end = start + sealed.len();
+    /// `sealed` was received with the handshake.
+    pub(crate) fn new(protection: Protection, sealed: &[u8]) -> Self {
+        let end = sealed.len();
         let mut buffer = vec![0; end.max(BUFFER) + HEADER_LEN + MAX_PAYLOAD].into_boxed_slice();
-        let (head, tail) = buffer.split_at_mut(start);
-        head.copy_from_slice(early);
-        tail.iter_mut().zip(sealed).for_each(|(into, byte)| *into = *byte);
-        let heard = !early.is_empty();
-        Self { protection, buffer, data: 0..start, start, end, message: Vec::new(), idle: 0, heard }
+        buffer.split_at_mut(end).0.copy_from_slice(sealed);
+        Self { protection, buffer, data: 0..0, start: 0, end, message: Vec::new(), idle: 0, heard: false }
     }
 
     /// Data that was opened and not taken yet.

@@ -132,12 +132,12 @@ impl TlsServer {
         let config = self.config(seen).map_err(Failure::Tls)?;
         let connection = UnbufferedServerConnection::new(Arc::new(config)).map_err(Failure::Tls)?;
         let mut line = Line::new(client);
-        let (connection, early) = line
+        let connection = line
             .shake_hands(connection, &mut |received| {
                 *stage = Stage::Handshake(received);
             })
             .await?;
-        line.into_parts(connection, early, self.settings.provider)
+        line.into_parts(connection, self.settings.provider)
     }
 
     fn config(&self, seen: &Seen) -> Result<ServerConfig, rustls::Error> {

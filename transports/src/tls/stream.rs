@@ -92,11 +92,11 @@ enum Wait {
 impl TlsStream {
     /// Takes what a handshake has made. The socket does not block yet.
     pub(crate) fn new(parts: Parts, settings: Settings) -> Self {
-        let Parts { socket, sealer, opener, secrets, ended } = parts;
+        let Parts { socket, sealer, opener, secrets } = parts;
         Self {
             socket,
             sending: Mutex::new(Sending { sealer, ended: None }),
-            receiving: Mutex::new(Receiving { opener, ended: ended.then_some(Ended::Well) }),
+            receiving: Mutex::new(Receiving { opener, ended: None }),
             secrets: Mutex::new(secrets),
             answer_due: AtomicBool::new(false),
             refreshed: AtomicU64::new(0),
