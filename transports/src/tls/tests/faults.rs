@@ -237,6 +237,39 @@ fn what_no_peer_sends_is_refused() {
     }
 }
 
+/// The sender looks what the peer has sent, and it is he who finds the fault.
+#[test]
+fn a_fault_that_a_sender_finds_is_told_to_the_peer() {
+    let credentials = Credentials::new();
+    let serving = Serving::tcp(credentials.server());
+    let Endpoint::Tcp { port, .. } = serving.endpoint() else { panic!() };
+    let mut socket = TcpStream::connect(("localhost", port)).unwrap();
+    let (client, copy) = (credentials.client(), socket.try_clone().unwrap());
+    let name = client.server_name(&serving.endpoint()).unwrap();
+    let stream = blocking::runtime().unwrap().block_on(client.connect(copy.into(), name)).unwrap();
+    stream.send_vectored(&[IoSlice::new(b"QEVM")]).unwrap();
+    let other = serving.identified();
+    other.recv_exact(&mut [0; 4]).unwrap();
+    socket.write_all(&[23, 3, 3, 0, 3, 1, 2, 3]).unwrap();
+    let begun = Instant::now();
+    let error = loop {
+        if let Err(error) = other.send_all(b"x") {
+            break error;
+        }
+        assert!(begun.elapsed() < LONG);
+    };
+    assert!(error.to_string().contains("does not decrypt"), "{error}");
+    assert_eq!(other.send_all(b"x").unwrap_err().to_string(), error.to_string());
+    let told = loop {
+        match stream.recv(&mut [0; 4096]) {
+            Ok(count) => assert!(count > 0),
+            Err(error) => break error,
+        }
+    };
+    assert!(told.to_string().contains("alert 20 (bad record MAC)"), "{told}");
+    serving.stop();
+}
+
 #[test]
 fn a_closer_wakes_sender_and_receiver() {
     let credentials = Credentials::new();
