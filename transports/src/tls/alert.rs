@@ -1,6 +1,7 @@
 //! Alerts, in words. RFC 8446 §6.
 
 use super::opener::Bad;
+use super::record::MAX_TEXT;
 
 /// Which end of a connection we are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +46,15 @@ pub(crate) fn received(description: u8, role: Role) -> String {
 pub(super) fn for_bad(bad: &Bad) -> (u8, String) {
     match bad {
         Bad::Header(header) => (10, format!("{header:02x?} is no header of a TLS record that may come now")),
+        Bad::Fragment => {
+            (10, "a fragment of a TLS handshake message is empty, or another record interrupts it".to_owned())
+        }
+        Bad::Overflow(len) => (
+            22,
+            format!(
+                "a TLS record of {len} bytes is too long, expected at most {MAX_TEXT} and what sealing adds"
+            ),
+        ),
         Bad::Idle => (10, "too many TLS records in a row without data".to_owned()),
         Bad::Message(kind) => (10, format!("handshake message {kind} after the TLS handshake")),
         Bad::Sealed => {

@@ -141,8 +141,8 @@ impl TlsClient {
         let config = self.config(seen).map_err(Failure::Tls)?;
         let connection = UnbufferedClientConnection::new(Arc::new(config), name).map_err(Failure::Tls)?;
         let mut line = Line::new(Client::new(socket).map_err(Failure::Broken)?);
-        let (connection, early) = line.shake_hands(connection, &mut |_| {}).await?;
-        let parts = line.into_parts(connection, early, self.settings.provider)?;
+        let connection = line.shake_hands(connection, &mut |_| {}).await?;
+        let parts = line.into_parts(connection, self.settings.provider)?;
         TlsStream::new(parts, self.settings).into_blocking().map_err(Failure::Broken)
     }
 

@@ -55,7 +55,7 @@ impl Directory {
     /// Revoked certificates; none without `ca-crl.pem`.
     pub(crate) fn revoked(&self) -> Result<Vec<CertificateRevocationListDer<'static>>> {
         let path = self.0.join("ca-crl.pem");
-        if !path.exists() {
+        if !is_there(&path)? {
             return Ok(Vec::new());
         }
         all(&path, CertificateRevocationListDer::pem_file_iter(&path).and_then(Iterator::collect))
@@ -64,7 +64,7 @@ impl Directory {
     /// The certificate and key of `end`: `server` or `client`. `None` if there is neither.
     pub(crate) fn identity(&self, end: &str, provider: &CryptoProvider) -> Result<Option<Arc<CertifiedKey>>> {
         let (chain, key) = (self.0.join(format!("{end}-cert.pem")), self.0.join(format!("{end}-key.pem")));
-        if !chain.exists() && !key.exists() {
+        if !is_there(&chain)? && !is_there(&key)? {
             return Ok(None);
         }
         warn_if_readable_by_all(&key);
@@ -83,6 +83,16 @@ impl Directory {
 
     pub(crate) fn path(&self) -> &Path {
         &self.0
+    }
+}
+
+/// Whether there is something of that name, though it may lead nowhere. What may be there and is not to be seen is an error:
+/// to go on without it would be to trust what it revokes.
+fn is_there(path: &Path) -> Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(InvalidCredentials::new(path, error.to_string())),
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::opener::Opener;
 use super::provider::{TlsProvider, Unsound};
-use super::record::{Protection, content};
+use super::record::{HEADER_LEN, MAX_PAYLOAD, Protection, content};
 use super::sealer::Sealer;
 use super::secrets::{Handshaking, Secrets};
 use crate::door::Client;
@@ -29,6 +29,8 @@ pub(crate) struct Line {
     client: Client,
     /// Received and not understood yet.
     incoming: Vec<u8>,
+    /// How much of it rustls has been shown: whole records.
+    shown: usize,
     outgoing: Vec<u8>,
     /// Bytes received, all told.
     received: usize,
@@ -53,8 +55,6 @@ pub(crate) struct Parts {
     pub(crate) sealer: Sealer,
     pub(crate) opener: Opener,
     pub(crate) secrets: Secrets,
-    /// The peer said goodbye right behind its part of the handshake.
-    pub(crate) ended: bool,
 }
 
 /// What to do next.
@@ -67,7 +67,7 @@ enum Next {
 
 impl Line {
     pub(crate) fn new(client: Client) -> Self {
-        Self { client, incoming: Vec::new(), outgoing: Vec::new(), received: 0 }
+        Self { client, incoming: Vec::new(), shown: 0, outgoing: Vec::new(), received: 0 }
     }
 
     /// Shakes hands. When that fails, the peer has been told why, if it listens. `on_received` hears how many bytes the peer
@@ -76,15 +76,15 @@ impl Line {
         &mut self,
         mut connection: C,
         on_received: &mut (dyn FnMut(usize) + Send),
-    ) -> Result<(C, Early), Failure> {
-        let mut early = Early::default();
+    ) -> Result<C, Failure> {
         loop {
-            match self.step(&mut connection, &mut early) {
+            match self.step(&mut connection) {
                 Ok(Next::Done) => {
                     self.flush().await.map_err(Failure::Broken)?;
-                    return Ok((connection, early));
+                    return Ok(connection);
                 }
                 Ok(Next::Go) => {}
+                Ok(Next::Read) if self.show_record() => {}
                 Ok(Next::Read) => {
                     if let Err(failure) = self.read().await {
                         self.turn_away(&failure).await;
@@ -105,7 +105,6 @@ impl Line {
     pub(crate) fn into_parts<C: Handshaking>(
         self,
         connection: C,
-        early: Early,
         provider: TlsProvider,
     ) -> Result<Parts, Failure> {
         let (keys, secrets) = connection.into_secrets().map_err(Failure::Tls)?;
@@ -116,28 +115,17 @@ impl Line {
         Ok(Parts {
             socket: self.client.into_socket().map_err(Failure::Broken)?,
             sealer: Sealer::new(sending, secrets.record_limit()),
-            opener: Opener::new(receiving, &early.data, &self.incoming),
+            opener: Opener::new(receiving, &self.incoming),
             secrets,
-            ended: early.ended,
         })
     }
 
-    fn step<C: Handshaking>(&mut self, connection: &mut C, early: &mut Early) -> Result<Next, rustls::Error> {
-        let UnbufferedStatus { discard, state } = connection.process(&mut self.incoming);
+    fn step<C: Handshaking>(&mut self, connection: &mut C) -> Result<Next, rustls::Error> {
+        let shown = self.incoming.get_mut(..self.shown).unwrap_or_default();
+        let UnbufferedStatus { discard, state } = connection.process(shown);
         let next = match state {
             Ok(ConnectionState::BlockedHandshake) => Ok(Next::Read),
             Ok(ConnectionState::EncodeTlsData(data)) => encode(data, &mut self.outgoing).map(|()| Next::Go),
-            Ok(ConnectionState::PeerClosed) => {
-                early.ended = true;
-                Ok(Next::Go)
-            }
-            // What the peer sends right behind its part of the handshake.
-            Ok(ConnectionState::ReadTraffic(mut traffic)) => {
-                while let Some(record) = traffic.next_record() {
-                    early.data.extend_from_slice(record?.payload);
-                }
-                Ok(Next::Go)
-            }
             Ok(ConnectionState::TransmitTlsData(data)) => {
                 data.done();
                 Ok(Next::Write)
@@ -146,8 +134,28 @@ impl Line {
             Ok(_) => Err(rustls::Error::General("the peer ended the handshake".to_owned())),
             Err(error) => Err(error),
         };
-        self.incoming.drain(..discard.min(self.incoming.len()));
+        let discard = discard.min(self.shown);
+        self.incoming.drain(..discard);
+        self.shown -= discard;
         next
+    }
+
+    /// Shows rustls one more record, if one is here as a whole. Never more, and only when it waits for it: what the peer sends
+    /// right behind its part of the handshake is for the [`Opener`]. rustls would follow a key, and queue an answer to it.
+    fn show_record(&mut self) -> bool {
+        let hidden = self.incoming.get(self.shown..).unwrap_or_default();
+        let Some([_, major, _, high, low]) = hidden.first_chunk::<HEADER_LEN>() else { return false };
+        let len = usize::from(u16::from_be_bytes([*high, *low]));
+        if *major != 3 || len > MAX_PAYLOAD {
+            // It says what is wrong with that.
+            self.shown = self.incoming.len();
+            return true;
+        }
+        let is_whole = hidden.len() >= HEADER_LEN + len;
+        if is_whole {
+            self.shown += HEADER_LEN + len;
+        }
+        is_whole
     }
 
     async fn read(&mut self) -> Result<(), Failure> {
@@ -223,13 +231,6 @@ impl Line {
         // There is nothing more to be done for it.
         let _ = heard.await;
     }
-}
-
-/// What came behind the handshake.
-#[derive(Default)]
-pub(crate) struct Early {
-    data: Vec<u8>,
-    ended: bool,
 }
 
 fn encode<D>(mut data: EncodeTlsData<'_, D>, outgoing: &mut Vec<u8>) -> Result<(), rustls::Error> {

@@ -38,7 +38,7 @@ impl Open {
     /// # Panics
     /// As there.
     pub fn new(provider: TlsProvider) -> Self {
-        Self(Opener::new(protection(provider), &[], &[]))
+        Self(Opener::new(protection(provider), &[]))
     }
 
     /// Opens what `receive` puts into a buffer, as a socket would; gives the bytes of data in it.

@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 
-use super::provider::Unsound;
-use super::record::{HEADER_LEN, MAX_PAYLOAD, Protection, content};
+use super::record::{HEADER_LEN, MAX_PAYLOAD, Protection, Unopened, content};
 
 /// Bytes that one read takes at most: as much as the other end writes at a time.
 const BUFFER: usize = 256 << 10;
@@ -32,10 +31,14 @@ pub(crate) enum Opened {
 /// What a peer may not send.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Bad {
-    /// A record's length or type. The first bytes of it.
+    /// A handshake message in pieces, of which one is empty, or between which another record has come.
+    Fragment,
+    /// A record's version or type. The first bytes of it.
     Header([u8; HEADER_LEN]),
     /// A handshake message that may not come now, by its type.
     Message(u8),
+    /// A record that is too long, or its text is: so many bytes after the header.
+    Overflow(usize),
     /// Too many records that carry nothing.
     Idle,
     /// A record that was not sealed by the peer, or not in this place.
@@ -59,16 +62,12 @@ pub(crate) struct Opener {
 }
 
 impl Opener {
-    /// `early` was received and opened before, `sealed` was received only.
-    pub(crate) fn new(protection: Protection, early: &[u8], sealed: &[u8]) -> Self {
-        let start = early.len();
-        let end = start + sealed.len();
+    /// `sealed` was received with the handshake.
+    pub(crate) fn new(protection: Protection, sealed: &[u8]) -> Self {
+        let end = sealed.len();
         let mut buffer = vec![0; end.max(BUFFER) + HEADER_LEN + MAX_PAYLOAD].into_boxed_slice();
-        let (head, tail) = buffer.split_at_mut(start);
-        head.copy_from_slice(early);
-        tail.iter_mut().zip(sealed).for_each(|(into, byte)| *into = *byte);
-        let heard = !early.is_empty();
-        Self { protection, buffer, data: 0..start, start, end, message: Vec::new(), idle: 0, heard }
+        buffer.split_at_mut(end).0.copy_from_slice(sealed);
+        Self { protection, buffer, data: 0..0, start: 0, end, message: Vec::new(), idle: 0, heard: false }
     }
 
     /// Data that was opened and not taken yet.
@@ -116,9 +115,17 @@ impl Opener {
         let Some(len) = self.record_len()? else { return Ok(Opened::Nothing) };
         let at = self.start;
         let record = self.buffer.get_mut(at..at + len).ok_or(Bad::Sealed)?;
-        let (content, text) = self.protection.open(record).map_err(|Unsound| Bad::Sealed)?;
+        let (content, text) = self.protection.open(record).map_err(|why| match why {
+            Unopened::Overflow => Bad::Overflow(len - HEADER_LEN),
+            Unopened::Unsound => Bad::Sealed,
+        })?;
         self.start += len;
         let text = at + text.start..at + text.end;
+        // RFC 8446 §5.1.
+        let is_handshake = content == content::HANDSHAKE;
+        if is_handshake && text.is_empty() || !is_handshake && !self.message.is_empty() {
+            return Err(Bad::Fragment);
+        }
         if content == content::APPLICATION_DATA && !text.is_empty() {
             (self.idle, self.heard, self.data) = (0, true, text);
             return Ok(Opened::Data);
@@ -149,8 +156,11 @@ impl Opener {
         let Some(header) = sealed.first_chunk::<HEADER_LEN>() else { return Ok(None) };
         let [kind, major, _, high, low] = *header;
         let payload = usize::from(u16::from_be_bytes([high, low]));
-        if !(20..=23).contains(&kind) || major != 3 || payload > MAX_PAYLOAD {
+        if !(20..=23).contains(&kind) || major != 3 {
             return Err(Bad::Header(*header));
+        }
+        if payload > self.protection.max_payload() {
+            return Err(Bad::Overflow(payload));
         }
         let len = HEADER_LEN + payload;
         Ok((sealed.len() >= len).then_some(len))

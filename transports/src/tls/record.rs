@@ -26,8 +26,11 @@ pub(crate) const HEADER_LEN: usize = 5;
 pub(crate) const MAX_TEXT: usize = 1 << 14;
 /// Most bytes of a record that we write, header included.
 pub(crate) const MAX_SEALED: usize = HEADER_LEN + EXPLICIT_NONCE_LEN + MAX_TEXT + 1 + TAG_LEN;
-/// Most bytes after the header that a peer may send: 2^14 and 2048 in TLS 1.2, less in 1.3.
+/// Most bytes after the header that any peer may send, in TLS 1.2: 2^14 and 2048.
 pub(crate) const MAX_PAYLOAD: usize = MAX_TEXT + 2048;
+
+/// The same in TLS 1.3: 2^14 and 256.
+const MAX_PAYLOAD_13: usize = MAX_TEXT + 256;
 
 const EXPLICIT_NONCE_LEN: usize = 8;
 const VERSION: [u8; 2] = [3, 3];
@@ -38,6 +41,20 @@ enum Layout {
     Tls12Chacha,
     Tls12Gcm,
     Tls13,
+}
+
+/// Why a record was not opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unopened {
+    /// It was sealed with more text than a record may have.
+    Overflow,
+    Unsound,
+}
+
+impl From<Unsound> for Unopened {
+    fn from(Unsound: Unsound) -> Self {
+        Self::Unsound
+    }
 }
 
 /// The keys of one direction, and how many records they have protected.
@@ -96,6 +113,14 @@ impl Protection {
         self.text_at() + text_len + usize::from(self.layout == Layout::Tls13) + TAG_LEN
     }
 
+    /// Most bytes after the header of a record.
+    pub(crate) fn max_payload(&self) -> usize {
+        match self.layout {
+            Layout::Tls12Gcm | Layout::Tls12Chacha => MAX_PAYLOAD,
+            Layout::Tls13 => MAX_PAYLOAD_13,
+        }
+    }
+
     /// Seals a record of [`sealed_len`](Self::sealed_len), whose plaintext stands at [`text_at`](Self::text_at).
     pub(crate) fn seal(&mut self, content: u8, record: &mut [u8]) -> Result<(), Unsound> {
         let text_at = self.text_at();
@@ -123,7 +148,7 @@ impl Protection {
     }
 
     /// Opens a record, header included: gives what it carries, and where in it.
-    pub(crate) fn open(&mut self, record: &mut [u8]) -> Result<(u8, Range<usize>), Unsound> {
+    pub(crate) fn open(&mut self, record: &mut [u8]) -> Result<(u8, Range<usize>), Unopened> {
         let text_at = self.text_at();
         let nonce = self.nonce();
         let (front, body) = record.split_at_mut_checked(text_at).ok_or(Unsound)?;
@@ -131,9 +156,13 @@ impl Protection {
         let outer = *header.first().ok_or(Unsound)?;
         let (content, len) = match self.layout {
             // Nothing else is protected, and nothing is unprotected after the handshake.
-            Layout::Tls13 if outer != content::APPLICATION_DATA => return Err(Unsound),
+            Layout::Tls13 if outer != content::APPLICATION_DATA => return Err(Unsound.into()),
             Layout::Tls13 => {
                 let len = self.key.open(nonce, header, body)?;
+                // With the type and the padding.
+                if len > MAX_TEXT + 1 {
+                    return Err(Unopened::Overflow);
+                }
                 inner_content(body.get(..len).ok_or(Unsound)?)?
             }
             Layout::Tls12Gcm | Layout::Tls12Chacha => {
@@ -143,7 +172,7 @@ impl Protection {
             }
         };
         if len > MAX_TEXT {
-            return Err(Unsound);
+            return Err(Unopened::Overflow);
         }
         self.sequence += 1;
         Ok((content, text_at..text_at + len))

@@ -27,7 +27,9 @@ use crate::door::Client;
 #[derive(Clone, Debug)]
 pub struct TlsServer {
     directory: Directory,
-    verifier: Option<Arc<dyn ClientCertVerifier>>,
+    verifier: Arc<dyn ClientCertVerifier>,
+    /// Nobody needs a certificate, unless there is a list.
+    anonymous: bool,
     identity: Arc<CertifiedKey>,
     crypto: Arc<CryptoProvider>,
     allowed: Arc<[String]>,
@@ -72,19 +74,22 @@ impl TlsServer {
             .build()
             .map_err(|error| InvalidCredentials::new(&directory.ca_path(), error.to_string()))?;
         let settings = Settings { role: Role::Server, certified: true, provider, refresh_after: None };
-        Ok(Self { directory, verifier: Some(verifier), identity, crypto, allowed: Arc::default(), settings })
+        let allowed = Arc::default();
+        Ok(Self { directory, verifier, anonymous: false, identity, crypto, allowed, settings })
     }
 
-    /// Lets everybody in. The stream is sealed, but nobody knows who sends it.
+    /// Lets everybody in. The stream is sealed, but nobody knows who sends it. With a list of
+    /// [`authorise`](Self::authorise) a certificate is demanded all the same.
     #[must_use]
     pub fn without_client_certificates(mut self) -> Self {
-        self.verifier = None;
+        self.anonymous = true;
         self
     }
 
     /// Lets only those in whose certificate has one of these names: a subject as QEMU writes it (`CN=host,O=Example`, in
-    /// either order), or a subject alternative name (`host.example`, `10.0.0.7`). A `*` stands for any text. An empty list,
-    /// the default, is everybody with a certificate of the CA.
+    /// either order), or a subject alternative name: with an `@` a mail address, with a `:` a URI or an address, otherwise a
+    /// DNS name or an address (`host.example`, `10.0.0.7`). A `*` stands for any text, and `\,` for a comma within a value.
+    /// An empty list, the default, is everybody with a certificate of the CA.
     #[must_use]
     pub fn authorise<N: Into<String>>(mut self, names: impl IntoIterator<Item = N>) -> Self {
         self.allowed = names.into_iter().map(Into::into).collect();
@@ -127,22 +132,22 @@ impl TlsServer {
         let config = self.config(seen).map_err(Failure::Tls)?;
         let connection = UnbufferedServerConnection::new(Arc::new(config)).map_err(Failure::Tls)?;
         let mut line = Line::new(client);
-        let (connection, early) = line
+        let connection = line
             .shake_hands(connection, &mut |received| {
                 *stage = Stage::Handshake(received);
             })
             .await?;
-        line.into_parts(connection, early, self.settings.provider)
+        line.into_parts(connection, self.settings.provider)
     }
 
     fn config(&self, seen: &Seen) -> Result<ServerConfig, rustls::Error> {
         let builder = ServerConfig::builder_with_provider(Arc::clone(&self.crypto))
             .with_safe_default_protocol_versions()?;
-        let builder = match &self.verifier {
-            Some(verifier) => {
-                builder.with_client_cert_verifier(Witness::new(Arc::clone(verifier), seen, &self.allowed))
-            }
-            None => builder.with_no_client_auth(),
+        let builder = if self.anonymous && self.allowed.is_empty() {
+            builder.with_no_client_auth()
+        } else {
+            let verifier = Arc::clone(&self.verifier);
+            builder.with_client_cert_verifier(Witness::new(verifier, seen, &self.allowed))
         };
         let mut config =
             builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.identity))));

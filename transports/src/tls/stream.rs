@@ -10,14 +10,15 @@
 //!
 //! The directions have nothing in common but the secrets that the next keys come from, so a thread that is blocked in one
 //! never holds up the other. The receiver writes nothing: the answer to a key update has to go before the next data, and
-//! not before (RFC 8446 §4.6.3), so the next sender sends it. Nobody waits for one lock while he holds another of the
+//! not before (RFC 8446 §4.6.3), so the next sender sends it. An alert goes at once if nobody sends, and otherwise when he
+//! is done. Nobody waits for one lock while he holds another of the
 //! first two.
 
 use std::fmt;
 use std::io::{self, ErrorKind, IoSlice};
 use std::net::Shutdown;
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -44,6 +45,8 @@ pub(crate) struct TlsStream {
     secrets: Mutex<Secrets>,
     /// The peer has asked for our next key.
     answer_due: AtomicBool,
+    /// The fatal alert that the peer is to get; 0: none.
+    alert_due: AtomicU8,
     /// New keys for sending so far.
     refreshed: AtomicU64,
     /// Why nothing will come any more, as soon as it is known.
@@ -92,13 +95,14 @@ enum Wait {
 impl TlsStream {
     /// Takes what a handshake has made. The socket does not block yet.
     pub(crate) fn new(parts: Parts, settings: Settings) -> Self {
-        let Parts { socket, sealer, opener, secrets, ended } = parts;
+        let Parts { socket, sealer, opener, secrets } = parts;
         Self {
             socket,
             sending: Mutex::new(Sending { sealer, ended: None }),
-            receiving: Mutex::new(Receiving { opener, ended: ended.then_some(Ended::Well) }),
+            receiving: Mutex::new(Receiving { opener, ended: None }),
             secrets: Mutex::new(secrets),
             answer_due: AtomicBool::new(false),
+            alert_due: AtomicU8::new(0),
             refreshed: AtomicU64::new(0),
             heard: Mutex::default(),
             hearing: Condvar::new(),
@@ -120,11 +124,12 @@ impl TlsStream {
     /// Sends up to `len` bytes, which `fill` writes in pieces, in order. Gives how many went; `fill` may have been asked for
     /// more than that, if the connection broke.
     pub(crate) fn send_filled(&self, len: usize, fill: &mut dyn FnMut(&mut [u8])) -> io::Result<usize> {
-        let mut sending = lock(&self.sending);
-        check(sending.ended.as_ref())?;
-        self.listen()?;
-        let sealed = self.seal(&mut sending, len, fill);
-        self.write(&mut sending, sealed)
+        self.while_sending(|sending| {
+            check(sending.ended.as_ref())?;
+            self.listen()?;
+            let sealed = self.seal(sending, len, fill);
+            self.write(sending, sealed)
+        })
     }
 
     /// The same of slices.
@@ -172,7 +177,10 @@ impl TlsStream {
 
     /// Says goodbye, and that nothing more will be sent.
     pub(crate) fn finish_sending(&self) -> io::Result<()> {
-        let mut sending = lock(&self.sending);
+        self.while_sending(|sending| self.say_goodbye(sending))
+    }
+
+    fn say_goodbye(&self, sending: &mut Sending) -> io::Result<()> {
         match &sending.ended {
             Some(Ended::Well) => return Ok(()),
             ended => check(ended.as_ref())?,
@@ -181,7 +189,7 @@ impl TlsStream {
         let sealed = sending.sealer.control(content::ALERT, &alert::CLOSE_NOTIFY);
         // A peer that has all it wants may be gone already. What lies unread when the socket is closed would reset the
         // connection, and the goodbye might not arrive.
-        if let Err(error) = self.write(&mut sending, sealed).and_then(|_| self.listen()) {
+        if let Err(error) = self.write(sending, sealed).and_then(|_| self.listen()) {
             tracing::debug!(%error, "the goodbye of a TLS connection");
         }
         sending.ended = Some(Ended::Well);
@@ -372,18 +380,36 @@ impl TlsStream {
     /// The peer has sent what no sound peer sends. It is told so if that costs no waiting.
     fn refuse(&self, receiving: &mut Receiving, bad: &Bad) {
         let (description, text) = alert::for_bad(bad);
-        if let Ok(mut sending) = self.sending.try_lock()
-            && sending.ended.is_none()
-        {
-            sending.sealer.clear();
-            if sending.sealer.control(content::ALERT, &[alert::FATAL, description]).is_ok() {
-                let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-                // Nobody is left to be told of a failure.
-                let _ = self.socket.send_with_flags(sending.sealer.sealed(), flags);
-            }
-            sending.ended = Some(Ended::Badly(ErrorKind::InvalidData, text.clone()));
-        }
         self.note_end(receiving, Ended::Badly(ErrorKind::InvalidData, text));
+        self.alert_due.store(description, Ordering::SeqCst);
+        self.send_alert();
+    }
+
+    /// Does what a sender does, and then sends the alert that has come due meanwhile: whoever found the fault could not.
+    fn while_sending<T>(&self, act: impl FnOnce(&mut Sending) -> T) -> T {
+        let outcome = act(&mut lock(&self.sending));
+        self.send_alert();
+        outcome
+    }
+
+    /// Sends the alert that is due, if there is one, and ends sending.
+    fn send_alert(&self) {
+        if self.alert_due.load(Ordering::SeqCst) == 0 {
+            return;
+        }
+        // Who holds it comes here when he is done.
+        let Ok(mut sending) = self.sending.try_lock() else { return };
+        let description = self.alert_due.swap(0, Ordering::SeqCst);
+        if description == 0 || sending.ended.is_some() {
+            return;
+        }
+        sending.sealer.clear();
+        if sending.sealer.control(content::ALERT, &[alert::FATAL, description]).is_ok() {
+            let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+            // Nobody is left to be told of a failure.
+            let _ = self.socket.send_with_flags(sending.sealer.sealed(), flags);
+        }
+        sending.ended.clone_from(&lock(&self.heard));
     }
 
     fn note_end(&self, receiving: &mut Receiving, ended: Ended) {

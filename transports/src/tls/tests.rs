@@ -1,5 +1,6 @@
 mod authority;
 mod faults;
+mod records;
 mod refusals;
 mod relay;
 mod streams;

@@ -214,7 +214,7 @@ fn what_no_peer_sends_is_refused() {
     let credentials = Credentials::new();
     let records: [(&[u8], &str); 4] = [
         (&[99, 3, 3, 0, 1, 0], "no header of a TLS record"),
-        (&[23, 3, 3, 0xff, 0xff], "no header of a TLS record"),
+        (&[23, 3, 3, 0xff, 0xff], "a TLS record of 65535 bytes is too long"),
         (&[21, 3, 3, 0, 2, 2, 40], "does not decrypt"),
         (&[23, 3, 3, 0, 3, 1, 2, 3], "does not decrypt"),
     ];
@@ -235,6 +235,39 @@ fn what_no_peer_sends_is_refused() {
         assert!(error.to_string().contains(expected), "{error}");
         serving.stop();
     }
+}
+
+/// The sender looks what the peer has sent, and it is he who finds the fault.
+#[test]
+fn a_fault_that_a_sender_finds_is_told_to_the_peer() {
+    let credentials = Credentials::new();
+    let serving = Serving::tcp(credentials.server());
+    let Endpoint::Tcp { port, .. } = serving.endpoint() else { panic!() };
+    let mut socket = TcpStream::connect(("localhost", port)).unwrap();
+    let (client, copy) = (credentials.client(), socket.try_clone().unwrap());
+    let name = client.server_name(&serving.endpoint()).unwrap();
+    let stream = blocking::runtime().unwrap().block_on(client.connect(copy.into(), name)).unwrap();
+    stream.send_vectored(&[IoSlice::new(b"QEVM")]).unwrap();
+    let other = serving.identified();
+    other.recv_exact(&mut [0; 4]).unwrap();
+    socket.write_all(&[23, 3, 3, 0, 3, 1, 2, 3]).unwrap();
+    let begun = Instant::now();
+    let error = loop {
+        if let Err(error) = other.send_all(b"x") {
+            break error;
+        }
+        assert!(begun.elapsed() < LONG);
+    };
+    assert!(error.to_string().contains("does not decrypt"), "{error}");
+    assert_eq!(other.send_all(b"x").unwrap_err().to_string(), error.to_string());
+    let told = loop {
+        match stream.recv(&mut [0; 4096]) {
+            Ok(count) => assert!(count > 0),
+            Err(error) => break error,
+        }
+    };
+    assert!(told.to_string().contains("alert 20 (bad record MAC)"), "{told}");
+    serving.stop();
 }
 
 #[test]

@@ -134,6 +134,19 @@ fn a_name_that_is_not_in_the_list() {
 }
 
 #[test]
+fn a_list_demands_a_certificate() {
+    let credentials = Credentials::made(&Authority::new("test CA"), &Member::server(), None);
+    let server = || credentials.server();
+    for server in [
+        server().authorise(["*"]).without_client_certificates(),
+        server().without_client_certificates().authorise(["*"]),
+    ] {
+        let (here, _) = refused_client(credentials.client(), server);
+        says(&here, &["the peer has sent no certificate"]);
+    }
+}
+
+#[test]
 fn a_revoked_certificate() {
     use rcgen::{
         CertificateParams, CertificateRevocationListParams, CertifiedIssuer, IsCa, KeyIdMethod, KeyPair,
@@ -219,6 +232,13 @@ fn files_that_cannot_be_used_are_named() {
         ["cert", "key"].iter().for_each(|end| fs::remove_file(dir.join(format!("server-{end}.pem"))).unwrap())
     };
     says(&problem(&no_server), &["server-cert.pem: there is no such file"]);
+    // A link that leads nowhere is not the absence of a list of the revoked, nor of a certificate.
+    let lost = |dir: &PathBuf, name| std::os::unix::fs::symlink("nowhere", dir.join(name)).unwrap();
+    says(&problem(&|dir| lost(dir, "ca-crl.pem")), &["ca-crl.pem: there is no such file"]);
+    let ours = Credentials::made(&Authority::new("test CA"), &Member::server(), None);
+    lost(&ours.path().to_owned(), "client-cert.pem");
+    let error = TlsClient::from_directory(ours.path()).unwrap_err().to_string();
+    says(&error, &["client-cert.pem: there is no such file"]);
     let garbage = |dir: &PathBuf| {
         let text = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
         fs::write(dir.join("server-cert.pem"), text).unwrap();

@@ -251,6 +251,38 @@ fn a_demanded_key_comes_with_the_next_data() {
     serving.stop();
 }
 
+/// All in one segment: the end of the client's handshake, a demand for our next key, data under the client's own next one.
+#[test]
+fn what_comes_right_behind_the_handshake_is_followed() {
+    let credentials = Credentials::new();
+    let (client, _) = configs(&credentials, rustls_suite());
+    let client = Arc::new(client);
+    for updates in 0..3 {
+        let serving = Serving::tcp(credentials.server());
+        let Endpoint::Tcp { port, .. } = serving.endpoint() else { panic!() };
+        let mut socket = TcpStream::connect(("localhost", port)).unwrap();
+        let name = "localhost".try_into().unwrap();
+        let mut connection = ClientConnection::new(Arc::clone(&client), name).unwrap();
+        while connection.is_handshaking() {
+            while connection.wants_write() {
+                connection.write_tls(&mut socket).unwrap();
+            }
+            connection.read_tls(&mut socket).unwrap();
+            connection.process_new_packets().unwrap();
+        }
+        connection.writer().write_all(b"QE").unwrap();
+        (0..updates).for_each(|_| connection.refresh_traffic_keys().unwrap());
+        connection.writer().write_all(b"VM").unwrap();
+        let mut segment = Vec::new();
+        while connection.wants_write() {
+            connection.write_tls(&mut segment).unwrap();
+        }
+        socket.write_all(&segment).unwrap();
+        echo(serving.identified(), &mut StreamOwned::new(connection, socket));
+        serving.stop();
+    }
+}
+
 fn rustls_suite() -> SupportedCipherSuite {
     TlsProvider::default().for_rustls().cipher_suites[0]
 }
