@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  Source::builder ─ connect ─> Precopy ─ round ... ─ stop_copy ─> StopCopy ─ commit ─> Report
+//!    connect ────── what may go over what; main, channels, workers
 //!    migration ──── the connected parts; sections, each with a sync point   on the caller's thread
 //!    main_stream ── header, block list, records, device state
 //!    channel ×N ─── claim pages, encode, one write a packet                 one thread each, `mig-send-N`
@@ -15,6 +16,7 @@
 
 mod builder;
 mod channel;
+mod connect;
 mod control;
 mod device_state;
 mod main_stream;
