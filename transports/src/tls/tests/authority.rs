@@ -61,7 +61,8 @@ impl Authority {
         let now = OffsetDateTime::now_utc();
         (params.not_before, params.not_after) =
             (now + Duration::days(member.from), now + Duration::days(member.to));
-        let key = KeyPair::generate().unwrap();
+        // Its signatures have one length, so that a handshake has the same places every time.
+        let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
         let certificate = params.signed_by(&key, &self.0).unwrap().pem();
         Identity { certificate, key: key.serialize_pem() }
     }
