@@ -210,7 +210,7 @@ impl SourceBuilder {
         self
     }
 
-    /// Has [`Precopy::stop_copy`] wait for [`Control::proceed`] before the guest's last RAM goes. Default: no.
+    /// Has [`Precopy::stop_copy`](super::Precopy::stop_copy) wait for [`Control::proceed`] before the guest's last RAM goes. Default: no.
     #[must_use]
     pub fn pause_before_switchover(mut self, pause: bool) -> Self {
         self.pause_before_switchover = pause;
