@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use multifd_codecs::zero::is_zero;
 use multifd_tests::ram::PAGE;
 use multifd_tests::{
     CheckpointFiles, During, Failure, Fill, Linux, Multifd, Outcome, Qemu, QemuBuilder, Receive, Scratch,
@@ -123,7 +124,7 @@ fn each_page(ram: &File, mut visit: impl FnMut(u64, bool, &[u8]) -> io::Result<(
     for start in (0..ram.metadata()?.len()).step_by(CHUNK) {
         ram.read_exact_at(&mut chunk, start)?;
         for (offset, page) in (start..).step_by(page_len).zip(chunk.chunks(page_len)) {
-            visit(offset, page.iter().all(|byte| *byte == 0), page)?;
+            visit(offset, is_zero(page), page)?;
         }
     }
     Ok(())

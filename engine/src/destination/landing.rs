@@ -134,7 +134,8 @@ impl Landing {
     /// To make fresh pages by a write costs less than by page faults, a copy of the bytes included. But the kernel lets only one
     /// write at a time into a file, and has the others spin: who finds the way taken is better off with the mapping.
     pub(crate) fn way_through_file(&self) -> Option<Way<'_>> {
-        if self.block.memory().is_written_through_file() { self.way.try_lock().ok().map(Way) } else { None }
+        self.block.memory().shared_file()?;
+        self.way.try_lock().ok().map(Way)
     }
 
     /// True if nothing has been written to the page at `offset` since the block was fresh.

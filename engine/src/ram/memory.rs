@@ -132,11 +132,6 @@ impl HostMemory {
         slice.read_slice(into, 0).is_ok()
     }
 
-    /// True if [`store`](Self::store) writes to a file.
-    pub(crate) fn is_written_through_file(&self) -> bool {
-        self.shared_file.is_some()
-    }
-
     /// Writes guest memory the way that costs least and fails cleanly.
     ///
     /// Shared file memory is written through its file: no page fault, and a full file system is an error where a store to
