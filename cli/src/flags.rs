@@ -42,6 +42,8 @@ pub(crate) enum Command {
     Receive(Receive),
     /// Be the source: a checkpoint goes to QEMU -incoming or to multifd receive
     Send(Send),
+    /// Say what a move of this memory will cost over a link, and what to set
+    Tune(Tune),
     /// Make a test CA, and certificates and keys for both ends, under the names that QEMU uses
     TlsInit(TlsInit),
 }
@@ -139,6 +141,38 @@ pub(crate) struct Inspect {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Tune {
+    /// A checkpoint's directory, or a file with a stream that QEMU wrote to exec: or file:
+    #[arg(required_unless_present = "pid", conflicts_with = "pid")]
+    pub(crate) source: Option<PathBuf>,
+    /// The memory of a live process, QEMU or another, which is looked at without being stopped
+    #[arg(long, value_name = "PID")]
+    pub(crate) pid: Option<u32>,
+    /// Speed of a link, such as 1Gbit/s, or loopback: both ends on this machine. May be repeated.
+    /// Default: 100Mbit/s, 1Gbit/s, 10Gbit/s and 25Gbit/s
+    #[arg(long, value_name = "RATE", value_parser = human::link)]
+    pub(crate) link: Vec<Link>,
+    /// Parallel channels, 1 to 255; 0: none. May be repeated. Default: 1, 2, 4 and 8
+    #[arg(long, value_name = "N", value_parser = human::channels)]
+    pub(crate) channels: Vec<usize>,
+    /// Cores that each end may use. Default: as many as this machine has
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) cores: Option<u16>,
+    /// What the guest writes, in distinct pages per second. Default: measured in a live process, otherwise nothing
+    #[arg(long, value_name = "RATE", value_parser = human::rate)]
+    pub(crate) dirty_rate: Option<Rate>,
+    /// Writes a page with plots
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
+    /// A smaller sample and fewer levels: seconds instead of a minute
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Bytes of pages to look at, at most. Default: 256M, with --quick 32M
+    #[arg(long, value_name = "SIZE", value_parser = human::size)]
+    pub(crate) sample: Option<u64>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct TlsInit {
     /// Where the files go. None of them may be there already
     pub(crate) dir: PathBuf,
@@ -209,6 +243,14 @@ pub(crate) type CodecChoice = Arc<dyn Codec>;
 /// Bytes per second; `Rate(None)` is no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rate(pub(crate) Option<NonZeroU64>);
+
+/// What the bytes of a move go over, with the name that was typed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Link {
+    pub(crate) name: String,
+    /// Bits on the wire, in bytes per second; `None`: both ends are on this machine, and share its cores.
+    pub(crate) rate: Option<NonZeroU64>,
+}
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Ack {
@@ -302,6 +344,20 @@ mod tests {
         assert_eq!(send.sockets.channel_uri.len(), 2);
         assert_eq!(send.sockets.zero_copy_send(), multifd_engine::ZeroCopySend::WhileItPays);
         assert!(Flags::try_parse_from("multifd receive u --out d --bind 10.0.0.1".split(' ')).is_err());
+    }
+
+    #[test]
+    fn tune_takes_several_links_and_numbers_of_channels() {
+        let line = "multifd tune dir --link 1Gbit/s --link loopback --channels 2 --channels 4 --cores 3 --downtime-limit 1s";
+        let flags = Flags::try_parse_from(line.split(' ')).unwrap();
+        let Command::Tune(tune) = flags.command else { panic!("{flags:?}") };
+        assert_eq!(tune.channels, [2, 4]);
+        let rates: Vec<_> = tune.link.iter().map(|link| link.rate.map(NonZeroU64::get)).collect();
+        assert_eq!(rates, [Some(125_000_000), None]);
+        assert_eq!(flags.common.downtime_limit, Duration::from_secs(1));
+        for line in ["multifd tune", "multifd tune dir --pid 1", "multifd tune dir --link 0"] {
+            assert!(Flags::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
     }
 
     #[test]

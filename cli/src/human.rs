@@ -3,7 +3,7 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
-use crate::flags::Rate;
+use crate::flags::{Link, Rate};
 
 const RATE_GRAMMAR: &str =
     "NUMBER with K, M, G, T (times 1024), KB.. (times 1000), KiB.., or kbit, Mbit, Gbit, then /s if you like";
@@ -19,6 +19,19 @@ pub(crate) fn rate(text: &str) -> Result<Rate, String> {
     scaled(text, unit)
         .map(|rate| Rate(NonZeroU64::new(rate)))
         .ok_or_else(|| format!("{text:?}: {RATE_GRAMMAR}"))
+}
+
+/// `1Gbit/s`, `loopback`; not 0.
+pub(crate) fn link(text: &str) -> Result<Link, String> {
+    let name = text.to_owned();
+    if text == "loopback" {
+        return Ok(Link { name, rate: None });
+    }
+    match rate(text) {
+        Ok(Rate(Some(rate))) => Ok(Link { name, rate: Some(rate) }),
+        Ok(Rate(None)) => Err(format!("{text:?}: nothing moves over a link of 0")),
+        Err(error) => Err(format!("{error}; or loopback")),
+    }
 }
 
 /// `4M`, `1GiB`, in bytes.
@@ -135,6 +148,8 @@ mod tests {
         }
         assert!(duration("5").unwrap_err().contains("ms"));
         assert!(duration("0s").is_err());
+        assert!(link("0").unwrap_err().contains("link of 0"));
+        assert!(link("fast").unwrap_err().contains("loopback"));
         assert!(channels("256").is_err() && channels("-1").is_err());
     }
 

@@ -16,6 +16,7 @@ mod signals;
 mod sockets;
 mod tls;
 mod tls_init;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Command::Receive(receive) => receive::run(receive, &flags.common),
         Command::Send(send) => send::run(send, &flags.common),
         Command::TlsInit(init) => tls_init::run(init),
+        Command::Tune(tune) => tune::run(tune, &flags.common),
     };
     outcome.report(&flags.common)
 }
