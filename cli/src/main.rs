@@ -9,6 +9,7 @@ mod flags;
 mod human;
 mod inspect;
 mod outcome;
+mod page_states;
 mod progress;
 mod receive;
 mod send;

@@ -38,6 +38,7 @@ pub use codec::{Codec, CodecId, Decoder, Encoder, MAX_BATCH_LEN, MAX_PAYLOAD_LEN
 pub use error::{CodecError, DecodeFailed, EncodeFailed, Reason};
 pub use level::{LevelOutOfRange, ZlibLevel, ZstdLevel};
 pub use parse::{InvalidCodec, parse_codec};
+pub use random::looks_random;
 pub use registry::Codecs;
 pub use uncompressed::Uncompressed;
 pub use zlib::Zlib;

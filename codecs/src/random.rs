@@ -15,7 +15,8 @@ const DIFFERENT: u32 = 85;
 ///
 /// On the RAM of a Linux guest that had worked with compressed files it found 93 % of the pages that zstd level 1 left at 93 %
 /// of their size or more, and took 0.2 % of the others for such pages.
-pub(crate) fn looks_random(page: &[u8]) -> bool {
+#[must_use]
+pub fn looks_random(page: &[u8]) -> bool {
     let mut seen = [0_u64; 4];
     for byte in page.chunks(STRIDE).flat_map(|part| part.iter().take(NEIGHBOURS)) {
         if let Some(word) = seen.get_mut(usize::from(byte >> 6)) {

@@ -8,7 +8,6 @@
 mod findings;
 mod guest;
 mod sample;
-mod states;
 mod survey;
 mod table;
 #[cfg(test)]

@@ -6,7 +6,7 @@ use multifd_engine::{PageContent, PageRecord};
 use super::Result;
 use super::findings::{Block, Held, Pages};
 use super::sample::Sample;
-use super::states::PageStates;
+use crate::page_states::PageStates;
 
 /// What has been seen of the pages of a guest.
 pub(super) struct Survey {

@@ -4,9 +4,9 @@ use serde_json::json;
 
 use super::findings::{Block, Held, Pages};
 use super::sample::Sample;
-use super::states::{Before, PageStates};
 use super::survey::Survey;
 use super::values::{self, Budget};
+use crate::page_states::{Before, PageStates};
 
 const DATA: [u8; PAGE] = [7; PAGE];
 const ZEROS: [u8; PAGE] = [0; PAGE];

@@ -57,16 +57,14 @@ pub(super) struct Machine {
     /// Sending a byte through a tcp socket, reading it from guest memory included.
     pub(super) send_byte_s: f64,
     pub(super) receive_byte_s: f64,
+    /// Finding a byte of guest memory that this process has just mapped.
+    pub(super) look_byte_s: f64,
     /// Storing a byte that has arrived in memory that the host has yet to find.
     pub(super) land_byte_s: f64,
     /// The same by page faults, as QEMU does.
     pub(super) fault_byte_s: f64,
     /// Making a byte of memory that the guest never touched, as QEMU does when it looks for zeros.
     pub(super) touch_byte_s: f64,
-    /// Looking at a byte for zeros, and copying it.
-    pub(super) copy_byte_s: f64,
-    /// What cores that work side by side get done, of what they would alone: 0.0 to 1.0.
-    pub(super) efficiency: f64,
 }
 
 /// One codec at one level, as measured on the sample.

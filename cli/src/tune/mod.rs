@@ -8,15 +8,137 @@
 //!                                            └─> table, JSON, page with plots
 //! ```
 
+mod advice;
+mod curves;
 mod findings;
+mod kinds;
+mod levels;
+mod machine;
+mod measure;
 mod memory;
+mod model;
+mod predict;
+mod rewrites;
+mod sample;
+mod table;
 
-use crate::flags::{Common, Tune};
+use std::io::IsTerminal;
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::thread;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use crate::flags::{Common, Rate, Tune};
 use crate::outcome::Outcome;
+use findings::{DirtyFacts, DirtyOrigin, Findings, SampleFacts};
+use levels::Bench;
+use memory::{Memory, PAGE, Rewrites};
+use model::{Guest, Model};
+use predict::Choices;
+use sample::Plan;
 
 /// Whatever stops it, in one line.
 type Result<T> = std::result::Result<T, String>;
 
-pub(crate) fn run(_flags: &Tune, _common: &Common) -> Outcome {
-    Outcome::broken("not yet".to_owned())
+/// Bytes of pages to look at: enough for an error of some percent, little enough for a minute.
+const SAMPLE: u64 = 256 << 20;
+const QUICK_SAMPLE: u64 = 32 << 20;
+
+pub(crate) fn run(flags: &Tune, common: &Common) -> Outcome {
+    let bar = progress_bar(common);
+    let findings = find(flags, common, &bar);
+    bar.finish_and_clear();
+    let findings = match findings {
+        Ok(findings) => findings,
+        Err(error) => return Outcome::broken(error),
+    };
+    if common.json {
+        Outcome::shown(String::new(), json!(findings))
+    } else {
+        Outcome::shown(table::of(&findings), json!({}))
+    }
+}
+
+fn find(flags: &Tune, common: &Common, bar: &ProgressBar) -> Result<Findings> {
+    let mut memory = open(flags, bar)?;
+    let mut plan = Plan::of(&*memory);
+    let look = flags.sample.unwrap_or(if flags.quick { QUICK_SAMPLE } else { SAMPLE });
+    bar.set_length(look);
+    let sample = plan.take(&mut *memory, look, &|bytes| bar.set_position(bytes))?;
+    if sample.runs.is_empty() {
+        return Err(format!("{} has no page that is not zero: there is nothing to measure", memory.name()));
+    }
+    let rewrites = memory.rewrites()?;
+    let cores = flags.cores.map_or_else(own_cores, usize::from);
+    let machine = machine::measure(&sample, cores)?;
+    let threads = own_cores();
+    let bench = Bench { sample: &sample, threads, quick: flags.quick, only: common.codec.clone(), bar };
+    let measured = bench.measure(&mut plan, &mut *memory, look)?;
+
+    let (ram, held) = (memory.extent().bytes(), memory.extent().held_bytes());
+    let data = held as f64 * measured.data_share;
+    let dirty = dirty(flags, rewrites.as_ref(), held);
+    let guest = Guest { ram: ram as f64, data, devices: memory.extent().device_bytes as f64 };
+    let model =
+        Model { guest, dirty, machine: &machine, downtime_limit: common.downtime_limit.as_secs_f64() };
+    let choices = Choices::of(flags, common);
+    let predictions = choices.predict(&model, &measured.codecs);
+    let downtime_limit_ms = u64::try_from(common.downtime_limit.as_millis()).unwrap_or(u64::MAX);
+    let advise = |link| advice::advise(link, &predictions, downtime_limit_ms);
+    Ok(Findings {
+        source: memory.name(),
+        ram_bytes: ram,
+        sample: SampleFacts { pages: sample.pages, bytes: sample.pages * PAGE as u64, share: measured.share },
+        pages: kinds::kinds(&sample, data / ram.max(1) as f64),
+        xbzrle: rewrites.as_ref().and_then(rewrites::xbzrle),
+        dirty,
+        downtime_limit_ms,
+        curves: choices.curves(&model, &measured.codecs),
+        advice: choices.links.iter().filter_map(advise).collect(),
+        predictions,
+        codecs: measured.codecs,
+        notes: Vec::new(),
+        machine,
+    })
+}
+
+fn open(flags: &Tune, bar: &ProgressBar) -> Result<Box<dyn Memory>> {
+    let progress = |position: u64, len: u64| {
+        bar.set_length(len);
+        bar.set_position(position);
+    };
+    match &flags.source {
+        Some(path) => memory::open(path, &progress),
+        None => Err("not yet".to_owned()),
+    }
+}
+
+/// `held` bytes may be written at all.
+fn dirty(flags: &Tune, rewrites: Option<&Rewrites>, held: u64) -> DirtyFacts {
+    match (flags.dirty_rate, rewrites) {
+        (Some(Rate(rate)), _) => DirtyFacts {
+            origin: DirtyOrigin::Given,
+            bytes_per_s: rate.map_or(0, NonZeroU64::get),
+            working_set_bytes: held,
+        },
+        (None, Some(rewrites)) if !rewrites.changed.is_empty() => rewrites::measured(&rewrites.changed, held),
+        (None, _) => DirtyFacts { origin: DirtyOrigin::Still, bytes_per_s: 0, working_set_bytes: 0 },
+    }
+}
+
+fn own_cores() -> usize {
+    thread::available_parallelism().map_or(1, NonZeroUsize::get)
+}
+
+/// On a terminal only.
+fn progress_bar(common: &Common) -> ProgressBar {
+    if common.quiet || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(0);
+    if let Ok(style) = ProgressStyle::with_template("{bar:24} {percent} % {msg}") {
+        bar.set_style(style);
+    }
+    bar
 }

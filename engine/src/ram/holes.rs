@@ -5,29 +5,34 @@ use std::os::fd::AsRawFd;
 
 use super::{DirtyBitmap, PAGE, RamBlock};
 
-/// One bit for each page that may hold something else than zeros. `None`: not known, every page has to be looked at.
-///
-/// Asks the file behind the block for its holes (SEEK_DATA, SEEK_HOLE). Memory without a file of its own, and file systems that
-/// do not know their holes, give `None` or report everything as data: slower, never wrong. What was written to a private mapping
-/// is not in its file, which says nothing then.
-pub(crate) fn data_pages(block: &RamBlock) -> io::Result<Option<DirtyBitmap>> {
-    let Some(file) = block.memory().shared_file() else { return Ok(None) };
-    let start = file.start();
-    let end = start + block.used_len();
-    let bitmap = DirtyBitmap::new(block.pages());
-    let mut position = start;
-    while position < end {
-        let Some(data) = seek(file.file(), position, libc::SEEK_DATA)? else { break };
-        if data >= end {
-            break;
+impl RamBlock {
+    /// One bit for each page that may hold something else than zeros. `None`: not known, every page has to be looked at.
+    ///
+    /// Asks the file behind the block for its holes (SEEK_DATA, SEEK_HOLE). Memory without a file of its own, and file systems
+    /// that do not know their holes, give `None` or report everything as data: slower, never wrong. What was written to a
+    /// private mapping is not in its file, which says nothing then.
+    ///
+    /// # Errors
+    /// When the file system refuses to answer.
+    pub fn data_pages(&self) -> io::Result<Option<DirtyBitmap>> {
+        let Some(file) = self.memory().shared_file() else { return Ok(None) };
+        let start = file.start();
+        let end = start + self.used_len();
+        let bitmap = DirtyBitmap::new(self.pages());
+        let mut position = start;
+        while position < end {
+            let Some(data) = seek(file.file(), position, libc::SEEK_DATA)? else { break };
+            if data >= end {
+                break;
+            }
+            let hole = seek(file.file(), data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
+            // A page that is data in part counts as data.
+            let first = page_of(data - start);
+            bitmap.set_range(first, page_of(hole - start + PAGE as u64 - 1) - first);
+            position = hole;
         }
-        let hole = seek(file.file(), data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
-        // A page that is data in part counts as data.
-        let first = page_of(data - start);
-        bitmap.set_range(first, page_of(hole - start + PAGE as u64 - 1) - first);
-        position = hole;
+        Ok(Some(bitmap))
     }
-    Ok(Some(bitmap))
 }
 
 fn page_of(offset: u64) -> usize {
@@ -70,7 +75,7 @@ mod tests {
             file.write_all_at(&[1], (page * PAGE + 5) as u64).unwrap();
         }
         let memory = HostMemory::map_file(file, pages * PAGE).unwrap();
-        let data = data_pages(&RamBlock::new("ram".try_into().unwrap(), memory)).unwrap().unwrap();
+        let data = RamBlock::new("ram".try_into().unwrap(), memory).data_pages().unwrap().unwrap();
         assert!(touched.iter().all(|page| data.test(*page)));
         // A file system may report more as data than was written, but not a hole of many megabytes.
         assert!(data.count() < 64, "{} pages", data.count());
@@ -89,12 +94,12 @@ mod tests {
             .unwrap();
         let memory = HostMemory::from_region(std::sync::Arc::new(region)).unwrap();
         memory.slice(0, 4).unwrap().copy_from(&[1_u8; 4]);
-        assert!(data_pages(&RamBlock::new("ram".try_into().unwrap(), memory)).unwrap().is_none());
+        assert!(RamBlock::new("ram".try_into().unwrap(), memory).data_pages().unwrap().is_none());
     }
 
     #[test]
     fn anonymous_memory_is_not_known() {
         let block = RamBlock::new("ram".try_into().unwrap(), HostMemory::anonymous(PAGE).unwrap());
-        assert!(data_pages(&block).unwrap().is_none());
+        assert!(block.data_pages().unwrap().is_none());
     }
 }

@@ -13,5 +13,4 @@ pub use memory::HostMemory;
 pub use round::{Batch, Claim, Round};
 
 pub(crate) use block::PAGE_SIZE;
-pub(crate) use holes::data_pages;
 pub(crate) use memory::{IoVecs, Ranges};

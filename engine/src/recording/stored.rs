@@ -3,7 +3,7 @@
 use super::pages::{PageContent, PageRecord};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{DirtyBitmap, PAGE, RamBlock, data_pages};
+use crate::ram::{DirtyBitmap, PAGE, RamBlock};
 
 /// Reads a checkpoint page by page: the blocks in their order, holes of the files as runs of zero pages.
 pub struct StoredPages {
@@ -70,7 +70,7 @@ fn gone(page: usize, block: &str) -> Error {
 
 /// Where holes are not known, all pages.
 fn pages_with_data(block: &RamBlock) -> Result<DirtyBitmap> {
-    let known = data_pages(block).map_err(|error| {
+    let known = block.data_pages().map_err(|error| {
         let detail = format!("looking for the holes of block {}", block.name());
         Error::new(ErrorKind::Storage, Phase::Active, detail).because(error)
     })?;

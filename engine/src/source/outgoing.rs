@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use multifd_wire::{BlockEntry, Configuration};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{DirtyBitmap, RamBlock, Round, data_pages};
+use crate::ram::{DirtyBitmap, RamBlock, Round};
 
 /// How pages that are all zero go out (QEMU's zero-page-detection).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +78,7 @@ impl OutgoingRam {
             let dirty = DirtyBitmap::new(block.pages());
             dirty.set_range(0, block.pages());
             this.dirty.push(Arc::new(dirty));
-            let data = data_pages(&block).map_err(|error| {
+            let data = block.data_pages().map_err(|error| {
                 let detail = format!("looking for holes in RAM block {}", block.name());
                 Error::new(ErrorKind::GuestMemory, Phase::Setup, detail).because(error)
             })?;

@@ -4,9 +4,27 @@ mod process;
 mod stored;
 mod stream;
 
+use std::path::Path;
 use std::time::Duration;
 
+use multifd_transports::Endpoint;
+
 use super::Result;
+
+/// A checkpoint's directory, or a file with a stream, also as `file:PATH,offset=N`. `progress` hears how far a stream has been
+/// read, and how long it is.
+pub(super) fn open(path: &Path, progress: &dyn Fn(u64, u64)) -> Result<Box<dyn Memory>> {
+    if path.is_dir() {
+        if !path.join("manifest.json").exists() {
+            return Err(format!("{} is no checkpoint: it has no manifest.json", path.display()));
+        }
+        return Ok(Box::new(stored::Stored::open(path)?));
+    }
+    Ok(Box::new(match path.to_string_lossy().parse() {
+        Ok(Endpoint::File { path, offset }) => stream::Stream::open(&path, offset, progress)?,
+        _ => stream::Stream::open(path, 0, progress)?,
+    }))
+}
 
 /// Pages of a batch: what one packet carries at most.
 pub(super) const BATCH_PAGES: u64 = 128;
@@ -31,6 +49,20 @@ pub(super) struct Extent {
     pub(super) blocks: Vec<u64>,
     /// Those with at least one held page, in order.
     pub(super) batches: Vec<Batch>,
+    /// What the devices add, as far as it is known.
+    pub(super) device_bytes: u64,
+}
+
+impl Extent {
+    /// Of all blocks.
+    pub(super) fn bytes(&self) -> u64 {
+        self.blocks.iter().sum()
+    }
+
+    /// Of all held pages.
+    pub(super) fn held_bytes(&self) -> u64 {
+        self.batches.iter().map(|batch| batch.held * PAGE as u64).sum()
+    }
 }
 
 /// Where pages come from.

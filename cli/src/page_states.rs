@@ -12,7 +12,7 @@ const MAX_CHUNKS: usize = (256 << 20) / size_of::<Chunk>();
 
 /// The pages of a stream, as far as it has been read.
 #[derive(Default)]
-pub(super) struct PageStates {
+pub(crate) struct PageStates {
     chunks: HashMap<(usize, u64), Box<Chunk>>,
 }
 
@@ -25,15 +25,15 @@ struct Chunk {
 
 /// What a page was before a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Before {
-    pub(super) seen: bool,
-    pub(super) zero: bool,
-    pub(super) repeated: bool,
+pub(crate) struct Before {
+    pub(crate) seen: bool,
+    pub(crate) zero: bool,
+    pub(crate) repeated: bool,
 }
 
 impl PageStates {
     /// Notes a record of a page, which then is zero or not. `None`: the pages are spread too wide.
-    pub(super) fn note(&mut self, block: usize, page: u64, zero: bool) -> Option<Before> {
+    pub(crate) fn note(&mut self, block: usize, page: u64, zero: bool) -> Option<Before> {
         let key = (block, page / CHUNK_PAGES);
         if self.chunks.len() >= MAX_CHUNKS && !self.chunks.contains_key(&key) {
             return None;

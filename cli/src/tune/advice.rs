@@ -1,0 +1,214 @@
+//! Which setting is best, and how to say so to either program.
+
+use std::num::NonZeroU64;
+
+use serde_json::{Map, Value, json};
+
+use super::findings::{Advice, Bottleneck, Prediction};
+use crate::flags::Link;
+use crate::human::show_bytes;
+
+/// A faster move than this share is not worth any more cores: no prediction is that exact.
+const WORTH: f64 = 0.97;
+
+/// The advice for `link`, whose predictions are a part of `all`. There is a prediction without compression among them.
+pub(super) fn advise(link: &Link, all: &[Prediction], downtime_limit_ms: u64) -> Option<Advice> {
+    let here = |(_, prediction): &(usize, &Prediction)| prediction.link == link.name;
+    let candidates = || all.iter().enumerate().filter(here);
+    let best = best_of(candidates())?;
+    let chosen = all.get(best)?;
+    let family = |prediction: &Prediction| prediction.codec.split(':').next().unwrap_or_default().to_owned();
+    let runner_up = best_of(candidates().filter(|(_, other)| family(other) != family(chosen)));
+    let plain = best_of(candidates().filter(|(_, other)| other.codec == "none"))?;
+    Some(Advice {
+        link: link.name.clone(),
+        best,
+        runner_up,
+        plain,
+        reason: reason(chosen, all.get(plain)?, runner_up.and_then(|index| all.get(index))),
+        flags: flags(chosen),
+        qmp: qmp(chosen, link, downtime_limit_ms),
+    })
+}
+
+/// The fastest that converges; of those that are as fast, the one that costs the fewest cores, then the fewest channels. Where
+/// none converges, the one with the shortest downtime.
+fn best_of<'p>(candidates: impl Iterator<Item = (usize, &'p Prediction)> + Clone) -> Option<usize> {
+    let converging = || candidates.clone().filter(|(_, prediction)| prediction.converges);
+    let Some(fastest) = converging().map(|(_, prediction)| prediction.total_ms).min() else {
+        return candidates.min_by_key(|(_, prediction)| prediction.downtime_ms).map(|(index, _)| index);
+    };
+    let good = converging().filter(|(_, prediction)| fastest as f64 >= prediction.total_ms as f64 * WORTH);
+    let cost = |prediction: &Prediction| prediction.cpu_source_s + prediction.cpu_destination_s;
+    good.min_by(|(_, a), (_, b)| cost(a).total_cmp(&cost(b)).then(a.channels.cmp(&b.channels)))
+        .map(|(index, _)| index)
+}
+
+fn reason(best: &Prediction, plain: &Prediction, runner_up: Option<&Prediction>) -> String {
+    let cpu = |prediction: &Prediction| prediction.cpu_source_s + prediction.cpu_destination_s;
+    let limit = match best.bottleneck {
+        Bottleneck::DestinationCpu => "the destination's cores are the limit",
+        Bottleneck::DirtyRate => "the guest writes faster than its pages are sent",
+        Bottleneck::Link => "the link is the limit",
+        Bottleneck::SourceCpu => "the source's cores are the limit",
+    };
+    let mut text = if !best.converges {
+        format!(
+            "no setting gets this guest over within its downtime limit ({limit}): {} is nearest, with {} of downtime; let it \
+             stand still for longer, hold it back (auto-converge), or move it when it has less to do",
+            best.codec,
+            time(best.downtime_ms)
+        )
+    } else if best.codec == "none" {
+        let other = runner_up.map_or(String::new(), |other| {
+            format!(
+                ": {} would take {}, and {:.1} CPU seconds more",
+                other.codec,
+                time(other.total_ms),
+                cpu(other) - cpu(best)
+            )
+        });
+        format!("do not compress{other}; {limit}")
+    } else {
+        let without = if plain.converges { time(plain.total_ms) } else { "never".to_owned() };
+        format!(
+            "{} takes {}, without compression {without}; the price is {:.1} CPU seconds more, of both ends together; {limit}",
+            best.codec,
+            time(best.total_ms),
+            cpu(best) - cpu(plain)
+        )
+    };
+    if best.converges && plain.converges && best.codec != "none" {
+        let saved = plain.wire_bytes.saturating_sub(best.wire_bytes);
+        text.push_str(&format!("; {} less on the wire", show_bytes(saved)));
+    }
+    text
+}
+
+fn flags(best: &Prediction) -> String {
+    if best.channels == 0 {
+        return "--channels 0".to_owned();
+    }
+    format!("--channels {} --codec {}", best.channels, best.codec)
+}
+
+/// The same for both QEMUs: before `migrate` at the source, before `migrate-incoming` at the destination.
+///
+/// QEMU's own `max-bandwidth` is 128 MiB/s unless it is set: less than a fast link.
+fn qmp(best: &Prediction, link: &Link, downtime_limit_ms: u64) -> Vec<Value> {
+    let multifd = best.channels > 0;
+    let mut parameters = Map::new();
+    let mut set = |name: &str, value: Value| parameters.insert(name.to_owned(), value);
+    set("max-bandwidth", json!(link.rate.map_or(0, NonZeroU64::get)));
+    set("downtime-limit", json!(downtime_limit_ms));
+    if multifd {
+        let (name, level) = best.codec.split_once(':').unwrap_or((&best.codec, ""));
+        set("multifd-channels", json!(best.channels));
+        set("multifd-compression", json!(name));
+        if let Ok(level) = level.parse::<u8>() {
+            set(&format!("multifd-{name}-level"), json!(level));
+        }
+    }
+    let capability = json!([{ "capability": "multifd", "state": multifd }]);
+    vec![
+        json!({ "execute": "migrate-set-capabilities", "arguments": { "capabilities": capability } }),
+        json!({ "execute": "migrate-set-parameters", "arguments": parameters }),
+    ]
+}
+
+/// A command of QMP in one line, as people write it.
+pub(super) fn line(command: &Value) -> String {
+    let part = |name: &str| command.get(name).cloned().unwrap_or_default();
+    format!("{{\"execute\": {}, \"arguments\": {}}}", part("execute"), part("arguments"))
+}
+
+/// `870 ms`, `12.3 s`.
+pub(super) fn time(ms: u64) -> String {
+    match ms {
+        0..1000 => format!("{ms} ms"),
+        1000..100_000 => format!("{:.1} s", ms as f64 / 1e3),
+        _ => format!("{:.0} s", ms as f64 / 1e3),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link() -> Link {
+        Link { name: "1Gbit/s".to_owned(), rate: NonZeroU64::new(125_000_000) }
+    }
+
+    fn prediction(codec: &str, channels: usize, total_ms: u64, core_s: f64) -> Prediction {
+        Prediction {
+            link: "1Gbit/s".to_owned(),
+            link_bytes_per_s: Some(125_000_000),
+            channels,
+            codec: codec.to_owned(),
+            total_ms,
+            wire_bytes: total_ms * 119_000,
+            rounds: 2,
+            downtime_ms: 3,
+            cpu_source_s: core_s / 2.0,
+            cpu_destination_s: core_s / 2.0,
+            converges: true,
+            bottleneck: Bottleneck::Link,
+            qemu_total_ms: total_ms,
+        }
+    }
+
+    #[test]
+    fn the_fastest_wins_unless_it_costs_cores_for_nothing() {
+        let all = [
+            prediction("none", 2, 3800, 0.4),
+            prediction("zlib:1", 2, 1450, 1.8),
+            prediction("zstd:3", 2, 1180, 1.7),
+            prediction("zstd:1", 2, 1200, 1.2),
+            prediction("zstd:1", 4, 1200, 1.2),
+        ];
+        let advice = advise(&link(), &all, 300).unwrap();
+        assert_eq!((advice.best, advice.runner_up, advice.plain), (3, Some(1), 0));
+        assert_eq!(advice.flags, "--channels 2 --codec zstd:1");
+        assert!(advice.reason.contains("1.2 s, without compression 3.8 s"), "{}", advice.reason);
+        let text = serde_json::to_string(&advice.qmp).unwrap();
+        for part in [r#""multifd-zstd-level":1"#, r#""multifd-channels":2"#, r#""max-bandwidth":125000000"#] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+    }
+
+    #[test]
+    fn it_says_when_not_to_compress() {
+        let all = [prediction("none", 2, 230, 0.4), prediction("zstd:1", 2, 590, 1.2)];
+        let advice = advise(&link(), &all, 300).unwrap();
+        assert_eq!((advice.best, advice.runner_up), (0, Some(1)));
+        assert!(advice.reason.starts_with("do not compress: zstd:1 would take 590 ms"), "{}", advice.reason);
+        assert!(!advice.qmp[1]["arguments"].to_string().contains("level"));
+    }
+
+    #[test]
+    fn a_guest_that_cannot_be_moved_is_said_to_be_so() {
+        let busy = |codec: &str, downtime_ms| Prediction {
+            converges: false,
+            downtime_ms,
+            bottleneck: Bottleneck::DirtyRate,
+            ..prediction(codec, 2, 9000, 1.0)
+        };
+        let advice = advise(&link(), &[busy("none", 900), busy("zstd:1", 500)], 300).unwrap();
+        assert_eq!(advice.best, 1);
+        assert!(
+            advice.reason.contains("no setting") && advice.reason.contains("500 ms"),
+            "{}",
+            advice.reason
+        );
+    }
+
+    #[test]
+    fn without_channels_there_is_nothing_to_compress_with() {
+        let advice = advise(&link(), &[prediction("none", 0, 230, 0.4)], 300).unwrap();
+        assert_eq!(advice.flags, "--channels 0");
+        assert_eq!(advice.qmp[0]["arguments"]["capabilities"][0]["state"], false);
+        assert_eq!(advice.runner_up, None);
+        let elsewhere = Link { name: "10Gbit/s".to_owned(), ..link() };
+        assert!(advise(&elsewhere, &[prediction("none", 0, 230, 0.4)], 300).is_none());
+    }
+}

@@ -1,0 +1,81 @@
+//! The same model over many links and dirty rates, for plots.
+
+use super::findings::{CodecFacts, Curve, Curves, DirtyFacts};
+use super::model::{Ends, Model, Setting};
+
+/// Speeds of links in bytes per second, from 10 Mbit/s to 100 Gbit/s; ten to a power of ten, so that a line looks round.
+const LINKS: (f64, f64) = (1.25e6, 12.5e9);
+const LINK_STEPS: u32 = 40;
+
+/// Bytes written per second, from 1 MiB to 16 GiB.
+const DIRTY_RATES: (f64, f64) = (1_048_576.0, 17_179_869_184.0);
+const DIRTY_STEPS: u32 = 56;
+
+/// What people set by habit; shown beside the codecs that are best somewhere.
+const USUAL: [&str; 4] = ["none", "zlib:1", "zstd:1", "zstd:3"];
+
+/// `channels` and `link` are those of the plots: the most that were asked about, and the first link.
+pub(super) fn curves(model: &Model<'_>, codecs: &[CodecFacts], channels: usize, link: Option<f64>) -> Curves {
+    let total_by_link: Vec<Curve> = codecs.iter().map(|codec| over_links(model, codec, channels)).collect();
+    let shown: Vec<String> = total_by_link
+        .iter()
+        .enumerate()
+        .filter(|(index, curve)| {
+            USUAL.contains(&curve.codec.as_str()) || is_best_somewhere(&total_by_link, *index)
+        })
+        .map(|(_, curve)| curve.codec.clone())
+        .collect();
+    let downtime_by_dirty_rate = codecs
+        .iter()
+        .filter(|codec| shown.contains(&codec.codec))
+        .map(|codec| over_dirty_rates(model, codec, channels, link))
+        .collect();
+    let total_by_link = total_by_link.into_iter().filter(|curve| shown.contains(&curve.codec)).collect();
+    Curves { total_by_link, downtime_by_dirty_rate }
+}
+
+fn over_links(model: &Model<'_>, codec: &CodecFacts, channels: usize) -> Curve {
+    let point = |rate: f64| {
+        let setting = Setting { link: Some(rate), channels, codec, ends: Ends::Multifd };
+        (rate, model.run(setting).total)
+    };
+    Curve { codec: codec.codec.clone(), points: steps(LINKS, LINK_STEPS).map(point).collect() }
+}
+
+/// A guest that may write all of its data; up to the rate at which it can no longer be moved.
+fn over_dirty_rates(model: &Model<'_>, codec: &CodecFacts, channels: usize, link: Option<f64>) -> Curve {
+    let point = |rate: f64| {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "both are far below 2^63"
+        )]
+        let dirty = DirtyFacts {
+            bytes_per_s: rate as u64,
+            working_set_bytes: match model.dirty.working_set_bytes {
+                0 => model.guest.data as u64,
+                known => known,
+            },
+            ..model.dirty
+        };
+        let setting = Setting { link, channels, codec, ends: Ends::Multifd };
+        let run = Model { dirty, ..*model }.run(setting);
+        run.converges.then_some((rate, run.downtime))
+    };
+    Curve { codec: codec.codec.clone(), points: steps(DIRTY_RATES, DIRTY_STEPS).map_while(point).collect() }
+}
+
+/// Within a hundredth of the fastest at some link, and nothing before it is.
+fn is_best_somewhere(curves: &[Curve], index: usize) -> bool {
+    let at = |curve: &Curve, step: usize| curve.points.get(step).map_or(f64::MAX, |(_, seconds)| *seconds);
+    let Some(own) = curves.get(index) else { return false };
+    (0..own.points.len()).any(|step| {
+        let best = curves.iter().map(|curve| at(curve, step)).fold(f64::MAX, f64::min);
+        curves.iter().position(|curve| at(curve, step) <= best * 1.01) == Some(index)
+    })
+}
+
+/// Equal steps of a logarithm, both ends included.
+fn steps((from, to): (f64, f64), steps: u32) -> impl Iterator<Item = f64> {
+    (0..=steps).map(move |step| from * (to / from).powf(f64::from(step) / f64::from(steps)))
+}

@@ -1,0 +1,179 @@
+//! What the parts of a move take on this machine: sockets, and memory that is new.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::thread;
+use std::time::Duration;
+
+use multifd_codecs::MAX_BATCH_LEN;
+use multifd_engine::HostMemory;
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use super::Result;
+use super::findings::Machine;
+use super::measure::core_time;
+use super::memory::PAGE;
+use super::sample::Sample;
+
+/// Bytes that each lane moves for a measurement: some 50 ms, and more than the processor's caches hold.
+const LANE_BYTES: usize = 64 << 20;
+
+/// Pairs of a sender and a receiver, so that all cores are busy, as they are in a move. More would say nothing new.
+const MOST_LANES: usize = 8;
+
+/// Measures with pages of the sample, on all cores at once: what they share, they share in a move, too.
+pub(super) fn measure(sample: &Sample, cores: usize) -> Result<Machine> {
+    let pages = Pages::of(sample);
+    let lanes = (cores / 2).clamp(1, MOST_LANES);
+    let moved = (lanes * LANE_BYTES) as f64;
+    let (send, receive) = sockets(&pages, lanes).map_err(|error| format!("measuring sockets: {error}"))?;
+    let memory = |name: &str, work: Work| {
+        let times = side_by_side(2 * lanes, || work(&pages));
+        let time = times.map_err(|error| format!("measuring {name}: {error}"))?;
+        Ok::<_, String>(time.as_secs_f64() / (2.0 * moved))
+    };
+    Ok(Machine {
+        cores,
+        send_byte_s: send.as_secs_f64() / moved,
+        receive_byte_s: receive.as_secs_f64() / moved,
+        look_byte_s: memory("looks at mapped memory", look)?,
+        land_byte_s: memory("writes to a file in memory", land)?,
+        fault_byte_s: memory("page faults", fault)?,
+        touch_byte_s: memory("looks at new memory", touch)?,
+    })
+}
+
+/// Batches of the sample, again and again, until a lane's bytes are full.
+struct Pages<'s>(Vec<&'s [u8]>);
+
+/// One measurement in memory of its own: time on a core.
+type Work = fn(&Pages<'_>) -> std::io::Result<Duration>;
+
+impl<'s> Pages<'s> {
+    fn of(sample: &'s Sample) -> Self {
+        let batches = sample.runs.iter().flat_map(|run| &run.batches);
+        let mut left = LANE_BYTES;
+        let take = |batch: &'s Vec<u8>| {
+            let part = batch.get(..batch.len().min(left)).filter(|part| !part.is_empty());
+            left -= part.map_or(0, <[u8]>::len);
+            part
+        };
+        Self(batches.cycle().map_while(take).collect())
+    }
+
+    /// With the place of each.
+    fn placed(&self) -> impl Iterator<Item = (usize, &[u8])> {
+        let place = |at: &mut usize, batch: &&'s [u8]| {
+            let start = *at;
+            *at += batch.len();
+            Some((start, *batch))
+        };
+        self.0.iter().scan(0, place)
+    }
+}
+
+/// Time on cores to send and to receive, over all lanes.
+fn sockets(pages: &Pages<'_>, lanes: usize) -> std::io::Result<(Duration, Duration)> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let pair = || -> std::io::Result<(TcpStream, TcpStream)> {
+        let near = TcpStream::connect(listener.local_addr()?)?;
+        Ok((near, listener.accept()?.0))
+    };
+    let pairs = (0..lanes).map(|_| pair()).collect::<std::io::Result<Vec<_>>>()?;
+    thread::scope(|scope| {
+        let mut ends = Vec::new();
+        for (near, far) in pairs {
+            ends.push((scope.spawn(|| send(pages, near)), scope.spawn(|| receive(pages, far))));
+        }
+        let mut sums = (Duration::ZERO, Duration::ZERO);
+        for (near, far) in ends {
+            sums.0 += joined(near)?;
+            sums.1 += joined(far)?;
+        }
+        Ok(sums)
+    })
+}
+
+fn send(pages: &Pages<'_>, mut socket: TcpStream) -> std::io::Result<Duration> {
+    let begin = core_time();
+    pages.0.iter().try_for_each(|batch| socket.write_all(batch))?;
+    Ok(core_time().saturating_sub(begin))
+}
+
+fn receive(pages: &Pages<'_>, mut socket: TcpStream) -> std::io::Result<Duration> {
+    let mut buffer = vec![0; MAX_BATCH_LEN];
+    let begin = core_time();
+    for batch in &pages.0 {
+        if let Some(room) = buffer.get_mut(..batch.len()) {
+            socket.read_exact(room)?;
+        }
+    }
+    Ok(core_time().saturating_sub(begin))
+}
+
+/// Whole pages into a file in memory that has none yet, as our destinations do.
+fn land(pages: &Pages<'_>) -> std::io::Result<Duration> {
+    let file = new_memory()?;
+    let begin = core_time();
+    pages.placed().try_for_each(|(at, batch)| file.write_all_at(batch, at as u64))?;
+    Ok(core_time().saturating_sub(begin))
+}
+
+/// The same through a mapping.
+fn fault(pages: &Pages<'_>) -> std::io::Result<Duration> {
+    let memory = HostMemory::map_file(new_memory()?, LANE_BYTES)?;
+    let begin = core_time();
+    for (at, batch) in pages.placed() {
+        if let Some(room) = memory.slice(at, batch.len()) {
+            room.copy_from(batch);
+        }
+    }
+    Ok(core_time().saturating_sub(begin))
+}
+
+/// A look at each page of a file that is in memory, but not in this process.
+fn look(pages: &Pages<'_>) -> std::io::Result<Duration> {
+    let file = new_memory()?;
+    pages.placed().try_for_each(|(at, batch)| file.write_all_at(batch, at as u64))?;
+    look_at(file)
+}
+
+/// The same where there is nothing yet: each look makes a page.
+fn touch(_: &Pages<'_>) -> std::io::Result<Duration> {
+    look_at(new_memory()?)
+}
+
+fn look_at(file: File) -> std::io::Result<Duration> {
+    let memory = HostMemory::map_file(file, LANE_BYTES)?;
+    let mut look = [0; 64];
+    let begin = core_time();
+    for at in (0..LANE_BYTES).step_by(PAGE) {
+        if let Some(page) = memory.slice(at, look.len()) {
+            page.copy_to(&mut look);
+        }
+    }
+    Ok(core_time().saturating_sub(begin))
+}
+
+fn new_memory() -> std::io::Result<File> {
+    let file = File::from(memfd_create("multifd-tune", MemfdFlags::CLOEXEC)?);
+    file.set_len(LANE_BYTES as u64)?;
+    Ok(file)
+}
+
+/// The times of so many threads that do the same, together.
+fn side_by_side(
+    threads: usize,
+    work: impl Fn() -> std::io::Result<Duration> + Sync,
+) -> std::io::Result<Duration> {
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(&work)).collect();
+        threads.into_iter().map(joined).sum()
+    })
+}
+
+fn joined(thread: thread::ScopedJoinHandle<'_, std::io::Result<Duration>>) -> std::io::Result<Duration> {
+    thread.join().map_err(|_| std::io::Error::other("a thread has panicked"))?
+}

@@ -1,0 +1,126 @@
+//! How much is written while the memory moves, and what xbzrle makes of it.
+
+use std::time::Duration;
+
+use multifd_codecs::xbzrle::{self, Outcome};
+
+use super::findings::{DirtyFacts, DirtyOrigin, XbzrleFacts};
+use super::memory::{PAGE, Rewrites};
+
+/// What goes over the wire for pages that were seen before and after.
+pub(super) fn xbzrle(rewrites: &Rewrites) -> Option<XbzrleFacts> {
+    let (mut encoded, mut bytes) = (0, 0);
+    let mut delta = [0; PAGE];
+    for [before, after] in &rewrites.pairs {
+        match xbzrle::encode(&before[..], &after[..], &mut delta) {
+            Outcome::Delta(len) => {
+                encoded += 1;
+                bytes += len;
+            }
+            Outcome::Overflow => bytes += PAGE,
+            // Written, but with what was there: nothing goes.
+            Outcome::Unchanged => encoded += 1,
+        }
+    }
+    let pages = rewrites.pairs.len();
+    (pages > 0).then(|| XbzrleFacts {
+        pages: pages as u64,
+        encoded: f64::from(encoded) / pages as f64,
+        size: bytes as f64 / (pages * PAGE) as f64,
+    })
+}
+
+/// The rate and the working set behind what had changed after some times, as
+/// `changed(t) = working set * (1 - exp(-rate * t / working set))`.
+///
+/// The first look that saw something gives the rate, the last one where it leads to. `all` bytes are the most that can be
+/// written.
+pub(super) fn measured(changed: &[(Duration, u64)], all: u64) -> DirtyFacts {
+    let still = DirtyFacts { origin: DirtyOrigin::Measured, bytes_per_s: 0, working_set_bytes: 0 };
+    let Some((first, last)) = changed.iter().find(|(_, bytes)| *bytes > 0).zip(changed.last()) else {
+        return still;
+    };
+    let seconds = |time: &Duration| time.as_secs_f64().max(1e-6);
+    let (time, bytes) = (seconds(&last.0), last.1 as f64);
+    // A working set that is nearly filled at the first look hides how often it is written: what was seen is the least.
+    let mut rate = first.1 as f64 / seconds(&first.0);
+    let mut working_set = fit(rate, time, bytes, all as f64);
+    // The curve bends before the first look: ask again for the rate that leads through it.
+    for _ in 0..4 {
+        let full = 1.0 - first.1 as f64 / working_set;
+        if full <= 0.01 {
+            break;
+        }
+        rate = -full.ln() * working_set / seconds(&first.0);
+        working_set = fit(rate, time, bytes, all as f64);
+    }
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "positive, and less than memory can hold"
+    )]
+    DirtyFacts { bytes_per_s: rate as u64, working_set_bytes: working_set as u64, ..still }
+}
+
+/// The working set for which `rate` makes `bytes` in `time`: between what was seen and `all`.
+fn fit(rate: f64, time: f64, bytes: f64, all: f64) -> f64 {
+    let (mut low, mut high) = (bytes, all.max(bytes));
+    if after(rate, high, time) <= bytes {
+        return high;
+    }
+    // 40 halvings of a range below 2^64 bytes leave less than a page in most cases, and never a difference that matters.
+    for _ in 0..40 {
+        let middle = f64::midpoint(low, high);
+        if after(rate, middle, time) < bytes { low = middle } else { high = middle }
+    }
+    high
+}
+
+/// Distinct bytes written in `seconds`.
+pub(super) fn after(rate: f64, working_set: f64, seconds: f64) -> f64 {
+    if working_set <= 0.0 { 0.0 } else { -working_set * (-rate * seconds / working_set).exp_m1() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn looks(rate: f64, working_set: f64) -> Vec<(Duration, u64)> {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "what the test asks for")]
+        let look = |ms: u64| (Duration::from_millis(ms), after(rate, working_set, ms as f64 / 1e3) as u64);
+        [20, 100, 400, 1000].map(look).to_vec()
+    }
+
+    #[test]
+    fn the_rate_and_the_working_set_are_found_again() {
+        for (rate, working_set) in [(100e6, 64e6), (1e9, 100e6), (10e6, 4e9), (5e6, 1e6)] {
+            let found = measured(&looks(rate, working_set), 4_000_000_000);
+            let near = |found: u64, expected: f64| (0.9..1.1).contains(&(found as f64 / expected));
+            assert!(near(found.bytes_per_s, rate), "{rate} {working_set}: {found:?}");
+            // One that is hardly begun within a second cannot be told from a larger one.
+            assert!(near(found.working_set_bytes, working_set) || rate < working_set, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn a_guest_that_writes_nothing_is_still() {
+        let found = measured(&looks(0.0, 1e9), 1 << 30);
+        assert_eq!((found.bytes_per_s, found.working_set_bytes), (0, 0));
+        assert_eq!(measured(&[], 1 << 30).bytes_per_s, 0);
+    }
+
+    #[test]
+    fn differences_are_counted_against_whole_pages() {
+        let page = |set: usize| {
+            let mut page = Box::new([0; PAGE]);
+            page.iter_mut().step_by(2).take(set).for_each(|byte| *byte = 1);
+            page
+        };
+        let pairs = vec![[page(0), page(1)], [page(0), page(2000)], [page(3), page(3)]];
+        let facts = xbzrle(&Rewrites { changed: Vec::new(), pairs }).unwrap();
+        assert_eq!(facts.pages, 3);
+        assert!((facts.encoded - 2.0 / 3.0).abs() < 1e-9);
+        assert!((facts.size - 1.0 / 3.0).abs() < 0.01, "{}", facts.size);
+        assert!(xbzrle(&Rewrites::default()).is_none());
+    }
+}
