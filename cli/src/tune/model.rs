@@ -64,12 +64,11 @@ struct Pass {
     bottleneck: Bottleneck,
 }
 
-/// Header of a packet, for 128 pages (docs/wire.md §7.2).
-const PACKET_HEADER: f64 = 1344.0;
-const PACKET_PAGES: f64 = 128.0;
+const PAGE: f64 = 4096.0;
 
-/// Bytes of pages in a packet.
-const PACKET_BYTES: f64 = PACKET_PAGES * 4096.0;
+/// Header of a packet, and bytes of pages in it (docs/wire.md §7.2).
+const PACKET_HEADER: f64 = 1344.0;
+const PACKET_BYTES: f64 = 128.0 * PAGE;
 
 /// On the main channel: a header with each page, and a zero page's record (docs/wire.md §5).
 const RECORD_HEADER: f64 = 8.0;
@@ -119,7 +118,7 @@ impl Model<'_> {
             let left = rewrites::after(rate, self.dirty.working_set_bytes as f64, pass.seconds);
             stalled = if left < best * PROGRESS { 0 } else { stalled + 1 };
             best = best.min(left);
-            let next = self.pass(left, left / PACKET_BYTES, setting);
+            let next = self.pass(left, 0.0, setting);
             sum.downtime = next.seconds + SWITCHOVER + self.on_link(self.guest.devices, setting);
             let within = next.seconds <= self.downtime_limit;
             if within || stalled >= STALLED_ROUNDS || sum.rounds >= MOST_ROUNDS {
@@ -141,10 +140,7 @@ impl Model<'_> {
     /// All of the RAM. Its zero pages cost a header, and QEMU makes the ones that its guest never touched when it looks at them.
     fn first_pass(&self, setting: Setting<'_>) -> Pass {
         let zero = self.guest.ram - self.guest.data;
-        let mut pass = self.pass(self.guest.data, self.guest.ram / PACKET_BYTES, setting);
-        if setting.channels == 0 {
-            pass.wire += zero / 4096.0 * ZERO_RECORD;
-        }
+        let mut pass = self.pass(self.guest.data, zero, setting);
         match setting.ends {
             Ends::Multifd => {
                 pass.source_core += self.guest.data * self.machine.look_byte_s;
@@ -159,15 +155,17 @@ impl Model<'_> {
         pass
     }
 
-    /// A pass over `data` bytes of pages that are not zero, in so many packets.
-    fn pass(&self, data: f64, packets: f64, setting: Setting<'_>) -> Pass {
+    /// A pass over so many bytes of pages that are not zero, and of pages that are.
+    fn pass(&self, data: f64, zero: f64, setting: Setting<'_>) -> Pass {
         let Machine { send_byte_s, receive_byte_s, land_byte_s, fault_byte_s, .. } = *self.machine;
         let [slower, slower_back, size] = match setting.ends {
             Ends::Qemu if setting.codec.codec.starts_with("zlib") => QEMU_ZLIB,
             _ => [1.0; 3],
         };
-        let headers =
-            if setting.channels == 0 { data / 4096.0 * RECORD_HEADER } else { packets * PACKET_HEADER };
+        let headers = match setting.channels {
+            0 => (data * RECORD_HEADER + zero * ZERO_RECORD) / PAGE,
+            _ => (data + zero) / PACKET_BYTES * PACKET_HEADER,
+        };
         let wire = data / setting.codec.ratio * size + headers;
         let codec_time = |speed: Option<f64>| speed.map_or(0.0, |speed| data / speed);
         let source_core = wire * send_byte_s + codec_time(setting.codec.encode_bytes_per_s) * slower;
@@ -176,19 +174,22 @@ impl Model<'_> {
             + codec_time(setting.codec.decode_bytes_per_s) * slower_back
             + data * landing;
         let lanes = self.lanes(setting);
-        let shared = if setting.link.is_none() {
-            (source_core + destination_core) / self.machine.cores as f64
+        let ends = [source_core, destination_core].map(|core| core / lanes);
+        let shared = match setting.link {
+            Some(_) => 0.0,
+            None => (source_core + destination_core) / self.machine.cores as f64,
+        };
+        // What both ends wait for together is put down to the one that works more.
+        let [source, destination] = if source_core > destination_core {
+            [ends[0].max(shared), ends[1]]
         } else {
-            0.0
+            [ends[0], ends[1].max(shared)]
         };
         let link = self.on_link(wire, setting);
         let times = [
             (link, Bottleneck::Link),
-            (
-                (source_core / lanes).max(if source_core >= destination_core { shared } else { 0.0 }),
-                Bottleneck::SourceCpu,
-            ),
-            ((destination_core / lanes).max(shared), Bottleneck::DestinationCpu),
+            (source, Bottleneck::SourceCpu),
+            (destination, Bottleneck::DestinationCpu),
         ];
         let (seconds, bottleneck) =
             times.into_iter().max_by(|(a, _), (b, _)| a.total_cmp(b)).unwrap_or((link, Bottleneck::Link));
@@ -212,3 +213,6 @@ impl Move {
         self.destination_core += pass.destination_core;
     }
 }
+
+#[cfg(test)]
+mod tests;
