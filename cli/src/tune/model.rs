@@ -141,23 +141,18 @@ impl Model<'_> {
     fn first_pass(&self, setting: Setting<'_>) -> Pass {
         let zero = self.guest.ram - self.guest.data;
         let mut pass = self.pass(self.guest.data, zero, setting);
-        match setting.ends {
-            Ends::Multifd => {
-                pass.source_core += self.guest.data * self.machine.look_byte_s;
-            }
-            Ends::Qemu => {
-                let made = zero * self.machine.touch_byte_s;
-                pass.source_core += made;
-                // What was touched and what was not lies apart: nothing flows meanwhile.
-                pass.seconds += made / self.lanes(setting);
-            }
+        if setting.ends == Ends::Qemu {
+            let made = zero * self.machine.touch_byte_s;
+            pass.source_core += made;
+            // What was touched and what was not lies apart: nothing flows meanwhile.
+            pass.seconds += made / self.lanes(setting);
         }
         pass
     }
 
     /// A pass over so many bytes of pages that are not zero, and of pages that are.
     fn pass(&self, data: f64, zero: f64, setting: Setting<'_>) -> Pass {
-        let Machine { send_byte_s, receive_byte_s, land_byte_s, fault_byte_s, .. } = *self.machine;
+        let Machine { send_byte_s, receive_byte_s, .. } = *self.machine;
         let [slower, slower_back, size] = match setting.ends {
             Ends::Qemu if setting.codec.codec.starts_with("zlib") => QEMU_ZLIB,
             _ => [1.0; 3],
@@ -168,8 +163,13 @@ impl Model<'_> {
         };
         let wire = data / setting.codec.ratio * size + headers;
         let codec_time = |speed: Option<f64>| speed.map_or(0.0, |speed| data / speed);
-        let source_core = wire * send_byte_s + codec_time(setting.codec.encode_bytes_per_s) * slower;
-        let landing = if setting.ends == Ends::Qemu { fault_byte_s } else { land_byte_s };
+        // QEMU has its guest's memory mapped, and finds new memory by page faults.
+        let (look, landing) = match setting.ends {
+            Ends::Multifd => (self.machine.look_byte_s, self.machine.land_byte_s),
+            Ends::Qemu => (0.0, self.machine.fault_byte_s),
+        };
+        let source_core =
+            data * look + wire * send_byte_s + codec_time(setting.codec.encode_bytes_per_s) * slower;
         let destination_core = wire * receive_byte_s
             + codec_time(setting.codec.decode_bytes_per_s) * slower_back
             + data * landing;
