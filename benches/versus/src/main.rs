@@ -10,7 +10,6 @@
 
 mod account;
 mod guest;
-mod link;
 mod live;
 mod moves;
 mod plot;
@@ -27,7 +26,6 @@ use multifd_tests::{During, Outcome};
 use serde_json::Value;
 
 use guest::{Guest, Stage};
-use link::Link;
 use moves::Cost;
 use scenario::{Scenario, Way};
 use table::Results;
@@ -75,8 +73,12 @@ fn run(flags: &Flags) -> Outcome {
     }
     let mut bench = Bench { flags, staged: None, all: Vec::new() };
     scenarios.iter().try_for_each(|scenario| bench.run(scenario).during(&scenario.name))?;
+    write_json(flags, bench.all)
+}
+
+fn write_json(flags: &Flags, all: Vec<Value>) -> Outcome {
     match &flags.json {
-        Some(path) => std::fs::write(path, format!("{:#}\n", Value::Array(bench.all))).during(path.display()),
+        Some(path) => std::fs::write(path, format!("{:#}\n", Value::Array(all))).during(path.display()),
         None => Ok(()),
     }
 }
@@ -100,14 +102,11 @@ impl Bench<'_> {
                 })?
             }
             None => {
-                let _link = match scenario.link.map(Link::new) {
-                    Some(Err(failure)) => {
-                        println!("\n{}\n  skipped: no such link here: {failure}", scenario.name);
-                        return Ok(());
-                    }
-                    link => link,
-                };
                 let stage = self.stage(scenario.guest)?;
+                if let Some(Err(failure)) = scenario.link.map(|mbit| stage.shape(mbit)) {
+                    println!("\n{}\n  skipped: no such link here: {failure}", scenario.name);
+                    return Ok(());
+                }
                 compare(scenario, repeat, |way| moves::once(scenario, way, stage))?
             }
         };
