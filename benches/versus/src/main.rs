@@ -6,6 +6,8 @@
 //!               moves: QEMU or multifd at either end, or the raw pump; the RAM is compared every time
 //!                     │  interleaved, several rounds
 //!               table, --json: medians, and ratios of QEMU's time to ours
+//!
+//!  --tune: the moves of `multifd tune`'s predictions, made the same way; what it said beside what was measured
 //! ```
 
 mod account;
@@ -17,6 +19,7 @@ mod pump;
 mod scenario;
 mod table;
 mod tls;
+mod tune;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -50,6 +53,9 @@ struct Flags {
     /// Draws each scenario into this folder, as SVG
     #[arg(long, value_name = "DIR")]
     plots: Option<PathBuf>,
+    /// Instead of the scenarios: what `multifd tune` says of the Linux guest, beside what is measured
+    #[arg(long, conflicts_with_all = ["scenarios", "list", "plots"])]
+    tune: bool,
 }
 
 fn main() -> ExitCode {
@@ -63,6 +69,9 @@ fn main() -> ExitCode {
 }
 
 fn run(flags: &Flags) -> Outcome {
+    if flags.tune {
+        return write_json(flags, tune::run(flags.ram, flags.repeat)?);
+    }
     let chosen = |scenario: &Scenario| {
         flags.scenarios.is_empty() || flags.scenarios.iter().any(|name| scenario.name.starts_with(name))
     };

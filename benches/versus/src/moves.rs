@@ -52,6 +52,12 @@ pub(crate) fn once(scenario: &Scenario, way: Way, stage: &mut Stage) -> Outcome<
 /// How a QEMU at one end is set up.
 pub(crate) type SetUp<'a> = &'a dyn Fn(&mut Qemu, Side) -> Outcome;
 
+/// The same from QEMU to QEMU, set up otherwise than the scenario says.
+pub(crate) fn by_qemu(scenario: &Scenario, stage: &mut Stage, set_up: SetUp<'_>) -> Outcome<Cost> {
+    prepare(scenario, stage)?;
+    qemu_to_qemu(scenario, stage, set_up)
+}
+
 fn prepare(scenario: &Scenario, stage: &Stage) -> Outcome {
     if scenario.looked_at { Ok(()) } else { stage.forget_untouched() }
 }
