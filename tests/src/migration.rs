@@ -1,5 +1,7 @@
 //! Migrations of a QEMU, on either side: what is set, rounds, the end, and the figures.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
@@ -34,6 +36,31 @@ impl Compression {
             Self::None => "none",
             Self::Zlib(_) => "zlib",
             Self::Zstd(_) => "zstd",
+        }
+    }
+}
+
+/// As our `--codec` takes it.
+impl fmt::Display for Compression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.pad(self.name()),
+            Self::Zlib(level) | Self::Zstd(level) => f.pad(&format!("{}:{level}", self.name())),
+        }
+    }
+}
+
+/// With its level, as it is displayed.
+impl FromStr for Compression {
+    type Err = Failure;
+
+    fn from_str(text: &str) -> Outcome<Self> {
+        let (name, level) = text.split_once(':').unwrap_or((text, ""));
+        match (name, level.parse()) {
+            ("none", _) if level.is_empty() => Ok(Self::None),
+            ("zlib", Ok(level)) => Ok(Self::Zlib(level)),
+            ("zstd", Ok(level)) => Ok(Self::Zstd(level)),
+            _ => Err(Failure::new(format!("{text:?} is no codec with its level"))),
         }
     }
 }
@@ -352,7 +379,7 @@ impl Qemu {
 
     fn look_until(
         &mut self,
-        what: impl std::fmt::Display,
+        what: impl fmt::Display,
         within: Duration,
         done: impl Fn(&Report) -> bool,
     ) -> Outcome {

@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{Compression, Failure, Outcome, Process, Settings, process::wrapped};
+use crate::{Failure, Outcome, Process, Settings, process::wrapped};
 
 /// When this variable is set, it is the command that the tests run; otherwise they build it.
 const BINARY: &str = "MULTIFD_BIN";
@@ -56,14 +56,24 @@ impl Multifd {
     /// # Errors
     /// As [`Multifd::send`].
     pub fn send_with(checkpoint: &Path, uri: &str, settings: &Settings, flags: &[&str]) -> Outcome<Process> {
+        Self::send_in(&[], checkpoint, uri, settings, flags)
+    }
+
+    /// The same by this command: `ip netns exec NAME`, for example.
+    ///
+    /// # Errors
+    /// As [`Multifd::spawn`].
+    pub fn send_in(
+        wrapper: &[&str],
+        checkpoint: &Path,
+        uri: &str,
+        settings: &Settings,
+        flags: &[&str],
+    ) -> Outcome<Process> {
         let mut arguments = vec!["send".to_owned(), checkpoint.display().to_string(), uri.to_owned()];
         arguments.push("--json".into());
         if let Some(channels) = settings.channels {
-            let codec = match settings.compression {
-                Compression::None => "none".to_owned(),
-                Compression::Zlib(level) => format!("zlib:{level}"),
-                Compression::Zstd(level) => format!("zstd:{level}"),
-            };
+            let codec = settings.compression.to_string();
             arguments.extend(["--channels".into(), channels.to_string(), "--codec".into(), codec]);
         }
         if settings.max_bandwidth > 0 {
@@ -76,7 +86,8 @@ impl Multifd {
             arguments.extend(["--zero-page-detection".into(), zero_pages.name().into()]);
         }
         arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
-        Self::spawn("send", arguments)
+        let mut command = wrapped(wrapper, Self::binary()?);
+        Process::spawn("send", command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()))
     }
 
     /// The program. Built once per test program, in the profile of the test, so that it is never older than
@@ -197,6 +208,11 @@ impl CommandReport {
     /// When there is none.
     pub fn text(&self, key: &str) -> Outcome<&str> {
         self.find(key, Value::as_str)
+    }
+
+    /// All of it.
+    pub fn object(&self) -> &Value {
+        &self.0
     }
 
     fn find<'a, T>(&'a self, key: &str, read: impl FnOnce(&'a Value) -> Option<T>) -> Outcome<T> {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::{Failure, Outcome};
+use crate::{During as _, Failure, Outcome};
 
 /// One end of the cable.
 #[derive(Clone, Copy, Debug)]
@@ -21,11 +21,13 @@ pub enum Host {
 /// Two network namespaces with a pair of virtual network cards between them; gone on drop.
 #[derive(Debug)]
 pub struct Network {
-    /// Of all names that it gives.
-    prefix: String,
+    /// Of the namespaces, left and right: no other has them, in this process or another.
+    names: [String; 2],
 }
 
 impl Host {
+    const BOTH: [Self; 2] = [Self::Left, Self::Right];
+
     /// Its address.
     pub fn address(self) -> &'static str {
         match self {
@@ -38,13 +40,6 @@ impl Host {
         match self {
             Self::Left => Self::Right,
             Self::Right => Self::Left,
-        }
-    }
-
-    fn letter(self) -> char {
-        match self {
-            Self::Left => 'l',
-            Self::Right => 'r',
         }
     }
 }
@@ -66,17 +61,18 @@ impl Network {
     pub fn new() -> Outcome<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let this = Self { prefix: format!("mfd{}-{number}", std::process::id()) };
-        let [left, right] = [Host::Left, Host::Right].map(|host| this.name(host));
-        for name in [&left, &right] {
-            ip(&format!("netns add {name}"))?;
+        // From here on dropping it undoes what has been done.
+        let this = Self { names: ["l", "r"].map(|end| format!("mfd{}-{number}{end}", std::process::id())) };
+        let [left, right] = &this.names;
+        for name in [left, right] {
+            run(&format!("ip netns add {name}"))?;
         }
-        ip(&format!("-n {left} link add wire type veth peer name wire netns {right}"))?;
-        for host in [Host::Left, Host::Right] {
+        run(&format!("ip -n {left} link add wire type veth peer name wire netns {right}"))?;
+        for host in Host::BOTH {
             let name = this.name(host);
-            ip(&format!("-n {name} addr add {}/24 dev wire", host.address()))?;
-            ip(&format!("-n {name} link set wire up"))?;
-            ip(&format!("-n {name} link set lo up"))?;
+            run(&format!("ip -n {name} addr add {}/24 dev wire", host.address()))?;
+            run(&format!("ip -n {name} link set wire up"))?;
+            run(&format!("ip -n {name} link set lo up"))?;
         }
         Ok(this)
     }
@@ -90,14 +86,34 @@ impl Network {
         Ok(move_into_link_name_space(there.as_fd(), Some(LinkNameSpaceType::Network))?)
     }
 
+    /// What a command begins with to run at a host, where it has the host's `lo`, too. It becomes the command.
+    pub fn inside(&self, host: Host) -> [&str; 4] {
+        ["ip", "netns", "exec", self.name(host)]
+    }
+
+    /// From now on the cable takes so many Mbit/s in each direction, whatever it took before.
+    ///
+    /// # Errors
+    /// When the system cannot.
+    pub fn shape(&self, mbit: u32) -> Outcome {
+        for name in &self.names {
+            // Two segments of the largest size fit into the burst; the queue holds 50 ms.
+            let shaper = format!("tbf rate {mbit}mbit burst 256kb latency 50ms");
+            run(&format!("tc -n {name} qdisc replace dev wire root {shaper}"))?;
+        }
+        Ok(())
+    }
+
     /// From now on nothing arrives at either end, and nobody is told: both send to a card that does not exist.
     ///
     /// # Errors
     /// When the system cannot.
     pub fn cut(&self) -> Outcome {
-        for host in [Host::Left, Host::Right] {
+        for host in Host::BOTH {
             let (name, peer) = (self.name(host), host.other().address());
-            ip(&format!("-n {name} neigh replace {peer} lladdr 02:00:00:00:00:99 dev wire nud permanent"))?;
+            run(&format!(
+                "ip -n {name} neigh replace {peer} lladdr 02:00:00:00:00:99 dev wire nud permanent"
+            ))?;
         }
         Ok(())
     }
@@ -107,28 +123,30 @@ impl Network {
     /// # Errors
     /// When the system cannot.
     pub fn add_address(&self, host: Host, address: &str) -> Outcome {
-        ip(&format!("-n {} addr add {address}/24 dev wire", self.name(host)))
+        run(&format!("ip -n {} addr add {address}/24 dev wire", self.name(host)))
     }
 
-    fn name(&self, host: Host) -> String {
-        format!("{}{}", self.prefix, host.letter())
+    fn name(&self, host: Host) -> &str {
+        let [left, right] = &self.names;
+        match host {
+            Host::Left => left,
+            Host::Right => right,
+        }
     }
 }
 
 impl Drop for Network {
     fn drop(&mut self) {
-        for host in [Host::Left, Host::Right] {
+        for name in &self.names {
             // It may be that it was never made.
-            let _ = ip(&format!("netns del {}", self.name(host)));
+            let _ = run(&format!("ip netns del {name}"));
         }
     }
 }
 
-fn ip(arguments: &str) -> Outcome {
-    let output = Command::new("ip").args(arguments.split(' ')).output()?;
-    if output.status.success() {
-        return Ok(());
-    }
+fn run(command: &str) -> Outcome {
+    let mut words = command.split(' ');
+    let output = Command::new(words.next().unwrap_or_default()).args(words).output().during(command)?;
     let said = String::from_utf8_lossy(&output.stderr);
-    Err(Failure::new(format!("ip {arguments}: {}: {}", output.status, said.trim())))
+    if output.status.success() { Ok(()) } else { Err(Failure::new(format!("{command}: {}", said.trim()))) }
 }

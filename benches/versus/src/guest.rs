@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use multifd_codecs::zero::is_zero;
 use multifd_tests::ram::PAGE;
 use multifd_tests::{
-    CheckpointFiles, During, Failure, Fill, Linux, Multifd, Outcome, Qemu, QemuBuilder, Receive, Scratch,
-    Settings, Side, skip,
+    CheckpointFiles, During, Failure, Fill, Host, Linux, Multifd, Network, Outcome, Qemu, QemuBuilder,
+    Receive, Scratch, Settings, Side, skip,
 };
 use rustix::fs::{FallocateFlags, fallocate};
 use serde_json::json;
@@ -30,6 +30,16 @@ pub(crate) enum Guest {
 }
 
 /// A guest, ready to be moved again and again.
+///
+/// ```text
+///  left host ── cable, of the rate that the scenario wants ── right host
+///  the source; the destination of a move                      the destination of a move over a link
+///  that stays on its machine
+/// ```
+///
+/// A QEMU cannot be taken to another network, and this one makes many moves: it is started at the left host, and the hosts live
+/// as long as it does. Only the cable between them is shaped anew for each link. The hosts' names are no other run's and their
+/// network is theirs alone, so that nothing of this machine's own is touched and runs do not meet.
 pub(crate) struct Stage {
     /// Its only CPU is halted with interrupts off: nothing changes its RAM, whether it is paused or not.
     pub(crate) qemu: Qemu,
@@ -37,6 +47,8 @@ pub(crate) struct Stage {
     pub(crate) checkpoint: PathBuf,
     pub(crate) builder: QemuBuilder,
     pub(crate) credentials: Credentials,
+    /// Or why there is none: then everything runs outside, and there are no links.
+    network: Outcome<Network>,
     scratch: Scratch,
 }
 
@@ -60,25 +72,40 @@ impl Guest {
             Self::Linux { .. } => builder.argument("-kernel").argument(kernel().display().to_string()),
             Self::Filled { .. } | Self::Sparse => builder.floppy(&halting_floppy(&scratch)?),
         };
+        let network = Network::new();
+        let source = builder.clone().inside(&inside(&network, Host::Left));
         let qemu = match self {
-            Self::Linux { ram_mib } => linux(&builder, ram_mib)?,
-            Self::Filled { .. } => halted(&builder.clone().fill(Fill::new(1)))?,
+            Self::Linux { ram_mib } => linux(&source, ram_mib, &network)?,
+            Self::Filled { .. } => halted(&source.fill(Fill::new(1)))?,
             Self::Sparse => {
-                let qemu = halted(&builder)?;
+                let qemu = halted(&source)?;
                 touch(qemu.ram())?;
                 qemu
             }
         };
         let credentials = Credentials::new(&scratch)?;
         let checkpoint = scratch.path("checkpoint");
-        let mut stage = Stage { qemu, checkpoint, builder, credentials, scratch };
+        let mut stage = Stage { qemu, checkpoint, builder, credentials, network, scratch };
         stage.credentials.give_to(&mut stage.qemu, "client")?;
-        receive(&mut stage.qemu, &stage.checkpoint)?;
+        receive(&mut stage.qemu, &stage.checkpoint, &inside(&stage.network, Host::Left))?;
         Ok(stage)
     }
 }
 
 impl Stage {
+    /// What a command begins with to run at a host.
+    pub(crate) fn inside(&self, host: Host) -> Vec<&str> {
+        inside(&self.network, host)
+    }
+
+    /// From now on there are so many Mbit/s between the hosts.
+    pub(crate) fn shape(&self, mbit: u32) -> Outcome {
+        match &self.network {
+            Ok(network) => network.shape(mbit),
+            Err(failure) => Err(Failure::new(failure.to_string())),
+        }
+    }
+
     /// Before each move: pages that hold nothing are no memory of the host, as in a guest that never touched them. A QEMU that
     /// has looked at them has made them.
     pub(crate) fn forget_untouched(&self) -> Outcome {
@@ -117,6 +144,10 @@ impl Stage {
     }
 }
 
+fn inside(network: &Outcome<Network>, host: Host) -> Vec<&str> {
+    network.as_ref().map_or_else(|_| Vec::new(), |network| network.inside(host).to_vec())
+}
+
 /// Calls `visit` with the offset of each page of `ram`, whether it is zero, and its bytes.
 fn each_page(ram: &File, mut visit: impl FnMut(u64, bool, &[u8]) -> io::Result<()>) -> Outcome {
     let mut chunk = vec![0; CHUNK];
@@ -133,10 +164,10 @@ fn each_page(ram: &File, mut visit: impl FnMut(u64, bool, &[u8]) -> io::Result<(
 /// Bytes read at a time. Guests have whole MiB.
 const CHUNK: usize = 1 << 20;
 
-/// Saves what `qemu` holds as a checkpoint.
-fn receive(qemu: &mut Qemu, checkpoint: &Path) -> Outcome {
+/// Saves what `qemu` holds as a checkpoint; `near` is what a command begins with to run at the same host.
+fn receive(qemu: &mut Qemu, checkpoint: &Path, near: &[&str]) -> Outcome {
     let settings = Settings { channels: Some(2), return_path: true, ..Settings::default() };
-    let mut receive = Receive::listen("tcp:127.0.0.1:0", checkpoint)?;
+    let mut receive = Receive::listen_in(near, "tcp:127.0.0.1:0", checkpoint, &[])?;
     qemu.set_up(&settings, Side::Source)?;
     qemu.migrate(receive.uri())?;
     receive.wait_success(PATIENCE)?;
@@ -169,18 +200,23 @@ fn kernel() -> PathBuf {
 /// A boot sector: `mov dx, 3f8; mov al, 'H'; out dx, al; cli; hlt; jmp hlt`.
 const HALT: [u8; 10] = [0xba, 0xf8, 0x03, 0xb0, b'H', 0xee, 0xfa, 0xf4, 0xeb, 0xfd];
 
-/// The Linux guest, from the image that the first run has made.
-fn linux(builder: &QemuBuilder, ram_mib: u32) -> Outcome<Qemu> {
+/// The Linux guest, from the image that the first run has made, at the left host.
+fn linux(builder: &QemuBuilder, ram_mib: u32, network: &Outcome<Network>) -> Outcome<Qemu> {
     let image = skip::guest_dir().join(format!("versus-{ram_mib}"));
     if !image.is_dir() {
         eprintln!("making the guest image {}: takes some minutes, once", image.display());
-        work_and_save(ram_mib, &image)?;
+        let made = work_and_save(ram_mib, &image);
+        // It gets its name when it is whole. Another run may have been faster.
+        if !image.is_dir() {
+            made?;
+        }
     }
     let mut qemu = builder.clone().incoming("defer").paused().spawn("source")?;
     let settings = Settings { channels: Some(2), ..Settings::default() };
     qemu.set_up(&settings, Side::Destination)?;
     let uri = qemu.listen("tcp:127.0.0.1:0")?;
-    Multifd::send(&image, &uri, &settings)?.wait_success(PATIENCE)?;
+    let near = inside(network, Host::Left);
+    Multifd::send_in(&near, &image, &uri, &settings, &[])?.wait_success(PATIENCE)?;
     qemu.wait_completed(PATIENCE)?;
     come_to_rest(&mut qemu)?;
     Ok(qemu)
@@ -216,7 +252,7 @@ fn work_and_save(ram_mib: u32, image: &Path) -> Outcome {
     qemu.type_text("halt -f\n")?;
     qemu.serial().wait_for("System halted", 0, PATIENCE)?;
     qemu.stop()?;
-    receive(&mut qemu, image)
+    receive(&mut qemu, image, &[])
 }
 
 /// What the guest does: compressed copies, text tools with their heaps, files that come and go.

@@ -6,11 +6,12 @@
 //!               moves: QEMU or multifd at either end, or the raw pump; the RAM is compared every time
 //!                     │  interleaved, several rounds
 //!               table, --json: medians, and ratios of QEMU's time to ours
+//!
+//!  --tune: the moves of `multifd tune`'s predictions, made the same way; what it said beside what was measured
 //! ```
 
 mod account;
 mod guest;
-mod link;
 mod live;
 mod moves;
 mod plot;
@@ -18,6 +19,7 @@ mod pump;
 mod scenario;
 mod table;
 mod tls;
+mod tune;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -27,7 +29,6 @@ use multifd_tests::{During, Outcome};
 use serde_json::Value;
 
 use guest::{Guest, Stage};
-use link::Link;
 use moves::Cost;
 use scenario::{Scenario, Way};
 use table::Results;
@@ -52,6 +53,9 @@ struct Flags {
     /// Draws each scenario into this folder, as SVG
     #[arg(long, value_name = "DIR")]
     plots: Option<PathBuf>,
+    /// Instead of the scenarios: what `multifd tune` says of the Linux guest, beside what is measured
+    #[arg(long, conflicts_with_all = ["scenarios", "list", "plots"])]
+    tune: bool,
 }
 
 fn main() -> ExitCode {
@@ -65,6 +69,9 @@ fn main() -> ExitCode {
 }
 
 fn run(flags: &Flags) -> Outcome {
+    if flags.tune {
+        return write_json(flags, tune::run(flags.ram, flags.repeat)?);
+    }
     let chosen = |scenario: &Scenario| {
         flags.scenarios.is_empty() || flags.scenarios.iter().any(|name| scenario.name.starts_with(name))
     };
@@ -75,8 +82,12 @@ fn run(flags: &Flags) -> Outcome {
     }
     let mut bench = Bench { flags, staged: None, all: Vec::new() };
     scenarios.iter().try_for_each(|scenario| bench.run(scenario).during(&scenario.name))?;
+    write_json(flags, bench.all)
+}
+
+fn write_json(flags: &Flags, all: Vec<Value>) -> Outcome {
     match &flags.json {
-        Some(path) => std::fs::write(path, format!("{:#}\n", Value::Array(bench.all))).during(path.display()),
+        Some(path) => std::fs::write(path, format!("{:#}\n", Value::Array(all))).during(path.display()),
         None => Ok(()),
     }
 }
@@ -100,14 +111,11 @@ impl Bench<'_> {
                 })?
             }
             None => {
-                let _link = match scenario.link.map(Link::new) {
-                    Some(Err(failure)) => {
-                        println!("\n{}\n  skipped: no such link here: {failure}", scenario.name);
-                        return Ok(());
-                    }
-                    link => link,
-                };
                 let stage = self.stage(scenario.guest)?;
+                if let Some(Err(failure)) = scenario.link.map(|mbit| stage.shape(mbit)) {
+                    println!("\n{}\n  skipped: no such link here: {failure}", scenario.name);
+                    return Ok(());
+                }
                 compare(scenario, repeat, |way| moves::once(scenario, way, stage))?
             }
         };

@@ -7,12 +7,11 @@ use std::thread;
 use std::time::Duration;
 
 use multifd_tests::{
-    CheckpointFiles, CommandReport, Multifd, Outcome, Process, Qemu, Receive, Scratch, Side, ram,
+    CheckpointFiles, CommandReport, Host, Multifd, Outcome, Process, Qemu, Receive, Scratch, Side, ram,
 };
 
 use crate::account;
 use crate::guest::{PATIENCE, Stage};
-use crate::link::Link;
 use crate::pump::{self, Landing};
 use crate::scenario::{Scenario, Transport, Way};
 
@@ -34,16 +33,14 @@ pub(crate) struct Cost {
 
 /// Moves the guest once; fails unless its RAM arrives equal.
 pub(crate) fn once(scenario: &Scenario, way: Way, stage: &mut Stage) -> Outcome<Cost> {
-    if !scenario.looked_at {
-        stage.forget_untouched()?;
-    }
+    prepare(scenario, stage)?;
     let lanes = usize::from(scenario.channels.unwrap_or(1));
     let pump = |landing| {
         let total = pump::run(&stage.packed()?, lanes, scenario.transport, landing)?;
         Ok(Cost { total, ..Cost::default() })
     };
     match way {
-        Way::QemuToQemu => qemu_to_qemu(scenario, stage),
+        Way::QemuToQemu => qemu_to_qemu(scenario, stage, &|qemu, side| as_said(scenario, qemu, side)),
         Way::OursToOurs => ours_to_ours(scenario, stage),
         Way::QemuToOurs => qemu_to_ours(scenario, stage),
         Way::OursToQemu => ours_to_qemu(scenario, stage),
@@ -52,11 +49,28 @@ pub(crate) fn once(scenario: &Scenario, way: Way, stage: &mut Stage) -> Outcome<
     }
 }
 
-fn qemu_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
-    let (mut destination, uri) = incoming(scenario, stage)?;
+/// How a QEMU at one end is set up.
+pub(crate) type SetUp<'a> = &'a dyn Fn(&mut Qemu, Side) -> Outcome;
+
+/// The same from QEMU to QEMU, set up otherwise than the scenario says.
+pub(crate) fn by_qemu(scenario: &Scenario, stage: &mut Stage, set_up: SetUp<'_>) -> Outcome<Cost> {
+    prepare(scenario, stage)?;
+    qemu_to_qemu(scenario, stage, set_up)
+}
+
+fn prepare(scenario: &Scenario, stage: &Stage) -> Outcome {
+    if scenario.looked_at { Ok(()) } else { stage.forget_untouched() }
+}
+
+fn as_said(scenario: &Scenario, qemu: &mut Qemu, side: Side) -> Outcome {
+    qemu.set_up(&scenario.settings(), side)
+}
+
+fn qemu_to_qemu(scenario: &Scenario, stage: &mut Stage, set_up: SetUp<'_>) -> Outcome<Cost> {
+    let (mut destination, uri) = incoming(scenario, stage, set_up)?;
     let pids = [stage.qemu.process().id(), destination.process().id()];
     let before = Snapshot::of(pids)?;
-    let moved = watched(pids, || send_by_qemu(scenario, &mut stage.qemu, &uri));
+    let moved = watched(pids, || send_by_qemu(&mut stage.qemu, &uri, set_up));
     let (report, peak) = moved.map_err(|failure| destination.explain(failure))?;
     destination.wait_completed(PATIENCE)?;
     let after = Snapshot::of(pids)?;
@@ -98,7 +112,8 @@ fn qemu_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let target = receive.uri().to_owned();
     let pids = [stage.qemu.process().id(), receive.process().id()];
     let before = Snapshot::of(pids)?;
-    let (report, peak) = watched(pids, || send_by_qemu(scenario, &mut stage.qemu, &target))?;
+    let set_up: SetUp<'_> = &|qemu, side| as_said(scenario, qemu, side);
+    let (report, peak) = watched(pids, || send_by_qemu(&mut stage.qemu, &target, set_up))?;
     let destination = receive.process().wait_usage(PATIENCE)?.cpu;
     let [source, _] = before.cpu;
     let source = account::cpu(pids[0])?.saturating_sub(source);
@@ -114,7 +129,7 @@ fn qemu_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
 }
 
 fn ours_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
-    let (mut destination, uri) = incoming(scenario, stage)?;
+    let (mut destination, uri) = incoming(scenario, stage, &|qemu, side| as_said(scenario, qemu, side))?;
     let id = destination.process().id();
     let before = Snapshot::of([id, id])?;
     let mut send = send(scenario, stage, &uri)?;
@@ -133,22 +148,23 @@ fn ours_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
 }
 
 /// A QEMU that listens, and where.
-fn incoming(scenario: &Scenario, stage: &Stage) -> Outcome<(Qemu, String)> {
-    let destination = stage.builder.clone().inside(far_end(scenario)).incoming("defer").paused();
+fn incoming(scenario: &Scenario, stage: &Stage, set_up: SetUp<'_>) -> Outcome<(Qemu, String)> {
+    let there = stage.inside(far_end(scenario));
+    let destination = stage.builder.clone().inside(&there).incoming("defer").paused();
     let mut destination = destination.spawn("destination")?;
     stage.credentials.give_to(&mut destination, "server")?;
-    destination.set_up(&scenario.settings(), Side::Destination)?;
+    set_up(&mut destination, Side::Destination)?;
     let uri = uri(scenario, destination.scratch());
     let uri = destination.listen(&uri)?;
     Ok((destination, uri))
 }
 
 /// QEMU's own time, and the bytes that it counted.
-fn send_by_qemu(scenario: &Scenario, qemu: &mut Qemu, uri: &str) -> Outcome<(Duration, u64)> {
+fn send_by_qemu(qemu: &mut Qemu, uri: &str, set_up: SetUp<'_>) -> Outcome<(Duration, u64)> {
     // A guest that has moved away once may only move again after it has run; this one is halted, and stays as it is.
     qemu.resume()?;
     qemu.stop()?;
-    qemu.set_up(&scenario.settings(), Side::Source)?;
+    set_up(qemu, Side::Source)?;
     qemu.migrate(uri)?;
     let report = qemu.wait_completed(PATIENCE)?;
     Ok((report.total, report.transferred_bytes))
@@ -158,27 +174,27 @@ fn send_by_qemu(scenario: &Scenario, qemu: &mut Qemu, uri: &str) -> Outcome<(Dur
 fn listen(scenario: &Scenario, stage: &Stage, scratch: &Scratch, out: &Path) -> Outcome<Receive> {
     let flags = if scenario.tls { Vec::from(stage.credentials.flags()) } else { Vec::new() };
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-    Receive::listen_in(far_end(scenario), &uri(scenario, scratch), out, &flags)
+    Receive::listen_in(&stage.inside(far_end(scenario)), &uri(scenario, scratch), out, &flags)
 }
 
 /// A `multifd send` under way.
 fn send(scenario: &Scenario, stage: &Stage, uri: &str) -> Outcome<Process> {
     let flags = if scenario.tls { Vec::from(stage.credentials.flags()) } else { Vec::new() };
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-    Multifd::send_with(&stage.checkpoint, uri, &scenario.settings(), &flags)
+    Multifd::send_in(&stage.inside(Host::Left), &stage.checkpoint, uri, &scenario.settings(), &flags)
 }
 
 fn uri(scenario: &Scenario, scratch: &Scratch) -> String {
     match (scenario.transport, scenario.link) {
-        (Transport::Tcp, Some(_)) => format!("tcp:{}:0", Link::HOST),
+        (Transport::Tcp, Some(_)) => format!("tcp:{}:0", far_end(scenario).address()),
         (Transport::Tcp, None) => "tcp:127.0.0.1:0".to_owned(),
         (Transport::Unix, _) => scratch.unix_uri("socket"),
     }
 }
 
-/// What the destination's command begins with.
-fn far_end(scenario: &Scenario) -> &'static [&'static str] {
-    if scenario.link.is_some() { &Link::FAR_END } else { &[] }
+/// Where the destination runs. The source is at the left host.
+fn far_end(scenario: &Scenario) -> Host {
+    if scenario.link.is_some() { Host::Right } else { Host::Left }
 }
 
 fn check_arrived(stage: &Stage, out: &Path) -> Outcome {

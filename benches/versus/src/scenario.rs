@@ -52,7 +52,7 @@ pub(crate) enum Way {
 }
 
 impl Scenario {
-    fn new(name: &str, guest: Guest, channels: Option<u8>, codec: Compression) -> Self {
+    pub(crate) fn new(name: &str, guest: Guest, channels: Option<u8>, codec: Compression) -> Self {
         Self {
             name: name.to_owned(),
             guest,

@@ -17,9 +17,7 @@ impl Results<'_> {
     /// The median of what `read` finds in the runs of `way`, in seconds or bytes.
     pub(crate) fn median(&self, way: Way, read: impl Fn(&Cost) -> f64) -> Option<f64> {
         let (_, costs) = self.costs.iter().find(|(found, _)| *found == way)?;
-        let mut values: Vec<f64> = costs.iter().map(read).collect();
-        values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied()
+        median(costs.iter().map(read))
     }
 
     /// QEMU's time as a multiple of the time of `way`.
@@ -113,6 +111,12 @@ impl Results<'_> {
     }
 }
 
+pub(crate) fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
 pub(crate) fn seconds(cost: &Cost) -> f64 {
     cost.total.as_secs_f64()
 }
@@ -121,7 +125,8 @@ fn downtime(cost: &Cost) -> f64 {
     cost.downtime.as_secs_f64()
 }
 
-fn run(cost: &Cost) -> Value {
+/// One run, for programs.
+pub(crate) fn run(cost: &Cost) -> Value {
     let [source, destination] = cost.cpu.map(|time| time.as_secs_f64());
     let [memory_source, memory_destination] = cost.private_bytes;
     json!({

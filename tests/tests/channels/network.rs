@@ -1,5 +1,6 @@
-//! Between two hosts: a peer that vanishes without a word, and addresses to choose from.
+//! Between two hosts: a peer that vanishes without a word, addresses to choose from, and a cable of a given rate.
 
+use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -168,4 +169,24 @@ fn channels_take_the_addresses_in_turn_from_the_one_that_is_bound() -> Outcome {
         assert_eq!([of(2), of(12), of(22)], [1, 2, 1], "{connections}");
         Ok(())
     })
+}
+
+#[test]
+fn a_cable_takes_what_it_was_given_last_in_both_directions() -> Outcome {
+    if let Some(why) = Network::missing() {
+        skip!("{why}");
+    }
+    let network = Network::new()?;
+    if let Err(why) = network.shape(1000) {
+        skip!("no shaping: {why}");
+    }
+    network.shape(100)?;
+    for host in [Host::Left, Host::Right] {
+        let [program, arguments @ ..] = network.inside(host);
+        let output =
+            Command::new(program).args(arguments).args(["tc", "qdisc", "show", "dev", "wire"]).output()?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(said.contains("tbf") && said.contains("rate 100Mbit"), "{host:?}: {said}");
+    }
+    Ok(())
 }

@@ -1,0 +1,155 @@
+//! What `multifd tune` says of a guest: the part of its JSON that can be measured.
+
+use std::path::Path;
+
+use multifd_tests::{CommandReport, Compression, During, Failure, Multifd, Outcome, Qemu, Side};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::guest::PATIENCE;
+
+/// Of all that it prints.
+#[derive(Debug, Deserialize)]
+pub(super) struct Said {
+    predictions: Vec<Prediction>,
+    advice: Vec<Advice>,
+}
+
+/// One move that could be made.
+#[derive(Debug, Deserialize)]
+pub(super) struct Prediction {
+    link: String,
+    pub(super) channels: u8,
+    codec: String,
+    pub(super) total_ms: u64,
+    pub(super) wire_bytes: u64,
+    pub(super) qemu_total_ms: u64,
+}
+
+/// What to set for a link.
+#[derive(Debug, Deserialize)]
+pub(super) struct Advice {
+    link: String,
+    /// An index into the predictions.
+    best: usize,
+    /// For the monitors of both QEMUs.
+    pub(super) qmp: Vec<Command>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Command {
+    execute: String,
+    #[serde(default)]
+    arguments: Map<String, Value>,
+}
+
+impl Said {
+    /// Of the guest in this checkpoint, for moves with so many channels over these links.
+    pub(super) fn of<'l>(
+        checkpoint: &Path,
+        channels: u8,
+        links: impl IntoIterator<Item = &'l str>,
+    ) -> Outcome<Self> {
+        let mut arguments = vec!["tune".to_owned(), checkpoint.display().to_string(), "--json".to_owned()];
+        arguments.extend(["--channels".to_owned(), channels.to_string()]);
+        arguments.extend(links.into_iter().flat_map(|link| ["--link".to_owned(), link.to_owned()]));
+        let mut tune = Multifd::spawn("tune", arguments)?;
+        tune.wait_success(PATIENCE)?;
+        Self::deserialize(CommandReport::by(&tune)?.object()).during("what tune printed")
+    }
+
+    pub(super) fn prediction(&self, link: &str, channels: u8, codec: Compression) -> Outcome<&Prediction> {
+        let name = codec.to_string();
+        let wanted = |one: &&Prediction| one.link == link && one.channels == channels && one.codec == name;
+        let found = self.predictions.iter().find(wanted);
+        found.ok_or_else(|| Failure::new(format!("tune says nothing of {name} over {link}")))
+    }
+
+    pub(super) fn advice(&self, link: &str) -> Outcome<&Advice> {
+        let found = self.advice.iter().find(|one| one.link == link);
+        found.ok_or_else(|| Failure::new(format!("tune advises nothing for {link}")))
+    }
+
+    /// What is predicted of a move that follows the advice.
+    pub(super) fn best(&self, advice: &Advice) -> Outcome<&Prediction> {
+        let found = self.predictions.get(advice.best).filter(|best| best.link == advice.link);
+        found
+            .ok_or_else(|| Failure::new(format!("the best of {} is {}: not there", advice.link, advice.best)))
+    }
+}
+
+impl Prediction {
+    pub(super) fn codec(&self) -> Outcome<Compression> {
+        self.codec.parse()
+    }
+}
+
+impl Advice {
+    /// Sets a QEMU up as somebody does who follows the advice, and does nothing else.
+    pub(super) fn give_to(&self, qemu: &mut Qemu, side: Side, fresh: &Fresh) -> Outcome {
+        // The destination has just been started. The source has made other moves.
+        if side == Side::Source {
+            fresh.give_to(qemu)?;
+        }
+        // Ours, to see it end.
+        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        qemu.execute("migrate-set-capabilities", events)?;
+        let mut commands = self.qmp.iter();
+        commands.try_for_each(|command| {
+            qemu.execute(&command.execute, Value::Object(command.arguments.clone())).map(drop)
+        })
+    }
+}
+
+/// How a QEMU is set up that nobody has told anything.
+#[derive(Debug)]
+pub(super) struct Fresh {
+    parameters: Value,
+    capabilities: Value,
+}
+
+impl Fresh {
+    /// Asks one.
+    pub(super) fn look() -> Outcome<Self> {
+        let mut qemu = Qemu::builder().paused().spawn("a fresh QEMU")?;
+        let parameters = qemu.execute("query-migrate-parameters", json!({}))?;
+        let capabilities = qemu.execute("query-migrate-capabilities", json!({}))?;
+        Ok(Self { parameters, capabilities })
+    }
+
+    fn give_to(&self, qemu: &mut Qemu) -> Outcome {
+        let capabilities = json!({ "capabilities": self.capabilities });
+        qemu.execute("migrate-set-capabilities", capabilities)?;
+        qemu.execute("migrate-set-parameters", self.parameters.clone()).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_tune_prints_is_read_and_found() -> Outcome {
+        let printed = json!({
+            "status": "done",
+            "predictions": [
+                { "link": "1Gbit/s", "channels": 2, "codec": "none", "total_ms": 9, "wire_bytes": 8, "qemu_total_ms": 7,
+                  "bottleneck": "link" },
+                { "link": "1Gbit/s", "channels": 2, "codec": "zstd:3", "total_ms": 6, "wire_bytes": 5, "qemu_total_ms": 4 },
+            ],
+            "advice": [{ "link": "1Gbit/s", "best": 1, "qmp": [
+                { "execute": "migrate-set-parameters", "arguments": { "multifd-channels": 2 } },
+                { "execute": "query-migrate" },
+            ] }],
+        });
+        let said: Said = serde_json::from_value(printed)?;
+        assert_eq!(said.prediction("1Gbit/s", 2, Compression::None)?.wire_bytes, 8);
+        assert!(said.prediction("1Gbit/s", 4, Compression::None).is_err());
+        assert!(said.prediction("loopback", 2, Compression::None).is_err());
+        let advice = said.advice("1Gbit/s")?;
+        let best = said.best(advice)?;
+        assert_eq!((best.codec()?, best.qemu_total_ms), (Compression::Zstd(3), 4));
+        assert_eq!(advice.qmp.len(), 2);
+        Ok(())
+    }
+}
