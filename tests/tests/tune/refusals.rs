@@ -1,0 +1,84 @@
+//! What cannot be tuned is refused in a line that says why.
+
+use std::fs;
+
+use multifd_tests::{CommandReport, Multifd, Outcome, Scratch};
+use serde_json::json;
+
+use crate::fixture::SOON;
+
+/// The error, and the exit code.
+fn refused(arguments: &[&str]) -> Outcome<(String, Option<i32>)> {
+    let arguments = ["tune", "--json", "-q"].iter().chain(arguments);
+    let mut process = Multifd::spawn("tune", arguments)?;
+    let status = process.wait(SOON)?;
+    let said = process.stderr().text();
+    if status.code() == Some(1) {
+        let report = CommandReport::by(&process)?;
+        assert_eq!(report.text("status")?, "failed");
+        assert_eq!(said.trim_end(), format!("multifd: {}", report.text("error")?));
+    }
+    Ok((said, status.code()))
+}
+
+#[test]
+fn what_is_no_guest_is_named() -> Outcome {
+    let scratch = Scratch::new()?;
+    let folder = scratch.path("folder");
+    fs::create_dir(&folder)?;
+    let text = scratch.path("text");
+    fs::write(&text, "this is no stream, but it is long enough to be taken for the begin of one")?;
+    let nothing = scratch.path("nothing");
+    fs::write(&nothing, "")?;
+    let missing = scratch.path("missing");
+    for (path, expected) in
+        [(&folder, "no checkpoint"), (&text, "magic"), (&nothing, "nothing"), (&missing, "No such file")]
+    {
+        let path = path.display().to_string();
+        let (error, code) = refused(&[&path])?;
+        assert!(error.contains(expected) && error.contains(&path), "{error}");
+        assert_eq!(code, Some(1));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_checkpoint_of_zeros_has_nothing_to_measure() -> Outcome {
+    let scratch = Scratch::new()?;
+    let folder = scratch.path("zeros");
+    fs::create_dir_all(folder.join("ram"))?;
+    fs::File::create(folder.join("ram/00.img"))?.set_len(1 << 20)?;
+    let mut state = Vec::new();
+    multifd_wire::Configuration::new("pc-q35-10.0").encode(&mut state);
+    state.push(0);
+    fs::write(folder.join("device-state.bin"), state)?;
+    let block = json!({ "idstr": "pc.ram", "length": 1 << 20, "page_size": 4096, "file": "ram/00.img" });
+    let manifest = json!({
+        "format": 1, "machine": "pc-q35-10.0", "uuid": null, "switchover_start": false, "blocks": [block],
+        "source": "a test", "codec": "none", "channels": 0, "created_unix_s": 0, "total_ms": 0,
+    });
+    fs::write(folder.join("manifest.json"), manifest.to_string())?;
+    let (error, code) = refused(&[&folder.display().to_string()])?;
+    assert!(error.contains("no page that is not zero"), "{error}");
+    assert_eq!(code, Some(1));
+    Ok(())
+}
+
+#[test]
+fn wrong_values_are_repeated() -> Outcome {
+    for (flags, expected) in [
+        (&["dir", "--link", "0"][..], "link of 0"),
+        (&["dir", "--link", "0Gbit/s"], "link of 0"),
+        (&["dir", "--link", "fast"], "\"fast\""),
+        (&["dir", "--channels", "256"], "\"256\""),
+        (&["dir", "--cores", "0"], "0"),
+        (&["dir", "--dirty-rate", "much"], "\"much\""),
+        (&["dir", "--pid", "1"], "--pid"),
+        (&[], "SOURCE"),
+    ] {
+        let (error, code) = refused(flags)?;
+        assert!(error.contains(expected), "{flags:?}: {error}");
+        assert_eq!(code, Some(2), "{flags:?}");
+    }
+    Ok(())
+}
