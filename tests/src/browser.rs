@@ -208,6 +208,17 @@ impl Browser {
     }
 }
 
+impl Drop for Browser {
+    /// Killed, it would leave processes behind that still write into its user's folder, which is about to be removed.
+    fn drop(&mut self) {
+        self.session.clear();
+        if self.execute("Browser.close", json!({})).is_ok() {
+            // Otherwise it is killed.
+            let _ = self.process.wait(ANSWER);
+        }
+    }
+}
+
 /// Why there is no browser to test with, if so. Asked once.
 pub fn missing() -> Option<&'static str> {
     static MISSING: OnceLock<Option<String>> = OnceLock::new();
