@@ -24,7 +24,7 @@ fn overview(findings: &Findings, series: &[Series]) -> String {
         ("link", ""),
         ("set", ""),
         ("time", "number"),
-        ("no compression", "number"),
+        ("with none", "number"),
         ("downtime", "number"),
         ("wire", "number"),
     ]);

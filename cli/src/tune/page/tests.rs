@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use roxmltree::{Document, Node, ParsingOptions};
 
 use super::{fixture, html, series};
-use crate::tune::findings::{Curve, DirtyOrigin, Findings};
+use crate::tune::findings::{Curve, DirtyOrigin, Findings, PageKinds};
 
 fn parsed(page: &str) -> Document<'_> {
     let options = ParsingOptions { allow_dtd: true, ..ParsingOptions::default() };
@@ -144,7 +144,7 @@ fn nothing_found_is_a_page_too() {
 }
 
 /// The plots of each page of [`samples`], in its order.
-const PLOTS: [u64; 4] = [4, 3, 4, 0];
+const PLOTS: [u64; 5] = [4, 3, 4, 4, 0];
 
 #[test]
 fn the_pages_stand_in_a_browser() -> Outcome {
@@ -158,8 +158,9 @@ fn the_pages_stand_in_a_browser() -> Outcome {
     Ok(())
 }
 
-/// A realistic page of each, to look at: `MULTIFD_PAGES=DIR cargo test -p multifd pages_to_look_at`.
+/// `MULTIFD_PAGES=DIR cargo test -p multifd pages_to_look_at -- --ignored`
 #[test]
+#[ignore = "writes pages for people to look at"]
 fn pages_to_look_at() {
     let Some(dir) = std::env::var_os("MULTIFD_PAGES") else { return };
     let dir = std::path::Path::new(&dir);
@@ -180,9 +181,28 @@ fn samples() -> Vec<(&'static str, Findings)> {
     vec![
         ("realistic", fixture::realistic()),
         ("one", still),
+        ("crowded", crowded()),
         ("hostile", fixture::hostile()),
         ("empty", fixture::empty()),
     ]
+}
+
+/// All lines end in one place, all points lie on each other, over ten decades; the guest writes next to nothing.
+fn crowded() -> Findings {
+    let mut findings = fixture::realistic();
+    for curve in &mut findings.curves.total_by_link {
+        curve.points = vec![(1.25e6, 90_000.0), (12.5e9, 0.004)];
+    }
+    for curve in &mut findings.curves.downtime_by_dirty_rate {
+        curve.points = vec![(1e2, 0.001), (1e12, 0.002)];
+    }
+    for facts in findings.codecs.iter_mut().filter(|facts| facts.encode_bytes_per_s.is_some()) {
+        (facts.ratio, facts.encode_bytes_per_s) = (1.01, Some(999e6));
+    }
+    findings.dirty.bytes_per_s = 101;
+    findings.pages =
+        PageKinds { zero: 0.001, duplicate: 0.0005, incompressible: 0.9975, text: 0.0005, other: 0.0005 };
+    findings
 }
 
 fn number() -> impl Strategy<Value = f64> {
