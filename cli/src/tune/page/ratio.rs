@@ -67,9 +67,9 @@ fn error(facts: &CodecFacts) -> f64 {
     if facts.ratio_error.is_finite() { facts.ratio_error.max(0.0) } else { 0.0 }
 }
 
+/// As short as it can be said: `2`, `2.5`, `1.05`
 fn ratio_tick(tick: f64) -> String {
-    let text = format!("{tick:.1}");
-    text.strip_suffix(".0").map(str::to_owned).unwrap_or(text)
+    ratio(tick).trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 /// What has no speed of its own is a level, with its name at the right.
@@ -181,4 +181,14 @@ fn description(findings: &Findings) -> String {
         format!("{}: ratio {value} ± {error} at {}", facts.codec, bytes_per_s(speed))
     });
     all.collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbouring_ticks_have_different_numbers() {
+        assert_eq!([2.0, 2.5, 1.05, 1.1, 10.0, 0.0].map(ratio_tick), ["2", "2.5", "1.05", "1.1", "10", "0"]);
+    }
 }
