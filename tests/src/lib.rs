@@ -13,6 +13,7 @@
 //!              multifd, checkpoint: our own command, run the same way, and what it leaves on disk
 //! ```
 //!
+//! The page that `multifd tune` writes is looked at in a [`browser`].
 //! For what QEMU never does, legal or not, there are the scripted ends in [`peer`].
 //!
 //! Everything has a deadline, nothing sleeps, and no process outlives its test: each is killed and reaped on
@@ -41,6 +42,7 @@
 //! ```
 
 pub mod authority;
+pub mod browser;
 pub mod checkpoint;
 pub mod fill;
 pub mod guest;
@@ -49,6 +51,7 @@ pub mod linux;
 pub mod migration;
 pub mod multifd;
 pub mod network;
+pub mod page;
 pub mod peer;
 pub mod process;
 pub mod qemu;
@@ -64,6 +67,7 @@ mod cpio;
 mod failure;
 
 pub use authority::{Authority, Member};
+pub use browser::{Browser, Screen};
 pub use checkpoint::CheckpointFiles;
 pub use failure::{During, Failure, Outcome};
 pub use fill::Fill;

@@ -40,6 +40,16 @@ macro_rules! skip_without_linux {
     };
 }
 
+/// Skips the test (see [`skip!`]) when there is no browser.
+#[macro_export]
+macro_rules! skip_without_browser {
+    () => {
+        if let Some(why) = $crate::browser::missing() {
+            $crate::skip!("{why}");
+        }
+    };
+}
+
 /// Says why a test does nothing, on the real stderr: the test runner hides what a passing test prints.
 ///
 /// # Errors

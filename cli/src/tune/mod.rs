@@ -17,11 +17,13 @@ mod machine;
 mod measure;
 mod memory;
 mod model;
+mod page;
 mod predict;
 mod rewrites;
 mod sample;
 mod table;
 
+use std::fs;
 use std::io::IsTerminal;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::thread;
@@ -53,6 +55,11 @@ pub(crate) fn run(flags: &Tune, common: &Common) -> Outcome {
         Ok(findings) => findings,
         Err(error) => return Outcome::broken(error),
     };
+    if let Some(path) = &flags.html
+        && let Err(error) = fs::write(path, page::html(&findings))
+    {
+        return Outcome::broken(format!("writing {}: {error}", path.display()));
+    }
     if common.json {
         Outcome::shown(String::new(), json!(findings))
     } else {

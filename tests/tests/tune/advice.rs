@@ -1,7 +1,7 @@
 //! What was predicted of bytes comes true, and what is advised is understood by both programs.
 
 use multifd_tests::{
-    CommandReport, Compression, Failure, Multifd, Outcome, Receive, Settings, Side, ram, skip_without_qemu,
+    CommandReport, Compression, Failure, Multifd, Outcome, Receive, Settings, ram, skip_without_qemu,
 };
 use serde_json::Value;
 

@@ -2,5 +2,6 @@
 
 mod advice;
 mod fixture;
+mod page;
 mod refusals;
 mod sources;

@@ -3,6 +3,7 @@
 use std::fs;
 
 use multifd_tests::{CommandReport, Multifd, Outcome, Scratch};
+use multifd_wire::Configuration;
 use serde_json::json;
 
 use crate::fixture::SOON;
@@ -48,8 +49,15 @@ fn a_checkpoint_of_zeros_has_nothing_to_measure() -> Outcome {
     let folder = scratch.path("zeros");
     fs::create_dir_all(folder.join("ram"))?;
     fs::File::create(folder.join("ram/00.img"))?.set_len(1 << 20)?;
+    let configuration = Configuration {
+        machine: "pc-q35-10.0".to_owned(),
+        page_bits: None,
+        capabilities: Vec::new(),
+        uuid: None,
+    };
     let mut state = Vec::new();
-    multifd_wire::Configuration::new("pc-q35-10.0").encode(&mut state);
+    configuration.encode(&mut state);
+    // EOF: no devices.
     state.push(0);
     fs::write(folder.join("device-state.bin"), state)?;
     let block = json!({ "idstr": "pc.ram", "length": 1 << 20, "page_size": 4096, "file": "ram/00.img" });
