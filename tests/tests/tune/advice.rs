@@ -3,7 +3,7 @@
 use multifd_tests::{
     CommandReport, Compression, Failure, Multifd, Outcome, Receive, Settings, ram, skip_without_qemu,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::fixture::{SOON, Still, of, prediction, tune};
 
@@ -65,7 +65,7 @@ fn advice_moves_a_guest_between_two_qemus() -> Outcome {
         guest.qemu.wait_completed(SOON).map_err(|failure| destination.explain(failure))?;
         destination.wait_completed(SOON)?;
         ram::check_equal(guest.qemu.ram(), destination.ram())?;
-        let parameters = destination.execute("query-migrate-parameters", Value::Null)?;
+        let parameters = destination.execute("query-migrate-parameters", json!({}))?;
         let best = best(&findings, advice)?;
         assert_eq!(parameters["multifd-channels"], best["channels"]);
         let codec = best["codec"].as_str().unwrap_or_default();

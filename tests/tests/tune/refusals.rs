@@ -32,9 +32,12 @@ fn what_is_no_guest_is_named() -> Outcome {
     let nothing = scratch.path("nothing");
     fs::write(&nothing, "")?;
     let missing = scratch.path("missing");
-    for (path, expected) in
-        [(&folder, "no checkpoint"), (&text, "magic"), (&nothing, "nothing"), (&missing, "No such file")]
-    {
+    for (path, expected) in [
+        (&folder, "no checkpoint"),
+        (&text, "no migration stream"),
+        (&nothing, "nothing"),
+        (&missing, "No such file"),
+    ] {
         let path = path.display().to_string();
         let (error, code) = refused(&[&path])?;
         assert!(error.contains(expected) && error.contains(&path), "{error}");
@@ -57,8 +60,11 @@ fn a_checkpoint_of_zeros_has_nothing_to_measure() -> Outcome {
     };
     let mut state = Vec::new();
     configuration.encode(&mut state);
-    // EOF: no devices.
-    state.push(0);
+    // No devices: EOF, and a description of nothing.
+    let description = br#"{"page_size": 4096, "devices": []}"#;
+    state.extend([0, 6]);
+    state.extend(u32::try_from(description.len())?.to_be_bytes());
+    state.extend(description);
     fs::write(folder.join("device-state.bin"), state)?;
     let block = json!({ "idstr": "pc.ram", "length": 1 << 20, "page_size": 4096, "file": "ram/00.img" });
     let manifest = json!({

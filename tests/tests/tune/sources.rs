@@ -11,16 +11,15 @@ const FLAGS: [&str; 6] = ["--link", "1Gbit/s", "--channels", "2", "--sample", "1
 fn a_checkpoint_a_stream_and_a_mapped_ram_file_say_the_same() -> Outcome {
     skip_without_qemu!();
     let mut guest = Still::new()?;
-    let stream = guest.scratch.path("stream");
-    let mapped = guest.scratch.path("mapped");
+    let checkpoint = guest.checkpoint()?;
+    let [stream, mapped] = ["stream", "mapped"].map(|name| guest.scratch.path(name));
     for (path, capabilities) in [(&stream, vec![]), (&mapped, vec!["mapped-ram"])] {
+        guest.qemu.resume()?;
+        guest.qemu.stop()?;
         guest.qemu.set_up(&Settings { capabilities, ..Settings::default() }, Side::Source)?;
         guest.qemu.migrate(&format!("file:{}", path.display()))?;
         guest.qemu.wait_completed(SOON)?;
-        guest.qemu.resume()?;
-        guest.qemu.stop()?;
     }
-    let checkpoint = guest.checkpoint()?;
     let known = tune(&of(&checkpoint), &FLAGS)?;
     assert!(known["source"].as_str().is_some_and(|source| source.starts_with("checkpoint ")));
     assert_eq!(known["sample"]["share"], 1.0, "this guest is small enough to be taken whole");
