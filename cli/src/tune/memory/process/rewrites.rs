@@ -42,9 +42,10 @@ struct Watched {
 }
 
 pub(super) fn watch(content: &Content, extent: &Extent) -> io::Result<Rewrites> {
+    let sample = sample(extent, WATCHED);
     let mut pace = Pace::start();
     let begin = Instant::now();
-    let mut watched = first_look(content, extent, begin + FIRST_LOOK, &mut pace)?;
+    let mut watched = first_look(content, &sample, begin + FIRST_LOOK, &mut pace)?;
     let held: u64 = extent.batches.iter().map(|batch| batch.held).sum();
     let mut rewrites = Rewrites::default();
     for (number, after) in LOOKS.into_iter().enumerate() {
@@ -92,11 +93,15 @@ impl Watched {
     }
 }
 
-/// As many pages as there are to be watched, evenly spread over all that are held. In no order of their addresses, so that what
-/// is there when the time is over is as evenly spread.
-fn first_look(content: &Content, extent: &Extent, end: Instant, pace: &mut Pace) -> io::Result<Vec<Watched>> {
+/// As many of the sample as there is time for.
+fn first_look(
+    content: &Content,
+    sample: &[(usize, u64, u64)],
+    end: Instant,
+    pace: &mut Pace,
+) -> io::Result<Vec<Watched>> {
     let mut watched = Vec::new();
-    for (block, batch, nth) in sample(extent, WATCHED) {
+    for &(block, batch, nth) in sample {
         if Instant::now() > end {
             break;
         }
@@ -124,8 +129,10 @@ fn read_page(content: &Content, block: usize, page: u64) -> io::Result<Option<Bo
     Ok(bytes.into_boxed_slice().try_into().ok())
 }
 
-/// Block, number of the batch, and which of its held pages: of every stretch of pages one, anywhere in it; shuffled. The same
-/// every time.
+/// Pages that are evenly spread over all that are held: of every stretch of them one, anywhere in it. In no order of their
+/// addresses, so that what is there when the time is over is as evenly spread; but the same every time.
+///
+/// Block, number of the batch, and which of its held pages.
 fn sample(extent: &Extent, most: u64) -> Vec<(usize, u64, u64)> {
     let held: u64 = extent.batches.iter().map(|batch| batch.held).sum();
     let stretches = held.min(most);

@@ -143,6 +143,12 @@ fn what_nobody_writes_stands_still() {
     assert!(rewrites.changed.iter().all(|(_, bytes)| *bytes == 0), "{:?}", rewrites.changed);
 }
 
+/// `R`, `S`, `T`, `Z`: as the kernel has it.
+fn state(pid: u32) -> String {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.rsplit(") ").next().unwrap()[..1].to_owned()
+}
+
 #[test]
 fn a_process_that_is_not_there_or_has_no_memory_is_named() {
     // Linux has no more than 2^22.
@@ -150,7 +156,7 @@ fn a_process_that_is_not_there_or_has_no_memory_is_named() {
     // A process that has ended, and whose parent has not asked yet.
     let mut ended = std::process::Command::new("true").spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(10);
-    while Instant::now() < deadline && !open(ended.id()).unwrap_err().contains("no memory that could be") {
+    while Instant::now() < deadline && state(ended.id()) != "Z" {
         std::thread::yield_now();
     }
     let error = open(ended.id()).unwrap_err();
@@ -200,28 +206,48 @@ fn its_name_is_the_process_and_its_program() {
     assert!(!maps::parse(&std::fs::read_to_string("/proc/self/maps").unwrap()).is_empty());
 }
 
+/// One look at everything, over and over, beside a guest that takes page faults and locks all the time.
+///
+/// What looks in holds the guest up each time, if it does: by a lock, or by stopping it. What else does so does not, on a machine
+/// that is shared with others: so that one time without a pause is enough, of many.
 #[test]
-fn a_guest_that_is_looked_at_never_sleeps_for_a_millisecond() {
+fn a_guest_that_is_looked_at_has_no_pause_of_a_millisecond() {
     for kind in ["private", "shared"] {
         let mut guest = Guest::start(kind);
         write(&mut guest, 0..PAGES, 7);
         guest.order("race");
-        let pid = guest.pid();
-        let mut laps = [Gaps::default(); 2];
-        for lap in &mut laps {
+        let mut lap = || {
             guest.order("lap");
-            let begin = Instant::now();
-            if lap.steps == 0 {
-                // Alone first.
-            }
-            let mut process = open(pid).unwrap();
+            let mut process = open(guest.pid()).unwrap();
             let wanted = process.extent().batches.clone();
             process.read(&wanted, &|_| {}).unwrap();
             process.rewrites().unwrap();
-            _ = begin.elapsed();
-            *lap = guest.order("lap").parse().unwrap();
-        }
-        println!("{kind}: {laps:?}");
-        assert!(laps.iter().all(|lap| lap.asleep < Duration::from_millis(1)), "{kind}: {laps:?}");
+            guest.order("lap").parse::<Gaps>().unwrap()
+        };
+        let mut laps = (0..20).map(|_| lap()).inspect(|lap| println!("{kind}: {lap:?}"));
+        assert!(
+            laps.any(|lap| lap.asleep < Duration::from_millis(1) && lap.steps > 1000),
+            "{kind}: each time"
+        );
     }
+}
+
+#[test]
+fn a_pause_would_be_noticed() {
+    let mut guest = Guest::start("private");
+    guest.order("race");
+    guest.order("lap");
+    let pid = rustix::process::Pid::from_raw(guest.pid() as i32).unwrap();
+    let signal = |signal| rustix::process::kill_process(pid, signal).unwrap();
+    signal(rustix::process::Signal::STOP);
+    while state(guest.pid()) != "T" {
+        std::thread::yield_now();
+    }
+    let stopped = Instant::now();
+    while stopped.elapsed() < Duration::from_millis(2) {
+        std::thread::yield_now();
+    }
+    signal(rustix::process::Signal::CONT);
+    let gaps: Gaps = guest.order("lap").parse().unwrap();
+    assert!(gaps.asleep > Duration::from_millis(1), "{gaps:?}");
 }

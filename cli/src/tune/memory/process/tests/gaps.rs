@@ -113,13 +113,24 @@ struct Account {
 }
 
 impl Account {
+    /// Asks again when the thread lost its core meanwhile, which it likes to do where a system call ends: what it waited then must
+    /// be in the account when the clock is.
     fn now(schedstat: &File) -> Self {
-        let mut text = [0; 64];
-        let len = schedstat.read_at(&mut text, 0).unwrap();
-        let text = std::str::from_utf8(&text[..len]).unwrap();
-        let waited = text.split(' ').nth(1).unwrap().parse().unwrap();
-        Self { at: Instant::now(), waited: Duration::from_nanos(waited), slept: voluntary_switches() }
+        loop {
+            let waited = waited(schedstat);
+            let now = Self { at: Instant::now(), waited, slept: voluntary_switches() };
+            if self::waited(schedstat) == waited {
+                return now;
+            }
+        }
     }
+}
+
+fn waited(schedstat: &File) -> Duration {
+    let mut text = [0; 64];
+    let len = schedstat.read_at(&mut text, 0).unwrap();
+    let text = std::str::from_utf8(&text[..len]).unwrap();
+    Duration::from_nanos(text.split(' ').nth(1).unwrap().parse().unwrap())
 }
 
 #[expect(unsafe_code, reason = "neither std nor rustix knows rusage")]
