@@ -8,8 +8,8 @@
 //!
 //! **What is taken for RAM.** Mappings that can be read and written and not executed (an emulator's translated code is
 //! executable), that are memory and no device's, and that have at least an eighth of the size of the largest of them: stacks,
-//! heaps and firmware are far smaller than RAM. Each is one block. Neighbours that the kernel keeps apart although they are of
-//! one kind count as one.
+//! heaps and firmware are far smaller than RAM. Each is one block. Neighbouring parts of one file count as one; memory without a
+//! file may come with a neighbour that the kernel tells nobody apart from it.
 //!
 //! **What is held.** Pages that the process has touched, and that are in memory or in swap; a page that was only read, and is
 //! the kernel's page of zeros, is not. A shared mapping's pages may have been made by others (vhost-user, a QEMU before this
@@ -86,11 +86,14 @@ impl Memory for Process {
             let mut pages = Vec::new();
             let held = self.content.held(batch.block, first..first + BATCH_PAGES)?;
             for run in held.runs() {
-                self.content.read(batch.block, first + run.start..first + run.end, &mut pages)?;
+                for start in run.clone().step_by(PIECE) {
+                    let end = run.end.min(start + PIECE as u64);
+                    self.content.read(batch.block, first + start..first + end, &mut pages)?;
+                    pace.rest();
+                }
             }
             done += pages.len() as u64;
             progress(done);
-            pace.rest();
             Ok(pages)
         };
         let read: std::io::Result<_> = wanted.iter().map(read).collect();
@@ -111,3 +114,6 @@ impl Memory for Process {
         }
     }
 }
+
+/// Pages that are read between two looks at the clock, in some 60 us.
+const PIECE: usize = 32;

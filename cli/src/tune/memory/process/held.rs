@@ -78,7 +78,7 @@ impl PageTable {
 }
 
 /// Addresses that are asked for at once: 16 MiB. The kernel goes through them in one go, with the lock of the address space
-/// held, in 5 to 40 us.
+/// held, in some 20 us.
 pub(super) const STEP: u64 = 16 << 20;
 
 /// Held pages of a batch: bit n is its page n.
@@ -177,7 +177,9 @@ mod tests {
 
     #[test]
     fn runs_of_a_mask_are_those_that_went_in() {
-        for runs in [vec![], vec![0..1], vec![0..128], vec![127..128], vec![1..5, 6..7, 64..66, 120..128]] {
+        let apart: [&[Range<u64>]; 3] = [&[], &[0..1, 127..128], &[1..5, 6..7, 64..66, 120..128]];
+        let whole = std::slice::from_ref(&(0..128));
+        for runs in apart.into_iter().chain([whole]) {
             let mut mask = Mask::default();
             runs.iter().for_each(|run| mask.insert(run.clone()));
             assert_eq!(mask.runs().collect::<Vec<_>>(), runs);

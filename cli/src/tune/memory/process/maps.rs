@@ -42,11 +42,12 @@ impl Mapping {
         starts(&DEVICES) && !starts(&MEMORY)
     }
 
-    /// The kernel splits what was one mapping where a part of it was treated otherwise, by madvise for example.
+    /// The kernel splits what was one mapping where a part of it was treated otherwise, by madvise for example. Of memory without
+    /// a file nobody knows whether it was one, or a heap lies beside RAM.
     fn continues(&self, before: &Self) -> bool {
-        let in_file = self.file.1 == 0 || self.offset == before.offset + before.len();
-        before.range.end == self.range.start
-            && in_file
+        self.file.1 != 0
+            && before.range.end == self.range.start
+            && self.offset == before.offset + before.len()
             && (&before.permissions, &before.file, &before.path)
                 == (&self.permissions, &self.file, &self.path)
     }
@@ -127,11 +128,14 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_of_another_file_or_place_are_blocks_of_their_own() {
+    fn neighbours_are_one_block_only_within_a_file() {
         let maps = "1000-2000 rw-s 0 00:01 7 /dev/shm/a\n2000-3000 rw-s 0 00:01 8 /dev/shm/a\n\
             3000-4000 rw-s 5000 00:01 8 /dev/shm/a\n4000-5000 rw-p 0 00:00 0\n5000-6000 rw-p 0 00:00 0\n";
         let ram = ram(&parse(maps));
-        assert_eq!(ram.iter().map(Mapping::len).collect::<Vec<_>>(), [0x1000, 0x1000, 0x1000, 0x2000]);
+        assert_eq!(
+            ram.iter().map(Mapping::len).collect::<Vec<_>>(),
+            [0x1000, 0x1000, 0x1000, 0x1000, 0x1000]
+        );
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! - for a core: the kernel counts that (schedstat), and it is subtracted. On a busy machine others cause most of it;
 //! - for a lock, asleep: the kernel counts that as a voluntary switch. This is what somebody who looks into the process can cause;
 //! - for the machine itself, if that is virtual. No account tells of this; such a thread has not switched.
+#![expect(clippy::cast_possible_truncation, reason = "the pages of a test are few")]
 
 use std::fmt;
 use std::fs::File;

@@ -1,4 +1,5 @@
 //! Another process with memory, which does what it is told: this test program, started once more.
+#![expect(clippy::cast_possible_truncation, reason = "the pages of a test are few")]
 
 use std::env;
 use std::fs::{self, File};
