@@ -231,22 +231,22 @@ fn a_guest_that_is_looked_at_has_no_pause_of_a_millisecond() {
     }
 }
 
+/// The guest's thread may have been without a core when it was to stop, and not have told yet when it is asked.
 #[test]
 fn a_pause_would_be_noticed() {
     let mut guest = Guest::start("private");
     guest.order("race");
-    guest.order("lap");
-    let pid = rustix::process::Pid::from_raw(guest.pid() as i32).unwrap();
-    let signal = |signal| rustix::process::kill_process(pid, signal).unwrap();
-    signal(rustix::process::Signal::STOP);
-    while state(guest.pid()) != "T" {
-        std::thread::yield_now();
+    let pid = rustix::process::Pid::from_raw(guest.pid().cast_signed()).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut longest = Duration::ZERO;
+    while longest < Duration::from_millis(1) && Instant::now() < deadline {
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+        let stopped = Instant::now();
+        while state(guest.pid()) != "T" || stopped.elapsed() < Duration::from_millis(5) {
+            std::thread::yield_now();
+        }
+        rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+        longest = longest.max(guest.order("lap").parse::<Gaps>().unwrap().asleep);
     }
-    let stopped = Instant::now();
-    while stopped.elapsed() < Duration::from_millis(2) {
-        std::thread::yield_now();
-    }
-    signal(rustix::process::Signal::CONT);
-    let gaps: Gaps = guest.order("lap").parse().unwrap();
-    assert!(gaps.asleep > Duration::from_millis(1), "{gaps:?}");
+    assert!(longest >= Duration::from_millis(1), "{longest:?}");
 }
