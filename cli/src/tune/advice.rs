@@ -8,8 +8,8 @@ use super::findings::{Advice, Bottleneck, Prediction};
 use crate::flags::Link;
 use crate::human::show_bytes;
 
-/// A faster move than this share is not worth any more cores: no prediction is that exact.
-const WORTH: f64 = 0.97;
+/// A move that is faster by less than a twentieth is not worth any more cores: no prediction is more exact.
+const WORTH: f64 = 0.95;
 
 /// The advice for `link`, whose predictions are a part of `all`. There is a prediction without compression among them.
 pub(super) fn advise(link: &Link, all: &[Prediction], downtime_limit_ms: u64) -> Option<Advice> {

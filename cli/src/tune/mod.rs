@@ -33,9 +33,9 @@ use serde_json::json;
 
 use crate::flags::{Common, Rate, Tune};
 use crate::outcome::Outcome;
-use findings::{DirtyFacts, DirtyOrigin, Findings, SampleFacts};
-use levels::Bench;
-use memory::{Memory, PAGE, Rewrites};
+use findings::{CodecFacts, DirtyFacts, DirtyOrigin, Findings, SampleFacts};
+use levels::{Bench, Measured};
+use memory::{Memory, PAGE, Rewrites, politely};
 use model::{Guest, Model};
 use predict::Choices;
 use sample::Plan;
@@ -78,10 +78,18 @@ fn find(flags: &Tune, common: &Common, bar: &ProgressBar) -> Result<Findings> {
     }
     let rewrites = memory.rewrites()?;
     let cores = flags.cores.map_or_else(own_cores, usize::from);
-    let machine = machine::measure(&sample, cores)?;
-    let threads = own_cores();
-    let bench = Bench { sample: &sample, threads, quick: flags.quick, only: common.codec.clone(), bar };
-    let measured = bench.measure(&mut plan, &mut *memory, look)?;
+    let bench = Bench {
+        sample: &sample,
+        threads: if flags.pid.is_some() { own_cores().saturating_sub(1).max(1) } else { own_cores() },
+        quick: flags.quick,
+        only: common.codec.clone(),
+        bar,
+    };
+    let mut measure =
+        || Ok((machine::measure(&sample, cores)?, bench.measure(&mut plan, &mut *memory, look)?));
+    // A guest that runs here needs its cores more than we do.
+    let measured: Result<_> = if flags.pid.is_some() { politely(measure) } else { measure() };
+    let (machine, measured) = measured?;
 
     let (ram, held) = (memory.extent().bytes(), memory.extent().held_bytes());
     let data = held as f64 * measured.data_share;
@@ -104,8 +112,8 @@ fn find(flags: &Tune, common: &Common, bar: &ProgressBar) -> Result<Findings> {
         curves: choices.curves(&model, &measured.codecs),
         advice: choices.links.iter().filter_map(advise).collect(),
         predictions,
+        notes: notes(flags, &measured),
         codecs: measured.codecs,
-        notes: Vec::new(),
         machine,
     })
 }
@@ -117,7 +125,7 @@ fn open(flags: &Tune, bar: &ProgressBar) -> Result<Box<dyn Memory>> {
     };
     match &flags.source {
         Some(path) => memory::open(path, &progress),
-        None => Err("not yet".to_owned()),
+        None => memory::of_process(flags.pid.unwrap_or_default()),
     }
 }
 
@@ -133,6 +141,25 @@ fn dirty(flags: &Tune, rewrites: Option<&Rewrites>, held: u64) -> DirtyFacts {
         (None, _) => DirtyFacts { origin: DirtyOrigin::Still, bytes_per_s: 0, working_set_bytes: 0 },
     }
 }
+
+fn notes(flags: &Tune, measured: &Measured) -> Vec<String> {
+    let mut notes = Vec::new();
+    let off = |codec: &CodecFacts| codec.ratio_error / codec.ratio;
+    let widest = measured.codecs.iter().map(off).fold(0.0, f64::max);
+    if widest > WIDE {
+        notes.push(format!(
+            "ratios may be off by up to {:.0} %: --sample takes a larger part of the memory",
+            widest * 100.0
+        ));
+    }
+    if flags.pid.is_some() {
+        notes.push("a page that was written with the bytes that it had counts as not written".to_owned());
+    }
+    notes
+}
+
+/// An error of a ratio that somebody should know of: as much as tells one codec from the next.
+const WIDE: f64 = 0.1;
 
 fn own_cores() -> usize {
     thread::available_parallelism().map_or(1, NonZeroUsize::get)

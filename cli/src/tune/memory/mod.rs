@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use multifd_transports::Endpoint;
 
+pub(super) use process::pace::politely;
+
 use super::Result;
 
 /// A checkpoint's directory, or a file with a stream, also as `file:PATH,offset=N`. `progress` hears how far a stream has been
@@ -24,6 +26,11 @@ pub(super) fn open(path: &Path, progress: &dyn Fn(u64, u64)) -> Result<Box<dyn M
         Ok(Endpoint::File { path, offset }) => stream::Stream::open(&path, offset, progress)?,
         _ => stream::Stream::open(path, 0, progress)?,
     }))
+}
+
+/// The memory of a live process.
+pub(super) fn of_process(pid: u32) -> Result<Box<dyn Memory>> {
+    Ok(Box::new(process::open(pid)?))
 }
 
 /// Pages of a batch: what one packet carries at most.
@@ -66,7 +73,7 @@ impl Extent {
 }
 
 /// Where pages come from.
-pub(super) trait Memory {
+pub(super) trait Memory: Send {
     /// What to call it.
     fn name(&self) -> String;
 

@@ -1,0 +1,189 @@
+//! /proc/PID/pagemap: which pages a process holds, without touching them.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use super::super::PAGE;
+
+/// The page table of a process, by /proc/PID/pagemap.
+#[derive(Debug)]
+pub(super) struct PageTable {
+    file: File,
+    /// The kernel does not know PAGEMAP_SCAN (Linux 6.7).
+    plain: AtomicBool,
+}
+
+impl PageTable {
+    pub(super) fn new(file: File) -> Self {
+        Self { file, plain: AtomicBool::new(false) }
+    }
+
+    /// As if the kernel were older.
+    #[cfg(test)]
+    pub(super) fn forget_requests(&self) {
+        self.plain.store(true, Relaxed);
+    }
+
+    /// Tells `found` of the held pages within these addresses, in order, as runs of addresses. At most [`STEP`] bytes.
+    pub(super) fn held(&self, within: Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        if !self.plain.load(Relaxed) {
+            match self.scan(within.clone(), &mut found) {
+                // The former from a kernel without the request, the latter from one that knows it otherwise.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
+                    self.plain.store(true, Relaxed);
+                }
+                done => return done,
+            }
+        }
+        self.read_entries(within, found)
+    }
+
+    fn scan(&self, within: Range<u64>, found: &mut impl FnMut(Range<u64>)) -> io::Result<()> {
+        let mut regions = [Region::default(); 64];
+        let mut start = within.start;
+        while start < within.end {
+            let (filled, walked) = scan(&self.file, start..within.end, &mut regions)?;
+            regions.iter().take(filled).for_each(|region| found(region.start..region.end));
+            if walked <= start {
+                break;
+            }
+            start = walked;
+        }
+        Ok(())
+    }
+
+    /// An entry of 64 bits for each page: Documentation/admin-guide/mm/pagemap.rst. It does not tell zero pages apart.
+    fn read_entries(&self, within: Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        const PRESENT_OR_SWAPPED: u64 = 1 << 63 | 1 << 62;
+        const ENTRY: usize = size_of::<u64>();
+        let first = within.start / PAGE as u64;
+        let count = usize::try_from(within.end / PAGE as u64 - first).unwrap_or(0);
+        let mut bytes = vec![0; count * ENTRY];
+        // Of a process that has ended there is nothing to be read.
+        let read = self.file.read_at(&mut bytes, first * ENTRY as u64)?;
+        let (entries, _) = bytes.get(..read).unwrap_or_default().as_chunks::<ENTRY>();
+        let mut address = within.start;
+        for entry in entries {
+            if u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0 {
+                found(address..address + PAGE as u64);
+            }
+            address += PAGE as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Addresses that are asked for at once: 16 MiB. The kernel goes through them in one go, with the lock of the address space
+/// held, in some 20 us.
+pub(super) const STEP: u64 = 16 << 20;
+
+/// Held pages of a batch: bit n is its page n.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Mask(u128);
+
+impl Mask {
+    pub(super) fn insert(&mut self, pages: Range<u64>) {
+        for page in pages.start..pages.end.min(u128::BITS.into()) {
+            self.0 |= 1 << page;
+        }
+    }
+
+    pub(super) fn count(self) -> u64 {
+        self.0.count_ones().into()
+    }
+
+    /// Neighbouring pages, in order.
+    pub(super) fn runs(self) -> impl Iterator<Item = Range<u64>> {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let left = self.0.checked_shr(next).filter(|left| *left != 0)?;
+            let start = next + left.trailing_zeros();
+            next = start + (self.0 >> start).trailing_ones();
+            Some(start.into()..next.into())
+        })
+    }
+}
+
+// Numbers and layouts of linux/fs.h.
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+const PAGE_IS_PFNZERO: u64 = 1 << 5;
+/// _IOWR('f', 16, struct pm_scan_arg)
+const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610;
+
+#[repr(C)]
+struct ScanArgument {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    regions: u64,
+    regions_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// Neighbouring pages, by their addresses in the process.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+// The size is part of the request's number.
+const _: () = assert!(size_of::<ScanArgument>() == 0x60 && size_of::<Region>() == 24);
+
+/// Fills `regions` with the held pages of `within`; returns how many it filled, and the address up to which it looked. Changes
+/// nothing: that takes flags.
+#[expect(unsafe_code, reason = "the request has no safe wrapper")]
+fn scan(pagemap: &File, within: Range<u64>, regions: &mut [Region]) -> io::Result<(usize, u64)> {
+    let mut argument = ScanArgument {
+        size: size_of::<ScanArgument>() as u64,
+        flags: 0,
+        start: within.start,
+        end: within.end,
+        walk_end: 0,
+        regions: regions.as_mut_ptr() as u64,
+        regions_len: regions.len() as u64,
+        max_pages: 0,
+        category_inverted: PAGE_IS_PFNZERO,
+        category_mask: PAGE_IS_PFNZERO,
+        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        // The same for all that match, so that only what is not held ends a region.
+        return_mask: PAGE_IS_PFNZERO,
+    };
+    // SAFETY:
+    // - the descriptor is open;
+    // - the request reads and writes a ScanArgument, whose size it is told;
+    // - it writes at most `regions_len` regions to `regions`, which is borrowed for as long.
+    let filled = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
+    let filled = usize::try_from(filled).map_err(|_| io::Error::last_os_error())?;
+    Ok((filled, argument.walk_end))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_a_mask_are_those_that_went_in() {
+        let apart: [&[Range<u64>]; 3] = [&[], &[0..1, 127..128], &[1..5, 6..7, 64..66, 120..128]];
+        let whole = std::slice::from_ref(&(0..128));
+        for runs in apart.into_iter().chain([whole]) {
+            let mut mask = Mask::default();
+            runs.iter().for_each(|run| mask.insert(run.clone()));
+            assert_eq!(mask.runs().collect::<Vec<_>>(), runs);
+            assert_eq!(mask.count(), runs.iter().map(|run| run.end - run.start).sum::<u64>());
+        }
+    }
+}
