@@ -70,7 +70,7 @@ fn reason(best: &Prediction, plain: &Prediction, runner_up: Option<&Prediction>)
         });
         format!("do not compress{other}; {limit}")
     } else {
-        let without = if plain.converges { time(plain.total_ms) } else { "never".to_owned() };
+        let without = total(plain.converges, plain.total_ms);
         format!(
             "{} takes {}, without compression {without}; the price is {:.1} CPU seconds more, of both ends together; {limit}",
             best.codec,
@@ -122,6 +122,11 @@ pub(super) fn line(command: &Value) -> String {
     format!("{{\"execute\": {}, \"arguments\": {}}}", part("execute"), part("arguments"))
 }
 
+/// The time of a move that may not come to its end.
+pub(super) fn total(converges: bool, ms: u64) -> String {
+    if converges { time(ms) } else { "never".to_owned() }
+}
+
 /// `870 ms`, `12.3 s`.
 pub(super) fn time(ms: u64) -> String {
     match ms {
@@ -154,6 +159,7 @@ mod tests {
             converges: true,
             bottleneck: Bottleneck::Link,
             qemu_total_ms: total_ms,
+            qemu_converges: true,
         }
     }
 

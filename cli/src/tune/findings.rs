@@ -133,6 +133,7 @@ pub(super) struct Prediction {
     pub(super) bottleneck: Bottleneck,
     /// The same with QEMU at both ends.
     pub(super) qemu_total_ms: u64,
+    pub(super) qemu_converges: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -68,6 +68,7 @@ impl Choices {
             converges: ours.converges,
             bottleneck: ours.bottleneck,
             qemu_total_ms: rounded(qemu.total * 1e3),
+            qemu_converges: qemu.converges,
         }
     }
 

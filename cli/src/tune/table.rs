@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::advice::{line, time};
+use super::advice::{line, time, total};
 use super::findings::{Advice, CodecFacts, DirtyOrigin, Findings, Prediction};
 use crate::human::show_bytes;
 
@@ -99,11 +99,11 @@ fn link(text: &mut String, findings: &Findings, advice: &Advice) -> std::fmt::Re
             "  {:<10} {:>8} {:>9} {:>9} {:>11} {:>16} {:>9}   {} {word}",
             prediction.codec,
             prediction.channels,
-            if prediction.converges { time(prediction.total_ms) } else { "never".to_owned() },
+            total(prediction.converges, prediction.total_ms),
             time(prediction.downtime_ms),
             show_bytes(prediction.wire_bytes),
             format!("{:.1} + {:.1} s", prediction.cpu_source_s, prediction.cpu_destination_s),
-            time(prediction.qemu_total_ms),
+            total(prediction.qemu_converges, prediction.qemu_total_ms),
             bottleneck.as_str().unwrap_or_default(),
         )
     };

@@ -2,6 +2,7 @@
 
 mod advice;
 mod fixture;
+mod live;
 mod page;
 mod refusals;
 mod sources;

@@ -96,3 +96,22 @@ fn wrong_values_are_repeated() -> Outcome {
     }
     Ok(())
 }
+
+#[test]
+fn a_process_without_memory_is_named() -> Outcome {
+    let (error, code) = refused(&["--pid", "4194305"])?;
+    assert!(error.contains("4194305") && error.contains("no such process"), "{error}");
+    assert_eq!(code, Some(1));
+    // A child that has ended, but was not waited for, has a name and nothing else.
+    let mut child = std::process::Command::new("true").spawn()?;
+    let pid = child.id().to_string();
+    let stat = format!("/proc/{pid}/stat");
+    while !fs::read_to_string(&stat)?.contains(") Z ") {
+        std::thread::yield_now();
+    }
+    let (error, code) = refused(&["--pid", &pid])?;
+    child.wait()?;
+    assert!(error.contains(&pid) && error.contains("no memory"), "{error}");
+    assert_eq!(code, Some(1));
+    Ok(())
+}

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde_json::{Map, Value};
 
 use super::markup::{cell, escaped, row_head, table_head};
-use super::number::{NONE, bytes, channels, compared, cpu_s, time_ms};
+use super::number::{NONE, bytes, channels, compared, cpu_s, time_ms, total};
 use super::series::{Series, look};
 use crate::tune::findings::{Advice, Bottleneck, Findings, Prediction};
 
@@ -32,8 +32,8 @@ fn overview(findings: &Findings, series: &[Series]) -> String {
         let best = findings.predictions.get(advice.best)?;
         let plain = findings.predictions.get(advice.plain);
         let cells = [
-            time_ms(best.total_ms),
-            plain.map_or(NONE.to_owned(), |plain| time_ms(plain.total_ms)),
+            total(best.converges, best.total_ms),
+            plain.map_or(NONE.to_owned(), |plain| total(plain.converges, plain.total_ms)),
             time_ms(best.downtime_ms),
             bytes(best.wire_bytes as f64),
         ];
@@ -97,7 +97,7 @@ fn head(out: &mut String, series: &[Series], best: &Prediction) {
 
 fn facts(out: &mut String, best: &Prediction) {
     let facts = [
-        ("total time", time_ms(best.total_ms)),
+        ("total time", total(best.converges, best.total_ms)),
         ("downtime", time_ms(best.downtime_ms)),
         ("on the wire", bytes(best.wire_bytes as f64)),
         ("CPU, source", cpu_s(best.cpu_source_s)),
@@ -132,15 +132,17 @@ fn comparison(
         "<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"What else could be set for {label}\"><table>\n{head}<tbody>\n"
     );
     // When nothing is to be compressed, that is what the others are compared with.
-    let plain = plain.filter(|_| best.codec != "none").map(|plain| ("no compression", plain));
+    let named = |prediction: &Prediction| prediction.codec == "none";
+    let plain = plain.filter(|_| !named(best) && !runner_up.is_some_and(named));
+    let plain = plain.map(|plain| ("no compression", plain));
     for (name, other) in runner_up.map(|other| ("runner-up", other)).into_iter().chain(plain) {
         let name = match name {
             "runner-up" => format!("{}, {}", other.codec, channels(other.channels)),
             name => format!("{name}, {}", channels(other.channels)),
         };
         let cells = [
-            time_ms(other.total_ms),
-            compared(best.total_ms, other.total_ms),
+            total(other.converges, other.total_ms),
+            if other.converges { compared(best.total_ms, other.total_ms) } else { NONE.to_owned() },
             time_ms(other.downtime_ms),
             bytes(other.wire_bytes as f64),
             cpu_s(other.cpu_source_s + other.cpu_destination_s),
@@ -148,7 +150,10 @@ fn comparison(
         let cells: String = cells.iter().map(|text| cell("number", text)).collect();
         let _ = writeln!(out, "<tr>{}{cells}</tr>", row_head(&name));
     }
-    let qemu = [time_ms(best.qemu_total_ms), compared(best.total_ms, best.qemu_total_ms)];
+    let qemu = match best.qemu_converges {
+        true => [time_ms(best.qemu_total_ms), compared(best.total_ms, best.qemu_total_ms)],
+        false => [total(false, 0), NONE.to_owned()],
+    };
     let qemu: String =
         qemu.iter().map(String::as_str).chain([NONE; 3]).map(|text| cell("number", text)).collect();
     let _ =

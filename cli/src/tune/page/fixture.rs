@@ -188,6 +188,7 @@ fn prediction(name: &str, rate: Option<u64>, channels: usize, codec: &Row) -> Pr
         converges: pace > 42e6,
         bottleneck: if waits { Bottleneck::Link } else { Bottleneck::SourceCpu },
         qemu_total_ms: whole(total * 1.21e3),
+        qemu_converges: true,
     }
 }
 

@@ -17,6 +17,11 @@ pub(super) fn time_ms(ms: u64) -> String {
     }
 }
 
+/// The same of a move that may not come to its end.
+pub(super) fn total(converges: bool, ms: u64) -> String {
+    if converges { time_ms(ms) } else { "never".to_owned() }
+}
+
 /// The same of seconds, for people who look at a plot.
 pub(super) fn time_s(seconds: f64) -> String {
     match seconds {

@@ -2,7 +2,7 @@
 
 use super::advice::bottleneck;
 use super::markup::{cell, escaped, row_head, table_head};
-use super::number::{NONE, bytes, bytes_per_s, cpu_s, percent, ratio, time_ms};
+use super::number::{NONE, bytes, bytes_per_s, cpu_s, percent, ratio, time_ms, total};
 use crate::tune::findings::{DirtyOrigin, Findings, Prediction};
 
 /// A table in a box of its own, which scrolls sideways where it is too wide.
@@ -31,7 +31,7 @@ pub(super) fn predictions(findings: &Findings) -> String {
     let best = |index: usize| findings.advice.iter().any(|advice| advice.best == index);
     let row = |(index, prediction): (usize, &Prediction)| {
         let cells = [
-            time_ms(prediction.total_ms),
+            total(prediction.converges, prediction.total_ms),
             time_ms(prediction.downtime_ms),
             bytes(prediction.wire_bytes as f64),
             prediction.rounds.to_string(),
@@ -49,7 +49,7 @@ pub(super) fn predictions(findings: &Findings) -> String {
             cell("number", &prediction.channels.to_string()),
             cell("", bottleneck(prediction.bottleneck)),
             cell("", if prediction.converges { "yes" } else { "no" }),
-            cell("number", &time_ms(prediction.qemu_total_ms)),
+            cell("number", &total(prediction.qemu_converges, prediction.qemu_total_ms)),
         )
     };
     let rows: String = findings.predictions.iter().enumerate().map(row).collect();

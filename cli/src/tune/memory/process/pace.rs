@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 /// Where no core is free, a vCPU stands still for a burst of ours, and not for the 3 ms that the scheduler would give us. And
 /// low priority would be no kindness: the kernel likes to take the core away in the middle of what is asked, with the lock of the
 /// address space held, and whoever in the process maps or unmaps memory then waits until everybody else has had a turn. On two
-/// busy cores such a thread slept for 3 to 7 ms at SCHED_BATCH, 4 to 6 ms at SCHED_IDLE, 3 to 5 ms at nice 0, and 0.3 to 1.1 ms
-/// at SCHED_FIFO, which is taken here; it needs CAP_SYS_NICE.
+/// busy cores such a thread slept for 4 to 7 ms at SCHED_BATCH, 4 to 6 ms at SCHED_IDLE, 2 to 7 ms at nice 0, and 0.3 to 1.1 ms
+/// (once 2.6) at SCHED_FIFO, which is taken here; it needs CAP_SYS_NICE. Where cores are free, all are alike (docs/tuning.md).
 #[derive(Debug)]
 pub(super) struct Pace {
     since: Instant,

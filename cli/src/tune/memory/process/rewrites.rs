@@ -182,6 +182,7 @@ mod tests {
         Extent {
             blocks: vec![held.len() as u64 * 128 * PAGE as u64],
             batches: held.iter().enumerate().map(batch).collect(),
+            device_bytes: 0,
         }
     }
 
