@@ -44,6 +44,8 @@ pub(super) struct Bench<'a> {
 /// What came of it.
 pub(super) struct Measured {
     pub(super) codecs: Vec<CodecFacts>,
+    /// That were looked at.
+    pub(super) pages: u64,
     /// Of all held pages, those that were looked at, and of these, those that are not zero; 0.0 to 1.0.
     pub(super) share: f64,
     pub(super) data_share: f64,
@@ -58,7 +60,7 @@ impl Bench<'_> {
         self.bar.set_position(0);
         self.bar.set_message(reference.describe());
         let mut known = encode(self.sample, &*reference, self.threads, Duration::MAX)?;
-        let mut share = self.sample.share;
+        let (mut pages, mut share) = (self.sample.pages, self.sample.share);
         let mut data = self.sample.data_share * share;
         for _ in 0..if self.quick { 0 } else { MORE_LOOKS } {
             let (ratio, error) = known.ratio(&known, share);
@@ -67,12 +69,13 @@ impl Bench<'_> {
             }
             let more = plan.take(memory, look, &|_| ())?;
             known.extend(encode(&more, &*reference, self.threads, Duration::MAX)?);
+            pages += more.pages;
             share += more.share;
             data += more.data_share * more.share;
         }
         let codecs =
             list.iter().map(|codec| self.one(&**codec, &known, share)).collect::<Result<Vec<_>>>()?;
-        Ok(Measured { codecs, share, data_share: data / share.max(f64::MIN_POSITIVE) })
+        Ok(Measured { codecs, pages, share, data_share: data / share.max(f64::MIN_POSITIVE) })
     }
 
     fn one(&self, codec: &dyn Codec, reference: &Encoded, share: f64) -> Result<CodecFacts> {

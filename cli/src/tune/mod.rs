@@ -23,9 +23,10 @@ mod rewrites;
 mod sample;
 mod table;
 
-use std::fs;
-use std::io::IsTerminal;
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
 use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::Path;
 use std::thread;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -33,7 +34,7 @@ use serde_json::json;
 
 use crate::flags::{Common, Rate, Tune};
 use crate::outcome::Outcome;
-use findings::{CodecFacts, DirtyFacts, DirtyOrigin, Findings, SampleFacts};
+use findings::{DirtyFacts, DirtyOrigin, Findings, SampleFacts};
 use levels::{Bench, Measured};
 use memory::{Memory, PAGE, Rewrites, politely};
 use model::{Guest, Model};
@@ -48,23 +49,34 @@ const SAMPLE: u64 = 256 << 20;
 const QUICK_SAMPLE: u64 = 32 << 20;
 
 pub(crate) fn run(flags: &Tune, common: &Common) -> Outcome {
+    match tune(flags, common) {
+        Ok(findings) if common.json => Outcome::shown(String::new(), json!(findings)),
+        Ok(findings) => Outcome::shown(table::of(&findings), json!({})),
+        Err(error) => Outcome::broken(error),
+    }
+}
+
+/// Finds, and writes the page.
+fn tune(flags: &Tune, common: &Common) -> Result<Findings> {
+    // Opened first: nobody wants to hear after a minute that there is no such folder.
+    let page = flags.html.as_ref().map(|path| {
+        let file = File::options().create(true).write(true).truncate(false).open(path);
+        Ok::<_, String>((file.map_err(|error| unwritten(path, &error))?, path))
+    });
+    let page = page.transpose()?;
     let bar = progress_bar(common);
     let findings = find(flags, common, &bar);
     bar.finish_and_clear();
-    let findings = match findings {
-        Ok(findings) => findings,
-        Err(error) => return Outcome::broken(error),
-    };
-    if let Some(path) = &flags.html
-        && let Err(error) = fs::write(path, page::html(&findings))
-    {
-        return Outcome::broken(format!("writing {}: {error}", path.display()));
+    let findings = findings?;
+    if let Some((mut file, path)) = page {
+        let written = file.set_len(0).and_then(|()| file.write_all(page::html(&findings).as_bytes()));
+        written.map_err(|error| unwritten(path, &error))?;
     }
-    if common.json {
-        Outcome::shown(String::new(), json!(findings))
-    } else {
-        Outcome::shown(table::of(&findings), json!({}))
-    }
+    Ok(findings)
+}
+
+fn unwritten(path: &Path, error: &io::Error) -> String {
+    format!("writing {}: {error}", path.display())
 }
 
 fn find(flags: &Tune, common: &Common, bar: &ProgressBar) -> Result<Findings> {
@@ -104,7 +116,11 @@ fn find(flags: &Tune, common: &Common, bar: &ProgressBar) -> Result<Findings> {
     Ok(Findings {
         source: memory.name(),
         ram_bytes: ram,
-        sample: SampleFacts { pages: sample.pages, bytes: sample.pages * PAGE as u64, share: measured.share },
+        sample: SampleFacts {
+            pages: measured.pages,
+            bytes: measured.pages * PAGE as u64,
+            share: measured.share,
+        },
         pages: kinds::kinds(&sample, data / ram.max(1) as f64),
         xbzrle: rewrites.as_ref().and_then(rewrites::xbzrle),
         dirty,
@@ -144,12 +160,12 @@ fn dirty(flags: &Tune, rewrites: Option<&Rewrites>, held: u64) -> DirtyFacts {
 
 fn notes(flags: &Tune, measured: &Measured) -> Vec<String> {
     let mut notes = Vec::new();
-    let off = |codec: &CodecFacts| codec.ratio_error / codec.ratio;
-    let widest = measured.codecs.iter().map(off).fold(0.0, f64::max);
-    if widest > WIDE {
+    let packed = measured.codecs.iter().filter(|codec| codec.codec != "none");
+    let least = packed.map(|codec| codec.ratio_error / codec.ratio).min_by(f64::total_cmp);
+    if let Some(least) = least.filter(|least| *least > WIDE) {
         notes.push(format!(
-            "ratios may be off by up to {:.0} %: --sample takes a larger part of the memory",
-            widest * 100.0
+            "all ratios may be off by {:.0} %: --sample takes a larger part of the memory",
+            least * 100.0
         ));
     }
     if flags.pid.is_some() {
@@ -167,7 +183,7 @@ fn own_cores() -> usize {
 
 /// On a terminal only.
 fn progress_bar(common: &Common) -> ProgressBar {
-    if common.quiet || !std::io::stderr().is_terminal() {
+    if common.quiet || !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
     let bar = ProgressBar::new(0);

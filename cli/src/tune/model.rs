@@ -165,7 +165,7 @@ impl Model<'_> {
         let codec_time = |speed: Option<f64>| speed.map_or(0.0, |speed| data / speed);
         // QEMU has its guest's memory mapped, and finds new memory by page faults.
         let (look, landing) = match setting.ends {
-            Ends::Multifd => (self.machine.look_byte_s, self.machine.land_byte_s),
+            Ends::Multifd => (self.machine.look_byte_s, self.landing(setting)),
             Ends::Qemu => (0.0, self.machine.fault_byte_s),
         };
         let source_core =
@@ -194,6 +194,12 @@ impl Model<'_> {
         let (seconds, bottleneck) =
             times.into_iter().max_by(|(a, _), (b, _)| a.total_cmp(b)).unwrap_or((link, Bottleneck::Link));
         Pass { seconds, wire, source_core, destination_core, bottleneck }
+    }
+
+    /// One worker writes through the file behind memory, and the others through the mapping (docs/architecture.md).
+    fn landing(&self, setting: Setting<'_>) -> f64 {
+        let workers = setting.channels.max(1) as f64;
+        (self.machine.land_byte_s + (workers - 1.0) * self.machine.fault_byte_s) / workers
     }
 
     fn on_link(&self, bytes: f64, setting: Setting<'_>) -> f64 {

@@ -13,7 +13,7 @@ fn machine(cores: usize) -> Machine {
         receive_byte_s: second / 4.0,
         look_byte_s: 0.0,
         land_byte_s: second / 2.0,
-        fault_byte_s: second,
+        fault_byte_s: second / 2.0,
         touch_byte_s: second,
     }
 }

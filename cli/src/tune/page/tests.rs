@@ -158,17 +158,6 @@ fn the_pages_stand_in_a_browser() -> Outcome {
     Ok(())
 }
 
-/// `MULTIFD_PAGES=DIR cargo test -p multifd pages_to_look_at -- --ignored`
-#[test]
-#[ignore = "writes pages for people to look at"]
-fn pages_to_look_at() {
-    let Some(dir) = std::env::var_os("MULTIFD_PAGES") else { return };
-    let dir = std::path::Path::new(&dir);
-    for (name, findings) in samples() {
-        std::fs::write(dir.join(format!("{name}.html")), html(&findings)).unwrap();
-    }
-}
-
 /// What the browser sees.
 fn samples() -> Vec<(&'static str, Findings)> {
     let mut still = fixture::realistic();
