@@ -21,6 +21,7 @@ mod dialect;
 mod dirty;
 mod error;
 mod mapped;
+mod pagemap;
 mod ram;
 mod recording;
 mod report;
@@ -41,6 +42,7 @@ pub use dirty::{DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, Us
 #[cfg(feature = "kvm")]
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot};
 pub use error::{Error, ErrorKind, Phase, Result};
+pub use pagemap::{PageQuery, PageRun};
 pub use ram::{Batch, Claim, DirtyBitmap, HostMemory, PAGE, RamBlock, Round};
 pub use recording::{
     Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,

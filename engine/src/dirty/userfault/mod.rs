@@ -6,8 +6,9 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use self::sys::{Features, Userfault, Written};
+use self::sys::{Features, Userfault};
 use super::{DirtyLog, DirtyLogError};
+use crate::pagemap::PageRun;
 use crate::ram::{DirtyBitmap, PAGE, RamBlock};
 
 /// Runs of written pages fetched by one system call: 96 KiB of buffer.
@@ -40,7 +41,7 @@ const PROTECT_AT_ONCE: u64 = 1 << 30;
 pub struct UserfaultLog {
     userfault: Userfault,
     pagemap: File,
-    runs: Vec<Written>,
+    runs: Vec<PageRun>,
     tracked: Vec<Tracked>,
 }
 
@@ -66,9 +67,9 @@ impl UserfaultLog {
         let pagemap = File::open("/proc/self/pagemap")
             .map_err(|cause| DirtyLogError::new("opening /proc/self/pagemap").because(cause))?;
         // Nothing is mapped at the end of an empty range: this asks only if the request is known.
-        sys::take_written(&pagemap, 0, 0, &mut [Written::default()])
+        sys::take_written(&pagemap, 0..0, &mut [PageRun::default()])
             .map_err(|cause| DirtyLogError::new("PAGEMAP_SCAN, which Linux 6.7 has").because(cause))?;
-        Ok(Self { userfault, pagemap, runs: vec![Written::default(); RUNS], tracked: Vec::new() })
+        Ok(Self { userfault, pagemap, runs: vec![PageRun::default(); RUNS], tracked: Vec::new() })
     }
 
     fn protect(&mut self, block: &RamBlock) -> Result<(), DirtyLogError> {
@@ -118,10 +119,10 @@ impl DirtyLog for UserfaultLog {
 }
 
 impl Tracked {
-    fn sync(&self, pagemap: &File, runs: &mut [Written], bitmap: &DirtyBitmap) -> Result<(), DirtyLogError> {
+    fn sync(&self, pagemap: &File, runs: &mut [PageRun], bitmap: &DirtyBitmap) -> Result<(), DirtyLogError> {
         let (mut at, end) = (self.start, self.start + self.len);
         while at < end {
-            let (filled, walked) = sys::take_written(pagemap, at, end, runs)
+            let (filled, walked) = sys::take_written(pagemap, at..end, runs)
                 .and_then(|step| if step.1 > at { Ok(step) } else { Err(io::ErrorKind::WriteZero.into()) })
                 .map_err(|cause| {
                     // What was fetched before the error is protected again and not told: all of it counts as written.

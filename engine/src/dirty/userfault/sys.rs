@@ -1,13 +1,15 @@
-//! The kernel's side of [`super::UserfaultLog`]: two descriptors, four requests. Layouts are those of linux/userfaultfd.h
-//! and linux/fs.h; the `userfaultfd` crate does not know write-protection without faults.
+//! The kernel's side of [`super::UserfaultLog`]: a descriptor and its requests. Layouts are those of linux/userfaultfd.h;
+//! the `userfaultfd` crate does not know write-protection without faults.
 #![expect(unsafe_code, reason = "the requests have no safe wrapper")]
 
 use std::fs::File;
 use std::io;
 use std::mem::size_of;
+use std::ops;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use crate::dirty::request::request;
+use crate::pagemap::{PageQuery, PageRun};
 
 const UFFD_API: u64 = 0xaa;
 /// Faults of system calls and vCPUs are not delivered to us. None is with [`Features::WP_ASYNC`], and with this flag a
@@ -16,16 +18,11 @@ const UFFD_USER_MODE_ONLY: i32 = 1;
 const REGISTER_MODE_WP: u64 = 1 << 1;
 const WRITEPROTECT_MODE_WP: u64 = 1;
 
-const PM_SCAN_WP_MATCHING: u64 = 1;
-const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
-const PAGE_IS_WRITTEN: u64 = 1 << 1;
-
 const USERFAULTFD_IOC_NEW: libc::Ioctl = request(0, 0xaa, 0, 0);
 const UFFDIO_API: libc::Ioctl = request(3, 0xaa, 0x3f, size_of::<Api>());
 const UFFDIO_REGISTER: libc::Ioctl = request(3, 0xaa, 0, size_of::<Register>());
 const UFFDIO_UNREGISTER: libc::Ioctl = request(2, 0xaa, 1, size_of::<Range>());
 const UFFDIO_WRITEPROTECT: libc::Ioctl = request(3, 0xaa, 6, size_of::<WriteProtect>());
-const PAGEMAP_SCAN: libc::Ioctl = request(3, b'f', 16, size_of::<ScanArgument>());
 
 #[repr(C)]
 struct Api {
@@ -53,39 +50,11 @@ struct WriteProtect {
     mode: u64,
 }
 
-#[repr(C)]
-struct ScanArgument {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    regions: u64,
-    regions_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-/// Neighbouring pages that were written, by their addresses in this process.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Written {
-    pub(super) start: u64,
-    pub(super) end: u64,
-    categories: u64,
-}
-
 const _: () = {
     assert!(size_of::<Api>() == 24 && size_of::<Range>() == 16);
     assert!(size_of::<Register>() == 32 && size_of::<WriteProtect>() == 24);
-    assert!(size_of::<ScanArgument>() == 96 && size_of::<Written>() == 24);
     assert!(UFFDIO_API == 0xc018_aa3f && UFFDIO_REGISTER == 0xc020_aa00 && UFFDIO_UNREGISTER == 0x8010_aa01);
-    assert!(
-        UFFDIO_WRITEPROTECT == 0xc018_aa06 && PAGEMAP_SCAN == 0xc060_6610 && USERFAULTFD_IOC_NEW == 0xaa00
-    );
+    assert!(UFFDIO_WRITEPROTECT == 0xc018_aa06 && USERFAULTFD_IOC_NEW == 0xaa00);
 };
 
 /// A userfaultfd, for the memory of this process.
@@ -176,34 +145,18 @@ impl Userfault {
     }
 }
 
-/// Finds the pages of `start..end` that were written and protects them again, each page in one step. Returns how many of
-/// `regions` are filled, and the address up to which pages were looked at. After an error, pages may have been protected
-/// that no region tells of.
+/// Finds the pages of `within` that were written and protects them again, each page in one step. Returns how many of `runs`
+/// are filled, and the address up to which pages were looked at. After an error, pages may have been protected that no run
+/// tells of.
 pub(super) fn take_written(
     pagemap: &File,
-    start: u64,
-    end: u64,
-    regions: &mut [Written],
+    within: ops::Range<u64>,
+    runs: &mut [PageRun],
 ) -> io::Result<(usize, u64)> {
-    let mut argument = ScanArgument {
-        size: size_of::<ScanArgument>() as u64,
-        flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
-        start,
-        end,
-        walk_end: 0,
-        regions: regions.as_mut_ptr() as u64,
-        regions_len: regions.len() as u64,
-        max_pages: 0,
-        // Asked for this category and no other, the kernel counts a page that has lost its mapping as written, as it must:
-        // reclaim takes the mapping of a written file page away, and the mark with it.
-        category_inverted: 0,
-        category_mask: PAGE_IS_WRITTEN,
-        category_anyof_mask: 0,
-        return_mask: PAGE_IS_WRITTEN,
-    };
-    // SAFETY: the request reads and writes a ScanArgument, and writes up to `regions_len` regions to `regions`.
-    let filled = unsafe { ask(pagemap, PAGEMAP_SCAN, &raw mut argument) }?;
-    Ok((filled, argument.walk_end))
+    // Asked for this category and no other, the kernel counts a page that has lost its mapping as written, as it must: reclaim
+    // takes the mapping of a written file page away, and the mark with it.
+    let written = PageQuery { all: PageQuery::WRITTEN, told: PageQuery::WRITTEN, ..PageQuery::default() };
+    written.scan_and_protect(pagemap, within, runs)
 }
 
 /// # Safety

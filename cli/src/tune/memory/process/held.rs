@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use multifd_engine::{PageQuery, PageRun};
 
 use super::super::PAGE;
 
@@ -43,11 +44,11 @@ impl PageTable {
     }
 
     fn scan(&self, within: Range<u64>, found: &mut impl FnMut(Range<u64>)) -> io::Result<()> {
-        let mut regions = [Region::default(); 64];
+        let mut runs = [PageRun::default(); 64];
         let mut start = within.start;
         while start < within.end {
-            let (filled, walked) = scan(&self.file, start..within.end, &mut regions)?;
-            regions.iter().take(filled).for_each(|region| found(region.start..region.end));
+            let (filled, walked) = HELD.scan(&self.file, start..within.end, &mut runs)?;
+            runs.iter().take(filled).for_each(|run| found(run.start..run.end));
             if walked <= start {
                 break;
             }
@@ -76,6 +77,14 @@ impl PageTable {
         Ok(())
     }
 }
+
+/// In memory or in swap, and not the kernel's page of zeros. Nothing else ends a run.
+const HELD: PageQuery = PageQuery {
+    all: PageQuery::ZERO,
+    any: PageQuery::PRESENT | PageQuery::SWAPPED,
+    inverted: PageQuery::ZERO,
+    told: PageQuery::ZERO,
+};
 
 /// Addresses that are asked for at once: 16 MiB. The kernel goes through them in one go, with the lock of the address space
 /// held, in some 20 us.
@@ -106,69 +115,6 @@ impl Mask {
             Some(start.into()..next.into())
         })
     }
-}
-
-// Numbers and layouts of linux/fs.h.
-const PAGE_IS_PRESENT: u64 = 1 << 3;
-const PAGE_IS_SWAPPED: u64 = 1 << 4;
-const PAGE_IS_PFNZERO: u64 = 1 << 5;
-/// _IOWR('f', 16, struct pm_scan_arg)
-const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610;
-
-#[repr(C)]
-struct ScanArgument {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    regions: u64,
-    regions_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-/// Neighbouring pages, by their addresses in the process.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-// The size is part of the request's number.
-const _: () = assert!(size_of::<ScanArgument>() == 0x60 && size_of::<Region>() == 24);
-
-/// Fills `regions` with the held pages of `within`; returns how many it filled, and the address up to which it looked. Changes
-/// nothing: that takes flags.
-#[expect(unsafe_code, reason = "the request has no safe wrapper")]
-fn scan(pagemap: &File, within: Range<u64>, regions: &mut [Region]) -> io::Result<(usize, u64)> {
-    let mut argument = ScanArgument {
-        size: size_of::<ScanArgument>() as u64,
-        flags: 0,
-        start: within.start,
-        end: within.end,
-        walk_end: 0,
-        regions: regions.as_mut_ptr() as u64,
-        regions_len: regions.len() as u64,
-        max_pages: 0,
-        category_inverted: PAGE_IS_PFNZERO,
-        category_mask: PAGE_IS_PFNZERO,
-        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-        // The same for all that match, so that only what is not held ends a region.
-        return_mask: PAGE_IS_PFNZERO,
-    };
-    // SAFETY:
-    // - the descriptor is open;
-    // - the request reads and writes a ScanArgument, whose size it is told;
-    // - it writes at most `regions_len` regions to `regions`, which is borrowed for as long.
-    let filled = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
-    let filled = usize::try_from(filled).map_err(|_| io::Error::last_os_error())?;
-    Ok((filled, argument.walk_end))
 }
 
 #[cfg(test)]
