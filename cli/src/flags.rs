@@ -54,7 +54,7 @@ pub(crate) struct Common {
     /// Parallel channels, 1 to 255; of a mapped-ram file: threads. Default: none for send, whatever comes for receive
     #[arg(long, global = true, value_name = "N", value_parser = human::channels)]
     pub(crate) channels: Option<usize>,
-    /// none, zlib or zstd, with a level as in zstd:3, on the parallel channels. For receive: refuse any other
+    /// none, zlib or zstd, with a level as in zstd:3, on the parallel channels. For receive: refuse any other. For tune: only this and none
     #[arg(long, global = true, value_name = "CODEC", value_parser = codec)]
     pub(crate) codec: Option<CodecChoice>,
     /// Limit over all channels, such as 1Gbit/s, 100MiB/s or 512K; 0 is no limit
@@ -167,8 +167,8 @@ pub(crate) struct Tune {
     /// A smaller sample and fewer levels: seconds instead of a minute
     #[arg(long)]
     pub(crate) quick: bool,
-    /// Bytes of pages to look at, at most. Default: 256M, with --quick 32M
-    #[arg(long, value_name = "SIZE", value_parser = human::size)]
+    /// Bytes of pages to look at, at least 4 MiB. Default: 256M, with --quick 32M
+    #[arg(long, value_name = "SIZE", value_parser = human::sample)]
     pub(crate) sample: Option<u64>,
 }
 

@@ -39,6 +39,14 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     scaled(text, bytes).ok_or_else(|| format!("{text:?}: {SIZE_GRAMMAR}"))
 }
 
+/// A size of at least 4 MiB, which is what is looked at in one go.
+pub(crate) fn sample(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        bytes if bytes < 4 << 20 => Err(format!("{text:?}: must be at least 4M")),
+        bytes => Ok(bytes),
+    }
+}
+
 /// `300ms`, `2s`; not 0.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let unit = |unit: &str| match unit {

@@ -11,8 +11,19 @@ use crate::human::show_bytes;
 /// A move that is faster by less than a twentieth is not worth any more cores: no prediction is more exact.
 const WORTH: f64 = 0.95;
 
+/// What a move has to keep to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub(super) downtime_ms: u64,
+    /// Bytes per second.
+    pub(super) max_bandwidth: Option<NonZeroU64>,
+}
+
+/// Longest `downtime-limit` that QEMU takes, in ms (docs/wire.md).
+const QEMU_DOWNTIME_LIMIT: u64 = 2_000_000;
+
 /// The advice for `link`, whose predictions are a part of `all`. There is a prediction without compression among them.
-pub(super) fn advise(link: &Link, all: &[Prediction], downtime_limit_ms: u64) -> Option<Advice> {
+pub(super) fn advise(link: &Link, all: &[Prediction], limits: Limits) -> Option<Advice> {
     let here = |(_, prediction): &(usize, &Prediction)| prediction.link == link.name;
     let candidates = || all.iter().enumerate().filter(here);
     let best = best_of(candidates())?;
@@ -26,8 +37,8 @@ pub(super) fn advise(link: &Link, all: &[Prediction], downtime_limit_ms: u64) ->
         runner_up,
         plain,
         reason: reason(chosen, all.get(plain)?, runner_up.and_then(|index| all.get(index))),
-        flags: flags(chosen),
-        qmp: qmp(chosen, link, downtime_limit_ms),
+        flags: flags(chosen, limits),
+        qmp: qmp(chosen, link, limits),
     })
 }
 
@@ -46,6 +57,10 @@ fn best_of<'p>(candidates: impl Iterator<Item = (usize, &'p Prediction)> + Clone
 
 fn reason(best: &Prediction, plain: &Prediction, runner_up: Option<&Prediction>) -> String {
     let cpu = |prediction: &Prediction| prediction.cpu_source_s + prediction.cpu_destination_s;
+    let price = |of: &Prediction, than: &Prediction| {
+        let more = cpu(of) - cpu(than);
+        format!("{:.1} CPU seconds {}", more.abs(), if more < 0.0 { "less" } else { "more" })
+    };
     let limit = match best.bottleneck {
         Bottleneck::DestinationCpu => "the destination's cores are the limit",
         Bottleneck::DirtyRate => "the guest writes faster than its pages are sent",
@@ -61,21 +76,23 @@ fn reason(best: &Prediction, plain: &Prediction, runner_up: Option<&Prediction>)
         )
     } else if best.codec == "none" {
         let other = runner_up.map_or(String::new(), |other| {
-            format!(
-                ": {} would take {}, and {:.1} CPU seconds more",
-                other.codec,
-                time(other.total_ms),
-                cpu(other) - cpu(best)
-            )
+            let time = total(other.converges, other.total_ms);
+            format!(": {} would take {time}, and {}", other.codec, price(other, best))
         });
         format!("do not compress{other}; {limit}")
-    } else {
-        let without = total(plain.converges, plain.total_ms);
+    } else if !plain.converges {
         format!(
-            "{} takes {}, without compression {without}; the price is {:.1} CPU seconds more, of both ends together; {limit}",
+            "{} takes {}, without compression the move does not end; {limit}",
+            best.codec,
+            time(best.total_ms)
+        )
+    } else {
+        format!(
+            "{} takes {}, without compression {}; the price is {}, of both ends together; {limit}",
             best.codec,
             time(best.total_ms),
-            cpu(best) - cpu(plain)
+            time(plain.total_ms),
+            price(best, plain)
         )
     };
     if best.converges && plain.converges && best.codec != "none" {
@@ -85,22 +102,27 @@ fn reason(best: &Prediction, plain: &Prediction, runner_up: Option<&Prediction>)
     text
 }
 
-fn flags(best: &Prediction) -> String {
-    if best.channels == 0 {
-        return "--channels 0".to_owned();
+fn flags(best: &Prediction, limits: Limits) -> String {
+    let mut flags = format!("--channels {}", best.channels);
+    if best.channels > 0 {
+        flags.push_str(&format!(" --codec {}", best.codec));
     }
-    format!("--channels {} --codec {}", best.channels, best.codec)
+    if let Some(limit) = limits.max_bandwidth {
+        flags.push_str(&format!(" --max-bandwidth {limit}B/s"));
+    }
+    flags
 }
 
 /// The same for both QEMUs: before `migrate` at the source, before `migrate-incoming` at the destination.
 ///
 /// QEMU's own `max-bandwidth` is 128 MiB/s unless it is set: less than a fast link.
-fn qmp(best: &Prediction, link: &Link, downtime_limit_ms: u64) -> Vec<Value> {
+fn qmp(best: &Prediction, link: &Link, limits: Limits) -> Vec<Value> {
     let multifd = best.channels > 0;
     let mut parameters = Map::new();
     let mut set = |name: &str, value: Value| parameters.insert(name.to_owned(), value);
-    set("max-bandwidth", json!(link.rate.map_or(0, NonZeroU64::get)));
-    set("downtime-limit", json!(downtime_limit_ms));
+    let bandwidth = limits.max_bandwidth.into_iter().chain(link.rate).min();
+    set("max-bandwidth", json!(bandwidth.map_or(0, NonZeroU64::get)));
+    set("downtime-limit", json!(limits.downtime_ms.clamp(1, QEMU_DOWNTIME_LIMIT)));
     if multifd {
         let (name, level) = best.codec.split_once(':').unwrap_or((&best.codec, ""));
         set("multifd-channels", json!(best.channels));
@@ -114,12 +136,6 @@ fn qmp(best: &Prediction, link: &Link, downtime_limit_ms: u64) -> Vec<Value> {
         json!({ "execute": "migrate-set-capabilities", "arguments": { "capabilities": capability } }),
         json!({ "execute": "migrate-set-parameters", "arguments": parameters }),
     ]
-}
-
-/// A command of QMP in one line, as people write it.
-pub(super) fn line(command: &Value) -> String {
-    let part = |name: &str| command.get(name).cloned().unwrap_or_default();
-    format!("{{\"execute\": {}, \"arguments\": {}}}", part("execute"), part("arguments"))
 }
 
 /// The time of a move that may not come to its end.
@@ -139,6 +155,8 @@ pub(super) fn time(ms: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const LIMITS: Limits = Limits { downtime_ms: 300, max_bandwidth: None };
 
     fn link() -> Link {
         Link { name: "1Gbit/s".to_owned(), rate: NonZeroU64::new(125_000_000) }
@@ -172,7 +190,7 @@ mod tests {
             prediction("zstd:1", 2, 1200, 1.2),
             prediction("zstd:1", 4, 1200, 1.2),
         ];
-        let advice = advise(&link(), &all, 300).unwrap();
+        let advice = advise(&link(), &all, LIMITS).unwrap();
         assert_eq!((advice.best, advice.runner_up, advice.plain), (3, Some(1), 0));
         assert_eq!(advice.flags, "--channels 2 --codec zstd:1");
         assert!(advice.reason.contains("1.2 s, without compression 3.8 s"), "{}", advice.reason);
@@ -185,7 +203,7 @@ mod tests {
     #[test]
     fn it_says_when_not_to_compress() {
         let all = [prediction("none", 2, 230, 0.4), prediction("zstd:1", 2, 590, 1.2)];
-        let advice = advise(&link(), &all, 300).unwrap();
+        let advice = advise(&link(), &all, LIMITS).unwrap();
         assert_eq!((advice.best, advice.runner_up), (0, Some(1)));
         assert!(advice.reason.starts_with("do not compress: zstd:1 would take 590 ms"), "{}", advice.reason);
         assert!(!advice.qmp[1]["arguments"].to_string().contains("level"));
@@ -199,7 +217,7 @@ mod tests {
             bottleneck: Bottleneck::DirtyRate,
             ..prediction(codec, 2, 9000, 1.0)
         };
-        let advice = advise(&link(), &[busy("none", 900), busy("zstd:1", 500)], 300).unwrap();
+        let advice = advise(&link(), &[busy("none", 900), busy("zstd:1", 500)], LIMITS).unwrap();
         assert_eq!(advice.best, 1);
         assert!(
             advice.reason.contains("no setting") && advice.reason.contains("500 ms"),
@@ -209,12 +227,21 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_of_ours_goes_with_the_advice() {
+        let limits = Limits { downtime_ms: 0, max_bandwidth: NonZeroU64::new(50_000_000) };
+        let advice = advise(&link(), &[prediction("none", 2, 230, 0.4)], limits).unwrap();
+        assert_eq!(advice.flags, "--channels 2 --codec none --max-bandwidth 50000000B/s");
+        assert_eq!(advice.qmp[1]["arguments"]["max-bandwidth"], 50_000_000);
+        assert_eq!(advice.qmp[1]["arguments"]["downtime-limit"], 1, "QEMU takes 1 to 2000000");
+    }
+
+    #[test]
     fn without_channels_there_is_nothing_to_compress_with() {
-        let advice = advise(&link(), &[prediction("none", 0, 230, 0.4)], 300).unwrap();
+        let advice = advise(&link(), &[prediction("none", 0, 230, 0.4)], LIMITS).unwrap();
         assert_eq!(advice.flags, "--channels 0");
         assert_eq!(advice.qmp[0]["arguments"]["capabilities"][0]["state"], false);
         assert_eq!(advice.runner_up, None);
         let elsewhere = Link { name: "10Gbit/s".to_owned(), ..link() };
-        assert!(advise(&elsewhere, &[prediction("none", 0, 230, 0.4)], 300).is_none());
+        assert!(advise(&elsewhere, &[prediction("none", 0, 230, 0.4)], LIMITS).is_none());
     }
 }

@@ -34,15 +34,17 @@ pub(super) fn curves(model: &Model<'_>, codecs: &[CodecFacts], channels: usize, 
     Curves { total_by_link, downtime_by_dirty_rate }
 }
 
+/// Without the links over which the move does not converge.
 fn over_links(model: &Model<'_>, codec: &CodecFacts, channels: usize) -> Curve {
     let point = |rate: f64| {
-        let setting = Setting { link: Some(rate), channels, codec, ends: Ends::Multifd };
-        (rate, model.run(setting).total)
+        let setting = Setting { link: Some(rate), limit: None, channels, codec, ends: Ends::Multifd };
+        let run = model.run(setting);
+        run.converges.then_some((rate, run.total))
     };
-    Curve { codec: codec.codec.clone(), points: steps(LINKS, LINK_STEPS).map(point).collect() }
+    Curve { codec: codec.codec.clone(), points: steps(LINKS, LINK_STEPS).filter_map(point).collect() }
 }
 
-/// A guest that may write all of its data; up to the rate at which it can no longer be moved.
+/// A guest that writes within its working set, where that is known, otherwise within all of its data; up to the rate at which it can no longer be moved.
 fn over_dirty_rates(model: &Model<'_>, codec: &CodecFacts, channels: usize, link: Option<f64>) -> Curve {
     let point = |rate: f64| {
         #[expect(
@@ -58,7 +60,7 @@ fn over_dirty_rates(model: &Model<'_>, codec: &CodecFacts, channels: usize, link
             },
             ..model.dirty
         };
-        let setting = Setting { link, channels, codec, ends: Ends::Multifd };
+        let setting = Setting { link, limit: None, channels, codec, ends: Ends::Multifd };
         let run = Model { dirty, ..*model }.run(setting);
         run.converges.then_some((rate, run.downtime))
     };
@@ -67,11 +69,14 @@ fn over_dirty_rates(model: &Model<'_>, codec: &CodecFacts, channels: usize, link
 
 /// Within a hundredth of the fastest at some link, and nothing before it is.
 fn is_best_somewhere(curves: &[Curve], index: usize) -> bool {
-    let at = |curve: &Curve, step: usize| curve.points.get(step).map_or(f64::MAX, |(_, seconds)| *seconds);
+    let at = |curve: &Curve, rate: f64| {
+        let point = curve.points.iter().find(|point| point.0 == rate);
+        point.map_or(f64::MAX, |(_, seconds)| *seconds)
+    };
     let Some(own) = curves.get(index) else { return false };
-    (0..own.points.len()).any(|step| {
-        let best = curves.iter().map(|curve| at(curve, step)).fold(f64::MAX, f64::min);
-        curves.iter().position(|curve| at(curve, step) <= best * 1.01) == Some(index)
+    own.points.iter().any(|(rate, _)| {
+        let best = curves.iter().map(|curve| at(curve, *rate)).fold(f64::MAX, f64::min);
+        curves.iter().position(|curve| at(curve, *rate) <= best * 1.01) == Some(index)
     })
 }
 

@@ -112,6 +112,8 @@ pub(super) enum DirtyOrigin {
     Measured,
     /// A guest that stands still.
     Still,
+    /// It was written while it was recorded, nobody knows how fast.
+    Unknown,
 }
 
 /// One move that could be made.

@@ -9,13 +9,16 @@ use multifd_codecs::{Codec, ZlibLevel, ZstdLevel, parse_codec};
 use super::Result;
 use super::findings::CodecFacts;
 use super::measure::{Encoded, encode};
-use super::memory::Memory;
+use super::memory::{Memory, politely};
 use super::sample::{Plan, Sample};
 
 /// A level that is slower than the sample is long gets so much time on the clock, and the runs that it gets through are compared
 /// with what the reference makes of the same. 27 levels: less than a minute.
 const BUDGET: Duration = Duration::from_millis(2000);
 const QUICK_BUDGET: Duration = Duration::from_millis(300);
+
+/// For the reference, which takes half a second where cores are free.
+const REFERENCE_BUDGET: Duration = Duration::from_secs(20);
 
 /// The fastest codec. It sees all of the sample, and more where the sample says too little.
 const REFERENCE: &str = "zstd:1";
@@ -35,6 +38,8 @@ pub(super) struct Bench<'a> {
     pub(super) sample: &'a Sample,
     /// That compress side by side.
     pub(super) threads: usize,
+    /// Leave the cores to whoever wants them: a guest that runs here needs them more.
+    pub(super) polite: bool,
     pub(super) quick: bool,
     /// No other codec than this.
     pub(super) only: Option<Arc<dyn Codec>>,
@@ -59,7 +64,7 @@ impl Bench<'_> {
         self.bar.set_length(list.len() as u64 + 1);
         self.bar.set_position(0);
         self.bar.set_message(reference.describe());
-        let mut known = encode(self.sample, &*reference, self.threads, Duration::MAX)?;
+        let mut known = self.encode(self.sample, &*reference, REFERENCE_BUDGET)?;
         let (mut pages, mut share) = (self.sample.pages, self.sample.share);
         let mut data = self.sample.data_share * share;
         for _ in 0..if self.quick { 0 } else { MORE_LOOKS } {
@@ -68,7 +73,7 @@ impl Bench<'_> {
                 break;
             }
             let more = plan.take(memory, look, &|_| ())?;
-            known.extend(encode(&more, &*reference, self.threads, Duration::MAX)?);
+            known.extend(self.encode(&more, &*reference, REFERENCE_BUDGET)?);
             pages += more.pages;
             share += more.share;
             data += more.data_share * more.share;
@@ -89,8 +94,17 @@ impl Bench<'_> {
             return Ok(reference.facts(codec, reference, share));
         }
         let budget = if self.quick { QUICK_BUDGET } else { BUDGET };
-        let encoded = encode(self.sample, codec, self.threads, budget)?;
+        let encoded = self.encode(self.sample, codec, budget)?;
         Ok(encoded.facts(codec, reference, share))
+    }
+
+    fn encode(&self, sample: &Sample, codec: &dyn Codec, budget: Duration) -> Result<Encoded> {
+        self.aside(|| encode(sample, codec, self.threads, budget))
+    }
+
+    /// Does what needs cores, and nothing of the memory that is looked at.
+    pub(super) fn aside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        if self.polite { politely(work) } else { work() }
     }
 
     fn list(&self) -> Result<Vec<Arc<dyn Codec>>> {

@@ -162,7 +162,10 @@ impl Encoded {
         let finished = known().count() as f64 / reference.runs.len().max(1) as f64;
         let first = to_sample * (1.0 - finished).max(0.0).sqrt() / own as f64;
         let second = to_memory * (1.0 - share).max(0.0).sqrt() / reference_all as f64;
-        (ratio, ratio * INTERVAL * first.hypot(second))
+        let error = ratio * INTERVAL * first.hypot(second);
+        // One run says nothing of how much runs differ.
+        let alone = known().count() < 2 && (finished < 1.0 || share < 1.0);
+        (ratio, if alone { ratio } else { error })
     }
 
     pub(super) fn facts(&self, codec: &dyn Codec, reference: &Self, share: f64) -> CodecFacts {

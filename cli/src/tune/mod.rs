@@ -34,9 +34,10 @@ use serde_json::json;
 
 use crate::flags::{Common, Rate, Tune};
 use crate::outcome::Outcome;
+use advice::Limits;
 use findings::{DirtyFacts, DirtyOrigin, Findings, SampleFacts};
 use levels::{Bench, Measured};
-use memory::{Memory, PAGE, Rewrites, politely};
+use memory::{Memory, PAGE, Rewrites};
 use model::{Guest, Model};
 use predict::Choices;
 use sample::Plan;
@@ -58,6 +59,10 @@ pub(crate) fn run(flags: &Tune, common: &Common) -> Outcome {
 
 /// Finds, and writes the page.
 fn tune(flags: &Tune, common: &Common) -> Result<Findings> {
+    let same = |page: &Path| flags.source.as_ref().is_some_and(|source| is_same(source, page));
+    if let Some(path) = flags.html.as_deref().filter(|path| same(path)) {
+        return Err(format!("{} is what is to be looked at, and not to be overwritten", path.display()));
+    }
     // Opened first: nobody wants to hear after a minute that there is no such folder.
     let page = flags.html.as_ref().map(|path| {
         let file = File::options().create(true).write(true).truncate(false).open(path);
@@ -75,6 +80,10 @@ fn tune(flags: &Tune, common: &Common) -> Result<Findings> {
     Ok(findings)
 }
 
+fn is_same(one: &Path, other: &Path) -> bool {
+    one.canonicalize().is_ok_and(|one| other.canonicalize().is_ok_and(|other| one == other))
+}
+
 fn unwritten(path: &Path, error: &io::Error) -> String {
     format!("writing {}: {error}", path.display())
 }
@@ -84,24 +93,28 @@ fn find(flags: &Tune, common: &Common, bar: &ProgressBar) -> Result<Findings> {
     let mut plan = Plan::of(&*memory);
     let look = flags.sample.unwrap_or(if flags.quick { QUICK_SAMPLE } else { SAMPLE });
     bar.set_length(look);
-    let sample = plan.take(&mut *memory, look, &|bytes| bar.set_position(bytes))?;
-    if sample.runs.is_empty() {
-        return Err(format!("{} has no page that is not zero: there is nothing to measure", memory.name()));
+    let mut sample = plan.take(&mut *memory, look, &|bytes| bar.set_position(bytes))?;
+    while sample.runs.is_empty() {
+        if plan.is_done() {
+            return Err(format!(
+                "{} has no page that is not zero: there is nothing to measure",
+                memory.name()
+            ));
+        }
+        sample = plan.take(&mut *memory, look, &|bytes| bar.set_position(bytes))?;
     }
     let rewrites = memory.rewrites()?;
     let cores = flags.cores.map_or_else(own_cores, usize::from);
     let bench = Bench {
         sample: &sample,
         threads: if flags.pid.is_some() { own_cores().saturating_sub(1).max(1) } else { own_cores() },
+        polite: flags.pid.is_some(),
         quick: flags.quick,
         only: common.codec.clone(),
         bar,
     };
-    let mut measure =
-        || Ok((machine::measure(&sample, cores)?, bench.measure(&mut plan, &mut *memory, look)?));
-    // A guest that runs here needs its cores more than we do.
-    let measured: Result<_> = if flags.pid.is_some() { politely(measure) } else { measure() };
-    let (machine, measured) = measured?;
+    let machine = bench.aside(|| machine::measure(&sample, cores))?;
+    let measured = bench.measure(&mut plan, &mut *memory, look)?;
 
     let (ram, held) = (memory.extent().bytes(), memory.extent().held_bytes());
     let data = held as f64 * measured.data_share;
@@ -112,7 +125,8 @@ fn find(flags: &Tune, common: &Common, bar: &ProgressBar) -> Result<Findings> {
     let choices = Choices::of(flags, common);
     let predictions = choices.predict(&model, &measured.codecs);
     let downtime_limit_ms = u64::try_from(common.downtime_limit.as_millis()).unwrap_or(u64::MAX);
-    let advise = |link| advice::advise(link, &predictions, downtime_limit_ms);
+    let limits = Limits { downtime_ms: downtime_limit_ms, max_bandwidth: common.max_bandwidth() };
+    let advise = |link| advice::advise(link, &predictions, limits);
     Ok(Findings {
         source: memory.name(),
         ram_bytes: ram,
@@ -128,7 +142,7 @@ fn find(flags: &Tune, common: &Common, bar: &ProgressBar) -> Result<Findings> {
         curves: choices.curves(&model, &measured.codecs),
         advice: choices.links.iter().filter_map(advise).collect(),
         predictions,
-        notes: notes(flags, &measured),
+        notes: notes(flags, common, &measured),
         codecs: measured.codecs,
         machine,
     })
@@ -154,11 +168,12 @@ fn dirty(flags: &Tune, rewrites: Option<&Rewrites>, held: u64) -> DirtyFacts {
             working_set_bytes: held,
         },
         (None, Some(rewrites)) if !rewrites.changed.is_empty() => rewrites::measured(&rewrites.changed, held),
-        (None, _) => DirtyFacts { origin: DirtyOrigin::Still, bytes_per_s: 0, working_set_bytes: 0 },
+        (None, Some(_)) => DirtyFacts { origin: DirtyOrigin::Unknown, bytes_per_s: 0, working_set_bytes: 0 },
+        (None, None) => DirtyFacts { origin: DirtyOrigin::Still, bytes_per_s: 0, working_set_bytes: 0 },
     }
 }
 
-fn notes(flags: &Tune, measured: &Measured) -> Vec<String> {
+fn notes(flags: &Tune, common: &Common, measured: &Measured) -> Vec<String> {
     let mut notes = Vec::new();
     let packed = measured.codecs.iter().filter(|codec| codec.codec != "none");
     let least = packed.map(|codec| codec.ratio_error / codec.ratio).min_by(f64::total_cmp);
@@ -167,6 +182,9 @@ fn notes(flags: &Tune, measured: &Measured) -> Vec<String> {
             "all ratios may be off by {:.0} %: --sample takes a larger part of the memory",
             least * 100.0
         ));
+    }
+    if common.tls_dir.is_some() {
+        notes.push("what TLS costs is not in the model".to_owned());
     }
     if flags.pid.is_some() {
         notes.push("a page that was written with the bytes that it had counts as not written".to_owned());

@@ -28,6 +28,8 @@ pub(super) struct Guest {
 pub(super) struct Setting<'a> {
     /// Bits on the wire, in bytes per second; `None`: both ends share this machine.
     pub(super) link: Option<f64>,
+    /// Bytes per second that the move itself keeps to, if so.
+    pub(super) limit: Option<f64>,
     /// 0: everything on the main channel.
     pub(super) channels: usize,
     pub(super) codec: &'a CodecFacts,
@@ -120,7 +122,11 @@ impl Model<'_> {
             best = best.min(left);
             let next = self.pass(left, 0.0, setting);
             sum.downtime = next.seconds + SWITCHOVER + self.on_link(self.guest.devices, setting);
-            let within = next.seconds <= self.downtime_limit;
+            let within = match setting.ends {
+                Ends::Multifd => next.seconds <= self.downtime_limit,
+                // QEMU compares bytes of pages with what went over the wire (docs/wire.md §20).
+                Ends::Qemu => left <= pass.wire / pass.seconds * self.downtime_limit,
+            };
             if within || stalled >= STALLED_ROUNDS || sum.rounds >= MOST_ROUNDS {
                 sum.converges = within;
                 if !within {
@@ -203,7 +209,8 @@ impl Model<'_> {
     }
 
     fn on_link(&self, bytes: f64, setting: Setting<'_>) -> f64 {
-        setting.link.map_or(0.0, |rate| bytes / (rate * GOODPUT))
+        let link = setting.link.map_or(0.0, |rate| bytes / (rate * GOODPUT));
+        setting.limit.map_or(link, |limit| link.max(bytes / limit))
     }
 
     /// Threads that work at each end.

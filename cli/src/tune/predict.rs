@@ -44,14 +44,16 @@ impl Choices {
 
     pub(super) fn curves(&self, model: &Model<'_>, codecs: &[CodecFacts]) -> Curves {
         let channels = self.channels.iter().copied().max().unwrap_or_default();
-        let link = self.links.first().and_then(|link| self.rate(link));
+        let link = self.links.first().and_then(|link| link.rate).map(|rate| rate.get() as f64);
         let codecs: Vec<_> =
             codecs.iter().filter(|codec| channels > 0 || codec.codec == "none").cloned().collect();
         curves::curves(model, &codecs, channels, link)
     }
 
     fn one(&self, model: &Model<'_>, link: &Link, channels: usize, codec: &CodecFacts) -> Prediction {
-        let setting = Setting { link: self.rate(link), channels, codec, ends: Ends::Multifd };
+        let bytes = |rate: NonZeroU64| rate.get() as f64;
+        let (rate, limit) = (link.rate.map(bytes), self.max_bandwidth.map(bytes));
+        let setting = Setting { link: rate, limit, channels, codec, ends: Ends::Multifd };
         let ours = model.run(setting);
         let qemu = model.run(Setting { ends: Ends::Qemu, ..setting });
         Prediction {
@@ -70,12 +72,6 @@ impl Choices {
             qemu_total_ms: rounded(qemu.total * 1e3),
             qemu_converges: qemu.converges,
         }
-    }
-
-    /// Bytes per second.
-    fn rate(&self, link: &Link) -> Option<f64> {
-        let rates = [link.rate, self.max_bandwidth];
-        rates.into_iter().flatten().min().map(|rate| rate.get() as f64)
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::fmt::Write;
 
-use super::advice::{line, time, total};
+use super::advice::{time, total};
 use super::findings::{Advice, CodecFacts, DirtyOrigin, Findings, Prediction};
+use super::page::command_line;
 use crate::human::show_bytes;
 
 pub(super) fn of(findings: &Findings) -> String {
@@ -38,6 +39,9 @@ fn guest(text: &mut String, findings: &Findings) -> std::fmt::Result {
     match dirty.origin {
         DirtyOrigin::Still => {
             writeln!(text, "written      nothing: it stands still (--dirty-rate says otherwise)")?
+        }
+        DirtyOrigin::Unknown => {
+            writeln!(text, "written      while it was recorded; how fast is not known (--dirty-rate)")?
         }
         DirtyOrigin::Given => writeln!(text, "written      {rate}/s, as given")?,
         DirtyOrigin::Measured => {
@@ -117,7 +121,7 @@ fn link(text: &mut String, findings: &Findings, advice: &Advice) -> std::fmt::Re
     }
     writeln!(text, "  multifd send DIR URI {}", advice.flags)?;
     for command in &advice.qmp {
-        writeln!(text, "  {}", line(command))?;
+        writeln!(text, "  {}", command_line(command))?;
     }
     Ok(())
 }

@@ -57,7 +57,7 @@ fn a_guest_that_stands_still_writes_nothing() -> Outcome {
     let found = tune(&["--pid", &pid], &["--link", "1Gbit/s", "--channels", "2"])?;
     // QEMU's own memory may be among what is taken for RAM, and changes a little.
     let dirty = &found["dirty"];
-    assert!(dirty["bytes_per_s"].as_u64() < Some(1 << 20), "{dirty}");
+    assert!(dirty["bytes_per_s"].as_u64().is_some_and(|rate| rate < 1 << 20), "{dirty}");
     assert_eq!(found["predictions"][0]["converges"], true);
     // It is paused, and not by us; it was not woken either.
     assert_eq!(guest.qemu.run_state()?, "paused");

@@ -1,6 +1,7 @@
 //! What cannot be tuned is refused in a line that says why.
 
 use std::fs;
+use std::time::Instant;
 
 use multifd_tests::{CommandReport, Multifd, Outcome, Scratch};
 use multifd_wire::Configuration;
@@ -86,6 +87,7 @@ fn wrong_values_are_repeated() -> Outcome {
         (&["dir", "--link", "fast"], "\"fast\""),
         (&["dir", "--channels", "256"], "\"256\""),
         (&["dir", "--cores", "0"], "0"),
+        (&["dir", "--sample", "0"], "at least 4M"),
         (&["dir", "--dirty-rate", "much"], "\"much\""),
         (&["dir", "--pid", "1"], "--pid"),
         (&[], "SOURCE"),
@@ -106,7 +108,9 @@ fn a_process_without_memory_is_named() -> Outcome {
     let mut child = std::process::Command::new("true").spawn()?;
     let pid = child.id().to_string();
     let stat = format!("/proc/{pid}/stat");
+    let deadline = Instant::now() + SOON;
     while !fs::read_to_string(&stat)?.contains(") Z ") {
+        assert!(Instant::now() < deadline, "`true` does not end");
         std::thread::yield_now();
     }
     let (error, code) = refused(&["--pid", &pid])?;

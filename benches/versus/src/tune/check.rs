@@ -90,7 +90,7 @@ impl Check<'_> {
                 missed.extend(pair.missed().then(|| format!("{link} {} {what}", row.codec)));
             }
         }
-        missed.extend((self.behind() > ADVICE).then(|| format!("{link} advice")));
+        missed.extend((self.behind().is_nan() || self.behind() > ADVICE).then(|| format!("{link} advice")));
         missed.extend(self.qemu_time().missed().then(|| format!("{link} qemu")));
         missed
     }
@@ -173,7 +173,8 @@ impl Pair {
     }
 
     fn missed(self) -> bool {
-        self.error().abs() > self.bound
+        // What was not measured is no number, and missed.
+        self.error().is_nan() || self.error().abs() > self.bound
     }
 
     fn json(self) -> Value {

@@ -43,7 +43,7 @@ fn model(machine: &Machine, dirty: DirtyFacts) -> Model<'_> {
 }
 
 fn over(link: Option<f64>, codec: &CodecFacts) -> Setting<'_> {
-    Setting { link, channels: 2, codec, ends: Ends::Multifd }
+    Setting { link, limit: None, channels: 2, codec, ends: Ends::Multifd }
 }
 
 fn near(found: f64, expected: f64) -> bool {

@@ -170,7 +170,7 @@ fn commands(out: &mut String, number: usize, advice: &Advice) {
     if advice.qmp.is_empty() {
         return;
     }
-    let qmp: Vec<_> = advice.qmp.iter().map(command).collect();
+    let qmp: Vec<_> = advice.qmp.iter().map(command_line).collect();
     let _ = writeln!(
         out,
         "<h4 id=\"qmp-{number}\">QMP, for both QEMUs, in this order</h4>\n<pre class=\"copy\" tabindex=\"0\" \
@@ -180,7 +180,7 @@ fn commands(out: &mut String, number: usize, advice: &Advice) {
 }
 
 /// A command as people write it, its name first; anything else as it is.
-pub(super) fn command(qmp: &Value) -> String {
+pub(in crate::tune) fn command_line(qmp: &Value) -> String {
     let part = |name: &str| qmp.get(name).map(|value| format!("\"{name}\": {value}"));
     match (qmp.as_object().map(Map::len), part("execute"), part("arguments")) {
         (Some(1), Some(execute), None) => format!("{{{execute}}}"),
@@ -203,10 +203,11 @@ mod tests {
             json!(7),
         ];
         for qmp in commands {
-            assert_eq!(serde_json::from_str::<Value>(&command(&qmp)).unwrap(), qmp);
+            assert_eq!(serde_json::from_str::<Value>(&command_line(&qmp)).unwrap(), qmp);
         }
         assert!(
-            command(&json!({ "arguments": {}, "execute": "stop" })).starts_with("{\"execute\": \"stop\", ")
+            command_line(&json!({ "arguments": {}, "execute": "stop" }))
+                .starts_with("{\"execute\": \"stop\", ")
         );
     }
 }

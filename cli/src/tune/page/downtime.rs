@@ -79,7 +79,7 @@ fn own_rate(findings: &Findings) -> Option<(f64, &'static str)> {
     let how = match findings.dirty.origin {
         DirtyOrigin::Given => "as given",
         DirtyOrigin::Measured => "measured",
-        DirtyOrigin::Still => return None,
+        DirtyOrigin::Still | DirtyOrigin::Unknown => return None,
     };
     (findings.dirty.bytes_per_s > 0).then_some((findings.dirty.bytes_per_s as f64, how))
 }

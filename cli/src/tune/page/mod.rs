@@ -29,6 +29,8 @@ mod tables;
 mod tests;
 mod total;
 
+pub(super) use advice::command_line;
+
 use markup::escaped;
 use number::{bytes, percent};
 

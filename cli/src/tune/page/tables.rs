@@ -94,6 +94,7 @@ pub(super) fn machine(findings: &Findings) -> String {
     let speed = |seconds: f64| if seconds > 0.0 { bytes_per_s(1.0 / seconds) } else { NONE.to_owned() };
     let dirty = match findings.dirty.origin {
         DirtyOrigin::Still => "nothing: it stands still".to_owned(),
+        DirtyOrigin::Unknown => "not known".to_owned(),
         DirtyOrigin::Given | DirtyOrigin::Measured => {
             let rate = bytes_per_s(findings.dirty.bytes_per_s as f64);
             let how = if findings.dirty.origin == DirtyOrigin::Given { "as given" } else { "measured" };

@@ -85,7 +85,7 @@ fn the_page_of_a_guest_is_complete() {
     }
     for advice in &findings.advice {
         assert!(text.contains(&advice.flags) && text.contains(&advice.reason), "{advice:?}");
-        assert!(advice.qmp.iter().all(|command| text.contains(&super::advice::command(command))));
+        assert!(advice.qmp.iter().all(|command| text.contains(&super::command_line(command))));
     }
     assert!(findings.notes.iter().all(|note| text.contains(note)));
     let rows: Vec<_> = named(&document, "tr").into_iter().map(words).collect();

@@ -22,7 +22,7 @@ impl Pace {
     pub(super) fn start() -> Self {
         let policy = policy();
         // The lowest of the priorities that are above all ordinary ones.
-        set_policy(libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, 1);
+        set_policy(libc::SCHED_FIFO, 1);
         Self { since: Instant::now(), policy }
     }
 

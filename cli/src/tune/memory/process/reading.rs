@@ -113,7 +113,10 @@ impl Content {
             let fresh = into.get_mut(filled..).unwrap_or_default();
             let whole = match file.read_at(fresh, offset + next * PAGE as u64) {
                 Ok(len) => len / PAGE,
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {
+                    into.truncate(filled);
+                    continue;
+                }
                 // Not there any more, the end of its file, or memory that is nobody else's business (memfd_secret).
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EFAULT)) => 0,
                 Err(error) => return Err(error),

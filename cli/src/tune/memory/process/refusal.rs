@@ -19,7 +19,9 @@ impl Target {
             Some(libc::ENOENT | libc::ESRCH) => format!("process {pid}: there is no such process"),
             _ => format!("process {pid}: {error}"),
         })?;
-        Ok(Self { pid, command: String::from_utf8_lossy(&command).trim_end().to_owned() })
+        let printable = |letter: char| if letter.is_control() { '?' } else { letter };
+        let command = String::from_utf8_lossy(&command).trim_end().chars().map(printable).collect();
+        Ok(Self { pid, command })
     }
 
     /// A file of the kernel about it.
