@@ -24,26 +24,40 @@ const LANE_BYTES: usize = 32 << 20;
 /// more memory than 256 MiB at once from a host that may have none to spare.
 const MOST_LANES: usize = 4;
 
+/// Times that everything is measured; what is in the middle counts.
+const TIMES: usize = 3;
+
 /// Measures with pages of the sample, on all cores at once: what they share, they share in a move, too.
 pub(super) fn measure(sample: &Sample, cores: usize) -> Result<Machine> {
     let pages = Pages::of(sample);
     let lanes = (cores / 2).clamp(1, MOST_LANES);
     let moved = (lanes * LANE_BYTES) as f64;
-    let (send, receive) = sockets(&pages, lanes).map_err(|error| format!("measuring sockets: {error}"))?;
+    let socket = |time: fn((Duration, Duration)) -> Duration| {
+        let failed = |error| format!("measuring sockets: {error}");
+        median(|| Ok(time(sockets(&pages, lanes).map_err(failed)?).as_secs_f64() / moved))
+    };
     let memory = |name: &str, work: Work| {
-        let times = side_by_side(2 * lanes, || work(&pages));
-        let time = times.map_err(|error| format!("measuring {name}: {error}"))?;
-        Ok::<_, String>(time.as_secs_f64() / (2.0 * moved))
+        let failed = |error| format!("measuring {name}: {error}");
+        median(|| {
+            let time = side_by_side(2 * lanes, || work(&pages)).map_err(failed)?;
+            Ok(time.as_secs_f64() / (2.0 * moved))
+        })
     };
     Ok(Machine {
         cores,
-        send_byte_s: send.as_secs_f64() / moved,
-        receive_byte_s: receive.as_secs_f64() / moved,
+        send_byte_s: socket(|(send, _)| send)?,
+        receive_byte_s: socket(|(_, receive)| receive)?,
         look_byte_s: memory("looks at mapped memory", look)?,
         land_byte_s: memory("writes to a file in memory", land)?,
         fault_byte_s: memory("page faults", fault)?,
         touch_byte_s: memory("looks at new memory", touch)?,
     })
+}
+
+fn median(measure: impl FnMut() -> Result<f64>) -> Result<f64> {
+    let mut found = std::iter::repeat_with(measure).take(TIMES).collect::<Result<Vec<f64>>>()?;
+    found.sort_by(f64::total_cmp);
+    Ok(found.get(TIMES / 2).copied().unwrap_or_default())
 }
 
 /// Batches of the sample, again and again, until a lane's bytes are full.
@@ -144,17 +158,18 @@ fn fault(pages: &Pages<'_>) -> std::io::Result<Duration> {
 fn look(pages: &Pages<'_>) -> std::io::Result<Duration> {
     let file = new_memory()?;
     pages.placed().try_for_each(|(at, batch)| file.write_all_at(batch, at as u64))?;
-    look_at(file)
+    // What a page begins with tells most of them from zeros.
+    look_at::<64>(file)
 }
 
-/// The same where there is nothing yet: each look makes a page.
+/// The same where there is nothing yet: each look makes a page, and has to go through all of it.
 fn touch(_: &Pages<'_>) -> std::io::Result<Duration> {
-    look_at(new_memory()?)
+    look_at::<PAGE>(new_memory()?)
 }
 
-fn look_at(file: File) -> std::io::Result<Duration> {
+fn look_at<const LEN: usize>(file: File) -> std::io::Result<Duration> {
     let memory = HostMemory::map_file(file, LANE_BYTES)?;
-    let mut look = [0; 64];
+    let mut look = [0; LEN];
     let begin = core_time();
     for at in (0..LANE_BYTES).step_by(PAGE) {
         if let Some(page) = memory.slice(at, look.len()) {
