@@ -91,6 +91,10 @@ const SWITCHOVER: f64 = 0.003;
 /// bytes (docs/performance.md, 1 Gbit/s).
 const QEMU_ZLIB: [f64; 3] = [3.6, 2.9, 0.86];
 
+/// What QEMU's main thread spends on each page to hand it to its channels, in seconds: in `none-2-again` of docs/performance.md
+/// its source takes 0.25 s of cores for 262144 pages, of which sending takes 0.06.
+const QEMU_PAGE: f64 = 0.7e-6;
+
 /// As the engine decides (`engine/src/convergence`): so many rounds that leave more than this share of the best before.
 const STALLED_ROUNDS: u32 = 3;
 const PROGRESS: f64 = 0.95;
@@ -180,7 +184,10 @@ impl Model<'_> {
             + codec_time(setting.codec.decode_bytes_per_s) * slower_back
             + data * landing;
         let lanes = self.lanes(setting);
-        let ends = [source_core, destination_core].map(|core| core / lanes);
+        // One thread's work, beside that of the channels.
+        let feeding = if setting.ends == Ends::Qemu { (data + zero) / PAGE * QEMU_PAGE } else { 0.0 };
+        let ends = [(source_core / lanes).max(feeding), destination_core / lanes];
+        let source_core = source_core + feeding;
         let shared = match setting.link {
             Some(_) => 0.0,
             None => (source_core + destination_core) / self.machine.cores as f64,
