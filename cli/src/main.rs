@@ -4,6 +4,7 @@
 //!  flags (what was typed) ─> one function a command ─> engine ─> Outcome (stdout, exit code)
 //! ```
 
+mod at_rest;
 mod demo;
 mod flags;
 mod human;

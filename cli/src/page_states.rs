@@ -10,6 +10,9 @@ const CHUNK_WORDS: usize = 64;
 /// long costs nothing.
 const MAX_CHUNKS: usize = (256 << 20) / size_of::<Chunk>();
 
+/// What to say when there are no more.
+pub(crate) const TOO_WIDE: &str = "the pages of this stream are spread over more than 2.7 TiB of RAM, which is more than can be kept count of";
+
 /// The pages of a stream, as far as it has been read.
 #[derive(Default)]
 pub(crate) struct PageStates {

@@ -48,6 +48,22 @@ pub(crate) fn shown<T>(
     })
 }
 
+/// For work that is no migration: on a terminal only, as there are no rounds that other readers could want a line of.
+pub(crate) fn bar(common: &Common, template: &str) -> ProgressBar {
+    if common.quiet || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    drawn(template)
+}
+
+fn drawn(template: &str) -> ProgressBar {
+    let bar = ProgressBar::new(0);
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar
+}
+
 /// A finished round of a live source, where there is no live line to be disturbed.
 pub(crate) fn line(round: &RoundRecord) {
     if !std::io::stderr().is_terminal() {
@@ -64,13 +80,7 @@ struct Display {
 
 impl Display {
     fn new(lines: Lines) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(0);
-            if let Ok(style) = ProgressStyle::with_template("{bar:24} {msg}") {
-                bar.set_style(style);
-            }
-            bar
-        });
+        let bar = std::io::stderr().is_terminal().then(|| drawn("{bar:24} {msg}"));
         Self { bar, lines, rounds: 0, last: (Instant::now(), 0) }
     }
 

@@ -18,9 +18,6 @@ const PROGRESS_STEP: u64 = 1 << 12;
 const STAT_BLOCK: u64 = 512;
 
 pub(super) fn checkpoint(directory: &Path, progress: impl Fn(u64, u64)) -> Result<Findings> {
-    if !directory.join("manifest.json").exists() {
-        return Err(format!("{} is no checkpoint: it has no manifest.json", directory.display()));
-    }
     let checkpoint = Checkpoint::open(directory).map_err(|error| error.chain())?;
     let manifest = checkpoint.manifest();
     let lengths: Vec<_> = manifest.blocks.iter().map(|block| block.length).collect();

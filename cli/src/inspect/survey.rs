@@ -6,7 +6,7 @@ use multifd_engine::{PageContent, PageRecord};
 use super::Result;
 use super::findings::{Block, Held, Pages};
 use super::sample::Sample;
-use crate::page_states::PageStates;
+use crate::page_states::{PageStates, TOO_WIDE};
 
 /// What has been seen of the pages of a guest.
 pub(super) struct Survey {
@@ -73,9 +73,7 @@ impl Survey {
             PageContent::Xbzrle(_) => false,
             PageContent::Zero { .. } => true,
         };
-        let before = self.states.note(record.block, record.page, is_zero).ok_or(
-            "the pages of this stream are spread over more than 2.7 TiB of RAM, which is more than can be kept count of",
-        )?;
+        let before = self.states.note(record.block, record.page, is_zero).ok_or(TOO_WIDE)?;
         let Some(counts) = self.blocks.get_mut(record.block) else { return Ok(()) };
         match record.content {
             PageContent::Data(page) => {

@@ -4,7 +4,7 @@ use std::num::NonZeroU64;
 
 use serde_json::{Map, Value, json};
 
-use super::findings::{Advice, Bottleneck, Prediction};
+use super::findings::{Advice, Bottleneck, Prediction, family};
 use crate::flags::Link;
 use crate::human::show_bytes;
 
@@ -28,8 +28,8 @@ pub(super) fn advise(link: &Link, all: &[Prediction], limits: Limits) -> Option<
     let candidates = || all.iter().enumerate().filter(here);
     let best = best_of(candidates())?;
     let chosen = all.get(best)?;
-    let family = |prediction: &Prediction| prediction.codec.split(':').next().unwrap_or_default().to_owned();
-    let runner_up = best_of(candidates().filter(|(_, other)| family(other) != family(chosen)));
+    let other_family = |(_, other): &(usize, &Prediction)| family(&other.codec) != family(&chosen.codec);
+    let runner_up = best_of(candidates().filter(other_family));
     let plain = best_of(candidates().filter(|(_, other)| other.codec == "none"))?;
     Some(Advice {
         link: link.name.clone(),

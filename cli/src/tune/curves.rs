@@ -4,7 +4,7 @@ use super::findings::{CodecFacts, Curve, Curves, DirtyFacts};
 use super::model::{Ends, Model, Setting};
 
 /// Speeds of links in bytes per second, from 10 Mbit/s to 100 Gbit/s; ten to a power of ten, so that a line looks round.
-const LINKS: (f64, f64) = (1.25e6, 12.5e9);
+pub(super) const LINKS: (f64, f64) = (1.25e6, 12.5e9);
 const LINK_STEPS: u32 = 40;
 
 /// Bytes written per second, from 1 MiB to 16 GiB.

@@ -147,6 +147,11 @@ pub(super) enum Bottleneck {
     SourceCpu,
 }
 
+/// `zstd` of `zstd:3`
+pub(super) fn family(codec: &str) -> &str {
+    codec.split(':').next().unwrap_or(codec)
+}
+
 /// What to set for a link.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Advice {

@@ -32,21 +32,17 @@ pub(super) fn measure(sample: &Sample, cores: usize) -> Result<Machine> {
     let pages = Pages::of(sample);
     let lanes = (cores / 2).clamp(1, MOST_LANES);
     let moved = (lanes * LANE_BYTES) as f64;
-    let socket = |time: fn((Duration, Duration)) -> Duration| {
-        let failed = |error| format!("measuring sockets: {error}");
-        median(|| Ok(time(sockets(&pages, lanes).map_err(failed)?).as_secs_f64() / moved))
-    };
+    let failed = |error| format!("measuring sockets: {error}");
+    let socket = times(|| sockets(&pages, lanes)).map_err(failed)?;
     let memory = |name: &str, work: Work| {
-        let failed = |error| format!("measuring {name}: {error}");
-        median(|| {
-            let time = side_by_side(2 * lanes, || work(&pages)).map_err(failed)?;
-            Ok(time.as_secs_f64() / (2.0 * moved))
-        })
+        let found = times(|| side_by_side(2 * lanes, || work(&pages)));
+        let found = found.map_err(|error| format!("measuring {name}: {error}"))?;
+        Ok::<_, String>(median(found).as_secs_f64() / (2.0 * moved))
     };
     Ok(Machine {
         cores,
-        send_byte_s: socket(|(send, _)| send)?,
-        receive_byte_s: socket(|(_, receive)| receive)?,
+        send_byte_s: median(socket.map(|(send, _)| send)).as_secs_f64() / moved,
+        receive_byte_s: median(socket.map(|(_, receive)| receive)).as_secs_f64() / moved,
         look_byte_s: memory("looks at mapped memory", look)?,
         land_byte_s: memory("writes to a file in memory", land)?,
         fault_byte_s: memory("page faults", fault)?,
@@ -54,10 +50,12 @@ pub(super) fn measure(sample: &Sample, cores: usize) -> Result<Machine> {
     })
 }
 
-fn median(measure: impl FnMut() -> Result<f64>) -> Result<f64> {
-    let mut found = std::iter::repeat_with(measure).take(TIMES).collect::<Result<Vec<f64>>>()?;
-    found.sort_by(f64::total_cmp);
-    Ok(found.get(TIMES / 2).copied().unwrap_or_default())
+fn times<T>(mut measure: impl FnMut() -> std::io::Result<T>) -> std::io::Result<[T; TIMES]> {
+    Ok([measure()?, measure()?, measure()?])
+}
+
+fn median([a, b, c]: [Duration; TIMES]) -> Duration {
+    a.min(b).max(a.max(b).min(c))
 }
 
 /// Batches of the sample, again and again, until a lane's bytes are full.

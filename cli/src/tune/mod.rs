@@ -24,16 +24,17 @@ mod sample;
 mod table;
 
 use std::fs::File;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::Path;
 use std::thread;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::json;
 
 use crate::flags::{Common, Rate, Tune};
 use crate::outcome::Outcome;
+use crate::progress;
 use advice::Limits;
 use findings::{DirtyFacts, DirtyOrigin, Findings, SampleFacts};
 use levels::{Bench, Measured};
@@ -69,7 +70,7 @@ fn tune(flags: &Tune, common: &Common) -> Result<Findings> {
         Ok::<_, String>((file.map_err(|error| unwritten(path, &error))?, path))
     });
     let page = page.transpose()?;
-    let bar = progress_bar(common);
+    let bar = progress::bar(common, "{bar:24} {percent} % {msg}");
     let findings = find(flags, common, &bar);
     bar.finish_and_clear();
     let findings = findings?;
@@ -93,16 +94,16 @@ fn find(flags: &Tune, common: &Common, bar: &ProgressBar) -> Result<Findings> {
     let mut plan = Plan::of(&*memory);
     let look = flags.sample.unwrap_or(if flags.quick { QUICK_SAMPLE } else { SAMPLE });
     bar.set_length(look);
-    let mut sample = plan.take(&mut *memory, look, &|bytes| bar.set_position(bytes))?;
-    while sample.runs.is_empty() {
-        if plan.is_done() {
-            return Err(format!(
-                "{} has no page that is not zero: there is nothing to measure",
-                memory.name()
-            ));
+    let sample = loop {
+        let sample = plan.take(&mut *memory, look, &|bytes| bar.set_position(bytes))?;
+        if !sample.runs.is_empty() {
+            break sample;
         }
-        sample = plan.take(&mut *memory, look, &|bytes| bar.set_position(bytes))?;
-    }
+        if plan.is_done() {
+            let name = memory.name();
+            return Err(format!("{name} has no page that is not zero: there is nothing to measure"));
+        }
+    };
     let rewrites = memory.rewrites()?;
     let cores = flags.cores.map_or_else(own_cores, usize::from);
     let bench = Bench {
@@ -197,16 +198,4 @@ const WIDE: f64 = 0.1;
 
 fn own_cores() -> usize {
     thread::available_parallelism().map_or(1, NonZeroUsize::get)
-}
-
-/// On a terminal only.
-fn progress_bar(common: &Common) -> ProgressBar {
-    if common.quiet || !io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::new(0);
-    if let Ok(style) = ProgressStyle::with_template("{bar:24} {percent} % {msg}") {
-        bar.set_style(style);
-    }
-    bar
 }

@@ -7,25 +7,17 @@ mod stream;
 use std::path::Path;
 use std::time::Duration;
 
-use multifd_transports::Endpoint;
-
 pub(super) use process::pace::politely;
 
 use super::Result;
+use crate::at_rest::AtRest;
 
-/// A checkpoint's directory, or a file with a stream, also as `file:PATH,offset=N`. `progress` hears how far a stream has been
-/// read, and how long it is.
+/// What is at `path`. `progress` hears how far a stream has been read, and how long it is.
 pub(super) fn open(path: &Path, progress: &dyn Fn(u64, u64)) -> Result<Box<dyn Memory>> {
-    if path.is_dir() {
-        if !path.join("manifest.json").exists() {
-            return Err(format!("{} is no checkpoint: it has no manifest.json", path.display()));
-        }
-        return Ok(Box::new(stored::Stored::open(path)?));
-    }
-    Ok(Box::new(match path.to_string_lossy().parse() {
-        Ok(Endpoint::File { path, offset }) => stream::Stream::open(&path, offset, progress)?,
-        _ => stream::Stream::open(path, 0, progress)?,
-    }))
+    Ok(match AtRest::at(path)? {
+        AtRest::Checkpoint(directory) => Box::new(stored::Stored::open(&directory)?),
+        AtRest::Stream(path, offset) => Box::new(stream::Stream::open(&path, offset, progress)?),
+    })
 }
 
 /// The memory of a live process.

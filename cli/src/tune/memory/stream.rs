@@ -7,7 +7,7 @@ use multifd_codecs::{xbzrle, zero};
 use multifd_engine::{PageContent, PageRecord, Recording};
 
 use super::{BATCH_PAGES, Batch, Extent, MAX_PAIRS, Memory, PAGE, Rewrites};
-use crate::page_states::PageStates;
+use crate::page_states::{PageStates, TOO_WIDE};
 use crate::tune::Result;
 
 pub(super) struct Stream {
@@ -83,9 +83,7 @@ fn count(recording: &Recording, progress: &dyn Fn(u64, u64)) -> Result<Extent> {
             PageContent::Zero { pages } if pages > 1 => continue,
             PageContent::Zero { .. } => true,
         };
-        let before = states.note(record.block, record.page, is_zero).ok_or(
-            "the pages of this stream are spread over more than 2.7 TiB of RAM, which is more than can be kept count of",
-        )?;
+        let before = states.note(record.block, record.page, is_zero).ok_or(TOO_WIDE)?;
         let was_held = before.seen && !before.zero;
         let count = held.entry((record.block, record.page / BATCH_PAGES)).or_default();
         *count = *count + u64::from(!is_zero) - u64::from(was_held);

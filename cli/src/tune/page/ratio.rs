@@ -4,8 +4,8 @@ use super::axis::{Axis, decades_around, extent};
 use super::labels::{Rect, Room, brief, text_width};
 use super::number::{bytes_per_s, ratio};
 use super::plot::{Anchor, Drawing, Layout, Margins, NARROW, WIDE, figure};
-use super::series::{Series, family, family_look};
-use crate::tune::findings::{CodecFacts, Findings};
+use super::series::{Series, family_look};
+use crate::tune::findings::{CodecFacts, Findings, family};
 
 pub(super) fn section(findings: &Findings, series: &[Series]) -> String {
     if measured(findings).next().is_none() {

@@ -1,7 +1,7 @@
 //! Which codecs the plots show, and how each looks: the same in all plots.
 
 use super::envelope::lowest;
-use crate::tune::findings::Findings;
+use crate::tune::findings::{Findings, family};
 
 /// More lines than this are not told apart.
 const MOST: usize = 6;
@@ -57,11 +57,6 @@ pub(super) fn look(series: &[Series], codec: &str) -> usize {
         .iter()
         .find(|series| series.codec == codec)
         .map_or_else(|| family_look(codec), |series| series.look)
-}
-
-/// `zstd` of `zstd:3`
-pub(super) fn family(codec: &str) -> &str {
-    codec.split(':').next().unwrap_or(codec)
 }
 
 /// The look of a whole family.

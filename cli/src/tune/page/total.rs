@@ -7,10 +7,8 @@ use super::markup::escaped;
 use super::number::{bits_per_s, time_s};
 use super::plot::{Anchor, Drawing, Layout, Margins, NARROW, WIDE, figure};
 use super::series::{self, Series};
+use crate::tune::curves::LINKS;
 use crate::tune::findings::{Curve, Findings};
-
-/// 10 Mbit/s to 100 Gbit/s, in bytes per second.
-const LINKS: (f64, f64) = (1.25e6, 12.5e9);
 
 /// Links that people have, in Mbit/s: `(speed, number, how it is called)`.
 const KNOWN: [(f64, &str); 6] =
