@@ -33,6 +33,7 @@ mod stream;
 mod sync;
 #[cfg(feature = "vhost")]
 pub mod vhost;
+mod work;
 mod workers;
 
 pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, Manifest};
@@ -43,7 +44,7 @@ pub use dirty::{DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, Us
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot};
 pub use error::{Error, ErrorKind, Phase, Result};
 pub use pagemap::{PageQuery, PageRun};
-pub use ram::{Batch, Claim, DirtyBitmap, HostMemory, PAGE, RamBlock, Round};
+pub use ram::{DirtyBitmap, HostMemory, PAGE, RamBlock};
 pub use recording::{
     Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,
 };
@@ -54,6 +55,7 @@ pub use source::{
     ZeroPages,
 };
 pub use state::MigrationState;
+pub use work::{Batch, Claim, Round};
 
 pub use multifd_codecs as codecs;
 pub use multifd_transports as transports;

@@ -5,12 +5,11 @@ mod block;
 mod file_io;
 mod holes;
 mod memory;
-mod round;
 
 pub use bitmap::DirtyBitmap;
 pub use block::{PAGE, RamBlock};
 pub use memory::HostMemory;
-pub use round::{Batch, Claim, Round};
 
+pub(crate) use bitmap::PAGES_PER_WORD;
 pub(crate) use block::PAGE_SIZE;
 pub(crate) use memory::{IoVecs, Ranges};

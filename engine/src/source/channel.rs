@@ -16,8 +16,9 @@ use super::shared::Shared;
 use super::zero_copy::ZeroCopySender;
 use crate::dialect::DELTA_CODEC;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{Batch, Claim, IoVecs, PAGE_SIZE, Round};
+use crate::ram::{IoVecs, PAGE_SIZE};
 use crate::session::Counters;
+use crate::work::{Batch, Claim, Round};
 use crate::workers::Crew;
 
 /// The worker of one channel. Owns its buffers: 512 KiB of pages and at most 1 MiB of payload, none without a codec or cache.

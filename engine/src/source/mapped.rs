@@ -15,8 +15,9 @@ use super::rounds::Work;
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::mapped::{self, file};
-use crate::ram::{Batch, Claim, PAGE, PAGE_SIZE, Round};
+use crate::ram::{PAGE, PAGE_SIZE};
 use crate::session::Counters;
+use crate::work::{Batch, Claim, Round};
 use crate::workers::Crew;
 
 /// The file, and what is in it by now.

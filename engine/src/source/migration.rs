@@ -16,10 +16,10 @@ use super::single;
 use crate::convergence::DowntimeLedger;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::Round;
 use crate::report::Report;
 use crate::session::Counters;
 use crate::state::MigrationState;
+use crate::work::Round;
 use crate::workers::Crew;
 
 /// Where the destination expects the sync points of the parallel channels; its machine type decides.

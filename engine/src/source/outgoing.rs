@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use multifd_wire::{BlockEntry, Configuration};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{DirtyBitmap, RamBlock, Round};
+use crate::ram::{DirtyBitmap, RamBlock};
+use crate::work::Round;
 
 /// How pages that are all zero go out (QEMU's zero-page-detection).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,8 +6,8 @@ use multifd_wire::BlockRef;
 
 use super::page_cache::Moment;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::Round;
 use crate::stop::{Monitor, StopSwitch};
+use crate::work::Round;
 
 /// Zero pages of one block, found by a worker, to be announced on the main channel.
 #[derive(Debug)]

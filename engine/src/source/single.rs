@@ -12,8 +12,9 @@ use super::rounds::ZeroMail;
 use super::shared::Shared;
 use crate::dialect;
 use crate::error::Result;
-use crate::ram::{Batch, Claim, IoVecs, PAGE, PAGE_SIZE, Round};
+use crate::ram::{IoVecs, PAGE, PAGE_SIZE};
 use crate::session::Counters;
+use crate::work::{Batch, Claim, Round};
 
 /// Sends the pages of a round as records of the section that is open on `main`. One call writes a batch: with a header a page,
 /// at most 256 of the 1024 ranges that the kernel takes.

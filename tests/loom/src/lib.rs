@@ -24,19 +24,25 @@ mod stop;
 mod ram {
     #[path = "../../../engine/src/ram/bitmap.rs"]
     mod bitmap;
-    #[path = "../../../engine/src/ram/round.rs"]
+
+    pub(crate) use bitmap::{DirtyBitmap, PAGES_PER_WORD};
+}
+
+#[path = "."]
+mod work {
+    #[path = "../../../engine/src/work/round.rs"]
     mod round;
 
-    pub(crate) use bitmap::DirtyBitmap;
     pub(crate) use round::{Batch, Claim, Round};
 }
 
 use loom::thread;
 
 use error::Error;
-use ram::{Batch, Claim, DirtyBitmap, Round};
+use ram::DirtyBitmap;
 use stop::{Monitor, StopSwitch};
 use sync::Arc;
+use work::{Batch, Claim, Round};
 
 /// Two words are one chunk: three chunks.
 const PAGES: usize = 5 * 64;

@@ -1,7 +1,6 @@
 //! One pass over the dirty pages, shared by all send workers without a lock.
 
-use super::DirtyBitmap;
-use super::bitmap::PAGES_PER_WORD;
+use crate::ram::{DirtyBitmap, PAGES_PER_WORD};
 use crate::sync::{Arc, AtomicUsize, Ordering};
 
 /// Bitmap words claimed in one go: 64 words are 4096 pages, 16 MiB of neighbouring guest memory.
