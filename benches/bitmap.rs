@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use multifd_engine::{Batch, Claim, DirtyBitmap, Round};
+use multifd_engine::{Batch, Claim, DirtyBitmap, Next, Place, Requested, Round, UrgentPages, WantedPage};
 
 const MILLION: usize = 1 << 20;
 
@@ -24,6 +24,16 @@ fn walk(bitmaps: &[Arc<DirtyBitmap>]) -> usize {
     let round = Round::new(bitmaps, 1);
     let (mut claim, mut batch, mut pages) = (Claim::default(), Batch::default(), 0);
     while round.claim(&mut claim, 128, &mut batch) {
+        pages += black_box(&batch).pages.len();
+    }
+    pages
+}
+
+fn walk_next(bitmaps: &[Arc<DirtyBitmap>], urgent: &UrgentPages) -> usize {
+    let round = Round::new(bitmaps, 1);
+    let next = Next::new(&round, urgent);
+    let (mut place, mut batch, mut pages) = (Place::default(), Batch::default(), 0);
+    while next.claim(&mut place, 128, &mut batch).is_some() {
         pages += black_box(&batch).pages.len();
     }
     pages
@@ -48,6 +58,28 @@ fn sync_and_claim(c: &mut Criterion) {
     }
 }
 
+/// What workers pay for looking at the queue of wanted pages before each batch: nothing is wanted, and
+/// every hundredth page is.
+fn urgent(c: &mut Criterion) {
+    let mut group = c.benchmark_group("per million pages");
+    group.throughput(Throughput::Elements(MILLION as u64)).sample_size(20);
+    for (share, every) in [("0 %", 0), ("1 %", 100)] {
+        group.bench_function(BenchmarkId::new("claim, wanted", share), |b| {
+            let prepare = || {
+                let urgent = UrgentPages::new(MILLION / 100 + 1, [MILLION]);
+                // From the end on, so that the cursor has not been there.
+                let wanted = (0..MILLION).rev().step_by(every.max(1)).filter(|_| every > 0);
+                for page in wanted {
+                    assert_eq!(urgent.request(WantedPage { block: 0, page }), Requested::Queued);
+                }
+                ([Arc::new(dirty(MILLION, 1))], urgent)
+            };
+            b.iter_batched(prepare, |(bitmaps, urgent)| walk_next(&bitmaps, &urgent), BatchSize::LargeInput);
+        });
+    }
+    group.finish();
+}
+
 /// A clean guest of 1 TiB: 268 million pages, 32 MiB of bitmap. Printed, as one number is what people ask for.
 fn terabyte(c: &mut Criterion) {
     let pages = 256 * MILLION;
@@ -68,5 +100,5 @@ fn terabyte(c: &mut Criterion) {
     c.bench_function("clean 1 TiB guest, sync and walk", |b| b.iter(once));
 }
 
-criterion_group!(benches, sync_and_claim, terabyte);
+criterion_group!(benches, sync_and_claim, urgent, terabyte);
 criterion_main!(benches);

@@ -55,7 +55,7 @@ pub use source::{
     ZeroPages,
 };
 pub use state::MigrationState;
-pub use work::{Batch, Claim, Round};
+pub use work::{Batch, Claim, Next, Origin, Place, Requested, Round, UrgentPages, WantedPage};
 
 pub use multifd_codecs as codecs;
 pub use multifd_transports as transports;

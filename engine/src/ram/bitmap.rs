@@ -96,6 +96,25 @@ impl DirtyBitmap {
         })
     }
 
+    /// Takes one page's bit. True: it was set, and the page belongs to the caller. False: it was clear,
+    /// because the page is clean or another caller has taken it.
+    pub fn take(&self, page: usize) -> bool {
+        let Some((word, mask)) = self.bit(page) else { return false };
+        // Acquire: what was written before the bit was set is read after it was taken.
+        word.fetch_and(!mask, Ordering::Acquire) & mask != 0
+    }
+
+    /// Sets one page's bit. True: it was clear before. Always false for a page that is not there.
+    pub(crate) fn insert(&self, page: usize) -> bool {
+        let Some((word, mask)) = self.bit(page) else { return false };
+        word.fetch_or(mask, Ordering::Release) & mask == 0
+    }
+
+    fn bit(&self, page: usize) -> Option<(&AtomicU64, u64)> {
+        let word = self.words.get(page / PAGES_PER_WORD).filter(|_| page < self.pages)?;
+        Some((word, 1 << (page % PAGES_PER_WORD)))
+    }
+
     /// Words that hold the bits.
     pub(crate) fn words(&self) -> usize {
         self.words.len()
@@ -172,6 +191,26 @@ mod tests {
         from.move_to_page(10, &to);
         assert!(to.test(72) && to.test(73) && to.test(74));
         assert_eq!((from.count(), to.count()), (0, 15));
+    }
+
+    #[test]
+    fn a_page_is_taken_once_and_its_neighbours_stay() {
+        let bitmap = DirtyBitmap::new(130);
+        bitmap.set_range(63, 3);
+        assert!(bitmap.take(64));
+        assert!(!bitmap.take(64), "taken before");
+        assert!(!bitmap.take(66), "never set");
+        assert!(!bitmap.take(130) && !bitmap.take(usize::MAX), "not there");
+        assert!(bitmap.test(63) && bitmap.test(65));
+    }
+
+    #[test]
+    fn a_page_is_inserted_once() {
+        let bitmap = DirtyBitmap::new(65);
+        assert!(bitmap.insert(64));
+        assert!(!bitmap.insert(64), "set before");
+        assert!(!bitmap.insert(65), "not there");
+        assert_eq!(bitmap.count(), 1);
     }
 
     #[test]

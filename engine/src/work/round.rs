@@ -1,5 +1,7 @@
 //! One pass over the dirty pages, shared by all send workers without a lock.
 
+use crossbeam_utils::CachePadded;
+
 use crate::ram::{DirtyBitmap, PAGES_PER_WORD};
 use crate::sync::{Arc, AtomicUsize, Ordering};
 
@@ -19,7 +21,8 @@ pub struct Round {
     blocks: Vec<RoundBlock>,
     chunk_words: usize,
     chunks: usize,
-    cursor: AtomicUsize,
+    /// On a cache line of its own: every worker writes it, and reads what is beside it.
+    cursor: CachePadded<AtomicUsize>,
 }
 
 #[derive(Debug)]
@@ -63,12 +66,18 @@ impl Round {
                 RoundBlock { bitmap: Arc::clone(bitmap), first_chunk }
             })
             .collect();
-        Self { blocks, chunk_words, chunks, cursor: AtomicUsize::new(0) }
+        Self { blocks, chunk_words, chunks, cursor: CachePadded::new(AtomicUsize::new(0)) }
     }
 
     /// A pass over nothing: a sync point without pages.
     pub fn empty() -> Self {
         Self::new(&[], 1)
+    }
+
+    /// Takes one page before its turn. True: its bit was set, and the caller owns the page. False: the
+    /// page is clean, or a worker that has its chunk sends it.
+    pub fn take(&self, block: usize, page: usize) -> bool {
+        self.blocks.get(block).is_some_and(|block| block.bitmap.take(page))
     }
 
     /// Fills `batch` with up to `most` pages of one block. False: the round has no more.

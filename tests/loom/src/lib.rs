@@ -8,6 +8,36 @@ mod sync {
     pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
     pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub(crate) use std::sync::PoisonError;
+
+    /// Stands for crossbeam's queue, which loom cannot look into: what is checked is its use.
+    #[derive(Debug)]
+    pub(crate) struct ArrayQueue<T> {
+        most: usize,
+        items: Mutex<std::collections::VecDeque<T>>,
+    }
+
+    impl<T> ArrayQueue<T> {
+        pub(crate) fn new(most: usize) -> Self {
+            Self { most, items: Mutex::new(std::collections::VecDeque::new()) }
+        }
+
+        pub(crate) fn push(&self, item: T) -> Result<(), T> {
+            let mut items = self.items.lock().unwrap();
+            if items.len() == self.most {
+                return Err(item);
+            }
+            items.push_back(item);
+            Ok(())
+        }
+
+        pub(crate) fn pop(&self) -> Option<T> {
+            self.items.lock().unwrap().pop_front()
+        }
+
+        pub(crate) fn is_empty(&self) -> bool {
+            self.items.lock().unwrap().is_empty()
+        }
+    }
 }
 
 /// Stands for the engine's error.
@@ -30,10 +60,16 @@ mod ram {
 
 #[path = "."]
 mod work {
+    #[path = "../../../engine/src/work/next.rs"]
+    mod next;
     #[path = "../../../engine/src/work/round.rs"]
     mod round;
+    #[path = "../../../engine/src/work/urgent.rs"]
+    mod urgent;
 
+    pub(crate) use next::{Next, Place};
     pub(crate) use round::{Batch, Claim, Round};
+    pub(crate) use urgent::{Requested, UrgentPages, WantedPage};
 }
 
 use loom::thread;
@@ -42,7 +78,7 @@ use error::Error;
 use ram::DirtyBitmap;
 use stop::{Monitor, StopSwitch};
 use sync::Arc;
-use work::{Batch, Claim, Round};
+use work::{Batch, Claim, Next, Place, Requested, Round, UrgentPages, WantedPage};
 
 /// Two words are one chunk: three chunks.
 const PAGES: usize = 5 * 64;
@@ -50,6 +86,14 @@ const PAGES: usize = 5 * 64;
 fn claim_all(round: &Round) -> Vec<usize> {
     let (mut claim, mut batch, mut pages) = (Claim::default(), Batch::default(), Vec::new());
     while round.claim(&mut claim, 128, &mut batch) {
+        pages.extend(&batch.pages);
+    }
+    pages
+}
+
+fn send_all(next: &Next<'_>) -> Vec<usize> {
+    let (mut place, mut batch, mut pages) = (Place::default(), Batch::default(), Vec::new());
+    while next.claim(&mut place, 128, &mut batch).is_some() {
         pages.extend(&batch.pages);
     }
     pages
@@ -121,6 +165,48 @@ fn what_a_failed_worker_puts_back_is_not_lost() {
         let sent = claim_all(&round).len();
         worker.join().unwrap();
         assert_eq!(sent + bitmap.count(), 140);
+    });
+}
+
+#[test]
+fn of_cursor_and_request_one_sends_the_page() {
+    loom::model(|| {
+        let bitmap = Arc::new(DirtyBitmap::new(64));
+        bitmap.set_range(3, 2);
+        let round = Arc::new(Round::new(&[Arc::clone(&bitmap)], 2));
+        let urgent = Arc::new(UrgentPages::new(2, [64]));
+        let (wants, served) = (Arc::clone(&urgent), Arc::clone(&urgent));
+        let asking = thread::spawn(move || {
+            assert_eq!(wants.request(WantedPage { block: 0, page: 4 }), Requested::Queued);
+        });
+        let other = Arc::clone(&round);
+        let worker = thread::spawn(move || send_all(&Next::new(&other, &served)));
+        let mut pages = send_all(&Next::new(&round, &urgent));
+        asking.join().unwrap();
+        pages.extend(worker.join().unwrap());
+        // The request may come when the round is over: then its page has gone.
+        pages.extend(send_all(&Next::new(&round, &urgent)));
+        pages.sort_unstable();
+        assert_eq!(pages, [3, 4], "each page once");
+        assert!(urgent.is_empty());
+    });
+}
+
+#[test]
+fn a_page_that_two_ask_for_is_in_the_queue_once_and_can_be_asked_for_again() {
+    loom::model(|| {
+        let bitmap = Arc::new(DirtyBitmap::new(64));
+        let round = Round::new(&[Arc::clone(&bitmap)], 1);
+        let urgent = Arc::new(UrgentPages::new(2, [64]));
+        let wanted = WantedPage { block: 0, page: 4 };
+        let other = Arc::clone(&urgent);
+        let asking = thread::spawn(move || other.request(wanted));
+        let here = urgent.request(wanted);
+        let there = asking.join().unwrap();
+        let queued = [here, there].iter().filter(|outcome| **outcome == Requested::Queued).count();
+        assert_eq!(queued, 1);
+        assert!(send_all(&Next::new(&round, &urgent)).is_empty(), "a clean page is not sent");
+        assert_eq!(urgent.request(wanted), Requested::Queued);
     });
 }
 
