@@ -3,6 +3,7 @@
 use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use socket2::Socket;
 
 use crate::dial::command;
 use crate::file::FileStream;
+use crate::first_bytes::OpeningLen;
 use crate::serve::{Arrival, Lobby, serve};
 use crate::socket_file::SocketFile;
 use crate::{
@@ -24,6 +26,9 @@ pub struct Listener {
     origin: Origin,
     options: SocketOptions,
     stopper: Stopper,
+    /// Stopped when no more clients are to come in.
+    closing: Stopper,
+    opening: OpeningLen,
     /// The number that the next connection gets, over all calls of `serve`.
     next_number: AtomicU64,
     tls: Option<TlsServer>,
@@ -34,10 +39,14 @@ pub struct Listener {
 enum Origin {
     /// One that is there already: a connected socket, a pipe, a command or a file. Taken by the first `serve`.
     Ready(Mutex<Option<Channel>>),
-    Socket {
-        socket: Socket,
-        file: Option<SocketFile>,
-    },
+    /// `None` when the listener is closed.
+    Socket(Mutex<Option<Listening>>),
+}
+
+#[derive(Debug)]
+struct Listening {
+    socket: Socket,
+    file: Option<SocketFile>,
 }
 
 impl Listener {
@@ -80,6 +89,15 @@ impl Listener {
         self
     }
 
+    /// How long a connection's whole opening message is, told by its first four bytes: [`serve`](Self::serve) with four first
+    /// bytes waits for all of it, within the same silence, before the connection counts as identified. Default: those four are
+    /// all. Sockets only: of a descriptor, a command or a file never more than the first bytes are waited for.
+    #[must_use]
+    pub fn opening_len(mut self, opening: OpeningLen) -> Self {
+        self.opening = opening;
+        self
+    }
+
     /// Where it listens: as asked for, with a port 0 replaced by the one that was given.
     pub fn endpoint(&self) -> Endpoint {
         self.endpoint.clone()
@@ -87,7 +105,7 @@ impl Listener {
 
     /// Whether more than one connection can come.
     pub fn takes_several(&self) -> bool {
-        matches!(self.origin, Origin::Socket { .. })
+        matches!(self.origin, Origin::Socket(_))
     }
 
     /// Whether the one channel that comes is a regular file.
@@ -100,6 +118,20 @@ impl Listener {
     /// Ends [`serve`](Self::serve), for good.
     pub fn stopper(&self) -> Stopper {
         self.stopper.clone()
+    }
+
+    /// Listens no more: the system refuses clients from now on, those that wait in its queue included, and a unix socket's file
+    /// goes. [`serve`](Self::serve) goes on with the connections that it has accepted, and returns when none is left to be
+    /// identified. A descriptor, a command or a file cannot be closed: its channel has come.
+    pub fn close(&self) {
+        if let Origin::Socket(listening) = &self.origin {
+            drop(listening.lock().unwrap_or_else(PoisonError::into_inner).take());
+            self.closing.stop();
+        }
+    }
+
+    pub(crate) fn closing(&self) -> Stopper {
+        self.closing.clone()
     }
 
     /// Accepts connections and reports what becomes of each, until stopped. Blocks the calling thread, and
@@ -125,11 +157,14 @@ impl Listener {
     ) -> Result<(), TransportError> {
         let begun = Instant::now();
         let served = match &self.origin {
-            Origin::Socket { socket, file } => {
-                let path = file.as_ref().map(SocketFile::path);
-                Lobby::new(first_bytes, silence, path, (&self.options, self.tls.clone()), on_arrival)
-                    .and_then(|lobby| blocking::runtime()?.block_on(serve(self, socket, lobby)))
-            }
+            Origin::Socket(listening) => self.duplicate(listening).and_then(|duplicate| {
+                // Closed before it was served.
+                let Some((socket, path)) = duplicate else { return Ok(()) };
+                let settings = (&self.options, self.tls.clone());
+                let first = (first_bytes, self.opening);
+                let lobby = Lobby::new(first, silence, path.as_deref(), settings, on_arrival)?;
+                blocking::runtime()?.block_on(serve(self, socket, lobby))
+            }),
             Origin::Ready(_) if self.tls.is_some() => {
                 Err(io::Error::new(ErrorKind::Unsupported, "TLS goes over tcp, unix or vsock"))
             }
@@ -146,6 +181,16 @@ impl Listener {
             elapsed: begun.elapsed(),
             source,
         })
+    }
+
+    /// The listening socket once more, and its path if it has one: whoever serves it must not keep the listener from closing it.
+    fn duplicate(
+        &self,
+        listening: &Mutex<Option<Listening>>,
+    ) -> io::Result<Option<(Socket, Option<PathBuf>)>> {
+        let listening = listening.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Listening { socket, file }) = &*listening else { return Ok(None) };
+        Ok(Some((socket.try_clone()?, file.as_ref().map(|file| file.path().to_owned()))))
     }
 
     pub(crate) fn next_number(&self) -> u64 {
@@ -172,8 +217,16 @@ impl Listener {
             Endpoint::Vsock { cid, port } => Origin::listening(vsock::bind(*cid, *port)?, None)?,
         };
         let endpoint = origin.endpoint(endpoint)?;
-        let (options, stopper) = (options.clone(), Stopper::new());
-        Ok(Self { endpoint, origin, options, stopper, next_number: AtomicU64::new(1), tls: None })
+        Ok(Self {
+            endpoint,
+            origin,
+            options: options.clone(),
+            stopper: Stopper::new(),
+            closing: Stopper::new(),
+            opening: |_| 0,
+            next_number: AtomicU64::new(1),
+            tls: None,
+        })
     }
 }
 
@@ -181,7 +234,7 @@ impl Origin {
     fn listening(socket: Socket, file: Option<SocketFile>) -> io::Result<Self> {
         socket.listen(BACKLOG)?;
         socket.set_nonblocking(true)?;
-        Ok(Self::Socket { socket, file })
+        Ok(Self::Socket(Mutex::new(Some(Listening { socket, file }))))
     }
 
     fn descriptor(descriptor: OwnedFd, endpoint: &Endpoint, options: &SocketOptions) -> io::Result<Self> {
@@ -189,14 +242,16 @@ impl Origin {
             Ok(channel) => Ok(Self::Ready(Mutex::new(Some(channel)))),
             Err(listening) => {
                 listening.set_nonblocking(true)?;
-                Ok(Self::Socket { socket: listening, file: None })
+                Ok(Self::Socket(Mutex::new(Some(Listening { socket: listening, file: None }))))
             }
         }
     }
 
     /// What was asked for, with the port that the system chose.
     fn endpoint(&self, asked: &Endpoint) -> io::Result<Endpoint> {
-        let Self::Socket { socket, .. } = self else { return Ok(asked.clone()) };
+        let Self::Socket(listening) = self else { return Ok(asked.clone()) };
+        let listening = listening.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Listening { socket, .. }) = &*listening else { return Ok(asked.clone()) };
         let bound = socket.local_addr()?;
         Ok(match (asked, bound.as_socket(), bound.as_vsock_address()) {
             (Endpoint::Tcp { host, .. }, Some(bound), _) => {
