@@ -63,10 +63,12 @@ impl ChannelWorker {
             return result;
         }
         // After the end of the main stream a channel may end as it likes: all that it was needed for is here.
-        if let Err(error) = result {
-            tracing::warn!("after the end of the main stream: {}", error.chain());
-            self.channel.closer().close();
+        match result {
+            Err(error) if error.kind() == ErrorKind::PeerMisbehaved => tracing::warn!("{}", error.chain()),
+            Err(error) => tracing::debug!("after the end of the main stream: {}", error.chain()),
+            Ok(()) => {}
         }
+        self.channel.closer().close();
         self.shared.gate.ended(self.id);
         Ok(())
     }

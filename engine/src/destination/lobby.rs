@@ -63,6 +63,13 @@ impl Lobby {
                 listener.close();
             }
         });
+        let silent = self.shared.gate.unidentified();
+        if silent > 0 && !stop.tripped() {
+            tracing::warn!(
+                silent,
+                "connections closed that had not said what they are: all channels are here"
+            );
+        }
         self.main.update(|main| main.over = true);
         served.map_err(|error| Error::transport(Phase::Accept, error))
     }
