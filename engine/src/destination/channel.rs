@@ -63,12 +63,13 @@ impl ChannelWorker {
             return result;
         }
         // After the end of the main stream a channel may end as it likes: all that it was needed for is here.
-        match result {
-            Err(error) if error.kind() == ErrorKind::PeerMisbehaved => tracing::warn!("{}", error.chain()),
-            Err(error) => tracing::debug!("after the end of the main stream: {}", error.chain()),
-            Ok(()) => {}
+        if let Err(error) = result {
+            self.channel.closer().close();
+            match error.kind() {
+                ErrorKind::PeerMisbehaved => tracing::warn!("{}", error.chain()),
+                _ => tracing::debug!("after the end of the main stream: {}", error.chain()),
+            }
         }
-        self.channel.closer().close();
         self.shared.gate.ended(self.id);
         Ok(())
     }
