@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use socket2::Socket;
@@ -28,6 +28,8 @@ pub struct Listener {
     stopper: Stopper,
     /// Stopped when no more clients are to come in.
     closing: Stopper,
+    /// Nothing listens any more, for whoever waits for that.
+    closed: (Mutex<bool>, Condvar),
     opening: OpeningLen,
     /// The number that the next connection gets, over all calls of `serve`.
     next_number: AtomicU64,
@@ -120,14 +122,30 @@ impl Listener {
         self.stopper.clone()
     }
 
-    /// Listens no more: the system refuses clients from now on, those that wait in its queue included, and a unix socket's file
-    /// goes. [`serve`](Self::serve) goes on with the connections that it has accepted, and returns when none is left to be
-    /// identified. A descriptor, a command or a file cannot be closed: its channel has come.
+    /// Listens no more: [`serve`](Self::serve) accepts the clients that wait in the system's queue, lets the system refuse all
+    /// others, goes on with those that it has accepted, and returns when none is left to be identified. A unix socket's file goes.
+    /// A descriptor, a command or a file cannot be closed: its channel has come.
     pub fn close(&self) {
         if let Origin::Socket(listening) = &self.origin {
             drop(listening.lock().unwrap_or_else(PoisonError::into_inner).take());
             self.closing.stop();
         }
+    }
+
+    /// Waits until a closed listener, or one whose [`serve`](Self::serve) has ended, has accepted its last client. False: it has
+    /// not within `limit`.
+    pub fn wait_closed(&self, limit: Duration) -> bool {
+        if !self.takes_several() {
+            return true;
+        }
+        let closed = self.closed.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.closed.1.wait_timeout_while(closed, limit, |closed| !*closed);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    pub(crate) fn note_closed(&self) {
+        *self.closed.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.closed.1.notify_all();
     }
 
     pub(crate) fn closing(&self) -> Stopper {
@@ -175,6 +193,7 @@ impl Listener {
                 })
             }
         };
+        self.note_closed();
         served.map_err(|source| TransportError::Io {
             action: "accept on",
             endpoint: self.endpoint(),
@@ -223,6 +242,7 @@ impl Listener {
             options: options.clone(),
             stopper: Stopper::new(),
             closing: Stopper::new(),
+            closed: (Mutex::new(false), Condvar::new()),
             opening: |_| 0,
             next_number: AtomicU64::new(1),
             tls: None,

@@ -82,7 +82,12 @@ pub(crate) async fn serve(listener: &Listener, socket: Socket, mut lobby: Lobby<
         tokio::select! {
             biased;
             () = &mut stopped => return Ok(()),
-            () = &mut closed, if door.is_some() => door = None,
+            () = &mut closed, if door.is_some() => {
+                if let Some(door) = door.take() {
+                    admit_queued(listener, &door, &mut lobby).await;
+                }
+                listener.note_closed();
+            }
             Some(done) = lobby.tasks.join_next() => {
                 if let Some(door) = &door {
                     admit_queued(listener, door, &mut lobby).await;

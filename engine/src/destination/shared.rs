@@ -69,13 +69,19 @@ impl Shared {
         &self.session.stop
     }
 
-    /// Main has reached a sync point: waits for the channels. With the last one at which a channel can join, connections are no
-    /// longer accepted.
+    /// Main has reached a sync point: waits for the channels. A source has made all of its connections before the first, which
+    /// are accepted now at the latest, and none is after that.
     ///
     /// # Errors
     /// As [`Gate::flush`].
     pub(crate) fn sync_point(&self) -> Result<()> {
-        self.gate.flush(self.session.timeout)?;
+        let limit = self.session.timeout;
+        self.listener.close();
+        if !self.listener.wait_closed(limit) {
+            let detail = format!("the last connections were not accepted within {limit:?}");
+            return Err(Error::new(ErrorKind::Deadline, Phase::Accept, detail));
+        }
+        self.gate.flush(limit)?;
         if self.gate.is_full() && !self.gate.is_early() {
             self.stop_accepting();
         }

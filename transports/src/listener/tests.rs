@@ -291,18 +291,10 @@ fn a_closed_listener_refuses_clients_and_hears_out_those_inside() {
     let inside = serving.dial();
     serving.opened();
     serving.listener.close();
-    // The serving thread lets go of its duplicate a little later.
-    let begun = Instant::now();
-    while TcpStream::connect(("127.0.0.1", port)).is_ok() {
-        assert!(begun.elapsed() < LONG, "it still listens");
-        std::thread::yield_now();
-    }
+    assert!(serving.listener.wait_closed(LONG));
+    assert!(TcpStream::connect(("127.0.0.1", port)).is_err(), "it still listens");
     inside.send_all(b"QEVM").unwrap();
-    let mut arrival = serving.next();
-    // Connections that came between the two may have been accepted.
-    while !matches!(arrival, Arrival::Identified { number: 1, .. }) {
-        arrival = serving.next();
-    }
+    serving.identified();
     // Nothing can come any more.
     serving.thread.join().unwrap();
     serving.listener.serve(4, LONG, &mut |arrival| panic!("{arrival:?}")).unwrap();
