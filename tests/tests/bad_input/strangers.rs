@@ -18,6 +18,9 @@ use crate::fixture::memory;
 /// The destination's: no stranger may make anything wait for so long.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Behind the first sync point, and behind the second; a source has pings of its own before them.
+const PINGS: [u32; 2] = [0x7001, 0x7002];
+
 /// What a stranger says, and how it leaves.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Stranger {
@@ -140,7 +143,6 @@ struct Sound<'a> {
 
 impl Sound<'_> {
     fn play(&mut self, recording: &Recording, mut at_ping: impl FnMut(u32)) -> Outcome {
-        let pings = [ping(1), ping(2)];
         for step in &recording.steps {
             let Step::Send { lane, bytes, .. } = step else { continue };
             self.lane(*lane)?.send_all(bytes)?;
@@ -195,9 +197,9 @@ fn recording(channels: u8) -> (Memory, Recording) {
     let memory = memory();
     let mut recorder = Recorder::new(Style { channels, ..Style::default() });
     recorder.setup(&memory);
-    recorder.command(Command::Ping(1));
+    recorder.command(Command::Ping(PINGS[0]));
     recorder.part(&memory, &memory.all());
-    recorder.command(Command::Ping(2));
+    recorder.command(Command::Ping(PINGS[1]));
     recorder.end(&memory, &memory.every(2, 0));
     (memory, recorder.finish())
 }
@@ -233,7 +235,8 @@ fn survives(way: Way, moment: Moment, strangers: &[Stranger]) -> Outcome {
             }
             let mut sound = Sound { endpoint: &endpoint, tls, lanes: Vec::new(), heard: Vec::new() };
             let played = sound.play(&recording, |number| match (number, moment) {
-                (1, Moment::Middle) | (2, Moment::Complete) => knock(),
+                (number, Moment::Middle) if number == PINGS[0] => knock(),
+                (number, Moment::Complete) if number == PINGS[1] => knock(),
                 _ => {}
             });
             if played.is_err() {
