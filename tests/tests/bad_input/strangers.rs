@@ -146,8 +146,7 @@ impl Sound<'_> {
         for step in &recording.steps {
             let Step::Send { lane, bytes, .. } = step else { continue };
             self.lane(*lane)?.send_all(bytes)?;
-            if let Some(number) = (1..).zip(&pings).find(|(_, ping)| *ping == bytes).map(|(number, _)| number)
-            {
+            if let Some(number) = PINGS.into_iter().find(|number| ping(*number) == *bytes) {
                 self.hear(ReturnMessage::Pong(number))?;
                 at_ping(number);
             }
