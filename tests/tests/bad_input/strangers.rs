@@ -114,7 +114,9 @@ impl Stranger {
             Self::PlainHeader => say(b"QEVM\0\0\0\x03"),
             Self::NoCertificate => {
                 let tls = TlsClient::from_directory(certificates).map_err(io::Error::other)?;
-                let options = DialOptions { tls: Some(tls), ..DialOptions::default() };
+                // Where nothing listens it is tried again until then.
+                let deadline = Duration::from_secs(1);
+                let options = DialOptions { tls: Some(tls), deadline, ..DialOptions::default() };
                 // A plain listener, or none: then there is nothing to say.
                 if let Ok(channel) = blocking::dial(endpoint, &options) {
                     let _ = channel.send_all(b"QEVM\0\0\0\x03");
@@ -380,6 +382,7 @@ fn pages_after_the_end_of_the_main_stream_are_thrown_away() -> Outcome {
     };
     let (go, gone) = std::sync::mpsc::channel::<()>();
     let (closed, is_closed) = std::sync::mpsc::channel();
+    let (ended, over) = std::sync::mpsc::channel::<()>();
     let result = thread::scope(|scope| {
         scope.spawn(|| {
             let gone = gone;
@@ -396,12 +399,16 @@ fn pages_after_the_end_of_the_main_stream_are_thrown_away() -> Outcome {
             let outcome = channel.recv(&mut [0]);
             let silent = matches!(&outcome, Err(error) if error.kind() == io::ErrorKind::TimedOut);
             closed.send(!silent).unwrap();
+            // Main stays until the guest has been taken over.
+            let _ = { over }.recv();
         });
         let arrived = destination.receive();
         drop(go);
         let closed = is_closed.recv_timeout(TIMEOUT).unwrap_or(false);
         assert!(closed, "the channel was not closed");
-        arrived.and_then(|arrived| arrived.accept())
+        let result = arrived.and_then(|arrived| arrived.accept());
+        drop(ended);
+        result
     });
     result?;
     memory.check(&blocks)
