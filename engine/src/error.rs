@@ -144,6 +144,13 @@ impl Error {
         Self::new(ErrorKind::Incompatible, phase, detail)
     }
 
+    /// Adds to what was seen.
+    #[must_use]
+    pub(crate) fn noting(mut self, note: impl fmt::Display) -> Self {
+        self.detail = format!("{} ({note})", self.detail).into();
+        self
+    }
+
     /// `doing` names the operation that failed: "receiving a packet header".
     pub(crate) fn io(phase: Phase, doing: impl fmt::Display, error: std::io::Error) -> Self {
         let kind = match error.kind() {

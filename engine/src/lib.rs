@@ -21,6 +21,7 @@ mod dialect;
 mod dirty;
 mod error;
 mod mapped;
+mod open_set;
 mod pagemap;
 mod ram;
 mod recording;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use multifd_transports::{Channel, SocketOptions};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::open_set::OpenSet;
 use crate::state::MigrationState;
 use crate::stop::StopSwitch;
 
@@ -45,7 +46,7 @@ pub(crate) struct Session {
     started: Mutex<Instant>,
     pub(crate) timeout: Duration,
     pub(crate) counters: Counters,
-    channels: Mutex<Vec<Arc<Channel>>>,
+    channels: OpenSet<Arc<Channel>>,
     state: Mutex<MigrationState>,
 }
 
@@ -69,7 +70,7 @@ impl Session {
             started: Mutex::new(Instant::now()),
             timeout,
             counters: Counters::default(),
-            channels: Mutex::default(),
+            channels: OpenSet::new(),
             state: Mutex::default(),
         })
     }
@@ -77,13 +78,20 @@ impl Session {
     /// Makes a new connection part of the migration: its silence is limited, its bytes are counted.
     ///
     /// The caller registers what wakes it when the migration stops: `main` says goodbye first, the others just close.
+    ///
+    /// # Errors
+    /// `Cancelled` if the channels have been closed already: this one is closed, too.
     pub(crate) fn adopt(&self, channel: Channel, phase: Phase) -> Result<Arc<Channel>> {
         channel
             .set_silence_limit(Some(self.timeout))
             .map_err(|error| Error::io(phase, "setting up the socket", error).on(channel.peer()))?;
         let channel = Arc::new(channel);
-        self.lock_channels().push(Arc::clone(&channel));
-        Ok(channel)
+        if self.channels.add(Arc::clone(&channel)) {
+            return Ok(channel);
+        }
+        channel.closer().close();
+        let detail = "a channel of a migration that has ended";
+        Err(Error::new(ErrorKind::Cancelled, phase, detail).on(channel.peer()))
     }
 
     /// The options of the migration's sockets: see `SourceBuilder::socket_options`.
@@ -98,9 +106,9 @@ impl Session {
         self.stop.on_trip(move || closer.close());
     }
 
-    /// Shuts every socket down, at the regular end.
+    /// Shuts every socket down, at the regular end. A channel that is adopted later is closed at once.
     pub(crate) fn close_channels(&self) {
-        self.lock_channels().iter().for_each(|channel| channel.closer().close());
+        self.channels.close(|channel| channel.closer().close());
     }
 
     /// The migration begins now: a destination that has waited for its source does not count the wait.
@@ -114,7 +122,7 @@ impl Session {
     }
 
     pub(crate) fn wire_bytes(&self) -> u64 {
-        self.lock_channels().iter().map(|channel| channel.bytes_sent() + channel.bytes_received()).sum()
+        self.channels.sum(|channel| channel.bytes_sent() + channel.bytes_received())
     }
 
     pub(crate) fn progress(&self) -> Progress {
@@ -163,10 +171,6 @@ impl Session {
 
     fn lock_state(&self) -> std::sync::MutexGuard<'_, MigrationState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_channels(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Channel>>> {
-        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -53,7 +53,10 @@ impl Crew {
                 ),
             })
             .map_err(|error| Error::io(phase, format_args!("starting thread {name}"), error))?;
-        lock(&self.threads).push(thread);
+        let mut threads = lock(&self.threads);
+        // One that has ended needs no join, and would keep its stack until then.
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
         Ok(())
     }
 

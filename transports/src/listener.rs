@@ -3,14 +3,16 @@
 use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use socket2::Socket;
 
 use crate::dial::command;
 use crate::file::FileStream;
+use crate::first_bytes::OpeningLen;
 use crate::serve::{Arrival, Lobby, serve};
 use crate::socket_file::SocketFile;
 use crate::{
@@ -24,6 +26,11 @@ pub struct Listener {
     origin: Origin,
     options: SocketOptions,
     stopper: Stopper,
+    /// Stopped when no more clients are to come in.
+    closing: Stopper,
+    /// Nothing listens any more, for whoever waits for that.
+    closed: (Mutex<bool>, Condvar),
+    opening: OpeningLen,
     /// The number that the next connection gets, over all calls of `serve`.
     next_number: AtomicU64,
     tls: Option<TlsServer>,
@@ -34,10 +41,14 @@ pub struct Listener {
 enum Origin {
     /// One that is there already: a connected socket, a pipe, a command or a file. Taken by the first `serve`.
     Ready(Mutex<Option<Channel>>),
-    Socket {
-        socket: Socket,
-        file: Option<SocketFile>,
-    },
+    /// `None` when the listener is closed.
+    Socket(Mutex<Option<Listening>>),
+}
+
+#[derive(Debug)]
+struct Listening {
+    socket: Socket,
+    file: Option<SocketFile>,
 }
 
 impl Listener {
@@ -80,6 +91,15 @@ impl Listener {
         self
     }
 
+    /// How long a connection's whole opening message is, told by its first four bytes: [`serve`](Self::serve) with four first
+    /// bytes waits for all of it, within the same silence, before the connection counts as identified. Default: those four are
+    /// all. Sockets only: of a descriptor, a command or a file never more than the first bytes are waited for.
+    #[must_use]
+    pub fn opening_len(mut self, opening: OpeningLen) -> Self {
+        self.opening = opening;
+        self
+    }
+
     /// Where it listens: as asked for, with a port 0 replaced by the one that was given.
     pub fn endpoint(&self) -> Endpoint {
         self.endpoint.clone()
@@ -87,7 +107,7 @@ impl Listener {
 
     /// Whether more than one connection can come.
     pub fn takes_several(&self) -> bool {
-        matches!(self.origin, Origin::Socket { .. })
+        matches!(self.origin, Origin::Socket(_))
     }
 
     /// Whether the one channel that comes is a regular file.
@@ -100,6 +120,36 @@ impl Listener {
     /// Ends [`serve`](Self::serve), for good.
     pub fn stopper(&self) -> Stopper {
         self.stopper.clone()
+    }
+
+    /// Listens no more: [`serve`](Self::serve) accepts the clients that wait in the system's queue, lets the system refuse all
+    /// others, goes on with those that it has accepted, and returns when none is left to be identified. A unix socket's file goes.
+    /// A descriptor, a command or a file cannot be closed: its channel has come.
+    pub fn close(&self) {
+        if let Origin::Socket(listening) = &self.origin {
+            drop(listening.lock().unwrap_or_else(PoisonError::into_inner).take());
+            self.closing.stop();
+        }
+    }
+
+    /// Waits until a closed listener, or one whose [`serve`](Self::serve) has ended, has accepted its last client. False: it has
+    /// not within `limit`.
+    pub fn wait_closed(&self, limit: Duration) -> bool {
+        if !self.takes_several() {
+            return true;
+        }
+        let closed = self.closed.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.closed.1.wait_timeout_while(closed, limit, |closed| !*closed);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    pub(crate) fn note_closed(&self) {
+        *self.closed.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.closed.1.notify_all();
+    }
+
+    pub(crate) fn closing(&self) -> Stopper {
+        self.closing.clone()
     }
 
     /// Accepts connections and reports what becomes of each, until stopped. Blocks the calling thread, and
@@ -125,11 +175,14 @@ impl Listener {
     ) -> Result<(), TransportError> {
         let begun = Instant::now();
         let served = match &self.origin {
-            Origin::Socket { socket, file } => {
-                let path = file.as_ref().map(SocketFile::path);
-                Lobby::new(first_bytes, silence, path, (&self.options, self.tls.clone()), on_arrival)
-                    .and_then(|lobby| blocking::runtime()?.block_on(serve(self, socket, lobby)))
-            }
+            Origin::Socket(listening) => self.duplicate(listening).and_then(|duplicate| {
+                // Closed before it was served.
+                let Some((socket, path)) = duplicate else { return Ok(()) };
+                let settings = (&self.options, self.tls.clone());
+                let first = (first_bytes, self.opening);
+                let lobby = Lobby::new(first, silence, path.as_deref(), settings, on_arrival)?;
+                blocking::runtime()?.block_on(serve(self, socket, lobby))
+            }),
             Origin::Ready(_) if self.tls.is_some() => {
                 Err(io::Error::new(ErrorKind::Unsupported, "TLS goes over tcp, unix or vsock"))
             }
@@ -140,12 +193,23 @@ impl Listener {
                 })
             }
         };
+        self.note_closed();
         served.map_err(|source| TransportError::Io {
             action: "accept on",
             endpoint: self.endpoint(),
             elapsed: begun.elapsed(),
             source,
         })
+    }
+
+    /// The listening socket once more, and its path if it has one: whoever serves it must not keep the listener from closing it.
+    fn duplicate(
+        &self,
+        listening: &Mutex<Option<Listening>>,
+    ) -> io::Result<Option<(Socket, Option<PathBuf>)>> {
+        let listening = listening.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Listening { socket, file }) = &*listening else { return Ok(None) };
+        Ok(Some((socket.try_clone()?, file.as_ref().map(|file| file.path().to_owned()))))
     }
 
     pub(crate) fn next_number(&self) -> u64 {
@@ -172,8 +236,17 @@ impl Listener {
             Endpoint::Vsock { cid, port } => Origin::listening(vsock::bind(*cid, *port)?, None)?,
         };
         let endpoint = origin.endpoint(endpoint)?;
-        let (options, stopper) = (options.clone(), Stopper::new());
-        Ok(Self { endpoint, origin, options, stopper, next_number: AtomicU64::new(1), tls: None })
+        Ok(Self {
+            endpoint,
+            origin,
+            options: options.clone(),
+            stopper: Stopper::new(),
+            closing: Stopper::new(),
+            closed: (Mutex::new(false), Condvar::new()),
+            opening: |_| 0,
+            next_number: AtomicU64::new(1),
+            tls: None,
+        })
     }
 }
 
@@ -181,7 +254,7 @@ impl Origin {
     fn listening(socket: Socket, file: Option<SocketFile>) -> io::Result<Self> {
         socket.listen(BACKLOG)?;
         socket.set_nonblocking(true)?;
-        Ok(Self::Socket { socket, file })
+        Ok(Self::Socket(Mutex::new(Some(Listening { socket, file }))))
     }
 
     fn descriptor(descriptor: OwnedFd, endpoint: &Endpoint, options: &SocketOptions) -> io::Result<Self> {
@@ -189,14 +262,16 @@ impl Origin {
             Ok(channel) => Ok(Self::Ready(Mutex::new(Some(channel)))),
             Err(listening) => {
                 listening.set_nonblocking(true)?;
-                Ok(Self::Socket { socket: listening, file: None })
+                Ok(Self::Socket(Mutex::new(Some(Listening { socket: listening, file: None }))))
             }
         }
     }
 
     /// What was asked for, with the port that the system chose.
     fn endpoint(&self, asked: &Endpoint) -> io::Result<Endpoint> {
-        let Self::Socket { socket, .. } = self else { return Ok(asked.clone()) };
+        let Self::Socket(listening) = self else { return Ok(asked.clone()) };
+        let listening = listening.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Listening { socket, .. }) = &*listening else { return Ok(asked.clone()) };
         let bound = socket.local_addr()?;
         Ok(match (asked, bound.as_socket(), bound.as_vsock_address()) {
             (Endpoint::Tcp { host, .. }, Some(bound), _) => {

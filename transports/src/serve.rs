@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::backoff::Backoff;
 use crate::door::{Client, Door};
+use crate::first_bytes::{FirstBytes, OpeningLen};
 use crate::listener::BACKLOG;
 use crate::stream::Stream;
 use crate::tls::Stage;
@@ -67,22 +68,33 @@ pub enum Arrival {
 }
 
 /// Accepts into `lobby` until the listener is stopped. An error is the listening socket's own.
-pub(crate) async fn serve(listener: &Listener, socket: &Socket, mut lobby: Lobby<'_>) -> io::Result<()> {
-    let stopper = listener.stopper();
-    let mut stopped = pin!(stopper.stopped());
-    let door = Door::new(socket)?;
+///
+/// `socket` is a duplicate, which is dropped as soon as the door has its own: a closed listener must leave none behind.
+pub(crate) async fn serve(listener: &Listener, socket: Socket, mut lobby: Lobby<'_>) -> io::Result<()> {
+    let (stopper, closing) = (listener.stopper(), listener.closing());
+    let (mut stopped, mut closed) = (pin!(stopper.stopped()), pin!(closing.stopped()));
+    let mut door = Some(Door::new(&socket)?);
+    drop(socket);
     let mut backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(100));
     let mut not_before = Instant::now();
-    loop {
+    while door.is_some() || !lobby.tasks.is_empty() {
         // In this order: those who are through make room for the next.
         tokio::select! {
             biased;
             () = &mut stopped => return Ok(()),
+            () = &mut closed, if door.is_some() => {
+                if let Some(door) = door.take() {
+                    admit_queued(listener, &door, &mut lobby).await;
+                }
+                listener.note_closed();
+            }
             Some(done) = lobby.tasks.join_next() => {
-                admit_queued(listener, &door, &mut lobby).await;
+                if let Some(door) = &door {
+                    admit_queued(listener, door, &mut lobby).await;
+                }
                 lobby.leave(done.ok());
             }
-            accepted = accept(&door, not_before) => match accepted {
+            accepted = accept(door.as_ref(), not_before) => match accepted {
                 Ok((client, address)) => {
                     backoff.reset();
                     lobby.admit(listener.next_number(), client, address);
@@ -99,11 +111,13 @@ pub(crate) async fn serve(listener: &Listener, socket: &Socket, mut lobby: Lobby
             },
         }
     }
+    Ok(())
 }
 
 /// The connections that have not sent their first bytes yet.
 pub(crate) struct Lobby<'a> {
     first_bytes: usize,
+    opening: OpeningLen,
     silence: Duration,
     path: Option<&'a Path>,
     options: &'a SocketOptions,
@@ -123,7 +137,7 @@ struct Waiting {
 
 impl<'a> Lobby<'a> {
     pub(crate) fn new(
-        first_bytes: usize,
+        (first_bytes, opening): (usize, OpeningLen),
         silence: Duration,
         path: Option<&'a Path>,
         (options, tls): (&'a SocketOptions, Option<TlsServer>),
@@ -131,7 +145,7 @@ impl<'a> Lobby<'a> {
     ) -> io::Result<Self> {
         check_first_bytes(first_bytes)?;
         let (tasks, waiting) = (JoinSet::new(), VecDeque::new());
-        Ok(Self { first_bytes, silence, path, options, tls, on_arrival, tasks, waiting })
+        Ok(Self { first_bytes, opening, silence, path, options, tls, on_arrival, tasks, waiting })
     }
 
     fn admit(&mut self, number: u64, client: Client, address: Option<String>) {
@@ -140,11 +154,11 @@ impl<'a> Lobby<'a> {
         }
         let peer = address.unwrap_or_else(|| socket::unix_name(self.path));
         (self.on_arrival)(Arrival::Opened { number, peer: peer.clone() });
-        let (wanted, caller) = (self.first_bytes, peer.clone());
+        let (first, caller) = (FirstBytes::new(self.first_bytes, self.opening), peer.clone());
         let terms = Terms { silence: self.silence, options: self.options.clone() };
         let task = match self.tls.clone() {
-            None => self.tasks.spawn(identify(number, caller, client, wanted, terms)),
-            Some(tls) => self.tasks.spawn(identify_sealed(number, caller, client, (tls, wanted), terms)),
+            None => self.tasks.spawn(identify(number, caller, client, first, terms)),
+            Some(tls) => self.tasks.spawn(identify_sealed(number, caller, client, (tls, first), terms)),
         };
         self.waiting.push_back(Waiting { number, peer, since: Instant::now(), task });
     }
@@ -191,14 +205,16 @@ async fn admit_queued(listener: &Listener, door: &Door, lobby: &mut Lobby<'_>) {
 }
 
 pub(crate) fn check_first_bytes(wanted: usize) -> io::Result<()> {
-    if wanted <= FIRST_BYTES {
+    if wanted <= FirstBytes::MOST {
         return Ok(());
     }
-    let text = format!("{wanted} first bytes, limit is {FIRST_BYTES}");
+    let text = format!("{wanted} first bytes, limit is {}", FirstBytes::MOST);
     Err(io::Error::new(ErrorKind::InvalidInput, text))
 }
 
-async fn accept(door: &Door, not_before: Instant) -> io::Result<(Client, Option<String>)> {
+/// The next client; without a door, none ever.
+async fn accept(door: Option<&Door>, not_before: Instant) -> io::Result<(Client, Option<String>)> {
+    let Some(door) = door else { return std::future::pending().await };
     sleep_until(not_before).await;
     door.accept().await
 }
@@ -218,14 +234,13 @@ async fn identify(
     number: u64,
     peer: String,
     client: Client,
-    wanted: usize,
+    mut first: FirstBytes,
     Terms { silence, options }: Terms,
 ) -> Arrival {
     let begun = Instant::now();
-    let mut first = FirstBytes { bytes: [0; FIRST_BYTES], received: 0, wanted };
-    let channel = match timeout(silence, first.receive(client)).await {
+    let channel = match timeout(silence, receive(&mut first, client)).await {
         Err(_elapsed) => return Arrival::Silent { number, peer, waited: begun.elapsed() },
-        Ok(Ok(None)) => return Arrival::Closed { number, peer, received: first.received },
+        Ok(Ok(None)) => return Arrival::Closed { number, peer, received: first.received() },
         Ok(Ok(Some(client))) => {
             let socket = client.into_socket();
             socket.and_then(|socket| socket::into_channel(socket, peer.clone(), first.so_far(), &options))
@@ -233,7 +248,7 @@ async fn identify(
         Ok(Err(error)) => Err(error),
     };
     match channel {
-        Ok(channel) => Arrival::Identified { number, channel, first: first.bytes },
+        Ok(channel) => Arrival::Identified { number, channel, first: first.first() },
         Err(error) => Arrival::Failed { number, peer, error },
     }
 }
@@ -243,20 +258,19 @@ async fn identify_sealed(
     number: u64,
     peer: String,
     client: Client,
-    (tls, wanted): (TlsServer, usize),
+    (tls, mut first): (TlsServer, FirstBytes),
     Terms { silence, options }: Terms,
 ) -> Arrival {
     let begun = Instant::now();
-    let (mut bytes, mut stage) = ([0; FIRST_BYTES], Stage::Handshake(0));
-    let first = bytes.split_at_mut(wanted).0;
+    let mut stage = Stage::Handshake(0);
     if let Err(error) = client.tune(&options) {
         return Arrival::Failed { number, peer, error };
     }
-    let accepted = timeout(silence, async { tls.accept(client, first, &mut stage).await });
+    let accepted = timeout(silence, async { tls.accept(client, &mut first, &mut stage).await });
     let error = match (accepted.await, stage) {
         (Ok(Ok(Some(stream))), _) => {
-            let channel = Channel::over(Stream::Tls(Box::new(stream)), peer).push_back(first);
-            return Arrival::Identified { number, channel, first: bytes };
+            let channel = Channel::over(Stream::Tls(Box::new(stream)), peer).push_back(first.so_far());
+            return Arrival::Identified { number, channel, first: first.first() };
         }
         (Ok(Ok(None)), _) => return Arrival::Closed { number, peer, received: 0 },
         (Ok(Err(error)), _) => error,
@@ -269,35 +283,19 @@ async fn identify_sealed(
     Arrival::Failed { number, peer, error }
 }
 
-/// 0 <= received <= wanted <= bytes.len()
-struct FirstBytes {
-    bytes: [u8; FIRST_BYTES],
-    received: usize,
-    wanted: usize,
-}
-
-impl FirstBytes {
-    fn so_far(&self) -> &[u8] {
-        self.bytes.get(..self.received).unwrap_or_default()
-    }
-
-    /// Receives what is wanted; gives the client back, or `None` if it closed before.
-    ///
-    /// The bytes are taken from the socket rather than peeked at: a peek of too few would be ready again at
-    /// once, for as long as the client likes.
-    async fn receive(&mut self, mut client: Client) -> io::Result<Option<Client>> {
-        while let Some(missing @ [_, ..]) = self.bytes.get_mut(self.received..self.wanted) {
-            match client.read(missing).await? {
-                0 => return Ok(None),
-                received => self.received += received,
-            }
+/// Receives what is wanted; gives the client back, or `None` if it closed before.
+///
+/// The bytes are taken from the socket rather than peeked at: a peek of too few would be ready again at
+/// once, for as long as the client likes.
+async fn receive(first: &mut FirstBytes, mut client: Client) -> io::Result<Option<Client>> {
+    while let missing @ [_, ..] = first.missing() {
+        match client.read(missing).await? {
+            0 => return Ok(None),
+            received => first.note(received),
         }
-        Ok(Some(client))
     }
+    Ok(Some(client))
 }
-
-/// Bytes that tell the main channel from the others. Spec: docs/wire.md §12.
-const FIRST_BYTES: usize = 4;
 
 /// Connections that may be silent at a time: as many as the channels that a source may have. At one
 /// descriptor each they leave most of the usual limit of 1024 to others.

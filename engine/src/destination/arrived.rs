@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use multifd_transports::Listener;
 use multifd_wire::{Configuration, VmDescription, split_tail};
 
 use super::main_channel::MainStream;
@@ -16,7 +15,10 @@ use crate::session::Progress;
 use crate::workers::Crew;
 
 /// How long a source may take to close its channels after it was told of success. It has nothing left to say.
-const LINGER: Duration = Duration::from_secs(5);
+const LINGER: Duration = Duration::from_secs(1);
+
+/// How long a command behind the main channel may take to end then.
+const SETTLE: Duration = Duration::from_secs(5);
 
 /// RAM and device state are here. Load the device state, then [`Arrived::accept`]: that lets the source know that its guest
 /// lives here now. Dropped without that, the source is told of a failure and runs on.
@@ -27,7 +29,6 @@ pub struct Arrived {
     return_path: ReturnPath,
     shared: Arc<Shared>,
     crew: Arc<Crew>,
-    listener: Arc<Listener>,
     ended: bool,
 }
 
@@ -37,10 +38,9 @@ impl Arrived {
         return_path: ReturnPath,
         shared: Arc<Shared>,
         crew: Arc<Crew>,
-        listener: Arc<Listener>,
     ) -> Self {
         let device_packets = shared.take_device_packets();
-        Self { stream, device_packets, return_path, shared, crew, listener, ended: false }
+        Self { stream, device_packets, return_path, shared, crew, ended: false }
     }
 
     /// Machine type, and what else the source said of itself.
@@ -96,7 +96,8 @@ impl Arrived {
         self.return_path.is_open()
     }
 
-    /// Takes the guest over: from here on the source never runs it again.
+    /// Takes the guest over: from here on the source never runs it again. Returns when the source has closed its channels, at
+    /// the latest after a second: then they are closed here. Only a command that carries the stream has 5 s to end.
     ///
     /// # Errors
     /// Somebody has cancelled before: then the source has been told that its guest runs on there. Or the source could not be
@@ -110,7 +111,7 @@ impl Arrived {
         let (total, stopped) = (self.shared.session.elapsed(), self.stream.guest_stopped);
         let downtime = stopped.map_or(Duration::ZERO, |stopped| stopped.elapsed());
         self.shared.gate.drain(LINGER);
-        self.return_path.settle(LINGER);
+        self.return_path.settle(SETTLE);
         let mut report = Report::of(&self.shared.session, total, self.codec());
         report.downtime = downtime;
         self.wind_up();
@@ -147,7 +148,7 @@ impl Arrived {
     }
 
     fn wind_up(&self) {
-        self.listener.stopper().stop();
+        // No thread is left that could add a channel behind this.
         self.shared.session.close_channels();
         self.crew.join();
     }

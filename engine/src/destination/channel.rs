@@ -6,7 +6,7 @@ use std::sync::Arc;
 use multifd_codecs::{CodecId, Decoder};
 use multifd_transports::Channel;
 use multifd_wire::{
-    DeviceStatePacket, InitialPacket, PACKET_PREFIX_LEN, PacketKind, RamPacket, header_len, pages_per_packet,
+    DeviceStatePacket, PACKET_PREFIX_LEN, PacketKind, RamPacket, header_len, pages_per_packet,
 };
 
 use super::landing::{Landing, Landings, Way};
@@ -33,51 +33,44 @@ pub(crate) struct ChannelWorker {
 }
 
 impl ChannelWorker {
-    /// Reads the channel's first packet and everything after it, on a thread of its own.
-    pub(crate) fn start(channel: Channel, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
+    /// Reads everything after the initial packet, on a thread of its own. The channel has its place at the gate.
+    pub(crate) fn start(channel: Channel, id: u8, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
         let channel = shared.session.adopt(channel, Phase::Accept)?;
         shared.session.close_on_stop(&channel);
+        Counters::add(&shared.session.counters.channels, 1);
         let mut worker = Self {
             channel,
             shared: Arc::clone(shared),
-            id: 0,
+            id,
             landings: None,
             decoder: None,
             payload: Vec::new(),
             pages: Vec::new(),
             ranges: IoVecs::default(),
         };
-        // A place at the gate before the thread runs: until it has said its number, no sync point passes.
-        shared.gate.opened();
         crew.spawn("mig-recv", Phase::Accept, move || worker.run())
     }
 
     fn run(&mut self) -> Result<()> {
-        self.greet().map_err(|error| error.on(self.channel.peer().to_owned()))?;
         // A channel that has failed keeps its place: no sync point may pass before the switch has tripped.
-        self.shared.gate.identified();
-        let result = self.packets();
-        if result.is_ok() || self.shared.gate.finished() {
-            // After the end of the main stream, a channel may end as it likes.
-            self.shared.gate.ended(self.id);
-            return Ok(());
+        let result = self
+            .packets()
+            .map_err(|error| error.on(format!("channel {} ({})", self.id, self.channel.peer())));
+        if !self.shared.gate.finished() {
+            if result.is_ok() {
+                self.shared.gate.ended(self.id);
+            }
+            return result;
         }
-        result.map_err(|error| error.on(format!("channel {} ({})", self.id, self.channel.peer())))
-    }
-
-    fn greet(&mut self) -> Result<()> {
-        let mut bytes = [0; InitialPacket::LEN];
-        self.receive(Phase::Setup, "the initial packet", &mut bytes)?;
-        let hello = InitialPacket::parse(&bytes).map_err(|invalid| Error::invalid(Phase::Setup, invalid))?;
-        let most = self.shared.expected_channels.unwrap_or(255);
-        if usize::from(hello.channel) >= most {
-            let detail = format!("channel id {}, expected 0..{most}", hello.channel);
-            return Err(Error::misbehaved(Phase::Setup, detail));
+        // After the end of the main stream a channel may end as it likes: all that it was needed for is here.
+        if let Err(error) = result {
+            self.channel.closer().close();
+            match error.kind() {
+                ErrorKind::PeerMisbehaved => tracing::warn!("{}", error.chain()),
+                _ => tracing::debug!("after the end of the main stream: {}", error.chain()),
+            }
         }
-        self.shared.on_uuid(hello.uuid)?;
-        self.shared.gate.join(hello.channel)?;
-        self.id = hello.channel;
-        Counters::add(&self.shared.session.counters.channels, 1);
+        self.shared.gate.ended(self.id);
         Ok(())
     }
 
@@ -129,7 +122,10 @@ impl ChannelWorker {
                 Some(landings) => Arc::clone(landings),
                 None => Arc::clone(self.landings.insert(self.shared.landings()?)),
             };
-            self.pages(landings.find(block)?, &packet)?;
+            let landing = landings.find(block)?;
+            let shared = Arc::clone(&self.shared);
+            let _storing = shared.gate.storing(self.id)?;
+            self.pages(landing, &packet)?;
         }
         if packet.flags().sync() { self.shared.gate.arrive(self.id) } else { Ok(()) }
     }

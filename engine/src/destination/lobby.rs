@@ -1,28 +1,40 @@
-//! Where connections arrive, in any order, and are told apart by their first bytes.
+//! Accepting the connections of one migration, in any order, and telling them apart by their first bytes.
+//!
+//! A connection is nothing until it has proved what it is: main by the stream's magic, a channel by a whole initial packet that
+//! fits. Until then nothing that becomes of it ends the migration; it is closed, with a warning. See docs/channels.md.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use multifd_transports::{Arrival, Channel, Listener};
-use multifd_wire::{MULTIFD_MAGIC, STREAM_MAGIC};
+use multifd_wire::{InitialPacket, MULTIFD_MAGIC, STREAM_MAGIC};
 
 use super::channel::ChannelWorker;
+use super::gate::JoinError;
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::stop::Monitor;
 use crate::workers::Crew;
 
-/// Most connections of one migration: QEMU's limit of 255 channels, and main.
-const MAX_CONNECTIONS: usize = 256;
-
-/// Accepts until the listener is stopped: hands main over, starts a worker for every other channel.
+/// Accepts until the listener is closed or stopped: hands main over, starts a worker for every other channel.
 pub(crate) struct Lobby {
     shared: Arc<Shared>,
     crew: Arc<Crew>,
-    main: Monitor<Option<Channel>>,
-    /// There is only one main, also when it has been taken from `main`.
-    main_came: AtomicBool,
-    connections: AtomicUsize,
+    main: Monitor<Main>,
+}
+
+/// What is known of the main channel, and of those who may still become it.
+#[derive(Default)]
+pub(crate) struct Main {
+    pub(crate) channel: Option<Channel>,
+    /// There is only one main, also when it has been taken from `channel`.
+    came: bool,
+    /// Nothing more will be accepted.
+    pub(crate) over: bool,
+}
+
+/// How long the opening message of a connection is: nothing is known of a channel before its initial packet has come whole.
+pub(crate) fn opening_len(first: [u8; 4]) -> usize {
+    if u32::from_be_bytes(first) == MULTIFD_MAGIC { InitialPacket::LEN } else { 0 }
 }
 
 impl Lobby {
@@ -30,96 +42,127 @@ impl Lobby {
         Self {
             shared: Arc::clone(shared),
             crew: Arc::clone(crew),
-            main: Monitor::new(None, crew.stop()),
-            main_came: AtomicBool::new(false),
-            connections: AtomicUsize::new(0),
+            main: Monitor::new(Main::default(), crew.stop()),
         }
     }
 
     /// Where the main channel will be.
-    pub(crate) fn main(&self) -> Monitor<Option<Channel>> {
+    pub(crate) fn main(&self) -> Monitor<Main> {
         self.main.clone()
     }
 
-    /// The accept thread: runs until the listener's stopper or an error ends it.
+    /// The accept thread: runs until the listener is stopped, or closed and all that were accepted are told apart.
     pub(crate) fn run(&self, listener: &Listener) -> Result<()> {
         let patience = self.shared.session.timeout;
         let stop = self.crew.stop();
-        listener
-            .serve(4, patience, &mut |arrival| {
-                match self.on_arrival(arrival, listener.takes_several()) {
-                    Ok(()) => {}
-                    // All is here. Who knocks now has lost his way, unless he is a channel that was missing: see Gate::join.
-                    Err(error) if self.shared.gate.finished() => tracing::warn!(%error, "after the end"),
-                    Err(error) => stop.trip(error),
-                }
-            })
-            .map_err(|error| Error::transport(Phase::Accept, error))
+        let served = listener.serve(4, patience, &mut |arrival| {
+            if let Err(error) = self.on_arrival(arrival, listener.takes_several()) {
+                stop.trip(error);
+            }
+            if self.main.with(|main| main.came) && self.shared.gate.is_full() {
+                listener.close();
+            }
+        });
+        let silent = self.shared.gate.unidentified();
+        if silent > 0 && !stop.tripped() {
+            tracing::warn!(
+                silent,
+                "connections closed that had not said what they are: all channels are here"
+            );
+        }
+        self.main.update(|main| main.over = true);
+        served.map_err(|error| Error::transport(Phase::Accept, error))
     }
 
-    /// `others_may_come`: whoever hangs up without a word was a mistake, and no reason to give up.
-    fn on_arrival(&self, arrival: Arrival, others_may_come: bool) -> Result<()> {
+    /// `several`: others may come. Where the one connection is all that there is, whatever is wrong with it is an error.
+    fn on_arrival(&self, arrival: Arrival, several: bool) -> Result<()> {
+        if let Arrival::Opened { .. } = arrival {
+            self.shared.gate.opened();
+            return Ok(());
+        }
+        let told = self.tell(arrival, several);
+        // After the channel has its place at the gate: a sync point must not slip through in between.
+        self.shared.gate.identified();
+        match told {
+            Err(JoinError::Late(error)) if several => {
+                self.shared.refusals.note(&error);
+                Ok(())
+            }
+            Err(JoinError::Early(error) | JoinError::Late(error)) => Err(error),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// An error is `Early` if the migration cannot go on without the connection.
+    fn tell(&self, arrival: Arrival, several: bool) -> Result<(), JoinError> {
+        let refused =
+            |kind, peer, detail| Err(JoinError::Late(Error::new(kind, Phase::Accept, detail).on(peer)));
         match arrival {
-            Arrival::Opened { .. } => {
-                self.shared.gate.opened();
-                Ok(())
-            }
-            Arrival::Identified { channel, first, .. } => {
-                self.identify(channel, first)?;
-                // After the worker has its place at the gate: a sync point must not slip through in between.
-                self.shared.gate.identified();
-                Ok(())
-            }
+            Arrival::Identified { channel, first, .. } => self.identify(channel, first, several),
             Arrival::Silent { peer, waited, .. } => {
-                let detail = format!("the connection said nothing for {waited:?}");
-                Err(Error::new(ErrorKind::Deadline, Phase::Accept, detail).on(peer))
-            }
-            Arrival::Closed { peer, received: 0, .. } if others_may_come => {
-                tracing::warn!(peer, "a connection was closed before it said anything");
-                self.shared.gate.identified();
-                Ok(())
+                let detail = format!("the connection said nothing for {waited:?}, or not enough");
+                refused(ErrorKind::Deadline, peer, detail)
             }
             Arrival::Closed { peer, received, .. } => {
                 let detail = format!("the connection ended after {received} bytes, no channel is that short");
-                Err(Error::new(ErrorKind::Transport, Phase::Accept, detail).on(peer))
+                refused(ErrorKind::Transport, peer, detail)
             }
             Arrival::Failed { peer, error, .. } => {
-                Err(Error::io(Phase::Accept, "the first bytes", error).on(peer))
+                Err(JoinError::Late(Error::io(Phase::Accept, "the first bytes", error).on(peer)))
             }
+            // Counted by the caller.
+            Arrival::Opened { .. } => Ok(()),
         }
     }
 
-    fn identify(&self, channel: Channel, first: [u8; 4]) -> Result<()> {
+    fn identify(&self, channel: Channel, first: [u8; 4], several: bool) -> Result<(), JoinError> {
         let peer = channel.peer().to_owned();
-        if self.connections.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
-            let detail =
-                format!("more than {MAX_CONNECTIONS} connections, a migration has at most 255 channels");
-            return Err(Error::misbehaved(Phase::Accept, detail).on(peer));
-        }
+        let refused = |error: Error| Err(JoinError::Late(error.on(peer.clone())));
         match u32::from_be_bytes(first) {
-            STREAM_MAGIC if self.main_came.swap(true, Ordering::Relaxed) => {
-                Err(Error::misbehaved(Phase::Accept, "a second main channel").on(peer))
-            }
             STREAM_MAGIC => {
-                self.main.update(|main| *main = Some(channel));
+                let second = self.main.with(|main| std::mem::replace(&mut main.came, true));
+                if second {
+                    let detail = "a second main channel: another source moves its guest in here already";
+                    return refused(Error::misbehaved(Phase::Accept, detail));
+                }
+                self.main.update(|main| main.channel = Some(channel));
                 Ok(())
             }
-            MULTIFD_MAGIC if !channel.is_two_way() => {
+            MULTIFD_MAGIC if !several => {
                 let detail = "what went over a parallel channel, expected a main channel's stream";
-                Err(Error::new(ErrorKind::InvalidStream, Phase::Accept, detail).on(peer))
+                refused(Error::new(ErrorKind::InvalidStream, Phase::Accept, detail))
             }
-            MULTIFD_MAGIC => ChannelWorker::start(channel, &self.shared, &self.crew),
+            MULTIFD_MAGIC => self.join(channel).map_err(|error| match error {
+                JoinError::Early(error) => JoinError::Early(error.on(peer)),
+                JoinError::Late(error) => JoinError::Late(error.on(peer)),
+            }),
             // A TLS record of the handshake: type 22, version 3.x.
             tls if tls >> 16 == 0x1603 => {
                 let detail = "the peer speaks TLS, and this side is not set up for it (see --tls-dir)";
-                Err(Error::incompatible(Phase::Accept, detail).on(peer))
+                refused(Error::incompatible(Phase::Accept, detail))
             }
             other => {
                 let detail = format!(
                     "magic {other:#010x}, expected {STREAM_MAGIC:#010x} (main) or {MULTIFD_MAGIC:#010x} (channel)"
                 );
-                Err(Error::new(ErrorKind::InvalidStream, Phase::Accept, detail).on(peer))
+                refused(Error::new(ErrorKind::InvalidStream, Phase::Accept, detail))
             }
         }
+    }
+
+    /// A connection that says that it is a channel. Until the first sync point it may be one of the source, which has pages for
+    /// it: if it does not fit, the migration ends before a page is missed. Later, the source has all of its channels here.
+    fn join(&self, channel: Channel) -> Result<(), JoinError> {
+        let early = self.shared.gate.is_early();
+        let unfit = |error| if early { JoinError::Early(error) } else { JoinError::Late(error) };
+        let mut bytes = [0; InitialPacket::LEN];
+        channel
+            .recv_exact(&mut bytes)
+            .map_err(|error| unfit(Error::io(Phase::Setup, "the initial packet", error)))?;
+        let hello =
+            InitialPacket::parse(&bytes).map_err(|invalid| unfit(Error::invalid(Phase::Setup, invalid)))?;
+        self.shared.on_uuid(hello.uuid).map_err(unfit)?;
+        self.shared.gate.join(hello.channel, channel.closer())?;
+        ChannelWorker::start(channel, hello.channel, &self.shared, &self.crew).map_err(JoinError::Early)
     }
 }

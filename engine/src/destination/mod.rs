@@ -17,6 +17,7 @@ mod lobby;
 mod main_channel;
 mod mapped;
 mod ram_section;
+mod refusals;
 mod return_path;
 mod shared;
 mod switchover;
@@ -38,7 +39,7 @@ use crate::session::{Canceller, DEFAULT_TIMEOUT, ProgressReader, Session};
 use crate::state::MigrationState;
 use crate::stream::StreamReader;
 use crate::workers::Crew;
-use lobby::Lobby;
+use lobby::{Lobby, Main};
 use main_channel::MainChannel;
 use mapped::PageReaders;
 use return_path::ReturnPath;
@@ -135,7 +136,8 @@ impl DestinationBuilder {
         let session = Session::new(self.timeout);
         let listener = Listener::bind_with(endpoint, &session.socket_options(&self.socket))
             .map_err(|error| Error::transport(Phase::Accept, error))?
-            .tls(self.tls.clone());
+            .tls(self.tls.clone())
+            .opening_len(lobby::opening_len);
         self.check_carrier(endpoint, listener.takes_several(), listener.reads_file())?;
         Ok(Destination { listener: Arc::new(listener), session, settings: self })
     }
@@ -195,34 +197,48 @@ impl Destination {
     pub fn receive(mut self) -> Result<Arrived> {
         self.session.enter(MigrationState::Setup)?;
         let crew = Arc::new(Crew::new(self.session.stop.clone()));
-        let shared = Shared::new(&self.session, self.settings.codecs.clone(), self.settings.channels);
+        let settings = (self.settings.codecs.clone(), self.settings.channels);
+        let shared = Shared::new(&self.session, settings.0, settings.1, &self.listener);
         let lobby = Lobby::new(&shared, &crew);
         let main = lobby.main();
         let listener = Arc::clone(&self.listener);
-        let stopper = listener.stopper();
-        self.session.stop.on_trip(move || stopper.stop());
+        self.session.stop.on_trip(move || shared::stop_accepting(&listener));
+        let listener = Arc::clone(&self.listener);
         crew.spawn("mig-accept", Phase::Accept, move || lobby.run(&listener))?;
 
-        let result = self.wait_for_main(&main).and_then(|main| self.run_main(main, &shared, &crew));
+        let result = self.wait_for_main(&main, &shared).and_then(|main| self.run_main(main, &shared, &crew));
+        // Nothing that comes now can be of use: no channel may join, and no page be stored, once this has returned.
+        shared.stop_accepting();
+        let over = main.wait(&self.session.stop, None, |main| main.over.then_some(()));
         match result {
-            Ok((stream, return_path)) => {
+            Ok((stream, return_path)) if over.is_some() => {
                 shared.gate.finish();
-                Ok(Arrived::new(stream, return_path, shared, crew, self.listener))
+                Ok(Arrived::new(stream, return_path, shared, crew))
             }
-            Err(error) => {
-                self.session.stop.trip(error);
+            ended => {
+                if let Err(error) = ended {
+                    self.session.stop.trip(error);
+                }
                 self.session.note_end_of_failed();
                 crew.join();
-                Err(self.session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped")))
+                let cause =
+                    self.session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"));
+                Err(shared.refusals.explain(cause))
             }
         }
     }
 
-    fn wait_for_main(&self, main: &crate::stop::Monitor<Option<Channel>>) -> Result<Channel> {
+    fn wait_for_main(&self, main: &crate::stop::Monitor<Main>, shared: &Shared) -> Result<Channel> {
         let patience = self.session.timeout;
-        main.wait(&self.session.stop, Some(patience), Option::take).ok_or_else(|| {
+        main.wait(&self.session.stop, Some(patience), |main| main.channel.take()).ok_or_else(|| {
             let detail = format!("no main channel on {} within {patience:?}", self.listener.endpoint());
-            Error::new(ErrorKind::Deadline, Phase::Accept, detail)
+            let error = Error::new(ErrorKind::Deadline, Phase::Accept, detail);
+            match shared.gate.unidentified() {
+                0 => error,
+                silent => {
+                    error.noting(format_args!("connections that have not said what they are: {silent}"))
+                }
+            }
         })
     }
 

@@ -150,7 +150,7 @@ impl<'a> RamSection<'a> {
 
     fn sync(&mut self, kind: SectionKind) -> Result<()> {
         self.ended_in_sync = kind == SectionKind::End;
-        self.shared.gate.flush(self.shared.session.timeout)
+        self.shared.sync_point()
     }
 }
 

@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use multifd_codecs::{Codec, Codecs};
+use multifd_transports::Listener;
 use multifd_wire::{DeviceStatePacket, PacketFlags};
 
 use super::gate::Gate;
 use super::landing::Landings;
+use super::refusals::Refusals;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::session::Session;
 use crate::stop::{Monitor, StopSwitch};
@@ -24,9 +26,9 @@ pub struct DevicePacket {
 pub(crate) struct Shared {
     pub(crate) session: Arc<Session>,
     pub(crate) gate: Gate,
+    pub(crate) refusals: Refusals,
     pub(crate) codecs: Codecs,
-    /// The channel count the caller insists on.
-    pub(crate) expected_channels: Option<usize>,
+    listener: Arc<Listener>,
     /// HELLO was said: the source may send packets of the multifd dialect.
     dialect: AtomicBool,
     facts: Monitor<Facts>,
@@ -46,12 +48,18 @@ struct Facts {
 const MAX_DEVICE_BYTES: usize = 1 << 30;
 
 impl Shared {
-    pub(crate) fn new(session: &Arc<Session>, codecs: Codecs, expected_channels: Option<usize>) -> Arc<Self> {
+    pub(crate) fn new(
+        session: &Arc<Session>,
+        codecs: Codecs,
+        expected_channels: Option<usize>,
+        listener: &Arc<Listener>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             session: Arc::clone(session),
             gate: Gate::new(&session.stop, expected_channels),
+            refusals: Refusals::default(),
             codecs,
-            expected_channels,
+            listener: Arc::clone(listener),
             dialect: AtomicBool::new(false),
             facts: Monitor::new(Facts::default(), &session.stop),
         })
@@ -59,6 +67,30 @@ impl Shared {
 
     fn stop(&self) -> &StopSwitch {
         &self.session.stop
+    }
+
+    /// Main has reached a sync point: waits for the channels. A source has made all of its connections before the first, which
+    /// are accepted now at the latest, and none is after that.
+    ///
+    /// # Errors
+    /// As [`Gate::flush`].
+    pub(crate) fn sync_point(&self) -> Result<()> {
+        let limit = self.session.timeout;
+        self.listener.close();
+        if !self.listener.wait_closed(limit) {
+            let detail = format!("the last connections were not accepted within {limit:?}");
+            return Err(Error::new(ErrorKind::Deadline, Phase::Accept, detail));
+        }
+        self.gate.flush(limit)?;
+        if self.gate.is_full() && !self.gate.is_early() {
+            self.stop_accepting();
+        }
+        Ok(())
+    }
+
+    /// All channels are here, or none can be of use any more.
+    pub(crate) fn stop_accepting(&self) {
+        stop_accepting(&self.listener);
     }
 
     /// From now on the source may send packets of the multifd dialect.
@@ -156,4 +188,10 @@ impl Shared {
     pub(crate) fn take_device_packets(&self) -> Vec<DevicePacket> {
         self.facts.with(|facts| std::mem::take(&mut facts.device_packets))
     }
+}
+
+/// New connections are refused by the system, those that have not said yet what they are are closed.
+pub(crate) fn stop_accepting(listener: &Listener) {
+    listener.close();
+    listener.stopper().stop();
 }

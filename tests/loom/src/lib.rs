@@ -1,4 +1,4 @@
-//! The engine's claim cursor and stop switch, run under every interleaving that loom finds.
+//! The engine's claim cursor, stop switch and set of open channels, run under every interleaving that loom finds.
 //!
 //! The files are the engine's own, compiled here with loom's primitives in the place of `crate::sync`.
 #![cfg(test)]
@@ -50,6 +50,9 @@ mod error {
 #[path = "../../../engine/src/stop.rs"]
 mod stop;
 
+#[path = "../../../engine/src/open_set.rs"]
+mod open_set;
+
 #[path = "."]
 mod ram {
     #[path = "../../../engine/src/ram/bitmap.rs"]
@@ -75,6 +78,7 @@ mod work {
 use loom::thread;
 
 use error::Error;
+use open_set::OpenSet;
 use ram::DirtyBitmap;
 use stop::{Monitor, StopSwitch};
 use sync::Arc;
@@ -239,5 +243,23 @@ fn of_two_causes_one_wins_and_every_action_runs_once() {
         assert_eq!(runs.load(sync::Ordering::Relaxed), 1);
         assert!(matches!(stop.cause_or(Error(0)), Error(1 | 2)));
         assert!(matches!(stop.cause_or(Error(0)), Error(0)), "taken once");
+    });
+}
+
+#[test]
+fn a_channel_that_is_added_while_all_are_closed_is_closed_too() {
+    loom::model(|| {
+        let open = Arc::new(OpenSet::new());
+        let closed = [(); 2].map(|()| Arc::new(sync::AtomicBool::new(false)));
+        assert!(open.add(Arc::clone(&closed[0])));
+        let (other, late) = (Arc::clone(&open), Arc::clone(&closed[1]));
+        let thread = thread::spawn(move || {
+            if !other.add(Arc::clone(&late)) {
+                late.store(true, sync::Ordering::Relaxed);
+            }
+        });
+        open.close(|channel| channel.store(true, sync::Ordering::Relaxed));
+        thread.join().unwrap();
+        assert!(closed.iter().all(|channel| channel.load(sync::Ordering::Relaxed)));
     });
 }

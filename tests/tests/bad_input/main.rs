@@ -25,3 +25,5 @@ mod payloads;
 mod records;
 #[cfg(test)]
 mod sections;
+#[cfg(test)]
+mod strangers;

@@ -19,7 +19,11 @@ struct Serving {
 
 impl Serving {
     fn new(uri: &str, first_bytes: usize, silence: Duration) -> Self {
-        let listener = Arc::new(Listener::bind(&uri.parse().unwrap()).unwrap());
+        Self::over(Listener::bind(&uri.parse().unwrap()).unwrap(), first_bytes, silence)
+    }
+
+    fn over(listener: Listener, first_bytes: usize, silence: Duration) -> Self {
+        let listener = Arc::new(listener);
         let (sender, arrivals) = mpsc::channel();
         let served = Arc::clone(&listener);
         let thread = spawn("serving", move || {
@@ -278,4 +282,45 @@ fn whoever_is_in_the_queue_is_announced_before_another_is_identified() {
     });
     served.unwrap();
     assert_eq!(opened, 1 + others.len());
+}
+
+#[test]
+fn a_closed_listener_refuses_clients_and_hears_out_those_inside() {
+    let serving = Serving::new("tcp:127.0.0.1:0", 4, LONG);
+    let Endpoint::Tcp { port, .. } = serving.listener.endpoint() else { panic!("not TCP") };
+    let inside = serving.dial();
+    serving.opened();
+    serving.listener.close();
+    assert!(serving.listener.wait_closed(LONG));
+    assert!(TcpStream::connect(("127.0.0.1", port)).is_err(), "it still listens");
+    inside.send_all(b"QEVM").unwrap();
+    serving.identified();
+    // Nothing can come any more.
+    serving.thread.join().unwrap();
+    serving.listener.serve(4, LONG, &mut |arrival| panic!("{arrival:?}")).unwrap();
+}
+
+#[test]
+fn a_whole_opening_message_is_waited_for() {
+    let dir = TempDir::new().unwrap();
+    let opening = |first| if first == *b"long" { 8 } else { 0 };
+    let listener = Listener::bind(&unix_uri(&dir).parse().unwrap()).unwrap().opening_len(opening);
+    let serving = Serving::over(listener, 4, LONG);
+    let (long, short) = (serving.dial(), serving.dial());
+    (serving.opened(), serving.opened());
+    long.send_all(b"longest").unwrap();
+    short.send_all(b"shor").unwrap();
+    assert_eq!(serving.identified().2, *b"shor");
+    long.send_all(b"!?").unwrap();
+    let (_, channel, first) = serving.identified();
+    assert_eq!(first, *b"long");
+    let mut all = [0; 9];
+    channel.recv_exact(&mut all).unwrap();
+    assert_eq!(all, *b"longest!?");
+    let cut = serving.dial();
+    serving.opened();
+    cut.send_all(b"longer").unwrap();
+    drop(cut);
+    assert!(matches!(serving.next(), Arrival::Closed { received: 6, .. }));
+    serving.stop();
 }

@@ -19,6 +19,7 @@ use super::provider::TlsProvider;
 use super::stream::{Settings, TlsStream};
 use super::verify::{Circumstances, Seen, Witness};
 use crate::door::Client;
+use crate::first_bytes::FirstBytes;
 
 /// How to accept by TLS: who we are, whom to let in. Cheap to clone.
 ///
@@ -108,7 +109,7 @@ impl TlsServer {
     pub(crate) async fn accept(
         &self,
         client: Client,
-        first: &mut [u8],
+        first: &mut FirstBytes,
         stage: &mut Stage,
     ) -> io::Result<Option<TlsStream>> {
         let seen = Seen::default();
@@ -160,12 +161,12 @@ impl TlsServer {
 }
 
 /// Fills `first` with what the client sends.
-async fn first_bytes(stream: TlsStream, first: &mut [u8], stage: &mut Stage) -> io::Result<TlsStream> {
+async fn first_bytes(stream: TlsStream, first: &mut FirstBytes, stage: &mut Stage) -> io::Result<TlsStream> {
     let client = stream.client()?;
-    let mut received = 0;
-    while received < first.len() {
+    loop {
+        let received = first.received();
         *stage = Stage::Sealed(received);
-        let missing = first.get_mut(received..).unwrap_or_default();
+        let missing @ [_, ..] = first.missing() else { break };
         // Before the wait: something may have come with the handshake.
         let count = match stream.recv_now(missing) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
@@ -179,7 +180,7 @@ async fn first_bytes(stream: TlsStream, first: &mut [u8], stage: &mut Stage) -> 
             );
             return Err(io::Error::new(ErrorKind::UnexpectedEof, text));
         }
-        received += count;
+        first.note(count);
     }
     Ok(stream)
 }
