@@ -1,14 +1,15 @@
 //! What source and destination share: the stop switch, the channels that are open, the counters.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use multifd_transports::{Channel, SocketOptions};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::state::MigrationState;
-use crate::stop::StopSwitch;
+use crate::stop::{StopSwitch, lock};
+use crate::workers::Crew;
 
 /// How long a peer may keep us waiting by default: for a connection, an answer, the rest of a packet.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -82,7 +83,7 @@ impl Session {
             .set_silence_limit(Some(self.timeout))
             .map_err(|error| Error::io(phase, "setting up the socket", error).on(channel.peer()))?;
         let channel = Arc::new(channel);
-        self.lock_channels().push(Arc::clone(&channel));
+        lock(&self.channels).push(Arc::clone(&channel));
         Ok(channel)
     }
 
@@ -100,21 +101,21 @@ impl Session {
 
     /// Shuts every socket down, at the regular end.
     pub(crate) fn close_channels(&self) {
-        self.lock_channels().iter().for_each(|channel| channel.closer().close());
+        lock(&self.channels).iter().for_each(|channel| channel.closer().close());
     }
 
     /// The migration begins now: a destination that has waited for its source does not count the wait.
     pub(crate) fn begin(&self) {
-        *self.started.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        *lock(&self.started) = Instant::now();
     }
 
     /// Since the migration began.
     pub(crate) fn elapsed(&self) -> Duration {
-        self.started.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+        lock(&self.started).elapsed()
     }
 
     pub(crate) fn wire_bytes(&self) -> u64 {
-        self.lock_channels().iter().map(|channel| channel.bytes_sent() + channel.bytes_received()).sum()
+        lock(&self.channels).iter().map(|channel| channel.bytes_sent() + channel.bytes_received()).sum()
     }
 
     pub(crate) fn progress(&self) -> Progress {
@@ -132,12 +133,12 @@ impl Session {
     }
 
     pub(crate) fn state(&self) -> MigrationState {
-        *self.lock_state()
+        *lock(&self.state)
     }
 
     /// Goes on to `next`, if the table of transitions lets it.
     pub(crate) fn enter(&self, next: MigrationState) -> Result<()> {
-        let mut state = self.lock_state();
+        let mut state = lock(&self.state);
         if !state.may_become(next) {
             let detail = format!("the migration is {}, it cannot become {next}", *state);
             return Err(Error::new(ErrorKind::Cancelled, Phase::Active, detail));
@@ -148,25 +149,30 @@ impl Session {
 
     /// The guest has moved. Whatever else happened meanwhile, a cancel above all, came too late.
     pub(crate) fn complete(&self) {
-        *self.lock_state() = MigrationState::Completed;
+        *lock(&self.state) = MigrationState::Completed;
     }
 
-    /// The switch has tripped: cancelled if somebody wanted that, else failed.
+    /// Ends the migration because of `error`: wakes and joins every thread, closes every channel.
+    ///
+    /// Gives the first cause, which another thread may have known before.
+    pub(crate) fn fail(&self, error: Error, crew: &Crew) -> Error {
+        let phase = error.phase();
+        self.stop.trip(error);
+        self.note_end_of_failed();
+        crew.join();
+        // Again, as the switch has done before the threads ended: what one of them put into a file meanwhile goes, too.
+        self.close_channels();
+        self.stop.cause_or(Error::stopped(phase))
+    }
+
+    /// The switch has tripped: cancelled if the caller wanted that, else failed.
     pub(crate) fn note_end_of_failed(&self) {
-        let mut state = self.lock_state();
+        let mut state = lock(&self.state);
         if *state == MigrationState::Cancelling {
             *state = MigrationState::Cancelled;
         } else if state.may_become(MigrationState::Failed) {
             *state = MigrationState::Failed;
         }
-    }
-
-    fn lock_state(&self) -> std::sync::MutexGuard<'_, MigrationState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_channels(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Channel>>> {
-        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -197,5 +203,35 @@ impl Canceller {
         // Not an error: what is over cannot be cancelled.
         let _ = self.0.enter(MigrationState::Cancelling);
         self.0.stop.trip(Error::new(ErrorKind::Cancelled, Phase::Active, "cancelled by the caller"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_session_gives_the_first_cause_and_has_no_threads_left() {
+        let session = Session::new(DEFAULT_TIMEOUT);
+        let crew = Crew::new(session.stop.clone());
+        session.enter(MigrationState::Setup).unwrap();
+        crew.spawn("mig-test", Phase::Active, || {
+            Err(Error::new(ErrorKind::InvalidStream, Phase::Active, "the first"))
+        })
+        .unwrap();
+        crew.join();
+        let cause = session.fail(Error::stopped(Phase::Device), &crew);
+        assert_eq!(cause.to_string(), "active: the first");
+        assert_eq!(session.state(), MigrationState::Failed);
+    }
+
+    #[test]
+    fn a_session_that_was_cancelled_ends_as_cancelled() {
+        let session = Session::new(DEFAULT_TIMEOUT);
+        let crew = Crew::new(session.stop.clone());
+        session.enter(MigrationState::Setup).unwrap();
+        Canceller::new(&session).cancel();
+        let cause = session.fail(Error::stopped(Phase::Setup), &crew);
+        assert_eq!((cause.kind(), session.state()), (ErrorKind::Cancelled, MigrationState::Cancelled));
     }
 }

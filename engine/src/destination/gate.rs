@@ -48,11 +48,11 @@ impl Gate {
     }
 
     pub(crate) fn opened(&self) {
-        self.state.update(|state| state.unidentified += 1);
+        self.state.modify_and_notify(|state| state.unidentified += 1);
     }
 
     pub(crate) fn identified(&self) {
-        self.state.update(|state| state.unidentified = state.unidentified.saturating_sub(1));
+        self.state.modify_and_notify(|state| state.unidentified = state.unidentified.saturating_sub(1));
     }
 
     /// A channel said its number.
@@ -60,7 +60,7 @@ impl Gate {
     /// # Errors
     /// The number is taken, or the channel comes too late: with the second sync point, pages of all channels had to be here.
     pub(crate) fn join(&self, id: u8) -> Result<()> {
-        self.state.update(|state| {
+        self.state.modify_and_notify(|state| {
             let refusal = if state.channels.contains_key(&id) {
                 format!("channel id {id} is taken")
             } else if state.released > 1 {
@@ -75,12 +75,12 @@ impl Gate {
 
     /// True if there are parallel channels.
     pub(crate) fn has_channels(&self) -> bool {
-        self.state.with(|state| !state.channels.is_empty())
+        self.state.read(|state| !state.channels.is_empty())
     }
 
     /// A packet came in on the channel.
     pub(crate) fn progressed(&self, id: u8) {
-        self.state.with(|state| {
+        self.state.modify_silently(|state| {
             if let Some(arrivals) = state.channels.get_mut(&id) {
                 arrivals.packets += 1;
             }
@@ -89,19 +89,19 @@ impl Gate {
 
     /// The channel has reached a SYNC: waits until main has passed it, too. An error if the migration stops meanwhile.
     pub(crate) fn arrive(&self, id: u8) -> Result<()> {
-        let mine = self.state.update(|state| {
+        let mine = self.state.modify_and_notify(|state| {
             let arrivals = state.channels.entry(id).or_default();
             arrivals.syncs += 1;
             arrivals.syncs
         });
         self.state
             .wait(&self.stop, None, |state| (state.finished || state.released >= mine).then_some(()))
-            .ok_or_else(stopped)
+            .ok_or_else(|| Error::stopped(Phase::Active))
     }
 
     /// The channel's stream has ended, at a packet boundary.
     pub(crate) fn ended(&self, id: u8) {
-        self.state.update(|state| {
+        self.state.modify_and_notify(|state| {
             if let Some(arrivals) = state.channels.get_mut(&id) {
                 arrivals.ended = true;
             }
@@ -118,15 +118,15 @@ impl Gate {
             let outcome = self.state.wait(&self.stop, Some(patience), State::try_release);
             if let Some(outcome) = outcome {
                 // Wakes the channels that the release was for.
-                self.state.update(|_| ());
+                self.state.notify();
                 return outcome;
             }
             if self.stop.tripped() {
-                return Err(stopped());
+                return Err(Error::stopped(Phase::Active));
             }
-            let now = self.state.with(|state| state.channels.values().map(|channel| channel.packets).sum());
+            let now = self.state.read(|state| state.channels.values().map(|channel| channel.packets).sum());
             if now == packets {
-                let missing = self.state.with(|state| state.missing());
+                let missing = self.state.read(State::missing);
                 let detail = format!("no SYNC within {patience:?} from {missing}");
                 return Err(Error::new(ErrorKind::Deadline, Phase::Active, detail).on("main"));
             }
@@ -136,11 +136,11 @@ impl Gate {
 
     /// The main stream is complete.
     pub(crate) fn finish(&self) {
-        self.state.update(|state| state.finished = true);
+        self.state.modify_and_notify(|state| state.finished = true);
     }
 
     pub(crate) fn finished(&self) -> bool {
-        self.state.with(|state| state.finished)
+        self.state.read(|state| state.finished)
     }
 
     /// Waits until every channel has ended, or `patience` is over.
@@ -192,10 +192,6 @@ impl State {
         }
         names.join(", ")
     }
-}
-
-fn stopped() -> Error {
-    Error::new(ErrorKind::Cancelled, Phase::Active, "stopped")
 }
 
 #[cfg(test)]

@@ -101,7 +101,7 @@ impl Lobby {
                 Err(Error::misbehaved(Phase::Accept, "a second main channel").on(peer))
             }
             STREAM_MAGIC => {
-                self.main.update(|main| *main = Some(channel));
+                self.main.modify_and_notify(|main| *main = Some(channel));
                 Ok(())
             }
             MULTIFD_MAGIC if !channel.is_two_way() => {

@@ -209,12 +209,7 @@ impl Destination {
                 shared.gate.finish();
                 Ok(Arrived::new(stream, return_path, shared, crew, self.listener))
             }
-            Err(error) => {
-                self.session.stop.trip(error);
-                self.session.note_end_of_failed();
-                crew.join();
-                Err(self.session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped")))
-            }
+            Err(error) => Err(self.session.fail(error, &crew)),
         }
     }
 

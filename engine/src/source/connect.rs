@@ -51,12 +51,7 @@ impl Source {
                 migration.caused(result)?;
                 Ok(Precopy::new(migration, convergence))
             }
-            Err(error) => {
-                crew.stop().trip(error);
-                self.session.note_end_of_failed();
-                crew.join();
-                Err(crew.stop().cause_or(Error::new(ErrorKind::Cancelled, Phase::Connect, "stopped")))
-            }
+            Err(error) => Err(self.session.fail(error, &crew)),
         }
     }
 
@@ -74,6 +69,7 @@ impl Source {
             logs,
             setup: Duration::ZERO,
             rounds: 0,
+            handed_over: false,
         }
     }
 

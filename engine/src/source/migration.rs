@@ -65,6 +65,8 @@ pub(super) struct Migration {
     pub(super) setup: Duration,
     /// Rounds begun.
     pub(super) rounds: u64,
+    /// The guest may be running at the destination.
+    pub(super) handed_over: bool,
 }
 
 impl Migration {
@@ -196,6 +198,7 @@ impl Migration {
         // even that one has left, because the destination died before, it has not been reached.
         // A file runs nowhere by itself, and is thrown away if it does not come to its end.
         if channel.bytes_sent() > before && channel.file().is_none() {
+            self.handed_over = true;
             self.main.enter(Phase::Commit);
         }
         sent.map_err(|error| self.main.error(error))?;
@@ -211,9 +214,10 @@ impl Migration {
     }
 
     /// Without a return path the end is all that can be said. A command behind the channel must end well.
-    fn end_unanswered(&self) -> Result<()> {
+    fn end_unanswered(&mut self) -> Result<()> {
         let channel = self.main.channel();
         channel.finish_sending().map_err(|error| self.main.error(error))?;
+        self.handed_over = true;
         channel
             .settle(self.shared.session.timeout)
             .map_err(|error| Error::io(Phase::Commit, "at the end", error).on(self.main.name()))
@@ -252,24 +256,17 @@ impl Migration {
     }
 
     fn fail(&mut self, error: Error) -> Error {
-        let session = &self.shared.session;
-        // Whoever broke it first knows best, but only this thread knows whether the guest was handed over.
-        let committed = !error.source_may_resume();
-        session.stop.trip(error);
-        session.note_end_of_failed();
-        self.crew.join();
-        // What a writer has put into a file after that was thrown away.
-        session.close_channels();
+        let mut cause = self.shared.session.fail(error, &self.crew);
         // Logs are off before the caller hears of it: the guest runs on at full speed.
         self.logs = LogSet::default();
-        let mut cause = session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"));
         // A destination that refuses hangs up as well: which of the two shows first is chance.
         let refusal = self.return_path.as_ref().and_then(ReturnPathReader::refusal);
         if let Some(refusal) = refusal.filter(|_| cause.kind() == ErrorKind::Transport) {
             cause = refusal;
         }
+        // A destination that has refused the guest does not run it, whatever was sent.
         let refused = matches!(cause.kind(), ErrorKind::PeerAborted(_));
-        if committed && !refused { cause.committed() } else { cause }
+        if self.handed_over && !refused { cause.after_hand_over() } else { cause }
     }
 }
 

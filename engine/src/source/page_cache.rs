@@ -1,12 +1,13 @@
 //! The xbzrle cache: what the destination holds of pages that are written again and again. Rules: docs/wire.md §6.1.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use multifd_codecs::xbzrle::{self, Outcome};
 use serde::Serialize;
 
 use crate::ram::PAGE;
+use crate::stop::lock;
 
 /// Direct-mapped: a page has one slot, shared with others. Each slot has its own lock, which nobody else holds for long.
 #[derive(Debug)]
@@ -116,7 +117,7 @@ impl PageCache {
         delta: &mut Vec<u8>,
     ) -> Lookup {
         let Some(slot) = self.slot(key) else { return Lookup::Plain };
-        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = lock(slot);
         let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
         let (known, in_use) = (slot.key == key, slot.age + 2 > moment.round);
         match &mut slot.content {
@@ -167,7 +168,7 @@ impl PageCache {
     /// The page goes out as a zero page: so must its copy become.
     pub(super) fn zeroed(&self, key: u64) {
         let Some(slot) = self.slot(key) else { return };
-        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = lock(slot);
         if slot.key == key
             && let Some(cached) = &mut slot.content
         {
@@ -181,8 +182,7 @@ impl PageCache {
             return None;
         }
         let now = self.stats();
-        let before =
-            std::mem::replace(&mut *self.assessed.lock().unwrap_or_else(PoisonError::into_inner), now);
+        let before = std::mem::replace(&mut *lock(&self.assessed), now);
         let pages = now.hits + now.misses - before.hits - before.misses;
         let saved = now.saved_bytes - before.saved_bytes;
         if pages < ASSESSABLE_PAGES {

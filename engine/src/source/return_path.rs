@@ -32,6 +32,13 @@ struct Heard {
     pong: u32,
 }
 
+impl Heard {
+    /// Where the migration is, as far as the return path knows.
+    fn phase(&self) -> Phase {
+        if self.may_arrive { Phase::Commit } else { Phase::Active }
+    }
+}
+
 impl ReturnPathReader {
     /// `features` is set when the destination says HELLO.
     pub(super) fn start(channel: Arc<Channel>, features: Arc<AtomicU64>, crew: &Crew) -> Result<Self> {
@@ -58,12 +65,13 @@ impl ReturnPathReader {
 
     /// From here on the destination may say that it has the guest.
     pub(super) fn expect_shut(&self) {
-        self.heard.with(|heard| heard.may_arrive = true);
+        self.heard.modify_silently(|heard| heard.may_arrive = true);
     }
 
     /// The destination's refusal, if it has said one.
     pub(super) fn refusal(&self) -> Option<Error> {
-        self.heard.with(|heard| heard.refused).map(|status| refusal(status).on(self.name.clone()))
+        let (refused, phase) = self.heard.read(|heard| (heard.refused, heard.phase()));
+        refused.map(|status| refusal(phase, status).on(self.name.clone()))
     }
 
     /// Waits for SHUT(0). An error if something else ends the migration, or nothing does within `patience`.
@@ -97,12 +105,12 @@ fn read(channel: &Channel, heard: &Monitor<Heard>, features: &AtomicU64, stop: &
         match channel.recv(&mut chunk) {
             Ok(0) => {
                 let detail = "the destination closed the return path without SHUT: the guest did not arrive";
-                return Err(Error::new(ErrorKind::Transport, Phase::Active, detail));
+                return Err(Error::new(ErrorKind::Transport, heard.read(Heard::phase), detail));
             }
             Ok(received) => bytes.extend_from_slice(chunk.get(..received).unwrap_or_default()),
             // It speaks when it has something to say.
             Err(error) if error.kind() == io::ErrorKind::TimedOut && !stop.tripped() => {}
-            Err(error) => return Err(Error::io(Phase::Active, "reading", error)),
+            Err(error) => return Err(Error::io(heard.read(Heard::phase), "reading", error)),
         }
     }
 }
@@ -115,7 +123,7 @@ fn on_message(message: &ReturnMessage, heard: &Monitor<Heard>, features: &Atomic
     tracing::debug!(?message, "return path");
     match message {
         ReturnMessage::Shut(0) => {
-            let arrived = heard.update(|heard| {
+            let arrived = heard.modify_and_notify(|heard| {
                 heard.arrived = heard.may_arrive;
                 heard.arrived
             });
@@ -124,15 +132,15 @@ fn on_message(message: &ReturnMessage, heard: &Monitor<Heard>, features: &Atomic
             arrived.then_some(true).ok_or_else(early)
         }
         ReturnMessage::Shut(status) => {
-            heard.update(|heard| heard.refused = Some(*status));
-            Err(refusal(*status))
+            heard.modify_and_notify(|heard| heard.refused = Some(*status));
+            Err(refusal(heard.read(Heard::phase), *status))
         }
         ReturnMessage::Hello(hello) => {
             features.store(hello.features, Ordering::Relaxed);
             Ok(false)
         }
         ReturnMessage::Pong(value) => {
-            heard.update(|heard| heard.pong = heard.pong.max(*value));
+            heard.modify_and_notify(|heard| heard.pong = heard.pong.max(*value));
             Ok(false)
         }
         ReturnMessage::SwitchoverAck => Ok(false),
@@ -140,8 +148,7 @@ fn on_message(message: &ReturnMessage, heard: &Monitor<Heard>, features: &Atomic
     }
 }
 
-/// Whatever we sent, the guest does not run there: the phase says that it may run here.
-fn refusal(status: u32) -> Error {
+fn refusal(phase: Phase, status: u32) -> Error {
     let detail = format!("the destination failed and reported status {status}");
-    Error::new(ErrorKind::PeerAborted(status), Phase::Device, detail)
+    Error::new(ErrorKind::PeerAborted(status), phase, detail)
 }

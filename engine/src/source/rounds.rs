@@ -5,7 +5,7 @@ use std::sync::Arc;
 use multifd_wire::BlockRef;
 
 use super::page_cache::Moment;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, Phase, Result};
 use crate::ram::Round;
 use crate::stop::{Monitor, StopSwitch};
 
@@ -63,7 +63,7 @@ impl Rounds {
         moment: Moment,
         mut on_zero: impl FnMut(ZeroMail) -> Result<()>,
     ) -> Result<()> {
-        self.state.update(|state| {
+        self.state.modify_and_notify(|state| {
             state.number += 1;
             state.round = Some((Arc::new(round), moment));
             state.done = 0;
@@ -74,7 +74,7 @@ impl Rounds {
                 (done || !state.mail.is_empty()).then(|| (std::mem::take(&mut state.mail), done))
             })?;
             // Workers that wait for room in the mail.
-            self.state.update(|_| ());
+            self.state.notify();
             mail.into_iter().try_for_each(&mut on_zero)?;
             if done {
                 return Ok(());
@@ -84,7 +84,7 @@ impl Rounds {
 
     /// Main: lets the workers end their channels.
     pub(super) fn close(&self) {
-        self.state.update(|state| state.closing = true);
+        self.state.modify_and_notify(|state| state.closing = true);
     }
 
     /// Worker: waits for a round after `last`.
@@ -99,20 +99,18 @@ impl Rounds {
 
     /// Worker: its SYNC is out.
     pub(super) fn done(&self) {
-        self.state.update(|state| state.done += 1);
+        self.state.modify_and_notify(|state| state.done += 1);
     }
 
     /// Worker: has the main thread announce zero pages.
     pub(super) fn post(&self, mail: ZeroMail) -> Result<()> {
         self.wait(|state| (state.mail.len() < MAX_MAIL).then_some(()))?;
-        self.state.update(|state| state.mail.push(mail));
+        self.state.modify_and_notify(|state| state.mail.push(mail));
         Ok(())
     }
 
     fn wait<R>(&self, ready: impl FnMut(&mut State) -> Option<R>) -> Result<R> {
-        self.state
-            .wait(&self.stop, None, ready)
-            .ok_or_else(|| Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"))
+        self.state.wait(&self.stop, None, ready).ok_or_else(|| Error::stopped(Phase::Active))
     }
 }
 

@@ -13,7 +13,7 @@ use super::page_cache::{Moment, PageCache};
 use super::rounds::Rounds;
 use super::zero_copy::{ZeroCopySend, ZeroCopyStats};
 use crate::dialect::FEATURE_DELTAS;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, Phase, Result};
 use crate::ram::{PAGE, PAGE_SIZE};
 use crate::session::Session;
 
@@ -66,6 +66,6 @@ impl Shared {
 
     /// Waits until the rate limit lets `bytes` more go.
     pub(super) fn pace(&self, bytes: usize) -> Result<()> {
-        self.pacer.take(bytes).map_err(|_| Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"))
+        self.pacer.take(bytes).map_err(|_| Error::stopped(Phase::Active))
     }
 }
