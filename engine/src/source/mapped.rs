@@ -13,7 +13,7 @@ use super::main_stream::MainStream;
 use super::outgoing::{OutgoingBlock, OutgoingRam};
 use super::rounds::Work;
 use super::shared::Shared;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, Phase, Result};
 use crate::mapped::{self, file};
 use crate::ram::{Batch, Claim, PAGE, PAGE_SIZE, Round};
 use crate::session::Counters;
@@ -164,16 +164,4 @@ impl StoredBlock {
 
 fn name(channel: &Channel) -> String {
     format!("main ({})", channel.peer())
-}
-
-/// The rules of QEMU for what may go to a file, and how. `file`: the endpoint is one.
-pub(super) fn check_settings(mapped: bool, file: bool, channels: usize) -> Result<()> {
-    let problem = match (mapped, file) {
-        (true, false) => "mapped-ram goes to file: only, where pages have fixed places",
-        (false, true) if channels > 0 => {
-            "parallel channels to a file need mapped-ram, where pages have fixed places"
-        }
-        _ => return Ok(()),
-    };
-    Err(Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))
 }
