@@ -7,9 +7,9 @@ use std::time::Duration;
 use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, blocking};
 
 use super::builder::Source;
-use super::channel::SendWorker;
-use super::main_stream::MainStream;
-use super::mapped::MappedFile;
+use super::carrier::channels::SendWorker;
+use super::carrier::file::MappedFile;
+use super::main_writer::MainStream;
 use super::migration::{Migration, SyncPoints};
 use super::outgoing::{OutgoingRam, ZeroPages};
 use super::page_cache::PageCache;

@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 
 use multifd_wire::{Command, Configuration, HELLO_PING, RamRecord};
 
+use super::carrier::file::MappedFile;
+use super::carrier::main as single;
 use super::control::Control;
 use super::device_state::DeviceState;
-use super::main_stream::MainStream;
-use super::mapped::MappedFile;
+use super::main_writer::MainStream;
 use super::page_cache::Moment;
 use super::return_path::ReturnPathReader;
 use super::shared::Shared;
-use super::single;
 use crate::convergence::DowntimeLedger;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};

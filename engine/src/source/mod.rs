@@ -15,12 +15,11 @@
 //! ```
 
 mod builder;
-mod channel;
+mod carrier;
 mod connect;
 mod control;
 mod device_state;
-mod main_stream;
-mod mapped;
+mod main_writer;
 mod migration;
 mod outgoing;
 mod packet;
@@ -29,7 +28,6 @@ mod precopy;
 mod return_path;
 mod rounds;
 mod shared;
-mod single;
 mod zero_copy;
 
 pub use builder::{Source, SourceBuilder};

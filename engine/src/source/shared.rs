@@ -7,7 +7,7 @@ use multifd_codecs::Codec;
 use multifd_transports::Pacer;
 use multifd_wire::pages_per_packet;
 
-use super::mapped::MappedFile;
+use super::carrier::file::MappedFile;
 use super::outgoing::OutgoingRam;
 use super::page_cache::{Moment, PageCache};
 use super::rounds::Rounds;

@@ -9,18 +9,18 @@ use std::sync::{Arc, OnceLock};
 use multifd_transports::Channel;
 use multifd_wire::MappedRamHeader;
 
-use super::main_stream::MainStream;
-use super::outgoing::{OutgoingBlock, OutgoingRam};
-use super::rounds::Work;
-use super::shared::Shared;
 use crate::error::{Error, Phase, Result};
 use crate::mapped::{self, file};
 use crate::ram::{Batch, Claim, PAGE, PAGE_SIZE, Round};
 use crate::session::Counters;
+use crate::source::main_writer::MainStream;
+use crate::source::outgoing::{OutgoingBlock, OutgoingRam};
+use crate::source::rounds::Work;
+use crate::source::shared::Shared;
 use crate::workers::Crew;
 
 /// The file, and what is in it by now.
-pub(super) struct MappedFile {
+pub(in crate::source) struct MappedFile {
     channel: Arc<Channel>,
     /// The same file for the pages: past the page cache, if that was asked for.
     pages: File,
@@ -36,7 +36,7 @@ struct StoredBlock {
 
 impl MappedFile {
     /// `channel` is a file's. `direct`: past the page cache.
-    pub(super) fn new(channel: &Arc<Channel>, ram: &OutgoingRam, direct: bool) -> Result<Self> {
+    pub(in crate::source) fn new(channel: &Arc<Channel>, ram: &OutgoingRam, direct: bool) -> Result<Self> {
         let failed =
             |error| Error::storage(Phase::Setup, "opening the file for pages", error).on(name(channel));
         let pages = file(channel).and_then(|file| file.for_pages(direct)).map_err(failed)?;
@@ -48,7 +48,7 @@ impl MappedFile {
     }
 
     /// Writes the list of blocks, each with its place, and leaves the room for bitmap and pages behind it.
-    pub(super) fn announce(&self, main: &mut MainStream, ram: &OutgoingRam) -> Result<()> {
+    pub(in crate::source) fn announce(&self, main: &mut MainStream, ram: &OutgoingRam) -> Result<()> {
         main.ram_head(ram);
         for (entry, block) in ram.list().zip(&self.blocks) {
             entry.encode(main.unsent());
@@ -64,7 +64,7 @@ impl MappedFile {
     }
 
     /// Writes the bitmaps, when no more page comes.
-    pub(super) fn write_bitmaps(&self) -> Result<()> {
+    pub(in crate::source) fn write_bitmaps(&self) -> Result<()> {
         for block in &self.blocks {
             let Some(place) = block.place.get() else { continue };
             let bitmap: Vec<u8> =
@@ -78,7 +78,7 @@ impl MappedFile {
     }
 
     /// Writes the pages of a round that nobody else has claimed.
-    pub(super) fn write_round(&self, round: &Round, shared: &Shared) -> Result<()> {
+    pub(in crate::source) fn write_round(&self, round: &Round, shared: &Shared) -> Result<()> {
         let (mut claim, mut batch) = (Claim::default(), Batch::default());
         while round.claim(&mut claim, shared.batch_pages(), &mut batch) {
             let written = self.write_batch(&batch, shared);
@@ -134,7 +134,7 @@ impl MappedFile {
     }
 
     /// Starts a thread that writes pages.
-    pub(super) fn start_worker(id: usize, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
+    pub(in crate::source) fn start_worker(id: usize, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
         let shared = Arc::clone(shared);
         crew.spawn(&format!("mig-send-{id}"), Phase::Active, move || {
             let Some(mapped) = &shared.mapped else { return Ok(()) };

@@ -4,20 +4,20 @@ use std::ops::Range;
 
 use multifd_wire::RamRecord;
 
-use super::main_stream::MainStream;
-use super::outgoing::OutgoingBlock;
-use super::packet::{Packet, outside};
-use super::page_cache::Moment;
-use super::rounds::ZeroMail;
-use super::shared::Shared;
 use crate::dialect;
 use crate::error::Result;
 use crate::ram::{Batch, Claim, IoVecs, PAGE, PAGE_SIZE, Round};
 use crate::session::Counters;
+use crate::source::main_writer::MainStream;
+use crate::source::outgoing::OutgoingBlock;
+use crate::source::packet::{Packet, outside};
+use crate::source::page_cache::Moment;
+use crate::source::rounds::ZeroMail;
+use crate::source::shared::Shared;
 
 /// Sends the pages of a round as records of the section that is open on `main`. One call writes a batch: with a header a page,
 /// at most 256 of the 1024 ranges that the kernel takes.
-pub(super) fn send_round(
+pub(in crate::source) fn send_round(
     main: &mut MainStream,
     round: &Round,
     moment: Moment,

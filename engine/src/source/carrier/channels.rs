@@ -8,20 +8,20 @@ use multifd_codecs::{CodecId, Encoder};
 use multifd_transports::Channel;
 use multifd_wire::{InitialPacket, PacketFlags, RamPacketHeader, header_len};
 
-use super::outgoing::{OutgoingBlock, ZeroRoute};
-use super::packet::{Packet, outside};
-use super::page_cache::Moment;
-use super::rounds::{Work, ZeroMail};
-use super::shared::Shared;
-use super::zero_copy::ZeroCopySender;
 use crate::dialect::DELTA_CODEC;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{Batch, Claim, IoVecs, PAGE_SIZE, Round};
 use crate::session::Counters;
+use crate::source::outgoing::{OutgoingBlock, ZeroRoute};
+use crate::source::packet::{Packet, outside};
+use crate::source::page_cache::Moment;
+use crate::source::rounds::{Work, ZeroMail};
+use crate::source::shared::Shared;
+use crate::source::zero_copy::ZeroCopySender;
 use crate::workers::Crew;
 
 /// The worker of one channel. Owns its buffers: 512 KiB of pages and at most 1 MiB of payload, none without a codec or cache.
-pub(super) struct SendWorker {
+pub(in crate::source) struct SendWorker {
     channel: Arc<Channel>,
     shared: Arc<Shared>,
     id: u8,
@@ -37,7 +37,12 @@ pub(super) struct SendWorker {
 
 impl SendWorker {
     /// Starts the channel's thread; the channel is connected and nothing was sent on it.
-    pub(super) fn start(channel: Arc<Channel>, id: u8, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
+    pub(in crate::source) fn start(
+        channel: Arc<Channel>,
+        id: u8,
+        shared: &Arc<Shared>,
+        crew: &Crew,
+    ) -> Result<()> {
         let codec = &shared.codec;
         let encoder = match codec.id() {
             CodecId::NONE => None,
