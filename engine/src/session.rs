@@ -152,7 +152,7 @@ impl Session {
         *lock(&self.state) = MigrationState::Completed;
     }
 
-    /// Ends the migration because of `error`: wakes and joins every thread, closes every channel.
+    /// Ends the migration because of `error`: wakes and joins every thread.
     ///
     /// Gives the first cause, which another thread may have known before.
     pub(crate) fn fail(&self, error: Error, crew: &Crew) -> Error {
@@ -160,8 +160,6 @@ impl Session {
         self.stop.trip(error);
         self.note_end_of_failed();
         crew.join();
-        // Again, as the switch has done before the threads ended: what one of them put into a file meanwhile goes, too.
-        self.close_channels();
         self.stop.cause_or(Error::stopped(phase))
     }
 

@@ -8,4 +8,4 @@ mod source;
 pub use destination::DestinationConfig;
 pub use source::SourceConfig;
 
-pub(crate) use source::Surroundings;
+pub(crate) use source::{Opened, Surroundings};

@@ -4,7 +4,7 @@ use std::num::NonZeroU64;
 use std::time::Duration;
 
 use multifd_codecs::{Codec, CodecId};
-use multifd_transports::{Channel, Endpoint, SocketOptions};
+use multifd_transports::{Endpoint, SocketOptions};
 use serde::Serialize;
 
 use super::parameter;
@@ -15,6 +15,12 @@ use crate::source::{ZeroCopySend, ZeroPages};
 
 /// How a source moves its guest: plain data. What is an object (the guest's RAM, dirty logs, the codec, TLS credentials) is
 /// the [`SourceBuilder`](crate::SourceBuilder)'s.
+///
+/// ```
+/// let mut config = multifd_engine::SourceConfig::default();
+/// config.channels = 4;
+/// config.limits.downtime_limit = std::time::Duration::from_millis(100);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct SourceConfig {
@@ -68,8 +74,15 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) tls: bool,
     /// Where main goes to.
     pub(crate) endpoint: Option<&'a Endpoint>,
-    /// Main, when it is connected.
-    pub(crate) main: Option<&'a Channel>,
+    /// What main is, when it is connected.
+    pub(crate) opened: Option<Opened>,
+}
+
+/// What a main channel is.
+#[derive(Clone, Copy)]
+pub(crate) struct Opened {
+    pub(crate) file: bool,
+    pub(crate) two_way: bool,
 }
 
 impl Default for SourceConfig {
@@ -136,11 +149,7 @@ impl SourceConfig {
 
     /// What may go to a file, and what to nothing else.
     fn check_file(&self, around: Surroundings<'_>) -> Result<(), String> {
-        let one_way = match (around.is_file(), around.main) {
-            (Some(true), _) => true,
-            (_, Some(main)) => !main.is_two_way(),
-            _ => false,
-        };
+        let one_way = around.is_file() == Some(true) || around.opened.is_some_and(|opened| !opened.two_way);
         match around.is_file() {
             Some(false) if self.mapped_ram => {
                 Err("mapped-ram goes to file: only, where pages have fixed places".to_owned())
@@ -182,8 +191,8 @@ impl SourceConfig {
 impl Surroundings<'_> {
     /// Whether main is a file. What a descriptor is, shows when it is open.
     pub(crate) fn is_file(&self) -> Option<bool> {
-        if let Some(main) = self.main {
-            return Some(main.file().is_some());
+        if let Some(opened) = self.opened {
+            return Some(opened.file);
         }
         match self.endpoint? {
             Endpoint::File { .. } => Some(true),
@@ -201,7 +210,7 @@ mod tests {
 
     fn says(config: &SourceConfig, codec: &dyn Codec, endpoint: Option<&str>) -> String {
         let endpoint = endpoint.map(|uri| uri.parse::<Endpoint>().unwrap());
-        let around = Surroundings { codec, tls: false, endpoint: endpoint.as_ref(), main: None };
+        let around = Surroundings { codec, tls: false, endpoint: endpoint.as_ref(), opened: None };
         config.check(around).err().unwrap_or_default()
     }
 

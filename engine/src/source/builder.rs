@@ -225,7 +225,7 @@ impl SourceBuilder {
     /// `ApiMisuse` that names the setting.
     pub fn build(self) -> Result<Source> {
         let Self { config, guest, codec, tls } = self;
-        let around = Surroundings { codec: &*codec, tls: tls.is_some(), endpoint: None, main: None };
+        let around = Surroundings { codec: &*codec, tls: tls.is_some(), endpoint: None, opened: None };
         config.check(around).map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
         let session = Session::new(config.timeout);
         let control = Control::new(&session, config.max_bandwidth, config.limits);

@@ -7,29 +7,27 @@ use std::time::Duration;
 use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, blocking};
 
 use super::builder::Source;
-use super::carrier::channels::SendWorker;
-use super::carrier::file::MappedFile;
-use super::main_writer::MainStream;
-use super::migration::{Migration, SyncPoints};
+use super::carrier::{Carrier, Channels, File, SyncPoints};
+use super::main_writer::MainWriter;
+use super::migration::Migration;
 use super::outgoing::{OutgoingRam, ZeroPages};
 use super::page_cache::PageCache;
 use super::precopy::Precopy;
 use super::return_path::ReturnPathReader;
-use super::rounds::Rounds;
-use super::shared::Shared;
-use crate::config::Surroundings;
+use super::shared::SourceShared;
+use crate::config::{Opened, Surroundings};
 use crate::convergence::Convergence;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::mapped::CAPABILITY;
-use crate::session::Counters;
 use crate::state::MigrationState;
 use crate::workers::Crew;
 
 /// What connecting makes.
 struct Parts {
-    main: Arc<Channel>,
-    shared: Arc<Shared>,
+    main: MainWriter,
+    carrier: Carrier,
+    shared: Arc<SourceShared>,
     return_path: Option<ReturnPathReader>,
     logs: LogSet,
 }
@@ -56,20 +54,19 @@ impl Source {
     }
 
     fn migration(&self, parts: Parts, crew: Crew) -> Migration {
-        let Parts { main, shared, return_path, logs } = parts;
+        let Parts { main, carrier, shared, return_path, logs } = parts;
         Migration {
-            main: MainStream::new(main),
+            main,
+            carrier,
             shared,
             control: self.control.clone(),
             crew,
             return_path,
-            sync_points: SyncPoints::for_machine(&self.guest.configuration),
             switchover_start: self.config.switchover_start,
             pause_before_switchover: self.config.pause_before_switchover,
             logs,
             setup: Duration::ZERO,
             rounds: 0,
-            handed_over: false,
         }
     }
 
@@ -84,16 +81,16 @@ impl Source {
         let ram = OutgoingRam::new(std::mem::take(&mut self.guest.ram), zero_pages, parallel)?;
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
         let main = self.dial(endpoint, "main")?;
-        self.check(endpoint, Some(&main)).map_err(|error| error.on(main.peer()))?;
+        // The one place that asks whether main is a file.
+        let file = main.file_handle();
+        let opened = Opened { file: file.is_some(), two_way: main.is_two_way() };
+        self.check(endpoint, Some(opened)).map_err(|error| error.on(main.peer()))?;
         let config = &self.config;
-        let mapped = config.mapped_ram.then(|| MappedFile::new(&main, &ram, config.direct_io)).transpose()?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(SourceShared {
             session: Arc::clone(&self.session),
             ram,
             codec: Arc::clone(&self.codec),
             uuid: self.guest.uuid,
-            rounds: Rounds::new(&self.session.stop, config.channels),
-            mapped,
             pacer: Arc::clone(self.control.pacer()),
             packets: AtomicU64::new(0),
             cache: config.xbzrle_cache.map(PageCache::new),
@@ -101,18 +98,42 @@ impl Source {
             zero_copy: config.zero_copy,
         });
         // Before the others are dialled: a destination that refuses us says so here, and nothing listens there any more.
-        let return_path = if self.wants_return_path(endpoint, &main) {
+        let return_path = if self.wants_return_path(endpoint, opened) {
             Some(ReturnPathReader::start(Arc::clone(&main), Arc::clone(&shared.peer_features), crew)?)
         } else {
             None
         };
-        self.start_workers(endpoint, &shared, crew)?;
-        Ok(Parts { main, shared, return_path, logs })
+        let carrier = match file {
+            Some(file) if config.mapped_ram => {
+                let main = Arc::clone(&main);
+                Carrier::File(File::mapped(file, main, config.direct_io, config.channels, &shared, crew)?)
+            }
+            Some(file) => Carrier::File(File::plain(file, Arc::clone(&main))),
+            None if config.channels == 0 => Carrier::Main,
+            None => Carrier::Channels(self.connect_channels(endpoint, &shared, crew)?),
+        };
+        Ok(Parts { main: MainWriter::new(main, opened.file), carrier, shared, return_path, logs })
     }
 
-    fn check(&self, endpoint: &Endpoint, main: Option<&Channel>) -> Result<()> {
+    fn connect_channels(
+        &self,
+        endpoint: &Endpoint,
+        shared: &Arc<SourceShared>,
+        crew: &Crew,
+    ) -> Result<Channels> {
+        let (count, other) = (self.config.channels, &self.config.channel_endpoints);
+        let channels = Channels::new(count, SyncPoints::for_machine(&self.guest.configuration), crew);
+        let endpoints = other.iter().cycle().chain(std::iter::repeat(endpoint));
+        for (id, endpoint) in (0..=u8::MAX).zip(endpoints).take(count) {
+            let channel = self.dial(endpoint, &format!("channel {id}"))?;
+            channels.start(channel, id, shared, crew)?;
+        }
+        Ok(channels)
+    }
+
+    fn check(&self, endpoint: &Endpoint, opened: Option<Opened>) -> Result<()> {
         let tls = self.tls.is_some();
-        let around = Surroundings { codec: &*self.codec, tls, endpoint: Some(endpoint), main };
+        let around = Surroundings { codec: &*self.codec, tls, endpoint: Some(endpoint), opened };
         self.config.check(around).map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Connect, problem))
     }
 
@@ -123,26 +144,10 @@ impl Source {
         capabilities.extend(self.config.mapped_ram.then(|| CAPABILITY.to_owned()));
     }
 
-    fn wants_return_path(&self, endpoint: &Endpoint, main: &Channel) -> bool {
+    fn wants_return_path(&self, endpoint: &Endpoint, main: Opened) -> bool {
         // Most commands store or pass on, and answer nothing.
-        let answers = main.is_two_way() && !matches!(endpoint, Endpoint::Exec(_));
+        let answers = main.two_way && !matches!(endpoint, Endpoint::Exec(_));
         self.config.return_path.unwrap_or(answers)
-    }
-
-    /// One for each parallel channel, or for each share of the pages in a file.
-    fn start_workers(&self, endpoint: &Endpoint, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
-        let config = &self.config;
-        let endpoints = config.channel_endpoints.iter().cycle().chain(std::iter::repeat(endpoint));
-        for (id, endpoint) in endpoints.take(config.channels).enumerate() {
-            if config.mapped_ram {
-                MappedFile::start_worker(id, shared, crew)?;
-            } else {
-                let channel = self.dial(endpoint, &format!("channel {id}"))?;
-                SendWorker::start(channel, u8::try_from(id).unwrap_or(u8::MAX), shared, crew)?;
-            }
-            Counters::add(&self.session.counters.channels, 1);
-        }
-        Ok(())
     }
 
     fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Arc<Channel>> {

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use multifd_codecs::xbzrle::{self, Outcome};
 use serde::Serialize;
 
+use super::rounds::RoundContext;
 use crate::ram::PAGE;
 use crate::stop::lock;
 
-/// Direct-mapped: a page has one slot, shared with others. Each slot has its own lock, which nobody else holds for long.
+/// Direct-mapped: a page has one slot, shared with others. Each slot has its own lock, which no thread holds for long.
 #[derive(Debug)]
 pub(super) struct PageCache {
     slots: Box<[Mutex<Slot>]>,
@@ -71,15 +72,6 @@ pub(super) enum Lookup {
     Unchanged,
 }
 
-/// When a page is looked at.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Moment {
-    /// The round, from 1; the first is never cached.
-    pub(super) round: u64,
-    /// The guest is stopped: what is cached now is never asked for again.
-    pub(super) last: bool,
-}
-
 /// A round saves enough with 5 % of what it looked at: below that, the copies cost more than they give.
 const ENOUGH_PERCENT: u64 = 5;
 
@@ -103,8 +95,8 @@ impl PageCache {
     }
 
     /// True if pages of this round go through the cache.
-    pub(super) fn serves(&self, moment: Moment) -> bool {
-        moment.round > 1 && self.on.load(Ordering::Relaxed)
+    pub(super) fn serves(&self, context: RoundContext) -> bool {
+        context.round > 1 && self.on.load(Ordering::Relaxed)
     }
 
     /// Decides how the page `key` (unique in the guest) goes out; a difference is appended to `delta`. What is then sent must be
@@ -113,22 +105,22 @@ impl PageCache {
         &self,
         key: u64,
         content: &[u8; PAGE],
-        moment: Moment,
+        context: RoundContext,
         delta: &mut Vec<u8>,
     ) -> Lookup {
         let Some(slot) = self.slot(key) else { return Lookup::Plain };
         let mut slot = lock(slot);
         let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
-        let (known, in_use) = (slot.key == key, slot.age + 2 > moment.round);
+        let (known, in_use) = (slot.key == key, slot.age + 2 > context.round);
         match &mut slot.content {
             Some(cached) if known => {
                 count(&self.counters.hits);
                 let mut room = [0; PAGE];
                 let outcome = xbzrle::encode(&cached[..], content, &mut room);
-                if outcome != Outcome::Unchanged && !moment.last {
+                if outcome != Outcome::Unchanged && !context.last {
                     **cached = *content;
                 }
-                slot.age = moment.round;
+                slot.age = context.round;
                 self.count_outcome(outcome, &room, delta)
             }
             // A slot that another page used a round ago is that page's.
@@ -138,8 +130,8 @@ impl PageCache {
             }
             _ => {
                 count(&self.counters.misses);
-                if !moment.last {
-                    *slot = Slot { key, age: moment.round, content: Some(Box::new(*content)) };
+                if !context.last {
+                    *slot = Slot { key, age: context.round, content: Some(Box::new(*content)) };
                 }
                 Lookup::Plain
             }
@@ -177,8 +169,8 @@ impl PageCache {
     }
 
     /// After a round: does it still pay? Says so when it does not, and switches itself off.
-    pub(super) fn assess(&self, moment: Moment) -> Option<String> {
-        if !self.serves(moment) {
+    pub(super) fn assess(&self, context: RoundContext) -> Option<String> {
+        if !self.serves(context) {
             return None;
         }
         let now = self.stats();
@@ -227,8 +219,8 @@ impl PageCache {
 mod tests {
     use super::*;
 
-    fn at(round: u64) -> Moment {
-        Moment { round, last: false }
+    fn at(round: u64) -> RoundContext {
+        RoundContext { round, last: false }
     }
 
     fn lookup(cache: &PageCache, key: u64, fill: u8, round: u64) -> Lookup {
@@ -282,7 +274,7 @@ mod tests {
     #[test]
     fn the_last_stage_changes_nothing() {
         let cache = PageCache::new(1 << 20);
-        let last = Moment { round: 3, last: true };
+        let last = RoundContext { round: 3, last: true };
         assert_eq!(cache.lookup(1, &[1; PAGE], last, &mut Vec::new()), Lookup::Plain);
         assert_eq!(cache.lookup(1, &[1; PAGE], last, &mut Vec::new()), Lookup::Plain, "was not cached");
     }
