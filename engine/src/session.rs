@@ -77,7 +77,7 @@ impl Session {
 
     /// Makes a new connection part of the migration: its silence is limited, its bytes are counted.
     ///
-    /// The caller registers what wakes it when the migration stops: `main` says goodbye first, the others just close.
+    /// The caller registers what wakes it when the migration stops: main may have a last message to send, the others just close.
     pub(crate) fn adopt(&self, channel: Channel, phase: Phase) -> Result<Arc<Channel>> {
         channel
             .set_silence_limit(Some(self.timeout))
@@ -93,7 +93,7 @@ impl Session {
         SocketOptions { user_timeout, ..wanted.clone() }
     }
 
-    /// Shuts the channel's socket down when the migration stops, which wakes whoever reads or writes it.
+    /// Shuts the channel's socket down when the migration stops, which wakes the threads that read or write it.
     pub(crate) fn close_on_stop(&self, channel: &Channel) {
         let closer = channel.closer();
         self.stop.on_trip(move || closer.close());

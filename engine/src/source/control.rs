@@ -45,7 +45,7 @@ impl Control {
         self.pacer.set_rate(bytes_per_second);
     }
 
-    /// Changes how long the guest may stand still; counts from the next decision on.
+    /// Changes the longest downtime; counts from the next decision on.
     pub fn set_downtime_limit(&self, limit: Duration) {
         lock(&self.limits).downtime_limit = limit;
     }

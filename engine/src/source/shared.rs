@@ -26,7 +26,7 @@ pub(super) struct SourceShared {
     pub(super) packets: AtomicU64,
     /// The xbzrle cache, if it was asked for.
     pub(super) cache: Option<PageCache>,
-    /// What a multifd destination said it can; 0: nothing yet, or a QEMU.
+    /// Features of a multifd destination; 0: not known yet, or a QEMU.
     pub(super) peer_features: Arc<AtomicU64>,
     pub(super) zero_copy: ZeroCopySend,
 }

@@ -3,13 +3,14 @@
 //! ```text
 //!  main ─────── records of the section that is open       on the caller's thread
 //!  channels ─── packets; a SYNC where main has a FLUSH    one thread each, `mig-send-N`
-//!  file ─────── a plain stream, as on main; or pages at   one thread each, `mig-send-N`,
-//!               fixed places                              or the caller's
+//!  file ─────── a plain stream, as on main; or mapped:    one thread each, `mig-send-N`,
+//!               pages at fixed places                     or the caller's
 //! ```
 
 mod channels;
 mod file;
 mod main;
+mod mapped;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -152,7 +153,7 @@ fn hand_over(
     confirmed.map_err(|error| if handed_over { error.after_hand_over() } else { error })
 }
 
-/// Without a return path the end is all that can be said. A command behind the channel must end well.
+/// Without a return path, the end of the connection is all that is known. A command behind it must end well.
 fn end_unanswered(main: &MainWriter, shared: &SourceShared) -> Result<()> {
     let channel = main.channel();
     channel.finish_sending().map_err(|error| main.error(error))?;
