@@ -199,7 +199,7 @@ pub(crate) struct Demo {
     #[arg(long)]
     pub(crate) auto_converge: bool,
     /// Send pages that are written again as differences, with a cache of this size (a power of two)
-    #[arg(long, value_name = "SIZE", value_parser = human::size)]
+    #[arg(long, value_name = "SIZE", value_parser = human::cache)]
     pub(crate) xbzrle_cache: Option<u64>,
     #[command(flatten)]
     pub(crate) convergence: Convergence,

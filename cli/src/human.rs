@@ -3,6 +3,8 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
+use multifd_engine::parameter;
+
 use crate::flags::{Link, Rate};
 
 const RATE_GRAMMAR: &str =
@@ -64,11 +66,20 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// 0 to 255; 0 is none, everything goes on the main channel.
+/// `multifd-channels`; 0 is none, everything goes on the main channel.
 pub(crate) fn channels(text: &str) -> Result<usize, String> {
-    text.parse::<u8>()
-        .map(usize::from)
-        .map_err(|_| format!("{text:?}: a number from 1 to 255, or 0 for none"))
+    let parameter::Number { least, most, .. } = parameter::MULTIFD_CHANNELS;
+    match text.parse::<usize>() {
+        Ok(0) => Ok(0),
+        Ok(channels) if parameter::MULTIFD_CHANNELS.check(channels as u64).is_ok() => Ok(channels),
+        _ => Err(format!("{text:?}: a number from {least} to {most}, or 0 for none")),
+    }
+}
+
+/// `xbzrle-cache-size`, in bytes.
+pub(crate) fn cache(text: &str) -> Result<u64, String> {
+    let bytes = size(text)?;
+    parameter::XBZRLE_CACHE_SIZE.check(bytes).map(|()| bytes).map_err(|error| error.to_string())
 }
 
 /// `12.3 MiB`
@@ -158,7 +169,10 @@ mod tests {
         assert!(duration("0s").is_err());
         assert!(link("0").unwrap_err().contains("link of 0"));
         assert!(link("fast").unwrap_err().contains("loopback"));
-        assert!(channels("256").is_err() && channels("-1").is_err());
+        assert!(channels("256").unwrap_err().contains("from 1 to 255") && channels("-1").is_err());
+        assert_eq!((channels("0"), channels("255")), (Ok(0), Ok(255)));
+        assert!(cache("3M").unwrap_err().contains("a power of two, at least 4096"));
+        assert_eq!(cache("4M"), Ok(4 << 20));
     }
 
     #[test]

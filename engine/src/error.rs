@@ -17,6 +17,8 @@ pub struct Error {
     channel: Option<String>,
     detail: Cow<'static, str>,
     source: Option<Box<dyn StdError + Send + Sync>>,
+    /// The guest may be running at the destination.
+    handed_over: bool,
 }
 
 /// Who or what is to blame.
@@ -75,7 +77,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error of `kind` in `phase`; `detail` says what was seen and what was expected.
     pub fn new(kind: ErrorKind, phase: Phase, detail: impl Into<Cow<'static, str>>) -> Self {
-        Self { kind, phase, channel: None, detail: detail.into(), source: None }
+        Self { kind, phase, channel: None, detail: detail.into(), source: None, handed_over: false }
     }
 
     /// Names the channel, unless a closer place has done so.
@@ -107,11 +109,12 @@ impl Error {
         self.channel.as_deref()
     }
 
-    /// True as long as the guest cannot be running at the destination: until commit.
+    /// True if the guest cannot be running at the destination, whatever [`Error::phase`] it happened in.
     ///
-    /// False from the moment when the last byte that lets the destination run has been handed to the kernel.
+    /// False once the byte that lets the destination run the guest has been handed to the kernel, unless the destination
+    /// has refused the guest after all.
     pub fn source_may_resume(&self) -> bool {
-        self.phase != Phase::Commit
+        !self.handed_over
     }
 
     /// The whole chain in one line: `a: b: c`.
@@ -126,10 +129,16 @@ impl Error {
         text
     }
 
-    /// The same error, but it struck when the guest had been handed over.
-    pub(crate) fn committed(mut self) -> Self {
-        self.phase = Phase::Commit;
+    /// Marks an error that ended a migration after the guest was handed over.
+    #[must_use]
+    pub(crate) fn after_hand_over(mut self) -> Self {
+        self.handed_over = true;
         self
+    }
+
+    /// What a wait gives that the stop switch has ended: the cause is in the switch.
+    pub(crate) fn stopped(phase: Phase) -> Self {
+        Self::new(ErrorKind::Cancelled, phase, "stopped")
     }
 
     pub(crate) fn invalid(phase: Phase, invalid: Invalid) -> Self {
@@ -199,5 +208,19 @@ impl fmt::Display for Phase {
             Self::Device => "device",
             Self::Setup => "setup",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_hand_over_keeps_the_source_from_running_on() {
+        let error = || Error::new(ErrorKind::Deadline, Phase::Commit, "no word");
+        assert!(error().source_may_resume(), "the phase says where, and no more");
+        let error = error().after_hand_over();
+        assert!(!error.source_may_resume());
+        assert_eq!((error.phase(), error.to_string().as_str()), (Phase::Commit, "commit: no word"));
     }
 }

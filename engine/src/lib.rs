@@ -15,6 +15,7 @@
 //! engine's own, one a channel, and end with the migration, whatever ends it. Nothing asks for an async runtime.
 
 mod checkpoint;
+mod config;
 mod convergence;
 mod destination;
 mod dialect;
@@ -38,6 +39,7 @@ mod work;
 mod workers;
 
 pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, Manifest};
+pub use config::{DestinationConfig, SourceConfig, parameter, rule};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
 pub use dirty::{DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance};

@@ -1,7 +1,7 @@
 //! What source and destination share: the stop switch, the channels that are open, the counters.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use multifd_transports::{Channel, SocketOptions};
@@ -9,7 +9,8 @@ use multifd_transports::{Channel, SocketOptions};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::open_set::OpenSet;
 use crate::state::MigrationState;
-use crate::stop::StopSwitch;
+use crate::stop::{StopSwitch, lock};
+use crate::workers::Crew;
 
 /// How long a peer may keep us waiting by default: for a connection, an answer, the rest of a packet.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -77,7 +78,7 @@ impl Session {
 
     /// Makes a new connection part of the migration: its silence is limited, its bytes are counted.
     ///
-    /// The caller registers what wakes it when the migration stops: `main` says goodbye first, the others just close.
+    /// The caller registers what wakes it when the migration stops: main may have a last message to send, the others just close.
     ///
     /// # Errors
     /// `Cancelled` if the channels have been closed already: this one is closed, too.
@@ -100,7 +101,7 @@ impl Session {
         SocketOptions { user_timeout, ..wanted.clone() }
     }
 
-    /// Shuts the channel's socket down when the migration stops, which wakes whoever reads or writes it.
+    /// Shuts the channel's socket down when the migration stops, which wakes the threads that read or write it.
     pub(crate) fn close_on_stop(&self, channel: &Channel) {
         let closer = channel.closer();
         self.stop.on_trip(move || closer.close());
@@ -113,12 +114,12 @@ impl Session {
 
     /// The migration begins now: a destination that has waited for its source does not count the wait.
     pub(crate) fn begin(&self) {
-        *self.started.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        *lock(&self.started) = Instant::now();
     }
 
     /// Since the migration began.
     pub(crate) fn elapsed(&self) -> Duration {
-        self.started.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+        lock(&self.started).elapsed()
     }
 
     pub(crate) fn wire_bytes(&self) -> u64 {
@@ -140,12 +141,12 @@ impl Session {
     }
 
     pub(crate) fn state(&self) -> MigrationState {
-        *self.lock_state()
+        *lock(&self.state)
     }
 
     /// Goes on to `next`, if the table of transitions lets it.
     pub(crate) fn enter(&self, next: MigrationState) -> Result<()> {
-        let mut state = self.lock_state();
+        let mut state = lock(&self.state);
         if !state.may_become(next) {
             let detail = format!("the migration is {}, it cannot become {next}", *state);
             return Err(Error::new(ErrorKind::Cancelled, Phase::Active, detail));
@@ -156,21 +157,28 @@ impl Session {
 
     /// The guest has moved. Whatever else happened meanwhile, a cancel above all, came too late.
     pub(crate) fn complete(&self) {
-        *self.lock_state() = MigrationState::Completed;
+        *lock(&self.state) = MigrationState::Completed;
     }
 
-    /// The switch has tripped: cancelled if somebody wanted that, else failed.
+    /// Ends the migration because of `error`: wakes and joins every thread.
+    ///
+    /// Gives the first cause, which another thread may have known before.
+    pub(crate) fn fail(&self, error: Error, crew: &Crew) -> Error {
+        let phase = error.phase();
+        self.stop.trip(error);
+        self.note_end_of_failed();
+        crew.join();
+        self.stop.cause_or(Error::stopped(phase))
+    }
+
+    /// The switch has tripped: cancelled if the caller wanted that, else failed.
     pub(crate) fn note_end_of_failed(&self) {
-        let mut state = self.lock_state();
+        let mut state = lock(&self.state);
         if *state == MigrationState::Cancelling {
             *state = MigrationState::Cancelled;
         } else if state.may_become(MigrationState::Failed) {
             *state = MigrationState::Failed;
         }
-    }
-
-    fn lock_state(&self) -> std::sync::MutexGuard<'_, MigrationState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -201,5 +209,35 @@ impl Canceller {
         // Not an error: what is over cannot be cancelled.
         let _ = self.0.enter(MigrationState::Cancelling);
         self.0.stop.trip(Error::new(ErrorKind::Cancelled, Phase::Active, "cancelled by the caller"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_session_gives_the_first_cause_and_has_no_threads_left() {
+        let session = Session::new(DEFAULT_TIMEOUT);
+        let crew = Crew::new(session.stop.clone());
+        session.enter(MigrationState::Setup).unwrap();
+        crew.spawn("mig-test", Phase::Active, || {
+            Err(Error::new(ErrorKind::InvalidStream, Phase::Active, "the first"))
+        })
+        .unwrap();
+        crew.join();
+        let cause = session.fail(Error::stopped(Phase::Device), &crew);
+        assert_eq!(cause.to_string(), "active: the first");
+        assert_eq!(session.state(), MigrationState::Failed);
+    }
+
+    #[test]
+    fn a_session_that_was_cancelled_ends_as_cancelled() {
+        let session = Session::new(DEFAULT_TIMEOUT);
+        let crew = Crew::new(session.stop.clone());
+        session.enter(MigrationState::Setup).unwrap();
+        Canceller::new(&session).cancel();
+        let cause = session.fail(Error::stopped(Phase::Setup), &crew);
+        assert_eq!((cause.kind(), session.state()), (ErrorKind::Cancelled, MigrationState::Cancelled));
     }
 }

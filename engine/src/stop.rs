@@ -87,24 +87,36 @@ impl<T: Send + 'static> Monitor<T> {
         stop.on_trip(move || {
             // Taking the lock orders the trip before the next check of a waiter that is about to sleep.
             drop(lock(&woken.0.0));
-            woken.0.1.notify_all();
+            woken.notify();
         });
         this
     }
 
     /// Changes the value and wakes every waiter.
-    pub(crate) fn update<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
+    pub(crate) fn modify_and_notify<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
         let result = change(&mut lock(&self.0.0));
-        self.0.1.notify_all();
+        self.notify();
         result
     }
 
-    /// Looks at the value, or notes something in it that nobody waits for.
-    pub(crate) fn with<R>(&self, look: impl FnOnce(&mut T) -> R) -> R {
-        look(&mut lock(&self.0.0))
+    /// Changes something that no waiter waits for.
+    pub(crate) fn modify_silently<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
+        change(&mut lock(&self.0.0))
+    }
+
+    /// Reads the value.
+    pub(crate) fn read<R>(&self, read: impl FnOnce(&T) -> R) -> R {
+        read(&lock(&self.0.0))
+    }
+
+    /// Wakes every waiter after a change that a `ready` of [`Monitor::wait`] has made.
+    pub(crate) fn notify(&self) {
+        self.0.1.notify_all();
     }
 
     /// Waits until `ready` gives a value. `None`: the switch tripped, or `limit` passed.
+    ///
+    /// What `ready` changes wakes no other waiter: see [`Monitor::notify`].
     pub(crate) fn wait<R>(
         &self,
         stop: &StopSwitch,
@@ -132,6 +144,7 @@ impl<T: Send + 'static> Monitor<T> {
     }
 }
 
+/// Locks `mutex`, also after a panic in another thread that held it.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic while a lock is held trips the switch; the data behind it is only read to wind up.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

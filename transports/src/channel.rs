@@ -39,7 +39,7 @@ impl Channel {
 
     /// A channel that writes to a file, or reads it.
     pub(crate) fn of_file(file: FileStream, peer: String) -> Self {
-        Self::over(Stream::File(file), peer)
+        Self::over(Stream::File(Arc::new(file)), peer)
     }
 
     /// A channel over any kind of stream.
@@ -174,7 +174,12 @@ impl Channel {
 
     /// The file behind the channel, if it is one.
     pub fn file(&self) -> Option<&FileStream> {
-        self.link.stream.file()
+        self.link.stream.file().map(AsRef::as_ref)
+    }
+
+    /// The same file, which stays open for as long as the channel or this handle is there.
+    pub fn file_handle(&self) -> Option<Arc<FileStream>> {
+        self.link.stream.file().cloned()
     }
 
     /// Limits how long one call may wait without a byte moving; `None`, the default, is for ever. A call that

@@ -4,11 +4,12 @@ use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use serde::Serialize;
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 
 /// Settings of the sockets of a migration; those of TCP do nothing on other kinds. More fields will come: write
 /// `..SocketOptions::default()`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SocketOptions {
     /// TCP_NODELAY: what was sent leaves at once. Default: true.
     pub no_delay: bool,
@@ -32,7 +33,7 @@ pub struct SocketOptions {
 }
 
 /// When a silent connection is asked for a sign of life, and how often.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Keepalive {
     /// Silence until the first question; whole seconds, 1 s ..= 9 h.
     pub time: Duration,

@@ -3,6 +3,7 @@
 use std::io::{self, IoSlice, Read};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use socket2::Socket;
@@ -15,7 +16,7 @@ use crate::tls::TlsStream;
 #[derive(Debug)]
 pub(crate) enum Stream {
     /// A regular file, in one direction.
-    File(FileStream),
+    File(Arc<FileStream>),
     /// Pipes, with or without a command behind them.
     Pipe(Pipe),
     /// A connected, blocking stream socket: the bytes on it are the channel's bytes, nothing in between.
@@ -112,7 +113,7 @@ impl Stream {
         }
     }
 
-    pub(crate) fn file(&self) -> Option<&FileStream> {
+    pub(crate) fn file(&self) -> Option<&Arc<FileStream>> {
         match self {
             Self::File(file) => Some(file),
             Self::Pipe(_) | Self::Socket(_) | Self::Tls(_) => None,

@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use multifd_wire::{BlockEntry, Configuration};
@@ -12,6 +12,7 @@ use super::{CheckpointBlock, DESCRIPTION, DEVICE_STATE, MANIFEST, Manifest, stor
 use crate::destination::{Arrived, IncomingRam};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{HostMemory, PAGE, RamBlock};
+use crate::stop::lock;
 
 /// A checkpoint in the making, under a temporary name beside the final one. Dropped unfinished, it is removed.
 #[derive(Debug)]
@@ -119,7 +120,7 @@ impl CheckpointWriter {
             machine: arrived.configuration().machine.clone(),
             uuid: arrived.uuid().map(|uuid| format!("{:032x}", u128::from_be_bytes(uuid))),
             switchover_start: arrived.switchover_start(),
-            blocks: self.blocks.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            blocks: lock(&self.blocks).clone(),
             source: arrived.source().to_owned(),
             codec: arrived.codec(),
             channels: arrived.progress().channels,
@@ -167,7 +168,7 @@ impl IncomingRam for CheckpointRam {
             let path = self.partial.join(&name);
             let memory = sparse(&path, entry.used_len).map_err(|error| storage("making", &path, error))?;
             opened.push(RamBlock::new(entry.name.clone(), memory).fresh());
-            self.blocks.lock().unwrap_or_else(PoisonError::into_inner).push(CheckpointBlock {
+            lock(&self.blocks).push(CheckpointBlock {
                 idstr: entry.name.as_str().to_owned(),
                 length: entry.used_len,
                 page_size: PAGE as u64,

@@ -3,11 +3,13 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
+use serde::Serialize;
+
 use super::record::{Decision, RoundRecord};
 use super::throttle::{AutoConverge, Throttle};
 
 /// How far a migration may go. All of it can be changed while it runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Limits {
     /// Longest time for which the guest may stand still. Default: 300 ms.
     pub downtime_limit: Duration,
@@ -20,7 +22,8 @@ pub struct Limits {
 }
 
 /// What to do when rounds no longer shrink.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum OnStall {
     /// Give up; the guest stays.
     Abort,

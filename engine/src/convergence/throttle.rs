@@ -2,8 +2,12 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
+
+use crate::config::parameter::{self, OutOfRange};
+
 /// Settings of the throttle, with QEMU's names and defaults. The engine says how much, the embedder holds its vCPUs back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct AutoConverge {
     /// Dirty bytes in percent of sent bytes above which a period counts as not converging: 1..=100. Default 50.
     pub trigger_threshold: u8,
@@ -41,18 +45,11 @@ impl Default for AutoConverge {
 
 impl AutoConverge {
     /// The first setting that is out of its range.
-    pub(crate) fn check(&self) -> Result<(), String> {
-        let within = |name: &str, value: u8, low: u8, high: u8| {
-            if (low..=high).contains(&value) {
-                Ok(())
-            } else {
-                Err(format!("{name} {value}, expected {low}..={high}"))
-            }
-        };
-        within("throttle-trigger-threshold", self.trigger_threshold, 1, 100)?;
-        within("cpu-throttle-initial", self.initial, 1, 99)?;
-        within("cpu-throttle-increment", self.increment, 1, 99)?;
-        within("max-cpu-throttle", self.max, self.initial, 99)
+    pub(crate) fn check(&self) -> Result<(), OutOfRange> {
+        parameter::THROTTLE_TRIGGER_THRESHOLD.check(self.trigger_threshold)?;
+        parameter::CPU_THROTTLE_INITIAL.check(self.initial)?;
+        parameter::CPU_THROTTLE_INCREMENT.check(self.increment)?;
+        parameter::MAX_CPU_THROTTLE.at_least(self.initial).check(self.max)
     }
 }
 
@@ -146,7 +143,17 @@ mod tests {
     #[test]
     fn settings_out_of_range_are_named() {
         let wrong = AutoConverge { max: 10, ..AutoConverge::default() };
-        assert_eq!(wrong.check(), Err("max-cpu-throttle 10, expected 20..=99".to_owned()));
+        assert_eq!(wrong.check().unwrap_err().to_string(), "max-cpu-throttle 10, expected 20..=99");
         assert_eq!(AutoConverge::default().check(), Ok(()));
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_qemu() {
+        let AutoConverge { trigger_threshold, initial, increment, max, tailslow } = AutoConverge::default();
+        assert_eq!(u64::from(trigger_threshold), parameter::THROTTLE_TRIGGER_THRESHOLD.default);
+        assert_eq!(u64::from(initial), parameter::CPU_THROTTLE_INITIAL.default);
+        assert_eq!(u64::from(increment), parameter::CPU_THROTTLE_INCREMENT.default);
+        assert_eq!(u64::from(max), parameter::MAX_CPU_THROTTLE.default);
+        assert_eq!(tailslow, parameter::CPU_THROTTLE_TAILSLOW.default);
     }
 }

@@ -9,7 +9,7 @@ use super::main_channel::MainStream;
 use super::return_path::ReturnPath;
 use super::shared::{DevicePacket, Shared};
 use super::tail::Described;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, Phase, Result};
 use crate::report::Report;
 use crate::session::Progress;
 use crate::workers::Crew;
@@ -144,7 +144,7 @@ impl Arrived {
         if stop.seal() {
             return Ok(());
         }
-        Err(stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Device, "stopped")))
+        Err(stop.cause_or(Error::stopped(Phase::Device)))
     }
 
     fn wind_up(&self) {

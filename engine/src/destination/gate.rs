@@ -71,11 +71,11 @@ impl Gate {
     }
 
     pub(crate) fn opened(&self) {
-        self.state.update(|state| state.unidentified += 1);
+        self.state.modify_and_notify(|state| state.unidentified += 1);
     }
 
     pub(crate) fn identified(&self) {
-        self.state.update(|state| state.unidentified = state.unidentified.saturating_sub(1));
+        self.state.modify_and_notify(|state| state.unidentified = state.unidentified.saturating_sub(1));
     }
 
     /// A channel said its number.
@@ -84,7 +84,7 @@ impl Gate {
     /// The number is taken or out of range, or the channel comes too late: with the second sync point, pages of all channels had
     /// to be here.
     pub(crate) fn join(&self, id: u8, closer: Closer) -> Result<(), JoinError> {
-        self.state.update(|state| {
+        self.state.modify_and_notify(|state| {
             let most = state.expected.unwrap_or(255);
             let refusal = if usize::from(id) >= most {
                 format!("channel id {id}, expected 0..{most}")
@@ -104,27 +104,27 @@ impl Gate {
 
     /// True before the first sync point: a channel that cannot join may be the source's.
     pub(crate) fn is_early(&self) -> bool {
-        self.state.with(|state| state.released == 0)
+        self.state.read(|state| state.released == 0)
     }
 
     /// No channel can join any more, whether the number of channels was known or not.
     pub(crate) fn is_full(&self) -> bool {
-        self.state.with(|state| state.released >= LAST_TO_JOIN || state.is_complete())
+        self.state.read(|state| state.released >= LAST_TO_JOIN || state.is_complete())
     }
 
     /// Connections that have not said yet what they are.
     pub(crate) fn unidentified(&self) -> usize {
-        self.state.with(|state| state.unidentified)
+        self.state.read(|state| state.unidentified)
     }
 
     /// True if there are parallel channels.
     pub(crate) fn has_channels(&self) -> bool {
-        self.state.with(|state| !state.channels.is_empty())
+        self.state.read(|state| !state.channels.is_empty())
     }
 
     /// A packet came in on the channel.
     pub(crate) fn progressed(&self, id: u8) {
-        self.state.with(|state| {
+        self.state.modify_silently(|state| {
             if let Some(arrivals) = state.channels.get_mut(&id) {
                 arrivals.packets += 1;
             }
@@ -136,7 +136,7 @@ impl Gate {
     /// # Errors
     /// The main stream has ended: every page of the guest was here by then.
     pub(crate) fn storing(&self, id: u8) -> Result<Storing<'_>> {
-        self.state.with(|state| match state.channels.get_mut(&id) {
+        self.state.modify_silently(|state| match state.channels.get_mut(&id) {
             _ if state.finished => Err(Error::misbehaved(
                 Phase::Active,
                 "pages after the end of the main stream, they are thrown away",
@@ -151,7 +151,7 @@ impl Gate {
 
     /// The channel has reached a SYNC: waits until main has passed it, too. An error if the migration stops meanwhile.
     pub(crate) fn arrive(&self, id: u8) -> Result<()> {
-        let mine = self.state.update(|state| {
+        let mine = self.state.modify_and_notify(|state| {
             let arrivals = state.channels.get_mut(&id)?;
             arrivals.syncs += 1;
             Some(arrivals.syncs)
@@ -159,12 +159,12 @@ impl Gate {
         let mine = mine.ok_or_else(|| never_joined(id))?;
         self.state
             .wait(&self.stop, None, |state| (state.finished || state.released >= mine).then_some(()))
-            .ok_or_else(stopped)
+            .ok_or_else(|| Error::stopped(Phase::Active))
     }
 
     /// The channel's stream has ended, at a packet boundary.
     pub(crate) fn ended(&self, id: u8) {
-        self.state.update(|state| {
+        self.state.modify_and_notify(|state| {
             if let Some(arrivals) = state.channels.get_mut(&id) {
                 arrivals.ended = true;
             }
@@ -185,15 +185,15 @@ impl Gate {
             let outcome = self.state.wait(&self.stop, Some(patience), State::try_release);
             if let Some(outcome) = outcome {
                 // Wakes the channels that the release was for.
-                self.state.update(|_| ());
+                self.state.notify();
                 return outcome;
             }
             if self.stop.tripped() {
-                return Err(stopped());
+                return Err(Error::stopped(Phase::Active));
             }
-            let now = self.state.with(|state| state.channels.values().map(|channel| channel.packets).sum());
+            let now = self.state.read(|state| state.channels.values().map(|channel| channel.packets).sum());
             if now == packets {
-                let missing = self.state.with(|state| state.missing());
+                let missing = self.state.read(State::missing);
                 let detail = format!("no SYNC within {patience:?} from {missing}");
                 return Err(Error::new(ErrorKind::Deadline, Phase::Active, detail).on("main"));
             }
@@ -204,7 +204,7 @@ impl Gate {
     /// The main stream is complete: when this returns nothing is stored any more. A channel in the middle of a packet with pages
     /// is closed, a sound source has none.
     pub(crate) fn finish(&self) {
-        self.state.update(|state| {
+        self.state.modify_and_notify(|state| {
             state.finished = true;
             state.channels.values().filter(|it| it.storing).for_each(|it| it.closer.close());
         });
@@ -215,7 +215,7 @@ impl Gate {
     }
 
     pub(crate) fn finished(&self) -> bool {
-        self.state.with(|state| state.finished)
+        self.state.read(|state| state.finished)
     }
 
     /// Waits until every channel has ended, or `patience` is over.
@@ -287,24 +287,20 @@ impl State {
 impl Drop for Storing<'_> {
     fn drop(&mut self) {
         let Self(gate, id) = self;
-        let wakes = gate.state.with(|state| {
+        let wakes = gate.state.modify_silently(|state| {
             if let Some(arrivals) = state.channels.get_mut(id) {
                 arrivals.storing = false;
             }
             state.finished
         });
         if wakes {
-            gate.state.update(|_| ());
+            gate.state.notify();
         }
     }
 }
 
 fn never_joined(id: u8) -> Error {
     Error::misbehaved(Phase::Active, format!("packets of channel {id}, which has not joined"))
-}
-
-fn stopped() -> Error {
-    Error::new(ErrorKind::Cancelled, Phase::Active, "stopped")
 }
 
 #[cfg(test)]
@@ -407,7 +403,7 @@ mod tests {
         .unwrap();
         waiting.recv().unwrap();
         gate.finish();
-        assert!(!gate.state.with(|state| state.channels.values().any(|arrivals| arrivals.storing)));
+        assert!(!gate.state.read(|state| state.channels.values().any(|arrivals| arrivals.storing)));
         crew.join();
         drop(other);
     }

@@ -59,7 +59,7 @@ impl Lobby {
             if let Err(error) = self.on_arrival(arrival, listener.takes_several()) {
                 stop.trip(error);
             }
-            if self.main.with(|main| main.came) && self.shared.gate.is_full() {
+            if self.main.read(|main| main.came) && self.shared.gate.is_full() {
                 listener.close();
             }
         });
@@ -70,7 +70,7 @@ impl Lobby {
                 "connections closed that had not said what they are: all channels are here"
             );
         }
-        self.main.update(|main| main.over = true);
+        self.main.modify_and_notify(|main| main.over = true);
         served.map_err(|error| Error::transport(Phase::Accept, error))
     }
 
@@ -120,12 +120,12 @@ impl Lobby {
         let refused = |error: Error| Err(JoinError::Late(error.on(peer.clone())));
         match u32::from_be_bytes(first) {
             STREAM_MAGIC => {
-                let second = self.main.with(|main| std::mem::replace(&mut main.came, true));
+                let second = self.main.modify_silently(|main| std::mem::replace(&mut main.came, true));
                 if second {
                     let detail = "a second main channel: another source moves its guest in here already";
                     return refused(Error::misbehaved(Phase::Accept, detail));
                 }
-                self.main.update(|main| main.channel = Some(channel));
+                self.main.modify_and_notify(|main| main.channel = Some(channel));
                 Ok(())
             }
             MULTIFD_MAGIC if !several => {

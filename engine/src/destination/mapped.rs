@@ -87,13 +87,13 @@ impl PageReaders {
             Counters::add(&shared.session.counters.channels, 1);
             self.crew.spawn(&format!("mig-recv-{id}"), Phase::Active, move || {
                 plan.run().map_err(|error| error.on(format!("main ({})", plan.channel.peer())))?;
-                finished.update(|finished| *finished += 1);
+                finished.modify_and_notify(|finished| *finished += 1);
                 Ok(())
             })?;
         }
         finished
             .wait(stop, None, |finished| (*finished == count).then_some(()))
-            .ok_or_else(|| Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"))
+            .ok_or_else(|| Error::stopped(Phase::Active))
     }
 }
 
@@ -141,7 +141,7 @@ impl Plan {
                 return Ok(());
             }
             if self.session.stop.tripped() {
-                return Err(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"));
+                return Err(Error::stopped(Phase::Active));
             }
             self.chunk(block, first)?;
         }

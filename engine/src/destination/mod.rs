@@ -10,6 +10,7 @@
 //! ```
 
 mod arrived;
+mod builder;
 mod channel;
 mod gate;
 mod landing;
@@ -24,18 +25,19 @@ mod switchover;
 mod tail;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use multifd_codecs::Codecs;
-use multifd_transports::{Channel, Endpoint, Listener, SocketOptions, TlsServer};
+use multifd_transports::{Channel, Endpoint, Listener};
 
 pub use arrived::Arrived;
+pub use builder::DestinationBuilder;
 pub use landing::IncomingRam;
 pub use shared::DevicePacket;
 pub use switchover::SwitchoverAck;
 
+use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::session::{Canceller, DEFAULT_TIMEOUT, ProgressReader, Session};
+use crate::session::{Canceller, ProgressReader, Session};
 use crate::state::MigrationState;
 use crate::stream::StreamReader;
 use crate::workers::Crew;
@@ -45,135 +47,16 @@ use mapped::PageReaders;
 use return_path::ReturnPath;
 use shared::Shared;
 
-/// Settings of a [`Destination`]. Made by [`Destination::builder`].
-pub struct DestinationBuilder {
-    ram: Box<dyn IncomingRam>,
-    codecs: Codecs,
-    channels: Option<usize>,
-    direct_io: bool,
-    switchover_ack: SwitchoverAck,
-    timeout: Duration,
-    socket: SocketOptions,
-    tls: Option<TlsServer>,
-}
-
 /// Listens for one migration.
 pub struct Destination {
     listener: Arc<Listener>,
     session: Arc<Session>,
-    settings: DestinationBuilder,
-}
-
-impl DestinationBuilder {
-    /// The codecs that may come in. Default: none, zlib, zstd. Which one it is, the packets say.
-    #[must_use]
-    pub fn codecs(mut self, codecs: Codecs) -> Self {
-        self.codecs = codecs;
-        self
-    }
-
-    /// Insists on exactly so many parallel channels, and waits for all of them at the first sync point. Default: any number up
-    /// to 255; those count that are there by then. Of a `mapped-ram` file: so many threads read it; default: one a core, up to 4.
-    #[must_use]
-    pub fn channels(mut self, channels: usize) -> Self {
-        self.channels = Some(channels);
-        self
-    }
-
-    /// Reads the pages of a `mapped-ram` file past the page cache (O_DIRECT); anything else that comes is refused then. The memory
-    /// must begin at a multiple of the disk's block size. Default: no.
-    #[must_use]
-    pub fn direct_io(mut self, direct_io: bool) -> Self {
-        self.direct_io = direct_io;
-        self
-    }
-
-    /// When to acknowledge the switch-over unasked. Default: [`SwitchoverAck::Auto`].
-    #[must_use]
-    pub fn switchover_ack(mut self, ack: SwitchoverAck) -> Self {
-        self.switchover_ack = ack;
-        self
-    }
-
-    /// The longest silence in which the source is taken for alive: waiting for it to connect, for the next byte of the main
-    /// stream, for the rest of a packet. Default: 60 s. A source that was paused by hand is silent.
-    #[must_use]
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
-        self
-    }
-
-    /// How the connections' sockets are tuned. Default: as for [`SourceBuilder`](crate::SourceBuilder).
-    #[must_use]
-    pub fn socket_options(mut self, options: SocketOptions) -> Self {
-        self.socket = options;
-        self
-    }
-
-    /// Takes sealed connections only, and refuses a source whose certificate does not verify. Default: plain ones only.
-    #[must_use]
-    pub fn tls(mut self, tls: TlsServer) -> Self {
-        self.tls = Some(tls);
-        self
-    }
-
-    /// Opens the listening socket. The source may connect from now on.
-    ///
-    /// # Errors
-    /// `ApiMisuse` for a timeout of zero or channels over what is one channel, `Transport` if the address cannot be listened on.
-    pub fn listen(self, endpoint: &Endpoint) -> Result<Destination> {
-        if self.timeout.is_zero() {
-            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, "timeout is 0, expected more"));
-        }
-        // Before a command is started or a file opened. What a descriptor is, shows when it is looked at.
-        if !matches!(endpoint, Endpoint::Fd(_) | Endpoint::FdFrom(_)) {
-            self.check_carrier(
-                endpoint,
-                endpoint.takes_several(),
-                matches!(endpoint, Endpoint::File { .. }),
-            )?;
-        }
-        let session = Session::new(self.timeout);
-        let listener = Listener::bind_with(endpoint, &session.socket_options(&self.socket))
-            .map_err(|error| Error::transport(Phase::Accept, error))?
-            .tls(self.tls.clone())
-            .opening_len(lobby::opening_len);
-        self.check_carrier(endpoint, listener.takes_several(), listener.reads_file())?;
-        Ok(Destination { listener: Arc::new(listener), session, settings: self })
-    }
-}
-
-impl DestinationBuilder {
-    fn check_carrier(&self, endpoint: &Endpoint, takes_several: bool, is_file: bool) -> Result<()> {
-        let misuse = |detail| Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, detail));
-        if self.tls.is_some() && !takes_several {
-            return misuse(format!("TLS over {endpoint}, expected tcp, unix or vsock"));
-        }
-        match self.channels {
-            // Of a file they are threads, if its pages have fixed places; the stream says whether they do.
-            Some(channels @ 1..) if !takes_several && !is_file => {
-                misuse(format!("{channels} parallel channels over {endpoint}, which is one channel"))
-            }
-            _ => Ok(()),
-        }
-    }
+    config: DestinationConfig,
+    ram: Box<dyn IncomingRam>,
+    codecs: Codecs,
 }
 
 impl Destination {
-    /// A destination whose pages land in what `ram` provides.
-    pub fn builder(ram: impl IncomingRam + 'static) -> DestinationBuilder {
-        DestinationBuilder {
-            ram: Box::new(ram),
-            codecs: Codecs::default(),
-            channels: None,
-            direct_io: false,
-            switchover_ack: SwitchoverAck::Auto,
-            timeout: DEFAULT_TIMEOUT,
-            socket: SocketOptions::default(),
-            tls: None,
-        }
-    }
-
     /// Where it listens, with the port that the system chose if 0 was asked for.
     pub fn endpoint(&self) -> Endpoint {
         self.listener.endpoint()
@@ -197,8 +80,7 @@ impl Destination {
     pub fn receive(mut self) -> Result<Arrived> {
         self.session.enter(MigrationState::Setup)?;
         let crew = Arc::new(Crew::new(self.session.stop.clone()));
-        let settings = (self.settings.codecs.clone(), self.settings.channels);
-        let shared = Shared::new(&self.session, settings.0, settings.1, &self.listener);
+        let shared = Shared::new(&self.session, self.codecs.clone(), self.config.channels, &self.listener);
         let lobby = Lobby::new(&shared, &crew);
         let main = lobby.main();
         let listener = Arc::clone(&self.listener);
@@ -216,14 +98,8 @@ impl Destination {
                 Ok(Arrived::new(stream, return_path, shared, crew))
             }
             ended => {
-                if let Err(error) = ended {
-                    self.session.stop.trip(error);
-                }
-                self.session.note_end_of_failed();
-                crew.join();
-                let cause =
-                    self.session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"));
-                Err(shared.refusals.explain(cause))
+                let error = ended.err().unwrap_or_else(|| Error::stopped(Phase::Active));
+                Err(shared.refusals.explain(self.session.fail(error, &crew)))
             }
         }
     }
@@ -257,8 +133,8 @@ impl Destination {
             goodbye.abort();
             closer.close();
         });
-        let (ack, direct) = (self.settings.switchover_ack, self.settings.direct_io);
-        let readers = PageReaders { crew: Arc::clone(crew), count: self.settings.channels, direct };
+        let (ack, direct) = (self.config.switchover_ack, self.config.direct_io);
+        let readers = PageReaders { crew: Arc::clone(crew), count: self.config.channels, direct };
         let main = MainChannel::new(
             StreamReader::new(channel, &self.session),
             shared,
@@ -266,6 +142,6 @@ impl Destination {
             ack,
             readers,
         );
-        Ok((main.run(&mut *self.settings.ram)?, return_path))
+        Ok((main.run(&mut *self.ram)?, return_path))
     }
 }

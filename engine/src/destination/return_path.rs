@@ -1,12 +1,13 @@
 //! The return path, from our end: what the destination tells the source.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use multifd_transports::Channel;
 use multifd_wire::ReturnMessage;
 
 use crate::error::{Error, Phase, Result};
+use crate::stop::lock;
 
 /// Status in SHUT: the guest has arrived.
 const SHUT_SUCCESS: u32 = 0;
@@ -42,7 +43,7 @@ impl ReturnPath {
 
     /// The source sent OPEN_RETURN_PATH. Repeats are harmless.
     pub(crate) fn open(&self) {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         if *state == State::Closed {
             *state = State::Open;
         }
@@ -58,11 +59,11 @@ impl ReturnPath {
     }
 
     pub(crate) fn is_open(&self) -> bool {
-        *self.lock() == State::Open
+        *lock(&self.state) == State::Open
     }
 
     pub(crate) fn send(&self, phase: Phase, message: &ReturnMessage) -> Result<()> {
-        let state = self.lock();
+        let state = lock(&self.state);
         // What was recorded asks, but nobody waits for an answer.
         if *state == State::OneWay {
             return Ok(());
@@ -77,8 +78,9 @@ impl ReturnPath {
 
     /// Tells the source that the guest has arrived; from here on it must not run there.
     pub(crate) fn shut(&self) -> Result<()> {
-        self.finish(&mut self.lock(), SHUT_SUCCESS)
-            .map_err(|error| Error::io(Phase::Commit, "sending SHUT", error).on(self.name()))
+        self.finish(&mut lock(&self.state), SHUT_SUCCESS).map_err(|error| {
+            Error::io(Phase::Commit, "sending SHUT", error).on(self.name()).after_hand_over()
+        })
     }
 
     /// Lets a command behind the channel end by itself. It has done all that it was needed for: no more than a word if it
@@ -113,9 +115,5 @@ impl ReturnPath {
         let mut bytes = Vec::with_capacity(16);
         message.encode(&mut bytes);
         self.channel.send_all(&bytes)
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -105,7 +105,7 @@ impl Shared {
 
     /// Main has read the list of blocks: pages can land.
     pub(crate) fn publish(&self, landings: Arc<Landings>) {
-        self.facts.update(|facts| facts.landings = Some(landings));
+        self.facts.modify_and_notify(|facts| facts.landings = Some(landings));
     }
 
     /// Waits for the list of blocks, which a channel's first page may overtake.
@@ -122,7 +122,7 @@ impl Shared {
 
     /// The codec of a packet with pages: known here, and the same for the whole migration.
     pub(crate) fn codec(&self, flags: PacketFlags) -> Result<Arc<dyn Codec>> {
-        self.facts.with(|facts| match &facts.codec {
+        self.facts.modify_silently(|facts| match &facts.codec {
             Some(codec) if codec.id().value() == flags.codec() => Ok(Arc::clone(codec)),
             Some(codec) => Err(Error::misbehaved(
                 Phase::Active,
@@ -148,12 +148,12 @@ impl Shared {
     }
 
     pub(crate) fn codec_in_use(&self) -> Option<Arc<dyn Codec>> {
-        self.facts.with(|facts| facts.codec.clone())
+        self.facts.read(|facts| facts.codec.clone())
     }
 
     /// Every channel of a migration says the same uuid.
     pub(crate) fn on_uuid(&self, uuid: [u8; 16]) -> Result<()> {
-        let known = self.facts.with(|facts| *facts.uuid.get_or_insert(uuid));
+        let known = self.facts.modify_silently(|facts| *facts.uuid.get_or_insert(uuid));
         if known == uuid {
             return Ok(());
         }
@@ -162,12 +162,12 @@ impl Shared {
     }
 
     pub(crate) fn uuid(&self) -> Option<[u8; 16]> {
-        self.facts.with(|facts| facts.uuid)
+        self.facts.read(|facts| facts.uuid)
     }
 
     /// A packet of device state is about to come, on any channel: asked before there is memory for it.
     pub(crate) fn expect_device_packet(&self, device: &DeviceStatePacket) -> Result<()> {
-        self.facts.with(|facts| {
+        self.facts.modify_silently(|facts| {
             // Small packets cost more than what is in them.
             facts.device_bytes += DeviceStatePacket::LEN + device.payload_len as usize;
             if facts.device_bytes <= MAX_DEVICE_BYTES {
@@ -182,11 +182,11 @@ impl Shared {
     }
 
     pub(crate) fn on_device_packet(&self, packet: DevicePacket) {
-        self.facts.with(|facts| facts.device_packets.push(packet));
+        self.facts.modify_silently(|facts| facts.device_packets.push(packet));
     }
 
     pub(crate) fn take_device_packets(&self) -> Vec<DevicePacket> {
-        self.facts.with(|facts| std::mem::take(&mut facts.device_packets))
+        self.facts.modify_silently(|facts| std::mem::take(&mut facts.device_packets))
     }
 }
 

@@ -1,16 +1,16 @@
 //! Steering a migration from other threads while it runs.
 
 use std::num::NonZeroU64;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use multifd_transports::Pacer;
 
 use crate::convergence::Limits;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, Phase, Result};
 use crate::session::{Canceller, Progress, Session};
 use crate::state::MigrationState;
-use crate::stop::Monitor;
+use crate::stop::{Monitor, lock};
 
 /// Steers a source from any thread: limits, the go-ahead, cancel. Clones steer the same migration.
 #[derive(Clone)]
@@ -45,24 +45,24 @@ impl Control {
         self.pacer.set_rate(bytes_per_second);
     }
 
-    /// Changes how long the guest may stand still; counts from the next decision on.
+    /// Changes the longest downtime; counts from the next decision on.
     pub fn set_downtime_limit(&self, limit: Duration) {
-        self.lock_limits().downtime_limit = limit;
+        lock(&self.limits).downtime_limit = limit;
     }
 
     /// Changes all limits; they count from the next decision on.
     pub fn set_limits(&self, limits: Limits) {
-        *self.lock_limits() = limits;
+        *lock(&self.limits) = limits;
     }
 
     /// The limits in force.
     pub fn limits(&self) -> Limits {
-        *self.lock_limits()
+        *lock(&self.limits)
     }
 
     /// Lets a source with pause-before-switchover go on (migrate-continue). May come before the source waits for it.
     pub fn proceed(&self) {
-        self.go_ahead.update(|go_ahead| *go_ahead = true);
+        self.go_ahead.modify_and_notify(|go_ahead| *go_ahead = true);
     }
 
     /// The counters now.
@@ -83,10 +83,6 @@ impl Control {
     pub(super) fn wait_for_go_ahead(&self) -> Result<()> {
         self.go_ahead
             .wait(&self.session.stop, None, |go_ahead| go_ahead.then_some(()))
-            .ok_or_else(|| Error::new(ErrorKind::Cancelled, Phase::Device, "stopped"))
-    }
-
-    fn lock_limits(&self) -> std::sync::MutexGuard<'_, Limits> {
-        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+            .ok_or_else(|| Error::stopped(Phase::Device))
     }
 }

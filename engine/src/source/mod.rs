@@ -2,25 +2,25 @@
 //!
 //! ```text
 //!  Source::builder ─ connect ─> Precopy ─ round ... ─ stop_copy ─> StopCopy ─ commit ─> Report
-//!    connect ────── what may go over what; main, channels, workers
+//!    connect ────── main, the carrier and its workers
 //!    migration ──── the connected parts; sections, each with a sync point   on the caller's thread
-//!    main_stream ── header, block list, records, device state
-//!    channel ×N ─── claim pages, encode, one write a packet                 one thread each, `mig-send-N`
+//!    main_writer ── header, block list, records, device state
+//!    carrier ────── how pages leave, one of three:
+//!      main ─────── records on the main channel                             on the caller's thread
+//!      channels ─── claim pages, encode, one write a packet                 one thread each, `mig-send-N`
+//!      file ─────── a plain stream, or pages at fixed places                one thread each, `mig-send-N`
+//!    rounds ─────── hands a round to the workers, collects SYNCs
 //!    page_cache ─── what the destination holds of hot pages (xbzrle)
-//!    rounds ─────── hands a round to the channels, collects SYNCs
-//!    single ─────── the pages, when there are no channels
 //!    zero_copy ──── pages without a copy by the kernel, while it pays
-//!    mapped ─────── the pages at fixed places of a file, and who writes them  one thread each, `mig-send-N`
 //!    return_path ── what the destination says                               one thread, `mig-return`
 //! ```
 
 mod builder;
-mod channel;
+mod carrier;
 mod connect;
 mod control;
 mod device_state;
-mod main_stream;
-mod mapped;
+mod main_writer;
 mod migration;
 mod outgoing;
 mod packet;
@@ -29,7 +29,6 @@ mod precopy;
 mod return_path;
 mod rounds;
 mod shared;
-mod single;
 mod zero_copy;
 
 pub use builder::{Source, SourceBuilder};

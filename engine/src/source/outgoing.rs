@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use multifd_wire::{BlockEntry, Configuration};
+use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{DirtyBitmap, RamBlock};
 use crate::work::Round;
 
 /// How pages that are all zero go out (QEMU's zero-page-detection).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum ZeroPages {
     /// As offsets in the packets of the parallel channels: `multifd`. Receivers from QEMU 9.0 on. They do not clear memory
     /// that they take for fresh, so firmware blocks still go as in `Legacy`.

@@ -3,7 +3,8 @@
 use multifd_codecs::zero;
 
 use super::outgoing::{OutgoingBlock, OutgoingRam, ZeroRoute};
-use super::page_cache::{Lookup, Moment, PageCache};
+use super::page_cache::{Lookup, PageCache};
+use super::rounds::RoundContext;
 use crate::dialect;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::PAGE;
@@ -47,7 +48,7 @@ impl Packet {
         ram: &OutgoingRam,
         block: &OutgoingBlock,
         pages: &[usize],
-        cache: Option<(&PageCache, Moment)>,
+        cache: Option<(&PageCache, RoundContext)>,
     ) -> Result<()> {
         let seek_zero = block.zero_route != ZeroRoute::Content;
         for page in pages {
@@ -71,8 +72,8 @@ impl Packet {
                 continue;
             }
             self.one_delta.clear();
-            let lookup = cache.map_or(Lookup::Plain, |(cache, moment)| {
-                cache.lookup(block.key(*page), copy, moment, &mut self.one_delta)
+            let lookup = cache.map_or(Lookup::Plain, |(cache, context)| {
+                cache.lookup(block.key(*page), copy, context, &mut self.one_delta)
             });
             match lookup {
                 Lookup::Plain => self.normal.push(offset),

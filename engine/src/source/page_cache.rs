@@ -1,14 +1,16 @@
 //! The xbzrle cache: what the destination holds of pages that are written again and again. Rules: docs/wire.md §6.1.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use multifd_codecs::xbzrle::{self, Outcome};
 use serde::Serialize;
 
+use super::rounds::RoundContext;
 use crate::ram::PAGE;
+use crate::stop::lock;
 
-/// Direct-mapped: a page has one slot, shared with others. Each slot has its own lock, which nobody else holds for long.
+/// Direct-mapped: a page has one slot, shared with others. Each slot has its own lock, which no thread holds for long.
 #[derive(Debug)]
 pub(super) struct PageCache {
     slots: Box<[Mutex<Slot>]>,
@@ -70,15 +72,6 @@ pub(super) enum Lookup {
     Unchanged,
 }
 
-/// When a page is looked at.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Moment {
-    /// The round, from 1; the first is never cached.
-    pub(super) round: u64,
-    /// The guest is stopped: what is cached now is never asked for again.
-    pub(super) last: bool,
-}
-
 /// A round saves enough with 5 % of what it looked at: below that, the copies cost more than they give.
 const ENOUGH_PERCENT: u64 = 5;
 
@@ -102,8 +95,8 @@ impl PageCache {
     }
 
     /// True if pages of this round go through the cache.
-    pub(super) fn serves(&self, moment: Moment) -> bool {
-        moment.round > 1 && self.on.load(Ordering::Relaxed)
+    pub(super) fn serves(&self, context: RoundContext) -> bool {
+        context.round > 1 && self.on.load(Ordering::Relaxed)
     }
 
     /// Decides how the page `key` (unique in the guest) goes out; a difference is appended to `delta`. What is then sent must be
@@ -112,22 +105,22 @@ impl PageCache {
         &self,
         key: u64,
         content: &[u8; PAGE],
-        moment: Moment,
+        context: RoundContext,
         delta: &mut Vec<u8>,
     ) -> Lookup {
         let Some(slot) = self.slot(key) else { return Lookup::Plain };
-        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = lock(slot);
         let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
-        let (known, in_use) = (slot.key == key, slot.age + 2 > moment.round);
+        let (known, in_use) = (slot.key == key, slot.age + 2 > context.round);
         match &mut slot.content {
             Some(cached) if known => {
                 count(&self.counters.hits);
                 let mut room = [0; PAGE];
                 let outcome = xbzrle::encode(&cached[..], content, &mut room);
-                if outcome != Outcome::Unchanged && !moment.last {
+                if outcome != Outcome::Unchanged && !context.last {
                     **cached = *content;
                 }
-                slot.age = moment.round;
+                slot.age = context.round;
                 self.count_outcome(outcome, &room, delta)
             }
             // A slot that another page used a round ago is that page's.
@@ -137,8 +130,8 @@ impl PageCache {
             }
             _ => {
                 count(&self.counters.misses);
-                if !moment.last {
-                    *slot = Slot { key, age: moment.round, content: Some(Box::new(*content)) };
+                if !context.last {
+                    *slot = Slot { key, age: context.round, content: Some(Box::new(*content)) };
                 }
                 Lookup::Plain
             }
@@ -167,7 +160,7 @@ impl PageCache {
     /// The page goes out as a zero page: so must its copy become.
     pub(super) fn zeroed(&self, key: u64) {
         let Some(slot) = self.slot(key) else { return };
-        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = lock(slot);
         if slot.key == key
             && let Some(cached) = &mut slot.content
         {
@@ -176,13 +169,12 @@ impl PageCache {
     }
 
     /// After a round: does it still pay? Says so when it does not, and switches itself off.
-    pub(super) fn assess(&self, moment: Moment) -> Option<String> {
-        if !self.serves(moment) {
+    pub(super) fn assess(&self, context: RoundContext) -> Option<String> {
+        if !self.serves(context) {
             return None;
         }
         let now = self.stats();
-        let before =
-            std::mem::replace(&mut *self.assessed.lock().unwrap_or_else(PoisonError::into_inner), now);
+        let before = std::mem::replace(&mut *lock(&self.assessed), now);
         let pages = now.hits + now.misses - before.hits - before.misses;
         let saved = now.saved_bytes - before.saved_bytes;
         if pages < ASSESSABLE_PAGES {
@@ -227,8 +219,8 @@ impl PageCache {
 mod tests {
     use super::*;
 
-    fn at(round: u64) -> Moment {
-        Moment { round, last: false }
+    fn at(round: u64) -> RoundContext {
+        RoundContext { round, last: false }
     }
 
     fn lookup(cache: &PageCache, key: u64, fill: u8, round: u64) -> Lookup {
@@ -282,7 +274,7 @@ mod tests {
     #[test]
     fn the_last_stage_changes_nothing() {
         let cache = PageCache::new(1 << 20);
-        let last = Moment { round: 3, last: true };
+        let last = RoundContext { round: 3, last: true };
         assert_eq!(cache.lookup(1, &[1; PAGE], last, &mut Vec::new()), Lookup::Plain);
         assert_eq!(cache.lookup(1, &[1; PAGE], last, &mut Vec::new()), Lookup::Plain, "was not cached");
     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::control::Control;
 use super::device_state::DeviceState;
 use super::migration::{Migration, Section};
-use super::page_cache::Moment;
+use super::rounds::RoundContext;
 use crate::convergence::{Convergence, Decision, DowntimeLedger, RoundFacts, RoundRecord};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::PAGE;
@@ -72,8 +72,8 @@ impl Precopy {
             elapsed: migration.shared.session.elapsed(),
         };
         let mut record = self.convergence.on_round(facts, &migration.control.limits());
-        let moment = Moment { round: migration.rounds, last: false };
-        if let Some(said) = migration.shared.cache.as_ref().and_then(|cache| cache.assess(moment)) {
+        let context = RoundContext { round: migration.rounds, last: false };
+        if let Some(said) = migration.shared.cache.as_ref().and_then(|cache| cache.assess(context)) {
             record.reason = format!("{}; {said}", record.reason);
         }
         tracing::debug!(%record, "round");

@@ -4,23 +4,31 @@ use std::sync::Arc;
 
 use multifd_wire::BlockRef;
 
-use super::page_cache::Moment;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, Phase, Result};
 use crate::stop::{Monitor, StopSwitch};
 use crate::work::Round;
 
+/// Which round a page goes out in.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RoundContext {
+    /// The round, from 1. In the first, no page goes out as a difference.
+    pub(super) round: u64,
+    /// The guest is stopped: no page goes out again.
+    pub(super) last: bool,
+}
+
 /// Zero pages of one block, found by a worker, to be announced on the main channel.
 #[derive(Debug)]
-pub(super) struct ZeroMail {
+pub(super) struct ZeroReport {
     /// Index of the block.
     pub(super) block: usize,
     pub(super) offsets: Vec<u64>,
 }
 
-/// Letters of at most one batch each that may wait for the main thread: 1024 of 1 KiB.
-const MAX_MAIL: usize = 1024;
+/// Zero-page reports, of at most one batch each, that may wait for the main thread: 1024 of 1 KiB.
+const MAX_REPORTS: usize = 1024;
 
-/// The meeting place of main thread and workers.
+/// The rounds that the main thread hands to its workers.
 #[derive(Clone)]
 pub(super) struct Rounds {
     state: Monitor<State>,
@@ -32,17 +40,17 @@ pub(super) struct Rounds {
 struct State {
     /// The round under way, or the last one.
     number: u64,
-    round: Option<(Arc<Round>, Moment)>,
+    round: Option<(Arc<Round>, RoundContext)>,
     /// Workers whose SYNC of this round is out.
     done: usize,
-    mail: Vec<ZeroMail>,
+    reports: Vec<ZeroReport>,
     closing: bool,
 }
 
 /// What a worker does next.
 pub(super) enum Work {
     /// Send the pages of a round, then SYNC.
-    Round { number: u64, round: Arc<Round>, moment: Moment },
+    Round { number: u64, round: Arc<Round>, context: RoundContext },
     /// The migration is complete: end the channel.
     Close,
 }
@@ -60,22 +68,22 @@ impl Rounds {
     pub(super) fn run(
         &self,
         round: Round,
-        moment: Moment,
-        mut on_zero: impl FnMut(ZeroMail) -> Result<()>,
+        context: RoundContext,
+        mut on_zero: impl FnMut(ZeroReport) -> Result<()>,
     ) -> Result<()> {
-        self.state.update(|state| {
+        self.state.modify_and_notify(|state| {
             state.number += 1;
-            state.round = Some((Arc::new(round), moment));
+            state.round = Some((Arc::new(round), context));
             state.done = 0;
         });
         loop {
-            let (mail, done) = self.wait(|state| {
+            let (reports, done) = self.wait(|state| {
                 let done = state.done == self.workers;
-                (done || !state.mail.is_empty()).then(|| (std::mem::take(&mut state.mail), done))
+                (done || !state.reports.is_empty()).then(|| (std::mem::take(&mut state.reports), done))
             })?;
-            // Workers that wait for room in the mail.
-            self.state.update(|_| ());
-            mail.into_iter().try_for_each(&mut on_zero)?;
+            // Workers that wait for room among the reports.
+            self.state.notify();
+            reports.into_iter().try_for_each(&mut on_zero)?;
             if done {
                 return Ok(());
             }
@@ -84,14 +92,14 @@ impl Rounds {
 
     /// Main: lets the workers end their channels.
     pub(super) fn close(&self) {
-        self.state.update(|state| state.closing = true);
+        self.state.modify_and_notify(|state| state.closing = true);
     }
 
     /// Worker: waits for a round after `last`.
     pub(super) fn next(&self, last: u64) -> Result<Work> {
         self.wait(|state| match &state.round {
-            Some((round, moment)) if state.number > last => {
-                Some(Work::Round { number: state.number, round: Arc::clone(round), moment: *moment })
+            Some((round, context)) if state.number > last => {
+                Some(Work::Round { number: state.number, round: Arc::clone(round), context: *context })
             }
             _ => state.closing.then_some(Work::Close),
         })
@@ -99,20 +107,18 @@ impl Rounds {
 
     /// Worker: its SYNC is out.
     pub(super) fn done(&self) {
-        self.state.update(|state| state.done += 1);
+        self.state.modify_and_notify(|state| state.done += 1);
     }
 
     /// Worker: has the main thread announce zero pages.
-    pub(super) fn post(&self, mail: ZeroMail) -> Result<()> {
-        self.wait(|state| (state.mail.len() < MAX_MAIL).then_some(()))?;
-        self.state.update(|state| state.mail.push(mail));
+    pub(super) fn post(&self, report: ZeroReport) -> Result<()> {
+        self.wait(|state| (state.reports.len() < MAX_REPORTS).then_some(()))?;
+        self.state.modify_and_notify(|state| state.reports.push(report));
         Ok(())
     }
 
     fn wait<R>(&self, ready: impl FnMut(&mut State) -> Option<R>) -> Result<R> {
-        self.state
-            .wait(&self.stop, None, ready)
-            .ok_or_else(|| Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"))
+        self.state.wait(&self.stop, None, ready).ok_or_else(|| Error::stopped(Phase::Active))
     }
 }
 

@@ -7,44 +7,40 @@ use multifd_codecs::Codec;
 use multifd_transports::Pacer;
 use multifd_wire::pages_per_packet;
 
-use super::mapped::MappedFile;
 use super::outgoing::OutgoingRam;
-use super::page_cache::{Moment, PageCache};
-use super::rounds::Rounds;
+use super::page_cache::PageCache;
+use super::rounds::RoundContext;
 use super::zero_copy::{ZeroCopySend, ZeroCopyStats};
 use crate::dialect::FEATURE_DELTAS;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, Phase, Result};
 use crate::ram::{PAGE, PAGE_SIZE};
 use crate::session::Session;
 
-pub(super) struct Shared {
+pub(super) struct SourceShared {
     pub(super) session: Arc<Session>,
     pub(super) ram: OutgoingRam,
     pub(super) codec: Arc<dyn Codec>,
     pub(super) uuid: [u8; 16],
-    pub(super) rounds: Rounds,
     pub(super) pacer: Arc<Pacer>,
     /// Number of the next packet, over all channels.
     pub(super) packets: AtomicU64,
-    /// The file, if pages have fixed places.
-    pub(super) mapped: Option<MappedFile>,
     /// The xbzrle cache, if it was asked for.
     pub(super) cache: Option<PageCache>,
-    /// What a multifd destination said it can; 0: nothing yet, or a QEMU.
+    /// Features of a multifd destination; 0: not known yet, or a QEMU.
     pub(super) peer_features: Arc<AtomicU64>,
     pub(super) zero_copy: ZeroCopySend,
 }
 
-impl Shared {
+impl SourceShared {
     /// The cache, if it serves this round and the destination takes differences on the parallel channels.
-    pub(super) fn deltas_for_peer(&self, moment: Moment) -> Option<&PageCache> {
+    pub(super) fn deltas_for_peer(&self, context: RoundContext) -> Option<&PageCache> {
         let can = self.peer_features.load(Ordering::Relaxed) & FEATURE_DELTAS != 0;
-        self.cache.as_ref().filter(|cache| can && cache.serves(moment))
+        self.cache.as_ref().filter(|cache| can && cache.serves(context))
     }
 
     /// The cache, if it serves this round on the main channel: every destination takes differences there.
-    pub(super) fn deltas_for_main(&self, moment: Moment) -> Option<&PageCache> {
-        self.cache.as_ref().filter(|cache| cache.serves(moment))
+    pub(super) fn deltas_for_main(&self, context: RoundContext) -> Option<&PageCache> {
+        self.cache.as_ref().filter(|cache| cache.serves(context))
     }
 
     /// What became of zero-copy sends, if they were asked for.
@@ -66,6 +62,6 @@ impl Shared {
 
     /// Waits until the rate limit lets `bytes` more go.
     pub(super) fn pace(&self, bytes: usize) -> Result<()> {
-        self.pacer.take(bytes).map_err(|_| Error::new(ErrorKind::Cancelled, Phase::Active, "stopped"))
+        self.pacer.take(bytes).map_err(|_| Error::stopped(Phase::Active))
     }
 }

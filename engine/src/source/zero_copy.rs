@@ -3,13 +3,15 @@
 use std::sync::atomic::Ordering;
 
 use multifd_transports::{Channel, ZeroCopy};
+use serde::Serialize;
 
 use crate::error::{Error, Phase, Result};
 use crate::ram::Ranges;
 use crate::session::Counters;
 
 /// Whether the parallel channels let the kernel send pages straight from guest memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum ZeroCopySend {
     /// The kernel copies, as it always does.
     #[default]

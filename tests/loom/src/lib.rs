@@ -223,7 +223,7 @@ fn a_waiter_is_always_woken() {
         let thread = thread::spawn(move || {
             // Whichever comes first must end the wait.
             tripping.trip(Error(1));
-            other.update(|value| *value = true);
+            other.modify_and_notify(|value| *value = true);
         });
         monitor.wait(&stop, None, |value| value.then_some(()));
         thread.join().unwrap();

@@ -1,6 +1,6 @@
 //! KVM's rings.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING_ACQ_REL, kvm_dirty_gfn, kvm_enable_cap};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -9,6 +9,7 @@ use super::slot::{KvmSlot, Slots};
 use super::sys::{self, Ring};
 use crate::dirty::{DirtyLog, DirtyLogError};
 use crate::ram::{DirtyBitmap, RamBlock};
+use crate::stop::lock;
 
 /// The dirty rings of a VM: each vCPU lists the pages that it dirties. Cheap to clone; lives as long as the VM.
 ///
@@ -169,8 +170,4 @@ impl Collected {
         let index = self.slots.binary_search_by_key(&id, |(id, _)| *id).ok()?;
         self.slots.get(index).map(|(_, written)| written)
     }
-}
-
-fn lock(collected: &Mutex<Collected>) -> MutexGuard<'_, Collected> {
-    collected.lock().unwrap_or_else(PoisonError::into_inner)
 }

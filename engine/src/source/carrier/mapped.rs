@@ -6,22 +6,24 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use multifd_transports::Channel;
+use multifd_transports::{Channel, FileStream};
 use multifd_wire::MappedRamHeader;
 
-use super::main_stream::MainStream;
-use super::outgoing::{OutgoingBlock, OutgoingRam};
-use super::rounds::Work;
-use super::shared::Shared;
-use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::mapped::{self, file};
+use crate::error::{Error, Phase, Result};
+use crate::mapped;
 use crate::ram::{PAGE, PAGE_SIZE};
 use crate::session::Counters;
+use crate::source::main_writer::MainWriter;
+use crate::source::outgoing::{OutgoingBlock, OutgoingRam};
+use crate::source::rounds::{Rounds, Work};
+use crate::source::shared::SourceShared;
 use crate::work::{Batch, Claim, Round};
 use crate::workers::Crew;
 
 /// The file, and what is in it by now.
 pub(super) struct MappedFile {
+    stream: Arc<FileStream>,
+    /// Counts the bytes, and names the file.
     channel: Arc<Channel>,
     /// The same file for the pages: past the page cache, if that was asked for.
     pages: File,
@@ -36,29 +38,32 @@ struct StoredBlock {
 }
 
 impl MappedFile {
-    /// `channel` is a file's. `direct`: past the page cache.
-    pub(super) fn new(channel: &Arc<Channel>, ram: &OutgoingRam, direct: bool) -> Result<Self> {
-        let failed =
-            |error| Error::storage(Phase::Setup, "opening the file for pages", error).on(name(channel));
-        let pages = file(channel).and_then(|file| file.for_pages(direct)).map_err(failed)?;
+    pub(super) fn new(
+        stream: Arc<FileStream>,
+        channel: Arc<Channel>,
+        ram: &OutgoingRam,
+        direct: bool,
+    ) -> Result<Self> {
+        let pages = stream.for_pages(direct).map_err(|error| {
+            Error::storage(Phase::Setup, "opening the file for pages", error).on(name(&channel))
+        })?;
         let block = |outgoing: &OutgoingBlock| StoredBlock {
             place: OnceLock::new(),
             stored: (0..outgoing.block.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
         };
-        Ok(Self { channel: Arc::clone(channel), pages, blocks: ram.blocks.iter().map(block).collect() })
+        Ok(Self { stream, channel, pages, blocks: ram.blocks.iter().map(block).collect() })
     }
 
     /// Writes the list of blocks, each with its place, and leaves the room for bitmap and pages behind it.
-    pub(super) fn announce(&self, main: &mut MainStream, ram: &OutgoingRam) -> Result<()> {
+    pub(super) fn announce(&self, main: &mut MainWriter, ram: &OutgoingRam) -> Result<()> {
         main.ram_head(ram);
         for (entry, block) in ram.list().zip(&self.blocks) {
             entry.encode(main.unsent());
             main.flush()?;
-            let stream = file(&self.channel).map_err(|error| main.error(error))?;
-            let place = mapped::place(stream.position(), entry.used_len, PAGE_SIZE);
+            let place = mapped::place(self.stream.position(), entry.used_len, PAGE_SIZE);
             place.encode(main.unsent());
             main.flush()?;
-            stream.seek(place.pages_offset + entry.used_len);
+            self.stream.seek(place.pages_offset + entry.used_len);
             block.place.get_or_init(|| place);
         }
         Ok(())
@@ -70,16 +75,16 @@ impl MappedFile {
             let Some(place) = block.place.get() else { continue };
             let bitmap: Vec<u8> =
                 block.stored.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
-            file(&self.channel).and_then(|file| file.write_all_at(&bitmap, place.bitmap_offset)).map_err(
-                |error| Error::storage(Phase::Device, "writing a bitmap", error).on(name(&self.channel)),
-            )?;
+            self.stream.write_all_at(&bitmap, place.bitmap_offset).map_err(|error| {
+                Error::storage(Phase::Device, "writing a bitmap", error).on(name(&self.channel))
+            })?;
             self.channel.note_direct_sent(bitmap.len() as u64);
         }
         Ok(())
     }
 
-    /// Writes the pages of a round that nobody else has claimed.
-    pub(super) fn write_round(&self, round: &Round, shared: &Shared) -> Result<()> {
+    /// Writes the pages of a round that no other worker has claimed.
+    pub(super) fn write_round(&self, round: &Round, shared: &SourceShared) -> Result<()> {
         let (mut claim, mut batch) = (Claim::default(), Batch::default());
         while round.claim(&mut claim, shared.batch_pages(), &mut batch) {
             let written = self.write_batch(&batch, shared);
@@ -91,7 +96,7 @@ impl MappedFile {
         Ok(())
     }
 
-    fn write_batch(&self, batch: &Batch, shared: &Shared) -> Result<()> {
+    fn write_batch(&self, batch: &Batch, shared: &SourceShared) -> Result<()> {
         let found = shared.ram.blocks.get(batch.block).zip(self.blocks.get(batch.block));
         let Some((outgoing, block)) = found else { return Ok(()) };
         let (mut run, mut zero) = (0..0, 0);
@@ -117,7 +122,7 @@ impl MappedFile {
         run: Range<usize>,
         outgoing: &OutgoingBlock,
         block: &StoredBlock,
-        shared: &Shared,
+        shared: &SourceShared,
     ) -> Result<()> {
         let Some(place) = block.place.get().filter(|_| !run.is_empty()) else { return Ok(()) };
         let (start, len) = (run.start * PAGE, run.len() * PAGE);
@@ -135,15 +140,20 @@ impl MappedFile {
     }
 
     /// Starts a thread that writes pages.
-    pub(super) fn start_worker(id: usize, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
-        let shared = Arc::clone(shared);
+    pub(super) fn start_worker(
+        self: &Arc<Self>,
+        id: usize,
+        rounds: &Rounds,
+        shared: &Arc<SourceShared>,
+        crew: &Crew,
+    ) -> Result<()> {
+        let (file, rounds, shared) = (Arc::clone(self), rounds.clone(), Arc::clone(shared));
         crew.spawn(&format!("mig-send-{id}"), Phase::Active, move || {
-            let Some(mapped) = &shared.mapped else { return Ok(()) };
             let mut last = 0;
-            while let Work::Round { number, round, .. } = shared.rounds.next(last)? {
+            while let Work::Round { number, round, .. } = rounds.next(last)? {
                 last = number;
-                mapped.write_round(&round, &shared)?;
-                shared.rounds.done();
+                file.write_round(&round, &shared)?;
+                rounds.done();
             }
             Ok(())
         })
@@ -165,16 +175,4 @@ impl StoredBlock {
 
 fn name(channel: &Channel) -> String {
     format!("main ({})", channel.peer())
-}
-
-/// The rules of QEMU for what may go to a file, and how. `file`: the endpoint is one.
-pub(super) fn check_settings(mapped: bool, file: bool, channels: usize) -> Result<()> {
-    let problem = match (mapped, file) {
-        (true, false) => "mapped-ram goes to file: only, where pages have fixed places",
-        (false, true) if channels > 0 => {
-            "parallel channels to a file need mapped-ram, where pages have fixed places"
-        }
-        _ => return Ok(()),
-    };
-    Err(Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))
 }

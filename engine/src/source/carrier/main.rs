@@ -4,30 +4,29 @@ use std::ops::Range;
 
 use multifd_wire::RamRecord;
 
-use super::main_stream::MainStream;
-use super::outgoing::OutgoingBlock;
-use super::packet::{Packet, outside};
-use super::page_cache::Moment;
-use super::rounds::ZeroMail;
-use super::shared::Shared;
 use crate::dialect;
 use crate::error::Result;
 use crate::ram::{IoVecs, PAGE, PAGE_SIZE};
 use crate::session::Counters;
+use crate::source::main_writer::MainWriter;
+use crate::source::outgoing::OutgoingBlock;
+use crate::source::packet::{Packet, outside};
+use crate::source::rounds::{RoundContext, ZeroReport};
+use crate::source::shared::SourceShared;
 use crate::work::{Batch, Claim, Round};
 
 /// Sends the pages of a round as records of the section that is open on `main`. One call writes a batch: with a header a page,
 /// at most 256 of the 1024 ranges that the kernel takes.
 pub(super) fn send_round(
-    main: &mut MainStream,
     round: &Round,
-    moment: Moment,
-    shared: &Shared,
+    context: RoundContext,
+    main: &mut MainWriter,
+    shared: &SourceShared,
 ) -> Result<()> {
     let (mut claim, mut batch, mut ranges) = (Claim::default(), Batch::default(), IoVecs::default());
     let mut packet = Packet::default();
     while round.claim(&mut claim, shared.batch_pages(), &mut batch) {
-        let sent = send_batch(main, &batch, moment, shared, &mut packet, &mut ranges);
+        let sent = send_batch(main, &batch, context, shared, &mut packet, &mut ranges);
         if sent.is_err() {
             round.put_back(&mut claim, &batch);
             return sent;
@@ -37,17 +36,17 @@ pub(super) fn send_round(
 }
 
 fn send_batch(
-    main: &mut MainStream,
+    main: &mut MainWriter,
     batch: &Batch,
-    moment: Moment,
-    shared: &Shared,
+    context: RoundContext,
+    shared: &SourceShared,
     packet: &mut Packet,
     ranges: &mut IoVecs,
 ) -> Result<()> {
     let Some(block) = shared.ram.blocks.get(batch.block) else { return Ok(()) };
     packet.clear();
-    match shared.deltas_for_main(moment) {
-        Some(cache) => packet.copy_in(&shared.ram, block, &batch.pages, Some((cache, moment)))?,
+    match shared.deltas_for_main(context) {
+        Some(cache) => packet.copy_in(&shared.ram, block, &batch.pages, Some((cache, context)))?,
         None => packet.sort_out(&shared.ram, block, &batch.pages),
     }
     let counters = &shared.session.counters;
@@ -58,7 +57,7 @@ fn send_batch(
         shared.pace(packet.zero.len() * (size_of::<u64>() + 1))?;
         main.zero_pages(
             &shared.ram,
-            &ZeroMail { block: batch.block, offsets: std::mem::take(&mut packet.zero) },
+            &ZeroReport { block: batch.block, offsets: std::mem::take(&mut packet.zero) },
         )?;
     }
     send_deltas(main, batch.block, block, packet, shared)?;
@@ -71,11 +70,11 @@ fn send_batch(
 
 /// Differences are small: they are buffered like other records.
 fn send_deltas(
-    main: &mut MainStream,
+    main: &mut MainWriter,
     index: usize,
     block: &OutgoingBlock,
     packet: &Packet,
-    shared: &Shared,
+    shared: &SourceShared,
 ) -> Result<()> {
     shared.pace(packet.delta_payload.len())?;
     let mut payload = &packet.delta_payload[..];
@@ -92,12 +91,12 @@ fn send_deltas(
 /// One vectored write: what is buffered on main, then header, page, header, page, ... The pages are not copied, unless the
 /// cache has made a copy that must go instead of them.
 fn send_pages(
-    main: &mut MainStream,
+    main: &mut MainWriter,
     ranges: &mut IoVecs,
     index: usize,
     block: &OutgoingBlock,
     packet: &Packet,
-    shared: &Shared,
+    shared: &SourceShared,
 ) -> Result<()> {
     let mut headers = std::mem::take(main.unsent());
     let mut spans: Vec<Range<usize>> = Vec::with_capacity(packet.normal.len());

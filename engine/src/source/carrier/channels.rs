@@ -1,4 +1,4 @@
-//! One parallel channel of a source: claims pages, packs them, sends them.
+//! Pages in packets on parallel channels: each has a worker that claims pages, packs them, sends them.
 
 use std::io::IoSlice;
 use std::sync::Arc;
@@ -6,25 +6,95 @@ use std::sync::atomic::Ordering;
 
 use multifd_codecs::{CodecId, Encoder};
 use multifd_transports::Channel;
-use multifd_wire::{InitialPacket, PacketFlags, RamPacketHeader, header_len};
+use multifd_wire::{Configuration, InitialPacket, PacketFlags, RamPacketHeader, RamRecord, header_len};
 
-use super::outgoing::{OutgoingBlock, ZeroRoute};
-use super::packet::{Packet, outside};
-use super::page_cache::Moment;
-use super::rounds::{Work, ZeroMail};
-use super::shared::Shared;
-use super::zero_copy::ZeroCopySender;
 use crate::dialect::DELTA_CODEC;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{IoVecs, PAGE_SIZE};
 use crate::session::Counters;
+use crate::source::main_writer::MainWriter;
+use crate::source::outgoing::{OutgoingBlock, ZeroRoute};
+use crate::source::packet::{Packet, outside};
+use crate::source::rounds::{RoundContext, Rounds, Work, ZeroReport};
+use crate::source::shared::SourceShared;
+use crate::source::zero_copy::ZeroCopySender;
 use crate::work::{Batch, Claim, Round};
 use crate::workers::Crew;
 
+/// The parallel channels of a migration.
+pub(in crate::source) struct Channels {
+    rounds: Rounds,
+    sync_points: SyncPoints,
+}
+
+/// Where the destination expects the sync points of the parallel channels; its machine type decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::source) enum SyncPoints {
+    /// At FLUSH records: machine types from 8.1 on.
+    AtFlush,
+    /// At every end of a section: machine types up to 8.0.
+    AtSectionEnd,
+}
+
+impl SyncPoints {
+    pub(in crate::source) fn for_machine(configuration: &Configuration) -> Self {
+        match configuration.machine_version() {
+            Some(version) if version <= (8, 0) => Self::AtSectionEnd,
+            _ => Self::AtFlush,
+        }
+    }
+}
+
+impl Channels {
+    /// `count` channels, each of which [`Channels::start`] is called for.
+    pub(in crate::source) fn new(count: usize, sync_points: SyncPoints, crew: &Crew) -> Self {
+        Self { rounds: Rounds::new(crew.stop(), count), sync_points }
+    }
+
+    /// Starts the worker of channel `id`, which is connected and on which nothing was sent.
+    pub(in crate::source) fn start(
+        &self,
+        channel: Arc<Channel>,
+        id: u8,
+        shared: &Arc<SourceShared>,
+        crew: &Crew,
+    ) -> Result<()> {
+        SendWorker::start(channel, id, self.rounds.clone(), shared, crew)?;
+        Counters::add(&shared.session.counters.channels, 1);
+        Ok(())
+    }
+
+    pub(super) fn workers(&self) -> usize {
+        self.rounds.workers()
+    }
+
+    pub(super) fn send_round(
+        &self,
+        round: Round,
+        context: RoundContext,
+        main: &mut MainWriter,
+        shared: &SourceShared,
+    ) -> Result<()> {
+        self.rounds.run(round, context, |report| {
+            Counters::add(&shared.session.counters.pages_zero, report.offsets.len());
+            main.zero_pages(&shared.ram, &report)
+        })?;
+        if self.sync_points == SyncPoints::AtFlush {
+            main.record(&RamRecord::Flush);
+        }
+        Ok(())
+    }
+
+    pub(super) fn dismiss_workers(&self) {
+        self.rounds.close();
+    }
+}
+
 /// The worker of one channel. Owns its buffers: 512 KiB of pages and at most 1 MiB of payload, none without a codec or cache.
-pub(super) struct SendWorker {
+struct SendWorker {
     channel: Arc<Channel>,
-    shared: Arc<Shared>,
+    shared: Arc<SourceShared>,
+    rounds: Rounds,
     id: u8,
     /// `None`: pages go as they are.
     encoder: Option<Box<dyn Encoder>>,
@@ -38,7 +108,13 @@ pub(super) struct SendWorker {
 
 impl SendWorker {
     /// Starts the channel's thread; the channel is connected and nothing was sent on it.
-    pub(super) fn start(channel: Arc<Channel>, id: u8, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
+    fn start(
+        channel: Arc<Channel>,
+        id: u8,
+        rounds: Rounds,
+        shared: &Arc<SourceShared>,
+        crew: &Crew,
+    ) -> Result<()> {
         let codec = &shared.codec;
         let encoder = match codec.id() {
             CodecId::NONE => None,
@@ -52,6 +128,7 @@ impl SendWorker {
         let mut worker = Self {
             channel,
             shared: Arc::clone(shared),
+            rounds,
             id,
             encoder,
             flags: flags(codec.id().value())?,
@@ -71,27 +148,27 @@ impl SendWorker {
         self.send_bytes(Phase::Setup, &hello.encode())?;
         let mut last = 0;
         loop {
-            match self.shared.rounds.next(last)? {
+            match self.rounds.next(last)? {
                 Work::Close => {
                     return self
                         .channel
                         .finish_sending()
                         .map_err(|error| Error::io(Phase::Commit, "ending the channel", error));
                 }
-                Work::Round { number, round, moment } => {
+                Work::Round { number, round, context } => {
                     last = number;
-                    self.round(&round, moment)?;
+                    self.round(&round, context)?;
                     self.sync()?;
-                    self.shared.rounds.done();
+                    self.rounds.done();
                 }
             }
         }
     }
 
-    fn round(&mut self, round: &Round, moment: Moment) -> Result<()> {
+    fn round(&mut self, round: &Round, context: RoundContext) -> Result<()> {
         let (mut claim, mut batch) = (Claim::default(), Batch::default());
         while round.claim(&mut claim, self.shared.batch_pages(), &mut batch) {
-            let sent = self.batch(&batch, moment);
+            let sent = self.batch(&batch, context);
             if sent.is_err() {
                 round.put_back(&mut claim, &batch);
                 return sent;
@@ -100,10 +177,10 @@ impl SendWorker {
         Ok(())
     }
 
-    fn batch(&mut self, batch: &Batch, moment: Moment) -> Result<()> {
+    fn batch(&mut self, batch: &Batch, context: RoundContext) -> Result<()> {
         let shared = Arc::clone(&self.shared);
         let Some(block) = shared.ram.blocks.get(batch.block) else { return Ok(()) };
-        let cache = shared.deltas_for_peer(moment).map(|cache| (cache, moment));
+        let cache = shared.deltas_for_peer(context).map(|cache| (cache, context));
         self.packet.clear();
         if self.encoder.is_some() || cache.is_some() {
             self.packet.copy_in(&shared.ram, block, &batch.pages, cache)?;
@@ -112,7 +189,7 @@ impl SendWorker {
         }
         if block.zero_route == ZeroRoute::Main && !self.packet.zero.is_empty() {
             let offsets = std::mem::take(&mut self.packet.zero);
-            shared.rounds.post(ZeroMail { block: batch.block, offsets })?;
+            self.rounds.post(ZeroReport { block: batch.block, offsets })?;
         }
         self.send_deltas(block)?;
         self.send_pages(block)
@@ -225,7 +302,7 @@ fn flags(codec: u8) -> Result<PacketFlags> {
 
 fn encode_header(
     header: &mut Vec<u8>,
-    shared: &Shared,
+    shared: &SourceShared,
     block: &OutgoingBlock,
     flags: PacketFlags,
     (normal, zero): (&[u64], &[u64]),
@@ -244,7 +321,7 @@ fn encode_header(
 }
 
 /// One vectored write of a packet whose payload is private memory.
-fn send_private(channel: &Channel, shared: &Shared, header: &[u8], payload: &[u8]) -> Result<()> {
+fn send_private(channel: &Channel, shared: &SourceShared, header: &[u8], payload: &[u8]) -> Result<()> {
     shared.pace(header.len() + payload.len())?;
     channel
         .send_vectored(&mut [IoSlice::new(header), IoSlice::new(payload)])

@@ -6,7 +6,7 @@ use multifd_transports::Channel;
 use multifd_wire::{Command, Configuration, Footer, Item, RamRecord, SectionHead, SectionId, StreamHeader};
 
 use super::outgoing::OutgoingRam;
-use super::rounds::{BlockNaming, ZeroMail};
+use super::rounds::{BlockNaming, ZeroReport};
 use crate::error::{Error, Phase, Result};
 use crate::ram::PAGE_SIZE;
 
@@ -17,21 +17,25 @@ const RAM_VERSION: u32 = 4;
 /// Bytes gathered before they are sent, when nothing else calls for it: QEMU's own buffer.
 const FLUSH_AT: usize = 32 << 10;
 
-/// Writes items; nothing is on the wire before [`MainStream::flush`] or a full buffer.
-pub(super) struct MainStream {
+/// Writes items; nothing is on the wire before [`MainWriter::flush`] or a full buffer.
+pub(super) struct MainWriter {
     channel: Arc<Channel>,
     buffer: Vec<u8>,
     naming: BlockNaming,
     phase: Phase,
+    /// Main is a file.
+    file: bool,
 }
 
-impl MainStream {
-    pub(super) fn new(channel: Arc<Channel>) -> Self {
+impl MainWriter {
+    /// `file`: main is one.
+    pub(super) fn new(channel: Arc<Channel>, file: bool) -> Self {
         Self {
             channel,
             buffer: Vec::with_capacity(2 * FLUSH_AT),
             naming: BlockNaming::default(),
             phase: Phase::Setup,
+            file,
         }
     }
 
@@ -52,6 +56,10 @@ impl MainStream {
     pub(super) fn command(&mut self, command: Command) -> Result<()> {
         Item::Command(command).encode(&mut self.buffer);
         self.flush()
+    }
+
+    pub(super) fn ping(&mut self, value: u32) -> Result<()> {
+        self.command(Command::Ping(value))
     }
 
     /// Begins the RAM section with the list of blocks.
@@ -88,10 +96,10 @@ impl MainStream {
     }
 
     /// Zero pages of one block.
-    pub(super) fn zero_pages(&mut self, ram: &OutgoingRam, mail: &ZeroMail) -> Result<()> {
-        let Some(block) = ram.blocks.get(mail.block) else { return Ok(()) };
-        for offset in &mail.offsets {
-            let block = self.naming.refer(mail.block, block.block.name());
+    pub(super) fn zero_pages(&mut self, ram: &OutgoingRam, report: &ZeroReport) -> Result<()> {
+        let Some(block) = ram.blocks.get(report.block) else { return Ok(()) };
+        for offset in &report.offsets {
+            let block = self.naming.refer(report.block, block.block.name());
             self.record(&RamRecord::Zero { offset: *offset, block });
         }
         if self.buffer.len() >= FLUSH_AT { self.flush() } else { Ok(()) }
@@ -102,7 +110,7 @@ impl MainStream {
         &mut self.naming
     }
 
-    /// What is not sent yet. Whoever sends something else meanwhile sends this first.
+    /// Buffered bytes. A caller that writes to the channel directly must send these first.
     pub(super) fn unsent(&mut self) -> &mut Vec<u8> {
         &mut self.buffer
     }
@@ -122,9 +130,10 @@ impl MainStream {
     }
 
     pub(super) fn error(&self, error: std::io::Error) -> Error {
-        match self.channel.file() {
-            Some(_) => Error::storage(self.phase, "writing", error).on(self.name()),
-            None => Error::io(self.phase, "sending", error).on(self.name()),
+        if self.file {
+            Error::storage(self.phase, "writing", error).on(self.name())
+        } else {
+            Error::io(self.phase, "sending", error).on(self.name())
         }
     }
 

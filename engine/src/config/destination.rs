@@ -1,0 +1,70 @@
+//! Settings of a destination.
+
+use std::time::Duration;
+
+use multifd_transports::{Endpoint, SocketOptions};
+use serde::Serialize;
+
+use super::parameter;
+use crate::destination::SwitchoverAck;
+use crate::session::DEFAULT_TIMEOUT;
+
+/// How a destination receives a guest: plain data. What is an object (memory, codecs, TLS credentials) is the
+/// [`DestinationBuilder`](crate::DestinationBuilder)'s.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct DestinationConfig {
+    /// Requires exactly this many parallel channels, and waits for all of them at the first sync point. Default: any number up
+    /// to 255, fixed at the first sync point. Of a `mapped-ram` file: this many threads read it; default: one a core, up to 4.
+    pub channels: Option<usize>,
+    /// Reads the pages of a `mapped-ram` file past the page cache (O_DIRECT); anything else that comes is refused then. The
+    /// memory must begin at a multiple of the disk's block size. Default: no.
+    pub direct_io: bool,
+    /// When to acknowledge the switch-over unasked. Default: [`SwitchoverAck::Auto`].
+    pub switchover_ack: SwitchoverAck,
+    /// How long to wait for the source: to connect, for the next byte of the main stream, for the rest of a packet. Default:
+    /// 60 s. A source that was paused by hand sends nothing.
+    pub timeout: Duration,
+    /// How the connections' sockets are tuned. Default: as for [`SourceConfig`](crate::SourceConfig).
+    pub socket: SocketOptions,
+}
+
+impl Default for DestinationConfig {
+    fn default() -> Self {
+        Self {
+            channels: None,
+            direct_io: false,
+            switchover_ack: SwitchoverAck::Auto,
+            timeout: DEFAULT_TIMEOUT,
+            socket: SocketOptions::default(),
+        }
+    }
+}
+
+impl DestinationConfig {
+    /// What may come over `endpoint`. What the stream itself must be shows when it comes.
+    pub(crate) fn check(
+        &self,
+        endpoint: &Endpoint,
+        tls: bool,
+        takes_several: bool,
+        is_file: bool,
+    ) -> Result<(), String> {
+        if self.timeout.is_zero() {
+            return Err("timeout is 0, expected more".to_owned());
+        }
+        if let Some(channels @ 1..) = self.channels {
+            parameter::MULTIFD_CHANNELS.check(channels as u64).map_err(|error| error.to_string())?;
+        }
+        if tls && !takes_several {
+            return Err(format!("TLS over {endpoint}, expected tcp, unix or vsock"));
+        }
+        match self.channels {
+            // Of a file they are threads, if its pages have fixed places; the stream says whether they do.
+            Some(channels @ 1..) if !takes_several && !is_file => {
+                Err(format!("{channels} parallel channels over {endpoint}, which is one channel"))
+            }
+            _ => Ok(()),
+        }
+    }
+}

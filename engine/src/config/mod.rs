@@ -1,0 +1,11 @@
+//! Settings as plain data, the table of QEMU's parameters, and the rules of what goes with what.
+
+mod destination;
+pub mod parameter;
+pub mod rule;
+mod source;
+
+pub use destination::DestinationConfig;
+pub use source::SourceConfig;
+
+pub(crate) use source::{Opened, Surroundings};

@@ -1,0 +1,115 @@
+//! What a destination is made from.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use multifd_codecs::Codecs;
+use multifd_transports::{Endpoint, Listener, SocketOptions, TlsServer};
+
+use super::{Destination, IncomingRam, SwitchoverAck};
+use crate::config::DestinationConfig;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::session::Session;
+
+/// Settings of a [`Destination`], and the objects that it works with. Made by [`Destination::builder`].
+pub struct DestinationBuilder {
+    config: DestinationConfig,
+    ram: Box<dyn IncomingRam>,
+    codecs: Codecs,
+    tls: Option<TlsServer>,
+}
+
+impl Destination {
+    /// A destination whose pages go to what `ram` provides.
+    pub fn builder(ram: impl IncomingRam + 'static) -> DestinationBuilder {
+        DestinationBuilder {
+            config: DestinationConfig::default(),
+            ram: Box::new(ram),
+            codecs: Codecs::default(),
+            tls: None,
+        }
+    }
+}
+
+impl DestinationBuilder {
+    /// Takes all settings at once: those that were set before are gone.
+    #[must_use]
+    pub fn config(mut self, config: DestinationConfig) -> Self {
+        self.config = config;
+        self
+    }
+
+    /// The codecs that may come in. Default: none, zlib, zstd. Which one it is, the packets say.
+    #[must_use]
+    pub fn codecs(mut self, codecs: Codecs) -> Self {
+        self.codecs = codecs;
+        self
+    }
+
+    /// Takes encrypted connections only, and refuses a source whose certificate does not verify. Default: plain ones only.
+    #[must_use]
+    pub fn tls(mut self, tls: TlsServer) -> Self {
+        self.tls = Some(tls);
+        self
+    }
+
+    /// Number of parallel channels: see [`DestinationConfig::channels`].
+    #[must_use]
+    pub fn channels(mut self, channels: usize) -> Self {
+        self.config.channels = Some(channels);
+        self
+    }
+
+    /// Pages past the page cache: see [`DestinationConfig::direct_io`].
+    #[must_use]
+    pub fn direct_io(mut self, direct_io: bool) -> Self {
+        self.config.direct_io = direct_io;
+        self
+    }
+
+    /// When to acknowledge the switch-over unasked: see [`DestinationConfig::switchover_ack`].
+    #[must_use]
+    pub fn switchover_ack(mut self, ack: SwitchoverAck) -> Self {
+        self.config.switchover_ack = ack;
+        self
+    }
+
+    /// How long to wait for the source: see [`DestinationConfig::timeout`].
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.config.timeout = timeout;
+        self
+    }
+
+    /// How sockets are tuned: see [`DestinationConfig::socket`].
+    #[must_use]
+    pub fn socket_options(mut self, options: SocketOptions) -> Self {
+        self.config.socket = options;
+        self
+    }
+
+    /// Opens the listening socket. The source may connect from now on.
+    ///
+    /// # Errors
+    /// `ApiMisuse` that names the setting, `Transport` if the address cannot be listened on.
+    pub fn listen(self, endpoint: &Endpoint) -> Result<Destination> {
+        // Before a command is started or a file opened. What a descriptor is, shows when it is open.
+        let unknown = matches!(endpoint, Endpoint::Fd(_) | Endpoint::FdFrom(_));
+        let is_file = matches!(endpoint, Endpoint::File { .. });
+        self.check(endpoint, unknown || endpoint.takes_several(), is_file)?;
+        let session = Session::new(self.config.timeout);
+        let listener = Listener::bind_with(endpoint, &session.socket_options(&self.config.socket))
+            .map_err(|error| Error::transport(Phase::Accept, error))?
+            .tls(self.tls.clone())
+            .opening_len(super::lobby::opening_len);
+        self.check(endpoint, listener.takes_several(), listener.reads_file())?;
+        let Self { config, ram, codecs, .. } = self;
+        Ok(Destination { listener: Arc::new(listener), session, config, ram, codecs })
+    }
+
+    fn check(&self, endpoint: &Endpoint, takes_several: bool, is_file: bool) -> Result<()> {
+        self.config
+            .check(endpoint, self.tls.is_some(), takes_several, is_file)
+            .map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Accept, problem))
+    }
+}
