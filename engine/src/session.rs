@@ -32,6 +32,18 @@ pub struct Progress {
     pub channels: u64,
 }
 
+/// How far the hand-over of the guest has come: what an end of this process at this moment would leave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HandOver {
+    /// The guest may run on at the source.
+    #[default]
+    Before,
+    /// The guest may run at the destination: the source must not resume it unasked.
+    Begun,
+    /// The guest has moved, and both ends know as much as they ever will.
+    Done,
+}
+
 /// Reads the progress of a migration from any thread.
 #[derive(Clone)]
 pub struct ProgressReader(Arc<Session>);
@@ -47,6 +59,7 @@ pub(crate) struct Session {
     pub(crate) counters: Counters,
     channels: Mutex<Vec<Arc<Channel>>>,
     state: Mutex<MigrationState>,
+    hand_over: Mutex<HandOver>,
 }
 
 #[derive(Default)]
@@ -71,6 +84,7 @@ impl Session {
             counters: Counters::default(),
             channels: Mutex::default(),
             state: Mutex::default(),
+            hand_over: Mutex::default(),
         })
     }
 
@@ -139,7 +153,10 @@ impl Session {
     pub(crate) fn enter(&self, next: MigrationState) -> Result<()> {
         let mut state = self.lock_state();
         if !state.may_become(next) {
-            let detail = format!("the migration is {}, it cannot become {next}", *state);
+            let detail = match *state {
+                MigrationState::Cancelling => "cancelled by the caller".to_owned(),
+                _ => format!("the migration is {}, it cannot become {next}", *state),
+            };
             return Err(Error::new(ErrorKind::Cancelled, Phase::Active, detail));
         }
         *state = next;
@@ -149,6 +166,10 @@ impl Session {
     /// The guest has moved. Whatever else happened meanwhile, a cancel above all, came too late.
     pub(crate) fn complete(&self) {
         *self.lock_state() = MigrationState::Completed;
+    }
+
+    pub(crate) fn set_hand_over(&self, hand_over: HandOver) {
+        *self.hand_over.lock().unwrap_or_else(PoisonError::into_inner) = hand_over;
     }
 
     /// The switch has tripped: cancelled if somebody wanted that, else failed.
@@ -197,5 +218,16 @@ impl Canceller {
         // Not an error: what is over cannot be cancelled.
         let _ = self.0.enter(MigrationState::Cancelling);
         self.0.stop.trip(Error::new(ErrorKind::Cancelled, Phase::Active, "cancelled by the caller"));
+    }
+
+    /// How far the hand-over has come, for a caller who is about to end the process.
+    pub fn hand_over(&self) -> HandOver {
+        *self.0.hand_over.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes every channel, also after the point of no return, when a cancel comes too late: what is still waited for then
+    /// is waited for no longer, and commands behind channels are ended.
+    pub fn close_channels(&self) {
+        self.0.close_channels();
     }
 }

@@ -18,7 +18,7 @@ use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::Round;
 use crate::report::Report;
-use crate::session::Counters;
+use crate::session::{Counters, HandOver};
 use crate::state::MigrationState;
 use crate::workers::Crew;
 
@@ -191,11 +191,15 @@ impl Migration {
         let channel = Arc::clone(self.main.channel());
         let before = channel.bytes_sent();
         self.return_path.iter().for_each(ReturnPathReader::expect_shut);
+        // A file runs nowhere by itself, and is thrown away if it does not come to its end.
+        let runs_there = channel.file().is_none();
+        if runs_there {
+            self.shared.session.set_hand_over(HandOver::Begun);
+        }
         let sent = channel.send_all(state.end());
         // The point of no return: with EOF, the first of these bytes, the destination has all it needs to run the guest. If not
         // even that one has left, because the destination died before, it has not been reached.
-        // A file runs nowhere by itself, and is thrown away if it does not come to its end.
-        if channel.bytes_sent() > before && channel.file().is_none() {
+        if channel.bytes_sent() > before && runs_there {
             self.main.enter(Phase::Commit);
         }
         sent.map_err(|error| self.main.error(error))?;
@@ -207,6 +211,7 @@ impl Migration {
         }
         ledger.acknowledgement_us = micros(begun.elapsed());
         self.shared.session.complete();
+        self.shared.session.set_hand_over(HandOver::Done);
         Ok(())
     }
 
@@ -269,7 +274,11 @@ impl Migration {
             cause = refusal;
         }
         let refused = matches!(cause.kind(), ErrorKind::PeerAborted(_));
-        if committed && !refused { cause.committed() } else { cause }
+        if committed && !refused {
+            return cause.committed();
+        }
+        session.set_hand_over(HandOver::Before);
+        cause
     }
 }
 
