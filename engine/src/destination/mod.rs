@@ -19,6 +19,7 @@ mod mapped;
 mod ram_section;
 mod return_path;
 mod shared;
+mod stream_end;
 mod switchover;
 mod tail;
 

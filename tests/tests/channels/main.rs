@@ -5,6 +5,7 @@ mod broken_sources;
 mod commands;
 mod journey;
 mod network;
+mod verdicts;
 mod wire;
 
 use std::time::Duration;
