@@ -5,6 +5,7 @@ mod broken_sources;
 mod commands;
 mod journey;
 mod network;
+mod signals;
 mod verdicts;
 mod wire;
 
