@@ -214,6 +214,8 @@ impl Destination {
                 self.session.stop.trip(error);
                 self.session.note_end_of_failed();
                 crew.join();
+                // A main channel that came too late to be taken; a command behind it is ended now.
+                drop(main.with(Option::take));
                 Err(self.session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped")))
             }
         }
