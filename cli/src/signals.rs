@@ -46,10 +46,9 @@ pub(crate) fn install() -> io::Result<()> {
     // Handled, so that a file that grows past the limit of the process is an error of the write, as on a full disk. Not
     // ignored, which commands behind exec: would inherit.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
-    let ignored = ignored();
-    let mut handled = vec![SIGINT, SIGTERM];
-    // nohup, and shells that start a job in the background, want these not to end it.
-    handled.extend([SIGHUP, SIGQUIT].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0));
+    let mut handled = vec![SIGINT, SIGQUIT, SIGTERM];
+    // nohup is there so that this does not end the process.
+    handled.extend(Some(SIGHUP).filter(|signal| (ignored() >> (signal - 1)) & 1 == 0));
     let mut signals = Signals::new(handled)?;
     let watch = move || signals.forever().for_each(on_signal);
     thread::Builder::new().name("signals".to_owned()).spawn(watch).map(drop)

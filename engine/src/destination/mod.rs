@@ -214,8 +214,9 @@ impl Destination {
                 self.session.stop.trip(error);
                 self.session.note_end_of_failed();
                 crew.join();
-                // A main channel that came too late to be taken; a command behind it is ended now.
+                // A main channel that came too late to be taken, or to be closed by the stop; a command behind it is ended now.
                 drop(main.with(Option::take));
+                self.session.close_channels();
                 Err(self.session.stop.cause_or(Error::new(ErrorKind::Cancelled, Phase::Active, "stopped")))
             }
         }

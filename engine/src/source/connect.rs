@@ -55,6 +55,8 @@ impl Source {
                 crew.stop().trip(error);
                 self.session.note_end_of_failed();
                 crew.join();
+                // One that came too late to be closed by the stop; a command behind it is ended now.
+                self.session.close_channels();
                 Err(crew.stop().cause_or(Error::new(ErrorKind::Cancelled, Phase::Connect, "stopped")))
             }
         }
