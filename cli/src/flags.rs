@@ -48,6 +48,16 @@ pub(crate) enum Command {
     TlsInit(TlsInit),
 }
 
+impl Command {
+    /// Whether it has a guest in its hands, which a signal must not leave half moved.
+    pub(crate) fn migrates(&self) -> bool {
+        match self {
+            Self::Demo(_) | Self::Receive(_) | Self::Send(_) => true,
+            Self::DemoDestination | Self::Inspect(_) | Self::Tune(_) | Self::TlsInit(_) => false,
+        }
+    }
+}
+
 /// Flags of every command.
 #[derive(Debug, Args)]
 pub(crate) struct Common {

@@ -1,11 +1,18 @@
 //! Numbers as people write and read them.
 
+use std::fmt::Display;
 use std::num::NonZeroU64;
 use std::time::Duration;
 
 use multifd_engine::parameter;
 
 use crate::flags::{Link, Rate};
+
+/// Says a line to the user. A terminal that is gone, as after a dropped ssh, is no reason to fail.
+pub(crate) fn tell(text: impl Display) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
 
 const RATE_GRAMMAR: &str =
     "NUMBER with K, M, G, T (times 1024), KB.. (times 1000), KiB.., or kbit, Mbit, Gbit, then /s if you like";

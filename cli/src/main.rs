@@ -27,7 +27,15 @@ use clap::Parser;
 use flags::{Command, Flags};
 
 fn main() -> ExitCode {
+    // First of all: a signal that comes before ends a process that has nothing to clean up yet.
+    if let Err(error) = signals::install() {
+        human::tell(format_args!("multifd: no signals can be handled: {error}"));
+        return ExitCode::from(outcome::FAILED);
+    }
     let flags = Flags::parse();
+    if !flags.command.migrates() {
+        signals::end_on_signal();
+    }
     if let Some(level) = flags.common.log_level() {
         tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level).init();
     }

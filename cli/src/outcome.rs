@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::flags::Common;
+use crate::human::tell;
 
 /// The end of a command.
 pub(crate) struct Outcome {
@@ -25,11 +26,11 @@ enum Status {
     Failed,
 }
 
-const DONE: u8 = 0;
-const FAILED: u8 = 1;
+pub(crate) const DONE: u8 = 0;
+pub(crate) const FAILED: u8 = 1;
 const USAGE: u8 = 2;
-const FAILED_AFTER_COMMIT: u8 = 3;
-const CANCELLED: u8 = 130;
+pub(crate) const FAILED_AFTER_COMMIT: u8 = 3;
+pub(crate) const CANCELLED: u8 = 130;
 
 impl Outcome {
     /// A migration that ended well. `extra` lines follow its table.
@@ -82,7 +83,7 @@ impl Outcome {
     /// Prints the result and gives the exit code.
     pub(crate) fn report(self, common: &Common) -> ExitCode {
         if let Some(error) = &self.error {
-            eprintln!("multifd: {error}");
+            tell(format_args!("multifd: {error}"));
         }
         if common.json {
             let mut keys = Map::new();

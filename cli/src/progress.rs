@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use multifd_engine::{PAGE, Progress, ProgressReader, RoundRecord};
 
 use crate::flags::Common;
-use crate::human::show_bytes;
+use crate::human::{show_bytes, tell};
 
 /// Between two looks at the counters.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -67,7 +67,7 @@ fn drawn(template: &str) -> ProgressBar {
 /// A finished round of a live source, where there is no live line to be disturbed.
 pub(crate) fn line(round: &RoundRecord) {
     if !std::io::stderr().is_terminal() {
-        eprintln!("{round}");
+        tell(round);
     }
 }
 
@@ -102,7 +102,7 @@ impl Display {
             bar.set_message(message);
         } else if now.rounds > self.rounds && self.lines == Lines::Watched {
             self.rounds = now.rounds;
-            eprintln!("{message}");
+            tell(&message);
         }
     }
 

@@ -6,6 +6,7 @@ use multifd_transports::Endpoint;
 use serde_json::json;
 
 use crate::flags::{Common, Receive};
+use crate::human::tell;
 use crate::outcome::Outcome;
 use crate::progress::{self, Lines};
 use crate::{signals, tls};
@@ -40,11 +41,11 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
         builder = builder.tls(tls);
     }
     let destination = builder.listen(&flags.uri)?;
-    signals::cancel_on_signal(destination.canceller())?;
+    signals::cancel_on_signal(destination.canceller());
     if !common.quiet {
         let endpoint = destination.endpoint();
         let doing = if matches!(endpoint, Endpoint::File { .. }) { "reading" } else { "listening on" };
-        eprintln!("{doing} {endpoint}");
+        tell(format_args!("{doing} {endpoint}"));
     }
     let progress = destination.progress();
     let result = progress::shown(common, &progress, Lines::Watched, || {

@@ -57,7 +57,7 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         builder = builder.tls(tls);
     }
     let source = builder.build()?;
-    signals::cancel_on_signal(source.canceller())?;
+    signals::cancel_on_signal(source.canceller());
     let progress = source.progress();
     let result = progress::shown(common, &progress, Lines::Watched, || {
         let mut precopy = source.connect(&flags.uri)?;

@@ -52,7 +52,7 @@ pub use recording::{
     Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,
 };
 pub use report::{Figures, Report};
-pub use session::{Canceller, DEFAULT_TIMEOUT, Progress, ProgressReader};
+pub use session::{Canceller, DEFAULT_TIMEOUT, HandOver, Progress, ProgressReader};
 pub use source::{
     Control, DeviceState, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats,
     ZeroPages,

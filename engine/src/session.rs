@@ -34,6 +34,18 @@ pub struct Progress {
     pub channels: u64,
 }
 
+/// How far the hand-over of the guest has come: what an end of this process at this moment would leave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HandOver {
+    /// The guest may run on at the source.
+    #[default]
+    Before,
+    /// The guest may run at the destination: the source must not resume it unasked.
+    Begun,
+    /// The guest has moved, and both ends know as much as they ever will.
+    Done,
+}
+
 /// Reads the progress of a migration from any thread.
 #[derive(Clone)]
 pub struct ProgressReader(Arc<Session>);
@@ -49,6 +61,7 @@ pub(crate) struct Session {
     pub(crate) counters: Counters,
     channels: OpenSet<Arc<Channel>>,
     state: Mutex<MigrationState>,
+    hand_over: Mutex<HandOver>,
 }
 
 #[derive(Default)]
@@ -73,6 +86,7 @@ impl Session {
             counters: Counters::default(),
             channels: OpenSet::new(),
             state: Mutex::default(),
+            hand_over: Mutex::default(),
         })
     }
 
@@ -148,7 +162,10 @@ impl Session {
     pub(crate) fn enter(&self, next: MigrationState) -> Result<()> {
         let mut state = lock(&self.state);
         if !state.may_become(next) {
-            let detail = format!("the migration is {}, it cannot become {next}", *state);
+            let detail = match *state {
+                MigrationState::Cancelling => "cancelled by the caller".to_owned(),
+                _ => format!("the migration is {}, it cannot become {next}", *state),
+            };
             return Err(Error::new(ErrorKind::Cancelled, Phase::Active, detail));
         }
         *state = next;
@@ -168,7 +185,13 @@ impl Session {
         self.stop.trip(error);
         self.note_end_of_failed();
         crew.join();
+        // A channel that came too late to be closed by the stop; a command behind it is ended now.
+        self.close_channels();
         self.stop.cause_or(Error::stopped(phase))
+    }
+
+    pub(crate) fn set_hand_over(&self, hand_over: HandOver) {
+        *lock(&self.hand_over) = hand_over;
     }
 
     /// The switch has tripped: cancelled if the caller wanted that, else failed.
@@ -209,6 +232,17 @@ impl Canceller {
         // Not an error: what is over cannot be cancelled.
         let _ = self.0.enter(MigrationState::Cancelling);
         self.0.stop.trip(Error::new(ErrorKind::Cancelled, Phase::Active, "cancelled by the caller"));
+    }
+
+    /// How far the hand-over has come, for a caller who is about to end the process.
+    pub fn hand_over(&self) -> HandOver {
+        *lock(&self.0.hand_over)
+    }
+
+    /// Closes every channel, also after the point of no return, when a cancel comes too late: what is still waited for then
+    /// is waited for no longer, and commands behind channels are ended.
+    pub fn close_channels(&self) {
+        self.0.close_channels();
     }
 }
 

@@ -157,6 +157,8 @@ fn receive_is_killed() -> Outcome {
     // Nobody could clean up, but nothing that looks like a checkpoint is there, and the next one has its place.
     assert!(!machine.checkpoint().exists());
     machine.complete(&mut source)?;
+    // The guest's RAM that the first one left is gone.
+    assert_eq!(machine.left_behind()?, [machine.checkpoint()]);
     Ok(())
 }
 

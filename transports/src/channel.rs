@@ -223,6 +223,11 @@ impl Channel {
         self.link.stream.is_two_way()
     }
 
+    /// Whether this is a socket with a peer at its other end: no pipe, no command and no file.
+    pub fn is_connection(&self) -> bool {
+        self.link.stream.is_connection()
+    }
+
     /// Ends what is sent to a command, and waits until the command has ended well. Channels without one have nothing to
     /// wait for.
     ///

@@ -3,7 +3,7 @@
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -43,16 +43,19 @@ enum Life {
 
 impl FileStream {
     /// Opens a file to write a stream from `offset` on, and makes it if it is not there. What is after `offset` is cut off,
-    /// what is before it stays.
+    /// what is before it stays. Only its owner can read the file afterwards: it is a guest's RAM.
     pub(crate) fn create(path: &Path, offset: u64) -> io::Result<Self> {
-        check_kind_at(path)?;
+        check_kind_of(fs::symlink_metadata(path))?;
         let mut options = OpenOptions::new();
-        // A guest's RAM is for nobody else's eyes.
-        options.write(true).mode(0o600).custom_flags(libc::O_NONBLOCK);
+        // A link may lead to any file of ours: it would be cut off and overwritten.
+        options.write(true).mode(0o600).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW);
         let (file, made) = match options.clone().create_new(true).open(path) {
             Ok(file) => (file, Some(path.to_owned())),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                (options.create(true).open(path)?, None)
+                let file = options.open(path)?;
+                check_kind(&file.metadata()?)?;
+                keep_others_out(&file)?;
+                (file, None)
             }
             Err(error) => return Err(error),
         };
@@ -61,7 +64,7 @@ impl FileStream {
 
     /// Opens a file to read a stream that begins at `offset`.
     pub(crate) fn open(path: &Path, offset: u64) -> io::Result<Self> {
-        check_kind_at(path)?;
+        check_kind_of(fs::metadata(path))?;
         // Never waits for the writer of a named pipe that has taken the file's place meanwhile.
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
         Self::new(file, offset, None)
@@ -249,11 +252,25 @@ fn identity(metadata: &Metadata) -> (u64, u64) {
 }
 
 /// Asked before it is opened: opening a device can do things.
-fn check_kind_at(path: &Path) -> io::Result<()> {
-    match fs::metadata(path) {
+fn check_kind_of(found: io::Result<Metadata>) -> io::Result<()> {
+    match found {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         found => check_kind(&found?),
     }
+}
+
+/// Takes away what group and others may do with a file that was there before.
+fn keep_others_out(file: &File) -> io::Result<()> {
+    let mut permissions = file.metadata()?.permissions();
+    let mode = permissions.mode();
+    if mode & 0o077 == 0 {
+        return Ok(());
+    }
+    permissions.set_mode(mode & !0o077);
+    file.set_permissions(permissions).map_err(|error| {
+        let text = format!("others may read it (mode {:o}), which cannot be changed: {error}", mode & 0o7777);
+        io::Error::new(error.kind(), text)
+    })
 }
 
 fn check_kind(found: &Metadata) -> io::Result<()> {
@@ -261,6 +278,7 @@ fn check_kind(found: &Metadata) -> io::Result<()> {
     let name = match kind {
         _ if kind.is_file() => return Ok(()),
         _ if kind.is_dir() => "a directory",
+        _ if kind.is_symlink() => "a symbolic link",
         _ if kind.is_fifo() => "a named pipe",
         _ if kind.is_socket() => "a socket",
         _ if kind.is_block_device() || kind.is_char_device() => "a device",

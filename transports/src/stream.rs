@@ -113,6 +113,14 @@ impl Stream {
         }
     }
 
+    /// Whether a peer is at the other end of a socket.
+    pub(crate) fn is_connection(&self) -> bool {
+        match self {
+            Self::File(_) | Self::Pipe(_) => false,
+            Self::Socket(_) | Self::Tls(_) => true,
+        }
+    }
+
     pub(crate) fn file(&self) -> Option<&Arc<FileStream>> {
         match self {
             Self::File(file) => Some(file),

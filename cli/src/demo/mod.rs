@@ -70,7 +70,7 @@ fn migrate(flags: &Demo, common: &Common, reached: &mut Option<Progress>) -> Res
     guest.run(dirty_rate.map_or(0, std::num::NonZeroU64::get), marker.as_ref())?;
 
     let source = builder.build()?;
-    signals::cancel_on_signal(source.canceller())?;
+    signals::cancel_on_signal(source.canceller());
     let progress = source.progress();
     let result =
         progress::shown(common, &progress, Lines::Told, || move_over(source, &process.uri, &guest, common));

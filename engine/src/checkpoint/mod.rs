@@ -10,6 +10,7 @@
 //! A checkpoint appears whole or not at all: it is written under a temporary name beside `DIR`, made durable, and renamed.
 
 mod manifest;
+mod partial;
 mod reader;
 mod writer;
 

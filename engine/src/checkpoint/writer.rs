@@ -2,12 +2,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use multifd_wire::{BlockEntry, Configuration};
 
+use super::partial::{self, Partial};
 use super::{CheckpointBlock, DESCRIPTION, DEVICE_STATE, MANIFEST, Manifest, storage};
 use crate::destination::{Arrived, IncomingRam};
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -21,6 +23,8 @@ pub struct CheckpointWriter {
     partial: PathBuf,
     blocks: Arc<Mutex<Vec<CheckpointBlock>>>,
     finished: bool,
+    /// Last, so that the directory stays locked until it is removed.
+    _in_the_making: Partial,
 }
 
 /// Makes a sparse file for every block that the source announces.
@@ -47,11 +51,19 @@ impl CheckpointWriter {
             )
         })?;
         let partial =
-            target.with_file_name(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
-        fs::create_dir(&partial).map_err(|error| storage("making directory", &partial, error))?;
-        let writer = Self { target: target.to_owned(), partial, blocks: Arc::default(), finished: false };
+            target.with_file_name(partial::name(&name.to_string_lossy(), &std::process::id().to_string()));
+        partial::sweep(target, &name.to_string_lossy());
+        let in_the_making =
+            Partial::make(&partial).map_err(|error| storage("making directory", &partial, error))?;
+        let writer = Self {
+            target: target.to_owned(),
+            partial,
+            blocks: Arc::default(),
+            finished: false,
+            _in_the_making: in_the_making,
+        };
         let ram = writer.partial.join("ram");
-        fs::create_dir(&ram).map_err(|error| storage("making directory", &ram, error))?;
+        partial::private_dir(&ram).map_err(|error| storage("making directory", &ram, error))?;
         Ok(writer)
     }
 
@@ -131,7 +143,9 @@ impl CheckpointWriter {
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.partial.join(name);
-        File::create_new(&path)
+        private_file()
+            .write(true)
+            .open(&path)
             .and_then(|mut file| {
                 file.write_all(bytes)?;
                 file.sync_all()
@@ -179,8 +193,15 @@ impl IncomingRam for CheckpointRam {
     }
 }
 
+/// Makes a new file that only its owner can read: a guest's RAM and devices hold its keys.
+fn private_file() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.create_new(true).mode(0o600);
+    options
+}
+
 fn sparse(path: &Path, len: u64) -> std::io::Result<HostMemory> {
-    let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+    let file = private_file().read(true).write(true).open(path)?;
     file.set_len(len)?;
     HostMemory::map_file(file, usize::try_from(len).map_err(std::io::Error::other)?)
 }

@@ -11,7 +11,7 @@ use super::shared::{DevicePacket, Shared};
 use super::tail::Described;
 use crate::error::{Error, Phase, Result};
 use crate::report::Report;
-use crate::session::Progress;
+use crate::session::{HandOver, Progress};
 use crate::workers::Crew;
 
 /// How long a source may take to close its channels after it was told of success. It has nothing left to say.
@@ -101,7 +101,8 @@ impl Arrived {
     ///
     /// # Errors
     /// Somebody has cancelled before: then the source has been told that its guest runs on there. Or the source could not be
-    /// told anything ([`Error::source_may_resume`] is false): it may or may not run the guest, find out before this end does.
+    /// told anything, or the command that had to pass it on failed ([`Error::source_may_resume`] is false): it may or may not
+    /// run the guest, find out before this end does.
     pub fn accept(mut self) -> Result<Report> {
         self.seal()?;
         self.ended = true;
@@ -111,7 +112,10 @@ impl Arrived {
         let (total, stopped) = (self.shared.session.elapsed(), self.stream.guest_stopped);
         let downtime = stopped.map_or(Duration::ZERO, |stopped| stopped.elapsed());
         self.shared.gate.drain(LINGER);
-        self.return_path.settle(SETTLE);
+        let told = told.and(self.return_path.settle(SETTLE));
+        if told.is_ok() {
+            self.shared.session.set_hand_over(HandOver::Done);
+        }
         let mut report = Report::of(&self.shared.session, total, self.codec());
         report.downtime = downtime;
         self.wind_up();
@@ -142,6 +146,7 @@ impl Arrived {
     pub(crate) fn seal(&self) -> Result<()> {
         let stop = &self.shared.session.stop;
         if stop.seal() {
+            self.shared.session.set_hand_over(HandOver::Begun);
             return Ok(());
         }
         Err(stop.cause_or(Error::stopped(Phase::Device)))

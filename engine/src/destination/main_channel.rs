@@ -20,6 +20,7 @@ use super::mapped::PageReaders;
 use super::ram_section::{RamSection, SectionKind};
 use super::return_path::ReturnPath;
 use super::shared::Shared;
+use super::stream_end;
 use super::switchover::SwitchoverAck;
 use super::tail::{self, Tail};
 use crate::dialect;
@@ -91,7 +92,9 @@ impl<'a> MainChannel<'a> {
             self.on_item(item, &configuration, ram).map_err(|error| error.on(self.reader.name()))?;
         }
         self.check_ram_is_complete()?;
-        let tail = tail::read(&mut self.reader, self.shared.session.timeout)?;
+        let timeout = self.shared.session.timeout;
+        let tail = tail::read(&mut self.reader, timeout)?;
+        stream_end::wait(&mut self.reader, &self.return_path, timeout)?;
         let Self { switchover_start, guest_stopped, .. } = self;
         Ok(MainStream { configuration, switchover_start, tail, guest_stopped })
     }

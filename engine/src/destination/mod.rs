@@ -21,6 +21,7 @@ mod ram_section;
 mod refusals;
 mod return_path;
 mod shared;
+mod stream_end;
 mod switchover;
 mod tail;
 
@@ -99,7 +100,10 @@ impl Destination {
             }
             ended => {
                 let error = ended.err().unwrap_or_else(|| Error::stopped(Phase::Active));
-                Err(shared.refusals.explain(self.session.fail(error, &crew)))
+                let cause = self.session.fail(error, &crew);
+                // A main channel that came too late to be taken; a command behind it is ended now.
+                drop(main.modify_silently(|main| main.channel.take()));
+                Err(shared.refusals.explain(cause))
             }
         }
     }

@@ -83,11 +83,20 @@ impl ReturnPath {
         })
     }
 
-    /// Lets a command behind the channel end by itself. It has done all that it was needed for: no more than a word if it
-    /// failed in the end.
-    pub(crate) fn settle(&self, patience: Duration) {
-        if let Err(error) = self.channel.settle(patience) {
-            tracing::warn!(%error, "after the guest has arrived");
+    /// Lets a command behind the channel, which had to pass on our answer first, end by itself. One that runs on for longer
+    /// than `limit` has done all that it was needed for; one that fails may not have passed the answer on.
+    pub(crate) fn settle(&self, limit: Duration) -> Result<()> {
+        if self.channel.is_connection() {
+            return Ok(());
+        }
+        match self.channel.settle(limit) {
+            Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
+                tracing::warn!(%error, "after the guest has arrived");
+                Ok(())
+            }
+            ended => ended.map_err(|error| {
+                Error::io(Phase::Commit, "after the guest has arrived", error).on(self.name())
+            }),
         }
     }
 

@@ -45,7 +45,7 @@ fn scan(reader: &mut StreamReader, patience: Duration) -> Result<Tail> {
     let mut scanner = TailScanner::new();
     let mut last_byte = Instant::now();
     loop {
-        let fed = reader.buffered().len();
+        let (before, fed) = (scanner.bytes().len(), reader.buffered().len());
         let end =
             scanner.push(reader.buffered()).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
         if let Some(end) = end {
@@ -54,6 +54,8 @@ fn scan(reader: &mut StreamReader, patience: Duration) -> Result<Tail> {
             let description =
                 VmDescription::parse(json).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
             bytes.truncate(end.total);
+            // What is behind the tail stays in the buffer.
+            reader.consume(end.total - before);
             return Ok(Tail { bytes, described: Some(Described { end, description }) });
         }
         reader.consume(fed);

@@ -16,7 +16,7 @@ use crate::convergence::DowntimeLedger;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::report::Report;
-use crate::session::Counters;
+use crate::session::{Counters, HandOver};
 use crate::state::MigrationState;
 use crate::work::Round;
 use crate::workers::Crew;
@@ -136,6 +136,7 @@ impl Migration {
         ledger.device_state_us = micros(sent.duration_since(last_ram_sent));
         ledger.acknowledgement_us = micros(sent.elapsed());
         self.shared.session.complete();
+        self.shared.session.set_hand_over(HandOver::Done);
         Ok(())
     }
 
@@ -183,7 +184,11 @@ impl Migration {
         }
         // A destination that has refused the guest does not run it, whatever was sent.
         let refused = matches!(cause.kind(), ErrorKind::PeerAborted(_));
-        if handed_over && !refused { cause.after_hand_over() } else { cause }
+        if handed_over && !refused {
+            return cause.after_hand_over();
+        }
+        self.shared.session.set_hand_over(HandOver::Before);
+        cause
     }
 }
 

@@ -108,18 +108,40 @@ fn a_command_that_breaks_off_fails_or_stands_still() -> Outcome {
 }
 
 #[test]
-fn a_command_behind_a_sound_stream_may_end_as_it_likes() -> Outcome {
+fn a_command_behind_a_sound_stream_must_end_well() -> Outcome {
     let (memory, bytes) = stream();
     let scratch = Scratch::new()?;
     let file = scratch.path("stream");
     std::fs::write(&file, &bytes)?;
-    for after in ["", "; exit 7", "; exec sleep 1000"] {
-        let endpoint = Endpoint::Exec(format!("cat {}{after}", file.display()));
-        let blocks = memory.provide(0)?;
-        let destination = Destination::builder(blocks.clone()).timeout(PATIENCE).listen(&endpoint)?;
-        destination.receive()?.accept()?;
-    }
+    let command = |after: &str| format!("cat {}{after}", file.display());
+    let endpoint = Endpoint::Exec(command(""));
+    Destination::builder(memory.provide(0)?).listen(&endpoint)?.receive()?.accept()?;
+
+    let failed = printed(&memory, &command("; exit 7"))?;
+    says(&failed, &["device, main (exec:cat", "ended with exit status: 7"]);
+    let stays = printed(&memory, &command("; exec sleep 1000"))?;
+    assert_eq!(stays.kind(), ErrorKind::Deadline, "{}", stays.chain());
+    says(&stays, &["device, main (exec:cat", "the stream is still open after 300ms"]);
+    assert!(failed.source_may_resume() && stays.source_may_resume());
     Ok(())
+}
+
+#[test]
+fn a_pipe_that_another_process_keeps_open_holds_nothing_up_for_ever() -> Outcome {
+    let (memory, bytes) = stream();
+    let mut wire = Kind::Pipe.wire(false)?;
+    let destination = Destination::builder(memory.provide(0)?).timeout(PATIENCE).listen(&wire.endpoint)?;
+    let there = destination.endpoint();
+    std::thread::scope(|scope| -> Outcome {
+        let send = || -> Outcome<Channel> {
+            let peer = wire.connect(&there)?;
+            peer.send_all(&bytes)?;
+            Ok(peer)
+        };
+        let sender = scope.spawn(send);
+        destination.receive()?.accept()?;
+        sender.join().expect("it does not panic").map(drop)
+    })
 }
 
 #[test]

@@ -10,7 +10,7 @@ use multifd_tests::{Failure, Multifd, Outcome, Scratch};
 use crate::SOON;
 
 /// Fails unless the process is gone, or nothing but its exit status is left of it.
-fn check_gone(process: &str) -> Outcome {
+pub(crate) fn check_gone(process: &str) -> Outcome {
     let begun = Instant::now();
     let stat = PathBuf::from("/proc").join(process.trim()).join("stat");
     while std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
@@ -23,7 +23,7 @@ fn check_gone(process: &str) -> Outcome {
 }
 
 /// Waits until the file has a whole line.
-fn line_of(file: &Path) -> Outcome<String> {
+pub(crate) fn line_of(file: &Path) -> Outcome<String> {
     let begun = Instant::now();
     loop {
         match std::fs::read_to_string(file) {

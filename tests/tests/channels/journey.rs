@@ -12,7 +12,7 @@ use multifd_tests::{
     QemuBuilder, Receive, Scratch, Settings, Side, guest, ram,
 };
 use rustix::fs::{CWD, FileType, Mode, mknodat};
-use rustix::pipe::pipe;
+use rustix::pipe::{PipeFlags, pipe, pipe_with};
 
 use super::SOON;
 
@@ -108,7 +108,8 @@ impl Journey {
                 self.hand_over(ours, |uri| Receive::listen(uri, out)).map(|receive| (receive, handed))
             }
             Link::Pipe => {
-                let (reading, writing) = pipe()?;
+                // A copy of the writing end in our process would keep the pipe open.
+                let (reading, writing) = pipe_with(PipeFlags::CLOEXEC)?;
                 source.getfd("link", writing.as_fd())?;
                 Ok((Receive::listen_reading("fd:0", out, reading)?, handed))
             }

@@ -5,6 +5,8 @@ mod broken_sources;
 mod commands;
 mod journey;
 mod network;
+mod signals;
+mod verdicts;
 mod wire;
 
 use std::time::Duration;

@@ -100,6 +100,19 @@ fn ctrl_c_after_the_last_byte_ends_with_exit_code_3() -> Outcome {
 }
 
 #[test]
+fn ctrl_c_twice_after_the_last_byte_ends_with_exit_code_3_too() -> Outcome {
+    let trial = checkpoint()?;
+    let sink = Sink::unix()?;
+    let mut send = send(&trial.checkpoint(), &sink.endpoint().to_string(), &[])?;
+    let mut destination = sink.accept(0)?;
+    destination.read_to(Stage::Finished)?;
+    interrupt(&send)?;
+    interrupt(&send)?;
+    assert_eq!(ended(&mut send)?.code, 3);
+    Ok(())
+}
+
+#[test]
 fn ctrl_c_ends_a_send_at_once() -> Outcome {
     let trial = checkpoint()?;
     for channels in [0, 2] {

@@ -96,6 +96,22 @@ fn only_the_stream_is_cut_off_and_only_the_own_file_is_removed() {
 }
 
 #[test]
+fn a_file_that_was_there_is_its_owners_alone_and_a_link_is_not_followed() {
+    let place = Place::new();
+    fs::write(&place.path, b"head, and an older stream").unwrap();
+    fs::set_permissions(&place.path, fs::Permissions::from_mode(0o664)).unwrap();
+    let channel = place.dial(4);
+    assert_eq!(fs::metadata(&place.path).unwrap().permissions().mode() & 0o777, 0o600);
+    channel.finish_sending().unwrap();
+
+    let link = place.folder.path().join("link");
+    symlink(&place.path, &link).unwrap();
+    let error = FileStream::create(&link, 0).unwrap_err().to_string();
+    assert_eq!(error, "a symbolic link, expected a regular file");
+    assert_eq!(place.content(), b"head");
+}
+
+#[test]
 fn an_offset_past_the_end_leaves_a_hole_for_writing_and_is_wrong_for_reading() {
     let place = Place::new();
     let channel = place.dial(10);
@@ -113,13 +129,13 @@ fn anything_but_a_regular_file_is_refused_without_a_wait() {
     let fifo = place.folder.path().join("fifo");
     rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
     symlink(&fifo, &place.path).unwrap();
-    for (path, name) in [
-        (place.folder.path(), "a directory"),
-        (&fifo, "a named pipe"),
-        (&place.path, "a named pipe"),
-        (Path::new("/dev/zero"), "a device"),
+    for (path, read, written) in [
+        (place.folder.path(), "a directory", "a directory"),
+        (&fifo, "a named pipe", "a named pipe"),
+        (&place.path, "a named pipe", "a symbolic link"),
+        (Path::new("/dev/zero"), "a device", "a device"),
     ] {
-        for opened in [FileStream::open(path, 0), FileStream::create(path, 0)] {
+        for (opened, name) in [(FileStream::open(path, 0), read), (FileStream::create(path, 0), written)] {
             let error = opened.unwrap_err().to_string();
             assert_eq!(error, format!("{name}, expected a regular file"), "{}", path.display());
         }

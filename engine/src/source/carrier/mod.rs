@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::error::{Error, Phase, Result};
+use crate::session::HandOver;
 use crate::source::main_writer::MainWriter;
 use crate::source::return_path::ReturnPathReader;
 use crate::source::rounds::RoundContext;
@@ -132,6 +133,7 @@ fn hand_over(
     return_path: Option<&ReturnPathReader>,
     shared: &SourceShared,
 ) -> Result<Instant> {
+    shared.session.set_hand_over(HandOver::Begun);
     let channel = Arc::clone(main.channel());
     let before = channel.bytes_sent();
     return_path.iter().for_each(|return_path| return_path.expect_shut());
