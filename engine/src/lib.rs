@@ -25,6 +25,7 @@ mod pagemap;
 mod ram;
 mod recording;
 mod report;
+mod sections;
 mod session;
 mod source;
 mod state;
@@ -48,6 +49,7 @@ pub use recording::{
     Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,
 };
 pub use report::{Figures, Report};
+pub use sections::EarlySections;
 pub use session::{Canceller, DEFAULT_TIMEOUT, Progress, ProgressReader};
 pub use source::{
     Control, DeviceState, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats,

@@ -9,8 +9,10 @@
 //!         landing ───── the blocks, and how a page is written or cleared
 //! ```
 
+mod arrival;
 mod arrived;
 mod channel;
+mod early;
 mod gate;
 mod landing;
 mod lobby;

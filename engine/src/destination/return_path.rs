@@ -57,6 +57,11 @@ impl ReturnPath {
         self.channel.peer()
     }
 
+    /// Whether a source at the other end could hear anything.
+    pub(crate) fn leads_back(&self) -> bool {
+        *self.lock() != State::OneWay
+    }
+
     pub(crate) fn is_open(&self) -> bool {
         *self.lock() == State::Open
     }
