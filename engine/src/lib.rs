@@ -36,7 +36,7 @@ mod sync;
 pub mod vhost;
 mod workers;
 
-pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, Manifest};
+pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, EarlyState, Manifest};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
 pub use dirty::{DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance};

@@ -34,6 +34,7 @@ mod endpoint;
 mod error;
 mod file;
 mod file_uri;
+mod heard;
 mod listener;
 mod only;
 mod pacer;

@@ -40,7 +40,8 @@ pub(super) fn check_all_came(landings: &Landings, early: &EarlySections, tail: &
 fn leaves_pages_out(early: &EarlySections, tail: &Tail) -> Result<bool> {
     let description = tail.described.as_ref().map(|described| &described.description);
     for sections in [&early.concat()[..], tail.sections()] {
-        let sections = split_tail(sections, description).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
+        let sections =
+            split_tail(sections, description).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
         let names = |section: &multifd_wire::DeviceSection| {
             LEAVE_PAGES_OUT.iter().any(|device| section.head.idstr.contains(device))
         };

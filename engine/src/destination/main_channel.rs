@@ -151,7 +151,9 @@ impl<'a> MainChannel<'a> {
     /// sync point of END says that every page is here (docs/wire.md §9).
     fn check_ram_has_ended(&self, ram: &RamSection<'_>) -> Result<()> {
         let detail = match (ram.ended(), self.shared.gate.has_channels()) {
-            (_, true) if !ram.ended_in_sync() => "device state, but no END of ram with a sync point before it",
+            (_, true) if !ram.ended_in_sync() => {
+                "device state, but no END of ram with a sync point before it"
+            }
             (false, false) if self.wants_answers => "device state, but no END of ram before it",
             _ => return Ok(()),
         };

@@ -6,7 +6,7 @@ use std::time::Duration;
 use multifd_transports::Channel;
 use multifd_wire::ReturnMessage;
 
-use crate::error::{Error, Phase, Result};
+use crate::error::{Error, ErrorKind, Phase, Result};
 
 /// Status in SHUT: the guest has arrived.
 const SHUT_SUCCESS: u32 = 0;
@@ -84,6 +84,31 @@ impl ReturnPath {
     pub(crate) fn shut(&self) -> Result<()> {
         self.finish(&mut self.lock(), SHUT_SUCCESS)
             .map_err(|error| Error::io(Phase::Commit, "sending SHUT", error).on(self.name()))
+    }
+
+    /// Checks that the source still waits for the word, as far as that can be seen.
+    pub(crate) fn check_source_listens(&self) -> Result<()> {
+        if !self.is_open() {
+            return Ok(());
+        }
+        self.channel.check_peer_is_there().map_err(|error| {
+            let detail = "the source has ended the connection instead of waiting for the outcome";
+            Error::new(ErrorKind::Transport, Phase::Device, detail).on(self.name()).because(error)
+        })
+    }
+
+    /// Waits, for as long as `limit`, for the source to end the connection after SHUT.
+    ///
+    /// An error if it did that without having read SHUT: it has failed, and may run its guest.
+    pub(crate) fn confirm(&self, limit: Duration) -> Result<()> {
+        if *self.lock() != State::Shut {
+            return Ok(());
+        }
+        self.channel.confirm_heard(limit).map_err(|error| {
+            let detail =
+                "the source hung up without having read that its guest has arrived: it may run it, too";
+            Error::new(ErrorKind::Transport, Phase::Commit, detail).on(self.name()).because(error)
+        })
     }
 
     /// Lets a command behind the channel end by itself. It has done all that it was needed for: no more than a word if it

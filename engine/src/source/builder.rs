@@ -15,6 +15,7 @@ use crate::convergence::{AutoConverge, Limits};
 use crate::dirty::DirtyLog;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{PAGE, RamBlock};
+use crate::sections::EarlySections;
 use crate::session::{Canceller, DEFAULT_TIMEOUT, ProgressReader, Session};
 
 /// Most parallel channels: QEMU's limit.
@@ -39,6 +40,7 @@ pub struct SourceBuilder {
     pub(super) return_path: Option<bool>,
     pub(super) mapped_ram: bool,
     pub(super) direct_io: bool,
+    pub(super) early: EarlySections,
     pub(super) switchover_start: bool,
     pub(super) pause_before_switchover: bool,
     pub(super) timeout: Duration,
@@ -66,6 +68,7 @@ impl Source {
             return_path: None,
             mapped_ram: false,
             direct_io: false,
+            early: EarlySections::default(),
             switchover_start: false,
             pause_before_switchover: false,
             timeout: DEFAULT_TIMEOUT,
@@ -101,6 +104,13 @@ impl SourceBuilder {
     #[must_use]
     pub fn uuid(mut self, uuid: [u8; 16]) -> Self {
         self.uuid = uuid;
+        self
+    }
+
+    /// Device sections that go before the end of RAM, where the devices' source had them. Default: none.
+    #[must_use]
+    pub fn early_sections(mut self, early: EarlySections) -> Self {
+        self.early = early;
         self
     }
 

@@ -69,6 +69,7 @@ impl Source {
             crew,
             return_path,
             sync_points: SyncPoints::for_machine(&self.settings.configuration),
+            early: self.settings.early.clone(),
             switchover_start: self.settings.switchover_start,
             pause_before_switchover: self.settings.pause_before_switchover,
             logs,

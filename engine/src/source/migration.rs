@@ -18,6 +18,7 @@ use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::Round;
 use crate::report::Report;
+use crate::sections::EarlySections;
 use crate::session::Counters;
 use crate::state::MigrationState;
 use crate::workers::Crew;
@@ -58,6 +59,8 @@ pub(super) struct Migration {
     pub(super) crew: Crew,
     pub(super) return_path: Option<ReturnPathReader>,
     pub(super) sync_points: SyncPoints,
+    /// Device sections that go before the end of RAM.
+    pub(super) early: EarlySections,
     /// Send SWITCHOVER_START.
     pub(super) switchover_start: bool,
     pub(super) pause_before_switchover: bool,
@@ -75,7 +78,9 @@ impl Migration {
             self.main.command(Command::OpenReturnPath)?;
             self.main.command(Command::Ping(HELLO_PING))?;
         }
+        self.main.raw(&self.early.before_ram)?;
         self.section(Section::Start)?;
+        self.main.raw(&self.early.within_ram)?;
         self.enter(MigrationState::Active)?;
         self.setup = self.shared.session.elapsed();
         Ok(())
