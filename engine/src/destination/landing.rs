@@ -57,8 +57,8 @@ pub(super) struct Gap {
     pub(super) pages: usize,
     pub(super) of: usize,
     pub(super) first: usize,
-    /// Firmware, or memory of a device: no part of the memory that a guest can give back.
-    pub(super) is_devices_own: bool,
+    /// Firmware, of which nothing is ever left out.
+    pub(super) is_firmware: bool,
 }
 
 /// Whoever has it may write through the block's file.
@@ -162,7 +162,7 @@ impl Landing {
             pages,
             of: self.block.pages(),
             first: first?,
-            is_devices_own: self.block.is_firmware() || name.contains('/'),
+            is_firmware: self.block.is_firmware(),
         })
     }
 
