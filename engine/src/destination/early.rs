@@ -1,6 +1,6 @@
 //! Device sections before the end of RAM. Spec: docs/wire.md §16.4.
 
-use multifd_wire::{Footer, Item, MAX_TAIL, SectionId};
+use multifd_wire::{Footer, Item, MAX_TAIL, SectionId, TailScanner};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::sections::{EarlySections, goes_on};
@@ -20,7 +20,7 @@ pub(super) struct EarlyDevices {
 
 impl EarlyDevices {
     /// Reads one FULL section, its footer included. `ram`: the RAM section, if it has begun.
-    pub(super) fn read(&mut self, reader: &mut StreamReader, ram: Option<SectionId>) -> Result<()> {
+    pub(super) fn read(&mut self, reader: &mut StreamReader, ram: Option<SectionId>) -> Result<Read> {
         let id = match reader.next(Phase::Active, WHAT, Item::parse)? {
             Item::SectionFull(head) => {
                 let id = head.id;
@@ -33,22 +33,40 @@ impl EarlyDevices {
             return Err(Error::misbehaved(Phase::Active, format!("a device with the number of ram ({id})")));
         }
         self.seen.push(id);
+        self.payload(reader, id, ram)
+    }
+
+    /// Reads to the footer of section `id`. What looks like a footer, and is none, may hide the true one: so the end of the stream
+    /// is looked for, too.
+    fn payload(&mut self, reader: &mut StreamReader, id: SectionId, ram: Option<SectionId>) -> Result<Read> {
+        let (mut tail, mut scanned) = (TailScanner::new(), 0);
         loop {
             let found = self.find_footer(reader.buffered(), id, ram);
-            let taken = match found {
-                Found::Whole(len) | Found::Unsure(len) => len,
-            };
+            if matches!(found, Found::Unsure(_)) {
+                let new = reader.buffered().get(scanned..).unwrap_or_default();
+                let end = tail.push(new).map_err(|invalid| Error::invalid(Phase::Active, invalid))?;
+                if end.is_some() {
+                    return Ok(Read::EndOfStream);
+                }
+                scanned = reader.buffered().len();
+            }
+            let (Found::Whole(taken) | Found::Unsure(taken)) = found;
             self.open.extend_from_slice(reader.buffered().get(..taken).unwrap_or_default());
             reader.consume(taken);
+            scanned -= taken.min(scanned);
             if self.kept.before_ram.len() + self.kept.within_ram.len() + self.open.len() > MAX_TAIL {
                 let detail = format!("more than {MAX_TAIL} bytes of device state before the end of RAM");
                 return Err(Error::misbehaved(Phase::Active, detail));
             }
             if matches!(found, Found::Whole(_)) {
-                return Ok(());
+                return Ok(Read::Section);
             }
             if !reader.fill(Phase::Active, WHAT)? {
-                return self.at_end_of_stream(reader, id);
+                if tail.ends_without_description() {
+                    return Ok(Read::EndOfStream);
+                }
+                let detail = format!("the stream ended at byte {}, within {WHAT}", reader.position());
+                return Err(Error::new(ErrorKind::Transport, Phase::Active, detail));
             }
         }
     }
@@ -62,22 +80,6 @@ impl EarlyDevices {
     /// What was early, and what the devices' part begins with.
     pub(super) fn into_parts(self) -> (EarlySections, Vec<u8>) {
         (self.kept, self.open)
-    }
-
-    /// A stream without a vmdescription ends in the footer and a zero: nothing more comes that could tell.
-    fn at_end_of_stream(&mut self, reader: &mut StreamReader, id: SectionId) -> Result<()> {
-        let footer = Footer(id).to_bytes();
-        match reader.buffered().strip_prefix(&footer) {
-            Some([0]) => {
-                self.open.extend_from_slice(&footer);
-                reader.consume(footer.len());
-                Ok(())
-            }
-            _ => {
-                let detail = format!("the stream ended at byte {}, within {WHAT}", reader.position());
-                Err(Error::new(ErrorKind::Transport, Phase::Active, detail))
-            }
-        }
     }
 
     /// Looks for the end of section `id` in the next bytes of its payload.
@@ -94,6 +96,15 @@ impl EarlyDevices {
         }
         Found::Unsure(bytes.len().saturating_sub(footer.len() - 1))
     }
+}
+
+/// What a section turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Read {
+    /// One section, read to its end.
+    Section,
+    /// The devices' part: the stream ends behind it, in bytes that were not taken.
+    EndOfStream,
 }
 
 /// How far a section was read.

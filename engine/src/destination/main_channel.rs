@@ -17,7 +17,7 @@ use multifd_wire::{
 };
 
 use super::arrival;
-use super::early::EarlyDevices;
+use super::early::{EarlyDevices, Read};
 use super::landing::IncomingRam;
 use super::mapped::PageReaders;
 use super::ram_section::{RamSection, SectionKind};
@@ -137,7 +137,9 @@ impl<'a> MainChannel<'a> {
                 Some(SECTION_FULL) => {
                     let id = ram.map(|(id, _)| *id);
                     let read = self.early.read(&mut self.reader, id);
-                    read.map_err(|error| error.on(self.reader.name()))?;
+                    if read.map_err(|error| error.on(self.reader.name()))? == Read::EndOfStream {
+                        return Ok(false);
+                    }
                 }
                 _ => {
                     self.early.place(ram.is_some());
