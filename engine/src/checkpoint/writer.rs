@@ -120,7 +120,7 @@ impl CheckpointWriter {
     fn manifest(&self, arrived: &Arrived) -> Manifest {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let early = arrived.early_sections();
-        let early_state = (!early.is_empty()).then(|| EarlyState {
+        let early_state = (!early.is_empty()).then_some(EarlyState {
             before_ram: early.before_ram.len() as u64,
             within_ram: early.within_ram.len() as u64,
         });
