@@ -104,7 +104,8 @@ pub(crate) struct Receive {
     /// Read the pages of a mapped-ram file past the page cache
     #[arg(long)]
     pub(crate) direct_io: bool,
-    /// When to acknowledge the switch-over unasked; auto: to machine types of 8.1 and later
+    /// When to acknowledge the switch-over; auto: at once to machine types 8.1 to 11.0, to others when the source has nothing left
+    /// to send and waits
     #[arg(long, value_enum, default_value_t = Ack::Auto)]
     pub(crate) switchover_ack: Ack,
     /// With TLS: let a source in whose certificate has this subject (CN=host,O=Example) or alternative name (host.example); * is

@@ -50,8 +50,12 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     let progress = destination.progress();
     let result = progress::shown(common, &progress, Lines::Watched, || {
         let arrived = destination.receive()?;
-        writer.finish(&arrived)?;
-        arrived.accept()
+        let checkpoint = writer.finish(&arrived)?;
+        arrived.accept().inspect_err(|error| {
+            if !error.source_may_resume() {
+                tracing::warn!(checkpoint = %checkpoint.display(), "complete, but the source may run the guest, too");
+            }
+        })
     });
     *reached = Some(progress.now());
     result

@@ -198,6 +198,7 @@ fn checkpoint(directory: &Path) {
         channels: 3,
         created_unix_s: 1_763_766_604,
         total_ms: 1250,
+        early_state: None,
     };
     fs::write(directory.join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
 }

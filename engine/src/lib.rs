@@ -27,6 +27,7 @@ mod pagemap;
 mod ram;
 mod recording;
 mod report;
+mod sections;
 mod session;
 mod source;
 mod state;
@@ -38,7 +39,7 @@ pub mod vhost;
 mod work;
 mod workers;
 
-pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, Manifest};
+pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, EarlyState, Manifest};
 pub use config::{DestinationConfig, SourceConfig, parameter, rule};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
@@ -52,6 +53,7 @@ pub use recording::{
     Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,
 };
 pub use report::{Figures, Report};
+pub use sections::EarlySections;
 pub use session::{Canceller, DEFAULT_TIMEOUT, HandOver, Progress, ProgressReader};
 pub use source::{
     Control, DeviceState, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats,

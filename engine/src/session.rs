@@ -206,6 +206,14 @@ impl Session {
 }
 
 impl Counters {
+    /// Pages that have come or gone, in whatever form.
+    pub(crate) fn pages(&self) -> u64 {
+        [&self.pages_normal, &self.pages_zero, &self.pages_xbzrle]
+            .iter()
+            .map(|counter| counter.load(Ordering::Relaxed))
+            .sum()
+    }
+
     pub(crate) fn add(counter: &AtomicU64, count: usize) {
         counter.fetch_add(count as u64, Ordering::Relaxed);
     }

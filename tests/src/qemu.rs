@@ -31,6 +31,7 @@ const QUIT: Duration = Duration::from_secs(30);
 /// see.
 #[derive(Clone, Debug)]
 pub struct QemuBuilder {
+    program: PathBuf,
     machine: String,
     ram_mib: u32,
     accel: String,
@@ -44,6 +45,13 @@ impl QemuBuilder {
     #[must_use]
     pub fn machine(mut self, machine: &str) -> Self {
         machine.clone_into(&mut self.machine);
+        self
+    }
+
+    /// Another emulator than [`PROGRAM`].
+    #[must_use]
+    pub fn program(mut self, program: &Path) -> Self {
+        program.clone_into(&mut self.program);
         self
     }
 
@@ -143,7 +151,7 @@ impl QemuBuilder {
     }
 
     fn command(&self, ram: &Path) -> Command {
-        let mut command = wrapped(&self.wrapper, PROGRAM);
+        let mut command = wrapped(&self.wrapper, &self.program);
         command.args([
             "-nodefaults",
             "-no-user-config",
@@ -183,6 +191,7 @@ impl Qemu {
     /// A 64 MiB `pc` under TCG without any device that QEMU would add by itself.
     pub fn builder() -> QemuBuilder {
         QemuBuilder {
+            program: PROGRAM.into(),
             machine: "pc".into(),
             ram_mib: 64,
             accel: "tcg".into(),

@@ -76,6 +76,20 @@ pub fn missing_qemu() -> Option<&'static str> {
     MISSING.get_or_init(look).as_deref()
 }
 
+/// The QEMU whose own machine types are 11.1 or later, which `tests/peers/install` unpacks; or why there is none.
+///
+/// # Errors
+/// What is missing, and how to get it.
+pub fn newest_qemu() -> Result<PathBuf, String> {
+    let path = peers_dir().join("qemu-newest/run").join(PROGRAM);
+    if path.exists() { Ok(path) } else { Err(format!("no {} (tests/peers/install gets it)", path.display())) }
+}
+
+/// Where `tests/peers/install` unpacks what it does not install.
+pub fn peers_dir() -> PathBuf {
+    std::env::var_os("MULTIFD_PEERS_DIR").map_or_else(|| cache_dir().join("multifd-peers"), PathBuf::from)
+}
+
 /// Why there is no Linux guest to test with, if so.
 pub fn missing_linux() -> Option<String> {
     let dir = guest_dir();
@@ -89,9 +103,12 @@ pub fn missing_linux() -> Option<String> {
 
 /// Where `tests/peers/install` puts the Linux guest's kernel, modules and busybox.
 pub fn guest_dir() -> PathBuf {
+    std::env::var_os("MULTIFD_GUEST_DIR").map_or_else(|| cache_dir().join("multifd-guest"), PathBuf::from)
+}
+
+fn cache_dir() -> PathBuf {
     let variable = |name| std::env::var_os(name).map(PathBuf::from);
-    let cache = || variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
-    variable("MULTIFD_GUEST_DIR").unwrap_or_else(|| cache().unwrap_or_default().join("multifd-guest"))
+    variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache"))).unwrap_or_default()
 }
 
 fn qemu_too_old(version: &str) -> Option<String> {

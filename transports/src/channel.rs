@@ -195,6 +195,10 @@ impl Channel {
         self.link.stream.set_silence_limit(limit.map(|limit| limit.max(Duration::from_micros(1))))
     }
 
+    pub(crate) fn stream(&self) -> &Stream {
+        &self.link.stream
+    }
+
     pub(crate) fn silence_limit(&self) -> io::Result<Option<Duration>> {
         self.link.stream.silence_limit()
     }

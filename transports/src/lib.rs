@@ -35,6 +35,7 @@ mod error;
 mod file;
 mod file_uri;
 mod first_bytes;
+mod heard;
 mod listener;
 mod only;
 mod pacer;

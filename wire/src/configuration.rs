@@ -28,6 +28,8 @@ const UUID: &str = "configuration/uuid";
 const SUBSECTION_VERSION: u32 = 1;
 /// Most capabilities in the list. QEMU knows two that it would list, and some twenty in all.
 const MAX_CAPABILITIES: u32 = 64;
+/// Machine families whose names end in the version of QEMU that they were made for.
+const VERSIONED_FAMILIES: [&str; 5] = ["pc-q35", "pc-i440fx", "virt", "pseries", "s390-ccw-virtio"];
 
 impl Configuration {
     /// Parses the section from its type byte 0x07 on.
@@ -98,11 +100,15 @@ impl Configuration {
         }
     }
 
-    /// Version in the machine type's name: `pc-q35-8.0` gives (8, 0). `None` for names that carry none.
+    /// Version of QEMU in the machine type's name: `pc-q35-8.0` gives (8, 0). `None` for names that carry none, such as those of
+    /// some distributions (`pc-q35-noble`), and for other VMMs' machines (`firecracker-1.14`), whose numbers are their own.
     ///
     /// What a source may send depends on it: see docs/wire.md §24.
     pub fn machine_version(&self) -> Option<(u16, u16)> {
-        let (_, version) = self.machine.rsplit_once('-')?;
+        let (family, version) = self.machine.rsplit_once('-')?;
+        if !VERSIONED_FAMILIES.contains(&family) {
+            return None;
+        }
         let mut numbers = version.split('.').map(|number| number.parse().ok());
         match (numbers.next()??, numbers.next()??) {
             version if numbers.all(|number| number.is_some()) => Some(version),

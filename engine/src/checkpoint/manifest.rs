@@ -7,13 +7,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::ram::PAGE;
 
-/// The format that this version writes, and the only one it reads.
+/// The format of a checkpoint without early device state.
 const FORMAT: u32 = 1;
+/// The format of a checkpoint with early device state: what reads format 1 only would leave it out.
+const FORMAT_WITH_EARLY_STATE: u32 = 2;
 
 /// What a checkpoint holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// Version of the checkpoint's layout: 1.
+    /// Version of the checkpoint's layout: 1, or 2 with early device state.
     pub format: u32,
     /// The machine type's full name: `pc-q35-10.0`.
     pub machine: String,
@@ -33,6 +35,18 @@ pub struct Manifest {
     pub created_unix_s: u64,
     /// How long it took to arrive, in ms.
     pub total_ms: u64,
+    /// What `early-state.bin` holds; `None`: there is no such file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub early_state: Option<EarlyState>,
+}
+
+/// The parts of `early-state.bin`: device sections that came before the end of RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EarlyState {
+    /// Bytes that came before the RAM section.
+    pub before_ram: u64,
+    /// Bytes that came between its pieces, after those.
+    pub within_ram: u64,
 }
 
 /// One RAM block of a checkpoint.
@@ -49,14 +63,21 @@ pub struct CheckpointBlock {
 }
 
 impl Manifest {
-    pub(super) fn current_format() -> u32 {
-        FORMAT
+    /// The oldest format that holds all of it.
+    pub(super) fn format_for(early_state: Option<&EarlyState>) -> u32 {
+        if early_state.is_some() { FORMAT_WITH_EARLY_STATE } else { FORMAT }
     }
 
     /// Whether what it says can be true, or the first thing that cannot.
     pub(super) fn check(&self) -> Result<(), String> {
-        if self.format != FORMAT {
-            return Err(format!("format {}, expected {FORMAT}", self.format));
+        if !(FORMAT..=FORMAT_WITH_EARLY_STATE).contains(&self.format) {
+            return Err(format!("format {}, expected {FORMAT} or {FORMAT_WITH_EARLY_STATE}", self.format));
+        }
+        if self.format != Self::format_for(self.early_state.as_ref()) {
+            return Err(format!(
+                "format {} does not go with early_state: {:?}",
+                self.format, self.early_state
+            ));
         }
         if self.blocks.is_empty() {
             return Err("no RAM blocks".to_owned());

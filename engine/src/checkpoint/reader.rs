@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use multifd_wire::{BlockName, Configuration};
 
-use super::{DEVICE_STATE, MANIFEST, Manifest, storage};
+use super::{DEVICE_STATE, EARLY_STATE, EarlyState, MANIFEST, Manifest, storage};
 use crate::error::Result;
 use crate::ram::{HostMemory, RamBlock};
+use crate::sections::EarlySections;
 use crate::source::{DeviceState, Source, SourceBuilder};
 
 /// A checkpoint that was opened and found whole.
@@ -16,6 +17,7 @@ pub struct Checkpoint {
     directory: PathBuf,
     manifest: Manifest,
     configuration: Configuration,
+    early: EarlySections,
     device_state: DeviceState,
 }
 
@@ -46,7 +48,11 @@ impl Checkpoint {
         };
         let device_state = DeviceState::from_tail(state.split_off(used))
             .map_err(|invalid| storage("reading", &path, invalid))?;
-        Ok(Self { directory: directory.to_owned(), manifest, configuration, device_state })
+        let early = match &manifest.early_state {
+            Some(parts) => read_early(&directory.join(EARLY_STATE), parts)?,
+            None => EarlySections::default(),
+        };
+        Ok(Self { directory: directory.to_owned(), manifest, configuration, early, device_state })
     }
 
     /// What the checkpoint says of itself.
@@ -57,6 +63,11 @@ impl Checkpoint {
     /// The guest's machine.
     pub fn configuration(&self) -> &Configuration {
         &self.configuration
+    }
+
+    /// Device sections that go before the end of RAM. [`Checkpoint::source`] sends them there.
+    pub fn early_sections(&self) -> &EarlySections {
+        &self.early
     }
 
     /// The devices' state.
@@ -91,8 +102,21 @@ impl Checkpoint {
             self.manifest.uuid_bytes().map_err(|problem| storage("reading", &self.directory, problem))?;
         Ok(Source::builder(self.ram()?, self.configuration.clone())
             .uuid(uuid.unwrap_or_default())
+            .early_sections(self.early.clone())
             .switchover_start(self.manifest.switchover_start))
     }
+}
+
+fn read_early(path: &Path, parts: &EarlyState) -> Result<EarlySections> {
+    let mut before_ram = read_file(path)?;
+    let (len, expected) = (before_ram.len() as u64, parts.before_ram.checked_add(parts.within_ram));
+    if expected != Some(len) {
+        let problem = format!("{len} bytes, the manifest says {} + {}", parts.before_ram, parts.within_ram);
+        return Err(storage("reading", path, problem));
+    }
+    let split = usize::try_from(parts.before_ram).map_err(|error| storage("reading", path, error))?;
+    let within_ram = before_ram.split_off(split);
+    Ok(EarlySections { before_ram, within_ram })
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>> {

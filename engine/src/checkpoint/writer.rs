@@ -10,7 +10,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use multifd_wire::{BlockEntry, Configuration};
 
 use super::partial::{self, Partial};
-use super::{CheckpointBlock, DESCRIPTION, DEVICE_STATE, MANIFEST, Manifest, storage};
+use super::{
+    CheckpointBlock, DESCRIPTION, DEVICE_STATE, EARLY_STATE, EarlyState, MANIFEST, Manifest, storage,
+};
 use crate::destination::{Arrived, IncomingRam};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{HostMemory, PAGE, RamBlock};
@@ -90,6 +92,9 @@ impl CheckpointWriter {
         arrived.configuration().encode(&mut state);
         state.extend_from_slice(arrived.device_state());
         self.write(DEVICE_STATE, &state)?;
+        if manifest.early_state.is_some() {
+            self.write(EARLY_STATE, &arrived.early_sections().concat())?;
+        }
         if let Some(json) = arrived.description_text() {
             self.write(DESCRIPTION, json)?;
         }
@@ -127,8 +132,13 @@ impl CheckpointWriter {
 
     fn manifest(&self, arrived: &Arrived) -> Manifest {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let early = arrived.early_sections();
+        let early_state = (!early.is_empty()).then_some(EarlyState {
+            before_ram: early.before_ram.len() as u64,
+            within_ram: early.within_ram.len() as u64,
+        });
         Manifest {
-            format: Manifest::current_format(),
+            format: Manifest::format_for(early_state.as_ref()),
             machine: arrived.configuration().machine.clone(),
             uuid: arrived.uuid().map(|uuid| format!("{:032x}", u128::from_be_bytes(uuid))),
             switchover_start: arrived.switchover_start(),
@@ -138,6 +148,7 @@ impl CheckpointWriter {
             channels: arrived.progress().channels,
             created_unix_s: created.as_secs(),
             total_ms: u64::try_from(arrived.elapsed().as_millis()).unwrap_or(u64::MAX),
+            early_state,
         }
     }
 

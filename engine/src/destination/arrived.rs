@@ -1,6 +1,7 @@
 //! A guest that has arrived, but does not run anywhere yet.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use multifd_wire::{Configuration, VmDescription, split_tail};
@@ -11,6 +12,7 @@ use super::shared::{DevicePacket, Shared};
 use super::tail::Described;
 use crate::error::{Error, Phase, Result};
 use crate::report::Report;
+use crate::sections::EarlySections;
 use crate::session::{HandOver, Progress};
 use crate::workers::Crew;
 
@@ -29,6 +31,7 @@ pub struct Arrived {
     return_path: ReturnPath,
     shared: Arc<Shared>,
     crew: Arc<Crew>,
+    sealed: AtomicBool,
     ended: bool,
 }
 
@@ -40,7 +43,15 @@ impl Arrived {
         crew: Arc<Crew>,
     ) -> Self {
         let device_packets = shared.take_device_packets();
-        Self { stream, device_packets, return_path, shared, crew, ended: false }
+        Self {
+            stream,
+            device_packets,
+            return_path,
+            shared,
+            crew,
+            sealed: AtomicBool::new(false),
+            ended: false,
+        }
     }
 
     /// Machine type, and what else the source said of itself.
@@ -48,7 +59,12 @@ impl Arrived {
         &self.stream.configuration
     }
 
-    /// The devices' sections up to the end of the stream, as they came.
+    /// Device sections that came before the end of RAM (virtio-mem), as they came.
+    pub fn early_sections(&self) -> &EarlySections {
+        &self.stream.early
+    }
+
+    /// The devices' sections behind RAM, up to the end of the stream, as they came.
     pub fn device_state(&self) -> &[u8] {
         &self.stream.tail.bytes
     }
@@ -100,14 +116,15 @@ impl Arrived {
     /// the latest after a second: then they are closed here. Only a command that carries the stream has 5 s to end.
     ///
     /// # Errors
-    /// Somebody has cancelled before: then the source has been told that its guest runs on there. Or the source could not be
-    /// told anything, or the command that had to pass it on failed ([`Error::source_may_resume`] is false): it may or may not
-    /// run the guest, find out before this end does.
+    /// It was cancelled before, or the source has closed the connection instead of waiting for the word: then the guest runs on
+    /// there. Or the source could not be told, or hung up without hearing it, or the command that had to pass
+    /// it on failed ([`Error::source_may_resume`] is false): it may or may
+    /// not run the guest, find out before this end does.
     pub fn accept(mut self) -> Result<Report> {
         self.seal()?;
         self.ended = true;
         // The point of no return: a source that has read this has handed its guest over.
-        let told = self.return_path.shut();
+        let told = self.return_path.shut().and_then(|()| self.return_path.confirm(LINGER));
         self.shared.session.complete();
         let (total, stopped) = (self.shared.session.elapsed(), self.stream.guest_stopped);
         let downtime = stopped.map_or(Duration::ZERO, |stopped| stopped.elapsed());
@@ -142,11 +159,17 @@ impl Arrived {
         self.shared.codec_in_use().map_or_else(|| "none".to_owned(), |codec| codec.name().to_owned())
     }
 
-    /// From here on no cancel comes through; an error if one has.
+    /// From here on no cancel comes through; an error if one has, or if the source has gone.
     pub(crate) fn seal(&self) -> Result<()> {
+        // Once it is sealed, this end has the guest under its name: what becomes of the source is found out with SHUT.
+        if self.sealed.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.return_path.check_source_listens()?;
         let stop = &self.shared.session.stop;
         if stop.seal() {
             self.shared.session.set_hand_over(HandOver::Begun);
+            self.sealed.store(true, Ordering::Relaxed);
             return Ok(());
         }
         Err(stop.cause_or(Error::stopped(Phase::Device)))

@@ -43,17 +43,34 @@ impl IncomingRam for Vec<RamBlock> {
 pub(crate) struct Landing {
     block: RamBlock,
     /// Pages that something was written to since the block was fresh. Unused for memory that was not.
-    written: Written,
+    written: PageBits,
+    /// Pages that the source has sent, or said to be zero.
+    came: PageBits,
     way: Mutex<()>,
+}
+
+/// A block of which pages never came.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Gap {
+    pub(super) block: String,
+    /// Pages that never came, of how many, and the first of them.
+    pub(super) pages: usize,
+    pub(super) of: usize,
+    pub(super) first: usize,
+    /// Firmware, of which nothing is ever left out.
+    pub(super) is_firmware: bool,
 }
 
 /// Whoever has it may write through the block's file.
 pub(crate) struct Way<'l>(#[expect(dead_code, reason = "held, not read")] MutexGuard<'l, ()>);
 
 /// One bit a page, made where pages arrive: a block is as long as the peer says, and that alone must cost nothing.
-struct Written(Box<[OnceLock<DirtyBitmap>]>);
+struct PageBits {
+    pages: usize,
+    parts: Box<[OnceLock<DirtyBitmap>]>,
+}
 
-/// Pages in a part of [`Written`]: 1 GiB of guest, whose bits are 32 KiB.
+/// Pages in a part of [`PageBits`]: 1 GiB of guest, whose bits are 32 KiB.
 const PART_PAGES: usize = 1 << 18;
 
 /// All blocks of the migration, by the name on the wire.
@@ -76,9 +93,7 @@ impl Landings {
                     entry.name, entry.used_len
                 )));
             }
-            let landing =
-                Landing { written: Written::new(block.pages()), way: Mutex::default(), block: block.clone() };
-            by_name.insert(entry.name.clone(), Arc::new(landing));
+            by_name.insert(entry.name.clone(), Arc::new(Landing::new(block)));
         }
         Ok(Self(by_name))
     }
@@ -87,11 +102,33 @@ impl Landings {
         let unknown = || Error::misbehaved(Phase::Active, format!("page for unknown RAM block {name:?}"));
         self.0.get(name).ok_or_else(unknown)
     }
+
+    /// Blocks of which pages never came, by name.
+    pub(super) fn gaps(&self) -> Vec<Gap> {
+        let mut gaps: Vec<Gap> = self.0.values().filter_map(|landing| landing.gap()).collect();
+        gaps.sort_by(|one, other| one.block.cmp(&other.block));
+        gaps
+    }
 }
 
-impl Written {
+impl PageBits {
     fn new(pages: usize) -> Self {
-        Self((0..pages.div_ceil(PART_PAGES)).map(|_| OnceLock::new()).collect())
+        Self { pages, parts: (0..pages.div_ceil(PART_PAGES)).map(|_| OnceLock::new()).collect() }
+    }
+
+    /// Pages without a bit, and the first of them.
+    fn missing(&self) -> (usize, Option<usize>) {
+        let (mut count, mut first) = (0, None);
+        for (number, part) in self.parts.iter().enumerate() {
+            let start = number * PART_PAGES;
+            let here = PART_PAGES.min(self.pages - start);
+            let missing = here - part.get().map_or(0, DirtyBitmap::count).min(here);
+            if missing > 0 && first.is_none() {
+                first = (start..start + here).find(|page| !self.test(*page));
+            }
+            count += missing;
+        }
+        (count, first)
     }
 
     fn set_range(&self, first: usize, count: usize) {
@@ -99,19 +136,36 @@ impl Written {
         let mut page = first;
         while page < end {
             let in_part = (PART_PAGES - page % PART_PAGES).min(end - page);
-            let Some(part) = self.0.get(page / PART_PAGES) else { return };
+            let Some(part) = self.parts.get(page / PART_PAGES) else { return };
             part.get_or_init(|| DirtyBitmap::new(PART_PAGES)).set_range(page % PART_PAGES, in_part);
             page += in_part;
         }
     }
 
     fn test(&self, page: usize) -> bool {
-        let part = self.0.get(page / PART_PAGES).and_then(OnceLock::get);
+        let part = self.parts.get(page / PART_PAGES).and_then(OnceLock::get);
         part.is_some_and(|part| part.test(page % PART_PAGES))
     }
 }
 
 impl Landing {
+    fn new(block: &RamBlock) -> Self {
+        let bits = || PageBits::new(block.pages());
+        Self { written: bits(), came: bits(), way: Mutex::default(), block: block.clone() }
+    }
+
+    fn gap(&self) -> Option<Gap> {
+        let (pages, first) = self.came.missing();
+        let name = self.block.name().as_str();
+        Some(Gap {
+            block: name.to_owned(),
+            pages,
+            of: self.block.pages(),
+            first: first?,
+            is_firmware: self.block.is_firmware(),
+        })
+    }
+
     pub(crate) fn block(&self) -> &RamBlock {
         &self.block
     }
@@ -146,11 +200,12 @@ impl Landing {
     /// The kernel is about to write these pages by itself.
     pub(crate) fn note_written(&self, first: usize, pages: usize) {
         self.written.set_range(first, pages);
+        self.came.set_range(first, pages);
     }
 
     /// Writes whole pages from `first` on, through the file or through the mapping.
     pub(crate) fn write(&self, first: usize, content: &[u8], way: Option<&Way<'_>>) -> Result<()> {
-        self.written.set_range(first, content.len() / PAGE);
+        self.note_written(first, content.len() / PAGE);
         let (memory, offset) = (self.block.memory(), first * PAGE);
         let stored = match way {
             Some(_) => memory.store(offset, content),
@@ -161,6 +216,7 @@ impl Landing {
 
     /// Makes the page zero. Memory that is zero already is left alone, so that holes stay holes.
     pub(crate) fn clear(&self, page: usize) -> Result<()> {
+        self.came.set_range(page, 1);
         let untouched = self.block.is_fresh() && !self.written.test(page);
         if untouched || self.block.is_zero(page) {
             return Ok(());
@@ -197,7 +253,7 @@ mod tests {
 
     #[test]
     fn written_pages_are_known_over_the_parts_borders() {
-        let written = Written::new(3 * PART_PAGES + 5);
+        let written = PageBits::new(3 * PART_PAGES + 5);
         written.set_range(PART_PAGES - 2, PART_PAGES + 4);
         written.set_range(3 * PART_PAGES + 4, 1);
         let set =
@@ -209,7 +265,18 @@ mod tests {
 
     #[test]
     fn what_was_announced_but_never_came_has_no_bits() {
-        let written = Written::new(usize::MAX >> 24);
-        assert!(!written.test(12345) && written.0.iter().all(|part| part.get().is_none()));
+        let written = PageBits::new(usize::MAX >> 24);
+        assert!(!written.test(12345) && written.parts.iter().all(|part| part.get().is_none()));
+        assert_eq!(written.missing(), (usize::MAX >> 24, Some(0)));
+    }
+
+    #[test]
+    fn a_page_that_is_missing_is_found_in_the_last_part() {
+        let bits = PageBits::new(2 * PART_PAGES + 5);
+        bits.set_range(0, 2 * PART_PAGES + 3);
+        bits.set_range(2 * PART_PAGES + 4, 1);
+        assert_eq!(bits.missing(), (1, Some(2 * PART_PAGES + 3)));
+        bits.set_range(2 * PART_PAGES + 3, 1);
+        assert_eq!(bits.missing(), (0, None));
     }
 }

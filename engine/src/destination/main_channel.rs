@@ -4,7 +4,8 @@
 //!  header, configuration
 //!    -> commands: return path, PING, SWITCHOVER_START
 //!    -> ram START (blocks, first sync point) -> ram PART ... -> ram END
-//!    -> the first FULL section: everything from here on is the devices' (see tail.rs)
+//!       between them FULL sections of devices that are saved early (see early.rs)
+//!    -> the first FULL section behind END: everything from here on is the devices' (see tail.rs)
 //! ```
 
 use std::sync::Arc;
@@ -15,21 +16,28 @@ use multifd_wire::{
     StreamHeader,
 };
 
+use super::arrival;
+use super::early::{EarlyDevices, Read};
 use super::landing::IncomingRam;
 use super::mapped::PageReaders;
 use super::ram_section::{RamSection, SectionKind};
 use super::return_path::ReturnPath;
 use super::shared::Shared;
 use super::stream_end;
-use super::switchover::SwitchoverAck;
+use super::switchover::{Acknowledgement, SwitchoverAck};
 use super::tail::{self, Tail};
 use crate::dialect;
 use crate::error::{Error, Phase, Result};
+use crate::sections::EarlySections;
 use crate::stream::StreamReader;
 
 /// Type bytes of the items that begin the devices' part. Spec: docs/wire.md §1.
 const EOF: u8 = 0x00;
 const SECTION_FULL: u8 = 0x04;
+
+/// Refusal of POSTCOPY_ADVISE.
+const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not supported here and would lose the guest: \
+    switch off capability postcopy-ram at the source (and dirty-bitmaps, if it is on)";
 
 /// What came in on the main channel, RAM apart.
 #[derive(Debug)]
@@ -37,6 +45,8 @@ pub(crate) struct MainStream {
     pub(crate) configuration: Configuration,
     /// SWITCHOVER_START was in the stream: a destination of this machine type expects it.
     pub(crate) switchover_start: bool,
+    /// Device sections that came before the end of RAM.
+    pub(crate) early: EarlySections,
     pub(crate) tail: Tail,
     /// When the source announced its last RAM: it had stopped the guest then. `None` in a stream without that, such as a
     /// background snapshot's.
@@ -47,10 +57,15 @@ pub(crate) struct MainChannel<'a> {
     reader: StreamReader,
     shared: &'a Arc<Shared>,
     return_path: ReturnPath,
-    ack: SwitchoverAck,
+    /// The source has asked for the return path, whether anything can be said on it or not.
+    wants_answers: bool,
+    ack: Acknowledgement,
     readers: PageReaders,
     switchover_start: bool,
     guest_stopped: Option<Instant>,
+    early: EarlyDevices,
+    /// Sync points up to the last PART.
+    synced: u64,
     ram: Option<(SectionId, RamSection<'a>)>,
 }
 
@@ -66,10 +81,13 @@ impl<'a> MainChannel<'a> {
             reader,
             shared,
             return_path,
-            ack,
+            wants_answers: false,
+            ack: Acknowledgement::new(ack),
             readers,
             switchover_start: false,
             guest_stopped: None,
+            early: EarlyDevices::default(),
+            synced: 0,
             ram: None,
         }
     }
@@ -91,34 +109,60 @@ impl<'a> MainChannel<'a> {
             let item = self.reader.next(Phase::Active, "a section or command", Item::parse)?;
             self.on_item(item, &configuration, ram).map_err(|error| error.on(self.reader.name()))?;
         }
-        self.check_ram_is_complete()?;
+        self.finish(configuration)
+    }
+
+    /// The devices' part, and what must be true of RAM at its end.
+    fn finish(mut self, configuration: Configuration) -> Result<MainStream> {
+        let name = self.reader.name();
+        let Some((_, ram)) = &self.ram else {
+            let detail = "the end of the stream before any RAM";
+            return Err(Error::misbehaved(Phase::Setup, detail).on(name));
+        };
+        self.check_ram_has_ended(ram).map_err(|error| error.on(name.clone()))?;
+        let (early, begun) = self.early.into_parts();
         let timeout = self.shared.session.timeout;
-        let tail = tail::read(&mut self.reader, timeout)?;
+        let tail = tail::read(&mut self.reader, &begun, timeout)?;
+        arrival::check_all_came(ram.landings(), &early, &tail).map_err(|error| error.on(name))?;
         stream_end::wait(&mut self.reader, &self.return_path, timeout)?;
         let Self { switchover_start, guest_stopped, .. } = self;
-        Ok(MainStream { configuration, switchover_start, tail, guest_stopped })
+        Ok(MainStream { configuration, switchover_start, early, tail, guest_stopped })
     }
 
-    /// False when the next byte begins the devices' part of the stream.
+    /// False when the next byte begins the devices' part of the stream: the end, or a device behind the END of RAM.
     fn more_live_items(&mut self) -> Result<bool> {
-        let next = self.reader.bytes(Phase::Active, "a section or command", 1)?.first().copied();
-        let device_part = matches!(next, Some(EOF | SECTION_FULL));
-        if device_part && self.ram.is_none() {
-            let detail =
-                "device state before any RAM: devices that are saved early (virtio-mem) are not supported";
-            return Err(Error::incompatible(Phase::Setup, detail).on(self.reader.name()));
+        loop {
+            let next = self.reader.bytes(Phase::Active, "a section or command", 1)?.first().copied();
+            let ram = self.ram.as_ref();
+            match next {
+                Some(EOF) => return Ok(false),
+                Some(SECTION_FULL) if ram.is_some_and(|(_, ram)| ram.ended()) => return Ok(false),
+                Some(SECTION_FULL) => {
+                    let id = ram.map(|(id, _)| *id);
+                    let read = self.early.read(&mut self.reader, id);
+                    if read.map_err(|error| error.on(self.reader.name()))? == Read::EndOfStream {
+                        return Ok(false);
+                    }
+                }
+                _ => {
+                    self.early.place(ram.is_some());
+                    return Ok(true);
+                }
+            }
         }
-        Ok(!device_part)
     }
 
-    /// With parallel channels, only the sync point of END says that every page is here (docs/wire.md §9).
-    fn check_ram_is_complete(&self) -> Result<()> {
-        let ended = self.ram.as_ref().is_some_and(|(_, ram)| ram.ended_in_sync());
-        if ended || !self.shared.gate.has_channels() {
-            return Ok(());
-        }
-        let detail = "device state, but no END of ram with a sync point before it";
-        Err(Error::misbehaved(Phase::Device, detail).on(self.reader.name()))
+    /// Only a background snapshot has no END of RAM; it goes without a return path and without parallel channels, on which only the
+    /// sync point of END says that every page is here (docs/wire.md §9).
+    fn check_ram_has_ended(&self, ram: &RamSection<'_>) -> Result<()> {
+        let detail = match (ram.ended(), self.shared.gate.has_channels()) {
+            (_, true) if !ram.ended_in_sync() => {
+                "device state, but no END of ram with a sync point before it"
+            }
+            (false, false) if self.wants_answers => "device state, but no END of ram before it",
+            _ => return Ok(()),
+        };
+        Err(Error::misbehaved(Phase::Device, detail))
     }
 
     fn on_item(
@@ -130,7 +174,10 @@ impl<'a> MainChannel<'a> {
         match item {
             Item::Command(command) => self.on_command(&command, configuration),
             Item::SectionStart(head) => self.on_start(head, configuration, ram),
-            Item::SectionPart(id) => self.on_ram(id, SectionKind::Part),
+            Item::SectionPart(id) => {
+                self.on_ram(id, SectionKind::Part)?;
+                self.acknowledge_if_waited_for()
+            }
             Item::SectionEnd(id) => {
                 self.guest_stopped = Some(Instant::now());
                 self.on_ram(id, SectionKind::End)
@@ -143,7 +190,8 @@ impl<'a> MainChannel<'a> {
         match *command {
             Command::OpenReturnPath => {
                 self.return_path.open();
-                if self.ack.wanted_for(configuration) {
+                self.wants_answers = true;
+                if self.ack.due_at_opening(configuration) {
                     self.return_path.send(Phase::Setup, &ReturnMessage::SwitchoverAck)?;
                 }
                 Ok(())
@@ -160,21 +208,30 @@ impl<'a> MainChannel<'a> {
                 self.switchover_start = true;
                 Ok(())
             }
-            // Only says that the source may switch to postcopy later: up to then, nothing differs.
-            Command::PostcopyAdvise(advise) => match advise {
-                Some(advise) if advise.page_sizes != advise.target_page => Err(Error::incompatible(
-                    Phase::Setup,
-                    format!(
-                        "postcopy with host pages {:#x}: only 4 KiB pages are supported",
-                        advise.page_sizes
-                    ),
-                )),
-                _ => Ok(()),
-            },
+            // What was recorded can no longer switch to postcopy: only a source that hears answers does.
+            Command::PostcopyAdvise(_) if !self.return_path.leads_back() => Ok(()),
+            // Once it has begun postcopy, a source cannot go back: its guest would be lost with the refusal.
+            Command::PostcopyAdvise(_) => Err(Error::incompatible(Phase::Setup, NO_POSTCOPY)),
             ref other => {
                 Err(Error::incompatible(Phase::Active, format!("command {other:?} is not supported")))
             }
         }
+    }
+
+    /// Tells a source that has nothing left to send, and does not switch over, that it may.
+    fn acknowledge_if_waited_for(&mut self) -> Result<()> {
+        let synced = self.ram.as_ref().map_or(0, |(_, ram)| ram.syncs());
+        let through = !self.shared.gate.has_channels() || synced > self.synced;
+        self.synced = synced;
+        if !self.return_path.is_open() || !through {
+            return Ok(());
+        }
+        let pages = self.shared.session.counters.pages();
+        if self.ack.due_after_part(pages, Instant::now()) {
+            tracing::debug!("the source waits for an acknowledgement of the switch-over");
+            self.return_path.send(Phase::Active, &ReturnMessage::SwitchoverAck)?;
+        }
+        Ok(())
     }
 
     fn on_start(

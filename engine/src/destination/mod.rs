@@ -9,9 +9,11 @@
 //!         landing ───── the blocks, and how a page is written or cleared
 //! ```
 
+mod arrival;
 mod arrived;
 mod builder;
 mod channel;
+mod early;
 mod gate;
 mod landing;
 mod lobby;

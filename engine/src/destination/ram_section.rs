@@ -41,7 +41,10 @@ pub(crate) struct RamSection<'a> {
     sync_points: SyncPoints,
     /// The block that CONTINUE refers to; kept over sections.
     last_block: Option<Arc<Landing>>,
-    /// END had a sync point.
+    /// END was read.
+    ended: bool,
+    /// Sync points passed, and whether the last one was in END.
+    syncs: u64,
     ended_in_sync: bool,
 }
 
@@ -74,6 +77,8 @@ impl<'a> RamSection<'a> {
             mapped,
             sync_points: SyncPoints::Unknown,
             last_block: None,
+            ended: false,
+            syncs: 0,
             ended_in_sync: false,
         })
     }
@@ -83,11 +88,30 @@ impl<'a> RamSection<'a> {
         self.ended_in_sync
     }
 
+    /// True once END was read.
+    pub(crate) fn ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Sync points that were passed.
+    pub(crate) fn syncs(&self) -> u64 {
+        self.syncs
+    }
+
+    /// Where the pages are.
+    pub(crate) fn landings(&self) -> &Landings {
+        &self.landings
+    }
+
     /// Reads records up to the end of this item of the section; the footer is left.
     pub(crate) fn read(&mut self, reader: &mut StreamReader, kind: SectionKind) -> Result<()> {
+        if self.ended {
+            return Err(Error::misbehaved(Phase::Active, "more of ram after its END"));
+        }
         let mut pages = Pages::default();
         let result = self.records(reader, kind, &mut pages);
         pages.count(self.shared);
+        self.ended = kind == SectionKind::End;
         result
     }
 
@@ -150,6 +174,7 @@ impl<'a> RamSection<'a> {
 
     fn sync(&mut self, kind: SectionKind) -> Result<()> {
         self.ended_in_sync = kind == SectionKind::End;
+        self.syncs += 1;
         self.shared.sync_point()
     }
 }

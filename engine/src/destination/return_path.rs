@@ -6,7 +6,7 @@ use std::time::Duration;
 use multifd_transports::Channel;
 use multifd_wire::ReturnMessage;
 
-use crate::error::{Error, Phase, Result};
+use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::stop::lock;
 
 /// Status in SHUT: the guest has arrived.
@@ -58,6 +58,11 @@ impl ReturnPath {
         self.channel.peer()
     }
 
+    /// Whether a source at the other end could hear anything.
+    pub(crate) fn leads_back(&self) -> bool {
+        *lock(&self.state) != State::OneWay
+    }
+
     pub(crate) fn is_open(&self) -> bool {
         *lock(&self.state) == State::Open
     }
@@ -95,9 +100,39 @@ impl ReturnPath {
                 Ok(())
             }
             ended => ended.map_err(|error| {
-                Error::io(Phase::Commit, "after the guest has arrived", error).on(self.name())
+                Error::io(Phase::Commit, "after the guest has arrived", error)
+                    .on(self.name())
+                    .after_hand_over()
             }),
         }
+    }
+
+    /// Checks that the source still waits for the word, as far as that can be seen.
+    pub(crate) fn check_source_listens(&self) -> Result<()> {
+        if !self.is_open() {
+            return Ok(());
+        }
+        self.channel.check_peer_is_there().map_err(|error| {
+            let detail = "the source has ended the connection instead of waiting for the outcome";
+            Error::new(ErrorKind::Transport, Phase::Device, detail).on(self.name()).because(error)
+        })
+    }
+
+    /// Waits, for as long as `limit`, for the source to end the connection after SHUT.
+    ///
+    /// An error if it did that without having read SHUT: it has failed, and may run its guest.
+    pub(crate) fn confirm(&self, limit: Duration) -> Result<()> {
+        if *lock(&self.state) != State::Shut {
+            return Ok(());
+        }
+        self.channel.confirm_heard(limit).map_err(|error| {
+            let detail =
+                "the source hung up without having read that its guest has arrived: it may run it, too";
+            Error::new(ErrorKind::Transport, Phase::Commit, detail)
+                .on(self.name())
+                .because(error)
+                .after_hand_over()
+        })
     }
 
     /// Tells the source that its guest did not arrive, if it still listens; never waits for it. Errors have nobody left to

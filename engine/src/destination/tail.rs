@@ -26,8 +26,18 @@ pub(crate) struct Described {
     pub(crate) description: VmDescription,
 }
 
-/// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3).
-pub(crate) fn read(reader: &mut StreamReader, patience: Duration) -> Result<Tail> {
+impl Tail {
+    /// The FULL sections.
+    pub(super) fn sections(&self) -> &[u8] {
+        // Without a description, EOF is the last byte.
+        let len = self.described.as_ref().map_or(self.bytes.len().saturating_sub(1), |it| it.end.devices_len);
+        self.bytes.get(..len).unwrap_or_default()
+    }
+}
+
+/// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3). `begun`: its first sections, if they were
+/// read already.
+pub(crate) fn read(reader: &mut StreamReader, begun: &[u8], patience: Duration) -> Result<Tail> {
     let quiet = QUIET.min(patience);
     let channel = reader.channel().clone();
     let limit = |duration| {
@@ -36,18 +46,21 @@ pub(crate) fn read(reader: &mut StreamReader, patience: Duration) -> Result<Tail
             .map_err(|error| Error::io(Phase::Device, "setting up the socket", error))
     };
     limit(quiet)?;
-    let result = scan(reader, patience);
+    let result = scan(reader, begun, patience);
     limit(patience)?;
     result.map_err(|error| error.on(reader.name()))
 }
 
-fn scan(reader: &mut StreamReader, patience: Duration) -> Result<Tail> {
+fn scan(reader: &mut StreamReader, begun: &[u8], patience: Duration) -> Result<Tail> {
+    let refused = |invalid| Error::invalid(Phase::Device, invalid);
     let mut scanner = TailScanner::new();
+    let mut end = scanner.push(begun).map_err(refused)?;
     let mut last_byte = Instant::now();
     loop {
         let (before, fed) = (scanner.bytes().len(), reader.buffered().len());
-        let end =
-            scanner.push(reader.buffered()).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
+        if end.is_none() {
+            end = scanner.push(reader.buffered()).map_err(refused)?;
+        }
         if let Some(end) = end {
             let mut bytes = scanner.into_bytes();
             let json = bytes.get(end.vmdesc.clone()).unwrap_or_default();
@@ -55,7 +68,11 @@ fn scan(reader: &mut StreamReader, patience: Duration) -> Result<Tail> {
                 VmDescription::parse(json).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
             bytes.truncate(end.total);
             // What is behind the tail stays in the buffer.
-            reader.consume(end.total - before);
+            let ahead = end.total.checked_sub(before).ok_or_else(|| {
+                let detail = format!("{} bytes follow the end of device state", before - end.total);
+                Error::new(ErrorKind::InvalidStream, Phase::Device, detail)
+            })?;
+            reader.consume(ahead);
             return Ok(Tail { bytes, described: Some(Described { end, description }) });
         }
         reader.consume(fed);

@@ -53,15 +53,18 @@ impl Devices {
     }
 
     /// The devices' part of a stream that is in memory: sections, and the bytes from EOF on.
-    fn from_tail(sections: &[u8], end: &[u8]) -> Result<Self, Invalid> {
+    fn from_tail(early: &[u8], sections: &[u8], end: &[u8]) -> Result<Self, Invalid> {
         // EOF, the type byte, the length.
         let description = end.get(6..).map(VmDescription::parse).transpose()?.map(Arc::new);
-        let section = |section: multifd_wire::DeviceSection| {
-            let payload = sections.get(section.payload).unwrap_or_default();
-            RecordedSection { head: section.head, content: SectionContent::Device(payload.to_vec()) }
-        };
-        let split = split_tail(sections, description.as_deref())?;
-        Ok(Self { sections: split.into_iter().map(section).collect(), description, trailing_bytes: 0 })
+        let mut all = Vec::new();
+        for bytes in [early, sections] {
+            let section = |section: multifd_wire::DeviceSection| {
+                let payload = bytes.get(section.payload).unwrap_or_default();
+                RecordedSection { head: section.head, content: SectionContent::Device(payload.to_vec()) }
+            };
+            all.extend(split_tail(bytes, description.as_deref())?.into_iter().map(section));
+        }
+        Ok(Self { sections: all, description, trailing_bytes: 0 })
     }
 }
 
@@ -82,7 +85,7 @@ impl Checkpoint {
     /// `InvalidStream` if they are no sections.
     pub fn devices(&self) -> Result<Devices> {
         let state = self.device_state();
-        Devices::from_tail(state.sections(), state.end())
+        Devices::from_tail(&self.early_sections().concat(), state.sections(), state.end())
             .map_err(|error| Error::invalid(Phase::Device, error))
     }
 }

@@ -1,11 +1,12 @@
 //! Sections whose length only their owner knows. Spec: docs/wire.md §16.3.
 
-use multifd_wire::{Footer, Item, MAX_TAIL, SectionHead, SectionId};
+use multifd_wire::{Footer, MAX_TAIL, SectionHead, SectionId};
 
 use super::devices::RecordedSection;
 use super::file::FileReader;
-use super::{description, invalid};
+use super::invalid;
 use crate::error::{Phase, Result};
+use crate::sections::goes_on;
 
 /// Longest head of an item: a discard command with a body of 450 bytes, so this is enough to judge one by.
 const LOOK_AHEAD: usize = 512;
@@ -80,20 +81,7 @@ fn footer_is_at(reader: &FileReader<'_>, len: u64, id: SectionId) -> Result<bool
 
 /// Can a stream go on like this after a section?
 fn plausible(next: &[u8], known: &Known<'_>) -> bool {
-    let is_known = |id: &SectionId| {
-        known.ram == Some(*id) || known.sections.iter().any(|section| section.head.id == *id)
-    };
-    match Item::parse(next) {
-        Ok(Some((Item::Command(_), _))) => true,
-        Ok(Some((Item::Eof, used))) => {
-            matches!(next.get(used..), Some([] | [description::VM_DESCRIPTION, _, _, _, _, b'{', ..]))
-        }
-        Ok(Some((Item::SectionEnd(id) | Item::SectionPart(id), _))) => is_known(&id),
-        Ok(Some((Item::SectionFull(head) | Item::SectionStart(head), _))) => {
-            !is_known(&head.id) && head.idstr.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic())
-        }
-        // The file ends here: whatever is missing, this section is whole.
-        Ok(None) => next.is_empty(),
-        Err(_) => false,
-    }
+    let seen = |id| known.sections.iter().any(|section| section.head.id == id);
+    // The file ends within what follows. If nothing does, or the end of the items, this section is whole.
+    goes_on(next, known.ram, seen).unwrap_or(matches!(next, [] | [0]))
 }

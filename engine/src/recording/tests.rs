@@ -402,6 +402,7 @@ fn pages_and_devices_of_a_checkpoint() {
         channels: 0,
         created_unix_s: 0,
         total_ms: 0,
+        early_state: None,
     };
     fs::write(folder.path().join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
 

@@ -16,6 +16,7 @@ use crate::convergence::{AutoConverge, Limits};
 use crate::dirty::DirtyLog;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::RamBlock;
+use crate::sections::EarlySections;
 use crate::session::{Canceller, ProgressReader, Session};
 
 /// The sending end of a migration that has not been connected yet.
@@ -33,6 +34,7 @@ pub(super) struct Guest {
     pub(super) ram: Vec<RamBlock>,
     pub(super) configuration: Configuration,
     pub(super) uuid: [u8; 16],
+    pub(super) early: EarlySections,
     pub(super) logs: Vec<Box<dyn DirtyLog>>,
 }
 
@@ -49,7 +51,13 @@ impl Source {
     pub fn builder(ram: Vec<RamBlock>, configuration: Configuration) -> SourceBuilder {
         SourceBuilder {
             config: SourceConfig::default(),
-            guest: Guest { ram, configuration, uuid: [0; 16], logs: Vec::new() },
+            guest: Guest {
+                ram,
+                configuration,
+                uuid: [0; 16],
+                early: EarlySections::default(),
+                logs: Vec::new(),
+            },
             codec: Arc::new(Uncompressed),
             tls: None,
         }
@@ -90,6 +98,13 @@ impl SourceBuilder {
     #[must_use]
     pub fn dirty_log(mut self, log: impl DirtyLog + 'static) -> Self {
         self.guest.logs.push(Box::new(log));
+        self
+    }
+
+    /// Device sections that go before the end of RAM, where the devices' source had them. Default: none.
+    #[must_use]
+    pub fn early_sections(mut self, early: EarlySections) -> Self {
+        self.guest.early = early;
         self
     }
 

@@ -62,6 +62,7 @@ impl Source {
             control: self.control.clone(),
             crew,
             return_path,
+            early: self.guest.early.clone(),
             switchover_start: self.config.switchover_start,
             pause_before_switchover: self.config.pause_before_switchover,
             logs,

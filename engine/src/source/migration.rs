@@ -16,6 +16,7 @@ use crate::convergence::DowntimeLedger;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::report::Report;
+use crate::sections::EarlySections;
 use crate::session::{Counters, HandOver};
 use crate::state::MigrationState;
 use crate::work::Round;
@@ -39,6 +40,8 @@ pub(super) struct Migration {
     pub(super) control: Control,
     pub(super) crew: Crew,
     pub(super) return_path: Option<ReturnPathReader>,
+    /// Device sections that go before the end of RAM.
+    pub(super) early: EarlySections,
     /// Send SWITCHOVER_START.
     pub(super) switchover_start: bool,
     pub(super) pause_before_switchover: bool,
@@ -56,7 +59,9 @@ impl Migration {
             self.main.command(Command::OpenReturnPath)?;
             self.main.ping(HELLO_PING)?;
         }
+        self.main.raw(&self.early.before_ram)?;
         self.section(Section::Start)?;
+        self.main.raw(&self.early.within_ram)?;
         self.enter(MigrationState::Active)?;
         self.setup = self.shared.session.elapsed();
         Ok(())

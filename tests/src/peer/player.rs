@@ -63,11 +63,32 @@ impl<'a> Player<'a> {
                 Err(RecvTimeoutError::Timeout) => Ok(()),
                 _ => Err(ErrorKind::BrokenPipe.into()),
             },
+            Step::UntilAcknowledged(bytes) => self.until_acknowledged(bytes),
             Step::Send { lane, bytes, .. } => match self.lane(*lane)? {
                 Some(socket) => socket.write_all(bytes),
                 None => Ok(()),
             },
         }
+    }
+
+    fn until_acknowledged(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let deadline = Instant::now() + LONG;
+        let mut piece = [0; 256];
+        while !messages(&self.replies).contains(&ReturnMessage::SwitchoverAck) {
+            if Instant::now() >= deadline {
+                return Err(ErrorKind::TimedOut.into());
+            }
+            let Some(main) = self.lane(Lane::Main)? else { return Err(ErrorKind::NotConnected.into()) };
+            main.write_all(bytes)?;
+            main.limit(Duration::from_millis(10))?;
+            match main.read(&mut piece) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(read) => self.replies.extend(piece.iter().take(read)),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.lane(Lane::Main)?.map_or(Ok(()), |main| main.limit(LONG))
     }
 
     /// The lane's socket; `None` after it was hung up.

@@ -22,6 +22,9 @@ pub enum Step {
     HangUp(Lane),
     /// Does nothing for this long.
     Pause(Duration),
+    /// Sends `bytes` on main again and again until the other side has acknowledged the switch-over. A source that waits for
+    /// that does so.
+    UntilAcknowledged(Vec<u8>),
     /// Sends all of `bytes`; `what` names them.
     Send {
         /// Where.

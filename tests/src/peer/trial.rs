@@ -5,7 +5,9 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use multifd_engine::{Arrived, CheckpointWriter, Destination, DestinationBuilder, ErrorKind, Report, Result};
+use multifd_engine::{
+    Arrived, CheckpointWriter, Destination, DestinationBuilder, EarlySections, ErrorKind, Report, Result,
+};
 use multifd_transports::Endpoint;
 use multifd_wire::ReturnMessage;
 
@@ -115,8 +117,15 @@ impl Trial {
     pub fn receive(&self, recording: &Recording, memory: &Memory) -> Outcome<(Verdict, Received)> {
         let blocks = memory.provide(0xa5)?;
         let destination = Destination::builder(blocks.clone()).timeout(self.patience);
-        let mut received = Received { blocks, tail: Vec::new(), described: false, packets: Vec::new() };
+        let mut received = Received {
+            blocks,
+            early: EarlySections::default(),
+            tail: Vec::new(),
+            described: false,
+            packets: Vec::new(),
+        };
         let verdict = self.run(recording, destination, |arrived| {
+            received.early = arrived.early_sections().clone();
             received.tail = arrived.device_state().to_vec();
             received.described = arrived.description().is_some();
             received.packets = arrived.device_packets().to_vec();
@@ -202,6 +211,8 @@ impl Trial {
 pub struct Received {
     /// RAM.
     pub blocks: Vec<multifd_engine::RamBlock>,
+    /// Device sections before the end of RAM.
+    pub early: EarlySections,
     /// Device sections to the end of the stream.
     pub tail: Vec<u8>,
     /// There was a vmdescription.

@@ -1,7 +1,7 @@
 //! The section stream on main: header, configuration, commands, sections, the end.
 
 use multifd_tests::Outcome;
-use multifd_tests::peer::{Lane, Recording, Style};
+use multifd_tests::peer::{Lane, Recorder, Recording, Style};
 use multifd_wire::{Advise, BlockName, Command, Configuration, Item, SectionHead, SectionId};
 
 use crate::fixture::{multifd, recording, refused, single};
@@ -64,6 +64,9 @@ fn the_configuration() -> Outcome {
     ])
 }
 
+/// Said while the source can still run.
+const NO_POSTCOPY: &[&str] = &["main (unix:", "switch off capability postcopy-ram at the source"];
+
 #[test]
 fn commands() -> Outcome {
     let before_part = |bytes: &[u8]| single().inserted("part", 0, bytes);
@@ -71,7 +74,7 @@ fn commands() -> Outcome {
     let no_return_path = recording(&Style { return_path: false, ..Style::default() });
     let no_return_path = Recording { ending: single().ending, ..no_return_path };
     let ping = item(Item::Command(Command::Ping(7)));
-    let huge = Advise { page_sizes: 0x20_1000, target_page: 0x1000 };
+    let advise = Advise { page_sizes: 0x1000, target_page: 0x1000 };
     refused([
         ("an unknown one", before_part(&[8, 0, 12, 0, 0]), &["main", "command: 12, expected 1..=11"]),
         (
@@ -81,7 +84,10 @@ fn commands() -> Outcome {
         ),
         ("a huge length", before_part(&[8, 0, 6, 0xff, 0xff]), &["65535 bytes for command 6", "at most 450"]),
         ("PING", no_return_path.inserted("start", 0, &ping), &["Pong(7) asked for before OPEN_RETURN_PATH"]),
-        ("ADVISE", command(Command::PostcopyAdvise(Some(huge))), &["host pages 0x201000", "only 4 KiB"]),
+        ("ADVISE", command(Command::PostcopyAdvise(Some(advise))), NO_POSTCOPY),
+        ("ADVISE for dirty bitmaps", command(Command::PostcopyAdvise(None)), NO_POSTCOPY),
+        ("ADVISE at its place", recording(&Style { advise: true, ..Style::default() }), NO_POSTCOPY),
+        ("ADVISE with channels", recording(&Style { advise: true, ..Style::multifd(2) }), NO_POSTCOPY),
         ("LISTEN", command(Command::PostcopyListen), &["main", "PostcopyListen is not supported"]),
         ("PACKAGED", command(Command::Packaged(u32::MAX)), &["Packaged(4294967295) is not supported"]),
         ("COLO", command(Command::EnableColo), &["EnableColo is not supported"]),
@@ -122,8 +128,17 @@ fn live_sections() -> Outcome {
         ),
         ("another's footer", single().patched("footer", 1, 4, &[9]), &["footer of section 9 in section 7"]),
         ("no footer", single().without("footer", 1), &["main", "section footer: 0x03, expected 0x7e"]),
-        ("devices before ram", single().inserted("start", 0, &[4]), &["device state before any RAM"]),
-        ("the end before ram", single().inserted("start", 0, &[0]), &["device state before any RAM"]),
+        (
+            "the end before ram",
+            single().inserted("start", 0, &[0]),
+            &["the end of the stream before any RAM"],
+        ),
+        (
+            "the devices' part before ram",
+            single().inserted("start", 0, &multifd_tests::peer::devices::tail()),
+            &["the end of the stream before any RAM"],
+        ),
+        ("PART after END", single().inserted("devices", 0, &[2, 0, 0, 0, 7]), &["more of ram after its END"]),
     ])
 }
 
@@ -135,6 +150,42 @@ fn the_end_of_ram_says_that_all_channels_are_through() -> Outcome {
     let (end, devices) = (endless.position("end", 0), endless.position("devices", 0));
     endless.steps.drain(end..devices);
     refused([("no FLUSH in END", unsynced, says), ("no END", endless, says)])
+}
+
+#[test]
+fn ram_without_an_end_is_refused_where_the_source_waits_for_an_answer() -> Outcome {
+    let mut endless = single();
+    let (end, devices) = (endless.position("end", 0), endless.position("devices", 0));
+    endless.steps.drain(end..devices);
+    refused([("no END", endless, &["device, main (unix:", "no END of ram before it"])])
+}
+
+#[test]
+fn a_page_that_never_came_is_named() -> Outcome {
+    let memory = crate::fixture::memory();
+    let lacking = |style: &Style, lacks: usize| {
+        let mut recorder = Recorder::new(style.clone());
+        recorder.setup(&memory);
+        let pages: Vec<_> = memory.all().into_iter().filter(|at| (at.block, at.page) != (0, lacks)).collect();
+        recorder.part(&memory, &pages);
+        recorder.end(&memory, &[]);
+        recorder.finish()
+    };
+    let nothing = {
+        let mut recorder = Recorder::new(Style::default());
+        recorder.setup(&memory);
+        recorder.end(&memory, &[]);
+        recorder.finish()
+    };
+    let all: &[&str] =
+        &["device, main (unix:", "2 of 2 pages of RAM block pc.bios never came, the first is page 0"];
+    let one: &[&str] =
+        &["device, main (unix:", "1 of 8 pages of RAM block pc.ram never came, the first is page 5"];
+    refused([
+        ("one page", lacking(&Style::default(), 5), one),
+        ("one page on channels", lacking(&Style::multifd(2), 5), one),
+        ("all pages", nothing, all),
+    ])
 }
 
 #[test]

@@ -52,18 +52,65 @@ fn main_that_closes_its_sending_side_never_matters_without_a_return_path() -> Ou
 }
 
 #[test]
-fn postcopy_that_was_announced_but_never_began() -> Outcome {
-    style_arrives(&Style { advise: true, ..Style::default() })?;
-    style_arrives(&Style { advise: true, ..Style::multifd(2) })
-}
-
-#[test]
 fn a_background_snapshot_has_no_end_of_ram() -> Outcome {
     let memory = Memory::small(9);
     let mut recorder = Recorder::new(Style { return_path: false, ..Style::default() });
     recorder.setup(&memory);
     recorder.part(&memory, &memory.all());
-    arrives(&recorder.finish(), &memory)?;
+    let recording = recorder.finish();
+    let (_, received) = arrives(&recording, &memory)?;
+    assert!(received.early.is_empty() && received.tail.starts_with(&[4, 0, 0, 0, 0, 5]));
+    assert!(recording.bytes(Lane::Main).ends_with(&received.tail), "the devices' part is kept as it came");
+    Ok(())
+}
+
+/// A section whose payload holds its own footer, and behind it what is no item.
+fn early_section(id: u8) -> Vec<u8> {
+    let head = [&[4, 0, 0, 0, id][..], b"\x05early\0\0\0\0\0\0\0\x01"].concat();
+    [&head[..], &[0x7e, 0, 0, 0, id, 0, 7], &[0x7e, 0, 0, 0, id]].concat()
+}
+
+#[test]
+fn device_state_may_stand_anywhere_before_the_end_of_ram() -> Outcome {
+    for channels in [0, 2] {
+        let mut memory = Memory::small(13);
+        let recording = Recorder::migration(Style::multifd(channels), &mut memory);
+        let [one, two, three, four] = [101, 102, 103, 104].map(early_section);
+        let recording = recording
+            .inserted("start", 0, &[&one[..], &two].concat())
+            .inserted("part", 0, &three)
+            .inserted("end", 0, &four);
+        let (_, received) = arrives(&recording, &memory)?;
+        assert_eq!(received.early.before_ram, [one, two].concat());
+        assert_eq!(received.early.within_ram, [three, four].concat());
+        assert!(received.tail.starts_with(&[4, 0, 0, 0, 0, 5]), "from the first section behind END on");
+    }
+    Ok(())
+}
+
+#[test]
+fn early_device_state_in_a_snapshot_without_an_end_of_ram() -> Outcome {
+    let memory = Memory::small(14);
+    let mut recorder = Recorder::new(Style { return_path: false, description: false, ..Style::default() });
+    recorder.setup(&memory);
+    recorder.part(&memory, &memory.all());
+    let recording = recorder.finish().inserted("part", 0, &early_section(103));
+    let (_, received) = arrives(&recording, &memory)?;
+    assert_eq!(received.early.within_ram, early_section(103));
+    assert!(recording.bytes(Lane::Main).ends_with(&received.tail) && !received.described);
+    Ok(())
+}
+
+#[test]
+fn a_source_that_hangs_up_without_waiting_for_the_word_is_no_success() -> Outcome {
+    for channels in [0, 2] {
+        let mut memory = Memory::small(16);
+        let recording = Recorder::migration(Style::multifd(channels), &mut memory);
+        let recording = multifd_tests::peer::Recording { ending: Ending::HangUp, ..recording };
+        let verdict = trial()?.write_checkpoint(&recording);
+        let error = verdict?.result.expect_err("the source never heard of it");
+        assert!(error.channel().unwrap_or_default().starts_with("return path"), "{}", error.chain());
+    }
     Ok(())
 }
 

@@ -156,12 +156,41 @@ fn the_return_path_answers_every_ping_and_a_repeated_opening() -> Outcome {
 
 #[test]
 fn switchover_is_acknowledged_to_machines_that_know_of_it() -> Outcome {
-    for (machine, wanted) in [("pc-q35-8.0", false), ("pc-q35-8.1", true), ("pc-i440fx-10.0", true)] {
+    for (machine, wanted) in [
+        ("pc-q35-8.0", false),
+        ("pc-q35-8.1", true),
+        ("pc-i440fx-10.0", true),
+        ("pc-q35-11.0", true),
+        ("pc-q35-11.1", false),
+        ("pc-q35-noble", false),
+        ("firecracker-9.1", false),
+    ] {
         let mut memory = Memory::zero(&[("pc.ram", 1)]);
         let style = Style { machine, switchover_start: true, ..Style::default() };
         let (verdict, _) = arrives(&Recorder::migration(style, &mut memory), &memory)?;
         let acknowledged = verdict.replies.contains(&ReturnMessage::SwitchoverAck);
         assert_eq!(acknowledged, wanted, "{machine}: {:?}", verdict.replies);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_source_that_waits_for_the_acknowledgement_gets_one_whatever_its_machine_type() -> Outcome {
+    for machine in ["pc-q35-7.2", "pc-q35-noble", "pc-q35-11.1"] {
+        let style = Style { machine, ..Style::default() };
+        let memory = Memory::small(3);
+        let mut recorder = Recorder::new(style);
+        recorder.setup(&memory);
+        recorder.part(&memory, &memory.all());
+        let mut empty = Recorder::new(Style { machine, ..Style::default() });
+        empty.empty_part();
+        let idle = empty.recording().bytes(Lane::Main);
+        recorder.end(&memory, &[]);
+        let recording = recorder.finish().preceded("end", 0, [Step::UntilAcknowledged(idle)]);
+        let (verdict, _) = arrives(&recording, &memory)?;
+        let acknowledged =
+            verdict.replies.iter().filter(|reply| **reply == ReturnMessage::SwitchoverAck).count();
+        assert_eq!(acknowledged, 1, "{machine}: {:?}", verdict.replies);
     }
     Ok(())
 }

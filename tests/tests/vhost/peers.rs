@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use multifd_tests::Process;
@@ -17,12 +17,7 @@ pub fn missing_storage_daemon() -> Option<String> {
     version.err().map(|error| format!("{DAEMON}: {error} (tests/peers/install gets it)"))
 }
 
-/// Where `tests/peers/install` puts DPDK and virtiofsd.
-pub fn dir() -> PathBuf {
-    let variable = |name| std::env::var_os(name).map(PathBuf::from);
-    let cache = || variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
-    variable("MULTIFD_PEERS_DIR").unwrap_or_else(|| cache().unwrap_or_default().join("multifd-peers"))
-}
+pub use multifd_tests::skip::peers_dir as dir;
 
 /// An empty disk of the driver's length.
 pub fn disk_image(path: &Path) {

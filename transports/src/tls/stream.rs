@@ -110,6 +110,10 @@ impl TlsStream {
         }
     }
 
+    pub(crate) fn socket(&self) -> &Socket {
+        &self.socket
+    }
+
     /// Where to wait for the socket, until it is to block.
     pub(crate) fn client(&self) -> io::Result<Client> {
         Client::new(self.socket.try_clone()?)
