@@ -185,6 +185,10 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.phase)?;
+        // A cancel, say, that came too late: the operator must not take it for one that came in time.
+        if self.handed_over && self.phase != Phase::Commit {
+            f.write_str(", after the hand-over")?;
+        }
         if let Some(channel) = &self.channel {
             write!(f, ", {channel}")?;
         }
@@ -217,10 +221,12 @@ mod tests {
 
     #[test]
     fn only_a_hand_over_keeps_the_source_from_running_on() {
-        let error = || Error::new(ErrorKind::Deadline, Phase::Commit, "no word");
+        let error = || Error::new(ErrorKind::Deadline, Phase::Commit, "no answer");
         assert!(error().source_may_resume(), "the phase says where, and no more");
         let error = error().after_hand_over();
         assert!(!error.source_may_resume());
-        assert_eq!((error.phase(), error.to_string().as_str()), (Phase::Commit, "commit: no word"));
+        assert_eq!((error.phase(), error.to_string().as_str()), (Phase::Commit, "commit: no answer"));
+        let cancelled = Error::stopped(Phase::Active).after_hand_over();
+        assert_eq!(cancelled.to_string(), "active, after the hand-over: stopped");
     }
 }

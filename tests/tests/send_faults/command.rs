@@ -95,7 +95,7 @@ fn ctrl_c_after_the_last_byte_ends_with_exit_code_3() -> Outcome {
     interrupt(&send)?;
     let ended = ended(&mut send)?;
     assert_eq!((ended.code, &ended.json["status"]), (3, &"failed".into()), "{}", ended.stderr);
-    assert!(ended.stderr.contains("commit"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("after the hand-over: cancelled"), "{}", ended.stderr);
     Ok(())
 }
 

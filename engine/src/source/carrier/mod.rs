@@ -26,7 +26,7 @@ use crate::work::Round;
 pub(super) use channels::{Channels, SyncPoints};
 pub(super) use file::File;
 
-/// The way of a migration's pages. Chosen once, when main is connected.
+/// How the pages of a migration leave. Chosen once, when main is connected.
 pub(super) enum Carrier {
     /// Records on the main channel.
     Main,
