@@ -4,7 +4,9 @@ mod bitmap;
 mod block;
 mod file_io;
 mod holes;
+mod mappings;
 mod memory;
+mod page_table;
 mod round;
 
 pub use bitmap::DirtyBitmap;
@@ -12,5 +14,7 @@ pub use block::{PAGE, RamBlock};
 pub use memory::HostMemory;
 pub use round::{Batch, Claim, Round};
 
-pub(crate) use block::PAGE_SIZE;
+pub(crate) use block::{PAGE_SIZE, READING};
+pub(crate) use mappings::{Absent, Mappings};
 pub(crate) use memory::{IoVecs, Ranges};
+pub(crate) use page_table::{Found, PageTable};

@@ -9,7 +9,7 @@ use multifd_transports::Channel;
 use multifd_wire::{InitialPacket, PacketFlags, RamPacketHeader, header_len};
 
 use super::outgoing::{OutgoingBlock, ZeroRoute};
-use super::packet::{Packet, outside};
+use super::packet::{Content, Packet};
 use super::page_cache::Moment;
 use super::rounds::{Work, ZeroMail};
 use super::shared::Shared;
@@ -107,7 +107,7 @@ impl SendWorker {
         if self.encoder.is_some() || cache.is_some() {
             self.packet.copy_in(&shared.ram, block, &batch.pages, cache)?;
         } else {
-            self.packet.sort_out(&shared.ram, block, &batch.pages);
+            self.packet.sort_out(&shared.ram, block, &batch.pages)?;
         }
         if block.zero_route == ZeroRoute::Main && !self.packet.zero.is_empty() {
             let offsets = std::mem::take(&mut self.packet.zero);
@@ -170,15 +170,17 @@ impl SendWorker {
         if zero_copy.is_none() {
             ranges.private(&self.header);
         }
-        for offset in &packet.normal {
-            let page = block.block.page_at(*offset).and_then(|page| block.block.run(page, 1));
-            ranges.guest(&page.ok_or_else(outside)?);
+        for content in packet.contents(block) {
+            match content? {
+                Content::Private(bytes) => ranges.private(bytes),
+                Content::Guest(page) => ranges.guest(&page),
+            }
         }
         match zero_copy {
             Some(zero_copy) => zero_copy.send(&self.header, ranges, &self.channel),
             None => ranges.send(&self.channel),
         }
-        .map_err(|error| packet_error(payload_len, error))
+        .map_err(|error| packet.fault(block, error, |error| packet_error(payload_len, error)))
     }
 
     fn send_deltas(&mut self, block: &OutgoingBlock) -> Result<()> {
