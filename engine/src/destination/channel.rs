@@ -149,7 +149,8 @@ impl ChannelWorker {
                 self.receive_plain(landing, packet)?;
             }
         }
-        let zero: Vec<usize> = packet.zero_offsets().map(|offset| landing.page_at(offset)).collect::<Result<_>>()?;
+        let zero: Vec<usize> =
+            packet.zero_offsets().map(|offset| landing.page_at(offset)).collect::<Result<_>>()?;
         landing.clear(zero)?;
         let counters = &self.shared.session.counters;
         Counters::add(&counters.pages_normal, packet.normal_pages());

@@ -194,7 +194,9 @@ impl Plan {
     fn read(&self, block: &PlannedBlock, page: u64, count: u64) -> Result<()> {
         let (first, count, start) = (size(page), size(count), page * PAGE as u64);
         let (memory, position) = (block.landing.block().memory(), block.place.pages_offset + start);
-        let what = || format!("reading {count} pages of RAM block {} at byte {position}", block.landing.block().name());
+        let what = || {
+            format!("reading {count} pages of RAM block {} at byte {position}", block.landing.block().name())
+        };
         if block.landing.is_read_only() {
             let mut content = vec![0; count * PAGE];
             file(&self.channel)

@@ -144,10 +144,14 @@ impl RamBlock {
         let around = mappings.as_ref().and_then(|mappings| mappings.around(self, pages.start));
         let is_fault = cause.raw_os_error() == Some(libc::EFAULT);
         let (pages, why) = match around {
-            _ if cause.raw_os_error() == Some(libc::EHWPOISON) => (pages, "the machine has lost them (poisoned)"),
+            _ if cause.raw_os_error() == Some(libc::EHWPOISON) => {
+                (pages, "the machine has lost them (poisoned)")
+            }
             _ if !is_fault => (pages, "the kernel refused"),
             None if mappings.is_some() => (pages, "they are not mapped"),
-            Some((part, Protection { read: false, .. })) => (part, "they are mapped without access (PROT_NONE)"),
+            Some((part, Protection { read: false, .. })) => {
+                (part, "they are mapped without access (PROT_NONE)")
+            }
             Some((part, Protection { write: false, .. })) if doing != READING => {
                 (part, "they are mapped for reading only")
             }

@@ -157,10 +157,8 @@ VmFlags: rd mr mw me ht
     #[test]
     fn protection_kind_and_pager_of_a_mapping_are_read() {
         let mappings = Mappings::parse(SMAPS).0;
-        let seen: Vec<_> = mappings
-            .iter()
-            .map(|m| (m.protection.read, m.protection.write, m.anonymous, m.paged))
-            .collect();
+        let seen: Vec<_> =
+            mappings.iter().map(|m| (m.protection.read, m.protection.write, m.anonymous, m.paged)).collect();
         assert_eq!(
             seen,
             [

@@ -87,7 +87,9 @@ impl Found {
                 continue;
             }
             match runs.last_mut() {
-                Some(run) if run.end == index && pages.get(index - 1).is_some_and(|last| last + 1 == *page) => {
+                Some(run)
+                    if run.end == index && pages.get(index - 1).is_some_and(|last| last + 1 == *page) =>
+                {
                     run.end += 1;
                 }
                 _ => runs.push(index..index + 1),
@@ -156,7 +158,13 @@ impl PageTable {
     }
 
     /// Marks what the page table has.
-    fn find_held(&self, files: &Files, block: &RamBlock, pages: &[usize], found: &mut Found) -> io::Result<()> {
+    fn find_held(
+        &self,
+        files: &Files,
+        block: &RamBlock,
+        pages: &[usize],
+        found: &mut Found,
+    ) -> io::Result<()> {
         let base = block.memory().address();
         let mut rest = pages;
         while let Some(first) = rest.first() {
@@ -165,7 +173,8 @@ impl PageTable {
             let last = span.last().unwrap_or(first);
             let within = base + (first * PAGE) as u64..base + ((last + 1) * PAGE) as u64;
             self.held(files, within, |addresses, state| {
-                let index = |address: u64| pages.partition_point(|page| address > base + (page * PAGE) as u64);
+                let index =
+                    |address: u64| pages.partition_point(|page| address > base + (page * PAGE) as u64);
                 found.set(index(addresses.start)..index(addresses.end), state);
             })?;
             rest = later;
@@ -251,7 +260,11 @@ fn scan(pagemap: &File, within: Range<u64>, each: &mut impl FnMut(Range<u64>, St
 }
 
 /// An entry of 64 bits for each page: Documentation/admin-guide/mm/pagemap.rst. It does not tell zero pages apart.
-fn read_entries(pagemap: &File, within: Range<u64>, mut each: impl FnMut(Range<u64>, State)) -> io::Result<()> {
+fn read_entries(
+    pagemap: &File,
+    within: Range<u64>,
+    mut each: impl FnMut(Range<u64>, State),
+) -> io::Result<()> {
     const PRESENT: u64 = 1 << 63;
     const SWAPPED: u64 = 1 << 62;
     const ENTRY: usize = size_of::<u64>();

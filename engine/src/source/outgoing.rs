@@ -167,7 +167,11 @@ fn refuse_pager(mappings: Option<&Mappings>, block: &RamBlock) -> Result<()> {
 
 impl OutgoingBlock {
     /// Says which of these pages, in ascending order, the kernel could not read.
-    pub(super) fn kernel_fault(&self, pages: impl IntoIterator<Item = usize>, cause: std::io::Error) -> Error {
+    pub(super) fn kernel_fault(
+        &self,
+        pages: impl IntoIterator<Item = usize>,
+        cause: std::io::Error,
+    ) -> Error {
         let mut pages = pages.into_iter().peekable();
         let first = pages.peek().copied().unwrap_or(0);
         let bad = pages.find(|page| !self.block.can_be_read(*page)).unwrap_or(first);
