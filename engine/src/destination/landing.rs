@@ -252,6 +252,7 @@ fn incompatible(detail: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ram::HostMemory;
 
     #[test]
     fn written_pages_are_known_over_the_parts_borders() {
@@ -269,5 +270,70 @@ mod tests {
     fn what_was_announced_but_never_came_has_no_bits() {
         let written = Written::new(usize::MAX >> 24);
         assert!(!written.test(12345) && written.0.iter().all(|part| part.get().is_none()));
+    }
+    /// Shared memory on a file system of that many bytes, which no other thread sees. `None`: this process may not mount.
+    #[expect(unsafe_code, reason = "mounting has no safe wrapper")]
+    fn on_small_file_system(bytes: usize, pages: usize) -> Option<RamBlock> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = std::ffi::CString::new(directory.path().to_str().unwrap()).unwrap();
+        let size = std::ffi::CString::new(format!("size={bytes}")).unwrap();
+        let none = std::ptr::null();
+        // SAFETY: takes no pointer; it is this thread that gets mounts of its own.
+        let apart = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0;
+        // SAFETY: all pointers are C strings or null.
+        let private = apart
+            && unsafe {
+                libc::mount(none, c"/".as_ptr(), none, libc::MS_REC | libc::MS_PRIVATE, none.cast())
+            } == 0;
+        // SAFETY: as above.
+        let mounted = private
+            && unsafe {
+                libc::mount(c"tmpfs".as_ptr(), path.as_ptr(), c"tmpfs".as_ptr(), 0, size.as_ptr().cast())
+            } == 0;
+        if !mounted {
+            return None;
+        }
+        let path = directory.path().join("ram");
+        let file = std::fs::File::options().read(true).write(true).create_new(true).open(path).unwrap();
+        file.set_len((pages * PAGE) as u64).unwrap();
+        Some(RamBlock::new("ram".try_into().unwrap(), HostMemory::map_file(file, pages * PAGE).unwrap()))
+    }
+
+    fn landing(block: &RamBlock) -> Arc<Landing> {
+        let entry = BlockEntry {
+            name: block.name().clone(),
+            used_len: block.used_len(),
+            page_size: None,
+            guest_address: None,
+            mapped_ram: None,
+        };
+        let landings = Landings::new(&[entry], std::slice::from_ref(block)).unwrap();
+        Arc::clone(landings.find("ram").unwrap())
+    }
+
+    /// A difference that makes the first byte of a zero page 7.
+    const DELTA: [u8; 3] = [0, 1, 7];
+
+    /// A read of a hole through the mapping would have to fill it.
+    #[test]
+    fn a_hole_of_a_full_file_system_is_read_and_its_difference_refused() {
+        let Some(block) = on_small_file_system(16 * PAGE, 64) else {
+            eprintln!("skipped: this process may not mount");
+            return;
+        };
+        for block in [block.clone(), block.fresh()] {
+            let landing = landing(&block);
+            let mut first = 0;
+            while landing.write(first, &[1; PAGE], None).is_ok() {
+                first += 1;
+            }
+            assert!((1..64).contains(&first));
+            landing.clear([63, 62]).unwrap();
+            let error = landing.apply(63, &DELTA).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::GuestMemory, "{}", error.chain());
+            landing.apply(0, &DELTA).unwrap();
+            landing.clear([first - 1]).unwrap();
+            assert!(block.is_zero(first - 1));
+        }
     }
 }

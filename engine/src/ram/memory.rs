@@ -31,8 +31,8 @@ pub struct HostMemory {
     file: Option<FileOffset>,
     /// `file`, if stores to the memory and writes to the file are the same thing.
     shared_file: Option<FileOffset>,
-    /// `file` is one of huge pages.
-    huge_file: bool,
+    /// Of huge pages (hugetlbfs).
+    huge: bool,
     // Owns the mapping; only its drop matters.
     _owner: Arc<dyn Any + Send + Sync>,
 }
@@ -53,8 +53,9 @@ impl HostMemory {
             NonNull::new(region.as_ptr()).ok_or_else(|| io::Error::other("region without an address"))?;
         let file = region.file_offset().cloned();
         let shared_file = file.clone().filter(|_| region.flags() & libc::MAP_SHARED != 0);
-        let huge_file = file.as_ref().is_some_and(|file| is_huge(file.file()));
-        Ok(Self { start, len: region.size(), file, shared_file, huge_file, _owner: region })
+        let huge =
+            region.flags() & libc::MAP_HUGETLB != 0 || file.as_ref().is_some_and(|file| is_huge(file.file()));
+        Ok(Self { start, len: region.size(), file, shared_file, huge, _owner: region })
     }
 
     /// Maps the first `len` bytes of `file`, shared, for reading and writing. The file must be that long.
@@ -162,13 +163,25 @@ impl HostMemory {
         self.shared_file.as_ref().is_some_and(|file| {
             // SAFETY: the descriptor is open; the request takes no pointer.
             let flags = unsafe { libc::fcntl(file.file().as_raw_fd(), libc::F_GETFL) };
-            flags >= 0 && flags & libc::O_ACCMODE != libc::O_RDONLY && !self.huge_file
+            flags >= 0 && flags & libc::O_ACCMODE != libc::O_RDONLY && !self.huge
         })
     }
 
-    /// True if the file behind the memory is one of huge pages.
-    pub(super) fn is_huge_file(&self) -> bool {
-        self.huge_file
+    /// True for huge pages (hugetlbfs), also without a file.
+    pub(super) fn is_huge(&self) -> bool {
+        self.huge
+    }
+
+    /// Which pages of the range are in memory.
+    pub(super) fn resident(&self, offset: usize, pages: usize) -> io::Result<Vec<bool>> {
+        let slice = self.slice(offset, pages * PAGE).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut resident = vec![0_u8; pages];
+        let start = slice.ptr_guard_mut().as_ptr().cast();
+        // SAFETY: the kernel fills a byte for each page of the range, which is mapped.
+        match unsafe { libc::mincore(start, slice.len(), resident.as_mut_ptr()) } {
+            0 => Ok(resident.into_iter().map(|page| page & 1 != 0).collect()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Writes guest memory the way that costs least and fails cleanly.

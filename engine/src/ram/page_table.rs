@@ -132,6 +132,7 @@ impl PageTable {
             Some(files) => {
                 found.0.resize(pages.len(), State::Absent);
                 self.find_held(files, block, pages, found)
+                    .and_then(|()| drop_marks(block, pages, found))
                     .map_err(|cause| Unreadable { page: pages.first().copied().unwrap_or(0), cause })?;
                 self.check_protection(files, block, pages, found)?;
             }
@@ -286,6 +287,22 @@ fn read_entries(
     Ok(())
 }
 
+/// A huge page is never swapped: what looks so is the mark of a userfaultfd on a page that is not there, or a page on its way to
+/// another place. To fault a mark in would take a huge page from the pool.
+fn drop_marks(block: &RamBlock, pages: &[usize], found: &mut Found) -> io::Result<()> {
+    if !block.memory().is_huge() {
+        return Ok(());
+    }
+    for run in found.runs(pages, State::Fault) {
+        let first = pages.get(run.start).copied().unwrap_or(0);
+        let resident = block.memory().resident(first * PAGE, run.len())?;
+        for (index, _) in run.zip(resident).filter(|(_, resident)| !resident) {
+            found.set(index..index + 1, State::Absent);
+        }
+    }
+    Ok(())
+}
+
 /// Has the kernel make the pages that loads would fault on.
 fn fault_in(block: &RamBlock, pages: &[usize], found: &mut Found) -> Result<(), Unreadable> {
     for run in found.runs(pages, State::Fault) {
@@ -306,7 +323,7 @@ fn fault_in(block: &RamBlock, pages: &[usize], found: &mut Found) -> Result<(), 
 
 /// Tells `hole` of those `pages` that are zero in the file behind the block.
 fn ask_file(block: &RamBlock, pages: Range<usize>, mut hole: impl FnMut(Range<usize>)) -> io::Result<()> {
-    if block.memory().is_huge_file() {
+    if block.memory().is_huge() {
         // hugetlbfs does not tell its holes, but reads them without filling them.
         let mut content = [0; PAGE];
         for page in pages {

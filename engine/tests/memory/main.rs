@@ -35,6 +35,8 @@ enum Way {
     /// Zero pages go as content.
     NoZeros,
     SingleNoZeros,
+    /// With marks in the page table where there is no page.
+    Logged,
 }
 
 const WAYS: [Way; 5] = [Way::Single, Way::None, Way::Zstd, Way::NoZeros, Way::SingleNoZeros];
@@ -46,6 +48,7 @@ impl Way {
             Self::None => source.channels(2),
             Self::Zstd => source.channels(2).codec(Arc::new(Zstd::level(1).unwrap())),
             Self::NoZeros => source.channels(2).zero_pages(ZeroPages::None),
+            Self::Logged => source.channels(2).dirty_log(UserfaultLog::new().unwrap()),
             Self::SingleNoZeros => source.zero_pages(ZeroPages::None),
         }
     }
