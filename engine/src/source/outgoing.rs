@@ -183,3 +183,26 @@ impl OutgoingBlock {
         self.first_key + page as u64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::{HostMemory, PAGE};
+
+    /// The kernel says that an address of a whole packet was bad, not which.
+    #[test]
+    fn the_page_that_the_kernel_could_not_read_is_named() {
+        let block = RamBlock::new("ram".try_into().unwrap(), HostMemory::anonymous(8 * PAGE).unwrap());
+        block.memory().slice(0, 8 * PAGE).unwrap().copy_from(&[1_u8; 8 * PAGE]);
+        let ram = OutgoingRam::new(vec![block.clone()], ZeroPages::None, true).unwrap();
+        let bad = block.run(5, 1).unwrap();
+        #[expect(unsafe_code, reason = "protection has no safe wrapper")]
+        // SAFETY: the range is mapped, and nothing loads from it afterwards.
+        let done = unsafe { libc::mprotect(bad.ptr_guard_mut().as_ptr().cast(), bad.len(), libc::PROT_NONE) };
+        assert_eq!(done, 0);
+        let cause = std::io::Error::from_raw_os_error(libc::EFAULT);
+        let error = ram.blocks[0].kernel_fault([1, 2, 5, 6], cause);
+        assert_eq!(error.kind(), ErrorKind::GuestMemory);
+        assert!(error.to_string().contains("page 5 of RAM block ram"), "{error}");
+    }
+}

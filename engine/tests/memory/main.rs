@@ -19,7 +19,7 @@ use std::time::Duration;
 use multifd_codecs::Zstd;
 use multifd_engine::{
     Arrived, Destination, DeviceState, Error, PAGE, Precopy, RamBlock, Report, Source, SourceBuilder,
-    ZeroPages,
+    UserfaultLog, ZeroPages,
 };
 use multifd_wire::Configuration;
 
