@@ -30,6 +30,13 @@ pub struct PageRun {
     categories: u64,
 }
 
+impl PageRun {
+    /// True if its pages are in memory; asked for by [`PageQuery::told`].
+    pub(crate) fn is_present(&self) -> bool {
+        self.categories & PageQuery::PRESENT != 0
+    }
+}
+
 impl PageQuery {
     /// PAGE_IS_WRITTEN: written since a userfaultfd protected it.
     pub const WRITTEN: u64 = 1 << 1;

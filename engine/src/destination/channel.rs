@@ -145,9 +145,9 @@ impl ChannelWorker {
                 self.receive_plain(landing, packet)?;
             }
         }
-        for offset in packet.zero_offsets() {
-            landing.clear(landing.page_at(offset)?)?;
-        }
+        let zero: Vec<usize> =
+            packet.zero_offsets().map(|offset| landing.page_at(offset)).collect::<Result<_>>()?;
+        landing.clear(zero)?;
         let counters = &self.shared.session.counters;
         Counters::add(&counters.pages_normal, packet.normal_pages());
         Counters::add(&counters.pages_zero, packet.zero_pages());
@@ -156,9 +156,12 @@ impl ChannelWorker {
 
     /// No codec: fresh pages go through the block's file if the way is free.
     fn receive_plain(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+        if landing.is_read_only() {
+            return self.receive_copied(landing, packet, landing.way_through_file().as_ref());
+        }
         let fresh = packet.normal_offsets().next().is_some_and(|offset| landing.is_untouched(offset));
         match landing.way_through_file().filter(|_| fresh) {
-            Some(way) => self.receive_copied(landing, packet, &way),
+            Some(way) => self.receive_copied(landing, packet, Some(&way)),
             None => self.receive_in_place(landing, packet),
         }
     }
@@ -168,20 +171,19 @@ impl ChannelWorker {
         let mut ranges = self.ranges.start();
         for offset in packet.normal_offsets() {
             let page = landing.page_at(offset)?;
-            landing.note_written(page, 1);
             let slice = landing.block().run(page, 1);
             ranges.guest(
                 &slice.ok_or_else(|| Error::new(ErrorKind::GuestMemory, Phase::Active, "page outside"))?,
             );
         }
         ranges.receive(&self.channel).map_err(|error| match error.raw_os_error() {
-            Some(libc::EFAULT) => {
-                let detail =
-                    format!("RAM block {} cannot be written: no room behind it", landing.block().name());
-                Error::new(ErrorKind::GuestMemory, Phase::Active, detail)
-            }
+            Some(libc::EFAULT) => cannot_be_written(landing, packet, error),
             _ => pages_missing(packet, error),
-        })
+        })?;
+        for offset in packet.normal_offsets() {
+            landing.note_written(landing.page_at(offset)?, 1);
+        }
+        Ok(())
     }
 
     /// A packet of the multifd dialect: differences to what is in guest memory.
@@ -221,12 +223,17 @@ impl ChannelWorker {
         store(landing, packet, pages, landing.way_through_file().as_ref())
     }
 
-    fn receive_copied(&mut self, landing: &Landing, packet: &RamPacket<'_>, way: &Way<'_>) -> Result<()> {
+    fn receive_copied(
+        &mut self,
+        landing: &Landing,
+        packet: &RamPacket<'_>,
+        way: Option<&Way<'_>>,
+    ) -> Result<()> {
         let mut pages = std::mem::take(&mut self.pages);
         pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
         let content = pages.get_mut(..packet.payload_len()).unwrap_or_default();
         let received = self.channel.recv_exact(content).map_err(|error| pages_missing(packet, error));
-        let stored = received.and_then(|()| store(landing, packet, content, Some(way)));
+        let stored = received.and_then(|()| store(landing, packet, content, way));
         self.pages = pages;
         stored
     }
@@ -271,6 +278,14 @@ fn store(landing: &Landing, packet: &RamPacket<'_>, pages: &[u8], way: Option<&W
         };
     }
     run.map_or(Ok(()), store)
+}
+
+/// Names the first of the packet's pages that the kernel could not write.
+fn cannot_be_written(landing: &Landing, packet: &RamPacket<'_>, error: io::Error) -> Error {
+    let mut pages = packet.normal_offsets().filter_map(|offset| landing.page_at(offset).ok()).peekable();
+    let first = pages.peek().copied().unwrap_or(0);
+    let bad = pages.find(|page| !landing.block().can_be_written(*page)).unwrap_or(first);
+    landing.fault("writing", bad..bad + 1, error)
 }
 
 fn pages_missing(packet: &RamPacket<'_>, error: io::Error) -> Error {

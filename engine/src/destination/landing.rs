@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use multifd_codecs::xbzrle;
 use multifd_wire::{BlockEntry, BlockName, Configuration};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{DirtyBitmap, PAGE, RamBlock};
+use crate::ram::{Absent, DirtyBitmap, Found, Mappings, PAGE, PageTable, READING, RamBlock};
 
 /// Who provides the memory for the blocks that a source announces.
 ///
@@ -42,11 +43,16 @@ impl IncomingRam for Vec<RamBlock> {
 /// One block and what is known of its pages.
 pub(crate) struct Landing {
     block: RamBlock,
-    /// Pages that something was written to since the block was fresh. Unused for memory that was not.
-    written: PageBits,
     /// Pages that the source has sent, or said to be zero.
     came: PageBits,
+    /// Pages that something was written to since the block was opened, so that they are there.
+    written: PageBits,
     way: Mutex<()>,
+    /// Mapped for reading only: written through its file.
+    read_only: bool,
+    /// What its pages are that the page table does not have.
+    absent: Absent,
+    page_table: Arc<PageTable>,
 }
 
 /// A block of which pages never came.
@@ -79,9 +85,13 @@ pub(crate) struct Landings(HashMap<BlockName, Arc<Landing>>);
 const ZEROS: [u8; PAGE] = [0; PAGE];
 
 impl Landings {
-    /// Checks that `blocks` are what was announced: the same names, the same lengths.
+    /// Checks that `blocks` are what was announced: the same names, the same lengths, and can be written.
     pub(crate) fn new(announced: &[BlockEntry], blocks: &[RamBlock]) -> Result<Self> {
         let mut by_name = HashMap::with_capacity(announced.len());
+        let mappings = Mappings::read()
+            .inspect_err(|error| tracing::warn!(%error, "how guest memory is mapped cannot be seen"))
+            .ok();
+        let page_table = Arc::new(PageTable::of_this_process());
         for entry in announced {
             let Some(block) = blocks.iter().find(|block| *block.name() == entry.name) else {
                 return Err(incompatible(format!("RAM block {} is unknown here", entry.name)));
@@ -93,7 +103,16 @@ impl Landings {
                     entry.name, entry.used_len
                 )));
             }
-            by_name.insert(entry.name.clone(), Arc::new(Landing::new(block)));
+            let landing = Landing {
+                block: block.clone(),
+                written: PageBits::new(block.pages()),
+                came: PageBits::new(block.pages()),
+                way: Mutex::default(),
+                read_only: is_read_only(mappings.as_ref(), block)?,
+                absent: mappings.as_ref().map_or(Absent::Unknown, |mappings| mappings.absent(block)),
+                page_table: Arc::clone(&page_table),
+            };
+            by_name.insert(entry.name.clone(), Arc::new(landing));
         }
         Ok(Self(by_name))
     }
@@ -142,6 +161,10 @@ impl PageBits {
         }
     }
 
+    fn all(&self, mut pages: Range<usize>) -> bool {
+        pages.all(|page| self.test(page))
+    }
+
     fn test(&self, page: usize) -> bool {
         let part = self.parts.get(page / PART_PAGES).and_then(OnceLock::get);
         part.is_some_and(|part| part.test(page % PART_PAGES))
@@ -149,11 +172,6 @@ impl PageBits {
 }
 
 impl Landing {
-    fn new(block: &RamBlock) -> Self {
-        let bits = || PageBits::new(block.pages());
-        Self { written: bits(), came: bits(), way: Mutex::default(), block: block.clone() }
-    }
-
     fn gap(&self) -> Option<Gap> {
         let (pages, first) = self.came.missing();
         let name = self.block.name().as_str();
@@ -197,7 +215,15 @@ impl Landing {
         self.block.page_at(offset).is_some_and(|page| !self.written.test(page))
     }
 
-    /// The kernel is about to write these pages by itself.
+    /// True if no store, neither ours nor the kernel's, may go to the mapping.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The kernel has written these pages by itself.
+    ///
+    /// Never before it has: who sees a page marked takes it for present, and a store to one that is not may be the end of the
+    /// process.
     pub(crate) fn note_written(&self, first: usize, pages: usize) {
         self.written.set_range(first, pages);
         self.came.set_range(first, pages);
@@ -205,30 +231,44 @@ impl Landing {
 
     /// Writes whole pages from `first` on, through the file or through the mapping.
     pub(crate) fn write(&self, first: usize, content: &[u8], way: Option<&Way<'_>>) -> Result<()> {
-        self.note_written(first, content.len() / PAGE);
+        let pages = first..first + content.len() / PAGE;
         let (memory, offset) = (self.block.memory(), first * PAGE);
         let stored = match way {
+            _ if self.read_only => memory.store(offset, content),
             Some(_) => memory.store(offset, content),
+            None if self.written.all(pages.clone()) => memory.store_present(offset, content),
             None => memory.store_mapped(offset, content),
         };
-        stored.map_err(|error| self.failed("writing", first, error))
+        stored.map_err(|error| self.fault("writing", pages.clone(), error))?;
+        self.note_written(pages.start, pages.len());
+        Ok(())
     }
 
-    /// Makes the page zero. Memory that is zero already is left alone, so that holes stay holes.
-    pub(crate) fn clear(&self, page: usize) -> Result<()> {
-        self.came.set_range(page, 1);
-        let untouched = self.block.is_fresh() && !self.written.test(page);
-        if untouched || self.block.is_zero(page) {
-            return Ok(());
+    /// Makes pages zero. Memory that is zero already is left alone, so that holes stay holes.
+    pub(crate) fn clear(&self, pages: impl IntoIterator<Item = usize>) -> Result<()> {
+        let untouched = |page: usize| self.block.is_fresh() && !self.written.test(page);
+        let came = pages.into_iter().inspect(|page| self.came.set_range(*page, 1));
+        let mut pages: Vec<usize> = came.filter(|page| !untouched(*page)).collect();
+        // A peer announces them in any order.
+        pages.sort_unstable();
+        let mut found = Found::default();
+        self.page_table
+            .look(&self.block, self.absent, &pages, &mut found)
+            .map_err(|bad| self.fault(READING, bad.page..bad.page + 1, bad.cause))?;
+        for (page, zero) in pages.iter().zip(found.zeros()) {
+            if !zero && !self.block.is_zero(*page) {
+                self.write(*page, &ZEROS, self.way_through_file().as_ref())?;
+            }
         }
-        self.block.memory().store(page * PAGE, &ZEROS).map_err(|error| self.failed("clearing", page, error))
+        Ok(())
     }
 
     /// Applies an xbzrle difference to what is there.
     pub(crate) fn apply(&self, page: usize, delta: &[u8]) -> Result<()> {
         let mut content = ZEROS;
-        if !self.block.read_page(page, &mut content) {
-            return Err(self.failed("reading", page, io::ErrorKind::InvalidInput.into()));
+        if !self.block.is_fresh() || self.written.test(page) {
+            let read = self.block.memory().read(page * PAGE, &mut content);
+            read.map_err(|error| self.fault(READING, page..page + 1, error))?;
         }
         xbzrle::decode(delta, &mut content).map_err(|error| {
             let detail = format!("xbzrle record for page {page} of RAM block {}", self.block.name());
@@ -237,10 +277,26 @@ impl Landing {
         self.write(page, &content, self.way_through_file().as_ref())
     }
 
-    fn failed(&self, doing: &str, page: usize, error: io::Error) -> Error {
-        let detail = format!("{doing} page {page} of RAM block {}", self.block.name());
-        Error::new(ErrorKind::GuestMemory, Phase::Active, detail).because(error)
+    /// Says why the pages could not be read or written.
+    pub(crate) fn fault(&self, doing: &str, pages: Range<usize>, error: io::Error) -> Error {
+        self.block.fault(doing, pages, error)
     }
+}
+
+/// A block that is mapped for reading only is written through its file, if that is the same memory.
+fn is_read_only(mappings: Option<&Mappings>, block: &RamBlock) -> Result<bool> {
+    let Some(pages) = mappings.and_then(|mappings| mappings.read_only(block)) else { return Ok(false) };
+    if block.memory().file_is_writable() {
+        return Ok(true);
+    }
+    let detail = format!(
+        "pages {}..{} of RAM block {} are mapped for reading only, and no file open for writing is shared with them; map \
+         them for writing until the guest has arrived",
+        pages.start,
+        pages.end,
+        block.name()
+    );
+    Err(Error::new(ErrorKind::GuestMemory, Phase::Setup, detail))
 }
 
 fn incompatible(detail: String) -> Error {
@@ -250,6 +306,7 @@ fn incompatible(detail: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ram::HostMemory;
 
     #[test]
     fn written_pages_are_known_over_the_parts_borders() {
@@ -278,5 +335,70 @@ mod tests {
         assert_eq!(bits.missing(), (1, Some(2 * PART_PAGES + 3)));
         bits.set_range(2 * PART_PAGES + 3, 1);
         assert_eq!(bits.missing(), (0, None));
+    }
+    /// Shared memory on a file system of that many bytes, which no other thread sees. `None`: this process may not mount.
+    #[expect(unsafe_code, reason = "mounting has no safe wrapper")]
+    fn on_small_file_system(bytes: usize, pages: usize) -> Option<RamBlock> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = std::ffi::CString::new(directory.path().to_str().unwrap()).unwrap();
+        let size = std::ffi::CString::new(format!("size={bytes}")).unwrap();
+        let none = std::ptr::null();
+        // SAFETY: takes no pointer; it is this thread that gets mounts of its own.
+        let apart = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0;
+        // SAFETY: all pointers are C strings or null.
+        let private = apart
+            && unsafe {
+                libc::mount(none, c"/".as_ptr(), none, libc::MS_REC | libc::MS_PRIVATE, none.cast())
+            } == 0;
+        // SAFETY: as above.
+        let mounted = private
+            && unsafe {
+                libc::mount(c"tmpfs".as_ptr(), path.as_ptr(), c"tmpfs".as_ptr(), 0, size.as_ptr().cast())
+            } == 0;
+        if !mounted {
+            return None;
+        }
+        let path = directory.path().join("ram");
+        let file = std::fs::File::options().read(true).write(true).create_new(true).open(path).unwrap();
+        file.set_len((pages * PAGE) as u64).unwrap();
+        Some(RamBlock::new("ram".try_into().unwrap(), HostMemory::map_file(file, pages * PAGE).unwrap()))
+    }
+
+    fn landing(block: &RamBlock) -> Arc<Landing> {
+        let entry = BlockEntry {
+            name: block.name().clone(),
+            used_len: block.used_len(),
+            page_size: None,
+            guest_address: None,
+            mapped_ram: None,
+        };
+        let landings = Landings::new(&[entry], std::slice::from_ref(block)).unwrap();
+        Arc::clone(landings.find("ram").unwrap())
+    }
+
+    /// A difference that makes the first byte of a zero page 7.
+    const DELTA: [u8; 3] = [0, 1, 7];
+
+    /// A read of a hole through the mapping would have to fill it.
+    #[test]
+    fn a_hole_of_a_full_file_system_is_read_and_its_difference_refused() {
+        let Some(block) = on_small_file_system(16 * PAGE, 64) else {
+            eprintln!("skipped: this process may not mount");
+            return;
+        };
+        for block in [block.clone(), block.fresh()] {
+            let landing = landing(&block);
+            let mut first = 0;
+            while landing.write(first, &[1; PAGE], None).is_ok() {
+                first += 1;
+            }
+            assert!((1..64).contains(&first));
+            landing.clear([63, 62]).unwrap();
+            let error = landing.apply(63, &DELTA).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::GuestMemory, "{}", error.chain());
+            landing.apply(0, &DELTA).unwrap();
+            landing.clear([first - 1]).unwrap();
+            assert!(block.is_zero(first - 1));
+        }
     }
 }

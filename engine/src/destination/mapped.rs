@@ -194,24 +194,31 @@ impl Plan {
     fn read(&self, block: &PlannedBlock, page: u64, count: u64) -> Result<()> {
         let (first, count, start) = (size(page), size(count), page * PAGE as u64);
         let (memory, position) = (block.landing.block().memory(), block.place.pages_offset + start);
-        block.landing.note_written(first, count);
-        memory.fill_from(first * PAGE..(first + count) * PAGE, &self.pages, position).map_err(|error| {
-            let name = block.landing.block().name();
-            match error.raw_os_error() {
-                Some(libc::EFAULT) => {
-                    let detail = format!("RAM block {name} cannot be written: no room behind it");
-                    Error::new(ErrorKind::GuestMemory, Phase::Active, detail)
-                }
-                _ => failed(format!("reading {count} pages of RAM block {name} at byte {position}"), error),
-            }
-        })?;
+        let what = || {
+            format!("reading {count} pages of RAM block {} at byte {position}", block.landing.block().name())
+        };
+        if block.landing.is_read_only() {
+            let mut content = vec![0; count * PAGE];
+            file(&self.channel)
+                .and_then(|file| file.read_exact_at(&mut content, position))
+                .map_err(|error| failed(what(), error))?;
+            block.landing.write(first, &content, None)?;
+        } else {
+            memory.fill_from(first * PAGE..(first + count) * PAGE, &self.pages, position).map_err(
+                |error| match error.raw_os_error() {
+                    Some(libc::EFAULT) => block.landing.fault("writing", first..first + count, error),
+                    _ => failed(what(), error),
+                },
+            )?;
+            block.landing.note_written(first, count);
+        }
         self.channel.note_direct_received((count * PAGE) as u64);
         Counters::add(&self.session.counters.pages_normal, count);
         Ok(())
     }
 
     fn clear(&self, block: &PlannedBlock, page: u64, count: u64) -> Result<()> {
-        (size(page)..size(page + count)).try_for_each(|page| block.landing.clear(page))?;
+        block.landing.clear(size(page)..size(page + count))?;
         Counters::add(&self.session.counters.pages_zero, size(count));
         Ok(())
     }

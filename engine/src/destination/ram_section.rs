@@ -137,7 +137,7 @@ impl<'a> RamSection<'a> {
                 }
                 RamRecord::Zero { offset, block } => {
                     let landing = find(&self.landings, &mut self.last_block, block)?;
-                    landing.clear(landing.page_at(offset)?)?;
+                    landing.clear([landing.page_at(offset)?])?;
                     pages.zero += 1;
                 }
                 RamRecord::Xbzrle { offset, block, len } => {

@@ -1,13 +1,16 @@
 //! A named, contiguous piece of guest memory.
 
 use std::io;
+use std::ops::Range;
 
 use multifd_codecs::zero;
 use multifd_wire::{BlockName, PageSize};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, VolatileSlice};
 
-use super::HostMemory;
+use super::mappings::Protection;
+use super::{HostMemory, Mappings};
+use crate::error::{Error, ErrorKind, Phase};
 
 /// Bytes in a target page. x86 guests have no other; the wire allows more.
 pub const PAGE: usize = 4096;
@@ -102,19 +105,70 @@ impl RamBlock {
         self.memory.slice(first.checked_mul(PAGE)?, pages.checked_mul(PAGE)?)
     }
 
-    /// Copies a page out, as it is at this moment. False if it is not inside, or `into` is no page long.
+    /// Copies a page out, as it is at this moment. False if it is not inside, cannot be read, or `into` is no page long.
     #[must_use]
     pub fn read_page(&self, page: usize, into: &mut [u8]) -> bool {
-        page < self.pages() && into.len() == PAGE && self.memory.read(page * PAGE, into)
+        page < self.pages() && into.len() == PAGE && self.memory.read(page * PAGE, into).is_ok()
     }
 
-    /// True if every byte of the page is zero. Looks at private copies: the guest may write meanwhile.
+    /// True if the page can be read through its mapping.
+    pub(crate) fn can_be_read(&self, page: usize) -> bool {
+        self.memory.populate_to_read(page * PAGE, PAGE).is_ok()
+    }
+
+    /// True if the page can be written through its mapping.
+    pub(crate) fn can_be_written(&self, page: usize) -> bool {
+        self.memory.populate_to_write(page * PAGE, PAGE).is_ok()
+    }
+
+    /// The same as `read_page` by plain loads, which must be known not to fault.
+    #[must_use]
+    pub(crate) fn load_page(&self, page: usize, into: &mut [u8; PAGE]) -> bool {
+        page < self.pages() && self.memory.load(page * PAGE, into)
+    }
+
+    /// True if every byte of the page is zero. Looks at private copies: the guest may write meanwhile. Loads must be known not
+    /// to fault.
     pub(crate) fn is_zero(&self, page: usize) -> bool {
         let mut copy = [0_u8; PAGE];
         let (head, _) = copy.split_at_mut(FIRST_LOOK);
-        self.memory.read(page * PAGE, head)
+        self.memory.load(page * PAGE, head)
             && zero::is_zero(head)
-            && self.memory.read(page * PAGE, &mut copy)
+            && self.memory.load(page * PAGE, &mut copy)
             && zero::is_zero(&copy)
     }
+
+    /// Says why these pages could not be read or written.
+    pub(crate) fn fault(&self, doing: &str, pages: Range<usize>, cause: io::Error) -> Error {
+        let mappings = Mappings::read().ok();
+        let around = mappings.as_ref().and_then(|mappings| mappings.around(self, pages.start));
+        let is_fault = cause.raw_os_error() == Some(libc::EFAULT);
+        let (pages, why) = match around {
+            _ if cause.raw_os_error() == Some(libc::EHWPOISON) => {
+                (pages, "the machine has lost them (poisoned)")
+            }
+            _ if !is_fault => (pages, "the kernel refused"),
+            None if mappings.is_some() => (pages, "they are not mapped"),
+            Some((part, Protection { read: false, .. })) => {
+                (part, "they are mapped without access (PROT_NONE)")
+            }
+            Some((part, Protection { write: false, .. })) if doing != READING => {
+                (part, "they are mapped for reading only")
+            }
+            _ => (pages, "no room behind them, or the end of their file is before them"),
+        };
+        let range = match pages.len() {
+            1 => format!("page {}", pages.start),
+            _ => format!("pages {}..{}", pages.start, pages.end),
+        };
+        Error::new(
+            ErrorKind::GuestMemory,
+            Phase::Active,
+            format!("{doing} {range} of RAM block {}: {why}", self.name),
+        )
+        .because(cause)
+    }
 }
+
+/// What the source does to guest memory, in an error's words.
+pub(crate) const READING: &str = "reading";

@@ -1,6 +1,8 @@
 //! Which pages of a block hold data, found without reading them.
 
+use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use super::{DirtyBitmap, PAGE, RamBlock};
@@ -15,24 +17,52 @@ impl RamBlock {
     /// # Errors
     /// When the file system refuses to answer.
     pub fn data_pages(&self) -> io::Result<Option<DirtyBitmap>> {
-        let Some(file) = self.memory().shared_file() else { return Ok(None) };
-        let start = file.start();
-        let end = start + self.used_len();
-        let bitmap = DirtyBitmap::new(self.pages());
-        let mut position = start;
-        while position < end {
-            let Some(data) = seek(file.file(), position, libc::SEEK_DATA)? else { break };
-            if data >= end {
-                break;
-            }
-            let hole = seek(file.file(), data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
-            // A page that is data in part counts as data.
-            let first = page_of(data - start);
-            bitmap.set_range(first, page_of(hole - start + PAGE as u64 - 1) - first);
-            position = hole;
+        if self.memory().shared_file().is_none() {
+            return Ok(None);
         }
+        let bitmap = DirtyBitmap::new(self.pages());
+        self.each_data_run(0..self.pages(), |run| bitmap.set_range(run.start, run.len()))?;
         Ok(Some(bitmap))
     }
+
+    /// Tells `each` of the runs among `pages` that are not holes of the file behind the block, in their order. Without a file,
+    /// that is all of them.
+    pub(super) fn each_data_run(
+        &self,
+        pages: Range<usize>,
+        mut each: impl FnMut(Range<usize>),
+    ) -> io::Result<()> {
+        let Some(file) = self.memory().file() else {
+            each(pages);
+            return Ok(());
+        };
+        let place = |page: usize| file.start() + (page * PAGE) as u64;
+        let mut next = pages.start;
+        while next < pages.end {
+            let Some(data) = seek(file.file(), place(next), libc::SEEK_DATA)? else {
+                return check_length(file.file(), place(pages.end));
+            };
+            if data >= place(pages.end) {
+                break;
+            }
+            let hole = seek(file.file(), data, libc::SEEK_HOLE)?.unwrap_or(u64::MAX);
+            // A page that is data in part counts as data.
+            let first = next.max(page_of(data - file.start()));
+            next = page_of((hole - file.start()).saturating_add(PAGE as u64 - 1)).clamp(first + 1, pages.end);
+            each(first..next);
+        }
+        Ok(())
+    }
+}
+
+/// Past the last data there is a hole up to the end of the file, and nothing behind that.
+fn check_length(file: &File, needed: u64) -> io::Result<()> {
+    let metadata = file.metadata()?;
+    if metadata.is_file() && metadata.len() < needed {
+        let text = format!("the file behind it ends at byte {}, expected {needed} or more", metadata.len());
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
+    }
+    Ok(())
 }
 
 fn page_of(offset: u64) -> usize {
@@ -40,7 +70,7 @@ fn page_of(offset: u64) -> usize {
 }
 
 /// `None`: there is nothing of that kind from `from` on.
-fn seek(file: &std::fs::File, from: u64, whence: i32) -> io::Result<Option<u64>> {
+fn seek(file: &File, from: u64, whence: i32) -> io::Result<Option<u64>> {
     let from = i64::try_from(from).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     match lseek(file, from, whence) {
         Ok(found) => Ok(u64::try_from(found).ok()),
@@ -50,7 +80,7 @@ fn seek(file: &std::fs::File, from: u64, whence: i32) -> io::Result<Option<u64>>
 }
 
 #[expect(unsafe_code, reason = "std knows no SEEK_DATA")]
-fn lseek(file: &std::fs::File, from: i64, whence: i32) -> io::Result<i64> {
+fn lseek(file: &File, from: i64, whence: i32) -> io::Result<i64> {
     // SAFETY: the descriptor is open; the call touches no memory. Nobody reads this file by position.
     match unsafe { libc::lseek(file.as_raw_fd(), from, whence) } {
         -1 => Err(io::Error::last_os_error()),

@@ -21,7 +21,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileSlice};
 
-use super::file_io;
+use super::{PAGE, file_io};
 
 /// A mapped range of guest memory, kept alive for as long as this value or a clone of it lives.
 #[derive(Clone)]
@@ -31,6 +31,8 @@ pub struct HostMemory {
     file: Option<FileOffset>,
     /// `file`, if stores to the memory and writes to the file are the same thing.
     shared_file: Option<FileOffset>,
+    /// Of huge pages (hugetlbfs).
+    huge: bool,
     // Owns the mapping; only its drop matters.
     _owner: Arc<dyn Any + Send + Sync>,
 }
@@ -51,7 +53,9 @@ impl HostMemory {
             NonNull::new(region.as_ptr()).ok_or_else(|| io::Error::other("region without an address"))?;
         let file = region.file_offset().cloned();
         let shared_file = file.clone().filter(|_| region.flags() & libc::MAP_SHARED != 0);
-        Ok(Self { start, len: region.size(), file, shared_file, _owner: region })
+        let huge =
+            region.flags() & libc::MAP_HUGETLB != 0 || file.as_ref().is_some_and(|file| is_huge(file.file()));
+        Ok(Self { start, len: region.size(), file, shared_file, huge, _owner: region })
     }
 
     /// Maps the first `len` bytes of `file`, shared, for reading and writing. The file must be that long.
@@ -125,17 +129,65 @@ impl HostMemory {
         Some(unsafe { VolatileSlice::new(start.as_ptr(), len) })
     }
 
-    /// Copies out; false if the range is not inside.
+    /// Where it starts in this process.
+    pub(crate) fn address(&self) -> u64 {
+        self.start.as_ptr() as u64
+    }
+
+    /// Copies out by plain loads; false if the range is not inside. It must be known that they do not fault: see
+    /// [`PageTable`](super::PageTable).
     #[must_use]
-    pub(crate) fn read(&self, offset: usize, into: &mut [u8]) -> bool {
+    pub(super) fn load(&self, offset: usize, into: &mut [u8]) -> bool {
         let Some(slice) = self.slice(offset, into.len()) else { return false };
         slice.read_slice(into, 0).is_ok()
+    }
+
+    /// Copies out of any memory, faults of which are errors. Holes of a shared file stay holes.
+    pub(crate) fn read(&self, offset: usize, into: &mut [u8]) -> io::Result<()> {
+        if self.shared_file.is_some() {
+            return self.read_file(offset, into);
+        }
+        self.populate_to_read(offset, into.len())?;
+        if self.load(offset, into) { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    }
+
+    /// Copies out of the file behind the memory.
+    pub(super) fn read_file(&self, offset: usize, into: &mut [u8]) -> io::Result<()> {
+        let file = self.file.as_ref().filter(|_| self.slice(offset, into.len()).is_some());
+        let file = file.ok_or(io::ErrorKind::InvalidInput)?;
+        file.file().read_exact_at(into, file.start() + offset as u64)
+    }
+
+    /// True if what the memory holds can be written through its file.
+    pub(crate) fn file_is_writable(&self) -> bool {
+        self.shared_file.as_ref().is_some_and(|file| {
+            // SAFETY: the descriptor is open; the request takes no pointer.
+            let flags = unsafe { libc::fcntl(file.file().as_raw_fd(), libc::F_GETFL) };
+            flags >= 0 && flags & libc::O_ACCMODE != libc::O_RDONLY && !self.huge
+        })
+    }
+
+    /// True for huge pages (hugetlbfs), also without a file.
+    pub(super) fn is_huge(&self) -> bool {
+        self.huge
+    }
+
+    /// Which pages of the range are in memory.
+    pub(super) fn resident(&self, offset: usize, pages: usize) -> io::Result<Vec<bool>> {
+        let slice = self.slice(offset, pages * PAGE).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut resident = vec![0_u8; pages];
+        let start = slice.ptr_guard_mut().as_ptr().cast();
+        // SAFETY: the kernel fills a byte for each page of the range, which is mapped.
+        match unsafe { libc::mincore(start, slice.len(), resident.as_mut_ptr()) } {
+            0 => Ok(resident.into_iter().map(|page| page & 1 != 0).collect()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Writes guest memory the way that costs least and fails cleanly.
     ///
     /// Shared file memory is written through its file: no page fault, and a full file system is an error where a store to
-    /// the mapping would kill the process by SIGBUS. Other memory is copied to.
+    /// the mapping would kill the process by SIGBUS. Other memory is copied to, once its pages are there.
     pub(crate) fn store(&self, offset: usize, from: &[u8]) -> io::Result<()> {
         if let Some(file) = &self.shared_file {
             if offset.checked_add(from.len()).is_none_or(|end| end > self.len) {
@@ -147,27 +199,89 @@ impl HostMemory {
                 result => return result,
             }
         }
+        self.populate_to_write(offset, from.len())?;
+        self.store_present(offset, from)
+    }
+
+    /// As [`store`](Self::store), but through the mapping: for a file that somebody else writes to, whom a write would wait for.
+    pub(crate) fn store_mapped(&self, offset: usize, from: &[u8]) -> io::Result<()> {
+        match self.populate_to_write(offset, from.len()) {
+            Err(_) if self.shared_file.is_some() => self.store(offset, from),
+            populated => populated.and_then(|()| self.store_present(offset, from)),
+        }
+    }
+
+    /// Copies to pages that are there and were written to before.
+    pub(crate) fn store_present(&self, offset: usize, from: &[u8]) -> io::Result<()> {
         let slice = self.slice(offset, from.len()).ok_or(io::ErrorKind::InvalidInput)?;
         slice.copy_from(from);
         Ok(())
     }
 
-    /// As [`store`](Self::store), but through the mapping: for a file that somebody else writes to, whom a write would wait for.
-    pub(crate) fn store_mapped(&self, offset: usize, from: &[u8]) -> io::Result<()> {
-        match self.slice(offset, from.len()) {
-            Some(slice) if self.shared_file.is_none() || populate(&slice) => slice.copy_from(from),
-            _ => return self.store(offset, from),
+    /// Makes pages so that loads do not fault. EFAULT: they are not mapped for reading, or there is no room for them;
+    /// EHWPOISON: the machine has lost them.
+    pub(super) fn populate_to_read(&self, offset: usize, len: usize) -> io::Result<()> {
+        self.populate(offset, len, libc::MADV_POPULATE_READ)
+    }
+
+    /// The same for stores.
+    pub(super) fn populate_to_write(&self, offset: usize, len: usize) -> io::Result<()> {
+        self.populate(offset, len, libc::MADV_POPULATE_WRITE)
+    }
+
+    fn populate(&self, offset: usize, len: usize, advice: i32) -> io::Result<()> {
+        // The kernel takes whole pages, and memory starts at one.
+        let (first, last) = (offset / PAGE * PAGE, offset.saturating_add(len).next_multiple_of(PAGE));
+        let slice = self.slice(first, last.min(self.len) - first).ok_or(io::ErrorKind::InvalidInput)?;
+        let start = slice.ptr_guard_mut().as_ptr();
+        loop {
+            // SAFETY: the range is mapped, see `slice`; its content stays as it is.
+            if unsafe { libc::madvise(start.cast(), slice.len(), advice) } == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EINTR | libc::EAGAIN) => {}
+                // Linux before 5.14.
+                Some(libc::EINVAL) => return probe(&slice, advice == libc::MADV_POPULATE_WRITE),
+                // Part of it is not mapped.
+                Some(libc::ENOMEM) => return Err(io::Error::from_raw_os_error(libc::EFAULT)),
+                _ => return Err(error),
+            }
         }
-        Ok(())
     }
 }
 
-/// Makes the pages of `slice`; false if there is no room for them, or the kernel (before 5.14) cannot.
-fn populate(slice: &VolatileSlice<'_>) -> bool {
-    // SAFETY: the range is mapped, see `HostMemory::slice`; its content stays as it is.
-    unsafe {
-        libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_POPULATE_WRITE) == 0
+/// Has the kernel read a byte of every page, or write it back: slower than to populate, and as safe.
+fn probe(slice: &VolatileSlice<'_>, write: bool) -> io::Result<()> {
+    let start = slice.ptr_guard_mut().as_ptr();
+    for offset in (0..slice.len()).step_by(PAGE) {
+        let mut byte = 0_u8;
+        let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        let there = libc::iovec { iov_base: start.wrapping_add(offset).cast(), iov_len: 1 };
+        // SAFETY: takes no pointer.
+        let process = unsafe { libc::getpid() };
+        // SAFETY: `local` is one byte of ours; what `there` points to is read by the kernel, a fault is an error.
+        retry(|| unsafe { libc::process_vm_readv(process, &raw const local, 1, &raw const there, 1, 0) })?;
+        if write {
+            // SAFETY: as above; the byte is what it was. Only memory that nothing else writes yet is stored to.
+            retry(|| unsafe {
+                libc::process_vm_writev(process, &raw const local, 1, &raw const there, 1, 0)
+            })?;
+        }
     }
+    Ok(())
+}
+
+/// HUGETLBFS_MAGIC of linux/magic.h.
+const HUGETLBFS_MAGIC: libc::__fsword_t = 0x958458f6;
+
+fn is_huge(file: &File) -> bool {
+    // SAFETY: statfs is plain data, for which zeros are valid.
+    let mut statfs: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open; the call fills `statfs`.
+    let done = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut statfs) };
+    done == 0 && statfs.f_type == HUGETLBFS_MAGIC
 }
 
 impl std::fmt::Debug for HostMemory {

@@ -4,12 +4,16 @@ mod bitmap;
 mod block;
 mod file_io;
 mod holes;
+mod mappings;
 mod memory;
+mod page_table;
 
 pub use bitmap::DirtyBitmap;
 pub use block::{PAGE, RamBlock};
 pub use memory::HostMemory;
 
 pub(crate) use bitmap::PAGES_PER_WORD;
-pub(crate) use block::PAGE_SIZE;
+pub(crate) use block::{PAGE_SIZE, READING};
+pub(crate) use mappings::{Absent, Mappings};
 pub(crate) use memory::{IoVecs, Ranges};
+pub(crate) use page_table::{Found, PageTable};

@@ -7,7 +7,7 @@ use multifd_wire::{BlockEntry, Configuration};
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{DirtyBitmap, RamBlock};
+use crate::ram::{Absent, DirtyBitmap, Found, Mappings, PageTable, READING, RamBlock};
 use crate::work::Round;
 
 /// How pages that are all zero go out (QEMU's zero-page-detection).
@@ -47,6 +47,8 @@ pub(super) struct OutgoingBlock {
     pub(super) block: RamBlock,
     /// Pages that may hold data; all others were zero when the migration began. `None`: look at every page.
     data: Option<DirtyBitmap>,
+    /// What its pages are that the page table does not have.
+    absent: Absent,
     pub(super) zero_route: ZeroRoute,
     /// Pages of the blocks before this one.
     first_key: u64,
@@ -61,6 +63,7 @@ pub(super) struct OutgoingRam {
     /// The first pass is under way: holes that were found at its begin can be taken for zero. A page that was written since
     /// is in a dirty log, and goes out again.
     holes_hold: AtomicBool,
+    page_table: PageTable,
 }
 
 impl OutgoingRam {
@@ -75,9 +78,18 @@ impl OutgoingRam {
                 "no RAM blocks with at least one page",
             ));
         }
-        let mut this = Self { blocks: Vec::new(), dirty: Vec::new(), holes_hold: AtomicBool::new(true) };
+        let mappings = Mappings::read_with_pagers()
+            .inspect_err(|error| tracing::warn!(%error, "userfaultfds of guest memory cannot be seen"))
+            .ok();
+        let mut this = Self {
+            blocks: Vec::new(),
+            dirty: Vec::new(),
+            holes_hold: AtomicBool::new(true),
+            page_table: PageTable::of_this_process(),
+        };
         let mut first_key = 0;
         for block in ram {
+            refuse_pager(mappings.as_ref(), &block)?;
             let dirty = DirtyBitmap::new(block.pages());
             dirty.set_range(0, block.pages());
             this.dirty.push(Arc::new(dirty));
@@ -85,13 +97,14 @@ impl OutgoingRam {
                 let detail = format!("looking for holes in RAM block {}", block.name());
                 Error::new(ErrorKind::GuestMemory, Phase::Setup, detail).because(error)
             })?;
+            let absent = mappings.as_ref().map_or(Absent::Unknown, |mappings| mappings.absent(&block));
             let zero_route = match zero_pages {
                 ZeroPages::None => ZeroRoute::Content,
                 ZeroPages::Multifd if parallel && !block.is_firmware() => ZeroRoute::Packet,
                 ZeroPages::Multifd | ZeroPages::Legacy => ZeroRoute::Main,
             };
             let pages = block.pages() as u64;
-            this.blocks.push(OutgoingBlock { block, data, zero_route, first_key });
+            this.blocks.push(OutgoingBlock { block, data, absent, zero_route, first_key });
             first_key += pages;
         }
         Ok(this)
@@ -102,14 +115,19 @@ impl OutgoingRam {
         self.holes_hold.store(false, Ordering::Relaxed);
     }
 
-    /// Known to be zero without reading it: the page lies in a hole of the file behind its block.
-    pub(super) fn is_hole(&self, block: &OutgoingBlock, page: usize) -> bool {
-        self.holes_hold.load(Ordering::Relaxed) && block.data.as_ref().is_some_and(|data| !data.test(page))
-    }
-
-    /// True if the page goes as a zero page.
-    pub(super) fn goes_as_zero(&self, block: &OutgoingBlock, page: usize) -> bool {
-        block.zero_route != ZeroRoute::Content && (self.is_hole(block, page) || block.block.is_zero(page))
+    /// Finds out which of `pages` are zero without being read, and that the others can be read.
+    ///
+    /// A page that is not there now may be by the time it is sent: then it was written since its dirty bit was taken, is in a
+    /// dirty log, and goes out again.
+    pub(super) fn look(&self, block: &OutgoingBlock, pages: &[usize], found: &mut Found) -> Result<()> {
+        let hole = |page: &usize| block.data.as_ref().is_some_and(|data| !data.test(*page));
+        if self.holes_hold.load(Ordering::Relaxed) && pages.iter().all(hole) {
+            found.all_zero(pages.len());
+            return Ok(());
+        }
+        self.page_table
+            .look(&block.block, block.absent, pages, found)
+            .map_err(|bad| block.block.fault(READING, bad.page..bad.page + 1, bad.cause))
     }
 
     pub(super) fn total_bytes(&self) -> u64 {
@@ -137,9 +155,57 @@ impl OutgoingRam {
     }
 }
 
+/// What is not there is not zero then: it has not been fetched yet.
+fn refuse_pager(mappings: Option<&Mappings>, block: &RamBlock) -> Result<()> {
+    let Some(pages) = mappings.and_then(|mappings| mappings.paged(block)) else { return Ok(()) };
+    let detail = format!(
+        "pages {}..{} of RAM block {} are filled on demand through a userfaultfd; wait until all of them are there and \
+         unregister it before the guest moves",
+        pages.start,
+        pages.end,
+        block.name()
+    );
+    Err(Error::new(ErrorKind::GuestMemory, Phase::Setup, detail))
+}
+
 impl OutgoingBlock {
+    /// Says which of these pages, in ascending order, the kernel could not read.
+    pub(super) fn kernel_fault(
+        &self,
+        pages: impl IntoIterator<Item = usize>,
+        cause: std::io::Error,
+    ) -> Error {
+        let mut pages = pages.into_iter().peekable();
+        let first = pages.peek().copied().unwrap_or(0);
+        let bad = pages.find(|page| !self.block.can_be_read(*page)).unwrap_or(first);
+        self.block.fault(READING, bad..bad + 1, cause)
+    }
+
     /// The page's number over all blocks.
     pub(super) fn key(&self, page: usize) -> u64 {
         self.first_key + page as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::{HostMemory, PAGE};
+
+    /// The kernel says that an address of a whole packet was bad, not which.
+    #[test]
+    fn the_page_that_the_kernel_could_not_read_is_named() {
+        let block = RamBlock::new("ram".try_into().unwrap(), HostMemory::anonymous(8 * PAGE).unwrap());
+        block.memory().slice(0, 8 * PAGE).unwrap().copy_from(&[1_u8; 8 * PAGE]);
+        let ram = OutgoingRam::new(vec![block.clone()], ZeroPages::None, true).unwrap();
+        let bad = block.run(5, 1).unwrap();
+        #[expect(unsafe_code, reason = "protection has no safe wrapper")]
+        // SAFETY: the range is mapped, and nothing loads from it afterwards.
+        let done = unsafe { libc::mprotect(bad.ptr_guard_mut().as_ptr().cast(), bad.len(), libc::PROT_NONE) };
+        assert_eq!(done, 0);
+        let cause = std::io::Error::from_raw_os_error(libc::EFAULT);
+        let error = ram.blocks[0].kernel_fault([1, 2, 5, 6], cause);
+        assert_eq!(error.kind(), ErrorKind::GuestMemory);
+        assert!(error.to_string().contains("page 5 of RAM block ram"), "{error}");
     }
 }

@@ -1,13 +1,16 @@
 //! The packet that a send worker is making: which pages go how.
 
+use std::io;
+
 use multifd_codecs::zero;
+use vm_memory::VolatileSlice;
 
 use super::outgoing::{OutgoingBlock, OutgoingRam, ZeroRoute};
 use super::page_cache::{Lookup, PageCache};
 use super::rounds::RoundContext;
 use crate::dialect;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::PAGE;
+use crate::ram::{Found, PAGE};
 
 /// Buffers are kept from packet to packet. 512 KiB of pages at most.
 #[derive(Default)]
@@ -23,11 +26,17 @@ pub(super) struct Packet {
     /// Their payload.
     pub(super) delta_payload: Vec<u8>,
     one_delta: Vec<u8>,
+    found: Found,
+    /// Whether a `normal` page is known to be zero, when all pages go as content: it must not be read.
+    blank: Vec<bool>,
 }
+
+static ZEROS: [u8; PAGE] = [0; PAGE];
 
 impl Packet {
     pub(super) fn clear(&mut self) {
         self.normal.clear();
+        self.blank.clear();
         self.zero.clear();
         self.pages.clear();
         self.delta.clear();
@@ -35,10 +44,56 @@ impl Packet {
     }
 
     /// Tells zero pages from others; the others stay where they are.
-    pub(super) fn sort_out(&mut self, ram: &OutgoingRam, block: &OutgoingBlock, pages: &[usize]) {
-        for page in pages {
-            let list = if ram.goes_as_zero(block, *page) { &mut self.zero } else { &mut self.normal };
-            list.push((page * PAGE) as u64);
+    pub(super) fn sort_out(
+        &mut self,
+        ram: &OutgoingRam,
+        block: &OutgoingBlock,
+        pages: &[usize],
+    ) -> Result<()> {
+        ram.look(block, pages, &mut self.found)?;
+        let seek_zero = block.zero_route != ZeroRoute::Content;
+        for (page, absent) in pages.iter().zip(self.found.zeros()) {
+            let offset = (page * PAGE) as u64;
+            if seek_zero && (absent || block.block.is_zero(*page)) {
+                self.zero.push(offset);
+            } else {
+                self.normal.push(offset);
+                self.blank.push(absent);
+            }
+        }
+        Ok(())
+    }
+
+    /// The content of each `normal` page, in order, where it lies.
+    pub(super) fn contents<'a>(
+        &'a self,
+        block: &'a OutgoingBlock,
+    ) -> impl Iterator<Item = Result<Content<'a>>> {
+        let mut copies = self.pages.chunks_exact(PAGE);
+        self.normal.iter().enumerate().map(move |(index, offset)| {
+            if let Some(copy) = copies.next() {
+                return Ok(Content::Private(copy));
+            }
+            if self.blank.get(index) == Some(&true) {
+                return Ok(Content::Private(&ZEROS));
+            }
+            let page = block.block.page_at(*offset).and_then(|page| block.block.run(page, 1));
+            page.map(Content::Guest).ok_or_else(outside)
+        })
+    }
+
+    /// Says what went wrong when `normal` pages were sent from where they lie, if it was guest memory.
+    pub(super) fn fault(
+        &self,
+        block: &OutgoingBlock,
+        error: io::Error,
+        otherwise: impl FnOnce(io::Error) -> Error,
+    ) -> Error {
+        match error.raw_os_error() {
+            Some(libc::EFAULT) => {
+                block.kernel_fault(self.normal.iter().filter_map(|at| block.block.page_at(*at)), error)
+            }
+            _ => otherwise(error),
         }
     }
 
@@ -51,16 +106,20 @@ impl Packet {
         cache: Option<(&PageCache, RoundContext)>,
     ) -> Result<()> {
         let seek_zero = block.zero_route != ZeroRoute::Content;
-        for page in pages {
+        ram.look(block, pages, &mut self.found)?;
+        for (page, absent) in pages.iter().zip(self.found.zeros()) {
             let offset = (page * PAGE) as u64;
-            if seek_zero && ram.is_hole(block, *page) {
+            if seek_zero && absent {
+                if let Some((cache, _)) = cache {
+                    cache.zeroed(block.key(*page));
+                }
                 self.zero.push(offset);
                 continue;
             }
             let start = self.pages.len();
             self.pages.resize(start + PAGE, 0);
             let Some(copy) = self.pages.last_chunk_mut::<PAGE>() else { continue };
-            if !block.block.read_page(*page, copy) {
+            if !absent && !block.block.load_page(*page, copy) {
                 return Err(outside());
             }
             if seek_zero && zero::is_zero(copy) {
@@ -89,6 +148,12 @@ impl Packet {
     }
 }
 
-pub(super) fn outside() -> Error {
+/// Where the bytes of a page are.
+pub(super) enum Content<'a> {
+    Private(&'a [u8]),
+    Guest(VolatileSlice<'a>),
+}
+
+fn outside() -> Error {
     Error::new(ErrorKind::GuestMemory, Phase::Active, "a page outside of its block was claimed")
 }

@@ -150,7 +150,8 @@ pub(super) fn read_u16(regions: &[VhostRegion], at: GuestAddress) -> Option<u16>
     let region = regions.iter().find(|region| region.host_address(at, 2).is_some())?;
     let offset = region.range.start + (at.raw_value() - region.guest_address.raw_value());
     let mut bytes = [0; 2];
-    region.block.memory().read(usize::try_from(offset).ok()?, &mut bytes).then(|| u16::from_le_bytes(bytes))
+    region.block.memory().read(usize::try_from(offset).ok()?, &mut bytes).ok()?;
+    Some(u16::from_le_bytes(bytes))
 }
 
 fn pages(bytes: u64) -> usize {

@@ -14,7 +14,7 @@ use crate::ram::{IoVecs, PAGE_SIZE};
 use crate::session::Counters;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::{OutgoingBlock, ZeroRoute};
-use crate::source::packet::{Packet, outside};
+use crate::source::packet::{Content, Packet};
 use crate::source::rounds::{RoundContext, Rounds, Work, ZeroReport};
 use crate::source::shared::SourceShared;
 use crate::source::zero_copy::ZeroCopySender;
@@ -185,7 +185,7 @@ impl SendWorker {
         if self.encoder.is_some() || cache.is_some() {
             self.packet.copy_in(&shared.ram, block, &batch.pages, cache)?;
         } else {
-            self.packet.sort_out(&shared.ram, block, &batch.pages);
+            self.packet.sort_out(&shared.ram, block, &batch.pages)?;
         }
         if block.zero_route == ZeroRoute::Main && !self.packet.zero.is_empty() {
             let offsets = std::mem::take(&mut self.packet.zero);
@@ -248,15 +248,17 @@ impl SendWorker {
         if zero_copy.is_none() {
             ranges.private(&self.header);
         }
-        for offset in &packet.normal {
-            let page = block.block.page_at(*offset).and_then(|page| block.block.run(page, 1));
-            ranges.guest(&page.ok_or_else(outside)?);
+        for content in packet.contents(block) {
+            match content? {
+                Content::Private(bytes) => ranges.private(bytes),
+                Content::Guest(page) => ranges.guest(&page),
+            }
         }
         match zero_copy {
             Some(zero_copy) => zero_copy.send(&self.header, ranges, &self.channel),
             None => ranges.send(&self.channel),
         }
-        .map_err(|error| packet_error(payload_len, error))
+        .map_err(|error| packet.fault(block, error, |error| packet_error(payload_len, error)))
     }
 
     fn send_deltas(&mut self, block: &OutgoingBlock) -> Result<()> {

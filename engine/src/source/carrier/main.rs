@@ -10,7 +10,7 @@ use crate::ram::{IoVecs, PAGE, PAGE_SIZE};
 use crate::session::Counters;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::OutgoingBlock;
-use crate::source::packet::{Packet, outside};
+use crate::source::packet::{Content, Packet};
 use crate::source::rounds::{RoundContext, ZeroReport};
 use crate::source::shared::SourceShared;
 use crate::work::{Batch, Claim, Round};
@@ -47,7 +47,7 @@ fn send_batch(
     packet.clear();
     match shared.deltas_for_main(context) {
         Some(cache) => packet.copy_in(&shared.ram, block, &batch.pages, Some((cache, context)))?,
-        None => packet.sort_out(&shared.ram, block, &batch.pages),
+        None => packet.sort_out(&shared.ram, block, &batch.pages)?,
     }
     let counters = &shared.session.counters;
     Counters::add(&counters.pages_zero, packet.zero.len());
@@ -109,18 +109,14 @@ fn send_pages(
     }
     shared.pace(headers.len() + packet.normal.len() * PAGE)?;
     let mut list = ranges.start();
-    let mut copies = packet.pages.chunks_exact(PAGE);
-    for (offset, span) in packet.normal.iter().zip(spans) {
+    for (content, span) in packet.contents(block).zip(spans) {
         list.private(headers.get(span).unwrap_or_default());
-        match copies.next() {
-            Some(copy) => list.private(copy),
-            None => {
-                let page = block.block.page_at(*offset).and_then(|page| block.block.run(page, 1));
-                list.guest(&page.ok_or_else(outside)?);
-            }
+        match content? {
+            Content::Private(bytes) => list.private(bytes),
+            Content::Guest(page) => list.guest(&page),
         }
     }
-    list.send(main.channel()).map_err(|error| main.error(error))?;
+    list.send(main.channel()).map_err(|error| packet.fault(block, error, |error| main.error(error)))?;
     headers.clear();
     *main.unsent() = headers;
     Ok(())

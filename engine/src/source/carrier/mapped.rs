@@ -11,10 +11,10 @@ use multifd_wire::MappedRamHeader;
 
 use crate::error::{Error, Phase, Result};
 use crate::mapped;
-use crate::ram::{PAGE, PAGE_SIZE};
+use crate::ram::{Found, PAGE, PAGE_SIZE};
 use crate::session::Counters;
 use crate::source::main_writer::MainWriter;
-use crate::source::outgoing::{OutgoingBlock, OutgoingRam};
+use crate::source::outgoing::{OutgoingBlock, OutgoingRam, ZeroRoute};
 use crate::source::rounds::{Rounds, Work};
 use crate::source::shared::SourceShared;
 use crate::work::{Batch, Claim, Round};
@@ -100,8 +100,12 @@ impl MappedFile {
         let found = shared.ram.blocks.get(batch.block).zip(self.blocks.get(batch.block));
         let Some((outgoing, block)) = found else { return Ok(()) };
         let (mut run, mut zero) = (0..0, 0);
-        for page in &batch.pages {
-            let is_zero = shared.ram.goes_as_zero(outgoing, *page);
+        let mut found = Found::default();
+        shared.ram.look(outgoing, &batch.pages, &mut found)?;
+        for (page, absent) in batch.pages.iter().zip(found.zeros()) {
+            // A page that has no content in the file is zero, whatever was asked for: one that is absent must not be read.
+            let seek_zero = outgoing.zero_route != ZeroRoute::Content;
+            let is_zero = absent || seek_zero && outgoing.block.is_zero(*page);
             block.note(*page, !is_zero);
             if is_zero {
                 zero += 1;
@@ -130,6 +134,9 @@ impl MappedFile {
         let memory = outgoing.block.memory();
         memory.write_to(start..start + len, &self.pages, place.pages_offset + start as u64).map_err(
             |error| {
+                if error.raw_os_error() == Some(libc::EFAULT) {
+                    return outgoing.kernel_fault(run.clone(), error);
+                }
                 let what = format!("writing {} pages of RAM block {}", run.len(), outgoing.block.name());
                 Error::storage(Phase::Active, what, error)
             },
