@@ -16,7 +16,7 @@ use multifd_engine::{Destination, DeviceState, HostMemory, PAGE, RamBlock, Sourc
 #[derive(Debug)]
 struct RunLength;
 
-/// Two bits of the codec field: no codec of QEMU's has that, so it never meets one by mistake.
+/// One of the ids that are free for codecs of one's own: several bits, from 0x18 on.
 const ID: u8 = 0x18;
 
 impl Codec for RunLength {

@@ -135,7 +135,7 @@ impl ChannelWorker {
     }
 
     fn pages(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
-        if packet.flags().codec() == dialect::DELTA_CODEC && self.shared.speaks_dialect() {
+        if packet.flags().codec() == CodecId::DIALECT_DELTA && self.shared.speaks_dialect() {
             return self.receive_deltas(landing, packet);
         }
         let codec = self.shared.codec(packet.flags())?;

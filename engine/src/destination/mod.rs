@@ -33,6 +33,7 @@ pub use landing::IncomingRam;
 pub use shared::DevicePacket;
 pub use switchover::SwitchoverAck;
 
+use crate::dialect;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::session::{Canceller, DEFAULT_TIMEOUT, ProgressReader, Session};
 use crate::state::MigrationState;
@@ -119,11 +120,12 @@ impl DestinationBuilder {
     /// Opens the listening socket. The source may connect from now on.
     ///
     /// # Errors
-    /// `ApiMisuse` for a timeout of zero or channels over what is one channel, `Transport` if the address cannot be listened on.
+    /// `ApiMisuse` for a timeout of zero, a codec with a reserved id or channels over what is one channel, `Transport` if the address cannot be listened on.
     pub fn listen(self, endpoint: &Endpoint) -> Result<Destination> {
         if self.timeout.is_zero() {
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Accept, "timeout is 0, expected more"));
         }
+        self.codecs.iter().try_for_each(|codec| dialect::check_codec(&**codec, Phase::Accept))?;
         // Before a command is started or a file opened. What a descriptor is, shows when it is looked at.
         if !matches!(endpoint, Endpoint::Fd(_) | Endpoint::FdFrom(_)) {
             self.check_carrier(

@@ -12,6 +12,7 @@ use super::control::Control;
 use super::outgoing::ZeroPages;
 use super::zero_copy::ZeroCopySend;
 use crate::convergence::{AutoConverge, Limits};
+use crate::dialect;
 use crate::dirty::DirtyLog;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{PAGE, RamBlock};
@@ -254,6 +255,7 @@ impl SourceBuilder {
     /// `ApiMisuse` that names the setting.
     pub fn build(self) -> Result<Source> {
         self.check().map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
+        dialect::check_codec(&*self.codec, Phase::Setup)?;
         let session = Session::new(self.timeout);
         let control = Control::new(&session, self.max_bandwidth, self.limits);
         Ok(Source { settings: self, session, control })

@@ -14,7 +14,6 @@ use super::page_cache::Moment;
 use super::rounds::{Work, ZeroMail};
 use super::shared::Shared;
 use super::zero_copy::ZeroCopySender;
-use crate::dialect::DELTA_CODEC;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{Batch, Claim, IoVecs, PAGE_SIZE, Round};
 use crate::session::Counters;
@@ -53,7 +52,7 @@ impl SendWorker {
             shared: Arc::clone(shared),
             id,
             encoder,
-            flags: flags(codec.id().value())?,
+            flags: PacketFlags::pages(codec.id()),
             packet: Packet::default(),
             header: Vec::with_capacity(header_len(PAGE_SIZE)),
             payload: Vec::new(),
@@ -187,7 +186,7 @@ impl SendWorker {
             return Ok(());
         }
         let payload = &packet.delta_payload;
-        let flags = flags(DELTA_CODEC)?;
+        let flags = PacketFlags::pages(CodecId::DIALECT_DELTA);
         encode_header(&mut self.header, &self.shared, block, flags, (&packet.delta, &[]), payload.len());
         send_private(&self.channel, &self.shared, &self.header, payload)?;
         Counters::add(&self.shared.session.counters.pages_xbzrle, packet.delta.len());
@@ -216,10 +215,6 @@ impl SendWorker {
             .send_all(bytes)
             .map_err(|error| Error::io(phase, format_args!("sending {} bytes", bytes.len()), error))
     }
-}
-
-fn flags(codec: u8) -> Result<PacketFlags> {
-    PacketFlags::pages(codec).map_err(|invalid| Error::invalid(Phase::Setup, invalid))
 }
 
 fn encode_header(
