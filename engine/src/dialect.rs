@@ -16,9 +16,18 @@ pub(crate) const FEATURE_DELTAS: u64 = 1 << 0;
 
 /// Appends one page's difference to the payload of a packet with [`CodecId::DIALECT_DELTA`](multifd_wire::CodecId): for each page
 /// be16 length (1..=4096) and so many bytes in xbzrle's run coding.
-pub(crate) fn put_delta(payload: &mut Vec<u8>, delta: &[u8]) {
-    payload.extend_from_slice(&u16::try_from(delta.len()).unwrap_or(u16::MAX).to_be_bytes());
+pub(crate) fn put_delta(payload: &mut Vec<u8>, delta: &[u8]) -> Result<()> {
+    payload.extend_from_slice(&delta_len(delta)?.to_be_bytes());
     payload.extend_from_slice(delta);
+    Ok(())
+}
+
+/// The length of a difference, as both its carriers write it.
+pub(crate) fn delta_len(delta: &[u8]) -> Result<u16> {
+    let len = u16::try_from(delta.len()).ok().filter(|len| (1..=PAGE).contains(&usize::from(*len)));
+    len.ok_or_else(|| {
+        Error::bug(Phase::Active, format_args!("a difference of {} bytes to a page", delta.len()))
+    })
 }
 
 /// Takes the next page's difference off a payload.
@@ -115,12 +124,22 @@ mod tests {
     #[test]
     fn differences_are_taken_as_they_were_put() {
         let mut payload = Vec::new();
-        put_delta(&mut payload, &[1]);
-        put_delta(&mut payload, &[2; PAGE]);
+        put_delta(&mut payload, &[1]).unwrap();
+        put_delta(&mut payload, &[2; PAGE]).unwrap();
         let mut left = &payload[..];
         assert_eq!(take_delta(&mut left).unwrap(), [1]);
         assert_eq!(take_delta(&mut left).unwrap(), [2; PAGE]);
         assert!(left.is_empty());
+    }
+
+    #[test]
+    fn a_difference_that_no_destination_takes_is_a_bug_and_not_cut() {
+        for len in [0, PAGE + 1, 1 << 16, (1 << 16) + 1] {
+            let mut payload = Vec::new();
+            let error = put_delta(&mut payload, &vec![0; len]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Bug);
+            assert!(payload.is_empty());
+        }
     }
 
     #[test]

@@ -115,7 +115,9 @@ impl ChannelWorker {
         self.receive(
             Phase::Active,
             "the rest of a packet header",
-            prefix.get_mut(received..).unwrap_or_default(),
+            prefix
+                .get_mut(received..)
+                .ok_or_else(|| Error::bug(Phase::Active, "more was received than asked for"))?,
         )?;
         whole.copy_from_slice(prefix);
         Ok(Some(whole))
@@ -218,17 +220,17 @@ impl ChannelWorker {
     fn receive_decoded(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
         self.receive_payload(packet)?;
         self.pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
-        let pages = self.pages.get_mut(..packet.normal_pages() * PAGE).unwrap_or_default();
-        if let Some(decoder) = &mut self.decoder {
-            decoder.recv_pages(&self.payload, pages).map_err(codec_error)?;
-        }
+        let pages = self.pages.get_mut(..packet.normal_pages() * PAGE).ok_or_else(|| too_large(packet))?;
+        let decoder = self.decoder.as_mut();
+        let decoder = decoder.ok_or_else(|| Error::bug(Phase::Active, "packed pages without a decoder"))?;
+        decoder.recv_pages(&self.payload, pages).map_err(codec_error)?;
         store(landing, packet, pages, landing.way_through_file().as_ref())
     }
 
     fn receive_copied(&mut self, landing: &Landing, packet: &RamPacket<'_>, way: &Way<'_>) -> Result<()> {
         let mut pages = std::mem::take(&mut self.pages);
         pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
-        let content = pages.get_mut(..packet.payload_len()).unwrap_or_default();
+        let content = pages.get_mut(..packet.payload_len()).ok_or_else(|| too_large(packet))?;
         let received = self.channel.recv_exact(content).map_err(|error| pages_missing(packet, error));
         let stored = received.and_then(|()| store(landing, packet, content, Some(way)));
         self.pages = pages;
@@ -261,7 +263,8 @@ impl ChannelWorker {
 fn store(landing: &Landing, packet: &RamPacket<'_>, pages: &[u8], way: Option<&Way<'_>>) -> Result<()> {
     let mut run: Option<(usize, usize, usize)> = None; // first page, pages, index of the first in the packet
     let store = |(first, count, at): (usize, usize, usize)| {
-        landing.write(first, pages.get(at * PAGE..(at + count) * PAGE).unwrap_or_default(), way)
+        let content = pages.get(at * PAGE..(at + count) * PAGE).ok_or_else(|| too_large(packet))?;
+        landing.write(first, content, way)
     };
     for (index, offset) in packet.normal_offsets().enumerate() {
         let page = landing.page_at(offset)?;
@@ -275,6 +278,12 @@ fn store(landing: &Landing, packet: &RamPacket<'_>, pages: &[u8], way: Option<&W
         };
     }
     run.map_or(Ok(()), store)
+}
+
+/// `RamPacket::parse` lets no such packet through.
+fn too_large(packet: &RamPacket<'_>) -> Error {
+    let (pages, payload) = (packet.normal_pages(), packet.payload_len());
+    Error::bug(Phase::Active, format_args!("a packet of {pages} pages in {payload} bytes was let through"))
 }
 
 fn pages_missing(packet: &RamPacket<'_>, error: io::Error) -> Error {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use multifd_codecs::{CodecId, Encoder};
 use multifd_transports::Channel;
-use multifd_wire::{InitialPacket, PacketFlags, RamPacketHeader, header_len};
+use multifd_wire::{InitialPacket, MAX_PAYLOAD, PacketFlags, RamPacketHeader, header_len, pages_per_packet};
 
 use super::outgoing::{OutgoingBlock, ZeroRoute};
 use super::packet::{Packet, outside};
@@ -100,7 +100,7 @@ impl SendWorker {
 
     fn batch(&mut self, batch: &Batch, moment: Moment) -> Result<()> {
         let shared = Arc::clone(&self.shared);
-        let Some(block) = shared.ram.blocks.get(batch.block) else { return Ok(()) };
+        let block = shared.ram.block(batch.block)?;
         let cache = shared.deltas_for_peer(moment).map(|cache| (cache, moment));
         self.packet.clear();
         if self.encoder.is_some() || cache.is_some() {
@@ -142,7 +142,7 @@ impl SendWorker {
                 self.flags,
                 (&packet.normal, &packet.zero),
                 payload.len(),
-            );
+            )?;
             send_private(&self.channel, &self.shared, &self.header, payload)?;
         }
         let counters = &self.shared.session.counters;
@@ -162,7 +162,7 @@ impl SendWorker {
             self.flags,
             (&packet.normal, &packet.zero),
             payload_len,
-        );
+        )?;
         self.shared.pace(self.header.len() + payload_len)?;
         let mut ranges = self.ranges.start();
         let zero_copy = self.zero_copy.as_mut().filter(|zero_copy| zero_copy.pays());
@@ -187,7 +187,7 @@ impl SendWorker {
         }
         let payload = &packet.delta_payload;
         let flags = PacketFlags::pages(CodecId::DIALECT_DELTA);
-        encode_header(&mut self.header, &self.shared, block, flags, (&packet.delta, &[]), payload.len());
+        encode_header(&mut self.header, &self.shared, block, flags, (&packet.delta, &[]), payload.len())?;
         send_private(&self.channel, &self.shared, &self.header, payload)?;
         Counters::add(&self.shared.session.counters.pages_xbzrle, packet.delta.len());
         Ok(())
@@ -224,7 +224,15 @@ fn encode_header(
     flags: PacketFlags,
     (normal, zero): (&[u64], &[u64]),
     payload_len: usize,
-) {
+) -> Result<()> {
+    let (pages, most) = (normal.len() + zero.len(), pages_per_packet(PAGE_SIZE));
+    let len = u32::try_from(payload_len).ok().filter(|len| *len as usize <= MAX_PAYLOAD && pages <= most);
+    let payload_len = len.ok_or_else(|| {
+        Error::bug(
+            Phase::Active,
+            format_args!("a packet of {pages} pages and {payload_len} bytes of payload"),
+        )
+    })?;
     header.clear();
     RamPacketHeader {
         flags,
@@ -232,9 +240,10 @@ fn encode_header(
         block: Some(block.block.name()),
         normal,
         zero,
-        payload_len: u32::try_from(payload_len).unwrap_or(u32::MAX),
+        payload_len,
     }
     .encode(PAGE_SIZE, header);
+    Ok(())
 }
 
 /// One vectored write of a packet whose payload is private memory.

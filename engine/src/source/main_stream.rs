@@ -89,7 +89,7 @@ impl MainStream {
 
     /// Zero pages of one block.
     pub(super) fn zero_pages(&mut self, ram: &OutgoingRam, mail: &ZeroMail) -> Result<()> {
-        let Some(block) = ram.blocks.get(mail.block) else { return Ok(()) };
+        let block = ram.block(mail.block)?;
         for offset in &mail.offsets {
             let block = self.naming.refer(mail.block, block.block.name());
             self.record(&RamRecord::Zero { offset: *offset, block });

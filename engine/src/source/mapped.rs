@@ -66,7 +66,7 @@ impl MappedFile {
     /// Writes the bitmaps, when no more page comes.
     pub(super) fn write_bitmaps(&self) -> Result<()> {
         for block in &self.blocks {
-            let Some(place) = block.place.get() else { continue };
+            let place = block.place(Phase::Device)?;
             let bitmap: Vec<u8> =
                 block.stored.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
             file(&self.channel).and_then(|file| file.write_all_at(&bitmap, place.bitmap_offset)).map_err(
@@ -91,12 +91,17 @@ impl MappedFile {
     }
 
     fn write_batch(&self, batch: &Batch, shared: &Shared) -> Result<()> {
-        let found = shared.ram.blocks.get(batch.block).zip(self.blocks.get(batch.block));
-        let Some((outgoing, block)) = found else { return Ok(()) };
+        let outgoing = shared.ram.block(batch.block)?;
+        let block = self.blocks.get(batch.block).ok_or_else(|| {
+            Error::bug(
+                Phase::Active,
+                format_args!("RAM block {} has no place in the file", outgoing.block.name()),
+            )
+        })?;
         let (mut run, mut zero) = (0..0, 0);
         for page in &batch.pages {
             let is_zero = shared.ram.goes_as_zero(outgoing, *page);
-            block.note(*page, !is_zero);
+            block.note(*page, !is_zero)?;
             if is_zero {
                 zero += 1;
             } else if run.end == *page && !run.is_empty() {
@@ -118,7 +123,10 @@ impl MappedFile {
         block: &StoredBlock,
         shared: &Shared,
     ) -> Result<()> {
-        let Some(place) = block.place.get().filter(|_| !run.is_empty()) else { return Ok(()) };
+        if run.is_empty() {
+            return Ok(());
+        }
+        let place = block.place(Phase::Active)?;
         let (start, len) = (run.start * PAGE, run.len() * PAGE);
         shared.pace(len)?;
         let memory = outgoing.block.memory();
@@ -137,7 +145,9 @@ impl MappedFile {
     pub(super) fn start_worker(id: usize, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
         let shared = Arc::clone(shared);
         crew.spawn(&format!("mig-send-{id}"), Phase::Active, move || {
-            let Some(mapped) = &shared.mapped else { return Ok(()) };
+            let mapped = shared.mapped.as_ref();
+            let mapped =
+                mapped.ok_or_else(|| Error::bug(Phase::Active, "a writer of pages without a file"))?;
             let mut last = 0;
             while let Work::Round { number, round, .. } = shared.rounds.next(last)? {
                 last = number;
@@ -150,8 +160,17 @@ impl MappedFile {
 }
 
 impl StoredBlock {
-    fn note(&self, page: usize, stored: bool) {
-        let Some(word) = self.stored.get(page / 64) else { return };
+    fn place(&self, phase: Phase) -> Result<&MappedRamHeader> {
+        self.place
+            .get()
+            .ok_or_else(|| Error::bug(phase, "a RAM block that was not announced has no place in the file"))
+    }
+
+    fn note(&self, page: usize, stored: bool) -> Result<()> {
+        let word = self.stored.get(page / 64);
+        let word = word.ok_or_else(|| {
+            Error::bug(Phase::Active, format_args!("page {page} past the end of its block"))
+        })?;
         let bit = 1 << (page % 64);
         // Relaxed: the end of the round orders them before they are written.
         if stored {
@@ -159,6 +178,7 @@ impl StoredBlock {
         } else {
             word.fetch_and(!bit, Ordering::Relaxed)
         };
+        Ok(())
     }
 }
 

@@ -94,6 +94,14 @@ impl OutgoingRam {
         Ok(this)
     }
 
+    /// The block that a round's batch is of. No answer is an error: the batch's bits are taken off the bitmap, and its pages
+    /// would be lost.
+    pub(super) fn block(&self, index: usize) -> Result<&OutgoingBlock> {
+        self.blocks.get(index).ok_or_else(|| {
+            Error::bug(Phase::Active, format_args!("pages of RAM block {index} of {}", self.blocks.len()))
+        })
+    }
+
     /// The first pass is over.
     pub(super) fn forget_holes(&self) {
         self.holes_hold.store(false, Ordering::Relaxed);

@@ -11,7 +11,7 @@ use super::page_cache::Moment;
 use super::rounds::ZeroMail;
 use super::shared::Shared;
 use crate::dialect;
-use crate::error::Result;
+use crate::error::{Error, Phase, Result};
 use crate::ram::{Batch, Claim, IoVecs, PAGE, PAGE_SIZE, Round};
 use crate::session::Counters;
 
@@ -43,7 +43,7 @@ fn send_batch(
     packet: &mut Packet,
     ranges: &mut IoVecs,
 ) -> Result<()> {
-    let Some(block) = shared.ram.blocks.get(batch.block) else { return Ok(()) };
+    let block = shared.ram.block(batch.block)?;
     packet.clear();
     match shared.deltas_for_main(moment) {
         Some(cache) => packet.copy_in(&shared.ram, block, &batch.pages, Some((cache, moment)))?,
@@ -81,7 +81,7 @@ fn send_deltas(
     for offset in &packet.delta {
         let delta = dialect::take_delta(&mut payload)?;
         let name = main.naming().refer(index, block.block.name());
-        let len = u16::try_from(delta.len()).unwrap_or(u16::MAX);
+        let len = dialect::delta_len(delta)?;
         main.record(&RamRecord::Xbzrle { offset: *offset, block: name, len });
         main.unsent().extend_from_slice(delta);
     }
@@ -111,7 +111,9 @@ fn send_pages(
     let mut list = ranges.start();
     let mut copies = packet.pages.chunks_exact(PAGE);
     for (offset, span) in packet.normal.iter().zip(spans) {
-        list.private(headers.get(span).unwrap_or_default());
+        let header =
+            headers.get(span).ok_or_else(|| Error::bug(Phase::Active, "a page record without its header"))?;
+        list.private(header);
         match copies.next() {
             Some(copy) => list.private(copy),
             None => {
