@@ -106,6 +106,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let configuration =
         Configuration { machine: "example".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
     let mut precopy = Source::builder(vec![here.clone()], configuration)
+        .paused_guest()
         .channels(2)
         .codec(Arc::new(RunLength))
         .build()?

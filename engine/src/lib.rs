@@ -38,9 +38,11 @@ mod workers;
 pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, Manifest};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
-pub use dirty::{DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance};
+pub use dirty::{
+    Coverage, DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance,
+};
 #[cfg(feature = "kvm")]
-pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot};
+pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use error::{Error, ErrorKind, Phase, Result};
 pub use pagemap::{PageQuery, PageRun};
 pub use ram::{Batch, Claim, DirtyBitmap, HostMemory, PAGE, RamBlock, Round};

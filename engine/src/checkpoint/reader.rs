@@ -82,7 +82,7 @@ impl Checkpoint {
         self.manifest.blocks.iter().map(block).collect()
     }
 
-    /// A source that sends this guest on. Its settings can still be changed.
+    /// A source that sends this guest on, which nothing runs meanwhile. Its settings can still be changed.
     ///
     /// # Errors
     /// As [`Checkpoint::ram`].
@@ -91,6 +91,7 @@ impl Checkpoint {
             self.manifest.uuid_bytes().map_err(|problem| storage("reading", &self.directory, problem))?;
         Ok(Source::builder(self.ram()?, self.configuration.clone())
             .uuid(uuid.unwrap_or_default())
+            .paused_guest()
             .switchover_start(self.manifest.switchover_start))
     }
 }

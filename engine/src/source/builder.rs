@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use multifd_codecs::{Codec, Uncompressed};
 use multifd_transports::{Endpoint, SocketOptions, TlsClient};
-use multifd_wire::Configuration;
+use multifd_wire::{BlockName, Configuration};
 
 use super::control::Control;
 use super::outgoing::ZeroPages;
 use super::zero_copy::ZeroCopySend;
 use crate::convergence::{AutoConverge, Limits};
 use crate::dialect;
-use crate::dirty::DirtyLog;
+use crate::dirty::{DirtyLog, Unwritten};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{PAGE, RamBlock};
 use crate::session::{Canceller, DEFAULT_TIMEOUT, ProgressReader, Session};
@@ -47,6 +47,7 @@ pub struct SourceBuilder {
     pub(super) auto_converge: Option<AutoConverge>,
     pub(super) xbzrle_cache: Option<usize>,
     pub(super) logs: Vec<Box<dyn DirtyLog>>,
+    pub(super) unwritten: Unwritten,
     pub(super) socket: SocketOptions,
     pub(super) channel_endpoints: Vec<Endpoint>,
     pub(super) zero_copy: ZeroCopySend,
@@ -74,6 +75,7 @@ impl Source {
             auto_converge: None,
             xbzrle_cache: None,
             logs: Vec::new(),
+            unwritten: Unwritten::default(),
             socket: SocketOptions::default(),
             channel_endpoints: Vec::new(),
             zero_copy: ZeroCopySend::Off,
@@ -167,10 +169,26 @@ impl SourceBuilder {
         self
     }
 
-    /// Where writes to the guest's RAM are noted; any number of logs. Default: none, for a guest that stands still.
+    /// Where writes to the guest's RAM are noted; any number of logs, which together cover all of it but what
+    /// [`read_only_block`](Self::read_only_block) names: what is written elsewhere would be lost.
     #[must_use]
     pub fn dirty_log(mut self, log: impl DirtyLog + 'static) -> Self {
         self.logs.push(Box::new(log));
+        self
+    }
+
+    /// Says that no vCPU and no device writes to this block while it migrates, so that it needs no dirty log: firmware, a ROM.
+    #[must_use]
+    pub fn read_only_block(mut self, name: BlockName) -> Self {
+        self.unwritten.blocks.push(name);
+        self
+    }
+
+    /// Says that the guest is paused for all of the migration, its devices too, so that no block needs a dirty log: a checkpoint
+    /// that is sent, a guest that is moved cold.
+    #[must_use]
+    pub fn paused_guest(mut self) -> Self {
+        self.unwritten.guest_paused = true;
         self
     }
 
@@ -301,6 +319,7 @@ impl SourceBuilder {
         if let Some(bytes) = self.xbzrle_cache.filter(|bytes| *bytes < PAGE || !bytes.is_power_of_two()) {
             return Err(format!("xbzrle-cache-size {bytes}, expected a power of two, at least {PAGE}"));
         }
+        self.unwritten.check_names(&self.ram)?;
         self.auto_converge.map_or(Ok(()), |settings| settings.check())
     }
 }

@@ -39,7 +39,7 @@ impl Source {
     /// yet: dialling goes on for the timeout.
     ///
     /// # Errors
-    /// `Transport` if there is no connection, or what broke the setup. Nothing has left the guest.
+    /// `ApiMisuse` for RAM that may be written and that no dirty log covers. `Transport` if there is no connection, or what broke the setup. Nothing has left the guest.
     pub fn connect(mut self, endpoint: &Endpoint) -> Result<Precopy> {
         self.session.enter(MigrationState::Setup)?;
         let crew = Crew::new(self.session.stop.clone());
@@ -84,7 +84,7 @@ impl Source {
         let default_zero = ZeroPages::for_machine(&settings.configuration);
         let zero_pages = settings.zero_pages.unwrap_or(default_zero);
         // The logs first: what is read from now on may change, and they note it.
-        let logs = LogSet::start(std::mem::take(&mut settings.logs), &settings.ram)?;
+        let logs = LogSet::start(std::mem::take(&mut settings.logs), &settings.ram, &settings.unwritten)?;
         let ram = OutgoingRam::new(std::mem::take(&mut settings.ram), zero_pages, settings.channels > 0)?;
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
         let main = self.dial(endpoint, "main")?;
@@ -125,7 +125,9 @@ impl Source {
                 MappedFile::start_worker(id, shared, crew)?;
             } else {
                 let channel = self.dial(endpoint, &format!("channel {id}"))?;
-                SendWorker::start(channel, u8::try_from(id).unwrap_or(u8::MAX), shared, crew)?;
+                let id =
+                    u8::try_from(id).map_err(|_| Error::bug(Phase::Connect, format_args!("channel {id}")))?;
+                SendWorker::start(channel, id, shared, crew)?;
             }
             Counters::add(&self.session.counters.channels, 1);
         }

@@ -121,7 +121,8 @@ fn exactly_what_was_written_is_reported_once() {
         assert_eq!(pages(bitmap), [0; 0]);
     }
     log.stop();
-    log.sync(&bitmaps).unwrap();
+    let error = log.sync(&bitmaps).unwrap_err();
+    assert_eq!(error.to_string(), "0 RAM blocks are watched, 2 have bitmaps: the log is not started");
     assert_eq!(pages(&mut bitmaps[1]), [0; 0], "after the end nothing is noted");
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use multifd_engine::vhost::VhostLog;
 use multifd_engine::vm_memory::GuestAddress;
 use multifd_engine::{
-    Destination, DeviceState, DirtyBitmap, DirtyLog, DirtyLogError, PAGE, RamBlock, RegionLog,
+    Coverage, Destination, DeviceState, DirtyBitmap, DirtyLog, DirtyLogError, PAGE, RamBlock, RegionLog,
 };
 use multifd_tests::virtio::Memory;
 
@@ -22,6 +22,10 @@ impl DirtyLog for Careless {
 
     fn start(&mut self, ram: &[RamBlock]) -> Result<(), DirtyLogError> {
         self.0.start(ram)
+    }
+
+    fn covers(&self, block: &RamBlock) -> Coverage {
+        self.0.covers(block)
     }
 
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
