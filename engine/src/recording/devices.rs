@@ -57,11 +57,18 @@ impl Devices {
         // EOF, the type byte, the length.
         let description = end.get(6..).map(VmDescription::parse).transpose()?.map(Arc::new);
         let section = |section: multifd_wire::DeviceSection| {
-            let payload = sections.get(section.payload).unwrap_or_default();
-            RecordedSection { head: section.head, content: SectionContent::Device(payload.to_vec()) }
+            let payload = sections.get(section.payload.clone()).ok_or_else(|| {
+                Invalid::new(
+                    "payload of a device section",
+                    format_args!("bytes {:?}", section.payload),
+                    format_args!("inside of {} bytes", sections.len()),
+                )
+            })?;
+            Ok(RecordedSection { head: section.head, content: SectionContent::Device(payload.to_vec()) })
         };
         let split = split_tail(sections, description.as_deref())?;
-        Ok(Self { sections: split.into_iter().map(section).collect(), description, trailing_bytes: 0 })
+        let sections = split.into_iter().map(section).collect::<Result<_, Invalid>>()?;
+        Ok(Self { sections, description, trailing_bytes: 0 })
     }
 }
 

@@ -197,3 +197,17 @@ pub(super) fn check_settings(mapped: bool, file: bool, channels: usize) -> Resul
     };
     Err(Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_without_a_place_in_the_file_is_a_bug_and_not_dropped() {
+        let block = StoredBlock { place: OnceLock::new(), stored: Box::new([AtomicU64::new(0)]) };
+        block.note(63, true).unwrap();
+        assert_eq!(block.note(64, true).unwrap_err().kind(), ErrorKind::Bug);
+        let error = block.place(Phase::Active).unwrap_err();
+        assert_eq!((error.kind(), error.phase()), (ErrorKind::Bug, Phase::Active));
+    }
+}

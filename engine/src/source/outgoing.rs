@@ -148,3 +148,20 @@ impl OutgoingBlock {
         self.first_key + page as u64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::{HostMemory, PAGE};
+
+    #[test]
+    fn pages_of_a_block_that_is_not_there_are_a_bug_and_not_dropped() {
+        let block = RamBlock::new("a".try_into().unwrap(), HostMemory::anonymous(PAGE).unwrap());
+        let ram = OutgoingRam::new(vec![block], ZeroPages::Multifd, true).unwrap();
+        assert_eq!(ram.block(0).unwrap().block.name().as_str(), "a");
+        let error = ram.block(1).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Bug);
+        assert!(error.source_may_resume());
+        assert_eq!(error.to_string(), "active: pages of RAM block 1 of 1 (a bug in multifd)");
+    }
+}
