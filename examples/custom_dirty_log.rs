@@ -35,9 +35,9 @@ impl DirtyLog for Journal {
         Ok(())
     }
 
-    /// Of the one block that there is, all that is written: nothing but the device writes here.
-    fn covers(&self, _: &RamBlock) -> Coverage {
-        Coverage::Whole
+    /// All of the one block that there is: nothing but the device writes to this guest. Beside vCPUs it would be `Nothing`.
+    fn covers(&self, block: &RamBlock) -> Coverage {
+        if block.name().as_str() == "ram" { Coverage::Whole } else { Coverage::Nothing }
     }
 
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {

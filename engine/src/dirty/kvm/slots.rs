@@ -88,8 +88,8 @@ impl KvmSlots {
     pub fn removing(&self, id: u32) -> bool {
         let mut state = self.lock();
         let Some(index) = state.slots.iter().position(|known| known.slot.id == id) else { return false };
-        let Slot { slot, place, .. } = state.slots.remove(index);
-        if state.ram.is_some() {
+        let Slot { slot, place, logging } = state.slots.remove(index);
+        if logging {
             state.written.push((slot, place));
         }
         true
