@@ -70,7 +70,10 @@ fn save(workers: u8, block: RamBlock, path: &Path) -> Outcome<f64> {
     let configuration =
         Configuration { machine: "bench".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
     timed(|| {
-        let source = Source::builder(vec![block], configuration).mapped_ram(true).channels(workers.into());
+        let source = Source::builder(vec![block], configuration)
+            .paused_guest()
+            .mapped_ram(true)
+            .channels(workers.into());
         let mut precopy = source.build()?.connect(&endpoint(path))?;
         precopy.round()?;
         precopy.stop_copy()?.commit(&DeviceState::none())?;

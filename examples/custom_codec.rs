@@ -16,7 +16,7 @@ use multifd_engine::{Destination, DeviceState, HostMemory, PAGE, RamBlock, Sourc
 #[derive(Debug)]
 struct RunLength;
 
-/// Two bits of the codec field: no codec of QEMU's has that, so it never meets one by mistake.
+/// One of the ids that are free for codecs of one's own: several bits, from 0x18 on.
 const ID: u8 = 0x18;
 
 impl Codec for RunLength {
@@ -106,6 +106,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let configuration =
         Configuration { machine: "example".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
     let mut precopy = Source::builder(vec![here.clone()], configuration)
+        .paused_guest()
         .channels(2)
         .codec(Arc::new(RunLength))
         .build()?

@@ -9,7 +9,8 @@ use std::thread;
 
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
-    Destination, DeviceState, DirtyBitmap, DirtyLog, DirtyLogError, HostMemory, PAGE, RamBlock, Source,
+    Coverage, Destination, DeviceState, DirtyBitmap, DirtyLog, DirtyLogError, HostMemory, PAGE, RamBlock,
+    Source,
 };
 
 const PAGES: usize = 4096;
@@ -32,6 +33,11 @@ impl DirtyLog for Journal {
 
     fn start(&mut self, _ram: &[RamBlock]) -> Result<(), DirtyLogError> {
         Ok(())
+    }
+
+    /// All of the one block that there is: nothing but the device writes to this guest. Beside vCPUs it would be `Nothing`.
+    fn covers(&self, block: &RamBlock) -> Coverage {
+        if block.name().as_str() == "ram" { Coverage::Whole } else { Coverage::Nothing }
     }
 
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {

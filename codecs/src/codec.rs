@@ -1,6 +1,8 @@
 //! The three traits of a codec: one shared factory, and an encoder and a decoder per channel.
 
-use std::fmt::{self, Debug, Display};
+use std::fmt::Debug;
+
+pub use multifd_wire::CodecId;
 
 use crate::error::{CodecError, DecodeFailed, EncodeFailed};
 
@@ -26,7 +28,7 @@ pub const MAX_PAYLOAD_LEN: usize = 1 << 20;
 /// struct RunLength;
 ///
 /// impl Codec for RunLength {
-///     fn id(&self) -> CodecId { CodecId::new(0x06).unwrap() } // a value that QEMU has no use for
+///     fn id(&self) -> CodecId { CodecId::new(0x18).unwrap() } // one that is free for codecs of your own
 ///     fn name(&self) -> &str { "run-length" }
 ///     fn encoder(&self) -> Result<Box<dyn Encoder>, CodecError> { Ok(Box::new(Pack)) }
 ///     fn decoder(&self) -> Result<Box<dyn Decoder>, CodecError> { Ok(Box::new(Unpack { dead: false })) }
@@ -71,7 +73,8 @@ pub const MAX_PAYLOAD_LEN: usize = 1 << 20;
 /// conformance::check(&RunLength);
 /// ```
 pub trait Codec: Debug + Send + Sync + 'static {
-    /// The value of the packet's codec field. Both ends have to mean the same by it.
+    /// The value of the packet's codec field. Both ends have to mean the same by it. A codec of your own takes one from 0x18 on
+    /// with several bits; both ends refuse a [reserved](CodecId::is_reserved) one.
     fn id(&self) -> CodecId;
 
     /// Short name for people: lower case, no spaces, e.g. `zstd`.
@@ -127,88 +130,9 @@ pub trait Decoder: Send {
     fn recv_pages(&mut self, payload: &[u8], pages: &mut [u8]) -> Result<(), DecodeFailed>;
 }
 
-/// A codec as packets name it: the value of bits 1..=5 of the packet flags, in place (docs/wire.md §7.3).
-///
-/// QEMU sets one of these bits at most. Values with several bits, such as 0x06, are free for codecs of your
-/// own between two multifd ends.
-#[derive(Clone, Copy, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub struct CodecId(u8);
-
-impl CodecId {
-    /// The bits that a codec id may have.
-    pub const MASK: u8 = 0x3e;
-    /// Pages as they are.
-    pub const NONE: Self = Self(0x00);
-    /// One continuous zlib stream per channel.
-    pub const ZLIB: Self = Self(0x02);
-    /// One continuous zstd frame per channel.
-    pub const ZSTD: Self = Self(0x04);
-    /// Intel QPL: QEMU's, not implemented here.
-    pub const QPL: Self = Self(0x08);
-    /// UADK: QEMU's, not implemented here.
-    pub const UADK: Self = Self(0x10);
-    /// QATzip: QEMU's, not implemented here.
-    pub const QATZIP: Self = Self(0x20);
-
-    /// Takes the value of the codec field, `None` if it has bits outside of [`MASK`](Self::MASK).
-    pub const fn new(value: u8) -> Option<Self> {
-        if value & !Self::MASK == 0 { Some(Self(value)) } else { None }
-    }
-
-    /// The value of the codec field.
-    pub const fn value(self) -> u8 {
-        self.0
-    }
-
-    /// QEMU's name for it, if it has one.
-    pub const fn name(self) -> Option<&'static str> {
-        Some(match self {
-            Self::NONE => "none",
-            Self::ZLIB => "zlib",
-            Self::ZSTD => "zstd",
-            Self::QPL => "qpl",
-            Self::UADK => "uadk",
-            Self::QATZIP => "qatzip",
-            _ => return None,
-        })
-    }
-}
-
-impl Display for CodecId {
-    /// `zstd`, or `0x06` for a value without a name.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.name() {
-            Some(name) => f.write_str(name),
-            None => write!(f, "{:#04x}", self.0),
-        }
-    }
-}
-
-impl Debug for CodecId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "CodecId({self})")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ids_are_the_five_bits_of_the_flags() {
-        for value in 0..=u8::MAX {
-            let legal = value & 1 == 0 && value < 0x40;
-            assert_eq!(CodecId::new(value).map(CodecId::value), legal.then_some(value));
-        }
-    }
-
-    #[test]
-    fn ids_read_like_qemus_names() {
-        assert_eq!(CodecId::ZSTD.to_string(), "zstd");
-        assert_eq!(CodecId::QATZIP.to_string(), "qatzip");
-        assert_eq!(CodecId::new(0x06).unwrap().to_string(), "0x06");
-        assert_eq!(format!("{:?}", CodecId::NONE), "CodecId(none)");
-    }
 
     #[test]
     fn traits_are_object_safe_and_cross_threads() {

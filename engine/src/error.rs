@@ -27,6 +27,8 @@ pub struct Error {
 pub enum ErrorKind {
     /// A parameter or a call order that cannot work; nothing was sent.
     ApiMisuse,
+    /// The engine contradicts itself: a bug of ours. The migration ends, rather than go on with what may be wrong.
+    Bug,
     /// The caller asked to stop.
     Cancelled,
     /// A codec could not encode, or the payload does not decode.
@@ -143,6 +145,11 @@ impl Error {
 
     pub(crate) fn invalid(phase: Phase, invalid: Invalid) -> Self {
         Self::new(ErrorKind::InvalidStream, phase, "invalid stream").because(invalid)
+    }
+
+    /// What cannot be was seen: `detail` says what.
+    pub(crate) fn bug(phase: Phase, detail: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Bug, phase, format!("{detail} (a bug in multifd)"))
     }
 
     pub(crate) fn misbehaved(phase: Phase, detail: impl Into<Cow<'static, str>>) -> Self {

@@ -43,9 +43,11 @@ pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, EarlyState, 
 pub use config::{DestinationConfig, SourceConfig, parameter, rule};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
-pub use dirty::{DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance};
+pub use dirty::{
+    Coverage, DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance,
+};
 #[cfg(feature = "kvm")]
-pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot};
+pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use error::{Error, ErrorKind, Phase, Result};
 pub use pagemap::{PageQuery, PageRun};
 pub use ram::{DirtyBitmap, HostMemory, PAGE, RamBlock};

@@ -80,7 +80,10 @@ impl StreamReader {
         while self.end - self.start < count {
             self.more(phase, what)?;
         }
-        Ok(self.buffer.get(self.start..self.start + count).unwrap_or_default())
+        let end = self.start + count;
+        self.buffer
+            .get(self.start..end)
+            .ok_or_else(|| Error::bug(phase, format_args!("bytes {}..{end} of the buffer", self.start)))
     }
 
     /// Reads on; an end of the stream is an error: `what` was still due.
@@ -100,7 +103,9 @@ impl StreamReader {
             self.end -= self.start;
             self.start = 0;
         }
-        let free = self.buffer.get_mut(self.end..).unwrap_or_default();
+        // Without room, an end of the stream would be seen where there is none.
+        let free = self.buffer.get_mut(self.end..).filter(|free| !free.is_empty());
+        let free = free.ok_or_else(|| Error::bug(phase, format_args!("no room for {what}")))?;
         let received = loop {
             let before = self.session.wire_bytes();
             match self.channel.recv(free) {

@@ -55,7 +55,7 @@ pub use fields::{Contents, Field, Run, Structure, Subsection, Value};
 pub use invalid::{Invalid, Parsed};
 pub use item::{Footer, Item, SectionHead, SectionId};
 pub use multifd::{
-    DeviceStatePacket, InitialPacket, MAX_DEVICE_STATE_PAYLOAD, MAX_PAYLOAD, MULTIFD_MAGIC,
+    CodecId, DeviceStatePacket, InitialPacket, MAX_DEVICE_STATE_PAYLOAD, MAX_PAYLOAD, MULTIFD_MAGIC,
     PACKET_PREFIX_LEN, PacketFlags, PacketKind, RamPacket, RamPacketHeader, header_len, pages_per_packet,
 };
 pub use names::BlockName;

@@ -93,7 +93,7 @@ impl Checkpoint {
         self.manifest.blocks.iter().map(block).collect()
     }
 
-    /// A source that sends this guest on. Its settings can still be changed.
+    /// A source that sends this guest on, which nothing runs meanwhile. Its settings can still be changed.
     ///
     /// # Errors
     /// As [`Checkpoint::ram`].
@@ -103,6 +103,7 @@ impl Checkpoint {
         Ok(Source::builder(self.ram()?, self.configuration.clone())
             .uuid(uuid.unwrap_or_default())
             .early_sections(self.early.clone())
+            .paused_guest()
             .switchover_start(self.manifest.switchover_start))
     }
 }

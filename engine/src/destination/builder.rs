@@ -8,6 +8,7 @@ use multifd_transports::{Endpoint, Listener, SocketOptions, TlsServer};
 
 use super::{Destination, IncomingRam, SwitchoverAck};
 use crate::config::DestinationConfig;
+use crate::dialect;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::session::Session;
 
@@ -91,8 +92,9 @@ impl DestinationBuilder {
     /// Opens the listening socket. The source may connect from now on.
     ///
     /// # Errors
-    /// `ApiMisuse` that names the setting, `Transport` if the address cannot be listened on.
+    /// `ApiMisuse` that names the setting or a codec with a reserved id, `Transport` if the address cannot be listened on.
     pub fn listen(self, endpoint: &Endpoint) -> Result<Destination> {
+        self.codecs.iter().try_for_each(|codec| dialect::check_codec(&**codec, Phase::Accept))?;
         // Before a command is started or a file opened. What a descriptor is, shows when it is open.
         let unknown = matches!(endpoint, Endpoint::Fd(_) | Endpoint::FdFrom(_));
         let is_file = matches!(endpoint, Endpoint::File { .. });

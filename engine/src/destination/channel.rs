@@ -108,7 +108,9 @@ impl ChannelWorker {
         self.receive(
             Phase::Active,
             "the rest of a packet header",
-            prefix.get_mut(received..).unwrap_or_default(),
+            prefix
+                .get_mut(received..)
+                .ok_or_else(|| Error::bug(Phase::Active, "more was received than asked for"))?,
         )?;
         whole.copy_from_slice(prefix);
         Ok(Some(whole))
@@ -131,7 +133,7 @@ impl ChannelWorker {
     }
 
     fn pages(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
-        if packet.flags().codec() == dialect::DELTA_CODEC && self.shared.speaks_dialect() {
+        if packet.flags().codec() == CodecId::DIALECT_DELTA && self.shared.speaks_dialect() {
             return self.receive_deltas(landing, packet);
         }
         let codec = self.shared.codec(packet.flags())?;
@@ -216,10 +218,10 @@ impl ChannelWorker {
     fn receive_decoded(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
         self.receive_payload(packet)?;
         self.pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
-        let pages = self.pages.get_mut(..packet.normal_pages() * PAGE).unwrap_or_default();
-        if let Some(decoder) = &mut self.decoder {
-            decoder.recv_pages(&self.payload, pages).map_err(codec_error)?;
-        }
+        let pages = self.pages.get_mut(..packet.normal_pages() * PAGE).ok_or_else(|| too_large(packet))?;
+        let decoder = self.decoder.as_mut();
+        let decoder = decoder.ok_or_else(|| Error::bug(Phase::Active, "packed pages without a decoder"))?;
+        decoder.recv_pages(&self.payload, pages).map_err(codec_error)?;
         store(landing, packet, pages, landing.way_through_file().as_ref())
     }
 
@@ -231,7 +233,7 @@ impl ChannelWorker {
     ) -> Result<()> {
         let mut pages = std::mem::take(&mut self.pages);
         pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
-        let content = pages.get_mut(..packet.payload_len()).unwrap_or_default();
+        let content = pages.get_mut(..packet.payload_len()).ok_or_else(|| too_large(packet))?;
         let received = self.channel.recv_exact(content).map_err(|error| pages_missing(packet, error));
         let stored = received.and_then(|()| store(landing, packet, content, way));
         self.pages = pages;
@@ -264,7 +266,8 @@ impl ChannelWorker {
 fn store(landing: &Landing, packet: &RamPacket<'_>, pages: &[u8], way: Option<&Way<'_>>) -> Result<()> {
     let mut run: Option<(usize, usize, usize)> = None; // first page, pages, index of the first in the packet
     let store = |(first, count, at): (usize, usize, usize)| {
-        landing.write(first, pages.get(at * PAGE..(at + count) * PAGE).unwrap_or_default(), way)
+        let content = pages.get(at * PAGE..(at + count) * PAGE).ok_or_else(|| too_large(packet))?;
+        landing.write(first, content, way)
     };
     for (index, offset) in packet.normal_offsets().enumerate() {
         let page = landing.page_at(offset)?;
@@ -286,6 +289,12 @@ fn cannot_be_written(landing: &Landing, packet: &RamPacket<'_>, error: io::Error
     let first = pages.peek().copied().unwrap_or(0);
     let bad = pages.find(|page| !landing.block().can_be_written(*page)).unwrap_or(first);
     landing.fault("writing", bad..bad + 1, error)
+}
+
+/// `RamPacket::parse` lets no such packet through.
+fn too_large(packet: &RamPacket<'_>) -> Error {
+    let (pages, payload) = (packet.normal_pages(), packet.payload_len());
+    Error::bug(Phase::Active, format_args!("a packet of {pages} pages in {payload} bytes was let through"))
 }
 
 fn pages_missing(packet: &RamPacket<'_>, error: io::Error) -> Error {

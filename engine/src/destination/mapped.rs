@@ -168,7 +168,9 @@ impl Plan {
     /// The bits of pages `first..last`.
     fn bits(&self, block: &PlannedBlock, first: u64, last: u64) -> Result<StoredBits> {
         let mut bytes = [0; 8 * CHUNK_WORDS];
-        let bytes = bytes.get_mut(..size((last - first).div_ceil(64) * 8)).unwrap_or_default();
+        let bytes = bytes.get_mut(..size((last - first).div_ceil(64) * 8)).ok_or_else(|| {
+            Error::bug(Phase::Active, format_args!("a bitmap of pages {first}..{last} in one piece"))
+        })?;
         let position = block.place.bitmap_offset + first / 8;
         file(&self.channel).and_then(|file| file.read_exact_at(bytes, position)).map_err(|error| {
             let what = format!(

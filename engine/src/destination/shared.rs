@@ -123,22 +123,22 @@ impl Shared {
     /// The codec of a packet with pages: known here, and the same for the whole migration.
     pub(crate) fn codec(&self, flags: PacketFlags) -> Result<Arc<dyn Codec>> {
         self.facts.modify_silently(|facts| match &facts.codec {
-            Some(codec) if codec.id().value() == flags.codec() => Ok(Arc::clone(codec)),
+            Some(codec) if codec.id() == flags.codec() => Ok(Arc::clone(codec)),
             Some(codec) => Err(Error::misbehaved(
                 Phase::Active,
                 format!(
                     "packet with codec {:#x} after packets with {} ({:#x})",
-                    flags.codec(),
+                    flags.codec().value(),
                     codec.name(),
                     codec.id().value()
                 ),
             )),
             None => {
-                let found = self.codecs.iter().find(|codec| codec.id().value() == flags.codec());
+                let found = self.codecs.get(flags.codec());
                 let codec = found.ok_or_else(|| {
                     let known: Vec<_> = self.codecs.iter().map(|codec| codec.name()).collect();
-                    let detail =
-                        format!("packet with codec {:#x}; known here: {}", flags.codec(), known.join(", "));
+                    let seen = flags.codec().value();
+                    let detail = format!("packet with codec {seen:#x}; known here: {}", known.join(", "));
                     Error::incompatible(Phase::Active, detail)
                 })?;
                 facts.codec = Some(Arc::clone(codec));

@@ -23,7 +23,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use super::DirtyLog;
+use multifd_wire::BlockName;
+
+use super::coverage::pages_covered;
+use super::{Coverage, DirtyLog};
 use crate::ram::{DirtyBitmap, PAGE, RamBlock};
 
 /// Writes to the guest's memory on a thread of its own, at least once, and returns soon after `running` is false.
@@ -44,7 +47,7 @@ const MOST_SPINS: usize = 400;
 /// of them is lost.
 ///
 /// # Panics
-/// When a page differs that was not reported: a lost write. When the log gives an error, or the writers wrote nothing.
+/// When a page differs that was not reported: a lost write. When the log says that it covers what it cannot, gives an error, or the writers wrote nothing.
 pub fn check_dirty_log(log: &mut dyn DirtyLog, ram: &[RamBlock], runs: usize, writers: &[Writer<'_>]) {
     for start in 0..2 {
         let mut copy = None;
@@ -54,6 +57,7 @@ pub fn check_dirty_log(log: &mut dyn DirtyLog, ram: &[RamBlock], runs: usize, wr
             with_writers(writers, || {
                 let copy = copy.get_or_insert_with(|| {
                     log.start(ram).unwrap_or_else(|error| panic!("{what}: {error}"));
+                    check_coverage(log, ram, &what);
                     Copy::of(ram)
                 });
                 // A different number of rounds each time: writers are caught at every stage of their work.
@@ -74,6 +78,21 @@ pub fn check_dirty_log(log: &mut dyn DirtyLog, ram: &[RamBlock], runs: usize, wr
             log.name()
         );
     }
+}
+
+/// What a log covers lies in its blocks, and a block that it was not started for is not covered: a log that answers "all" to
+/// every question would hide that a block is in no log.
+fn check_coverage(log: &dyn DirtyLog, ram: &[RamBlock], what: &str) {
+    for block in ram {
+        pages_covered(log, block).unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
+    }
+    let Some(any) = ram.first() else { return };
+    let name = BlockName::try_from("conformance: another block").unwrap_or_else(|error| panic!("{error}"));
+    let other = RamBlock::new(name, any.memory().clone());
+    assert!(
+        log.covers(&other) == Coverage::Nothing,
+        "{what}: it says that it covers a block that it was not started for"
+    );
 }
 
 /// Writes counted values to random pages until `running` is false: half of them to a few hot pages, the rest anywhere.
@@ -254,10 +273,36 @@ mod tests {
         fn start(&mut self, _: &[RamBlock]) -> Result<(), DirtyLogError> {
             Ok(())
         }
+        fn covers(&self, _: &RamBlock) -> Coverage {
+            Coverage::Nothing
+        }
         fn sync(&mut self, _: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
             Ok(())
         }
         fn stop(&mut self) {}
+    }
+
+    struct Boastful;
+    impl DirtyLog for Boastful {
+        fn name(&self) -> &str {
+            "boastful"
+        }
+        fn start(&mut self, _: &[RamBlock]) -> Result<(), DirtyLogError> {
+            Ok(())
+        }
+        fn covers(&self, _: &RamBlock) -> Coverage {
+            Coverage::Whole
+        }
+        fn sync(&mut self, _: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
+            Ok(())
+        }
+        fn stop(&mut self) {}
+    }
+
+    #[test]
+    #[should_panic(expected = "covers a block that it was not started for")]
+    fn a_log_that_claims_every_block_is_found() {
+        check_dirty_log(&mut Boastful, &ram(), 1, &[&|_| {}]);
     }
 
     #[test]

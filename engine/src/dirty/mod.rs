@@ -2,6 +2,7 @@
 
 pub mod conformance;
 
+mod coverage;
 #[cfg(feature = "kvm")]
 mod kvm;
 mod log;
@@ -11,13 +12,15 @@ mod set;
 mod software;
 mod userfault;
 
+pub use coverage::Coverage;
 #[cfg(feature = "kvm")]
-pub use kvm::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot};
+pub use kvm::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use log::{DirtyLog, DirtyLogError};
 pub use region::RegionLog;
 pub use software::{DirtyMarker, SoftwareLog};
 pub use userfault::UserfaultLog;
 
+pub(crate) use coverage::Unwritten;
 pub(crate) use set::LogSet;
 #[cfg(feature = "vhost")]
-pub(crate) use software::place_of;
+pub(crate) use software::{bitmap_of, place_of};

@@ -6,8 +6,8 @@ use multifd_wire::BlockName;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, MmapRegion};
 
-use super::software::place_of;
-use super::{DirtyLog, DirtyLogError};
+use super::software::{bitmap_of, place_of};
+use super::{Coverage, DirtyLog, DirtyLogError};
 use crate::ram::{DirtyBitmap, PAGE, RamBlock};
 
 /// The bitmaps of a VMM whose guest memory is `GuestMemoryMmap<AtomicBitmap>`: whatever is written through vm-memory is
@@ -122,13 +122,18 @@ impl DirtyLog for RegionLog {
         self.regions.iter_mut().try_for_each(|region| region.start(ram))
     }
 
-    fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
-        for region in &self.regions {
-            if let Some(bitmap) = bitmaps.get(region.place) {
-                region.sync(bitmap);
-            }
+    fn covers(&self, block: &RamBlock) -> Coverage {
+        match self.regions.iter().any(|region| region.block == *block.name()) {
+            true => Coverage::Whole,
+            false => Coverage::Nothing,
         }
-        Ok(())
+    }
+
+    fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
+        self.regions.iter().try_for_each(|region| {
+            region.sync(bitmap_of(bitmaps, region.place, &region.block)?);
+            Ok(())
+        })
     }
 
     fn stop(&mut self) {}

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{DirtyLog, DirtyLogError};
+use super::{DirtyLog, DirtyLogError, Unwritten};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{DirtyBitmap, RamBlock};
 
@@ -13,8 +13,12 @@ pub(crate) struct LogSet {
 }
 
 impl LogSet {
-    /// Starts every log. An error stops those that were started.
-    pub(crate) fn start(logs: Vec<Box<dyn DirtyLog>>, ram: &[RamBlock]) -> Result<Self> {
+    /// Starts every log, and checks that they cover all that is written. An error stops those that were started.
+    pub(crate) fn start(
+        logs: Vec<Box<dyn DirtyLog>>,
+        ram: &[RamBlock],
+        unwritten: &Unwritten,
+    ) -> Result<Self> {
         let mut set = Self::default();
         for mut log in logs {
             let result = log.start(ram);
@@ -25,6 +29,7 @@ impl LogSet {
             set.started.push(log);
             failed?;
         }
+        unwritten.check_logs(&set.started, ram)?;
         Ok(set)
     }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use multifd_wire::BlockName;
 
-use super::{DirtyLog, DirtyLogError};
+use super::{Coverage, DirtyLog, DirtyLogError};
 use crate::ram::{DirtyBitmap, PAGE, RamBlock};
 
 /// Bitmaps that the embedder marks: for device back-ends that write to guest memory from threads of the VMM, for
@@ -93,11 +93,16 @@ impl DirtyLog for SoftwareLog {
         Ok(())
     }
 
+    fn covers(&self, block: &RamBlock) -> Coverage {
+        match self.noted.blocks.iter().any(|(name, _)| name == block.name()) {
+            true => Coverage::Whole,
+            false => Coverage::Nothing,
+        }
+    }
+
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
-        for ((_, written), place) in self.noted.blocks.iter().zip(&self.places) {
-            if let Some(bitmap) = bitmaps.get(*place) {
-                written.move_to(bitmap);
-            }
+        for ((name, written), place) in self.noted.blocks.iter().zip(&self.places) {
+            written.move_to(bitmap_of(bitmaps, *place, name)?);
         }
         if self.noted.stray.load(Ordering::Relaxed) {
             let blocks = self.noted.blocks.len();
@@ -120,6 +125,20 @@ pub(crate) fn place_of(name: &BlockName, pages: usize, ram: &[RamBlock]) -> Resu
         ))),
         None => Err(DirtyLogError::new(format!("noting writes to RAM block {name}: it does not migrate"))),
     }
+}
+
+/// The bitmap of block `name`, which is number `place` of the migration's.
+pub(crate) fn bitmap_of<'a>(
+    bitmaps: &'a [Arc<DirtyBitmap>],
+    place: usize,
+    name: &BlockName,
+) -> Result<&'a DirtyBitmap, DirtyLogError> {
+    bitmaps.get(place).map(|bitmap| &**bitmap).ok_or_else(|| {
+        let count = bitmaps.len();
+        DirtyLogError::new(format!(
+            "noting writes to RAM block {name}: it is number {place} of {count} bitmaps (a bug)"
+        ))
+    })
 }
 
 #[cfg(test)]

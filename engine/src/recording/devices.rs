@@ -58,11 +58,17 @@ impl Devices {
         let description = end.get(6..).map(VmDescription::parse).transpose()?.map(Arc::new);
         let mut all = Vec::new();
         for bytes in [early, sections] {
-            let section = |section: multifd_wire::DeviceSection| {
-                let payload = bytes.get(section.payload).unwrap_or_default();
-                RecordedSection { head: section.head, content: SectionContent::Device(payload.to_vec()) }
-            };
-            all.extend(split_tail(bytes, description.as_deref())?.into_iter().map(section));
+            for section in split_tail(bytes, description.as_deref())? {
+                let payload = bytes.get(section.payload.clone()).ok_or_else(|| {
+                    Invalid::new(
+                        "payload of a device section",
+                        format_args!("bytes {:?}", section.payload),
+                        format_args!("inside of {} bytes", bytes.len()),
+                    )
+                })?;
+                let content = SectionContent::Device(payload.to_vec());
+                all.push(RecordedSection { head: section.head, content });
+            }
         }
         Ok(Self { sections: all, description, trailing_bytes: 0 })
     }

@@ -122,7 +122,10 @@ impl<'f> FileReader<'f> {
         }
         let start = self.start;
         self.consume(count);
-        Ok(self.buffer.get(start..start + count).unwrap_or_default())
+        let taken = self.buffer.get(start..start + count);
+        taken.ok_or_else(|| {
+            Error::bug(phase, format_args!("{count} bytes for {what} past the end of the buffer"))
+        })
     }
 
     /// All that is buffered, which is at least `count` bytes unless the file ends before. Nothing is taken.

@@ -120,7 +120,10 @@ impl<'f> Items<'f> {
 
     /// A piece of the live section at `index`.
     fn live(&mut self, index: usize) -> Result<()> {
-        let Some(head) = self.sections.get(index).map(|section| section.head.clone()) else { return Ok(()) };
+        let section = self.sections.get(index);
+        let section =
+            section.ok_or_else(|| Error::bug(Phase::Active, format_args!("section {index} of a file")))?;
+        let head = section.head.clone();
         let known = Known { ram: self.ram, sections: &self.sections };
         let mut len = 0;
         let count = |bytes: &[u8]| {

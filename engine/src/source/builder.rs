@@ -6,14 +6,15 @@ use std::time::Duration;
 
 use multifd_codecs::{Codec, Uncompressed};
 use multifd_transports::{Endpoint, SocketOptions, TlsClient};
-use multifd_wire::Configuration;
+use multifd_wire::{BlockName, Configuration};
 
 use super::control::Control;
 use super::outgoing::ZeroPages;
 use super::zero_copy::ZeroCopySend;
 use crate::config::{SourceConfig, Surroundings};
 use crate::convergence::{AutoConverge, Limits};
-use crate::dirty::DirtyLog;
+use crate::dialect;
+use crate::dirty::{DirtyLog, Unwritten};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::RamBlock;
 use crate::sections::EarlySections;
@@ -36,6 +37,7 @@ pub(super) struct Guest {
     pub(super) uuid: [u8; 16],
     pub(super) early: EarlySections,
     pub(super) logs: Vec<Box<dyn DirtyLog>>,
+    pub(super) unwritten: Unwritten,
 }
 
 /// Settings of a [`Source`], and the objects that it works with. Made by [`Source::builder`].
@@ -57,6 +59,7 @@ impl Source {
                 uuid: [0; 16],
                 early: EarlySections::default(),
                 logs: Vec::new(),
+                unwritten: Unwritten::default(),
             },
             codec: Arc::new(Uncompressed),
             tls: None,
@@ -94,10 +97,26 @@ impl SourceBuilder {
         self
     }
 
-    /// Where writes to the guest's RAM are noted; any number of logs. Default: none, for a guest that is paused.
+    /// Where writes to the guest's RAM are noted; any number of logs, which together cover all of it but what
+    /// [`read_only_block`](Self::read_only_block) names: what is written elsewhere would be lost.
     #[must_use]
     pub fn dirty_log(mut self, log: impl DirtyLog + 'static) -> Self {
         self.guest.logs.push(Box::new(log));
+        self
+    }
+
+    /// Says that no vCPU and no device writes to this block while it migrates, so that it needs no dirty log: firmware, a ROM.
+    #[must_use]
+    pub fn read_only_block(mut self, name: BlockName) -> Self {
+        self.guest.unwritten.blocks.push(name);
+        self
+    }
+
+    /// Says that the guest is paused for all of the migration, its devices too, so that no block needs a dirty log: a checkpoint
+    /// that is sent, a guest that is moved cold.
+    #[must_use]
+    pub fn paused_guest(mut self) -> Self {
+        self.guest.unwritten.guest_paused = true;
         self
     }
 
@@ -242,6 +261,11 @@ impl SourceBuilder {
         let Self { config, guest, codec, tls } = self;
         let around = Surroundings { codec: &*codec, tls: tls.is_some(), endpoint: None, opened: None };
         config.check(around).map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
+        guest
+            .unwritten
+            .check_names(&guest.ram)
+            .map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
+        dialect::check_codec(&*codec, Phase::Setup)?;
         let session = Session::new(config.timeout);
         let control = Control::new(&session, config.max_bandwidth, config.limits);
         Ok(Source { config, guest, codec, tls, session, control })

@@ -37,7 +37,7 @@ impl Source {
     /// yet: dialling goes on for the timeout.
     ///
     /// # Errors
-    /// `Transport` if there is no connection, or what broke the setup. Nothing has left the guest.
+    /// `ApiMisuse` for RAM that may be written and that no dirty log covers. `Transport` if there is no connection, or what broke the setup. Nothing has left the guest.
     pub fn connect(mut self, endpoint: &Endpoint) -> Result<Precopy> {
         self.session.enter(MigrationState::Setup)?;
         let crew = Crew::new(self.session.stop.clone());
@@ -77,7 +77,8 @@ impl Source {
         let default_zero = ZeroPages::for_machine(&self.guest.configuration);
         let zero_pages = self.config.zero_pages.unwrap_or(default_zero);
         // The logs first: what is read from now on may change, and they note it.
-        let logs = LogSet::start(std::mem::take(&mut self.guest.logs), &self.guest.ram)?;
+        let logs =
+            LogSet::start(std::mem::take(&mut self.guest.logs), &self.guest.ram, &self.guest.unwritten)?;
         let parallel = self.config.channels > 0;
         let ram = OutgoingRam::new(std::mem::take(&mut self.guest.ram), zero_pages, parallel)?;
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);

@@ -10,9 +10,10 @@ const VM_DESCRIPTION: u8 = 0x06;
 /// Device sections, the end of the stream, and the vmdescription if there is one, as a source wrote them.
 #[derive(Clone, Debug)]
 pub struct DeviceState {
-    bytes: Vec<u8>,
-    /// Bytes before the EOF byte.
-    sections_len: usize,
+    /// What comes before the EOF byte.
+    sections: Vec<u8>,
+    /// EOF, and what follows it.
+    end: Vec<u8>,
 }
 
 impl DeviceState {
@@ -39,21 +40,21 @@ impl DeviceState {
     }
 
     /// `description`: the JSON of the devices, if there are any.
-    fn from_sections(mut bytes: Vec<u8>, description: &str) -> Self {
-        let sections_len = bytes.len();
+    fn from_sections(sections: Vec<u8>, description: &str) -> Self {
+        let mut end = Vec::new();
         let json = format!(r#"{{"page_size": {PAGE}, "devices": [{description}]}}"#);
-        Item::Eof.encode(&mut bytes);
-        bytes.push(VM_DESCRIPTION);
-        bytes.extend_from_slice(&u32::try_from(json.len()).unwrap_or(u32::MAX).to_be_bytes());
-        bytes.extend_from_slice(json.as_bytes());
-        Self { bytes, sections_len }
+        Item::Eof.encode(&mut end);
+        end.push(VM_DESCRIPTION);
+        end.extend_from_slice(&u32::try_from(json.len()).unwrap_or(u32::MAX).to_be_bytes());
+        end.extend_from_slice(json.as_bytes());
+        Self { sections, end }
     }
 
     /// Takes the tail of a recorded stream: from the first FULL section to the end.
     ///
     /// # Errors
     /// Bytes that do not end as a stream does.
-    pub fn from_tail(bytes: Vec<u8>) -> Result<Self, Invalid> {
+    pub fn from_tail(mut bytes: Vec<u8>) -> Result<Self, Invalid> {
         let mut scanner = TailScanner::new();
         let end = scanner.push(&bytes)?;
         let sections_len = match end {
@@ -74,16 +75,17 @@ impl DeviceState {
                 ));
             }
         };
-        Ok(Self { bytes, sections_len })
+        let end = bytes.split_off(sections_len);
+        Ok(Self { sections: bytes, end })
     }
 
     /// The FULL sections.
     pub(crate) fn sections(&self) -> &[u8] {
-        self.bytes.get(..self.sections_len).unwrap_or_default()
+        &self.sections
     }
 
     /// EOF, and what follows it.
     pub(crate) fn end(&self) -> &[u8] {
-        self.bytes.get(self.sections_len..).unwrap_or_default()
+        &self.end
     }
 }

@@ -97,7 +97,7 @@ impl MainWriter {
 
     /// Zero pages of one block.
     pub(super) fn zero_pages(&mut self, ram: &OutgoingRam, report: &ZeroReport) -> Result<()> {
-        let Some(block) = ram.blocks.get(report.block) else { return Ok(()) };
+        let block = ram.block(report.block)?;
         for offset in &report.offsets {
             let block = self.naming.refer(report.block, block.block.name());
             self.record(&RamRecord::Zero { offset: *offset, block });

@@ -110,6 +110,14 @@ impl OutgoingRam {
         Ok(this)
     }
 
+    /// The block that a round's batch is of. No answer is an error: the batch's bits are taken off the bitmap, and its pages
+    /// would be lost.
+    pub(super) fn block(&self, index: usize) -> Result<&OutgoingBlock> {
+        self.blocks.get(index).ok_or_else(|| {
+            Error::bug(Phase::Active, format_args!("pages of RAM block {index} of {}", self.blocks.len()))
+        })
+    }
+
     /// The first pass is over.
     pub(super) fn forget_holes(&self) {
         self.holes_hold.store(false, Ordering::Relaxed);
@@ -207,5 +215,16 @@ mod tests {
         let error = ram.blocks[0].kernel_fault([1, 2, 5, 6], cause);
         assert_eq!(error.kind(), ErrorKind::GuestMemory);
         assert!(error.to_string().contains("page 5 of RAM block ram"), "{error}");
+    }
+
+    #[test]
+    fn pages_of_a_block_that_is_not_there_are_a_bug_and_not_dropped() {
+        let block = RamBlock::new("a".try_into().unwrap(), HostMemory::anonymous(PAGE).unwrap());
+        let ram = OutgoingRam::new(vec![block], ZeroPages::Multifd, true).unwrap();
+        assert_eq!(ram.block(0).unwrap().block.name().as_str(), "a");
+        let error = ram.block(1).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Bug);
+        assert!(error.source_may_resume());
+        assert_eq!(error.to_string(), "active: pages of RAM block 1 of 1 (a bug in multifd)");
     }
 }

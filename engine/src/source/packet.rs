@@ -118,7 +118,8 @@ impl Packet {
             }
             let start = self.pages.len();
             self.pages.resize(start + PAGE, 0);
-            let Some(copy) = self.pages.last_chunk_mut::<PAGE>() else { continue };
+            let copy = self.pages.last_chunk_mut::<PAGE>();
+            let copy = copy.ok_or_else(|| Error::bug(Phase::Active, "no room for a page in its packet"))?;
             if !absent && !block.block.load_page(*page, copy) {
                 return Err(outside());
             }
@@ -139,7 +140,7 @@ impl Packet {
                 Lookup::Delta => {
                     self.pages.truncate(start);
                     self.delta.push(offset);
-                    dialect::put_delta(&mut self.delta_payload, &self.one_delta);
+                    dialect::put_delta(&mut self.delta_payload, &self.one_delta)?;
                 }
                 Lookup::Unchanged => self.pages.truncate(start),
             }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::devices::Group;
-use crate::dirty::{DirtyLog, DirtyLogError};
+use crate::dirty::{Coverage, DirtyLog, DirtyLogError};
 use crate::ram::{DirtyBitmap, RamBlock};
 use crate::stop::lock;
 
@@ -42,12 +42,17 @@ impl DirtyLog for VhostLog {
         result.0
     }
 
+    /// These devices write to the guest's memory beside its vCPUs, which need a log of their own.
+    fn covers(&self, _: &RamBlock) -> Coverage {
+        Coverage::Nothing
+    }
+
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
         let mut group = self.group();
         if let Some(logging) = &mut group.migration {
             // Nobody writes to these any more: read once, they are done with.
-            logging.retired.drain(..).for_each(|log| log.drain(bitmaps));
-            logging.log.drain(bitmaps);
+            logging.retired.drain(..).try_for_each(|log| log.drain(bitmaps))?;
+            logging.log.drain(bitmaps)?;
         }
         group.check_log()
     }

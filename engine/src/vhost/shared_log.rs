@@ -5,11 +5,12 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use multifd_wire::BlockName;
 use vm_memory::GuestAddress;
 
 use super::region::VhostRegion;
 use super::sys;
-use crate::dirty::{DirtyLogError, place_of};
+use crate::dirty::{DirtyLogError, bitmap_of, place_of};
 use crate::ram::{DirtyBitmap, HostMemory, PAGE, RamBlock};
 
 /// Pages in a word of the log.
@@ -71,12 +72,25 @@ impl SharedLog {
 
     /// Takes the bits of `pages` pages from guest page `first` on, and sets those of the pages from `into_first` on in `into`.
     /// Bits of other pages stay, also those that share a word with them.
-    pub fn move_run(&self, first: u64, pages: usize, into: &DirtyBitmap, into_first: usize) {
+    ///
+    /// # Errors
+    /// The log is not as long as that: bits that a back-end may have set are out of reach.
+    pub fn move_run(
+        &self,
+        first: u64,
+        pages: usize,
+        into: &DirtyBitmap,
+        into_first: usize,
+    ) -> Result<(), DirtyLogError> {
         let end = first.saturating_add(pages as u64);
         let index = |word: u64| usize::try_from(word).unwrap_or(usize::MAX);
         let (low, high) = (index(first / PAGES), index(end.div_ceil(PAGES)));
-        let words = sys::words(&self.memory).unwrap_or_default();
-        let words = words.get(low..high.min(words.len())).unwrap_or_default();
+        let words = sys::words(&self.memory).and_then(|words| words.get(low..high)).ok_or_else(|| {
+            let len = self.len();
+            DirtyLogError::new(format!(
+                "guest pages {first:#x}..{end:#x} in a vhost log of {len} bytes (a bug)"
+            ))
+        })?;
         for (word, base) in words.iter().zip((first / PAGES * PAGES..).step_by(64)) {
             let skip = first.saturating_sub(base);
             let mask = u64::MAX >> (PAGES - (end - base).min(PAGES)) & u64::MAX << skip;
@@ -85,6 +99,7 @@ impl SharedLog {
                 into.set_bits(into_first + index(base + skip - first), bits >> skip);
             }
         }
+        Ok(())
     }
 }
 
@@ -114,6 +129,7 @@ pub(super) struct RunLog {
 struct Run {
     guest_page: u64,
     pages: usize,
+    block: BlockName,
     /// Where its block stands in the migration's list.
     place: usize,
     /// The block's page that is the run's first.
@@ -128,9 +144,10 @@ impl RunLog {
         ram: &[RamBlock],
     ) -> Result<Self, DirtyLogError> {
         let run = |region: &VhostRegion| {
-            let place = place_of(region.block().name(), region.block().pages(), ram)?;
+            let block = region.block().name().clone();
+            let place = place_of(&block, region.block().pages(), ram)?;
             let (guest_page, pages) = (region.first_guest_page(), region.pages());
-            Ok::<_, DirtyLogError>(Run { guest_page, pages, place, page: region.first_page() })
+            Ok::<_, DirtyLogError>(Run { guest_page, pages, block, place, page: region.first_page() })
         };
         let runs = regions.iter().map(run).collect::<Result<_, _>>()?;
         let end = sized_for.iter().map(VhostRegion::guest_end).max().unwrap_or(0);
@@ -141,12 +158,11 @@ impl RunLog {
     }
 
     /// Takes all bits into the bitmaps of their blocks.
-    pub(super) fn drain(&self, bitmaps: &[Arc<DirtyBitmap>]) {
-        for run in &self.runs {
-            if let Some(bitmap) = bitmaps.get(run.place) {
-                self.log.move_run(run.guest_page, run.pages, bitmap, run.page);
-            }
-        }
+    pub(super) fn drain(&self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
+        self.runs.iter().try_for_each(|run| {
+            let bitmap = bitmap_of(bitmaps, run.place, &run.block)?;
+            self.log.move_run(run.guest_page, run.pages, bitmap, run.page)
+        })
     }
 }
 
@@ -190,13 +206,13 @@ mod tests {
         {
             all.iter().for_each(|page| mark(&log, *page));
             let bitmap = DirtyBitmap::new(1000);
-            log.move_run(first, pages, &bitmap, 500);
+            log.move_run(first, pages, &bitmap, 500).unwrap();
             let mine = |page: &&u64| (first..first + pages as u64).contains(page);
             let expected: Vec<_> =
                 all.iter().filter(mine).map(|page| usize::try_from(*page - first).unwrap() + 500).collect();
             assert_eq!(set(&bitmap), expected, "{pages} from {first}");
             let rest = DirtyBitmap::new(400);
-            log.move_run(0, 400, &rest, 0);
+            log.move_run(0, 400, &rest, 0).unwrap();
             assert_eq!(set(&rest).len(), all.len() - expected.len(), "the others stay");
         }
     }
@@ -216,13 +232,16 @@ mod tests {
     }
 
     #[test]
-    fn a_run_past_the_end_of_the_log_is_left_out() {
+    fn a_run_past_the_end_of_the_log_is_an_error() {
         let log = SharedLog::new(64 * PAGE as u64).unwrap();
         mark(&log, 63);
         let bitmap = DirtyBitmap::new(200);
-        log.move_run(60, 140, &bitmap, 0);
-        log.move_run(u64::MAX - 3, 200, &bitmap, 0);
-        log.move_run(640, 1, &bitmap, 0);
+        for (first, pages) in [(60, 140), (u64::MAX - 3, 200), (640, 1), (64, 1)] {
+            let error = log.move_run(first, pages, &bitmap, 0).unwrap_err();
+            assert!(error.to_string().contains("in a vhost log of 8 bytes"), "{error}");
+        }
+        assert_eq!(bitmap.count(), 0);
+        log.move_run(60, 4, &bitmap, 0).unwrap();
         assert_eq!(set(&bitmap), [3]);
     }
 
@@ -242,7 +261,7 @@ mod tests {
             mark(&log.log, page);
         }
         let bitmaps = [Arc::new(DirtyBitmap::new(4)), Arc::new(DirtyBitmap::new(100))];
-        log.drain(&bitmaps);
+        log.drain(&bitmaps).unwrap();
         assert_eq!(bitmaps[0].count(), 0);
         assert_eq!(set(&bitmaps[1]), [0, 9, 10, 99]);
 

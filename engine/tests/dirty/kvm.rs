@@ -16,27 +16,30 @@ use crate::kvm_guest::{Exit, KvmGuest, Pace, run};
 use crate::memory::{anonymous, bitmaps, block, memfd, pages};
 use crate::skip::skipped;
 
-const LEN: usize = 16 << 20;
+pub(crate) const LEN: usize = 16 << 20;
 const RUNS: usize = 40;
 const COUNTER_PAGE: usize = 5;
 /// Slow enough that a page is seldom written twice between two syncs.
 const PACE: Pace = Pace { lap: 8, pause: 3000 };
 
-struct Guest {
-    guest: KvmGuest,
-    ram: [RamBlock; 1],
+pub(crate) struct Guest {
+    pub(crate) guest: KvmGuest,
+    pub(crate) ram: [RamBlock; 1],
     vcpus: Vec<Mutex<VcpuFd>>,
     rings: Option<KvmDirtyRings>,
     slots: Vec<KvmSlot>,
 }
 
 impl Guest {
-    fn new(ring: Option<u32>) -> Option<Self> {
+    pub(crate) fn new(ring: Option<u32>) -> Option<Self> {
         Self::with_memory(ring, |guest| vec![guest.add_memory().unwrap()])
     }
 
     /// Says `skipped` and gives none where there is no KVM; with a number of entries, or no dirty rings.
-    fn with_memory(ring: Option<u32>, add_memory: impl FnOnce(&KvmGuest) -> Vec<KvmSlot>) -> Option<Self> {
+    pub(crate) fn with_memory(
+        ring: Option<u32>,
+        add_memory: impl FnOnce(&KvmGuest) -> Vec<KvmSlot>,
+    ) -> Option<Self> {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
             Err(error) => {
@@ -60,12 +63,12 @@ impl Guest {
         Some(Self { guest, ram, vcpus: vcpus.into_iter().map(Mutex::new).collect(), rings, slots })
     }
 
-    fn log(&self) -> KvmDirtyLog {
+    pub(crate) fn log(&self) -> KvmDirtyLog {
         // SAFETY: the guest's slots as they are.
         unsafe { KvmDirtyLog::new(Arc::clone(&self.guest.vm), self.slots.clone()) }
     }
 
-    fn ring_log(&self) -> KvmDirtyRing {
+    pub(crate) fn ring_log(&self) -> KvmDirtyRing {
         // SAFETY: the guest's slots as they are.
         unsafe { self.rings.as_ref().unwrap().log(self.slots.clone()) }
     }
@@ -82,7 +85,7 @@ impl Guest {
         }
     }
 
-    fn lap(&self, vcpu: usize) {
+    pub(crate) fn lap(&self, vcpu: usize) {
         self.run(vcpu, &AtomicBool::new(false));
     }
 

@@ -10,6 +10,8 @@ mod memory;
 #[cfg(test)]
 mod skip;
 #[cfg(test)]
+mod slots;
+#[cfg(test)]
 mod software;
 #[cfg(test)]
 mod userfault;

@@ -42,6 +42,17 @@ pub(crate) fn anonymous_huge(len: usize) -> io::Result<HostMemory> {
     HostMemory::from_region(Arc::new(region))
 }
 
+/// Maps other memory in the place of a part, as a VMM does that unplugs memory and plugs some again.
+pub(crate) fn map_anew(memory: &HostMemory, offset: usize, len: usize) {
+    let slice = memory.slice(offset, len).unwrap();
+    let (access, flags) =
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
+    let at = slice.ptr_guard_mut().as_ptr();
+    // SAFETY: the range lies in memory that these tests only read and write volatile.
+    let mapped = unsafe { libc::mmap(at.cast(), len, access, flags, -1, 0) };
+    assert_eq!(mapped.cast(), at, "mmap: {}", io::Error::last_os_error());
+}
+
 pub(crate) fn advise(memory: &HostMemory, offset: usize, len: usize, advice: i32) {
     let slice = memory.slice(offset, len).unwrap();
     // SAFETY: the range lies in memory that is mapped, and that these tests only read and write volatile.

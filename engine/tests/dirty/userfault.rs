@@ -7,8 +7,8 @@ use multifd_engine::vm_memory::Bytes;
 use multifd_engine::{DirtyLog, HostMemory, PAGE, RamBlock, UserfaultLog};
 
 use crate::memory::{
-    HUGE_PAGE, HugePages, advise, anonymous, anonymous_huge, bitmaps, block, memfd, pages, pipe, read_into,
-    store,
+    HUGE_PAGE, HugePages, advise, anonymous, anonymous_huge, bitmaps, block, map_anew, memfd, pages, pipe,
+    read_into, store,
 };
 use crate::skip::skipped;
 
@@ -121,8 +121,21 @@ fn exactly_what_was_written_is_reported_once() {
         assert_eq!(pages(bitmap), [0; 0]);
     }
     log.stop();
-    log.sync(&bitmaps).unwrap();
+    let error = log.sync(&bitmaps).unwrap_err();
+    assert_eq!(error.to_string(), "0 RAM blocks are watched, 2 have bitmaps: the log is not started");
     assert_eq!(pages(&mut bitmaps[1]), [0; 0], "after the end nothing is noted");
+}
+
+#[test]
+fn memory_that_is_mapped_anew_meanwhile_fails_the_sync() {
+    let Some(mut log) = log() else { return };
+    let ram = [block("a", anonymous(64))];
+    log.start(&ram).unwrap();
+    map_anew(ram[0].memory(), 16 * PAGE, 16 * PAGE);
+    store(&ram, 0, 20 * PAGE, &[1]);
+    let error = log.sync(&bitmaps(&ram)).unwrap_err();
+    assert_eq!(error.to_string(), "fetching the written pages of RAM block a");
+    log.stop();
 }
 
 /// As reclaim does it: the data is in the file, the page table forgets that it was written.

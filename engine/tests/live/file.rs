@@ -169,7 +169,7 @@ fn a_page_is_written_over_in_place_and_loses_its_bit_when_it_becomes_zero() {
 fn a_guest_that_came_from_a_mapped_file_goes_on_in_a_plain_stream() {
     let block = RamBlock::new("guest.ram".try_into().unwrap(), HostMemory::anonymous(10 * PAGE).unwrap());
     let place = Place::new(0);
-    let mut precopy = place.connect(Source::builder(vec![block], configuration())).unwrap();
+    let mut precopy = place.connect(Source::builder(vec![block], configuration()).paused_guest()).unwrap();
     precopy.round().unwrap();
     precopy.stop_copy().unwrap().commit(&DeviceState::none()).unwrap();
     assert!(Recording::open(&place.path).unwrap().configuration().capabilities.is_empty());

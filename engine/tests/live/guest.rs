@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
-use multifd_engine::{DirtyBitmap, DirtyLog, DirtyLogError, HostMemory, PAGE, RamBlock};
+use multifd_engine::{Coverage, DirtyBitmap, DirtyLog, DirtyLogError, HostMemory, PAGE, RamBlock};
 use vm_memory::Bytes;
 
 /// Writer threads that run, stand still, or end.
@@ -157,6 +157,10 @@ impl DirtyLog for Log {
 
     fn start(&mut self, _ram: &[RamBlock]) -> Result<(), DirtyLogError> {
         Ok(())
+    }
+
+    fn covers(&self, _: &RamBlock) -> Coverage {
+        Coverage::Whole
     }
 
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {

@@ -21,7 +21,7 @@ use guest::{Guest, Load};
 use multifd_codecs::{Codec, Uncompressed, Zlib, Zstd};
 use multifd_engine::{
     Arrived, Destination, DeviceState, Error, ErrorKind, HostMemory, Limits, MigrationState, OnStall, PAGE,
-    Precopy, RamBlock, Report, Source, SourceBuilder, ZeroCopySend,
+    Precopy, RamBlock, Report, SoftwareLog, Source, SourceBuilder, ZeroCopySend,
 };
 use multifd_transports::{Endpoint, TlsServer};
 use multifd_wire::Configuration;
@@ -242,6 +242,35 @@ fn pages_that_the_kernel_sends_from_where_they_are() {
         let stats = report.zero_copy.unwrap();
         assert!(stats.sends > 0 && stats.copied <= stats.sends, "{stats:?}");
     }
+}
+
+#[test]
+fn memory_in_no_dirty_log_is_refused_unless_nothing_writes_there() {
+    let block =
+        |name: &str| RamBlock::new(name.try_into().unwrap(), HostMemory::anonymous(8 * PAGE).unwrap());
+    let ram = [block("ram"), block("rom")];
+    let there = Destination::builder(ram.to_vec()).listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let source = || {
+        let machine = "test-10.0".to_owned();
+        let configuration = Configuration { machine, page_bits: None, capabilities: Vec::new(), uuid: None };
+        Source::builder(ram.to_vec(), configuration).return_path(false).timeout(SOON)
+    };
+    let connect = |builder: SourceBuilder| builder.build()?.connect(&there.endpoint()).map(drop);
+    let refused = |builder: SourceBuilder, name: &str| {
+        let error = connect(builder).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ApiMisuse);
+        let text = format!("RAM block {name}: 8 of 8 pages are in no dirty log");
+        assert!(error.to_string().contains(&text), "{error}");
+    };
+    let one = || SoftwareLog::new(&ram[..1]);
+    refused(source(), "ram");
+    refused(source().dirty_log(one()), "rom");
+    refused(source().read_only_block("rom".try_into().unwrap()), "ram");
+    connect(source().dirty_log(one()).dirty_log(SoftwareLog::new(&ram[1..]))).unwrap();
+    connect(source().dirty_log(one()).read_only_block("rom".try_into().unwrap())).unwrap();
+    connect(source().paused_guest()).unwrap();
+    let error = source().read_only_block("bios".try_into().unwrap()).build().err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::ApiMisuse);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Payloads as senders make them, ours and others: straight from the libraries, without our own codecs.
 
 use flate2::{Compress, Compression, FlushCompress};
+use multifd_wire::CodecId;
 use zstd::zstd_safe::zstd_sys::ZSTD_EndDirective;
 use zstd::zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer, compress_bound};
 
@@ -38,12 +39,12 @@ impl Codec {
         Self::ZstdFrames { checksum: true, content_size: true },
     ];
 
-    /// The value of the packets' codec field.
-    pub fn field(self) -> u8 {
+    /// The packets' codec field.
+    pub fn id(self) -> CodecId {
         match self {
-            Self::None => 0,
-            Self::Zlib | Self::ZlibPieces => 2,
-            Self::Zstd | Self::ZstdFrames { .. } => 4,
+            Self::None => CodecId::NONE,
+            Self::Zlib | Self::ZlibPieces => CodecId::ZLIB,
+            Self::Zstd | Self::ZstdFrames { .. } => CodecId::ZSTD,
         }
     }
 }

@@ -130,7 +130,7 @@ impl Packets {
         let content: Vec<u8> = normal.iter().flat_map(|at| memory.page(*at)).copied().collect();
         let payload = if normal.is_empty() { Vec::new() } else { channel.packer.pack(&content) };
         assert!(payload.len() <= MAX_PAYLOAD && content.len() == normal.len() * PAGE);
-        let flags = PacketFlags::pages(self.style.codec.field()).expect("codecs have their own bits");
+        let flags = PacketFlags::pages(self.style.codec.id());
         let block = batch.first().map(|at| memory.name(at.block));
         let mut header = encode(flags, self.number, block, &normal, &zero, payload.len());
         put(&mut header, field::PAGES_ALLOC, MOST_PAGES * self.style.pages_alloc_factor);

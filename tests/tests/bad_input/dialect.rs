@@ -2,7 +2,7 @@
 
 use multifd_tests::Outcome;
 use multifd_tests::peer::{Memory, PageAt, Recorder, Recording, Style, Trial, field};
-use multifd_wire::{BlockName, Command, HELLO_PING, PacketFlags, PageSize, RamPacketHeader};
+use multifd_wire::{BlockName, CodecId, Command, HELLO_PING, PacketFlags, PageSize, RamPacketHeader};
 
 use crate::fixture::{memory, refused};
 
@@ -20,7 +20,7 @@ fn with(asked: bool, payload: &[u8]) -> Recording {
     let block = BlockName::try_from("pc.ram").unwrap();
     let mut packet = Vec::new();
     RamPacketHeader {
-        flags: PacketFlags::pages(6).unwrap(),
+        flags: PacketFlags::pages(CodecId::DIALECT_DELTA),
         packet_num: 7,
         block: Some(&block),
         normal: &[3 << 12, 5 << 12],

@@ -19,6 +19,7 @@ fn source(return_path: Option<bool>) -> Outcome<Source> {
         uuid: None,
     };
     let builder = Source::builder(memory.provide_content()?, configuration)
+        .paused_guest()
         .zero_pages(ZeroPages::None)
         .timeout(PATIENCE);
     let builder = match return_path {

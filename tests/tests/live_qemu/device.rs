@@ -6,7 +6,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use multifd_engine::vm_memory::Bytes as _;
-use multifd_engine::{DirtyBitmap, DirtyLog, DirtyLogError, PAGE, RamBlock};
+use multifd_engine::{Coverage, DirtyBitmap, DirtyLog, DirtyLogError, PAGE, RamBlock};
 use multifd_tests::{Failure, Outcome};
 
 /// Writes as many times as it is told to, on a thread of its own.
@@ -148,6 +148,11 @@ impl DirtyLog for Log {
         let mine = ram.iter().position(|block| block.name() == self.block.name());
         self.index = mine.ok_or_else(|| DirtyLogError::new("looking for the device's memory"))?;
         Ok(())
+    }
+
+    /// Nothing but the device writes, whichever block it is.
+    fn covers(&self, _: &RamBlock) -> Coverage {
+        Coverage::Whole
     }
 
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {

@@ -61,6 +61,7 @@ impl Way {
         let (machine, capabilities) = ("pc-q35-10.0".to_owned(), Vec::new());
         let configuration = Configuration { machine, page_bits: None, capabilities, uuid: None };
         let builder = Source::builder(memory.provide_content()?, configuration)
+            .paused_guest()
             .channels(self.channels)
             .codec(parse_codec(self.codec)?)
             .zero_pages(ZeroPages::None)

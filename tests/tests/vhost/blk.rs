@@ -184,7 +184,8 @@ fn a_daemon_that_is_killed_fails_the_migration_and_not_the_guest() {
     let uri = destination.endpoint();
     let receiving = std::thread::Builder::new().spawn(move || destination.receive().is_err()).unwrap();
     let ram: Vec<RamBlock> = blocks(&guest.memory);
-    let mut precopy = source(ram).dirty_log(guest.devices.log()).build().unwrap().connect(&uri).unwrap();
+    let mut precopy =
+        source(ram).paused_guest().dirty_log(guest.devices.log()).build().unwrap().connect(&uri).unwrap();
     guest.disk.work(4).unwrap();
     precopy.round().unwrap();
     guest.daemon.kill();

@@ -117,6 +117,10 @@ impl DirtyLog for Both {
         self.0.start(ram).and_then(|()| self.1.start(ram))
     }
 
+    fn covers(&self, block: &multifd_engine::RamBlock) -> multifd_engine::Coverage {
+        self.1.covers(block)
+    }
+
     fn sync(
         &mut self,
         bitmaps: &[Arc<multifd_engine::DirtyBitmap>],

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use multifd_engine::vhost::VhostLog;
 use multifd_engine::vm_memory::GuestAddress;
 use multifd_engine::{
-    Destination, DeviceState, DirtyBitmap, DirtyLog, DirtyLogError, PAGE, RamBlock, RegionLog,
+    Coverage, Destination, DeviceState, DirtyBitmap, DirtyLog, DirtyLogError, PAGE, RamBlock, RegionLog,
 };
 use multifd_tests::virtio::Memory;
 
@@ -22,6 +22,10 @@ impl DirtyLog for Careless {
 
     fn start(&mut self, ram: &[RamBlock]) -> Result<(), DirtyLogError> {
         self.0.start(ram)
+    }
+
+    fn covers(&self, block: &RamBlock) -> Coverage {
+        self.0.covers(block)
     }
 
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
@@ -94,7 +98,9 @@ fn the_last_sync_refuses_while_a_device_runs_and_the_guest_goes_on() {
     devices.add(device).unwrap();
     devices.start().unwrap();
     let log = devices.log();
-    let precopy = source(blocks(&memory)).dirty_log(log).build().unwrap().connect(&uri).unwrap();
+    let written = RegionLog::of_guest_memory(&memory).unwrap();
+    let source = source(blocks(&memory)).dirty_log(written).dirty_log(log).build().unwrap();
+    let precopy = source.connect(&uri).unwrap();
     let error = precopy.stop_copy().err().unwrap();
     assert_eq!(
         error.chain(),
@@ -104,6 +110,16 @@ fn the_last_sync_refuses_while_a_device_runs_and_the_guest_goes_on() {
     assert!(error.source_may_resume());
     assert!(receiving.join().unwrap());
     a_failed_migration_leaves_the_log_off(&mut drivers[0], &memory, &devices);
+}
+
+#[test]
+fn a_log_of_devices_does_not_stand_in_for_the_log_of_the_vcpus() {
+    let memory = memory();
+    let devices = devices(&memory);
+    let nowhere = "unix:/nonexistent".parse().unwrap();
+    let error =
+        source(blocks(&memory)).dirty_log(devices.log()).build().unwrap().connect(&nowhere).err().unwrap();
+    assert!(error.to_string().contains("2048 of 2048 pages are in no dirty log"), "{error}");
 }
 
 /// The ring goes on, and what it writes is logged only by the next migration.

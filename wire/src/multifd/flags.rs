@@ -1,11 +1,11 @@
-use crate::Invalid;
+use crate::{CodecId, Invalid};
 
 /// Flags of a multifd packet; no unknown bit is set. Spec: docs/wire.md §7.3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PacketFlags(u32);
 
 const SYNC: u32 = 0x01;
-const CODEC: u32 = 0x3e;
+const CODEC: u32 = CodecId::MASK as u32;
 const DEVICE_STATE: u32 = 0x40;
 
 impl PacketFlags {
@@ -14,16 +14,9 @@ impl PacketFlags {
     /// A packet of device state.
     pub(super) const DEVICE_STATE: Self = Self(DEVICE_STATE);
 
-    /// A packet with pages. `codec` is the field's masked value: 0 none, 2 zlib, 4 zstd.
-    ///
-    /// # Errors
-    /// `codec` has bits outside of 0x3e.
-    pub fn pages(codec: u8) -> Result<Self, Invalid> {
-        let bits = u32::from(codec);
-        if bits & !CODEC != 0 {
-            return Err(Invalid::new("codec field", format_args!("{codec:#x}"), "bits of 0x3e only"));
-        }
-        Ok(Self(bits))
+    /// A packet with pages.
+    pub const fn pages(codec: CodecId) -> Self {
+        Self(codec.value() as u32)
     }
 
     /// The word on the wire.
@@ -36,9 +29,9 @@ impl PacketFlags {
         self.0 & SYNC != 0
     }
 
-    /// The codec field as its masked value: 0 none, 2 zlib, 4 zstd, 8 qpl, 0x10 uadk, 0x20 qatzip.
-    pub const fn codec(self) -> u8 {
-        (self.0 & CODEC) as u8
+    /// The codec field.
+    pub const fn codec(self) -> CodecId {
+        CodecId::of_flags(self.0)
     }
 
     /// The packet has the header of [`DeviceStatePacket`](crate::DeviceStatePacket).
@@ -74,13 +67,12 @@ mod tests {
         }
         assert!(PacketFlags::try_from(1 << 31).is_err());
         let flags = PacketFlags::try_from(0x05).unwrap();
-        assert!(flags.sync() && flags.codec() == 4 && !flags.device_state());
+        assert!(flags.sync() && flags.codec() == CodecId::ZSTD && !flags.device_state());
     }
 
     #[test]
-    fn codec_is_a_masked_value() {
-        assert_eq!(PacketFlags::pages(0x20).unwrap().codec(), 0x20);
-        assert!(PacketFlags::pages(1).is_err());
-        assert!(PacketFlags::pages(0x40).is_err());
+    fn a_packet_with_pages_names_its_codec() {
+        assert_eq!(PacketFlags::pages(CodecId::QATZIP).codec(), CodecId::QATZIP);
+        assert_eq!(PacketFlags::pages(CodecId::QATZIP).bits(), 0x20);
     }
 }

@@ -3,7 +3,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{MULTIFD_MAGIC, MULTIFD_VERSION, PacketFlags, check_start};
 use crate::names::{from_field, into_field};
-use crate::{BlockName, Invalid, PageSize};
+use crate::{BlockName, CodecId, Invalid, PageSize};
 
 /// Bytes of a packet that tell its kind. Spec: docs/wire.md §10.
 pub const PACKET_PREFIX_LEN: usize = 12;
@@ -180,8 +180,8 @@ impl RawRamPacket {
         let raw_len = normal * page.bytes();
         match (normal, flags.codec()) {
             (0, _) => Ok(0),
-            (_, 0) if seen == raw_len => Ok(seen),
-            (_, 0) => Err(Invalid::new("payload of uncompressed pages", seen, raw_len)),
+            (_, CodecId::NONE) if seen == raw_len => Ok(seen),
+            (_, CodecId::NONE) => Err(Invalid::new("payload of uncompressed pages", seen, raw_len)),
             _ if (1..=MAX_PAYLOAD).contains(&seen) => Ok(seen),
             _ => Err(Invalid::new("payload of a packet", seen, format_args!("1..={MAX_PAYLOAD} bytes"))),
         }

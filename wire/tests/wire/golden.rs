@@ -144,7 +144,7 @@ fn initial_packet() {
 #[test]
 fn ram_packet() {
     let header = RamPacketHeader {
-        flags: PacketFlags::pages(4).unwrap(),
+        flags: PacketFlags::pages(CodecId::ZSTD),
         packet_num: 0x0102,
         block: Some(&name("pc.ram")),
         normal: &[0x3000, 0x1000],

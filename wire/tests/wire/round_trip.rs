@@ -90,7 +90,7 @@ proptest! {
         prop_assert_eq!(bytes.len(), header_len(value.page));
         let packet = RamPacket::parse(&bytes, value.page).unwrap();
         let has_pages = !(value.normal.is_empty() && value.zero.is_empty());
-        prop_assert_eq!(packet.flags().codec(), value.codec);
+        prop_assert_eq!(packet.flags().codec().value(), value.codec);
         prop_assert_eq!(packet.flags().sync(), value.sync);
         prop_assert_eq!(packet.packet_num(), value.packet_num);
         prop_assert_eq!(packet.block(), has_pages.then_some(value.block.as_str()));

@@ -1,13 +1,16 @@
 //! KVM's bitmaps.
 
+use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap};
 use kvm_ioctls::VmFd;
 
-use super::slot::{KvmSlot, Slots};
-use super::sys;
-use crate::dirty::{DirtyLog, DirtyLogError};
+use super::slot::KvmSlot;
+use super::slots::{KvmSlots, Slot, Slots};
+use super::sys::{self, SlotBitmap};
+use crate::dirty::software::bitmap_of;
+use crate::dirty::{Coverage, DirtyLog, DirtyLogError};
 use crate::ram::{DirtyBitmap, RamBlock};
 
 /// Words of a bitmap whose pages are protected in one call, during which KVM holds a lock that vCPUs' faults take: 1 GiB.
@@ -21,11 +24,10 @@ const CLEAR_AT_ONCE: usize = 4096;
 /// has no such bitmaps.
 #[derive(Debug)]
 pub struct KvmDirtyLog {
-    slots: Slots,
+    slots: KvmSlots,
     manual_protect: bool,
     /// Whether KVM clears only what it is told to.
     clears: bool,
-    bitmap: Vec<u64>,
 }
 
 impl KvmDirtyLog {
@@ -33,12 +35,25 @@ impl KvmDirtyLog {
     /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is switched on for the VM, and stays on.
     ///
     /// # Safety
-    /// When a migration starts and ends, the VM must have every one of `slots` exactly as it says: with this guest address,
-    /// this length, and this memory. (KVM is told all of it to change a flag. It would map the memory of a slot that is not
-    /// there, and keep the mapping when the memory is gone.)
+    /// When a migration starts, the VM must have every one of `slots` exactly as it says: with this guest address, this length,
+    /// and this memory. A slot that is removed or changed later is told to [`slots`](Self::slots) before. (KVM is told all of it
+    /// to change a flag. It would map the memory of a slot that is not there, and keep the mapping when the memory is gone.)
     #[expect(unsafe_code, reason = "the slots must be true")]
     pub unsafe fn new(vm: Arc<VmFd>, slots: Vec<KvmSlot>) -> Self {
-        Self { slots: Slots::new(vm, slots), manual_protect: true, clears: false, bitmap: Vec::new() }
+        Self { slots: KvmSlots::new(vm, slots), manual_protect: true, clears: false }
+    }
+
+    /// Tells the log of slots that come and go, also while a migration runs.
+    pub fn slots(&self) -> KvmSlots {
+        self.slots.clone()
+    }
+
+    /// Says that slots over `block` may come and go, and that [`slots`](Self::slots) is told of all of them: so all of the block
+    /// counts as covered, and not only what has a slot when the migration begins.
+    #[must_use]
+    pub fn hotplug(self, block: &RamBlock) -> Self {
+        self.slots.hotplug(block);
+        self
     }
 
     /// Has KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 off instead: for a VM whose own code fetches the dirty logs of other slots, a
@@ -64,18 +79,19 @@ impl KvmDirtyLog {
     }
 
     /// Moves what KVM has noted to `report`.
-    fn take(&mut self, mut report: impl FnMut(usize, &KvmSlot, &[u64])) -> Result<(), DirtyLogError> {
-        for (slot, place) in self.slots.iter() {
-            self.bitmap.clear();
-            self.bitmap.resize(slot.pages().div_ceil(64), 0);
-            sys::get_dirty_log(self.slots.vm(), slot.id, &mut self.bitmap).map_err(|cause| {
-                DirtyLogError::new(format!("fetching the dirty log of {slot}")).because(cause)
-            })?;
+    fn take(
+        &self,
+        slots: &Slots,
+        mut report: impl FnMut(&Slot, &[u64]) -> Result<(), DirtyLogError>,
+    ) -> Result<(), DirtyLogError> {
+        for known in slots.iter() {
+            let slot = &known.slot;
+            let bitmap = fetch(self.slots.vm(), slot).map_err(|cause| not_fetched(slot, cause))?;
             // Before they are cleared: what KVM forgets must be known here. A write that comes in between is to a page that
             // is reported, and happens before the page is read.
-            report(place, slot, &self.bitmap);
+            report(known, bitmap.words())?;
             if self.clears {
-                clear(self.slots.vm(), slot, &self.bitmap)?;
+                clear(self.slots.vm(), slot, bitmap.words())?;
             }
         }
         Ok(())
@@ -91,21 +107,48 @@ impl DirtyLog for KvmDirtyLog {
         self.choose_who_clears()?;
         self.slots.log_on(ram)?;
         // What a slot that was logging before has noted, which may be all its pages, none of them protected.
-        self.take(|_, _, _| ())
+        self.take(&self.slots.lock(), |_, _| Ok(()))
+    }
+
+    fn covers(&self, block: &RamBlock) -> Coverage {
+        self.slots.covers(block)
     }
 
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
-        self.take(|place, slot, words| {
-            let Some(bitmap) = bitmaps.get(place) else { return };
+        // Locked to the end: a slot that is fetched here must not be removed or made anew meanwhile.
+        let mut slots = self.slots.lock();
+        slots.follow(bitmaps)?;
+        self.take(&slots, |known, words| {
+            let bitmap = bitmap_of(bitmaps, known.place, known.slot.block.name())?;
             for (word, bits) in words.iter().enumerate().filter(|(_, bits)| **bits != 0) {
-                bitmap.set_bits(slot.first_page() + word * 64, *bits);
+                bitmap.set_bits(known.slot.first_page() + word * 64, *bits);
             }
+            Ok(())
         })
     }
 
     fn stop(&mut self) {
-        self.slots.log_off();
+        let slots = self.slots.clone();
+        // Only a slot that is there and logs has a bitmap.
+        let gone = |error: &io::Error| error.raw_os_error() == Some(libc::ENOENT);
+        slots.log_off(|_, slot| !fetch(slots.vm(), slot).is_err_and(|error| gone(&error)));
     }
+}
+
+/// One bit for each page of a slot that logs.
+fn fetch(vm: &VmFd, slot: &KvmSlot) -> io::Result<SlotBitmap> {
+    let mut bitmap = SlotBitmap::new(slot.pages())?;
+    sys::get_dirty_log(vm, slot.id, &mut bitmap)?;
+    Ok(bitmap)
+}
+
+fn not_fetched(slot: &KvmSlot, cause: io::Error) -> DirtyLogError {
+    let why = match cause.raw_os_error() {
+        Some(libc::ENOENT) => ": it was removed or made anew, and KvmSlots was not told",
+        Some(libc::EFAULT) => ": it has become longer, and KvmSlots was not told",
+        _ => "",
+    };
+    DirtyLogError::new(format!("fetching the dirty log of {slot}{why}")).because(cause)
 }
 
 /// Has KVM clear what is set in `bitmap` and protect those pages: at most [`CLEAR_AT_ONCE`] words a call, from the first set
@@ -119,7 +162,9 @@ fn clear(vm: &VmFd, slot: &KvmSlot, bitmap: &[u64]) -> Result<(), DirtyLogError>
         #[expect(clippy::cast_possible_truncation, reason = "at most 64 x CLEAR_AT_ONCE")]
         let pages = pages as u32;
         sys::clear_dirty_log(vm, slot.id, first as u64, pages, words).map_err(|cause| {
-            DirtyLogError::new(format!("clearing the dirty log of {slot}")).because(cause)
+            let changed =
+                if cause.raw_os_error() == Some(libc::EINVAL) { ": has it become shorter?" } else { "" };
+            DirtyLogError::new(format!("clearing the dirty log of {slot}{changed}")).because(cause)
         })?;
     }
     Ok(())

@@ -3,8 +3,10 @@
 mod log;
 mod ring;
 mod slot;
+mod slots;
 mod sys;
 
 pub use log::KvmDirtyLog;
 pub use ring::{KvmDirtyRing, KvmDirtyRings};
 pub use slot::KvmSlot;
+pub use slots::KvmSlots;

@@ -5,9 +5,11 @@ use std::sync::{Arc, Mutex};
 use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING_ACQ_REL, kvm_dirty_gfn, kvm_enable_cap};
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use super::slot::{KvmSlot, Slots};
+use super::slot::KvmSlot;
+use super::slots::KvmSlots;
 use super::sys::{self, Ring};
-use crate::dirty::{DirtyLog, DirtyLogError};
+use crate::dirty::software::bitmap_of;
+use crate::dirty::{Coverage, DirtyLog, DirtyLogError};
 use crate::ram::{DirtyBitmap, RamBlock};
 use crate::stop::lock;
 
@@ -32,8 +34,23 @@ struct Collected {
     rings: Vec<Ring>,
     /// Entries were taken whose pages KVM has not protected again.
     unprotected: bool,
-    /// The slots of the migration under way, by id, and what was collected of them.
-    slots: Vec<(u32, DirtyBitmap)>,
+    /// A migration is under way.
+    in_use: bool,
+    /// What was collected of its slots.
+    slots: Vec<Written>,
+}
+
+/// Pages of a slot that were written.
+#[derive(Debug)]
+struct Written {
+    id: u32,
+    pages: DirtyBitmap,
+}
+
+impl Written {
+    fn of(slot: &KvmSlot) -> Self {
+        Self { id: slot.id, pages: DirtyBitmap::new(slot.pages()) }
+    }
 }
 
 impl KvmDirtyRings {
@@ -86,7 +103,11 @@ impl KvmDirtyRings {
     /// As [`KvmDirtyLog::new`](super::KvmDirtyLog::new).
     #[expect(unsafe_code, reason = "the slots must be true")]
     pub unsafe fn log(&self, slots: Vec<KvmSlot>) -> KvmDirtyRing {
-        KvmDirtyRing { rings: self.clone(), slots: Slots::new(Arc::clone(&self.vm), slots), started: false }
+        KvmDirtyRing {
+            rings: self.clone(),
+            slots: KvmSlots::new(Arc::clone(&self.vm), slots),
+            started: false,
+        }
     }
 }
 
@@ -97,8 +118,22 @@ impl KvmDirtyRings {
 #[derive(Debug)]
 pub struct KvmDirtyRing {
     rings: KvmDirtyRings,
-    slots: Slots,
+    slots: KvmSlots,
     started: bool,
+}
+
+impl KvmDirtyRing {
+    /// Tells the log of slots that come and go, also while a migration runs.
+    pub fn slots(&self) -> KvmSlots {
+        self.slots.clone()
+    }
+
+    /// As [`KvmDirtyLog::hotplug`](super::KvmDirtyLog::hotplug).
+    #[must_use]
+    pub fn hotplug(self, block: &RamBlock) -> Self {
+        self.slots.hotplug(block);
+        self
+    }
 }
 
 impl DirtyLog for KvmDirtyRing {
@@ -109,39 +144,57 @@ impl DirtyLog for KvmDirtyRing {
     fn start(&mut self, ram: &[RamBlock]) -> Result<(), DirtyLogError> {
         {
             let mut collected = lock(&self.rings.collected);
-            if !collected.slots.is_empty() {
+            if collected.in_use {
                 return Err(DirtyLogError::new("the VM's dirty rings serve another migration"));
             }
-            let bitmap = |slot: &KvmSlot| (slot.id, DirtyBitmap::new(slot.pages()));
-            collected.slots = self.slots.iter().map(|(slot, _)| bitmap(slot)).collect();
-            collected.slots.sort_by_key(|(id, _)| *id);
+            collected.in_use = true;
         }
         self.started = true;
         self.slots.log_on(ram)?;
         // What the rings still hold of slots that logged before.
+        let slots = self.slots.lock();
         let mut collected = lock(&self.rings.collected);
         collected.collect(self.slots.vm())?;
-        collected.slots.iter().for_each(|(_, written)| written.move_to(&DirtyBitmap::new(0)));
+        collected.slots = slots.iter().map(|known| Written::of(&known.slot)).collect();
         Ok(())
+    }
+
+    fn covers(&self, block: &RamBlock) -> Coverage {
+        self.slots.covers(block)
     }
 
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
         // Locked to the end: between the taking of an entry and its page's protection, another thread's `collect` must not
         // leave a bit here for a page whose next write would not be noted.
+        let mut slots = self.slots.lock();
         let mut collected = lock(&self.rings.collected);
-        collected.collect(self.slots.vm())?;
-        for (slot, place) in self.slots.iter() {
-            if let (Some(written), Some(bitmap)) = (collected.slot(slot.id), bitmaps.get(place)) {
-                written.move_to_page(slot.first_page(), bitmap);
+        // Entries of a slot that was added since the last sync were let go, its pages all count as written now.
+        collected.follow(slots.iter().map(|known| &known.slot));
+        slots.follow(bitmaps)?;
+        for known in slots.iter() {
+            if !slots.is_there(self.slots.vm(), &known.slot)? {
+                let text = format!("{} was removed, and KvmSlots was not told", known.slot);
+                return Err(DirtyLogError::new(text));
             }
+        }
+        collected.collect(self.slots.vm())?;
+        for known in slots.iter() {
+            let written = collected.slot(known.slot.id).ok_or_else(|| {
+                DirtyLogError::new(format!("the rings keep nothing of {} (a bug)", known.slot))
+            })?;
+            let bitmap = bitmap_of(bitmaps, known.place, known.slot.block.name())?;
+            written.move_to_page(known.slot.first_page(), bitmap);
         }
         Ok(())
     }
 
     fn stop(&mut self) {
-        self.slots.log_off();
+        let handle = self.slots.clone();
+        self.slots.log_off(|slots, slot| slots.is_there(handle.vm(), slot).unwrap_or(true));
         if std::mem::take(&mut self.started) {
-            lock(&self.rings.collected).slots.clear();
+            let mut collected = lock(&self.rings.collected);
+            collected.slots.clear();
+            collected.in_use = false;
         }
     }
 }
@@ -152,10 +205,13 @@ impl Collected {
         for ring in 0..self.rings.len() {
             while let Some((slot, page)) = self.rings.get_mut(ring).and_then(Ring::take) {
                 self.unprotected = true;
-                // A slot that nobody migrates, or none does now: its pages are only let go.
-                if let (Some(written), Ok(page)) = (self.slot(slot), usize::try_from(page)) {
-                    written.set(page);
-                }
+                // Of a slot that does not migrate, or while nothing does, pages are only let go.
+                let Some(written) = self.slot(slot) else { continue };
+                let page = usize::try_from(page).map_err(|cause| {
+                    DirtyLogError::new(format!("page {page} of KVM slot {slot:#x} in a dirty ring"))
+                        .because(cause)
+                })?;
+                written.set(page);
             }
         }
         if self.unprotected {
@@ -167,7 +223,20 @@ impl Collected {
     }
 
     fn slot(&self, id: u32) -> Option<&DirtyBitmap> {
-        let index = self.slots.binary_search_by_key(&id, |(id, _)| *id).ok()?;
-        self.slots.get(index).map(|(_, written)| written)
+        self.slots.iter().find(|written| written.id == id).map(|written| &written.pages)
+    }
+
+    /// Has a bitmap for each of `slots` and no other.
+    fn follow<'a>(&mut self, slots: impl Iterator<Item = &'a KvmSlot>) {
+        let mut before = std::mem::take(&mut self.slots);
+        self.slots = slots
+            .map(|slot| {
+                let same = |written: &Written| written.id == slot.id && written.pages.pages() == slot.pages();
+                match before.iter().position(same) {
+                    Some(index) => before.swap_remove(index),
+                    None => Written::of(slot),
+                }
+            })
+            .collect();
     }
 }

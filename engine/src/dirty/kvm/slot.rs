@@ -1,20 +1,17 @@
-//! KVM's memory slots, and the RAM blocks that they show to the guest.
+//! A memory slot of KVM's, and the RAM block that it shows to the guest.
 
 use std::ops::Range;
-use std::sync::Arc;
 
-use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
-use kvm_ioctls::VmFd;
 use vm_memory::{Address, GuestAddress};
 
 use super::sys;
 use crate::dirty::DirtyLogError;
-use crate::dirty::software::place_of;
 use crate::ram::{PAGE, RamBlock};
 
 /// A memory slot of a VM: a piece of a RAM block, and where the guest sees it.
 ///
-/// It says what the VMM told KVM by KVM_SET_USER_MEMORY_REGION. Slots that are read-only for the guest need no log.
+/// It says what the VMM told KVM by KVM_SET_USER_MEMORY_REGION. A slot that is read-only for the guest has KVM_MEM_READONLY among its
+/// [`flags`](Self::flags), and needs no log if nothing else writes there, either.
 #[derive(Clone, Debug)]
 pub struct KvmSlot {
     pub(super) id: u32,
@@ -54,7 +51,12 @@ impl KvmSlot {
         pages(self.range.start)
     }
 
-    fn region(&self, flags: u32) -> Result<sys::Region, DirtyLogError> {
+    /// The block's pages that it shows.
+    pub(super) fn page_range(&self) -> Range<usize> {
+        self.first_page()..pages(self.range.end)
+    }
+
+    pub(super) fn region(&self, flags: u32) -> Result<sys::Region, DirtyLogError> {
         let page = PAGE as u64;
         let wrong = || {
             DirtyLogError::new(format!(
@@ -89,54 +91,4 @@ impl std::fmt::Display for KvmSlot {
 
 fn pages(bytes: u64) -> usize {
     usize::try_from(bytes / PAGE as u64).unwrap_or(usize::MAX)
-}
-
-/// The slots of one log, and which of them have their logging on.
-#[derive(Debug)]
-pub(super) struct Slots {
-    vm: Arc<VmFd>,
-    slots: Vec<KvmSlot>,
-    /// Where each slot's block stands in the migration's list.
-    places: Vec<usize>,
-    /// Slots from the first on that log now.
-    logging: usize,
-}
-
-impl Slots {
-    pub(super) fn new(vm: Arc<VmFd>, slots: Vec<KvmSlot>) -> Self {
-        Self { vm, places: vec![0; slots.len()], slots, logging: 0 }
-    }
-
-    /// Every slot, with the place of its block.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&KvmSlot, usize)> {
-        self.slots.iter().zip(self.places.iter().copied())
-    }
-
-    pub(super) fn vm(&self) -> &VmFd {
-        &self.vm
-    }
-
-    /// Has KVM note writes to all slots. After an error, `log_off` must follow.
-    pub(super) fn log_on(&mut self, ram: &[RamBlock]) -> Result<(), DirtyLogError> {
-        for (slot, place) in self.slots.iter().zip(&mut self.places) {
-            *place = place_of(slot.block.name(), slot.block.pages(), ram)?;
-            let region = slot.region(slot.flags | KVM_MEM_LOG_DIRTY_PAGES)?;
-            sys::set_region(&self.vm, region).map_err(|cause| {
-                DirtyLogError::new(format!("switching the dirty log of {slot} on")).because(cause)
-            })?;
-            self.logging += 1;
-        }
-        Ok(())
-    }
-
-    /// Gives the slots their flags back.
-    pub(super) fn log_off(&mut self) {
-        for slot in self.slots.iter().take(std::mem::take(&mut self.logging)) {
-            let off = slot.region(slot.flags).map(|region| sys::set_region(&self.vm, region));
-            if let Ok(Err(error)) = off {
-                // The guest runs on, a little slower.
-                tracing::warn!(%slot, %error, "the dirty log stays on");
-            }
-        }
-    }
 }

@@ -25,20 +25,96 @@ const KVM_RESET_DIRTY_RINGS: libc::Ioctl = request(0, KIND, 0xc7, 0);
 const _: () = assert!(KVM_GET_DIRTY_LOG == 0x4010_ae42 && KVM_CLEAR_DIRTY_LOG == 0xc018_aec0);
 const _: () = assert!(KVM_RESET_DIRTY_RINGS == 0xaec7);
 
-/// Changes the flags of a slot. What else `region` says must be what the slot has.
+/// Changes the flags of a slot. What else `region` says must be what the slot has: KVM makes a slot that is not there, and moves
+/// one that is at another guest address.
 pub(super) fn set_region(vm: &VmFd, region: Region) -> io::Result<()> {
     // SAFETY: who made the log vouched that the VM has this slot, with this memory: it is not mapped anew.
     unsafe { vm.set_user_memory_region(region) }.map_err(io::Error::from)
 }
 
-/// Fetches one bit a page of a slot that logs.
-pub(super) fn get_dirty_log(vm: &VmFd, slot: u32, bitmap: &mut [u64]) -> io::Result<()> {
-    let into = kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: bitmap.as_mut_ptr().cast() };
+/// Whether the slot of `probe` is there. `probe` has another length than it, and the guest address of another slot: KVM refuses
+/// to resize a slot that is there (EINVAL), and to make one over another (EEXIST).
+pub(super) fn slot_is_there(vm: &VmFd, probe: Region) -> bool {
+    // SAFETY: refused, unless both slots are gone; then what is made here is taken away at once, and its memory lives as long as
+    // the log's RAM block does.
+    match unsafe { vm.set_user_memory_region(probe) } {
+        Err(error) => error.errno() != libc::EEXIST,
+        Ok(()) => {
+            // SAFETY: takes away what was made above.
+            let removed = unsafe { vm.set_user_memory_region(Region { memory_size: 0, ..probe }) };
+            if let Err(error) = removed {
+                tracing::warn!(slot = probe.slot, %error, "a slot that was made to look for it stays");
+            }
+            false
+        }
+    }
+}
+
+/// Fetches one bit a page of a slot that logs. `NotFound`: there is no such slot, or it does not log. `EFAULT`: it is longer
+/// than `bitmap`. Of a shorter one, the rest of `bitmap` is set.
+pub(super) fn get_dirty_log(vm: &VmFd, slot: u32, bitmap: &mut SlotBitmap) -> io::Result<()> {
+    bitmap.words_mut().fill(u64::MAX);
+    let into = kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: bitmap.start.as_ptr().cast() };
     let log = kvm_dirty_log { slot, padding1: 0, __bindgen_anon_1: into };
-    // SAFETY: the kernel fills `bitmap`, which has a bit for every page of the slot: `set_region` has told KVM the slot's
-    // length, and it refuses another than the slot has.
+    // SAFETY: the kernel fills `bitmap` from its start, and fails at its end, behind which nothing can be written: the slot may
+    // have become longer in the meantime.
     let result = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_GET_DIRTY_LOG, &raw const log) };
     answer(result).map(drop)
+}
+
+/// Words that KVM fills. They end at a page that cannot be accessed.
+#[derive(Debug)]
+pub(super) struct SlotBitmap {
+    mapping: NonNull<libc::c_void>,
+    /// Bytes, with the page at the end.
+    mapped: usize,
+    start: NonNull<u64>,
+    words: usize,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread.
+unsafe impl Send for SlotBitmap {}
+
+impl SlotBitmap {
+    /// A bitmap for a slot of `pages`.
+    pub(super) fn new(pages: usize) -> io::Result<Self> {
+        let words = pages.div_ceil(64);
+        let bytes = words.checked_mul(8).ok_or(io::ErrorKind::OutOfMemory)?;
+        let usable = bytes.checked_next_multiple_of(PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
+        let mapped = usable.checked_add(PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe { libc::mmap(ptr::null_mut(), mapped, libc::PROT_NONE, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let mapping = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
+        // SAFETY: `usable - bytes` is inside of the mapping, and a multiple of 8.
+        let first = unsafe { mapping.byte_add(usable - bytes) }.cast();
+        let this = Self { mapping, mapped, start: first, words };
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: all of the new mapping but its last page.
+        let result = unsafe { libc::mprotect(this.mapping.as_ptr(), usable, access) };
+        answer(result).map(|_| this)
+    }
+
+    /// The words, as they were filled.
+    pub(super) fn words(&self) -> &[u64] {
+        // SAFETY: readable, aligned, initialised by the kernel, and borrowed as `self` is.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.words) }
+    }
+
+    fn words_mut(&mut self) -> &mut [u64] {
+        // SAFETY: as above, and writable.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.words) }
+    }
+}
+
+impl Drop for SlotBitmap {
+    fn drop(&mut self) {
+        // SAFETY: exactly what `new` mapped.
+        unsafe { libc::munmap(self.mapping.as_ptr(), self.mapped) };
+    }
 }
 
 /// Clears the bits that are set in `bitmap`, and protects their pages again. Bit 0 is the slot's page `first`, which is a

@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use self::sys::{Features, Userfault};
-use super::{DirtyLog, DirtyLogError};
+use super::{Coverage, DirtyLog, DirtyLogError};
 use crate::pagemap::PageRun;
 use crate::ram::{DirtyBitmap, PAGE, RamBlock};
 
@@ -101,7 +101,20 @@ impl DirtyLog for UserfaultLog {
         ram.iter().try_for_each(|block| self.protect(block))
     }
 
+    fn covers(&self, block: &RamBlock) -> Coverage {
+        match self.tracked.iter().any(|tracked| tracked.block.name() == block.name()) {
+            true => Coverage::Whole,
+            false => Coverage::Nothing,
+        }
+    }
+
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
+        if self.tracked.len() != bitmaps.len() {
+            let (watched, count) = (self.tracked.len(), bitmaps.len());
+            return Err(DirtyLogError::new(format!(
+                "{watched} RAM blocks are watched, {count} have bitmaps: the log is not started"
+            )));
+        }
         for (tracked, bitmap) in self.tracked.iter().zip(bitmaps) {
             tracked.sync(&self.pagemap, &mut self.runs, bitmap)?;
         }

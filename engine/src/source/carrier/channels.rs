@@ -6,9 +6,11 @@ use std::sync::atomic::Ordering;
 
 use multifd_codecs::{CodecId, Encoder};
 use multifd_transports::Channel;
-use multifd_wire::{Configuration, InitialPacket, PacketFlags, RamPacketHeader, RamRecord, header_len};
+use multifd_wire::{
+    Configuration, InitialPacket, MAX_PAYLOAD, PacketFlags, RamPacketHeader, RamRecord, header_len,
+    pages_per_packet,
+};
 
-use crate::dialect::DELTA_CODEC;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::ram::{IoVecs, PAGE_SIZE};
 use crate::session::Counters;
@@ -131,7 +133,7 @@ impl SendWorker {
             rounds,
             id,
             encoder,
-            flags: flags(codec.id().value())?,
+            flags: PacketFlags::pages(codec.id()),
             packet: Packet::default(),
             header: Vec::with_capacity(header_len(PAGE_SIZE)),
             payload: Vec::new(),
@@ -179,7 +181,7 @@ impl SendWorker {
 
     fn batch(&mut self, batch: &Batch, context: RoundContext) -> Result<()> {
         let shared = Arc::clone(&self.shared);
-        let Some(block) = shared.ram.blocks.get(batch.block) else { return Ok(()) };
+        let block = shared.ram.block(batch.block)?;
         let cache = shared.deltas_for_peer(context).map(|cache| (cache, context));
         self.packet.clear();
         if self.encoder.is_some() || cache.is_some() {
@@ -221,7 +223,7 @@ impl SendWorker {
                 self.flags,
                 (&packet.normal, &packet.zero),
                 payload.len(),
-            );
+            )?;
             send_private(&self.channel, &self.shared, &self.header, payload)?;
         }
         let counters = &self.shared.session.counters;
@@ -241,7 +243,7 @@ impl SendWorker {
             self.flags,
             (&packet.normal, &packet.zero),
             payload_len,
-        );
+        )?;
         self.shared.pace(self.header.len() + payload_len)?;
         let mut ranges = self.ranges.start();
         let zero_copy = self.zero_copy.as_mut().filter(|zero_copy| zero_copy.pays());
@@ -267,8 +269,8 @@ impl SendWorker {
             return Ok(());
         }
         let payload = &packet.delta_payload;
-        let flags = flags(DELTA_CODEC)?;
-        encode_header(&mut self.header, &self.shared, block, flags, (&packet.delta, &[]), payload.len());
+        let flags = PacketFlags::pages(CodecId::DIALECT_DELTA);
+        encode_header(&mut self.header, &self.shared, block, flags, (&packet.delta, &[]), payload.len())?;
         send_private(&self.channel, &self.shared, &self.header, payload)?;
         Counters::add(&self.shared.session.counters.pages_xbzrle, packet.delta.len());
         Ok(())
@@ -298,10 +300,6 @@ impl SendWorker {
     }
 }
 
-fn flags(codec: u8) -> Result<PacketFlags> {
-    PacketFlags::pages(codec).map_err(|invalid| Error::invalid(Phase::Setup, invalid))
-}
-
 fn encode_header(
     header: &mut Vec<u8>,
     shared: &SourceShared,
@@ -309,7 +307,15 @@ fn encode_header(
     flags: PacketFlags,
     (normal, zero): (&[u64], &[u64]),
     payload_len: usize,
-) {
+) -> Result<()> {
+    let (pages, most) = (normal.len() + zero.len(), pages_per_packet(PAGE_SIZE));
+    let len = u32::try_from(payload_len).ok().filter(|len| *len as usize <= MAX_PAYLOAD && pages <= most);
+    let payload_len = len.ok_or_else(|| {
+        Error::bug(
+            Phase::Active,
+            format_args!("a packet of {pages} pages and {payload_len} bytes of payload"),
+        )
+    })?;
     header.clear();
     RamPacketHeader {
         flags,
@@ -317,9 +323,10 @@ fn encode_header(
         block: Some(block.block.name()),
         normal,
         zero,
-        payload_len: u32::try_from(payload_len).unwrap_or(u32::MAX),
+        payload_len,
     }
     .encode(PAGE_SIZE, header);
+    Ok(())
 }
 
 /// One vectored write of a packet whose payload is private memory.

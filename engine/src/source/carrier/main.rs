@@ -5,7 +5,7 @@ use std::ops::Range;
 use multifd_wire::RamRecord;
 
 use crate::dialect;
-use crate::error::Result;
+use crate::error::{Error, Phase, Result};
 use crate::ram::{IoVecs, PAGE, PAGE_SIZE};
 use crate::session::Counters;
 use crate::source::main_writer::MainWriter;
@@ -43,7 +43,7 @@ fn send_batch(
     packet: &mut Packet,
     ranges: &mut IoVecs,
 ) -> Result<()> {
-    let Some(block) = shared.ram.blocks.get(batch.block) else { return Ok(()) };
+    let block = shared.ram.block(batch.block)?;
     packet.clear();
     match shared.deltas_for_main(context) {
         Some(cache) => packet.copy_in(&shared.ram, block, &batch.pages, Some((cache, context)))?,
@@ -81,7 +81,7 @@ fn send_deltas(
     for offset in &packet.delta {
         let delta = dialect::take_delta(&mut payload)?;
         let name = main.naming().refer(index, block.block.name());
-        let len = u16::try_from(delta.len()).unwrap_or(u16::MAX);
+        let len = dialect::delta_len(delta)?;
         main.record(&RamRecord::Xbzrle { offset: *offset, block: name, len });
         main.unsent().extend_from_slice(delta);
     }
@@ -110,7 +110,9 @@ fn send_pages(
     shared.pace(headers.len() + packet.normal.len() * PAGE)?;
     let mut list = ranges.start();
     for (content, span) in packet.contents(block).zip(spans) {
-        list.private(headers.get(span).unwrap_or_default());
+        let header =
+            headers.get(span).ok_or_else(|| Error::bug(Phase::Active, "a page record without its header"))?;
+        list.private(header);
         match content? {
             Content::Private(bytes) => list.private(bytes),
             Content::Guest(page) => list.guest(&page),

@@ -72,7 +72,7 @@ impl MappedFile {
     /// Writes the bitmaps, when no more page comes.
     pub(super) fn write_bitmaps(&self) -> Result<()> {
         for block in &self.blocks {
-            let Some(place) = block.place.get() else { continue };
+            let place = block.place(Phase::Device)?;
             let bitmap: Vec<u8> =
                 block.stored.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
             self.stream.write_all_at(&bitmap, place.bitmap_offset).map_err(|error| {
@@ -97,8 +97,13 @@ impl MappedFile {
     }
 
     fn write_batch(&self, batch: &Batch, shared: &SourceShared) -> Result<()> {
-        let found = shared.ram.blocks.get(batch.block).zip(self.blocks.get(batch.block));
-        let Some((outgoing, block)) = found else { return Ok(()) };
+        let outgoing = shared.ram.block(batch.block)?;
+        let block = self.blocks.get(batch.block).ok_or_else(|| {
+            Error::bug(
+                Phase::Active,
+                format_args!("RAM block {} has no place in the file", outgoing.block.name()),
+            )
+        })?;
         let (mut run, mut zero) = (0..0, 0);
         let mut found = Found::default();
         shared.ram.look(outgoing, &batch.pages, &mut found)?;
@@ -106,7 +111,7 @@ impl MappedFile {
             // A page that has no content in the file is zero, whatever was asked for: one that is absent must not be read.
             let seek_zero = outgoing.zero_route != ZeroRoute::Content;
             let is_zero = absent || seek_zero && outgoing.block.is_zero(*page);
-            block.note(*page, !is_zero);
+            block.note(*page, !is_zero)?;
             if is_zero {
                 zero += 1;
             } else if run.end == *page && !run.is_empty() {
@@ -128,7 +133,10 @@ impl MappedFile {
         block: &StoredBlock,
         shared: &SourceShared,
     ) -> Result<()> {
-        let Some(place) = block.place.get().filter(|_| !run.is_empty()) else { return Ok(()) };
+        if run.is_empty() {
+            return Ok(());
+        }
+        let place = block.place(Phase::Active)?;
         let (start, len) = (run.start * PAGE, run.len() * PAGE);
         shared.pace(len)?;
         let memory = outgoing.block.memory();
@@ -168,8 +176,17 @@ impl MappedFile {
 }
 
 impl StoredBlock {
-    fn note(&self, page: usize, stored: bool) {
-        let Some(word) = self.stored.get(page / 64) else { return };
+    fn place(&self, phase: Phase) -> Result<&MappedRamHeader> {
+        self.place
+            .get()
+            .ok_or_else(|| Error::bug(phase, "a RAM block that was not announced has no place in the file"))
+    }
+
+    fn note(&self, page: usize, stored: bool) -> Result<()> {
+        let word = self.stored.get(page / 64);
+        let word = word.ok_or_else(|| {
+            Error::bug(Phase::Active, format_args!("page {page} past the end of its block"))
+        })?;
         let bit = 1 << (page % 64);
         // Relaxed: the end of the round orders them before they are written.
         if stored {
@@ -177,9 +194,25 @@ impl StoredBlock {
         } else {
             word.fetch_and(!bit, Ordering::Relaxed)
         };
+        Ok(())
     }
 }
 
 fn name(channel: &Channel) -> String {
     format!("main ({})", channel.peer())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn a_page_without_a_place_in_the_file_is_a_bug_and_not_dropped() {
+        let block = StoredBlock { place: OnceLock::new(), stored: Box::new([AtomicU64::new(0)]) };
+        block.note(63, true).unwrap();
+        assert_eq!(block.note(64, true).unwrap_err().kind(), ErrorKind::Bug);
+        let error = block.place(Phase::Active).unwrap_err();
+        assert_eq!((error.kind(), error.phase()), (ErrorKind::Bug, Phase::Active));
+    }
 }
