@@ -18,6 +18,7 @@ mod signals;
 mod sockets;
 mod tls;
 mod tls_init;
+#[path = "../../tune/src/mod.rs"]
 mod tune;
 
 use std::process::ExitCode;
