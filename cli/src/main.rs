@@ -4,12 +4,14 @@
 //!  flags (what was typed) ─> one function a command ─> engine ─> Outcome (stdout, exit code)
 //! ```
 
+#[path = "../../tune/src/at_rest.rs"]
 mod at_rest;
 mod demo;
 mod flags;
 mod human;
 mod inspect;
 mod outcome;
+#[path = "../../tune/src/page_states.rs"]
 mod page_states;
 mod progress;
 mod receive;
@@ -18,7 +20,7 @@ mod signals;
 mod sockets;
 mod tls;
 mod tls_init;
-#[path = "../../tune/src/mod.rs"]
+#[path = "../../tune/src/lib.rs"]
 mod tune;
 
 use std::process::ExitCode;
