@@ -37,6 +37,9 @@ mod workers;
 
 pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, Manifest};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
+// For multifd-tune, whose model decides as a source does. Not covered by semantic versioning.
+#[doc(hidden)]
+pub use convergence::{Convergence, RoundFacts};
 pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
 pub use dirty::{DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance};
 #[cfg(feature = "kvm")]
