@@ -3,7 +3,10 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
-use crate::flags::{Link, Rate};
+use multifd_tune::Link;
+pub(crate) use multifd_tune::show_bytes;
+
+use crate::flags::Rate;
 
 const RATE_GRAMMAR: &str =
     "NUMBER with K, M, G, T (times 1024), KB.. (times 1000), KiB.., or kbit, Mbit, Gbit, then /s if you like";
@@ -69,21 +72,6 @@ pub(crate) fn channels(text: &str) -> Result<usize, String> {
     text.parse::<u8>()
         .map(usize::from)
         .map_err(|_| format!("{text:?}: a number from 1 to 255, or 0 for none"))
-}
-
-/// `12.3 MiB`
-pub(crate) fn show_bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut units = UNITS.iter();
-    let mut unit = units.next();
-    while value >= 1024.0 {
-        let Some(next) = units.next() else { break };
-        value /= 1024.0;
-        unit = Some(next);
-    }
-    let unit = unit.copied().unwrap_or_default();
-    if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") }
 }
 
 fn bits(unit: &str) -> Option<f64> {
@@ -159,13 +147,5 @@ mod tests {
         assert!(link("0").unwrap_err().contains("link of 0"));
         assert!(link("fast").unwrap_err().contains("loopback"));
         assert!(channels("256").is_err() && channels("-1").is_err());
-    }
-
-    #[test]
-    fn bytes_are_shown_in_the_unit_that_fits() {
-        assert_eq!(show_bytes(0), "0 B");
-        assert_eq!(show_bytes(1023), "1023 B");
-        assert_eq!(show_bytes(1536), "1.5 KiB");
-        assert_eq!(show_bytes(64 << 20), "64.0 MiB");
     }
 }

@@ -4,15 +4,11 @@
 //!  flags (what was typed) ─> one function a command ─> engine ─> Outcome (stdout, exit code)
 //! ```
 
-#[path = "../../tune/src/at_rest.rs"]
-mod at_rest;
 mod demo;
 mod flags;
 mod human;
 mod inspect;
 mod outcome;
-#[path = "../../tune/src/page_states.rs"]
-mod page_states;
 mod progress;
 mod receive;
 mod send;
@@ -20,7 +16,6 @@ mod signals;
 mod sockets;
 mod tls;
 mod tls_init;
-#[path = "../../tune/src/lib.rs"]
 mod tune;
 
 use std::process::ExitCode;

@@ -1,36 +1,38 @@
-//! Which setting is best, and how to say so to either program.
+//! The best setting for a link, and how to make it in either program.
 
 use std::num::NonZeroU64;
 
+use multifd_codecs::CodecChoice;
 use serde_json::{Map, Value, json};
 
-use super::findings::{Advice, Bottleneck, Prediction, family};
-use crate::flags::Link;
-use crate::human::show_bytes;
+use crate::config::Link;
+use crate::findings::{Advice, Bottleneck, Prediction, QmpCommand};
+use crate::units::show_bytes;
 
-/// A move that is faster by less than a twentieth is not worth any more cores: no prediction is more exact.
+/// A move that is less than 5 % faster is not worth more cores: predictions are not more exact.
 const WORTH: f64 = 0.95;
 
-/// What a move has to keep to.
+/// Limits that the caller sets for a move.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub(super) struct Constraints {
     pub(super) downtime_ms: u64,
     /// Bytes per second.
     pub(super) max_bandwidth: Option<NonZeroU64>,
 }
 
-/// Longest `downtime-limit` that QEMU takes, in ms (docs/wire.md).
+/// Longest `downtime-limit` that QEMU accepts, in ms (docs/wire.md).
 const QEMU_DOWNTIME_LIMIT: u64 = 2_000_000;
 
-/// The advice for `link`, whose predictions are a part of `all`. There is a prediction without compression among them.
-pub(super) fn advise(link: &Link, all: &[Prediction], limits: Limits) -> Option<Advice> {
+/// The advice for `link`. `all` are the predictions for all links; `None`: none without compression
+/// is for this one.
+pub(super) fn advise(link: &Link, all: &[Prediction], limits: Constraints) -> Option<Advice> {
     let here = |(_, prediction): &(usize, &Prediction)| prediction.link == link.name;
     let candidates = || all.iter().enumerate().filter(here);
     let best = best_of(candidates())?;
     let chosen = all.get(best)?;
-    let other_family = |(_, other): &(usize, &Prediction)| family(&other.codec) != family(&chosen.codec);
+    let other_family = |(_, other): &(usize, &Prediction)| other.codec.family() != chosen.codec.family();
     let runner_up = best_of(candidates().filter(other_family));
-    let plain = best_of(candidates().filter(|(_, other)| other.codec == "none"))?;
+    let plain = best_of(candidates().filter(|(_, other)| other.codec == CodecChoice::None))?;
     Some(Advice {
         link: link.name.clone(),
         best,
@@ -42,8 +44,8 @@ pub(super) fn advise(link: &Link, all: &[Prediction], limits: Limits) -> Option<
     })
 }
 
-/// The fastest that converges; of those that are as fast, the one that costs the fewest cores, then the fewest channels. Where
-/// none converges, the one with the shortest downtime.
+/// The fastest that converges; among equally fast ones, the one that takes the least CPU time, then
+/// the fewest channels. Where none converges, the one with the shortest downtime.
 fn best_of<'p>(candidates: impl Iterator<Item = (usize, &'p Prediction)> + Clone) -> Option<usize> {
     let converging = || candidates.clone().filter(|(_, prediction)| prediction.converges);
     let Some(fastest) = converging().map(|(_, prediction)| prediction.total_ms).min() else {
@@ -69,12 +71,12 @@ fn reason(best: &Prediction, plain: &Prediction, runner_up: Option<&Prediction>)
     };
     let mut text = if !best.converges {
         format!(
-            "no setting gets this guest over within its downtime limit ({limit}): {} is nearest, with {} of downtime; let it \
-             stand still for longer, hold it back (auto-converge), or move it when it has less to do",
+            "no setting moves this guest within its downtime limit ({limit}): {} is nearest, with {} of downtime; raise \
+             the limit, throttle the guest (auto-converge), or move it when it writes less",
             best.codec,
             time(best.downtime_ms)
         )
-    } else if best.codec == "none" {
+    } else if best.codec == CodecChoice::None {
         let other = runner_up.map_or(String::new(), |other| {
             let time = total(other.converges, other.total_ms);
             format!(": {} would take {time}, and {}", other.codec, price(other, best))
@@ -82,27 +84,27 @@ fn reason(best: &Prediction, plain: &Prediction, runner_up: Option<&Prediction>)
         format!("do not compress{other}; {limit}")
     } else if !plain.converges {
         format!(
-            "{} takes {}, without compression the move does not end; {limit}",
+            "{} takes {}, without compression the move does not converge; {limit}",
             best.codec,
             time(best.total_ms)
         )
     } else {
         format!(
-            "{} takes {}, without compression {}; the price is {}, of both ends together; {limit}",
+            "{} takes {}, without compression {}; it costs {} on both ends together; {limit}",
             best.codec,
             time(best.total_ms),
             time(plain.total_ms),
             price(best, plain)
         )
     };
-    if best.converges && plain.converges && best.codec != "none" {
+    if best.converges && plain.converges && best.codec != CodecChoice::None {
         let saved = plain.wire_bytes.saturating_sub(best.wire_bytes);
         text.push_str(&format!("; {} less on the wire", show_bytes(saved)));
     }
     text
 }
 
-fn flags(best: &Prediction, limits: Limits) -> String {
+fn flags(best: &Prediction, limits: Constraints) -> String {
     let mut flags = format!("--channels {}", best.channels);
     if best.channels > 0 {
         flags.push_str(&format!(" --codec {}", best.codec));
@@ -113,10 +115,11 @@ fn flags(best: &Prediction, limits: Limits) -> String {
     flags
 }
 
-/// The same for both QEMUs: before `migrate` at the source, before `migrate-incoming` at the destination.
+/// Commands for both QEMUs: before `migrate` at the source, before `migrate-incoming` at the
+/// destination.
 ///
-/// QEMU's own `max-bandwidth` is 128 MiB/s unless it is set: less than a fast link.
-fn qmp(best: &Prediction, link: &Link, limits: Limits) -> Vec<Value> {
+/// QEMU's default `max-bandwidth` is 128 MiB/s, less than a fast link.
+fn qmp(best: &Prediction, link: &Link, limits: Constraints) -> Vec<QmpCommand> {
     let multifd = best.channels > 0;
     let mut parameters = Map::new();
     let mut set = |name: &str, value: Value| parameters.insert(name.to_owned(), value);
@@ -124,21 +127,22 @@ fn qmp(best: &Prediction, link: &Link, limits: Limits) -> Vec<Value> {
     set("max-bandwidth", json!(bandwidth.map_or(0, NonZeroU64::get)));
     set("downtime-limit", json!(limits.downtime_ms.clamp(1, QEMU_DOWNTIME_LIMIT)));
     if multifd {
-        let (name, level) = best.codec.split_once(':').unwrap_or((&best.codec, ""));
+        let name = best.codec.family().name();
         set("multifd-channels", json!(best.channels));
         set("multifd-compression", json!(name));
-        if let Ok(level) = level.parse::<u8>() {
+        if let Some(level) = best.codec.level() {
             set(&format!("multifd-{name}-level"), json!(level));
         }
     }
     let capability = json!([{ "capability": "multifd", "state": multifd }]);
+    let capabilities = Map::from_iter([("capabilities".to_owned(), capability)]);
     vec![
-        json!({ "execute": "migrate-set-capabilities", "arguments": { "capabilities": capability } }),
-        json!({ "execute": "migrate-set-parameters", "arguments": parameters }),
+        QmpCommand { execute: "migrate-set-capabilities".to_owned(), arguments: capabilities },
+        QmpCommand { execute: "migrate-set-parameters".to_owned(), arguments: parameters },
     ]
 }
 
-/// The time of a move that may not come to its end.
+/// The time of a move, `never` if it does not converge.
 pub(super) fn total(converges: bool, ms: u64) -> String {
     if converges { time(ms) } else { "never".to_owned() }
 }
@@ -156,18 +160,18 @@ pub(super) fn time(ms: u64) -> String {
 mod tests {
     use super::*;
 
-    const LIMITS: Limits = Limits { downtime_ms: 300, max_bandwidth: None };
+    const LIMITS: Constraints = Constraints { downtime_ms: 300, max_bandwidth: None };
 
     fn link() -> Link {
         Link { name: "1Gbit/s".to_owned(), rate: NonZeroU64::new(125_000_000) }
     }
 
-    fn prediction(codec: &str, channels: usize, total_ms: u64, core_s: f64) -> Prediction {
+    fn prediction(codec: CodecChoice, channels: usize, total_ms: u64, core_s: f64) -> Prediction {
         Prediction {
             link: "1Gbit/s".to_owned(),
             link_bytes_per_s: Some(125_000_000),
             channels,
-            codec: codec.to_owned(),
+            codec,
             total_ms,
             wire_bytes: total_ms * 119_000,
             rounds: 2,
@@ -184,11 +188,11 @@ mod tests {
     #[test]
     fn the_fastest_wins_unless_it_costs_cores_for_nothing() {
         let all = [
-            prediction("none", 2, 3800, 0.4),
-            prediction("zlib:1", 2, 1450, 1.8),
-            prediction("zstd:3", 2, 1180, 1.7),
-            prediction("zstd:1", 2, 1200, 1.2),
-            prediction("zstd:1", 4, 1200, 1.2),
+            prediction(CodecChoice::None, 2, 3800, 0.4),
+            prediction(CodecChoice::zlib::<1>(), 2, 1450, 1.8),
+            prediction(CodecChoice::zstd::<3>(), 2, 1180, 1.7),
+            prediction(CodecChoice::zstd::<1>(), 2, 1200, 1.2),
+            prediction(CodecChoice::zstd::<1>(), 4, 1200, 1.2),
         ];
         let advice = advise(&link(), &all, LIMITS).unwrap();
         assert_eq!((advice.best, advice.runner_up, advice.plain), (3, Some(1), 0));
@@ -201,23 +205,26 @@ mod tests {
     }
 
     #[test]
-    fn it_says_when_not_to_compress() {
-        let all = [prediction("none", 2, 230, 0.4), prediction("zstd:1", 2, 590, 1.2)];
+    fn a_fast_link_is_advised_not_to_compress() {
+        let all =
+            [prediction(CodecChoice::None, 2, 230, 0.4), prediction(CodecChoice::zstd::<1>(), 2, 590, 1.2)];
         let advice = advise(&link(), &all, LIMITS).unwrap();
         assert_eq!((advice.best, advice.runner_up), (0, Some(1)));
         assert!(advice.reason.starts_with("do not compress: zstd:1 would take 590 ms"), "{}", advice.reason);
-        assert!(!advice.qmp[1]["arguments"].to_string().contains("level"));
+        assert!(!advice.qmp[1].to_string().contains("level"));
     }
 
     #[test]
-    fn a_guest_that_cannot_be_moved_is_said_to_be_so() {
-        let busy = |codec: &str, downtime_ms| Prediction {
+    fn a_guest_that_does_not_converge_is_named_as_such() {
+        let busy = |codec, downtime_ms| Prediction {
             converges: false,
             downtime_ms,
             bottleneck: Bottleneck::DirtyRate,
             ..prediction(codec, 2, 9000, 1.0)
         };
-        let advice = advise(&link(), &[busy("none", 900), busy("zstd:1", 500)], LIMITS).unwrap();
+        let advice =
+            advise(&link(), &[busy(CodecChoice::None, 900), busy(CodecChoice::zstd::<1>(), 500)], LIMITS)
+                .unwrap();
         assert_eq!(advice.best, 1);
         assert!(
             advice.reason.contains("no setting") && advice.reason.contains("500 ms"),
@@ -227,21 +234,21 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_of_ours_goes_with_the_advice() {
-        let limits = Limits { downtime_ms: 0, max_bandwidth: NonZeroU64::new(50_000_000) };
-        let advice = advise(&link(), &[prediction("none", 2, 230, 0.4)], limits).unwrap();
+    fn the_limits_of_the_caller_are_part_of_the_advice() {
+        let limits = Constraints { downtime_ms: 0, max_bandwidth: NonZeroU64::new(50_000_000) };
+        let advice = advise(&link(), &[prediction(CodecChoice::None, 2, 230, 0.4)], limits).unwrap();
         assert_eq!(advice.flags, "--channels 2 --codec none --max-bandwidth 50000000B/s");
-        assert_eq!(advice.qmp[1]["arguments"]["max-bandwidth"], 50_000_000);
-        assert_eq!(advice.qmp[1]["arguments"]["downtime-limit"], 1, "QEMU takes 1 to 2000000");
+        assert_eq!(advice.qmp[1].arguments["max-bandwidth"], 50_000_000);
+        assert_eq!(advice.qmp[1].arguments["downtime-limit"], 1, "QEMU takes 1 to 2000000");
     }
 
     #[test]
     fn without_channels_there_is_nothing_to_compress_with() {
-        let advice = advise(&link(), &[prediction("none", 0, 230, 0.4)], LIMITS).unwrap();
+        let advice = advise(&link(), &[prediction(CodecChoice::None, 0, 230, 0.4)], LIMITS).unwrap();
         assert_eq!(advice.flags, "--channels 0");
-        assert_eq!(advice.qmp[0]["arguments"]["capabilities"][0]["state"], false);
+        assert_eq!(advice.qmp[0].arguments["capabilities"][0]["state"], false);
         assert_eq!(advice.runner_up, None);
         let elsewhere = Link { name: "10Gbit/s".to_owned(), ..link() };
-        assert!(advise(&elsewhere, &[prediction("none", 0, 230, 0.4)], LIMITS).is_none());
+        assert!(advise(&elsewhere, &[prediction(CodecChoice::None, 0, 230, 0.4)], LIMITS).is_none());
     }
 }

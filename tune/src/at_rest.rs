@@ -1,24 +1,30 @@
-//! A guest that is not running, as it is named on the command line.
+//! A guest that is not running, by its path.
 
 use std::path::{Path, PathBuf};
 
 use multifd_transports::Endpoint;
 
-/// What is looked at.
-pub(crate) enum AtRest {
-    /// A directory.
+use crate::{Error, Result};
+
+/// What a path leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AtRest {
+    /// A checkpoint's directory.
     Checkpoint(PathBuf),
-    /// A file, and where in it the stream begins.
+    /// A file, and the byte in it at which the stream begins.
     Stream(PathBuf, u64),
 }
 
 impl AtRest {
     /// A checkpoint's directory, or a file with a stream, also as `file:PATH,offset=N`.
-    pub(crate) fn at(path: &Path) -> Result<Self, String> {
+    ///
+    /// # Errors
+    /// The directory is not a checkpoint. Files are not opened.
+    pub fn at(path: &Path) -> Result<Self> {
         if path.is_dir() {
             return match path.join("manifest.json").exists() {
                 true => Ok(Self::Checkpoint(path.to_owned())),
-                false => Err(format!("{} is no checkpoint: it has no manifest.json", path.display())),
+                false => Err(Error::NotACheckpoint { path: path.to_owned() }),
             };
         }
         Ok(match path.to_string_lossy().parse() {

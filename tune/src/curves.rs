@@ -1,9 +1,12 @@
-//! The same model over many links and dirty rates, for plots.
+//! The model over ranges of links and dirty rates, for plots.
+
+use multifd_codecs::CodecChoice;
 
 use super::findings::{CodecFacts, Curve, Curves, DirtyFacts};
 use super::model::{Ends, Model, Setting};
 
-/// Speeds of links in bytes per second, from 10 Mbit/s to 100 Gbit/s; ten to a power of ten, so that a line looks round.
+/// Speeds of links in bytes per second, from 10 Mbit/s to 100 Gbit/s; ten per decade, so that a
+/// line looks smooth.
 pub(super) const LINKS: (f64, f64) = (1.25e6, 12.5e9);
 const LINK_STEPS: u32 = 40;
 
@@ -11,19 +14,18 @@ const LINK_STEPS: u32 = 40;
 const DIRTY_RATES: (f64, f64) = (1_048_576.0, 17_179_869_184.0);
 const DIRTY_STEPS: u32 = 56;
 
-/// What people set by habit; shown beside the codecs that are best somewhere.
-const USUAL: [&str; 4] = ["none", "zlib:1", "zstd:1", "zstd:3"];
+/// Usual settings; shown beside the codecs that are best somewhere.
+const USUAL: [CodecChoice; 4] =
+    [CodecChoice::None, CodecChoice::zlib::<1>(), CodecChoice::zstd::<1>(), CodecChoice::zstd::<3>()];
 
-/// `channels` and `link` are those of the plots: the most that were asked about, and the first link.
+/// The curves for `channels` channels, the one over dirty rates for `link`.
 pub(super) fn curves(model: &Model<'_>, codecs: &[CodecFacts], channels: usize, link: Option<f64>) -> Curves {
     let total_by_link: Vec<Curve> = codecs.iter().map(|codec| over_links(model, codec, channels)).collect();
-    let shown: Vec<String> = total_by_link
+    let shown: Vec<CodecChoice> = total_by_link
         .iter()
         .enumerate()
-        .filter(|(index, curve)| {
-            USUAL.contains(&curve.codec.as_str()) || is_best_somewhere(&total_by_link, *index)
-        })
-        .map(|(_, curve)| curve.codec.clone())
+        .filter(|(index, curve)| USUAL.contains(&curve.codec) || is_best_somewhere(&total_by_link, *index))
+        .map(|(_, curve)| curve.codec)
         .collect();
     let downtime_by_dirty_rate = codecs
         .iter()
@@ -34,17 +36,18 @@ pub(super) fn curves(model: &Model<'_>, codecs: &[CodecFacts], channels: usize, 
     Curves { total_by_link, downtime_by_dirty_rate }
 }
 
-/// Without the links over which the move does not converge.
+/// Total time by link, without the links over which the move does not converge.
 fn over_links(model: &Model<'_>, codec: &CodecFacts, channels: usize) -> Curve {
     let point = |rate: f64| {
         let setting = Setting { link: Some(rate), limit: None, channels, codec, ends: Ends::Multifd };
         let run = model.run(setting);
         run.converges.then_some((rate, run.total))
     };
-    Curve { codec: codec.codec.clone(), points: steps(LINKS, LINK_STEPS).filter_map(point).collect() }
+    Curve { codec: codec.codec, points: steps(LINKS, LINK_STEPS).filter_map(point).collect() }
 }
 
-/// A guest that writes within its working set, where that is known, otherwise within all of its data; up to the rate at which it can no longer be moved.
+/// Downtime by dirty rate, up to the rate at which the move no longer converges. The guest writes
+/// within its working set where that is known, otherwise within all of its data.
 fn over_dirty_rates(model: &Model<'_>, codec: &CodecFacts, channels: usize, link: Option<f64>) -> Curve {
     let point = |rate: f64| {
         #[expect(
@@ -64,10 +67,10 @@ fn over_dirty_rates(model: &Model<'_>, codec: &CodecFacts, channels: usize, link
         let run = Model { dirty, ..*model }.run(setting);
         run.converges.then_some((rate, run.downtime))
     };
-    Curve { codec: codec.codec.clone(), points: steps(DIRTY_RATES, DIRTY_STEPS).map_while(point).collect() }
+    Curve { codec: codec.codec, points: steps(DIRTY_RATES, DIRTY_STEPS).map_while(point).collect() }
 }
 
-/// Within a hundredth of the fastest at some link, and nothing before it is.
+/// The first curve within a hundredth of the fastest, for some link.
 fn is_best_somewhere(curves: &[Curve], index: usize) -> bool {
     let at = |curve: &Curve, rate: f64| {
         let point = curve.points.iter().find(|point| point.0 == rate);
@@ -80,7 +83,7 @@ fn is_best_somewhere(curves: &[Curve], index: usize) -> bool {
     })
 }
 
-/// Equal steps of a logarithm, both ends included.
+/// Values at equal steps of the logarithm, both ends included.
 fn steps((from, to): (f64, f64), steps: u32) -> impl Iterator<Item = f64> {
     (0..=steps).map(move |step| from * (to / from).powf(f64::from(step) / f64::from(steps)))
 }

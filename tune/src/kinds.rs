@@ -1,14 +1,14 @@
-//! What is in the pages.
+//! Kinds of pages.
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
 
 use multifd_codecs::looks_random;
 
-use super::findings::PageKinds;
-use super::sample::Sample;
+use crate::findings::PageKinds;
+use crate::sample::Sample;
 
-/// Shares of all pages, of which `data_share` are not zero.
+/// Shares of all pages by kind; a share of `data_share` of them is not zero.
 pub(super) fn kinds(sample: &Sample, data_share: f64) -> PageKinds {
     let hasher = RandomState::new();
     let mut seen = HashSet::new();
@@ -36,8 +36,9 @@ pub(super) fn kinds(sample: &Sample, data_share: f64) -> PageKinds {
     }
 }
 
-/// Of the bytes that are not zero, 19 in 20 are printable or white space, and they are at least a quarter of the page: UTF-8 of
-/// other scripts is not found, a few names in a table are not taken for text.
+/// Whether 19 in 20 of the bytes that are not zero are printable or white space, and these bytes
+/// are at least a quarter of the page. UTF-8 of other scripts is missed; a few names in a table do
+/// not make a page text.
 fn is_text(page: &[u8]) -> bool {
     let set = page.iter().filter(|byte| **byte != 0).count();
     let printable = page.iter().filter(|byte| matches!(byte, b'\t' | b'\n' | b'\r' | b' '..=b'~')).count();

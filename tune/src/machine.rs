@@ -1,4 +1,4 @@
-//! What the parts of a move take on this machine: sockets, and memory that is new.
+//! Costs of the parts of a move on this machine: sockets, and memory not yet populated.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -11,7 +11,7 @@ use multifd_codecs::MAX_BATCH_LEN;
 use multifd_engine::HostMemory;
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::Result;
+use super::error::{Error, Result};
 use super::findings::Machine;
 use super::measure::core_time;
 use super::memory::PAGE;
@@ -20,33 +20,35 @@ use super::sample::Sample;
 /// Bytes that each lane moves for a measurement: some 25 ms, and more than a core's caches hold.
 const LANE_BYTES: usize = 32 << 20;
 
-/// Pairs of a sender and a receiver, so that all cores are busy, as they are in a move. More would say little new, and take
-/// more memory than 256 MiB at once from a host that may have none to spare.
+/// Most pairs of a sender and a receiver. All cores are to be busy, as in a move; more lanes would
+/// add little, and take more than 256 MiB of memory at once from a host that may have none to
+/// spare.
 const MOST_LANES: usize = 4;
 
-/// Times that everything is measured; what is in the middle counts.
+/// Repetitions of each measurement, whose median counts.
 const TIMES: usize = 3;
 
-/// Measures with pages of the sample, on all cores at once: what they share, they share in a move, too.
+/// Measures with pages of the sample, on all cores at once: they share caches and memory in a move,
+/// too.
 pub(super) fn measure(sample: &Sample, cores: usize) -> Result<Machine> {
     let pages = Pages::of(sample);
     let lanes = (cores / 2).clamp(1, MOST_LANES);
     let moved = (lanes * LANE_BYTES) as f64;
-    let failed = |error| format!("measuring sockets: {error}");
-    let socket = times(|| sockets(&pages, lanes)).map_err(failed)?;
-    let memory = |name: &str, work: Work| {
+    let socket = times(|| sockets(&pages, lanes));
+    let socket = socket.map_err(|source| Error::Machine { part: "sockets", source })?;
+    let memory = |part, work: Work| -> Result<f64> {
         let found = times(|| side_by_side(2 * lanes, || work(&pages)));
-        let found = found.map_err(|error| format!("measuring {name}: {error}"))?;
-        Ok::<_, String>(median(found).as_secs_f64() / (2.0 * moved))
+        let found = found.map_err(|source| Error::Machine { part, source })?;
+        Ok(median(found).as_secs_f64() / (2.0 * moved))
     };
     Ok(Machine {
         cores,
         send_byte_s: median(socket.map(|(send, _)| send)).as_secs_f64() / moved,
         receive_byte_s: median(socket.map(|(_, receive)| receive)).as_secs_f64() / moved,
-        look_byte_s: memory("looks at mapped memory", look)?,
+        look_byte_s: memory("reads of mapped memory", look)?,
         land_byte_s: memory("writes to a file in memory", land)?,
         fault_byte_s: memory("page faults", fault)?,
-        touch_byte_s: memory("looks at new memory", touch)?,
+        touch_byte_s: memory("reads of new memory", touch)?,
     })
 }
 
@@ -58,10 +60,10 @@ fn median([a, b, c]: [Duration; TIMES]) -> Duration {
     a.min(b).max(a.max(b).min(c))
 }
 
-/// Batches of the sample, again and again, until a lane's bytes are full.
+/// Batches of the sample, repeated up to [`LANE_BYTES`].
 struct Pages<'s>(Vec<&'s [u8]>);
 
-/// One measurement in memory of its own: time on a core.
+/// A measurement in memory of its own, which gives the time on a core.
 type Work = fn(&Pages<'_>) -> std::io::Result<Duration>;
 
 impl<'s> Pages<'s> {
@@ -76,7 +78,7 @@ impl<'s> Pages<'s> {
         Self(batches.cycle().map_while(take).collect())
     }
 
-    /// With the place of each.
+    /// The batches, each with its offset.
     fn placed(&self) -> impl Iterator<Item = (usize, &[u8])> {
         let place = |at: &mut usize, batch: &&'s [u8]| {
             let start = *at;
@@ -92,7 +94,7 @@ fn sockets(pages: &Pages<'_>, lanes: usize) -> std::io::Result<(Duration, Durati
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let pair = || -> std::io::Result<(TcpStream, TcpStream)> {
         let near = TcpStream::connect(listener.local_addr()?)?;
-        // Anybody on this machine may have been faster.
+        // Another process on this machine may connect first.
         loop {
             let (far, peer) = listener.accept()?;
             if peer == near.local_addr()? {
@@ -132,7 +134,7 @@ fn receive(pages: &Pages<'_>, mut socket: TcpStream) -> std::io::Result<Duration
     Ok(core_time().saturating_sub(begin))
 }
 
-/// Whole pages into a file in memory that has none yet, as our destinations do.
+/// Writes of whole pages to an empty file in memory, as multifd's destination does.
 fn land(pages: &Pages<'_>) -> std::io::Result<Duration> {
     let file = new_memory()?;
     let begin = core_time();
@@ -140,7 +142,7 @@ fn land(pages: &Pages<'_>) -> std::io::Result<Duration> {
     Ok(core_time().saturating_sub(begin))
 }
 
-/// The same through a mapping.
+/// The same stores through a mapping.
 fn fault(pages: &Pages<'_>) -> std::io::Result<Duration> {
     let memory = HostMemory::map_file(new_memory()?, LANE_BYTES)?;
     let begin = core_time();
@@ -152,15 +154,15 @@ fn fault(pages: &Pages<'_>) -> std::io::Result<Duration> {
     Ok(core_time().saturating_sub(begin))
 }
 
-/// A look at each page of a file that is in memory, but not in this process.
+/// The first bytes of each page, of a populated file that is not yet in this process's page table.
 fn look(pages: &Pages<'_>) -> std::io::Result<Duration> {
     let file = new_memory()?;
     pages.placed().try_for_each(|(at, batch)| file.write_all_at(batch, at as u64))?;
-    // What a page begins with tells most of them from zeros.
+    // The first bytes tell most pages from zero pages.
     look_at::<64>(file)
 }
 
-/// The same where there is nothing yet: each look makes a page, and has to go through all of it.
+/// All bytes of each page of an empty file: each read allocates a page.
 fn touch(_: &Pages<'_>) -> std::io::Result<Duration> {
     look_at::<PAGE>(new_memory()?)
 }
@@ -183,7 +185,7 @@ fn new_memory() -> std::io::Result<File> {
     Ok(file)
 }
 
-/// The times of so many threads that do the same, together.
+/// The sum of the times of `threads` threads that do the same work at once.
 fn side_by_side(
     threads: usize,
     work: impl Fn() -> std::io::Result<Duration> + Sync,
@@ -195,5 +197,5 @@ fn side_by_side(
 }
 
 fn joined(thread: thread::ScopedJoinHandle<'_, std::io::Result<Duration>>) -> std::io::Result<Duration> {
-    thread.join().map_err(|_| std::io::Error::other("a thread has panicked"))?
+    thread.join().map_err(|_| std::io::Error::other("a measuring thread panicked"))?
 }

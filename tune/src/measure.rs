@@ -1,30 +1,31 @@
-//! What each codec makes of the sample, and how fast.
+//! Ratio and speed of a codec on the sample.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use multifd_codecs::{Codec, Decoder, Encoder};
+use multifd_codecs::{CodecChoice, Decoder, Encoder};
 use rustix::time::{ClockId, clock_gettime};
 
-use super::Result;
-use super::findings::CodecFacts;
-use super::sample::{Run, Sample, spread};
+use crate::error::{Error, Result};
+use crate::findings::CodecFacts;
+use crate::sample::{Run, Sample, spread};
 
-/// What a codec made of some of the runs: bytes of pages and of payload, by the run's number; `None`: there was no time for it.
+/// A codec's result on some runs of the sample.
 pub(super) struct Encoded {
+    /// Bytes of pages and of payload, by the run's number; `None`: there was no time for it.
     runs: Vec<Option<(u64, u64)>>,
     encode: Duration,
     decode: Duration,
 }
 
-/// Passes the sample through `codec` as channels do, `threads` of them side by side, for about `budget`.
+/// Encodes and decodes the sample as channels do, on `threads` threads at once, for about `budget`.
 ///
-/// Runs are taken in an order that is spread over the sample wherever it ends. Times are of cores, not of the clock: what else
-/// the machine does does not count.
+/// The order of runs is spread evenly over the sample wherever it ends. Times are of cores, not of
+/// the clock: other load on the machine does not count.
 pub(super) fn encode(
     sample: &Sample,
-    codec: &dyn Codec,
+    codec: CodecChoice,
     threads: usize,
     budget: Duration,
 ) -> Result<Encoded> {
@@ -48,7 +49,7 @@ pub(super) fn encode(
     thread::scope(|scope| {
         let lanes: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(work)).collect();
         for lane in lanes {
-            for run in lane.join().map_err(|_| "a thread has panicked")?? {
+            for run in lane.join().map_err(|_| Error::Bug("a measuring thread panicked"))?? {
                 all.note(&run);
             }
         }
@@ -56,7 +57,7 @@ pub(super) fn encode(
     })
 }
 
-/// What one run cost: bytes, and time on a core.
+/// The cost of one run: bytes, and time on a core.
 struct RunCost {
     number: usize,
     raw: u64,
@@ -67,6 +68,7 @@ struct RunCost {
 
 /// One channel: an encoder, and the decoder at its other end.
 struct Lane {
+    codec: CodecChoice,
     encoder: Box<dyn Encoder>,
     decoder: Box<dyn Decoder>,
     pages: Vec<u8>,
@@ -75,11 +77,12 @@ struct Lane {
 }
 
 impl Lane {
-    fn new(codec: &dyn Codec) -> Result<Self> {
-        let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", codec.describe());
+    fn new(codec: CodecChoice) -> Result<Self> {
+        let factory = codec.codec();
         Ok(Self {
-            encoder: codec.encoder().map_err(|error| failed(&error))?,
-            decoder: codec.decoder().map_err(|error| failed(&error))?,
+            codec,
+            encoder: factory.encoder().map_err(|source| failed(codec, source))?,
+            decoder: factory.decoder().map_err(|source| failed(codec, source))?,
             pages: Vec::new(),
             payload: Vec::new(),
             back: Vec::new(),
@@ -95,10 +98,12 @@ impl Lane {
             self.pages.clear();
             self.pages.extend_from_slice(batch);
             self.payload.clear();
-            self.encoder.prepare(&self.pages, &mut self.payload).map_err(|error| error.to_string())?;
+            let encoded = self.encoder.prepare(&self.pages, &mut self.payload);
+            encoded.map_err(|source| failed(self.codec, source))?;
             let encoded = core_time();
             self.back.resize(self.pages.len(), 0);
-            self.decoder.recv_pages(&self.payload, &mut self.back).map_err(|error| error.to_string())?;
+            let decoded = self.decoder.recv_pages(&self.payload, &mut self.back);
+            decoded.map_err(|source| failed(self.codec, source))?;
             cost.encode += encoded.saturating_sub(begin);
             cost.decode += core_time().saturating_sub(encoded);
             cost.payload += self.payload.len() as u64;
@@ -107,7 +112,11 @@ impl Lane {
     }
 }
 
-/// Time that this thread has had on a core.
+fn failed(codec: CodecChoice, source: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::Codec { codec, source: Box::new(source) }
+}
+
+/// Time that this thread has spent on a core.
 pub(super) fn core_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
@@ -122,14 +131,14 @@ impl Encoded {
         self.decode += cost.decode;
     }
 
-    /// The runs of another part of the memory, passed through the same codec.
+    /// Adds the same codec's result on another part of the memory.
     pub(super) fn extend(&mut self, other: Self) {
         self.runs.extend(other.runs);
         self.encode += other.encode;
         self.decode += other.decode;
     }
 
-    /// Of what was encoded: bytes of pages, bytes of payload.
+    /// Bytes of pages and bytes of payload over all runs.
     fn sums(&self) -> (u64, u64) {
         let done = self.runs.iter().flatten();
         done.fold((0, 0), |(raw, payload), (of, to)| (raw + of, payload + to))
@@ -137,8 +146,9 @@ impl Encoded {
 
     /// The ratio over all of the sample, and half of its 95 % interval.
     ///
-    /// `reference` has been through all of it, and perhaps through more of the memory. A slower codec, which has not, is compared with it on the runs that both know:
-    /// what both find easy or hard cancels out.
+    /// `reference` has encoded all of it, and perhaps more of the memory. A slower codec, which has
+    /// not, is compared with it on the runs that both have encoded: what is easy or hard for both
+    /// cancels out.
     pub(super) fn ratio(&self, reference: &Self, share: f64) -> (f64, f64) {
         let (raw_all, reference_all) = reference.sums();
         let known = || {
@@ -152,7 +162,7 @@ impl Encoded {
         let to_reference = own as f64 / other as f64;
         let payload = reference_all as f64 * to_reference;
         let ratio = raw_all as f64 / payload;
-        // Two steps of a guess: from these runs to the sample, and from the sample to the memory.
+        // Two estimates: from these runs to the sample, and from the sample to the memory.
         let to_sample =
             spread_of(known().map(|((_, own), (_, other))| own as f64 - to_reference * other as f64));
         let cost = reference_all as f64 / raw_all as f64;
@@ -163,17 +173,17 @@ impl Encoded {
         let first = to_sample * (1.0 - finished).max(0.0).sqrt() / own as f64;
         let second = to_memory * (1.0 - share).max(0.0).sqrt() / reference_all as f64;
         let error = ratio * INTERVAL * first.hypot(second);
-        // One run says nothing of how much runs differ.
+        // One run does not show how much runs differ.
         let alone = known().count() < 2 && (finished < 1.0 || share < 1.0);
         (ratio, if alone { ratio } else { error })
     }
 
-    pub(super) fn facts(&self, codec: &dyn Codec, reference: &Self, share: f64) -> CodecFacts {
+    pub(super) fn facts(&self, codec: CodecChoice, reference: &Self, share: f64) -> CodecFacts {
         let (raw, _) = self.sums();
         let per_second = |time: Duration| Some(raw as f64 / time.as_secs_f64().max(f64::MIN_POSITIVE));
         let (ratio, ratio_error) = self.ratio(reference, share);
         CodecFacts {
-            codec: codec.describe(),
+            codec,
             ratio,
             ratio_error,
             encode_bytes_per_s: per_second(self.encode),
@@ -183,10 +193,10 @@ impl Encoded {
     }
 }
 
-/// 95 % of a normal distribution lie within so many standard errors.
+/// Half the width of a normal distribution's 95 % interval, in standard errors.
 const INTERVAL: f64 = 1.96;
 
-/// Standard error of a sum of such values, each of which has a mean of 0.
+/// Standard error of the sum of these values, each with a mean of 0.
 fn spread_of(values: impl Iterator<Item = f64>) -> f64 {
     let (count, squares) = values.fold((0.0, 0.0), |(count, sum), value| (count + 1.0, sum + value * value));
     if count > 1.0 { (squares * count / (count - 1.0)).sqrt() } else { 0.0 }

@@ -1,49 +1,57 @@
-//! A pre-copy move, calculated. docs/tuning.md has the formulas and where they come from.
+//! A model of a pre-copy move. docs/tuning.md has the formulas and their sources.
+//!
+//! The model calculates what each round takes; whether another follows is decided by the engine's
+//! own [`Convergence`].
+
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use multifd_codecs::CodecFamily;
+use multifd_engine::{Convergence, Decision, Limits, OnStall, RoundFacts};
 
 use super::findings::{Bottleneck, CodecFacts, DirtyFacts, Machine};
 use super::rewrites;
 
-/// What is moved, between which machines.
+/// A guest between two machines.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Model<'a> {
     pub(super) guest: Guest,
     pub(super) dirty: DirtyFacts,
     pub(super) machine: &'a Machine,
-    /// Seconds.
-    pub(super) downtime_limit: f64,
+    pub(super) downtime_limit: Duration,
 }
 
-/// The guest, in bytes.
+/// Sizes of the guest, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Guest {
     pub(super) ram: f64,
-    /// Of pages that are not zero.
+    /// Bytes of pages that are not zero.
     pub(super) data: f64,
-    /// The devices' state.
+    /// Bytes of device state.
     pub(super) devices: f64,
 }
 
-/// One way to set it.
+/// Settings of one move.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setting<'a> {
     /// Bits on the wire, in bytes per second; `None`: both ends share this machine.
     pub(super) link: Option<f64>,
-    /// Bytes per second that the move itself keeps to, if so.
+    /// `max-bandwidth`, in bytes per second.
     pub(super) limit: Option<f64>,
-    /// 0: everything on the main channel.
+    /// Parallel channels; 0: everything on the main channel.
     pub(super) channels: usize,
     pub(super) codec: &'a CodecFacts,
     pub(super) ends: Ends,
 }
 
-/// Who sends and receives.
+/// The program at both ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ends {
     Multifd,
     Qemu,
 }
 
-/// What a move would cost: seconds and bytes.
+/// The cost of a move, in seconds and bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Move {
     pub(super) total: f64,
@@ -56,9 +64,11 @@ pub(super) struct Move {
     pub(super) bottleneck: Bottleneck,
 }
 
-/// One pass over some pages.
+/// The cost of one round.
 #[derive(Clone, Copy, Debug)]
 struct Pass {
+    /// Bytes of pages that are not zero.
+    data: f64,
     seconds: f64,
     wire: f64,
     source_core: f64,
@@ -68,48 +78,53 @@ struct Pass {
 
 const PAGE: f64 = 4096.0;
 
-/// Header of a packet, and bytes of pages in it (docs/wire.md §7.2).
+/// Bytes of a packet's header, and of the pages that it describes (docs/wire.md §7.2).
 const PACKET_HEADER: f64 = 1344.0;
 const PACKET_BYTES: f64 = 128.0 * PAGE;
 
-/// On the main channel: a header with each page, and a zero page's record (docs/wire.md §5).
+/// Bytes on the main channel of a page's header, and of a zero page's record (docs/wire.md §5).
 const RECORD_HEADER: f64 = 8.0;
 const ZERO_RECORD: f64 = 9.0;
 
-/// What TCP carries of what a link can: 1448 bytes in a frame of 1514, and 24 more that Ethernet takes for preamble, checksum
-/// and gap.
+/// TCP's share of a link: 1448 bytes of payload in a frame of 1514, and 24 bytes of preamble,
+/// checksum and gap around it.
 const GOODPUT: f64 = 1448.0 / 1538.0;
 
-/// Connections, headers, the last word of the destination: what a guest of nothing takes, in seconds.
+/// Fixed costs of a move, in seconds: connections, headers, the destination's acknowledgement. The
+/// time that an empty guest takes.
 const FIXED: f64 = 0.015;
 
-/// From the stop of a guest that has written nothing to its start at the other end: a sync of the dirty log, device state, one
-/// round trip. Measured with the live guests of docs/performance.md.
+/// Downtime of a guest that has written nothing, in seconds: a sync of the dirty log, device state,
+/// one round trip. Measured with the live guests of docs/performance.md.
 const SWITCHOVER: f64 = 0.003;
 
-/// QEMU's zlib against the one that is measured here: its encoder and decoder take so many times as long, its stream has so many
-/// bytes (docs/performance.md, 1 Gbit/s).
+/// QEMU's zlib relative to the one measured here: time to encode, time to decode, bytes of the
+/// stream (docs/performance.md, 1 Gbit/s).
 const QEMU_ZLIB: [f64; 3] = [3.6, 2.9, 0.86];
 
-/// What QEMU's main thread spends on each page to hand it to its channels, in seconds: in `none-2-again` of docs/performance.md
-/// its source takes 0.25 s of cores for 262144 pages, of which sending takes 0.06.
+/// Seconds that QEMU's main thread spends per page to hand it to a channel: in `none-2-again` of
+/// docs/performance.md its source takes 0.25 s of cores for 262144 pages, of which sending takes
+/// 0.06.
 const QEMU_PAGE: f64 = 0.7e-6;
 
-/// As the engine decides (`engine/src/convergence`): so many rounds that leave more than this share of the best before.
-const STALLED_ROUNDS: u32 = 3;
-const PROGRESS: f64 = 0.95;
-
-/// More rounds than any move has that gets somewhere.
+/// Limit of rounds. A move that converges has far fewer: each round leaves at most 95 % of the one
+/// before.
 const MOST_ROUNDS: u64 = 200;
 
+/// Longest time that is calculated with, in seconds: 30 years.
+const LONGEST: f64 = 1e9;
+
 impl Model<'_> {
-    /// The whole move: passes until what is left can be sent within the downtime limit.
+    /// The whole move: rounds until the engine would stop the guest, or finds that they no longer
+    /// shrink.
     pub(super) fn run(&self, setting: Setting<'_>) -> Move {
+        let mut convergence = Convergence::new(None);
         let mut pass = self.first_pass(setting);
+        let mut dirty = self.guest.ram;
         let mut sum = Move {
             total: FIXED + pass.seconds,
             downtime: 0.0,
-            // The last one, with the guest stopped, counts.
+            // The last one, with the guest paused, counts.
             rounds: 2,
             wire: self.guest.devices,
             source_core: 0.0,
@@ -118,22 +133,24 @@ impl Model<'_> {
             bottleneck: pass.bottleneck,
         };
         sum.add(&pass);
-        let (mut best, mut stalled) = (f64::MAX, 0);
-        let rate = self.dirty.bytes_per_s as f64;
+        let (rate, working_set) = (self.dirty.bytes_per_s as f64, self.dirty.working_set_bytes as f64);
         loop {
-            let left = rewrites::after(rate, self.dirty.working_set_bytes as f64, pass.seconds);
-            stalled = if left < best * PROGRESS { 0 } else { stalled + 1 };
-            best = best.min(left);
-            let next = self.pass(left, 0.0, setting);
-            sum.downtime = next.seconds + SWITCHOVER + self.on_link(self.guest.devices, setting);
-            let within = match setting.ends {
-                Ends::Multifd => next.seconds <= self.downtime_limit,
-                // QEMU compares bytes of pages with what went over the wire (docs/wire.md §20).
-                Ends::Qemu => left <= pass.wire / pass.seconds * self.downtime_limit,
+            let left = rewrites::after(rate, working_set, pass.seconds);
+            let facts = RoundFacts {
+                dirty_bytes: whole(dirty),
+                content_bytes: whole(pass.data),
+                remaining_bytes: whole(left),
+                wire_bytes: whole(pass.wire),
+                duration: duration(pass.seconds),
+                sync: Duration::ZERO,
+                elapsed: duration(sum.total),
             };
-            if within || stalled >= STALLED_ROUNDS || sum.rounds >= MOST_ROUNDS {
-                sum.converges = within;
-                if !within {
+            let decision = convergence.on_round(facts, &self.limits(setting, &pass)).decision;
+            let next = self.pass(left, 0.0, setting);
+            if decision != Decision::Continue || sum.rounds >= MOST_ROUNDS {
+                sum.downtime = next.seconds + SWITCHOVER + self.on_link(self.guest.devices, setting);
+                sum.converges = decision == Decision::SwitchOver;
+                if !sum.converges {
                     sum.bottleneck = Bottleneck::DirtyRate;
                 }
                 sum.total += sum.downtime;
@@ -143,28 +160,41 @@ impl Model<'_> {
             sum.rounds += 1;
             sum.total += next.seconds;
             sum.add(&next);
-            pass = next;
+            (dirty, pass) = (left, next);
         }
     }
 
-    /// All of the RAM. Its zero pages cost a header, and QEMU makes the ones that its guest never touched when it looks at them.
+    /// What the source decides by. A stall ends the calculation: a guest that goes on like this
+    /// never moves.
+    fn limits(&self, setting: Setting<'_>, pass: &Pass) -> Limits {
+        let avail_switchover_bandwidth = match setting.ends {
+            Ends::Multifd => None,
+            // QEMU compares bytes of pages with the rate of the wire (docs/wire.md §20).
+            Ends::Qemu => NonZeroU64::new(whole(pass.wire / pass.seconds)),
+        };
+        let downtime_limit = self.downtime_limit;
+        Limits { downtime_limit, avail_switchover_bandwidth, on_stall: OnStall::Abort, ..Limits::default() }
+    }
+
+    /// The round over all of the RAM. A zero page costs a header; QEMU also allocates the pages
+    /// that its guest never touched, by looking for zeros in them.
     fn first_pass(&self, setting: Setting<'_>) -> Pass {
         let zero = self.guest.ram - self.guest.data;
         let mut pass = self.pass(self.guest.data, zero, setting);
         if setting.ends == Ends::Qemu {
             let made = zero * self.machine.touch_byte_s;
             pass.source_core += made;
-            // What was touched and what was not lies apart: nothing flows meanwhile.
+            // Touched and untouched pages lie apart: nothing is sent meanwhile.
             pass.seconds += made / self.lanes(setting);
         }
         pass
     }
 
-    /// A pass over so many bytes of pages that are not zero, and of pages that are.
+    /// A round over `data` bytes of pages that are not zero, and `zero` bytes of pages that are.
     fn pass(&self, data: f64, zero: f64, setting: Setting<'_>) -> Pass {
         let Machine { send_byte_s, receive_byte_s, .. } = *self.machine;
         let [slower, slower_back, size] = match setting.ends {
-            Ends::Qemu if setting.codec.codec.starts_with("zlib") => QEMU_ZLIB,
+            Ends::Qemu if setting.codec.codec.family() == CodecFamily::Zlib => QEMU_ZLIB,
             _ => [1.0; 3],
         };
         let headers = match setting.channels {
@@ -173,18 +203,17 @@ impl Model<'_> {
         };
         let wire = data / setting.codec.ratio * size + headers;
         let codec_time = |speed: Option<f64>| speed.map_or(0.0, |speed| data / speed);
-        // QEMU has its guest's memory mapped, and finds new memory by page faults.
-        let (look, landing) = match setting.ends {
-            Ends::Multifd => (self.machine.look_byte_s, self.landing(setting)),
+        // QEMU has its guest's memory mapped, and populates new memory by page faults.
+        let (look, store) = match setting.ends {
+            Ends::Multifd => (self.machine.look_byte_s, self.store(setting)),
             Ends::Qemu => (0.0, self.machine.fault_byte_s),
         };
         let source_core =
             data * look + wire * send_byte_s + codec_time(setting.codec.encode_bytes_per_s) * slower;
-        let destination_core = wire * receive_byte_s
-            + codec_time(setting.codec.decode_bytes_per_s) * slower_back
-            + data * landing;
+        let destination_core =
+            wire * receive_byte_s + codec_time(setting.codec.decode_bytes_per_s) * slower_back + data * store;
         let lanes = self.lanes(setting);
-        // One thread's work, beside that of the channels.
+        // The work of one thread beside the channels'.
         let feeding = if setting.ends == Ends::Qemu { (data + zero) / PAGE * QEMU_PAGE } else { 0.0 };
         let ends = [(source_core / lanes).max(feeding), destination_core / lanes];
         let source_core = source_core + feeding;
@@ -192,7 +221,7 @@ impl Model<'_> {
             Some(_) => 0.0,
             None => (source_core + destination_core) / self.machine.cores as f64,
         };
-        // What both ends wait for together is put down to the one that works more.
+        // A wait for shared cores counts for the end that works more.
         let [source, destination] = if source_core > destination_core {
             [ends[0].max(shared), ends[1]]
         } else {
@@ -206,21 +235,23 @@ impl Model<'_> {
         ];
         let (seconds, bottleneck) =
             times.into_iter().max_by(|(a, _), (b, _)| a.total_cmp(b)).unwrap_or((link, Bottleneck::Link));
-        Pass { seconds, wire, source_core, destination_core, bottleneck }
+        Pass { data, seconds, wire, source_core, destination_core, bottleneck }
     }
 
-    /// One worker writes through the file behind memory, and the others through the mapping (docs/architecture.md).
-    fn landing(&self, setting: Setting<'_>) -> f64 {
+    /// Seconds to store a byte of new memory: one worker writes through the block's file, the
+    /// others through the mapping (docs/architecture.md).
+    fn store(&self, setting: Setting<'_>) -> f64 {
         let workers = setting.channels.max(1) as f64;
         (self.machine.land_byte_s + (workers - 1.0) * self.machine.fault_byte_s) / workers
     }
 
+    /// Seconds that these bytes take on the wire.
     fn on_link(&self, bytes: f64, setting: Setting<'_>) -> f64 {
         let link = setting.link.map_or(0.0, |rate| bytes / (rate * GOODPUT));
         setting.limit.map_or(link, |limit| link.max(bytes / limit))
     }
 
-    /// Threads that work at each end.
+    /// Threads that run at once at each end.
     fn lanes(&self, setting: Setting<'_>) -> f64 {
         setting.channels.clamp(1, self.machine.cores.max(1)) as f64
     }
@@ -232,6 +263,16 @@ impl Move {
         self.source_core += pass.source_core;
         self.destination_core += pass.destination_core;
     }
+}
+
+fn duration(seconds: f64) -> Duration {
+    // A time that is not a number never passes.
+    Duration::try_from_secs_f64(seconds.clamp(0.0, LONGEST)).unwrap_or(Duration::MAX)
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates, and is not negative")]
+fn whole(bytes: f64) -> u64 {
+    bytes as u64
 }
 
 #[cfg(test)]

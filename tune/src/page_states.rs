@@ -1,4 +1,4 @@
-//! Three bits a page: what a stream has said of it so far.
+//! The records of each page in a stream, in three bits a page.
 
 use std::collections::HashMap;
 
@@ -6,51 +6,92 @@ use std::collections::HashMap;
 const CHUNK_PAGES: u64 = 4096;
 const CHUNK_WORDS: usize = 64;
 
-/// Most chunks: 256 MiB of memory, for 2.7 TiB of RAM. Chunks are made where pages come, so what a block claims to be
-/// long costs nothing.
+/// Most chunks: 256 MiB of memory, for 2.7 TiB of RAM. A chunk is made when a page in it comes, so
+/// a block that claims a great length costs nothing.
 const MAX_CHUNKS: usize = (256 << 20) / size_of::<Chunk>();
 
-/// What to say when there are no more.
-pub(crate) const TOO_WIDE: &str = "the pages of this stream are spread over more than 2.7 TiB of RAM, which is more than can be kept count of";
+/// A stream whose pages are spread too wide to keep count of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the pages of this stream are spread over more than 2.7 TiB of RAM, which is more than can be kept count of"
+)]
+pub struct TooManyPages;
 
 /// The pages of a stream, as far as it has been read.
 #[derive(Default)]
-pub(crate) struct PageStates {
+pub struct PageStates {
     chunks: HashMap<(usize, u64), Box<Chunk>>,
 }
 
-#[derive(Clone)]
-struct Chunk {
-    seen: [u64; CHUNK_WORDS],
-    zero: [u64; CHUNK_WORDS],
-    repeated: [u64; CHUNK_WORDS],
+type Chunk = [States; CHUNK_WORDS];
+
+/// 64 pages, a bit each.
+#[derive(Clone, Copy, Default)]
+struct States {
+    seen: u64,
+    zero: u64,
+    repeated: u64,
 }
 
-/// What a page was before a record.
+/// A page's state before a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Before {
-    pub(crate) seen: bool,
-    pub(crate) zero: bool,
-    pub(crate) repeated: bool,
+pub struct Before {
+    /// It had a record.
+    pub seen: bool,
+    /// It was zero by its last record.
+    pub zero: bool,
+    /// It had more than one record.
+    pub repeated: bool,
 }
 
 impl PageStates {
-    /// Notes a record of a page, which then is zero or not. `None`: the pages are spread too wide.
-    pub(crate) fn note(&mut self, block: usize, page: u64, zero: bool) -> Option<Before> {
+    /// Notes a record that leaves the page zero or not.
+    ///
+    /// # Errors
+    /// The pages are spread too wide.
+    pub fn note(&mut self, block: usize, page: u64, zero: bool) -> Result<Before, TooManyPages> {
         let key = (block, page / CHUNK_PAGES);
         if self.chunks.len() >= MAX_CHUNKS && !self.chunks.contains_key(&key) {
-            return None;
+            return Err(TooManyPages);
         }
-        let none = || Chunk { seen: [0; CHUNK_WORDS], zero: [0; CHUNK_WORDS], repeated: [0; CHUNK_WORDS] };
-        let chunk = self.chunks.entry(key).or_insert_with(|| Box::new(none()));
+        let chunk = self.chunks.entry(key).or_insert_with(|| Box::new([States::default(); CHUNK_WORDS]));
         let (word, bit) = ((page % CHUNK_PAGES / 64) as usize, 1 << (page % 64));
-        let (seen, zeros, repeated) =
-            (chunk.seen.get_mut(word)?, chunk.zero.get_mut(word)?, chunk.repeated.get_mut(word)?);
-        let before =
-            Before { seen: *seen & bit != 0, zero: *zeros & bit != 0, repeated: *repeated & bit != 0 };
-        *repeated |= *seen & bit;
-        *seen |= bit;
-        *zeros = if zero { *zeros | bit } else { *zeros & !bit };
-        Some(before)
+        #[expect(clippy::indexing_slicing, reason = "a page of a chunk is in one of its words")]
+        let states = &mut chunk[word];
+        let before = Before {
+            seen: states.seen & bit != 0,
+            zero: states.zero & bit != 0,
+            repeated: states.repeated & bit != 0,
+        };
+        states.repeated |= states.seen & bit;
+        states.seen |= bit;
+        states.zero = if zero { states.zero | bit } else { states.zero & !bit };
+        Ok(before)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_seen_then_repeated_and_zero_by_its_last_record() {
+        let mut states = PageStates::default();
+        let before = |seen, zero, repeated| Ok(Before { seen, zero, repeated });
+        for page in [0, 63, 64, 4095, 4096, u64::MAX] {
+            assert_eq!(states.note(3, page, true), before(false, false, false), "{page}");
+            assert_eq!(states.note(3, page, false), before(true, true, false), "{page}");
+            assert_eq!(states.note(3, page, true), before(true, false, true), "{page}");
+            assert_eq!(states.note(4, page, true), before(false, false, false), "{page}");
+        }
+    }
+
+    #[test]
+    fn pages_that_are_spread_too_wide_are_refused() {
+        let mut states = PageStates::default();
+        let refused = (0..1 << 20).find(|chunk| states.note(0, chunk * 4096, true).is_err());
+        let kept = refused.expect("no limit") * 4096 * 4096;
+        assert!(kept > 2 << 40, "{kept} bytes of RAM");
+        assert!(states.note(0, 1, true).is_ok(), "known chunks go on");
     }
 }

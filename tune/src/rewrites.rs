@@ -1,4 +1,4 @@
-//! How much is written while the memory moves, and what xbzrle makes of it.
+//! The dirty rate of a guest, and the effect of xbzrle on pages written again.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use multifd_codecs::xbzrle::{self, Outcome};
 use super::findings::{DirtyFacts, DirtyOrigin, XbzrleFacts};
 use super::memory::{PAGE, Rewrites};
 
-/// What goes over the wire for pages that were seen before and after.
+/// The effect of xbzrle on pages seen in two versions.
 pub(super) fn xbzrle(rewrites: &Rewrites) -> Option<XbzrleFacts> {
     let (mut encoded, mut bytes) = (0, 0);
     let mut delta = [0; PAGE];
@@ -18,7 +18,7 @@ pub(super) fn xbzrle(rewrites: &Rewrites) -> Option<XbzrleFacts> {
                 bytes += len;
             }
             Outcome::Overflow => bytes += PAGE,
-            // Written, but with what was there: nothing goes.
+            // Written with the same bytes: nothing is sent.
             Outcome::Unchanged => encoded += 1,
         }
     }
@@ -30,11 +30,11 @@ pub(super) fn xbzrle(rewrites: &Rewrites) -> Option<XbzrleFacts> {
     })
 }
 
-/// The rate and the working set behind what had changed after some times, as
+/// The dirty rate and working set that fit the bytes changed after some times, by
 /// `changed(t) = working set * (1 - exp(-rate * t / working set))`.
 ///
-/// The first look that saw something gives the rate, the last one where it leads to. `all` bytes are the most that can be
-/// written.
+/// The first time with a change gives the rate, the last one the working set, which is at most
+/// `all` bytes.
 pub(super) fn measured(changed: &[(Duration, u64)], all: u64) -> DirtyFacts {
     let still = DirtyFacts { origin: DirtyOrigin::Measured, bytes_per_s: 0, working_set_bytes: 0 };
     let Some((first, last)) = changed.iter().find(|(_, bytes)| *bytes > 0).zip(changed.last()) else {
@@ -42,10 +42,11 @@ pub(super) fn measured(changed: &[(Duration, u64)], all: u64) -> DirtyFacts {
     };
     let seconds = |time: &Duration| time.as_secs_f64().max(1e-6);
     let (time, bytes) = (seconds(&last.0), last.1 as f64);
-    // A working set that is nearly filled at the first look hides how often it is written: what was seen is the least.
+    // A working set nearly complete at the first time hides how often it is written: this is a
+    // lower bound.
     let mut rate = first.1 as f64 / seconds(&first.0);
     let mut working_set = fit(rate, time, bytes, all as f64);
-    // The curve bends before the first look: ask again for the rate that leads through it.
+    // The curve bends before the first time: improve the rate until it leads through that point.
     for _ in 0..4 {
         let full = 1.0 - first.1 as f64 / working_set;
         if full <= 0.01 {
@@ -62,13 +63,13 @@ pub(super) fn measured(changed: &[(Duration, u64)], all: u64) -> DirtyFacts {
     DirtyFacts { bytes_per_s: rate as u64, working_set_bytes: working_set as u64, ..still }
 }
 
-/// The working set for which `rate` makes `bytes` in `time`: between what was seen and `all`.
+/// The working set, between `bytes` and `all`, of which `rate` changes `bytes` in `time`.
 fn fit(rate: f64, time: f64, bytes: f64, all: f64) -> f64 {
     let (mut low, mut high) = (bytes, all.max(bytes));
     if after(rate, high, time) <= bytes {
         return high;
     }
-    // 40 halvings of a range below 2^64 bytes leave less than a page in most cases, and never a difference that matters.
+    // 40 halvings of less than 2^64 bytes leave less than 2^24.
     for _ in 0..40 {
         let middle = f64::midpoint(low, high);
         if after(rate, middle, time) < bytes { low = middle } else { high = middle }
@@ -97,20 +98,20 @@ mod tests {
             let found = measured(&looks(rate, working_set), 4_000_000_000);
             let near = |found: u64, expected: f64| (0.9..1.1).contains(&(found as f64 / expected));
             assert!(near(found.bytes_per_s, rate), "{rate} {working_set}: {found:?}");
-            // One that is hardly begun within a second cannot be told from a larger one.
+            // A working set hardly begun within a second cannot be told from a larger one.
             assert!(near(found.working_set_bytes, working_set) || rate < working_set, "{found:?}");
         }
     }
 
     #[test]
-    fn a_guest_that_writes_nothing_is_still() {
+    fn a_guest_that_writes_nothing_has_no_dirty_rate() {
         let found = measured(&looks(0.0, 1e9), 1 << 30);
         assert_eq!((found.bytes_per_s, found.working_set_bytes), (0, 0));
         assert_eq!(measured(&[], 1 << 30).bytes_per_s, 0);
     }
 
     #[test]
-    fn differences_are_counted_against_whole_pages() {
+    fn deltas_are_counted_against_whole_pages() {
         let page = |set: usize| {
             let mut page = Box::new([0; PAGE]);
             page.iter_mut().step_by(2).take(set).for_each(|byte| *byte = 1);

@@ -1,35 +1,37 @@
-//! Which parts of the memory are looked at.
+//! The sample: evenly spread parts of the memory.
 
 use multifd_codecs::zero;
 
-use super::Result;
+use super::error::Result;
 use super::memory::{Batch, Memory, PAGE};
 
-/// Neighbouring batches that are taken together: 4 MiB of memory. A compressor finds much of what it finds in the batches
-/// before: of a Linux guest zstd:3 made 3.33x by runs of 2 MiB, 3.35x by runs of 4, 3.37x as a whole. And the more runs, the
-/// better they stand for the rest.
+/// Neighbouring batches sampled together: 4 MiB of memory. A compressor finds many matches in
+/// earlier batches: on a Linux guest zstd:3 reached 3.33x in runs of 2 MiB, 3.35x in runs of 4,
+/// 3.37x as a whole. More and shorter runs represent the rest better.
 pub(super) const RUN_BATCHES: usize = 8;
 
-/// The order in which memory is looked at: wherever it ends, what was looked at is spread evenly over all that may hold data.
+/// The order in which memory is sampled. Wherever it ends, the sample is spread evenly over all
+/// batches.
 pub(super) struct Plan {
     batches: Vec<Batch>,
-    /// Numbers of runs.
+    /// Numbers of the runs left.
     order: std::vec::IntoIter<usize>,
     held_pages: u64,
 }
 
-/// Parts of the memory.
+/// Sampled parts of the memory.
 pub(super) struct Sample {
     pub(super) runs: Vec<Run>,
-    /// Pages that were read, zeros among them.
+    /// Pages read, with zero pages.
     pub(super) pages: u64,
-    /// Of all held pages, 0.0 to 1.0.
+    /// Share of all held pages, 0.0 to 1.0.
     pub(super) share: f64,
-    /// Of the pages that were read, those that are not zero, 0.0 to 1.0.
+    /// Share of the pages read that are not zero, 0.0 to 1.0.
     pub(super) data_share: f64,
 }
 
-/// Neighbouring batches: of each the pages that are not zero, back to back. A batch of zeros is left out.
+/// Neighbouring batches, each with its pages that are not zero back to back. A batch of zeros is
+/// left out.
 #[derive(Debug, Default)]
 pub(super) struct Run {
     pub(super) batches: Vec<Vec<u8>>,
@@ -42,7 +44,7 @@ impl Plan {
         Self { held_pages: held(&batches), batches, order }
     }
 
-    /// Nothing is left.
+    /// Whether all of the memory has been sampled.
     pub(super) fn is_done(&self) -> bool {
         self.order.as_slice().is_empty()
     }
@@ -107,10 +109,11 @@ impl Run {
     }
 }
 
-/// All numbers below `count`, in an order whose every beginning is spread evenly over them: steps of the golden ratio, which
-/// repeat no pattern that the memory may have, and are the same every time.
+/// All numbers below `count`, in an order whose every prefix is spread evenly over them: steps of
+/// the golden ratio, which resonate with no pattern of the memory and are the same every time.
 ///
-/// No gap between n such steps is wider than 2.62 / n, so every number has been met after 2.62 * `count` of them.
+/// No gap between n such steps is wider than 2.62 / n, so 2.62 * `count` of them reach every
+/// number.
 pub(super) fn spread(count: usize) -> Vec<usize> {
     let mut met = vec![false; count];
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of `count`")]
@@ -137,7 +140,8 @@ mod tests {
     use super::super::memory::{Extent, Rewrites};
     use super::*;
 
-    /// Every third page is zero, and every batch of number 7; the others hold the number of their batch.
+    /// Every third page is zero, and every batch of number 7; the others hold the number of their
+    /// batch.
     struct Numbers(Extent);
 
     impl Memory for Numbers {

@@ -1,13 +1,15 @@
-//! What is found, for people.
+//! The findings as text for a terminal.
 
 use std::fmt::Write;
 
-use super::advice::{time, total};
-use super::findings::{Advice, CodecFacts, DirtyOrigin, Findings, Prediction};
-use super::page::command_line;
-use crate::human::show_bytes;
+use multifd_codecs::CodecChoice;
 
-pub(super) fn of(findings: &Findings) -> String {
+use crate::advice::{time, total};
+use crate::findings::{Advice, CodecFacts, DirtyOrigin, Findings, Prediction};
+use crate::units::show_bytes;
+
+/// The findings as tables for a terminal, some 30 lines.
+pub fn text(findings: &Findings) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
     let _ = guest(&mut text, findings).and_then(|()| codecs(&mut text, findings));
@@ -21,10 +23,14 @@ pub(super) fn of(findings: &Findings) -> String {
 }
 
 fn guest(text: &mut String, findings: &Findings) -> std::fmt::Result {
-    let Findings { sample, pages, dirty, machine, .. } = findings;
+    let Findings { sample, pages, machine, .. } = findings;
     writeln!(text, "{}, {} of RAM", findings.source, show_bytes(findings.ram_bytes))?;
     let share = sample.share * 100.0;
-    writeln!(text, "sample       {}, {share:.0} % of what may hold data", show_bytes(sample.bytes))?;
+    writeln!(
+        text,
+        "sample       {}, {share:.0} % of the pages that may hold data",
+        show_bytes(sample.bytes)
+    )?;
     let percent = |share: f64| share * 100.0;
     writeln!(
         text,
@@ -35,45 +41,61 @@ fn guest(text: &mut String, findings: &Findings) -> std::fmt::Result {
         percent(pages.text),
         percent(pages.other)
     )?;
-    let rate = show_bytes(dirty.bytes_per_s);
-    match dirty.origin {
-        DirtyOrigin::Still => {
-            writeln!(text, "written      nothing: it stands still (--dirty-rate says otherwise)")?
-        }
-        DirtyOrigin::Unknown => {
-            writeln!(text, "written      while it was recorded; how fast is not known (--dirty-rate)")?
-        }
-        DirtyOrigin::Given => writeln!(text, "written      {rate}/s, as given")?,
-        DirtyOrigin::Measured => {
-            writeln!(text, "written      {rate}/s within {}, measured", show_bytes(dirty.working_set_bytes))?
-        }
-    }
+    writeln!(text, "dirty rate   {}", dirty_rate(findings))?;
     if let Some(xbzrle) = &findings.xbzrle {
         writeln!(
             text,
-            "xbzrle       {:.0} % of {} rewritten pages go as a difference, all of them as {:.0} % of their bytes",
+            "xbzrle       {:.0} % of {} rewritten pages are sent as deltas; all of them take {:.0} % of their size",
             percent(xbzrle.encoded),
             xbzrle.pages,
             percent(xbzrle.size)
         )?;
     }
-    writeln!(text, "machine      {} cores for each end", machine.cores)
+    writeln!(text, "machine      {} cores available per end", machine.cores)
 }
 
-/// The levels that people think of; `--json` has all of them.
-const SHOWN: [&str; 9] =
-    ["none", "zlib:1", "zlib:6", "zlib:9", "zstd:1", "zstd:3", "zstd:6", "zstd:9", "zstd:19"];
+fn dirty_rate(findings: &Findings) -> String {
+    let dirty = &findings.dirty;
+    let rate = show_bytes(dirty.bytes_per_s);
+    match dirty.origin {
+        DirtyOrigin::Still => "0 (guest is paused; override with --dirty-rate)".to_owned(),
+        DirtyOrigin::Unknown => {
+            "unknown: the guest ran while it was recorded (set it with --dirty-rate)".to_owned()
+        }
+        DirtyOrigin::Given => format!("{rate}/s, given"),
+        DirtyOrigin::Measured => {
+            format!("{rate}/s in a working set of {}, measured", show_bytes(dirty.working_set_bytes))
+        }
+    }
+}
+
+/// The usual levels; `--json` has all of them.
+const SHOWN: [CodecChoice; 9] = [
+    CodecChoice::None,
+    CodecChoice::zlib::<1>(),
+    CodecChoice::zlib::<6>(),
+    CodecChoice::zlib::<9>(),
+    CodecChoice::zstd::<1>(),
+    CodecChoice::zstd::<3>(),
+    CodecChoice::zstd::<6>(),
+    CodecChoice::zstd::<9>(),
+    CodecChoice::zstd::<19>(),
+];
 
 fn codecs(text: &mut String, findings: &Findings) -> std::fmt::Result {
-    writeln!(text, "\n{:<10} {:>14} {:>16} {:>16}", "codec", "ratio", "encode, a core", "decode, a core")?;
+    writeln!(
+        text,
+        "\n{:<10} {:>14} {:>16} {:>16}",
+        "codec", "ratio", "encode, per core", "decode, per core"
+    )?;
     let advised = |codec: &CodecFacts| {
         let best = |advice: &Advice| findings.predictions.get(advice.best);
         findings.advice.iter().filter_map(best).any(|best| best.codec == codec.codec)
     };
-    let shown = |codec: &&CodecFacts| SHOWN.contains(&codec.codec.as_str()) || advised(codec);
+    let shown = |codec: &&CodecFacts| SHOWN.contains(&codec.codec) || advised(codec);
     for facts in findings.codecs.iter().filter(shown) {
         let speed = |speed: Option<f64>| {
-            speed.map_or("as it is".to_owned(), |speed| format!("{:.0} MiB/s", speed / 1_048_576.0))
+            speed.map_or("no limit".to_owned(), |speed| format!("{:.0} MiB/s", speed / 1_048_576.0))
         };
         writeln!(
             text,
@@ -121,7 +143,7 @@ fn link(text: &mut String, findings: &Findings, advice: &Advice) -> std::fmt::Re
     }
     writeln!(text, "  multifd send DIR URI {}", advice.flags)?;
     for command in &advice.qmp {
-        writeln!(text, "  {}", command_line(command))?;
+        writeln!(text, "  {}", command)?;
     }
     Ok(())
 }

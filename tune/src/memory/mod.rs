@@ -1,4 +1,4 @@
-//! The memory that would be moved: how much of it there is, and a look at parts of it.
+//! The guest's memory: its extent, and the content of parts of it.
 
 mod process;
 mod stored;
@@ -8,11 +8,12 @@ use std::path::Path;
 use std::time::Duration;
 
 pub(super) use process::pace::politely;
+pub use process::refusal::ProcessError;
 
 use super::Result;
 use crate::at_rest::AtRest;
 
-/// What is at `path`. `progress` hears how far a stream has been read, and how long it is.
+/// The memory of the guest at `path`. `progress` gets the position in a stream, and its length.
 pub(super) fn open(path: &Path, progress: &dyn Fn(u64, u64)) -> Result<Box<dyn Memory>> {
     Ok(match AtRest::at(path)? {
         AtRest::Checkpoint(directory) => Box::new(stored::Stored::open(&directory)?),
@@ -25,72 +26,72 @@ pub(super) fn of_process(pid: u32) -> Result<Box<dyn Memory>> {
     Ok(Box::new(process::open(pid)?))
 }
 
-/// Pages of a batch: what one packet carries at most.
+/// Pages of a batch: the most that one packet carries.
 pub(super) const BATCH_PAGES: u64 = 128;
 
 /// Bytes of a page.
 pub(super) const PAGE: usize = multifd_engine::PAGE;
 
-/// Neighbouring pages that one packet would carry, of which some may hold data.
+/// Neighbouring pages that one packet would carry, some of which may hold data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Batch {
     pub(super) block: usize,
-    /// Within the block; its first page is this times [`BATCH_PAGES`].
+    /// Number within the block: the first page's, divided by [`BATCH_PAGES`].
     pub(super) number: u64,
-    /// Pages that may hold something else than zeros, 1 to [`BATCH_PAGES`].
+    /// Held pages, which may be other than zero: 1 to [`BATCH_PAGES`].
     pub(super) held: u64,
 }
 
-/// How much memory there is.
+/// Sizes of a guest's memory.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Extent {
     /// Bytes of each block.
     pub(super) blocks: Vec<u64>,
-    /// Those with at least one held page, in order.
+    /// Batches with at least one held page, in order.
     pub(super) batches: Vec<Batch>,
-    /// What the devices add, as far as it is known.
+    /// Bytes of device state, where known.
     pub(super) device_bytes: u64,
 }
 
 impl Extent {
-    /// Of all blocks.
+    /// Bytes of all blocks.
     pub(super) fn bytes(&self) -> u64 {
         self.blocks.iter().sum()
     }
 
-    /// Of all held pages.
+    /// Bytes of all held pages.
     pub(super) fn held_bytes(&self) -> u64 {
         self.batches.iter().map(|batch| batch.held * PAGE as u64).sum()
     }
 }
 
-/// Where pages come from.
+/// A source of pages.
 pub(super) trait Memory: Send {
-    /// What to call it.
+    /// The name in findings and errors.
     fn name(&self) -> String;
 
-    /// How much there is, found without looking at the content of pages, where that can be.
+    /// Its sizes; found without reading pages, where possible.
     fn extent(&self) -> &Extent;
 
-    /// The content of some batches, which are given in order: for each the pages that are held, back to back.
+    /// The held pages of each of these batches, back to back. `wanted` is in order.
     ///
-    /// A process may have given up a page meanwhile, or found another: there can be fewer or more than were counted.
-    /// `progress` hears how many bytes have been read.
+    /// A process may free or touch pages meanwhile, so there can be fewer or more than counted.
+    /// `progress` gets the bytes read so far.
     fn read(&mut self, wanted: &[Batch], progress: &dyn Fn(u64)) -> Result<Vec<Vec<u8>>>;
 
-    /// Pages that were written while somebody looked. `None`: this memory stands still.
+    /// Pages written during the sampling. `None`: the guest is paused or at rest.
     fn rewrites(&mut self) -> Result<Option<Rewrites>>;
 }
 
-/// What a guest writes.
+/// Pages that a guest writes again.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Rewrites {
-    /// Distinct bytes of pages that had changed after a time, over all memory; both rise. Empty: not known, only what the
-    /// pages were before and after.
+    /// Distinct bytes of pages changed after a time, scaled to all memory; both rise. Empty: the
+    /// times are not known.
     pub(super) changed: Vec<(Duration, u64)>,
-    /// Pages before and after, at most [`MAX_PAIRS`].
+    /// Pages in two versions, before and after; at most [`MAX_PAIRS`].
     pub(super) pairs: Vec<[Box<[u8; PAGE]>; 2]>,
 }
 
-/// Most pages that are kept in two versions: 32 MiB.
+/// Most pages kept in two versions: 32 MiB.
 pub(super) const MAX_PAIRS: usize = 4096;

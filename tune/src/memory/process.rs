@@ -1,4 +1,4 @@
-//! The memory of a live process, looked at from outside while it runs.
+//! The memory of a live process, read from outside while it runs.
 //!
 //! ```text
 //!  /proc/PID/maps ──> mappings that may be RAM ──> blocks
@@ -6,27 +6,30 @@
 //!  /proc/PID/mem,     or that file                        ──> their content
 //! ```
 //!
-//! **What is taken for RAM.** Mappings that can be read and written and not executed (an emulator's translated code is
-//! executable), that are memory and no device's, and that have at least an eighth of the size of the largest of them: stacks,
-//! heaps and firmware are far smaller than RAM. Each is one block. Neighbouring parts of one file count as one; memory without a
-//! file may come with a neighbour that the kernel tells nobody apart from it.
+//! **RAM.** Mappings that are readable, writable and not executable (an emulator's translated code
+//! is executable), that are memory and not a device's, and that have at least an eighth of the size
+//! of the largest of them: stacks, heaps and firmware are far smaller than RAM. Each is one block.
+//! Neighbouring parts of one file count as one; anonymous memory may include a neighbour that the
+//! kernel does not tell apart.
 //!
-//! **What is held.** Pages that the process has touched, and that are in memory or in swap; a page that was only read, and is
-//! the kernel's page of zeros, is not. A shared mapping's pages may have been made by others (vhost-user, a QEMU before this
-//! one): they are asked for in the file behind it, where that can be opened, which takes CAP_CHECKPOINT_RESTORE, and in the page
-//! table otherwise. Pages beyond the end of a file are nobody's. A page that is not held is never read: that would make one.
-//! (Between the question and the reading, microseconds later, a process may give a page up: then it gets a page of zeros back.
-//! A page in swap is brought back.)
+//! **Held pages.** Pages that the process has touched and that are in memory or in swap. A page
+//! that was only read, and is the kernel's page of zeros, is not held. Pages of a shared mapping
+//! may have been written by others (vhost-user, a QEMU before this one): they are looked up in the
+//! file behind the mapping, where that can be opened, which takes CAP_CHECKPOINT_RESTORE, and in
+//! the page table otherwise. Pages beyond the end of a file are not held. A page that is not held
+//! is never read: reading would allocate it. (A process may free a page in the microseconds between
+//! the lookup and the read: then it gets a page of zeros back. A page in swap is brought back.)
 //!
-//! **No pause.** The process is never stopped: no ptrace, no signal, and no clear_refs or write-protection, which would tell
-//! writes apart, but hold all page faults up for as long as they take to go through the page table. What is asked takes the
-//! lock of its address space for at most a few microseconds at a time as a reader. See `pace.rs` for its cores.
+//! **No pause.** The process is never stopped: no ptrace, no signal, and no clear_refs or
+//! write-protection, which would tell writes apart, but would block all page faults while they walk
+//! the page table. Each request holds the lock of its address space as a reader for at most a few
+//! microseconds. See `pace.rs` for the use of its cores.
 
 mod held;
 mod maps;
-pub(in crate::tune) mod pace;
+pub(crate) mod pace;
 mod reading;
-mod refusal;
+pub(crate) mod refusal;
 mod rewrites;
 #[cfg(test)]
 mod tests;
@@ -34,10 +37,10 @@ mod tests;
 use std::fs;
 
 use super::{BATCH_PAGES, Batch, Extent, Memory, PAGE, Rewrites};
-use crate::tune::Result;
+use crate::Result;
 use pace::Pace;
 use reading::Content;
-use refusal::Target;
+use refusal::{ProcessError, Target};
 
 /// A live process whose memory can be read.
 #[derive(Debug)]
@@ -47,24 +50,22 @@ pub(super) struct Process {
     extent: Extent,
 }
 
-/// Finds the memory of a process, and which of its pages are held.
+/// Finds the memory of a process, and its held pages.
 pub(super) fn open(pid: u32) -> Result<Process> {
     let host = rustix::param::page_size();
     if host != PAGE {
-        return Err(format!("process {pid}: pages of this machine have {host} bytes, {PAGE} are expected"));
+        return Err(ProcessError::PageSize { pid, found: host }.into());
     }
     let target = Target::find(pid)?;
-    let maps = fs::read(target.file("maps")).map_err(|error| target.refuses(&error))?;
+    let maps = fs::read(target.file("maps")).map_err(|error| target.refuses(error))?;
     let mappings = maps::ram(&maps::parse(&String::from_utf8_lossy(&maps)));
     if mappings.is_empty() {
-        return Err(format!(
-            "{target}: no memory that could be a guest's RAM (a kernel thread, or it has ended)"
-        ));
+        return Err(ProcessError::NoRam { process: target.to_string() }.into());
     }
-    let content = Content::open(&target, &mappings).map_err(|error| target.refuses(&error))?;
-    let extent = content.extent().map_err(|error| target.refuses(&error))?;
+    let content = Content::open(&target, &mappings).map_err(|error| target.refuses(error))?;
+    let extent = content.extent().map_err(|error| target.refuses(error))?;
     if !content.alive() {
-        return Err(target.ended());
+        return Err(target.ended().into());
     }
     Ok(Process { target, content, extent })
 }
@@ -97,23 +98,24 @@ impl Memory for Process {
             Ok(pages)
         };
         let read: std::io::Result<_> = wanted.iter().map(read).collect();
-        // What has ended holds no pages, which is no error to the kernel.
-        if self.content.alive() {
-            read.map_err(|error| self.target.refuses(&error))
-        } else {
-            Err(self.target.ended())
-        }
+        self.checked(read)
     }
 
     fn rewrites(&mut self) -> Result<Option<Rewrites>> {
-        let found = rewrites::watch(&self.content, &self.extent);
-        if self.content.alive() {
-            found.map(Some).map_err(|error| self.target.refuses(&error))
-        } else {
-            Err(self.target.ended())
-        }
+        self.checked(rewrites::watch(&self.content, &self.extent)).map(Some)
     }
 }
 
-/// Pages that are read between two looks at the clock, in some 60 us.
+impl Process {
+    /// The result, if the process still runs: to the kernel it is no error that an ended one holds
+    /// no pages.
+    fn checked<T>(&self, result: std::io::Result<T>) -> Result<T> {
+        if !self.content.alive() {
+            return Err(self.target.ended().into());
+        }
+        Ok(result.map_err(|error| self.target.refuses(error))?)
+    }
+}
+
+/// Pages read between two calls of [`Pace::rest`]: some 60 us.
 const PIECE: usize = 32;

@@ -1,4 +1,4 @@
-//! A checkpoint. Holes of its files say which pages are held.
+//! The memory of a checkpoint. Pages in holes of its files are not held.
 
 use std::fs;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 use multifd_engine::{Checkpoint, DirtyBitmap, RamBlock};
 
 use super::{BATCH_PAGES, Batch, Extent, Memory, PAGE, Rewrites};
-use crate::tune::Result;
+use crate::{Error, Result};
 
 pub(super) struct Stored {
     name: String,
@@ -21,8 +21,8 @@ struct Block {
 
 impl Stored {
     pub(super) fn open(directory: &Path) -> Result<Self> {
-        let checkpoint = Checkpoint::open(directory).map_err(|error| error.chain())?;
-        let ram = checkpoint.ram().map_err(|error| error.chain())?;
+        let checkpoint = Checkpoint::open(directory)?;
+        let ram = checkpoint.ram()?;
         let blocks = ram.into_iter().map(Block::new).collect::<Result<Vec<_>>>()?;
         let extent = Extent {
             blocks: blocks.iter().map(|block| block.ram.used_len()).collect(),
@@ -45,7 +45,8 @@ impl Memory for Stored {
     fn read(&mut self, wanted: &[Batch], progress: &dyn Fn(u64)) -> Result<Vec<Vec<u8>>> {
         let mut read = 0;
         let one = |batch: &Batch| {
-            let block = self.blocks.get(batch.block).ok_or("a batch of a block that is not there")?;
+            let block =
+                self.blocks.get(batch.block).ok_or(Error::Bug("a batch of a block that does not exist"))?;
             let content = block.read(batch.number)?;
             read += content.len() as u64;
             progress(read);
@@ -63,7 +64,7 @@ impl Block {
     fn new(ram: RamBlock) -> Result<Self> {
         let held = ram
             .data_pages()
-            .map_err(|error| format!("looking for the holes of block {}: {error}", ram.name()))?
+            .map_err(|source| Error::Holes { block: ram.name().to_string(), source })?
             .unwrap_or_else(|| {
                 let all = DirtyBitmap::new(ram.pages());
                 all.set_range(0, ram.pages());
@@ -91,7 +92,7 @@ impl Block {
             content.resize(start + PAGE, 0);
             let there = content.get_mut(start..).is_some_and(|copy| self.ram.read_page(page, copy));
             if !there {
-                return Err(format!("page {page} of block {} is not there", self.ram.name()));
+                return Err(Error::MissingPage { block: self.ram.name().to_string(), page });
             }
         }
         Ok(content)

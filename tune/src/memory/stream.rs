@@ -1,4 +1,5 @@
-//! A recorded stream. It is read twice: to count, and to pick; of a page that was sent more than once the last time counts.
+//! The memory in a recorded stream, which is read twice: to count the pages, and to pick the
+//! sample. Of a page sent more than once, the last record counts.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,20 +8,20 @@ use multifd_codecs::{xbzrle, zero};
 use multifd_engine::{PageContent, PageRecord, Recording};
 
 use super::{BATCH_PAGES, Batch, Extent, MAX_PAIRS, Memory, PAGE, Rewrites};
-use crate::page_states::{PageStates, TOO_WIDE};
-use crate::tune::Result;
+use crate::page_states::PageStates;
+use crate::{Error, Result};
 
 pub(super) struct Stream {
     name: String,
     recording: Recording,
     extent: Extent,
-    /// Pages of the sample that came again.
+    /// Pages of the sample that were sent again, in two versions.
     pairs: Vec<[Box<[u8; PAGE]>; 2]>,
 }
 
 type Pages = BTreeMap<u64, Box<[u8; PAGE]>>;
 
-/// The wanted batches, by block and number, with the pages that have been found for them.
+/// The wanted batches, by block and number, with their pages as far as found.
 struct Picked {
     pages: BTreeMap<(usize, u64), Pages>,
     pairs: Vec<[Box<[u8; PAGE]>; 2]>,
@@ -29,10 +30,10 @@ struct Picked {
 
 impl Stream {
     pub(super) fn open(path: &Path, offset: u64, progress: &dyn Fn(u64, u64)) -> Result<Self> {
-        let recording = Recording::open_at(path, offset).map_err(|error| error.chain())?;
+        let recording = Recording::open_at(path, offset)?;
         let page = recording.page_size().bytes();
         if page != PAGE {
-            return Err(format!("{} has pages of {page} bytes, expected {PAGE}", path.display()));
+            return Err(Error::PageSize { path: path.to_owned(), found: page });
         }
         let extent = count(&recording, progress)?;
         Ok(Self { name: format!("stream {}", path.display()), recording, extent, pairs: Vec::new() })
@@ -52,7 +53,7 @@ impl Memory for Stream {
         let pages = wanted.iter().map(|batch| ((batch.block, batch.number), Pages::new())).collect();
         let mut picked = Picked { pages, pairs: Vec::new(), bytes: 0 };
         let mut records = self.recording.pages();
-        while let Some(record) = records.next_page().map_err(|error| error.chain())? {
+        while let Some(record) = records.next_page()? {
             picked.pick(&record)?;
             progress(picked.bytes);
         }
@@ -61,34 +62,34 @@ impl Memory for Stream {
         Ok(batches.map(|pages| pages.into_values().flat_map(|page| *page).collect()).collect())
     }
 
-    /// A stream does not say when its pages were written.
+    /// A stream does not tell when its pages were written.
     fn rewrites(&mut self) -> Result<Option<Rewrites>> {
         let pairs = std::mem::take(&mut self.pairs);
         Ok((!pairs.is_empty()).then(|| Rewrites { changed: Vec::new(), pairs }))
     }
 }
 
-/// Where pages are not zero by their last record.
+/// Counts the pages that are not zero by their last record.
 fn count(recording: &Recording, progress: &dyn Fn(u64, u64)) -> Result<Extent> {
     let mut states = PageStates::default();
     let mut held: BTreeMap<(usize, u64), u64> = BTreeMap::new();
     let mut pages = recording.pages();
     loop {
         progress(pages.position(), recording.file_len());
-        let Some(record) = pages.next_page().map_err(|error| error.chain())? else { break };
+        let Some(record) = pages.next_page()? else { break };
         let is_zero = match record.content {
             PageContent::Data(page) => zero::is_zero(page),
             PageContent::Xbzrle(_) => false,
-            // Nobody needs to know of pages that were never anything else; a run of them is of pages that come once.
+            // A run is of pages that come once, and that are zero for good.
             PageContent::Zero { pages } if pages > 1 => continue,
             PageContent::Zero { .. } => true,
         };
-        let before = states.note(record.block, record.page, is_zero).ok_or(TOO_WIDE)?;
+        let before = states.note(record.block, record.page, is_zero)?;
         let was_held = before.seen && !before.zero;
         let count = held.entry((record.block, record.page / BATCH_PAGES)).or_default();
         *count = *count + u64::from(!is_zero) - u64::from(was_held);
     }
-    let devices = pages.devices().map_err(|error| error.chain())?;
+    let devices = pages.devices()?;
     let batch = |((block, number), held)| Batch { block, number, held };
     Ok(Extent {
         blocks: recording.blocks().iter().map(|block| block.used_len).collect(),
@@ -108,12 +109,12 @@ impl Picked {
             PageContent::Data(content) if zero::is_zero(content) => return Ok(()),
             PageContent::Data(content) => page.copy_from_slice(content),
             PageContent::Xbzrle(delta) => {
-                // What was never sent, or sent as zeros, is zero.
+                // A page never sent, or sent as zero, is zero.
                 if let Some(before) = &before {
                     page.clone_from(before);
                 }
                 xbzrle::decode(delta, &mut *page)
-                    .map_err(|error| format!("xbzrle record of page {}: {error}", record.page))?;
+                    .map_err(|source| Error::Xbzrle { page: record.page, source })?;
             }
         }
         match before {

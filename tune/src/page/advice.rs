@@ -1,24 +1,24 @@
-//! The answer: what to set for each link, why, and what it costs.
+//! The settings for each link, with reason and cost.
 
 use std::fmt::Write;
 
-use serde_json::{Map, Value};
+use multifd_codecs::CodecChoice;
 
 use super::markup::{cell, escaped, row_head, table_head};
 use super::number::{NONE, bytes, channels, compared, cpu_s, time_ms, total};
 use super::series::{Series, look};
-use crate::tune::findings::{Advice, Bottleneck, Findings, Prediction};
+use crate::findings::{Advice, Bottleneck, Findings, Prediction};
 
 pub(super) fn cards(findings: &Findings, series: &[Series]) -> String {
     if findings.advice.is_empty() {
-        return "<p>There is no advice: no link was asked for.</p>\n".to_owned();
+        return "<p>There is no advice: no link was configured.</p>\n".to_owned();
     }
     let cards =
         findings.advice.iter().enumerate().map(|(number, advice)| card(findings, series, (number, advice)));
     format!("{}<div class=\"cards\">\n{}</div>\n", overview(findings, series), cards.collect::<String>())
 }
 
-/// One row a link, which leads to its card.
+/// A table with one row per link, which leads to its card.
 fn overview(findings: &Findings, series: &[Series]) -> String {
     let head = table_head(&[
         ("link", ""),
@@ -38,8 +38,8 @@ fn overview(findings: &Findings, series: &[Series]) -> String {
             bytes(best.wire_bytes as f64),
         ];
         let cells: String = cells.iter().map(|text| cell("number", text)).collect();
-        let (link, codec) = (escaped(&advice.link), escaped(&best.codec));
-        let (look, channels) = (look(series, &best.codec), escaped(&channels(best.channels)));
+        let (link, codec) = (escaped(&advice.link), best.codec);
+        let (look, channels) = (look(series, codec), escaped(&channels(best.channels)));
         Some(format!(
             "<tr><th scope=\"row\"><a href=\"#link-{number}\">{link}</a></th>\
              <td><span class=\"chip s{look}\">{codec}</span>, <span class=\"whole\">{channels}</span></td>{cells}</tr>\n"
@@ -52,7 +52,7 @@ fn overview(findings: &Findings, series: &[Series]) -> String {
     )
 }
 
-/// How it is called what a move waits for.
+/// Name of a bottleneck.
 pub(super) fn bottleneck(bottleneck: Bottleneck) -> &'static str {
     match bottleneck {
         Bottleneck::DestinationCpu => "destination CPU",
@@ -64,7 +64,7 @@ pub(super) fn bottleneck(bottleneck: Bottleneck) -> &'static str {
 
 fn card(findings: &Findings, series: &[Series], (number, advice): (usize, &Advice)) -> String {
     let mut out = format!("<article class=\"card\" aria-labelledby=\"link-{number}\">\n");
-    // Writing to a string does not fail.
+    // Writing to a string cannot fail.
     let _ = writeln!(out, "<h3 id=\"link-{number}\">{}</h3>", escaped(&advice.link));
     let Some(best) = findings.predictions.get(advice.best) else {
         let _ = writeln!(out, "<p>{}</p>\n</article>", escaped(&advice.reason));
@@ -82,11 +82,14 @@ fn card(findings: &Findings, series: &[Series], (number, advice): (usize, &Advic
 }
 
 fn head(out: &mut String, series: &[Series], best: &Prediction) {
-    let setting = if best.codec == "none" { "do not compress".to_owned() } else { best.codec.clone() };
+    let setting = match best.codec {
+        CodecChoice::None => "do not compress".to_owned(),
+        codec => codec.to_string(),
+    };
     let _ = writeln!(
         out,
         "<p class=\"best\"><strong class=\"setting s{}\">{}</strong> <span>{}</span></p>",
-        look(series, &best.codec),
+        look(series, best.codec),
         escaped(&setting),
         escaped(&channels(best.channels)),
     );
@@ -129,11 +132,11 @@ fn comparison(
     let label = escaped(link);
     let _ = write!(
         out,
-        "<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"What else could be set for {label}\"><table>\n{head}<tbody>\n"
+        "<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"Other settings for {label}\"><table>\n{head}<tbody>\n"
     );
-    // When nothing is to be compressed, that is what the others are compared with.
-    let named = |prediction: &Prediction| prediction.codec == "none";
-    let plain = plain.filter(|_| !named(best) && !runner_up.is_some_and(named));
+    // Once is enough.
+    let uncompressed = |prediction: &Prediction| prediction.codec == CodecChoice::None;
+    let plain = plain.filter(|_| !uncompressed(best) && !runner_up.is_some_and(uncompressed));
     let plain = plain.map(|plain| ("no compression", plain));
     for (name, other) in runner_up.map(|other| ("runner-up", other)).into_iter().chain(plain) {
         let name = match name {
@@ -170,44 +173,11 @@ fn commands(out: &mut String, number: usize, advice: &Advice) {
     if advice.qmp.is_empty() {
         return;
     }
-    let qmp: Vec<_> = advice.qmp.iter().map(command_line).collect();
+    let qmp: Vec<_> = advice.qmp.iter().map(ToString::to_string).collect();
     let _ = writeln!(
         out,
         "<h4 id=\"qmp-{number}\">QMP, for both QEMUs, in this order</h4>\n<pre class=\"copy\" tabindex=\"0\" \
          aria-labelledby=\"link-{number} qmp-{number}\">{}</pre>",
         escaped(&qmp.join("\n"))
     );
-}
-
-/// A command as people write it, its name first; anything else as it is.
-pub(in crate::tune) fn command_line(qmp: &Value) -> String {
-    let part = |name: &str| qmp.get(name).map(|value| format!("\"{name}\": {value}"));
-    match (qmp.as_object().map(Map::len), part("execute"), part("arguments")) {
-        (Some(1), Some(execute), None) => format!("{{{execute}}}"),
-        (Some(2), Some(execute), Some(arguments)) => format!("{{{execute}, {arguments}}}"),
-        _ => qmp.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn a_command_begins_with_its_name_and_loses_nothing() {
-        let commands = [
-            json!({ "execute": "query-migrate" }),
-            json!({ "execute": "migrate-set-parameters", "arguments": { "a": "<\"b\">" } }),
-            json!({ "execute": "stop", "id": 7 }),
-            json!(7),
-        ];
-        for qmp in commands {
-            assert_eq!(serde_json::from_str::<Value>(&command_line(&qmp)).unwrap(), qmp);
-        }
-        assert!(
-            command_line(&json!({ "arguments": {}, "execute": "stop" }))
-                .starts_with("{\"execute\": \"stop\", ")
-        );
-    }
 }

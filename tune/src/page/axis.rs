@@ -1,13 +1,13 @@
-//! Values to places.
+//! Axes: values to coordinates.
 
-/// A value's place on one axis of a plot.
+/// One axis of a plot.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Axis {
     logarithmic: bool,
-    /// Of values; rises.
+    /// Range of values; rises.
     from: f64,
     to: f64,
-    /// Of places; falls where the axis goes up.
+    /// Range of coordinates; falls where the axis goes up.
     first: f64,
     last: f64,
 }
@@ -26,7 +26,7 @@ impl Axis {
         Self { logarithmic: false, from, to, first, last }
     }
 
-    /// Where `value` is; at the edge if it is outside.
+    /// Coordinate of `value`; at the edge if it is outside.
     pub(super) fn place(&self, value: f64) -> f64 {
         let share = if self.logarithmic {
             (value / self.from).log10() / (self.to / self.from).log10()
@@ -37,12 +37,12 @@ impl Axis {
         self.first + (self.last - self.first) * share
     }
 
-    /// Whether `value` has a place of its own.
+    /// Whether `value` is on the axis.
     pub(super) fn holds(&self, value: f64) -> bool {
         (self.from..=self.to).contains(&value)
     }
 
-    /// Values to mark by lines and numbers, round ones, each with this much room.
+    /// Round values for grid lines and their numbers, each with this much room.
     pub(super) fn ticks(&self, room: f64) -> Vec<f64> {
         let count = ((self.last - self.first).abs() / room).max(1.0);
         if self.logarithmic { self.decades(count) } else { self.steps(count) }
@@ -53,7 +53,7 @@ impl Axis {
             let decades = DECADES.filter(|power| power.rem_euclid(every) == 0);
             let all =
                 decades.flat_map(|power| factors.iter().map(move |factor| factor * f64::powi(10.0, power)));
-            // Half of a thousandth: a decade is not lost to the last digit of a logarithm.
+            // Tolerance of 0.05 %: a decade is not lost to rounding of a logarithm.
             all.filter(|tick| (self.from * 0.9995..=self.to * 1.0005).contains(tick)).collect::<Vec<_>>()
         };
         let finer =
@@ -72,13 +72,13 @@ impl Axis {
     }
 }
 
-/// More numbers than any plot has room for.
+/// Limit of ticks: more than any plot has room for.
 const MOST_STEPS: u32 = 50;
 
-/// Of ten, that values can have: from a nanosecond to an exabyte.
+/// Powers of ten that values can have: from a nanosecond to an exabyte.
 const DECADES: std::ops::Range<i32> = -9..19;
 
-/// The decade below (or at) and above (or at) these values; `None` when none of them is a number above 0.
+/// The decades at or below, and at or above, these values; `None` if none of them is above 0.
 pub(super) fn decades_around(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     let (low, high) = extent(values.filter(|value| *value > 0.0))?;
     let low = f64::powf(10.0, low.log10().floor());
@@ -86,7 +86,7 @@ pub(super) fn decades_around(values: impl Iterator<Item = f64>) -> Option<(f64, 
     Some((low, if high > low { high } else { low * 10.0 }))
 }
 
-/// The least and the greatest of the finite ones.
+/// The least and the greatest finite value.
 pub(super) fn extent(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     values.filter(|value| value.is_finite()).fold(None, |extent, value| match extent {
         None => Some((value, value)),

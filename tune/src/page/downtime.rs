@@ -1,30 +1,30 @@
-//! Expected downtime against what the guest writes, up to where the move no longer converges.
+//! Plot of expected downtime over dirty rate, up to where the move no longer converges.
 
 use std::fmt::Write;
 
 use super::axis::{Axis, decades_around, extent};
 use super::labels::{Rect, brief, spread, text_width};
-use super::markup::escaped;
 use super::number::{bytes_per_s, time_s};
 use super::plot::{Anchor, Drawing, Layout, Margins, NARROW, WIDE, figure};
 use super::series::Series;
 use super::total::shown;
-use crate::tune::findings::{Curve, DirtyOrigin, Findings};
+use crate::findings::{Curve, DirtyOrigin, Findings};
 
 /// A curve that can be drawn.
 struct Line<'a> {
     series: &'a Series,
-    /// With an `x` above 0 and a `y` of 0 or more.
+    /// Points with an `x` above 0 and a `y` of 0 or more.
     points: Vec<(f64, f64)>,
     end: (f64, f64),
-    /// It still converges at the highest rate that was looked at, far from the limit: nothing is known of what comes after.
+    /// It still converges at the highest predicted rate, far from the limit: where it ends is not
+    /// known.
     open: bool,
 }
 
 pub(super) fn section(findings: &Findings, series: &[Series]) -> String {
     let lines = lines(&findings.curves.downtime_by_dirty_rate, series, limit_s(findings));
     if lines.is_empty() {
-        return "<p>There is no prediction over the rate at which the guest writes.</p>\n".to_owned();
+        return "<p>There is no prediction over dirty rates.</p>\n".to_owned();
     }
     let [wide, narrow] = [WIDE, NARROW].map(|layout| plot(layout, findings, &lines));
     let link = findings.advice.first().map(|advice| advice.link.as_str()).unwrap_or("the first link");
@@ -57,9 +57,9 @@ fn words(lines: &[Line<'_>]) -> String {
                    aria-labelledby=\"converges\">\n"
             .to_owned();
     for line in lines {
-        let (look, codec) = (line.series.look, escaped(&line.series.codec));
+        let (look, codec) = (line.series.look, line.series.codec);
         let limit = if line.open { "at least up to" } else { "up to" };
-        // Writing to a string does not fail.
+        // Writing to a string cannot fail.
         let _ = writeln!(
             out,
             "<li><span class=\"chip s{look}\">{codec}</span> {limit} {}</li>",
@@ -74,10 +74,10 @@ fn limit_s(findings: &Findings) -> f64 {
     findings.downtime_limit_ms as f64 / 1e3
 }
 
-/// What the guest itself writes, if that is known.
+/// The guest's own dirty rate, if it is known.
 fn own_rate(findings: &Findings) -> Option<(f64, &'static str)> {
     let how = match findings.dirty.origin {
-        DirtyOrigin::Given => "as given",
+        DirtyOrigin::Given => "given",
         DirtyOrigin::Measured => "measured",
         DirtyOrigin::Still | DirtyOrigin::Unknown => return None,
     };
@@ -116,7 +116,7 @@ fn plot(layout: Layout, findings: &Findings, lines: &[Line<'_>]) -> String {
     drawing.segment("limit", (inner.left, height), (inner.right, height));
     for line in lines {
         let places: Vec<_> = line.points.iter().map(|point| (x.place(point.0), y.place(point.1))).collect();
-        drawing.path(&format!("line s{}", line.series.look), &places, &line.series.codec);
+        drawing.path(&format!("line s{}", line.series.look), &places, &line.series.codec.to_string());
     }
     ends(&mut drawing, inner, lines, (&x, &y));
     let text = format!("limit {}", time_s(limit));
@@ -124,7 +124,8 @@ fn plot(layout: Layout, findings: &Findings, lines: &[Line<'_>]) -> String {
     drawing.finish()
 }
 
-/// What the guest itself writes, with its number at the foot of the plot; gives how much of that is taken.
+/// Marks the guest's own dirty rate, with its number below the plot. Returns the height of that
+/// text.
 fn mark(drawing: &mut Drawing, inner: Rect, x: &Axis, (rate, how): (f64, &str)) -> f64 {
     let font = drawing.layout.font;
     let at = x.place(rate);
@@ -141,25 +142,25 @@ fn ends(drawing: &mut Drawing, inner: Rect, lines: &[Line<'_>], (x, y): (&Axis, 
     let font = drawing.layout.font;
     let wanted: Vec<f64> = lines.iter().map(|line| x.place(line.end.0)).collect();
     let widths: Vec<f64> =
-        lines.iter().map(|line| text_width(&brief(&line.series.codec), font) + 5.0).collect();
+        lines.iter().map(|line| text_width(&brief(&line.series.codec.to_string()), font) + 5.0).collect();
     let centres = spread(&wanted, &widths, (0.0, drawing.layout.width));
     if lines.iter().any(|line| !line.open) {
         let heading = "✕ no longer converges";
         drawing.text("axis", Anchor::End, (drawing.layout.width - 2.0, font), heading);
     }
     for ((line, centre), at) in lines.iter().zip(centres).zip(wanted) {
-        let (look, codec) = (line.series.look, line.series.codec.as_str());
+        let (look, codec) = (line.series.look, line.series.codec.to_string());
         let place = (at, y.place(line.end.1));
         drawing.path(
             &format!("leader s{look}"),
             &[(centre, inner.top - font * 1.3), (at, inner.top), place],
-            codec,
+            &codec,
         );
         drawing.text(
             &format!("name s{look}"),
             Anchor::Middle,
             (centre, inner.top - font * 1.7),
-            &brief(codec),
+            &brief(&codec),
         );
         if line.open {
             drawing.marker(

@@ -1,25 +1,28 @@
-//! Which curve is lowest where.
+//! The lower envelope of curves: which is lowest where.
 
-use crate::tune::findings::Curve;
+use multifd_codecs::CodecChoice;
 
-/// Where one codec is the fastest.
-#[derive(Clone, Debug, PartialEq)]
+use crate::findings::Curve;
+
+/// A range in which one codec is the fastest.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Stretch {
-    pub(super) codec: String,
+    pub(super) codec: CodecChoice,
     pub(super) from: f64,
     pub(super) to: f64,
 }
 
-/// Narrower than this factor between its ends, a stretch is left to its neighbour: nobody chooses a codec for it.
+/// A stretch narrower than this factor between its ends is left to its neighbour: too narrow to
+/// choose by.
 const NARROW: f64 = 1.12;
 
-/// The points of a curve that have a place on logarithmic axes.
+/// The points of a curve that logarithmic axes can show.
 pub(super) fn drawable(curve: &Curve) -> Vec<(f64, f64)> {
     let positive = |value: f64| value.is_finite() && value > 0.0;
     curve.points.iter().copied().filter(|(x, y)| positive(*x) && positive(*y)).collect()
 }
 
-/// The height of a curve at `x`, on a straight line of the logarithms; `None` beyond its ends.
+/// The height of a curve at `x`, interpolated between logarithms; `None` beyond its ends.
 pub(super) fn height(points: &[(f64, f64)], x: f64) -> Option<f64> {
     if let [only] = points {
         return (only.0 == x).then_some(only.1);
@@ -34,9 +37,9 @@ pub(super) fn height(points: &[(f64, f64)], x: f64) -> Option<f64> {
     })
 }
 
-/// The lower envelope of these curves, from left to right, without gaps that a reader could see.
+/// The lower envelope of these curves, from left to right, without visible gaps.
 pub(super) fn lowest(curves: &[&Curve]) -> Vec<Stretch> {
-    let curves: Vec<_> = curves.iter().map(|curve| (curve.codec.as_str(), drawable(curve))).collect();
+    let curves: Vec<_> = curves.iter().map(|curve| (curve.codec, drawable(curve))).collect();
     let mut all: Vec<f64> =
         curves.iter().flat_map(|(_, points)| points.iter().map(|point| point.0)).collect();
     all.sort_by(f64::total_cmp);
@@ -56,12 +59,16 @@ pub(super) fn lowest(curves: &[&Curve]) -> Vec<Stretch> {
     without_narrow(stretches)
 }
 
-/// Where the second gets below the first, by halving: curves are straight between points, but there may be others below.
-fn crossing(curves: &[(&str, Vec<(f64, f64)>)], (left, right): (&str, &str), ends: (f64, f64)) -> f64 {
+/// Where the second curve gets below the first, by bisection.
+fn crossing(
+    curves: &[(CodecChoice, Vec<(f64, f64)>)],
+    (left, right): (CodecChoice, CodecChoice),
+    ends: (f64, f64),
+) -> f64 {
     let points = |codec| curves.iter().find(|curve| curve.0 == codec).map_or(&[][..], |curve| &curve.1);
     let (left, right) = (points(left), points(right));
     let (mut from, mut to) = ends;
-    // 40 halvings of a step between two points of a curve are finer than a f64 needs for any plot.
+    // 40 halvings of a step between two points are far finer than a pixel.
     for _ in 0..40 {
         let middle = (from * to).sqrt();
         let (Some(first), Some(second)) = (height(left, middle), height(right, middle)) else { return from };
@@ -70,11 +77,11 @@ fn crossing(curves: &[(&str, Vec<(f64, f64)>)], (left, right): (&str, &str), end
     from
 }
 
-fn extend(stretches: &mut Vec<Stretch>, codec: &str, from: f64, to: f64) {
+fn extend(stretches: &mut Vec<Stretch>, codec: CodecChoice, from: f64, to: f64) {
     match stretches.last_mut() {
         _ if to <= from => {}
         Some(last) if last.codec == codec => last.to = to,
-        _ => stretches.push(Stretch { codec: codec.to_owned(), from, to }),
+        _ => stretches.push(Stretch { codec, from, to }),
     }
 }
 
@@ -83,7 +90,7 @@ fn without_narrow(mut stretches: Vec<Stretch>) -> Vec<Stretch> {
     while stretches.len() > 1 {
         let Some(index) = stretches.iter().position(narrow) else { break };
         let gone = stretches.remove(index);
-        // Its place goes to the one before, which has been looked at, or to the one after.
+        // Its range goes to the stretch before, which is wide enough, or to the one after.
         if let Some(before) = index.checked_sub(1).and_then(|before| stretches.get_mut(before)) {
             before.to = gone.to;
         } else if let Some(after) = stretches.first_mut() {
@@ -92,7 +99,7 @@ fn without_narrow(mut stretches: Vec<Stretch>) -> Vec<Stretch> {
     }
     let mut joined = Vec::new();
     for stretch in stretches {
-        extend(&mut joined, &stretch.codec, stretch.from, stretch.to);
+        extend(&mut joined, stretch.codec, stretch.from, stretch.to);
     }
     joined
 }
@@ -101,17 +108,21 @@ fn without_narrow(mut stretches: Vec<Stretch>) -> Vec<Stretch> {
 mod tests {
     use super::*;
 
-    fn curve(codec: &str, points: &[(f64, f64)]) -> Curve {
-        Curve { codec: codec.to_owned(), points: points.to_vec() }
+    const A: CodecChoice = CodecChoice::None;
+    const B: CodecChoice = CodecChoice::zstd::<1>();
+    const C: CodecChoice = CodecChoice::zstd::<3>();
+
+    fn curve(codec: CodecChoice, points: &[(f64, f64)]) -> Curve {
+        Curve { codec, points: points.to_vec() }
     }
 
     #[test]
     fn the_crossing_is_where_the_lines_meet() {
         // 100/x and 10, as lines of logarithms: they meet at 10.
-        let falling = curve("none", &[(1.0, 100.0), (100.0, 1.0)]);
-        let flat = curve("zstd:1", &[(1.0, 10.0), (100.0, 10.0)]);
+        let falling = curve(A, &[(1.0, 100.0), (100.0, 1.0)]);
+        let flat = curve(B, &[(1.0, 10.0), (100.0, 10.0)]);
         let stretches = lowest(&[&falling, &flat]);
-        assert_eq!(stretches.iter().map(|s| s.codec.as_str()).collect::<Vec<_>>(), ["zstd:1", "none"]);
+        assert_eq!(stretches.iter().map(|s| s.codec).collect::<Vec<_>>(), [B, A]);
         assert!(
             (stretches[0].to - 10.0).abs() < 1e-6 && stretches[1].from == stretches[0].to,
             "{stretches:?}"
@@ -120,20 +131,20 @@ mod tests {
     }
 
     #[test]
-    fn a_stretch_that_nobody_would_see_is_left_out() {
-        let flat = curve("a", &[(1.0, 10.0), (50.0, 10.0), (51.0, 10.0), (52.0, 10.0), (100.0, 10.0)]);
-        let dip = curve("b", &[(1.0, 20.0), (50.0, 20.0), (51.0, 9.0), (52.0, 20.0), (100.0, 20.0)]);
-        assert_eq!(lowest(&[&flat, &dip]), [Stretch { codec: "a".into(), from: 1.0, to: 100.0 }]);
+    fn a_stretch_too_narrow_to_see_is_left_out() {
+        let flat = curve(A, &[(1.0, 10.0), (50.0, 10.0), (51.0, 10.0), (52.0, 10.0), (100.0, 10.0)]);
+        let dip = curve(B, &[(1.0, 20.0), (50.0, 20.0), (51.0, 9.0), (52.0, 20.0), (100.0, 20.0)]);
+        assert_eq!(lowest(&[&flat, &dip]), [Stretch { codec: A, from: 1.0, to: 100.0 }]);
     }
 
     #[test]
     fn curves_may_be_empty_short_or_no_numbers() {
         assert!(lowest(&[]).is_empty());
-        let odd = curve("a", &[(0.0, 1.0), (f64::NAN, 1.0), (1.0, f64::INFINITY), (2.0, 0.0), (3.0, -1.0)]);
-        assert!(lowest(&[&odd, &curve("b", &[]), &curve("c", &[(5.0, 5.0)])]).is_empty());
-        let short = curve("short", &[(1.0, 1.0), (10.0, 1.0)]);
-        let long = curve("long", &[(1.0, 2.0), (10.0, 2.0), (100.0, 2.0)]);
+        let odd = curve(A, &[(0.0, 1.0), (f64::NAN, 1.0), (1.0, f64::INFINITY), (2.0, 0.0), (3.0, -1.0)]);
+        assert!(lowest(&[&odd, &curve(B, &[]), &curve(C, &[(5.0, 5.0)])]).is_empty());
+        let short = curve(A, &[(1.0, 1.0), (10.0, 1.0)]);
+        let long = curve(B, &[(1.0, 2.0), (10.0, 2.0), (100.0, 2.0)]);
         let names: Vec<_> = lowest(&[&short, &long]).into_iter().map(|s| (s.codec, s.to)).collect();
-        assert_eq!(names, [("short".to_owned(), 10.0), ("long".to_owned(), 100.0)]);
+        assert_eq!(names, [(A, 10.0), (B, 100.0)]);
     }
 }

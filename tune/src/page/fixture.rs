@@ -1,33 +1,34 @@
-//! Findings to draw, of guests that could be.
+//! Findings to draw, of imagined guests.
 
-use serde_json::json;
+use multifd_codecs::CodecChoice;
+use serde_json::{Map, Value, json};
 
-use crate::tune::findings::*;
+use crate::findings::*;
 
-type Row = (&'static str, f64, f64, Option<f64>, Option<f64>);
+type Row = (CodecChoice, f64, f64, Option<f64>, Option<f64>);
 
 /// Of a guest of 8 GiB: `(codec, ratio, its error, MB/s of encoding, MB/s of decoding)`.
 const CODECS: [Row; 20] = [
-    ("none", 1.0, 0.0, None, None),
-    ("zlib:1", 2.52, 0.05, Some(118.0), Some(402.0)),
-    ("zlib:2", 2.58, 0.05, Some(102.0), Some(405.0)),
-    ("zlib:3", 2.63, 0.05, Some(81.0), Some(410.0)),
-    ("zlib:4", 2.70, 0.05, Some(74.0), Some(412.0)),
-    ("zlib:5", 2.77, 0.05, Some(55.0), Some(415.0)),
-    ("zlib:6", 2.81, 0.06, Some(39.0), Some(418.0)),
-    ("zlib:7", 2.82, 0.06, Some(33.0), Some(418.0)),
-    ("zlib:8", 2.83, 0.06, Some(24.0), Some(419.0)),
-    ("zlib:9", 2.83, 0.06, Some(21.0), Some(419.0)),
-    ("zstd:1", 2.79, 0.06, Some(520.0), Some(1390.0)),
-    ("zstd:2", 2.88, 0.06, Some(431.0), Some(1320.0)),
-    ("zstd:3", 2.98, 0.06, Some(287.0), Some(1300.0)),
-    ("zstd:4", 3.00, 0.06, Some(241.0), Some(1290.0)),
-    ("zstd:5", 3.06, 0.07, Some(142.0), Some(1250.0)),
-    ("zstd:7", 3.15, 0.07, Some(92.0), Some(1330.0)),
-    ("zstd:9", 3.19, 0.07, Some(61.0), Some(1360.0)),
-    ("zstd:12", 3.22, 0.07, Some(33.0), Some(1370.0)),
-    ("zstd:15", 3.31, 0.08, Some(14.0), Some(1400.0)),
-    ("zstd:19", 3.52, 0.09, Some(3.1), Some(1250.0)),
+    (CodecChoice::None, 1.0, 0.0, None, None),
+    (CodecChoice::zlib::<1>(), 2.52, 0.05, Some(118.0), Some(402.0)),
+    (CodecChoice::zlib::<2>(), 2.58, 0.05, Some(102.0), Some(405.0)),
+    (CodecChoice::zlib::<3>(), 2.63, 0.05, Some(81.0), Some(410.0)),
+    (CodecChoice::zlib::<4>(), 2.70, 0.05, Some(74.0), Some(412.0)),
+    (CodecChoice::zlib::<5>(), 2.77, 0.05, Some(55.0), Some(415.0)),
+    (CodecChoice::zlib::<6>(), 2.81, 0.06, Some(39.0), Some(418.0)),
+    (CodecChoice::zlib::<7>(), 2.82, 0.06, Some(33.0), Some(418.0)),
+    (CodecChoice::zlib::<8>(), 2.83, 0.06, Some(24.0), Some(419.0)),
+    (CodecChoice::zlib::<9>(), 2.83, 0.06, Some(21.0), Some(419.0)),
+    (CodecChoice::zstd::<1>(), 2.79, 0.06, Some(520.0), Some(1390.0)),
+    (CodecChoice::zstd::<2>(), 2.88, 0.06, Some(431.0), Some(1320.0)),
+    (CodecChoice::zstd::<3>(), 2.98, 0.06, Some(287.0), Some(1300.0)),
+    (CodecChoice::zstd::<4>(), 3.00, 0.06, Some(241.0), Some(1290.0)),
+    (CodecChoice::zstd::<5>(), 3.06, 0.07, Some(142.0), Some(1250.0)),
+    (CodecChoice::zstd::<7>(), 3.15, 0.07, Some(92.0), Some(1330.0)),
+    (CodecChoice::zstd::<9>(), 3.19, 0.07, Some(61.0), Some(1360.0)),
+    (CodecChoice::zstd::<12>(), 3.22, 0.07, Some(33.0), Some(1370.0)),
+    (CodecChoice::zstd::<15>(), 3.31, 0.08, Some(14.0), Some(1400.0)),
+    (CodecChoice::zstd::<19>(), 3.52, 0.09, Some(3.1), Some(1250.0)),
 ];
 
 /// Bytes of pages that are not zero.
@@ -122,7 +123,8 @@ pub(crate) fn empty() -> Findings {
     }
 }
 
-/// A checkpoint, one link, without compression the best and nearly the only one; names that want to break out.
+/// A checkpoint and one link; none is nearly the only setting; names that try to break out of their
+/// element.
 pub(crate) fn hostile() -> Findings {
     let name = "</title></style><script>alert(1)</script><img src=x onerror=\"alert('2')\"> & \u{202e}\u{0} \u{1b}[31m ";
     let mut findings = realistic();
@@ -142,23 +144,19 @@ pub(crate) fn hostile() -> Findings {
             plain: 0,
             reason: name.into(),
             flags: name.into(),
-            qmp: vec![json!({ "execute": name })],
+            qmp: vec![QmpCommand { execute: name.into(), arguments: Map::new() }],
         };
     }
     findings.notes.push(name.into());
-    findings.codecs.last_mut().unwrap().codec = name.into();
     for prediction in &mut findings.predictions {
         prediction.link = name.into();
     }
-    findings.predictions.last_mut().unwrap().codec = name.into();
-    findings.curves.total_by_link.last_mut().unwrap().codec = name.into();
-    findings.curves.downtime_by_dirty_rate.last_mut().unwrap().codec = name.into();
     findings
 }
 
 fn facts(codec: &Row) -> CodecFacts {
     CodecFacts {
-        codec: codec.0.into(),
+        codec: codec.0,
         ratio: codec.1,
         ratio_error: codec.2,
         encode_bytes_per_s: codec.3.map(|speed| speed * 1e6),
@@ -178,7 +176,7 @@ fn prediction(name: &str, rate: Option<u64>, channels: usize, codec: &Row) -> Pr
         link: name.into(),
         link_bytes_per_s: rate,
         channels,
-        codec: codec.0.into(),
+        codec: codec.0,
         total_ms: whole(total * 1e3),
         wire_bytes: whole(HELD / codec.1 * 1.2),
         rounds: 3 + u64::from(pace < 2e8) * 6,
@@ -197,13 +195,11 @@ fn advise(name: &str, predictions: &[Prediction], first: usize) -> Advice {
     let best = all().min_by_key(|(_, prediction)| (prediction.total_ms, prediction.channels)).unwrap();
     let others = all().filter(|(_, prediction)| prediction.codec != best.1.codec);
     let runner_up = others.min_by_key(|(_, prediction)| (prediction.total_ms, prediction.channels)).unwrap();
-    let plain = all().filter(|(_, prediction)| prediction.codec == "none");
+    let plain = all().filter(|(_, prediction)| prediction.codec == CodecChoice::None);
     let plain = plain.min_by_key(|(_, prediction)| (prediction.total_ms, prediction.channels)).unwrap();
-    let (method, level) = best.1.codec.split_once(':').unwrap_or(("none", "0"));
-    let level: u64 = level.parse().unwrap();
-    let mut parameters =
-        json!({ "multifd-channels": best.1.channels, "multifd-compression": method, "downtime-limit": 300 });
-    if level > 0 {
+    let method = best.1.codec.family();
+    let mut parameters = json!({ "multifd-channels": best.1.channels, "multifd-compression": method.name(), "downtime-limit": 300 });
+    if let Some(level) = best.1.codec.level() {
         parameters[format!("multifd-{method}-level")] = json!(level);
     }
     Advice {
@@ -220,18 +216,25 @@ fn advise(name: &str, predictions: &[Prediction], first: usize) -> Advice {
         ),
         flags: format!("--channels {} --codec {} --downtime-limit 300ms", best.1.channels, best.1.codec),
         qmp: vec![
-            json!({ "execute": "migrate-set-capabilities", "arguments": { "capabilities": [
-                { "capability": "multifd", "state": true } ] } }),
-            json!({ "execute": "migrate-set-parameters", "arguments": parameters }),
+            command(
+                "migrate-set-capabilities",
+                json!({ "capabilities": [{ "capability": "multifd", "state": true }] }),
+            ),
+            command("migrate-set-parameters", parameters),
         ],
     }
+}
+
+fn command(execute: &str, arguments: Value) -> QmpCommand {
+    let Value::Object(arguments) = arguments else { panic!("{arguments}") };
+    QmpCommand { execute: execute.to_owned(), arguments }
 }
 
 fn total(codec: &Row) -> Curve {
     // 25 links to a decade.
     let links = (0..=100).map(|step| 1.25e6 * f64::powf(10.0, f64::from(step) / 25.0));
     let point = |link: f64| (link, HELD / pace(codec, link, 4.0) * 1.1 + 0.2);
-    Curve { codec: codec.0.into(), points: links.map(point).collect() }
+    Curve { codec: codec.0, points: links.map(point).collect() }
 }
 
 /// Over the first link: what is left when the guest stops takes longer the faster the guest writes.
@@ -243,5 +246,5 @@ fn downtime(codec: &Row) -> Curve {
         (rate, 0.012 + (LIMIT_S - 0.012) * (share * share).min(1.0))
     };
     let converging = rates.filter(|rate| rate / pace < 0.97);
-    Curve { codec: codec.0.into(), points: converging.map(point).collect() }
+    Curve { codec: codec.0, points: converging.map(point).collect() }
 }

@@ -1,15 +1,16 @@
-//! What kinds of pages the guest has.
+//! Bar and table of the kinds of pages.
 
 use super::labels::{Rect, text_width};
 use super::markup::{cell, escaped, table_head};
 use super::number::{bytes, percent};
 use super::plot::{Anchor, Drawing, Layout, NARROW, WIDE, figure};
-use crate::tune::findings::{Findings, PageKinds};
+use crate::findings::{Findings, PageKinds};
 
-/// `(name, share, what it means for a move)`, in the order of the bar; the place in it is the look in the style sheet.
+/// `(name, share, effect on a move)`, in the order of the bar; the index is the class `k0` to `k4`
+/// in the style sheet.
 fn kinds(pages: &PageKinds) -> [(&'static str, f64, &'static str); 5] {
     [
-        ("zero", pages.zero, "Goes as 8 bytes: costs next to nothing."),
+        ("zero", pages.zero, "Sent as 8 bytes: costs next to nothing."),
         ("duplicate", pages.duplicate, "Equal to another page of the sample."),
         ("incompressible", pages.incompressible, "Encrypted, compressed already, or random: no codec helps."),
         ("text", pages.text, "Compresses well."),
@@ -20,7 +21,7 @@ fn kinds(pages: &PageKinds) -> [(&'static str, f64, &'static str); 5] {
 pub(super) fn section(findings: &Findings) -> String {
     let kinds = kinds(&findings.pages);
     if !kinds.iter().any(|(_, share, _)| *share > 0.0) {
-        return "<p>No page was looked at.</p>\n".to_owned();
+        return "<p>No page was sampled.</p>\n".to_owned();
     }
     let [wide, narrow] = [WIDE, NARROW].map(|layout| bar(Layout { height: 62.0, ..layout }, &kinds));
     let rows = kinds.iter().enumerate().map(|(look, (name, share, meaning))| {
@@ -34,7 +35,7 @@ pub(super) fn section(findings: &Findings) -> String {
             cell("", meaning)
         )
     });
-    let head = table_head(&[("kind", ""), ("share", "number"), ("of the RAM", "number"), ("in a move", "")]);
+    let head = table_head(&[("kind", ""), ("share", "number"), ("of RAM", "number"), ("in a move", "")]);
     let table = format!(
         "<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"Kinds of pages\"><table>\n{head}<tbody>\n{}</tbody></table></div>\n",
         rows.collect::<String>()
@@ -43,7 +44,7 @@ pub(super) fn section(findings: &Findings) -> String {
 }
 
 fn bar(layout: Layout, kinds: &[(&str, f64, &str)]) -> String {
-    /// So that what is there is seen.
+    /// Least width of a kind that the guest has, so that it is visible.
     const LEAST: f64 = 3.0;
     let said = kinds.iter().map(|(name, share, _)| format!("{name} {}", percent(*share))).collect::<Vec<_>>();
     let mut drawing = Drawing::new(layout, "kinds", "Kinds of pages", &said.join(", "));

@@ -1,7 +1,7 @@
-//! Where labels go, so that none covers another.
+//! Placement of labels, so that none covers another.
 
-/// Places for labels of these sizes along a line, near those that are wanted: in order, none over another, all within
-/// `from..to` if there is room; otherwise evenly, from `from` on.
+/// Places for labels of these sizes along a line, near the wanted ones: in order, without overlap,
+/// within `from..to` if there is room, otherwise side by side from `from` on.
 pub(super) fn spread(wanted: &[f64], sizes: &[f64], (from, to): (f64, f64)) -> Vec<f64> {
     let mut order: Vec<usize> = (0..wanted.len()).collect();
     let of = |values: &[f64], index: usize| values.get(index).copied().unwrap_or_default();
@@ -22,7 +22,7 @@ pub(super) fn spread(wanted: &[f64], sizes: &[f64], (from, to): (f64, f64)) -> V
         set(&mut places, index, place);
         free = place - half;
     }
-    // Pushed out at the start: there is not room for all.
+    // There is not enough room for all.
     if free < from - 0.01 {
         let mut free = from;
         for &index in &order {
@@ -65,7 +65,7 @@ impl Rect {
     }
 }
 
-/// Keeps account of what is taken.
+/// The free area of a plot.
 #[derive(Clone, Debug)]
 pub(super) struct Room {
     bounds: Rect,
@@ -77,12 +77,12 @@ impl Room {
         Self { bounds, taken: Vec::new() }
     }
 
-    /// Nothing else will go here.
+    /// Reserves this area.
     pub(super) fn take(&mut self, rect: Rect) {
         self.taken.push(rect);
     }
 
-    /// The first of these that is free, which is then taken; none if all are in the way of something.
+    /// Reserves the first free one of these; `None` if all overlap something.
     pub(super) fn first_free(&mut self, candidates: &[Rect]) -> Option<Rect> {
         let free =
             |rect: &&Rect| rect.within(&self.bounds) && !self.taken.iter().any(|taken| taken.touches(rect));
@@ -92,9 +92,9 @@ impl Room {
     }
 }
 
-/// A name that fits where names of codecs go.
+/// A name shortened to the length of a codec's.
 pub(super) fn brief(name: &str) -> String {
-    /// Of characters: `zstd:19`.
+    /// Most characters: `zstd:19`.
     const MOST: usize = 7;
     match name.char_indices().nth(MOST) {
         None => name.to_owned(),
@@ -102,7 +102,7 @@ pub(super) fn brief(name: &str) -> String {
     }
 }
 
-/// How wide a text may get, in sizes of its font: the widest of the usual system fonts, and a little.
+/// Upper bound of a text's width at this font size, over the usual system fonts.
 pub(super) fn text_width(text: &str, font: f64) -> f64 {
     let width = |c: char| match c {
         'i' | 'j' | 'l' | '.' | ',' | ':' | '/' | ' ' | '|' => 0.38,

@@ -1,9 +1,9 @@
-//! Text that others wrote, made harmless.
+//! Escaping of text from outside, and the parts of tables.
 
-/// `text` as it may stand between tags and in attributes with double quotes.
+/// `text` escaped for use between tags and in attributes with double quotes.
 ///
-/// What no document may hold (control characters), and what turns the direction of the text around it, is shown as the
-/// replacement character.
+/// Characters that no document may hold (control characters), and those that change the direction
+/// of text, become the replacement character.
 pub(super) fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for character in text.chars() {
@@ -21,7 +21,7 @@ pub(super) fn escaped(text: &str) -> String {
     out
 }
 
-/// A cell of a table's body; `class` is one of the style sheet's, or empty.
+/// A cell of a table's body; `class` is in the style sheet, or empty.
 pub(super) fn cell(class: &str, text: &str) -> String {
     if class.is_empty() {
         format!("<td>{}</td>", escaped(text))
@@ -30,7 +30,7 @@ pub(super) fn cell(class: &str, text: &str) -> String {
     }
 }
 
-/// The cell that a row is about.
+/// The heading cell of a row.
 pub(super) fn row_head(text: &str) -> String {
     format!("<th scope=\"row\">{}</th>", escaped(text))
 }
@@ -44,7 +44,7 @@ pub(super) fn table_head(columns: &[(&str, &str)]) -> String {
     format!("<thead><tr>{}</tr></thead>\n", cells.collect::<String>())
 }
 
-/// Marks and overrides of direction, and noncharacters, which no document may hold.
+/// Whether this is a direction mark or override, or a noncharacter.
 fn deceptive(character: char) -> bool {
     matches!(character,
         '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{fffe}' | '\u{ffff}')

@@ -1,22 +1,23 @@
-//! `--html`: everything that was found as one page that needs nothing else: no script, no font, no request.
+//! The findings as one self-contained HTML page: no script, no font, no request.
 //!
 //! ```text
-//!  Findings ─┬─> advice ──────────────────────────────── the answer, as cards
-//!            ├─> series ─ which codecs, in which look ─┬─ total (envelope: who is fastest where)
+//!  Findings ─┬─> advice ──────────────────────────────── the settings, as cards
+//!            ├─> series ─ shown codecs and their look ─┬─ total (envelope: the fastest codec by link)
 //!            │                                         ├─ ratio
 //!            │                                         └─ downtime          drawn by plot, axis, labels
 //!            ├─> kinds
 //!            └─> tables                                                     text by markup, number
 //! ```
 //!
-//! It is XHTML in all but its name, so that tests can read it as XML. `style.css` has the looks, for light and dark.
+//! The page is well-formed XML, so that tests can parse it. `style.css` has the colours, light and
+//! dark.
 
 mod advice;
 mod axis;
 mod downtime;
 mod envelope;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 mod kinds;
 mod labels;
 mod markup;
@@ -29,28 +30,26 @@ mod tables;
 mod tests;
 mod total;
 
-pub(super) use advice::command_line;
-
 use markup::escaped;
 use number::{bytes, percent};
 
-use super::findings::Findings;
+use crate::findings::Findings;
 
 const STYLE: &str = include_str!("style.css");
 
-/// Nothing may be loaded or run, whatever is in the page: browsers see to it.
+/// Content security policy: the browser loads and runs nothing, whatever the page holds.
 const POLICY: &str =
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'";
 
-/// The page.
-pub(super) fn html(findings: &Findings) -> String {
+/// The findings as an HTML page with plots, for a browser. It loads nothing.
+pub fn html(findings: &Findings) -> String {
     let title = format!("What a move of {} will cost", findings.source);
     let series = series::chosen(findings);
     let sections = [
-        ("answer", "What to set", advice::cards(findings, &series)),
+        ("answer", "Best settings", advice::cards(findings, &series)),
         ("total-time", "Total time against link speed", total::section(findings, &series)),
         ("codecs", "Ratio against CPU", ratio::section(findings, &series)),
-        ("pages", "What is in the memory", kinds::section(findings)),
+        ("pages", "Kinds of pages", kinds::section(findings)),
         ("dirty", "Downtime against dirty rate", downtime::section(findings, &series)),
         ("predictions", "All predictions", tables::predictions(findings)),
         ("measured", "All codecs", tables::codecs(findings)),

@@ -1,8 +1,8 @@
-//! Numbers as the page shows them. What is no number is shown as a dash: a page never says NaN.
+//! Numbers as the page shows them: a dash for NaN and infinity.
 
-use crate::human::show_bytes;
+use crate::units::show_bytes;
 
-/// Where there is nothing to be said.
+/// Text for a missing value.
 pub(super) const NONE: &str = "–";
 
 /// `38 ms`, `4.25 s`, `2 min 5 s`, `3 h 10 min`
@@ -17,12 +17,12 @@ pub(super) fn time_ms(ms: u64) -> String {
     }
 }
 
-/// The same of a move that may not come to its end.
+/// The time of a move, `never` if it does not converge.
 pub(super) fn total(converges: bool, ms: u64) -> String {
     if converges { time_ms(ms) } else { "never".to_owned() }
 }
 
-/// The same of seconds, for people who look at a plot.
+/// Seconds in two or three digits, for plots.
 pub(super) fn time_s(seconds: f64) -> String {
     match seconds {
         s if !s.is_finite() || s < 0.0 => NONE.to_owned(),
@@ -34,7 +34,7 @@ pub(super) fn time_s(seconds: f64) -> String {
     }
 }
 
-/// Seconds of a processor: `41.3 s`
+/// Seconds on cores: `41.3 s`
 pub(super) fn cpu_s(seconds: f64) -> String {
     if !seconds.is_finite() {
         return NONE.to_owned();
@@ -42,7 +42,7 @@ pub(super) fn cpu_s(seconds: f64) -> String {
     if seconds < 10.0 { format!("{seconds:.2} s") } else { format!("{seconds:.1} s") }
 }
 
-/// `870 Mbit/s`, of bytes per second.
+/// Bytes per second in bits: `870 Mbit/s`
 pub(super) fn bits_per_s(bytes_per_s: f64) -> String {
     decimal(bytes_per_s * 8.0, "bit/s")
 }
@@ -52,7 +52,7 @@ pub(super) fn bytes_per_s(bytes_per_s: f64) -> String {
     decimal(bytes_per_s, "B/s")
 }
 
-/// `2.31 GiB`; of a share of something, too.
+/// `2.3 GiB`
 pub(super) fn bytes(value: f64) -> String {
     if !value.is_finite() || value < 0.0 {
         return NONE.to_owned();
@@ -65,7 +65,7 @@ pub(super) fn bytes(value: f64) -> String {
     show_bytes(value.round() as u64)
 }
 
-/// `37.5 %`; what is not quite nothing is not shown as nothing.
+/// `37.5 %`; a share above 0 is never shown as 0.
 pub(super) fn percent(share: f64) -> String {
     let percent = share * 100.0;
     match percent {
@@ -80,7 +80,7 @@ pub(super) fn ratio(value: f64) -> String {
     if value.is_finite() { format!("{value:.2}") } else { NONE.to_owned() }
 }
 
-/// How much `other` takes to `best`: `3.1 times as long`, `12 % longer`, `the same`.
+/// `other` relative to `best`: `3.1 times as long`, `12 % longer`, `as long`.
 pub(super) fn compared(best_ms: u64, other_ms: u64) -> String {
     let factor = other_ms as f64 / best_ms as f64;
     match factor {
@@ -92,7 +92,7 @@ pub(super) fn compared(best_ms: u64, other_ms: u64) -> String {
     }
 }
 
-/// `one channel`, `4 channels`
+/// `1 channel`, `4 channels`
 pub(super) fn channels(channels: usize) -> String {
     match channels {
         0 => "main channel only".to_owned(),
@@ -101,7 +101,7 @@ pub(super) fn channels(channels: usize) -> String {
     }
 }
 
-/// A coordinate: two digits after the point are finer than any screen, and there is no other text for it.
+/// A coordinate with at most two digits after the point, without trailing zeros.
 pub(super) fn at(coordinate: f64) -> String {
     if !coordinate.is_finite() {
         return "0".to_owned();
@@ -125,7 +125,7 @@ fn decimal(value: f64, unit: &str) -> String {
     format!("{} {prefix}{unit}", significant(scaled))
 }
 
-/// Two or three digits that count: `3`, `3.1`, `31`, `314`
+/// Two or three significant digits: `3`, `3.1`, `31`, `314`
 fn significant(value: f64) -> String {
     let text = if value < 9.95 { format!("{value:.1}") } else { format!("{value:.0}") };
     text.strip_suffix(".0").map(str::to_owned).unwrap_or(text)

@@ -1,4 +1,5 @@
-//! What the plots are drawn with. Each is drawn twice, for wide screens and for phones: text stays of a readable size.
+//! SVG drawings. Each plot is drawn twice, for wide and for narrow screens, so that text stays
+//! readable.
 
 use std::fmt::Write;
 
@@ -8,24 +9,24 @@ use super::labels::{Rect, brief, spread, text_width};
 use super::markup::escaped;
 use super::number::at;
 
-/// Measures of a drawing, in its own units.
+/// Sizes of a drawing, in its own units.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Layout {
-    /// Of the style sheet: which screens show it.
+    /// Class in the style sheet, by which screens show or hide it.
     pub(super) class: &'static str,
     pub(super) width: f64,
     pub(super) height: f64,
-    /// Of all text; the style sheet has the same.
+    /// Font size, as in the style sheet.
     pub(super) font: f64,
 }
 
-/// At 720 pixels and more, which the style sheet asks for, it is not scaled below 11 pixels.
+/// For screens of 720 pixels and more, where its text is not scaled below 11 pixels.
 pub(super) const WIDE: Layout = Layout { class: "wide", width: 760.0, height: 420.0, font: 13.0 };
 
-/// Of a phone of 360 pixels, 328 are left for it: its text is of 11.4 pixels there.
+/// For narrower screens. On a phone of 360 pixels it gets 328, and its text has 11.4.
 pub(super) const NARROW: Layout = Layout { class: "narrow", width: 344.0, height: 380.0, font: 12.0 };
 
-/// What is left free around the data.
+/// Space around the data.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Margins {
     pub(super) left: f64,
@@ -50,7 +51,7 @@ impl Layout {
     }
 }
 
-/// How a text lies at its place.
+/// The point of a text that lies at its place.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Anchor {
     End,
@@ -58,7 +59,7 @@ pub(super) enum Anchor {
     Start,
 }
 
-/// A drawing that is being made.
+/// A drawing under construction.
 #[derive(Debug)]
 pub(super) struct Drawing {
     out: String,
@@ -66,12 +67,12 @@ pub(super) struct Drawing {
 }
 
 impl Drawing {
-    /// `id` is one in the page; `title` and `description` are for those who do not see it.
+    /// `id` is unique in the page; `title` and `description` are for screen readers.
     pub(super) fn new(layout: Layout, id: &str, title: &str, description: &str) -> Self {
         let Layout { class, width, height, .. } = layout;
         let (title, description) = (escaped(title), escaped(description));
         let mut out = String::new();
-        // Writing to a string does not fail.
+        // Writing to a string cannot fail.
         let _ = writeln!(
             out,
             "<svg class=\"{class}\" viewBox=\"0 0 {} {}\" role=\"img\" \
@@ -117,7 +118,7 @@ impl Drawing {
         );
     }
 
-    /// A line through these places; nothing if there are none.
+    /// A line through these places.
     pub(super) fn path(&mut self, class: &str, places: &[(f64, f64)], title: &str) {
         if places.is_empty() {
             return;
@@ -130,7 +131,7 @@ impl Drawing {
         let _ = writeln!(self.out, "<path class=\"{class}\" d=\"{steps}\"><title>{title}</title></path>");
     }
 
-    /// The mark of a look, which is a different shape for each.
+    /// The marker of a look: each has a shape of its own.
     pub(super) fn marker(&mut self, look: usize, (x, y): (f64, f64), title: &str) {
         let outline: &[(f64, f64)] = match look {
             0 => &[
@@ -159,7 +160,7 @@ impl Drawing {
         );
     }
 
-    /// The mark of an end.
+    /// A cross at the end of a line.
     pub(super) fn cross(&mut self, look: usize, (x, y): (f64, f64)) {
         for slope in [5.0, -5.0] {
             self.segment(&format!("end s{look}"), (x - 5.0, y - slope), (x + 5.0, y + slope));
@@ -184,8 +185,8 @@ impl Drawing {
         }
     }
 
-    /// Names at the right ends of lines: `(look, name, end)`, none over another.
-    pub(super) fn names(&mut self, inner: Rect, ends: &[(usize, &str, (f64, f64))]) {
+    /// Names at the right ends of lines, without overlap; `ends` as `(look, name, end)`.
+    pub(super) fn names(&mut self, inner: Rect, ends: &[(usize, String, (f64, f64))]) {
         let size = self.layout.font * 1.35;
         let wanted: Vec<_> = ends.iter().map(|(_, _, end)| end.1).collect();
         let bounds = (inner.top, inner.bottom + size / 2.0);
@@ -206,7 +207,8 @@ impl Drawing {
         }
     }
 
-    /// Which is best where, above the data; the places where that changes are `turns`, with their values.
+    /// A band above the data that names the best codec of each stretch, with the values where it
+    /// changes.
     pub(super) fn band(
         &mut self,
         inner: Rect,
@@ -218,19 +220,19 @@ impl Drawing {
         let (top, bottom) = (inner.top - font * 2.2, inner.top - font * 0.5);
         for (look, stretch) in stretches {
             let (left, right) = (axis.place(stretch.from), axis.place(stretch.to));
-            let codec = stretch.codec.as_str();
+            let codec = stretch.codec.to_string();
             let title = format!("{codec}: {} to {}", show(stretch.from), show(stretch.to));
             self.rect(
                 &format!("band s{look}"),
                 Rect { left: left + 0.75, top, right: right - 0.75, bottom },
                 &title,
             );
-            if text_width(&brief(codec), font) < right - left - 6.0 {
+            if text_width(&brief(&codec), font) < right - left - 6.0 {
                 self.text(
                     "in-band",
                     Anchor::Middle,
                     ((left + right) / 2.0, bottom - font * 0.45),
-                    &brief(codec),
+                    &brief(&codec),
                 );
             }
         }
@@ -241,7 +243,7 @@ impl Drawing {
         for place in &places {
             self.segment("turn", (*place, top - 3.0), (*place, inner.bottom));
         }
-        // Beside the plot they are told in words, too.
+        // The list above the plot has them, too.
         if widths.iter().sum::<f64>() > self.layout.width {
             return;
         }
@@ -252,7 +254,7 @@ impl Drawing {
     }
 }
 
-/// Both drawings of a plot and what is said below it.
+/// Both drawings of a plot with its caption.
 pub(super) fn figure(wide: &str, narrow: &str, caption: &str) -> String {
     let caption = escaped(caption);
     format!("<figure class=\"plot\">\n{wide}{narrow}<figcaption>{caption}</figcaption>\n</figure>\n")

@@ -1,15 +1,17 @@
-//! What a codec saves against what it costs.
+//! Plot of compression ratio over encoding speed.
+
+use multifd_codecs::{CodecChoice, CodecFamily};
 
 use super::axis::{Axis, decades_around, extent};
 use super::labels::{Rect, Room, brief, text_width};
 use super::number::{bytes_per_s, ratio};
 use super::plot::{Anchor, Drawing, Layout, Margins, NARROW, WIDE, figure};
 use super::series::{Series, family_look};
-use crate::tune::findings::{CodecFacts, Findings, family};
+use crate::findings::{CodecFacts, Findings};
 
 pub(super) fn section(findings: &Findings, series: &[Series]) -> String {
     if measured(findings).next().is_none() {
-        return "<p>No codec was measured that limits the speed.</p>\n".to_owned();
+        return "<p>No compressing codec was measured.</p>\n".to_owned();
     }
     let [wide, narrow] = [WIDE, NARROW].map(|layout| plot(layout, findings, series));
     let caption = "Up and to the right is better. A line joins the levels of a codec; a bar is the 95 % interval of the ratio. \
@@ -17,7 +19,7 @@ pub(super) fn section(findings: &Findings, series: &[Series]) -> String {
     figure(&wide, &narrow, caption)
 }
 
-/// Those with a place on the plot.
+/// The codecs that the plot can show, with their encoding speed.
 fn measured(findings: &Findings) -> impl Iterator<Item = (&CodecFacts, f64)> {
     let positive = |value: &f64| value.is_finite() && *value > 0.0;
     findings
@@ -67,20 +69,20 @@ fn error(facts: &CodecFacts) -> f64 {
     if facts.ratio_error.is_finite() { facts.ratio_error.max(0.0) } else { 0.0 }
 }
 
-/// As short as it can be said: `2`, `2.5`, `1.05`
+/// A ratio without trailing zeros: `2`, `2.5`, `1.05`
 fn ratio_tick(tick: f64) -> String {
     ratio(tick).trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-/// What has no speed of its own is a level, with its name at the right.
+/// A codec without a speed limit, as a horizontal line with its name at the right.
 fn unlimited(drawing: &mut Drawing, room: &mut Room, inner: Rect, findings: &Findings, y: &Axis) {
     let font = drawing.layout.font;
     for facts in &findings.codecs {
         if facts.encode_bytes_per_s.is_some() || !facts.ratio.is_finite() {
             continue;
         }
-        let (look, height) = (family_look(&facts.codec), y.place(facts.ratio));
-        let title = format!("{}: {}, no limit of its own", facts.codec, ratio(facts.ratio));
+        let (look, height) = (family_look(facts.codec.family()), y.place(facts.ratio));
+        let title = format!("{}: {}, no speed limit", facts.codec, ratio(facts.ratio));
         drawing.path(&format!("line s{look}"), &[(inner.left, height), (inner.right, height)], &title);
         room.take(Rect { left: inner.left, right: inner.right, top: height - 2.0, bottom: height + 2.0 });
         let left = inner.right + 4.0;
@@ -91,30 +93,31 @@ fn unlimited(drawing: &mut Drawing, room: &mut Room, inner: Rect, findings: &Fin
                 &format!("name s{look}"),
                 Anchor::Start,
                 (left, height + font * 0.35),
-                &brief(&facts.codec),
+                &brief(&facts.codec.to_string()),
             );
         }
     }
 }
 
-/// Lines, error bars and marks; their places are taken.
+/// Draws lines, error bars and marks, and reserves their places.
 fn draw(drawing: &mut Drawing, room: &mut Room, findings: &Findings, (x, y): (&Axis, &Axis)) {
-    let mut last: Option<(&str, (f64, f64))> = None;
+    let mut last: Option<(CodecFamily, (f64, f64))> = None;
     for (facts, speed) in measured(findings) {
-        let (place, look) = ((x.place(speed), y.place(facts.ratio)), family_look(&facts.codec));
-        if let Some((before, from)) = last.filter(|(before, _)| *before == family(&facts.codec)) {
-            drawing.path(&format!("joint s{look}"), &[from, place], before);
-            // A line is no rectangle: small ones along it.
+        let family = facts.codec.family();
+        let (place, look) = ((x.place(speed), y.place(facts.ratio)), family_look(family));
+        if let Some((_, from)) = last.filter(|(before, _)| *before == family) {
+            drawing.path(&format!("joint s{look}"), &[from, place], family.name());
+            // Small rectangles along the line.
             for step in 0..=20 {
                 let share = f64::from(step) / 20.0;
                 let at = (from.0 + (place.0 - from.0) * share, from.1 + (place.1 - from.1) * share);
                 room.take(Rect { left: at.0 - 1.0, right: at.0 + 1.0, top: at.1 - 1.0, bottom: at.1 + 1.0 });
             }
         }
-        last = Some((family(&facts.codec), place));
+        last = Some((family, place));
     }
     for (facts, speed) in measured(findings) {
-        let (place, look) = ((x.place(speed), y.place(facts.ratio)), family_look(&facts.codec));
+        let (place, look) = ((x.place(speed), y.place(facts.ratio)), family_look(facts.codec.family()));
         let (top, bottom) = (y.place(facts.ratio + error(facts)), y.place(facts.ratio - error(facts)));
         drawing.segment(&format!("error s{look}"), (place.0, top), (place.0, bottom));
         for end in [top, bottom] {
@@ -128,7 +131,8 @@ fn draw(drawing: &mut Drawing, room: &mut Room, findings: &Findings, (x, y): (&A
     }
 }
 
-/// Names where there is room: first of those that the other plots show, then of the ends of the lines, then of the others.
+/// Draws names where there is room: first of the codecs in the other plots, then of the ends of the
+/// lines, then of the others.
 fn name(
     drawing: &mut Drawing,
     room: &mut Room,
@@ -140,21 +144,22 @@ fn name(
     let all: Vec<_> = measured(findings).collect();
     let end = |index: usize| {
         let of = |index: Option<usize>| {
-            index.and_then(|index| all.get(index)).map(|(facts, _)| family(&facts.codec))
+            index.and_then(|index| all.get(index)).map(|(facts, _)| facts.codec.family())
         };
         let own = of(Some(index));
         of(index.checked_sub(1)) != own || of(index.checked_add(1)) != own
     };
-    let rank = |index: usize, codec: &str| match () {
+    let rank = |index: usize, codec: CodecChoice| match () {
         () if series.iter().any(|series| series.codec == codec) => 0,
         () if end(index) => 1,
         () => 2,
     };
     let mut order: Vec<_> = all.iter().enumerate().collect();
-    order.sort_by_key(|(index, (facts, _))| rank(*index, &facts.codec));
+    order.sort_by_key(|(index, (facts, _))| rank(*index, facts.codec));
     for (_, (facts, speed)) in order {
         let (left, top) = (x.place(*speed), y.place(facts.ratio));
-        let (width, height) = (text_width(&brief(&facts.codec), font), font * 1.3);
+        let label = brief(&facts.codec.to_string());
+        let (width, height) = (text_width(&label, font), font * 1.3);
         let bar = (y.place(facts.ratio - error(facts)) - top).abs().max(5.0) + 1.0;
         let rect = |left: f64, top: f64| Rect { left, top, right: left + width, bottom: top + height };
         let candidates = [
@@ -168,9 +173,9 @@ fn name(
             rect(left - width - 7.0, top - height / 2.0),
         ];
         if let Some(free) = room.first_free(&candidates) {
-            let class = format!("name s{}", family_look(&facts.codec));
+            let class = format!("name s{}", family_look(facts.codec.family()));
             let middle = (free.left + free.right) / 2.0;
-            drawing.text(&class, Anchor::Middle, (middle, free.bottom - font * 0.3), &brief(&facts.codec));
+            drawing.text(&class, Anchor::Middle, (middle, free.bottom - font * 0.3), &label);
         }
     }
 }

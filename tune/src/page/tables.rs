@@ -1,11 +1,11 @@
-//! Everything that was found, in numbers.
+//! All findings as tables.
 
 use super::advice::bottleneck;
 use super::markup::{cell, escaped, row_head, table_head};
 use super::number::{NONE, bytes, bytes_per_s, cpu_s, percent, ratio, time_ms, total};
-use crate::tune::findings::{DirtyOrigin, Findings, Prediction};
+use crate::findings::{DirtyOrigin, Findings, Prediction};
 
-/// A table in a box of its own, which scrolls sideways where it is too wide.
+/// A table in a box that scrolls where the table is too wide or too high.
 fn boxed(label: &str, head: &str, rows: &str) -> String {
     format!(
         "<div class=\"scroll tall\" tabindex=\"0\" role=\"region\" aria-label=\"{}\"><table>\n{head}<tbody>\n{rows}</tbody></table></div>\n",
@@ -39,8 +39,8 @@ pub(super) fn predictions(findings: &Findings) -> String {
             cpu_s(prediction.cpu_destination_s),
         ];
         let cells: String = cells.iter().map(|text| cell("number", text)).collect();
-        let codec =
-            if best(index) { format!("{} ★ best", prediction.codec) } else { prediction.codec.clone() };
+        let mark = if best(index) { " ★ best" } else { "" };
+        let codec = format!("{}{mark}", prediction.codec);
         format!(
             "<tr{}>{}{}{}{cells}{}{}{}</tr>\n",
             if best(index) { " class=\"winner\"" } else { "" },
@@ -65,7 +65,7 @@ pub(super) fn codecs(findings: &Findings) -> String {
         ("decode, one core", "number"),
         ("measured on", "number"),
     ]);
-    let speed = |value: Option<f64>| value.map_or("no limit of its own".to_owned(), bytes_per_s);
+    let speed = |value: Option<f64>| value.map_or("no limit".to_owned(), bytes_per_s);
     let rows = findings.codecs.iter().map(|facts| {
         let cells = [
             ratio(facts.ratio),
@@ -75,11 +75,11 @@ pub(super) fn codecs(findings: &Findings) -> String {
             bytes(facts.measured_bytes as f64),
         ];
         let cells: String = cells.iter().map(|text| cell("number", text)).collect();
-        format!("<tr>{}{cells}</tr>\n", row_head(&facts.codec))
+        format!("<tr>{}{cells}</tr>\n", row_head(&facts.codec.to_string()))
     });
     let xbzrle = findings.xbzrle.map(|facts| {
         format!(
-            "<p>xbzrle, on {} pages that were seen in two versions: {} of them go as a difference; a rewritten page takes {} of \
+            "<p>xbzrle, on {} pages seen in two versions: {} of them are sent as deltas; a rewritten page takes {} of \
              its size on the wire.</p>\n",
             facts.pages,
             escaped(&percent(facts.encoded)),
@@ -93,23 +93,23 @@ pub(super) fn machine(findings: &Findings) -> String {
     let machine = &findings.machine;
     let speed = |seconds: f64| if seconds > 0.0 { bytes_per_s(1.0 / seconds) } else { NONE.to_owned() };
     let dirty = match findings.dirty.origin {
-        DirtyOrigin::Still => "nothing: it stands still".to_owned(),
-        DirtyOrigin::Unknown => "not known".to_owned(),
+        DirtyOrigin::Still => "0 (guest is paused)".to_owned(),
+        DirtyOrigin::Unknown => "unknown".to_owned(),
         DirtyOrigin::Given | DirtyOrigin::Measured => {
             let rate = bytes_per_s(findings.dirty.bytes_per_s as f64);
-            let how = if findings.dirty.origin == DirtyOrigin::Given { "as given" } else { "measured" };
-            format!("{rate} ({how}), of a working set of {}", bytes(findings.dirty.working_set_bytes as f64))
+            let how = if findings.dirty.origin == DirtyOrigin::Given { "given" } else { "measured" };
+            format!("{rate} ({how}), in a working set of {}", bytes(findings.dirty.working_set_bytes as f64))
         }
     };
     let facts = [
-        ("cores for each end", machine.cores.to_string()),
-        ("sending through a socket, one core", speed(machine.send_byte_s)),
-        ("receiving from a socket, one core", speed(machine.receive_byte_s)),
-        ("storing in fresh memory", speed(machine.land_byte_s)),
-        ("storing by page faults, as QEMU does", speed(machine.fault_byte_s)),
-        ("making untouched memory", speed(machine.touch_byte_s)),
-        ("finding guest memory that was just mapped", speed(machine.look_byte_s)),
-        ("the guest writes", dirty),
+        ("cores available per end", machine.cores.to_string()),
+        ("send through a socket, one core", speed(machine.send_byte_s)),
+        ("receive from a socket, one core", speed(machine.receive_byte_s)),
+        ("store into unpopulated memory, through the file", speed(machine.land_byte_s)),
+        ("the same by page faults, as QEMU does", speed(machine.fault_byte_s)),
+        ("allocate untouched memory", speed(machine.touch_byte_s)),
+        ("first access to mapped guest memory", speed(machine.look_byte_s)),
+        ("dirty rate", dirty),
         ("downtime limit", time_ms(findings.downtime_limit_ms)),
     ];
     let rows: String = facts

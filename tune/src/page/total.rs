@@ -1,23 +1,24 @@
-//! Total time against link speed: where the lines cross is the answer.
+//! Plot of total time over link speed. The best codec changes where lines cross.
+
+use multifd_codecs::CodecChoice;
 
 use super::axis::{Axis, extent};
 use super::envelope::{Stretch, drawable, height, lowest};
 use super::labels::Rect;
-use super::markup::escaped;
 use super::number::{bits_per_s, time_s};
 use super::plot::{Anchor, Drawing, Layout, Margins, NARROW, WIDE, figure};
 use super::series::{self, Series};
-use crate::tune::curves::LINKS;
-use crate::tune::findings::{Curve, Findings};
+use crate::curves::LINKS;
+use crate::findings::{Curve, Findings};
 
-/// Links that people have, in Mbit/s: `(speed, number, how it is called)`.
+/// Usual links in Mbit/s, each with the number at the axis, which is of the unit below it.
 const KNOWN: [(f64, &str); 6] =
     [(10.0, "10"), (100.0, "100"), (1e3, "1"), (10e3, "10"), (25e3, "25"), (100e3, "100")];
 
 /// Bytes per second of a Mbit/s.
 const MBIT: f64 = 125e3;
 
-/// Times that people think in, in seconds: the finer steps are for plots of few decades.
+/// Times at the axis as `(seconds, text, coarse)`; those not coarse are for plots of few decades.
 const TIMES: [(f64, &str, bool); 19] = [
     (0.001, "1 ms", true),
     (0.003, "3 ms", false),
@@ -40,11 +41,11 @@ const TIMES: [(f64, &str, bool); 19] = [
     (864_000.0, "10 days", true),
 ];
 
-/// The plot, with what it says in words above it.
+/// The plot, and the same as a list above it.
 pub(super) fn section(findings: &Findings, series: &[Series]) -> String {
     let curves = shown(&findings.curves.total_by_link, series);
     if curves.iter().all(|(_, curve)| drawable(curve).is_empty()) {
-        return "<p>There is no prediction over the speed of the link.</p>\n".to_owned();
+        return "<p>There is no prediction over link speeds.</p>\n".to_owned();
     }
     let stretches = lowest(&curves.iter().map(|(_, curve)| *curve).collect::<Vec<_>>());
     let [wide, narrow] = [WIDE, NARROW].map(|layout| plot(layout, &curves, &stretches));
@@ -58,7 +59,7 @@ pub(super) fn section(findings: &Findings, series: &[Series]) -> String {
     format!("{}{}", words(&stretches, series), figure(&wide, &narrow, &caption))
 }
 
-/// The curves that are chosen, with their looks.
+/// The curves of the shown codecs.
 pub(super) fn shown<'a>(curves: &'a [Curve], series: &'a [Series]) -> Vec<(&'a Series, &'a Curve)> {
     let curve = |series: &'a Series| Some((series, curves.iter().find(|curve| curve.codec == series.codec)?));
     series.iter().filter_map(curve).collect()
@@ -74,7 +75,7 @@ fn words(stretches: &[Stretch], series: &[Series]) -> String {
             _ if index == last => format!("above {from}"),
             _ => format!("{from} to {to}"),
         };
-        let (look, codec) = (series::look(series, &stretch.codec), escaped(&stretch.codec));
+        let (look, codec) = (series::look(series, stretch.codec), stretch.codec);
         format!("<li><span class=\"chip s{look}\">{codec}</span> {range}</li>\n")
     };
     let items: String = stretches.iter().enumerate().map(item).collect();
@@ -99,10 +100,10 @@ fn plot(layout: Layout, curves: &[(&Series, &Curve)], stretches: &[Stretch]) -> 
     drawing.text("axis", Anchor::Start, (2.0, layout.font), "total time");
     axes(&mut drawing, inner, &x, &y);
 
-    let look = |codec: &str| {
+    let look = |codec: CodecChoice| {
         curves.iter().find(|(series, _)| series.codec == codec).map_or(0, |(series, _)| series.look)
     };
-    let dressed: Vec<_> = stretches.iter().map(|stretch| (look(&stretch.codec), stretch)).collect();
+    let dressed: Vec<_> = stretches.iter().map(|stretch| (look(stretch.codec), stretch)).collect();
     drawing.band(inner, &x, &dressed, bits_per_s);
     drawing.text(
         "axis",
@@ -119,13 +120,13 @@ fn plot(layout: Layout, curves: &[(&Series, &Curve)], stretches: &[Stretch]) -> 
     for (series, curve) in curves {
         let points: Vec<_> = drawable(curve).into_iter().filter(|point| x.holds(point.0)).collect();
         let places: Vec<_> = points.iter().map(|point| (x.place(point.0), y.place(point.1))).collect();
-        drawing.path(&format!("line s{}", series.look), &places, &series.codec);
+        drawing.path(&format!("line s{}", series.look), &places, &series.codec.to_string());
         for (speed, _) in KNOWN {
             let Some(seconds) = height(&points, speed * MBIT) else { continue };
             let title = format!("{} at {}: {}", series.codec, bits_per_s(speed * MBIT), time_s(seconds));
             drawing.marker(series.look, (x.place(speed * MBIT), y.place(seconds)), &title);
         }
-        ends.extend(places.last().map(|end| (series.look, series.codec.as_str(), *end)));
+        ends.extend(places.last().map(|end| (series.look, series.codec.to_string(), *end)));
     }
     drawing.names(inner, &ends);
     drawing.finish()
@@ -147,7 +148,7 @@ fn axes(drawing: &mut Drawing, inner: Rect, x: &Axis, y: &Axis) {
     drawing.levels(inner, y, &times.collect::<Vec<_>>());
     let links = KNOWN.map(|(speed, number)| (speed * MBIT, number.to_owned()));
     drawing.columns(inner, inner.bottom, x, &links);
-    // The units are said once for all numbers above them.
+    // A unit is written once for all numbers above it.
     for (unit, from, to) in [("Mbit/s", 10.0, 100.0), ("Gbit/s", 1e3, 100e3)] {
         let (from, to) = (x.place(from * MBIT) - font, x.place(to * MBIT) + font);
         let line = inner.bottom + font * 2.0;
@@ -159,7 +160,7 @@ fn axes(drawing: &mut Drawing, inner: Rect, x: &Axis, y: &Axis) {
 }
 
 fn description(curves: &[(&Series, &Curve)], stretches: &[Stretch]) -> String {
-    let lines: Vec<_> = curves.iter().map(|(series, _)| series.codec.as_str()).collect();
+    let lines: Vec<_> = curves.iter().map(|(series, _)| series.codec.to_string()).collect();
     let best = stretches.iter().map(|stretch| {
         format!("{} from {} to {}", stretch.codec, bits_per_s(stretch.from), bits_per_s(stretch.to))
     });

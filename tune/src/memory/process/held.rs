@@ -1,4 +1,4 @@
-//! /proc/PID/pagemap: which pages a process holds, without touching them.
+//! The held pages of a process, from /proc/PID/pagemap, without touching them.
 
 use std::fs::File;
 use std::io;
@@ -10,11 +10,11 @@ use multifd_engine::{PageQuery, PageRun};
 
 use super::super::PAGE;
 
-/// The page table of a process, by /proc/PID/pagemap.
+/// The page table of a process, as /proc/PID/pagemap shows it.
 #[derive(Debug)]
 pub(super) struct PageTable {
     file: File,
-    /// The kernel does not know PAGEMAP_SCAN (Linux 6.7).
+    /// The kernel is older than Linux 6.7 and does not have PAGEMAP_SCAN.
     plain: AtomicBool,
 }
 
@@ -23,17 +23,18 @@ impl PageTable {
         Self { file, plain: AtomicBool::new(false) }
     }
 
-    /// As if the kernel were older.
+    /// Behaves as on an older kernel.
     #[cfg(test)]
     pub(super) fn forget_requests(&self) {
         self.plain.store(true, Relaxed);
     }
 
-    /// Tells `found` of the held pages within these addresses, in order, as runs of addresses. At most [`STEP`] bytes.
+    /// Calls `found` with runs of held pages, in order. `within` are at most [`STEP`] bytes of
+    /// addresses.
     pub(super) fn held(&self, within: Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
         if !self.plain.load(Relaxed) {
             match self.scan(within.clone(), &mut found) {
-                // The former from a kernel without the request, the latter from one that knows it otherwise.
+                // ENOTTY: no such request. EINVAL: a request of that number with other arguments.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
                     self.plain.store(true, Relaxed);
                 }
@@ -57,14 +58,15 @@ impl PageTable {
         Ok(())
     }
 
-    /// An entry of 64 bits for each page: Documentation/admin-guide/mm/pagemap.rst. It does not tell zero pages apart.
+    /// Reads an entry of 64 bits per page: Documentation/admin-guide/mm/pagemap.rst. Entries do not
+    /// tell the kernel's page of zeros apart.
     fn read_entries(&self, within: Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
         const PRESENT_OR_SWAPPED: u64 = 1 << 63 | 1 << 62;
         const ENTRY: usize = size_of::<u64>();
         let first = within.start / PAGE as u64;
         let count = usize::try_from(within.end / PAGE as u64 - first).unwrap_or(0);
         let mut bytes = vec![0; count * ENTRY];
-        // Of a process that has ended there is nothing to be read.
+        // A process that has ended has no entries.
         let read = self.file.read_at(&mut bytes, first * ENTRY as u64)?;
         let (entries, _) = bytes.get(..read).unwrap_or_default().as_chunks::<ENTRY>();
         let mut address = within.start;
@@ -78,7 +80,7 @@ impl PageTable {
     }
 }
 
-/// In memory or in swap, and not the kernel's page of zeros. Nothing else ends a run.
+/// Pages in memory or in swap, without the kernel's page of zeros.
 const HELD: PageQuery = PageQuery {
     all: PageQuery::ZERO,
     any: PageQuery::PRESENT | PageQuery::SWAPPED,
@@ -86,11 +88,11 @@ const HELD: PageQuery = PageQuery {
     told: PageQuery::ZERO,
 };
 
-/// Addresses that are asked for at once: 16 MiB. The kernel goes through them in one go, with the lock of the address space
+/// Bytes of addresses per request: 16 MiB. The kernel walks them with the lock of the address space
 /// held, in some 20 us.
 pub(super) const STEP: u64 = 16 << 20;
 
-/// Held pages of a batch: bit n is its page n.
+/// The held pages of a batch: bit n is its page n.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Mask(u128);
 
@@ -105,7 +107,7 @@ impl Mask {
         self.0.count_ones().into()
     }
 
-    /// Neighbouring pages, in order.
+    /// Runs of neighbouring pages, in order.
     pub(super) fn runs(self) -> impl Iterator<Item = Range<u64>> {
         let mut next = 0;
         std::iter::from_fn(move || {

@@ -1,4 +1,4 @@
-//! /proc/PID/maps: which mappings may be a guest's RAM.
+//! The mappings in /proc/PID/maps that may be a guest's RAM.
 
 use std::ops::Range;
 
@@ -7,13 +7,13 @@ use std::ops::Range;
 pub(super) struct Mapping {
     /// Addresses in the process.
     pub(super) range: Range<u64>,
-    /// Those that the kernel calls it by, if it was put together of several: the first one's.
+    /// Addresses in its name in /proc/PID/map_files; of several joined mappings, the first one's.
     pub(super) named: Range<u64>,
-    /// `rw-s`: as the kernel shows it.
+    /// Permissions as the kernel shows them: `rw-s`.
     permissions: String,
-    /// Of its start, in the file.
+    /// Offset of its start in the file.
     pub(super) offset: u64,
-    /// The file's device and inode.
+    /// Device and inode of the file.
     file: (String, u64),
     path: String,
 }
@@ -23,7 +23,7 @@ impl Mapping {
         self.range.end - self.range.start
     }
 
-    /// Others may see, and make, the same pages; they belong to a file.
+    /// Whether the pages belong to a file, and other processes may write them.
     pub(super) fn shared(&self) -> bool {
         self.permissions.ends_with('s') && self.file.1 != 0
     }
@@ -32,18 +32,22 @@ impl Mapping {
         self.permissions.starts_with("rw-") && !self.device()
     }
 
-    /// By name: what stands behind these is no memory, or not this process's, and some devices mind being read.
+    /// Whether the name is of something other than this process's memory. Reading has effects on
+    /// some devices.
     fn device(&self) -> bool {
-        /// Of the kernel's own pages, of devices and of queues that the kernel shares with a process.
+        /// Names of the kernel's own pages, of devices, and of queues that the kernel shares with a
+        /// process.
         const DEVICES: [&str; 6] = ["[v", "anon_inode:", "/dmabuf:", "/dev/", "/proc/", "/sys/"];
-        /// File systems in memory that live among them, and what the kernel calls shared memory without a file.
+        /// File systems in memory among these names, and the kernel's name of shared anonymous
+        /// memory.
         const MEMORY: [&str; 3] = ["/dev/hugepages", "/dev/shm/", "/dev/zero (deleted)"];
         let starts = |names: &[&str]| names.iter().any(|name| self.path.starts_with(name));
         starts(&DEVICES) && !starts(&MEMORY)
     }
 
-    /// The kernel splits what was one mapping where a part of it was treated otherwise, by madvise for example. Of memory without
-    /// a file nobody knows whether it was one, or a heap lies beside RAM.
+    /// Whether this and the mapping before were one. The kernel splits a mapping where a part is
+    /// treated differently, by madvise for example. Anonymous mappings are not joined: one may be a
+    /// heap beside RAM.
     fn continues(&self, before: &Self) -> bool {
         self.file.1 != 0
             && before.range.end == self.range.start
@@ -53,12 +57,12 @@ impl Mapping {
     }
 }
 
-/// All mappings. A line that is no mapping is left out.
+/// All mappings. A line in another form is left out.
 pub(super) fn parse(maps: &str) -> Vec<Mapping> {
     maps.lines().filter_map(parse_line).collect()
 }
 
-/// Those that may be RAM, by the rule of [`super`].
+/// The mappings that may be RAM, by the rule of [`super`].
 pub(super) fn ram(mappings: &[Mapping]) -> Vec<Mapping> {
     let mut joined: Vec<Mapping> = Vec::new();
     for mapping in mappings.iter().filter(|mapping| mapping.may_be_ram()) {
@@ -72,8 +76,8 @@ pub(super) fn ram(mappings: &[Mapping]) -> Vec<Mapping> {
     joined
 }
 
-/// A block has at least this part of the largest one's size. NUMA nodes and hotplugged memory are rarely less; what an emulator
-/// needs for itself, its display's memory included, is rarely more.
+/// Smallest block, as a part of the largest one. NUMA nodes and hotplugged memory are rarely
+/// smaller; an emulator's own memory, with its display's, is rarely larger.
 const SMALLEST_PART: u64 = 8;
 
 /// `7f00-7fff rw-s 00000000 00:01 1027      /memfd:ram (deleted)`: proc_pid_maps(5).
@@ -103,7 +107,8 @@ fn hex(text: &str) -> Option<u64> {
 mod tests {
     use super::*;
 
-    /// What a QEMU with 512 MiB has, shortened: RAM in a file, translated code, a heap, a disk's buffers, video memory.
+    /// Mappings of a QEMU with 512 MiB, shortened: RAM in a file, translated code, a heap, a disk's
+    /// buffers, video memory.
     const QEMU: &str = "\
 55d0c0000000-55d0c0a00000 r-xp 00000000 fe:00 1234                       /usr/bin/qemu-system-x86_64
 55d0c2000000-55d0c2800000 rw-p 00000000 00:00 0                          [heap]
@@ -119,7 +124,7 @@ mod tests {
 ";
 
     #[test]
-    fn ram_is_what_is_large_and_writable_and_no_device() {
+    fn ram_is_large_and_writable_and_not_a_device() {
         let ram = ram(&parse(QEMU));
         let found: Vec<_> = ram.iter().map(|mapping| (mapping.range.start, mapping.len() >> 20)).collect();
         assert_eq!(found, [(0x7f10_6000_0000, 512), (0x7f11_1000_0000, 128)]);
@@ -139,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_mapping_is_left_out() {
+    fn lines_in_another_form_are_left_out() {
         assert!(parse("\nmaps\n1000 rw-p\n2000-1000 rw-p 0 00:00 0\nx-y rw-p 0 00:00 0\n").is_empty());
         assert!(ram(&[]).is_empty());
     }

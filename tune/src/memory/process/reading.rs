@@ -1,8 +1,8 @@
-//! What the pages hold, by /proc/PID/mem and by the files behind shared mappings.
+//! The content of pages, from /proc/PID/mem and from the files behind shared mappings.
 //!
-//! /proc/PID/mem rather than process_vm_readv: it takes the lock of the address space for one page at a time, stays with the
-//! process when its number is given to another, and leaves merged pages merged (process_vm_readv pins, and the kernel makes a
-//! page of its own of every KSM page that is pinned).
+//! /proc/PID/mem rather than process_vm_readv: it takes the lock of the address space for one page
+//! at a time, stays with the process when its number is reused, and leaves merged pages merged
+//! (process_vm_readv pins pages, and the kernel unmerges every KSM page that is pinned).
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -18,7 +18,7 @@ use super::maps::Mapping;
 use super::pace::Pace;
 use super::refusal::Target;
 
-/// The blocks of a process, and ways to their pages.
+/// The blocks of a process, and the files that give access to their pages.
 #[derive(Debug)]
 pub(super) struct Content {
     table: PageTable,
@@ -28,18 +28,18 @@ pub(super) struct Content {
 
 #[derive(Debug)]
 struct Block {
-    /// In the process.
+    /// Addresses in the process.
     addresses: Range<u64>,
-    /// Behind a shared mapping, where it can be opened.
+    /// The file behind a shared mapping, where it can be opened.
     file: Option<Backing>,
 }
 
 #[derive(Debug)]
 struct Backing {
     file: File,
-    /// Of the block's first byte.
+    /// Offset of the block's first byte in the file.
     offset: u64,
-    /// Pages of the block that are no holes, in order.
+    /// Pages of the block that are not holes, in order.
     data: Vec<Range<u64>>,
 }
 
@@ -53,9 +53,10 @@ impl Content {
         Ok(Self { table, memory, blocks: mappings.iter().map(block).collect::<io::Result<_>>()? })
     }
 
-    /// The process is there, and has the memory that was found.
+    /// Whether the process still runs, with the memory that was found.
     pub(super) fn alive(&self) -> bool {
-        // Nobody maps address 0: an error as long as there is an address space, the end of the file afterwards.
+        // Address 0 is never mapped: an error while there is an address space, the end of the file
+        // afterwards.
         !matches!(self.memory.read_at(&mut [0], 0), Ok(0))
     }
 
@@ -64,13 +65,13 @@ impl Content {
         self.table.forget_requests();
     }
 
-    /// Blocks with a file that can be opened.
+    /// Number of blocks with a file that can be opened.
     #[cfg(test)]
     pub(super) fn files(&self) -> usize {
         self.blocks.iter().filter(|block| block.file.is_some()).count()
     }
 
-    /// How much is held now.
+    /// The pages held now.
     pub(super) fn extent(&self) -> io::Result<Extent> {
         let mut extent = Extent::default();
         let mut pace = Pace::start();
@@ -89,7 +90,7 @@ impl Content {
         Ok(extent)
     }
 
-    /// Which pages of these are held, at most [`BATCH_PAGES`]; counted from the first of them.
+    /// The held pages among these, which are at most [`BATCH_PAGES`]; counted from the first.
     pub(super) fn held(&self, block: usize, pages: Range<u64>) -> io::Result<Mask> {
         let mut mask = Mask::default();
         if let Some(block) = self.blocks.get(block) {
@@ -99,7 +100,8 @@ impl Content {
         Ok(mask)
     }
 
-    /// Appends these pages, which are held, to `into`; without those that are gone meanwhile, and those that cannot be read.
+    /// Appends these held pages to `into`, without those freed meanwhile and those that cannot be
+    /// read.
     pub(super) fn read(&self, block: usize, pages: Range<u64>, into: &mut Vec<u8>) -> io::Result<()> {
         let Some(block) = self.blocks.get(block) else { return Ok(()) };
         let (file, offset) = match &block.file {
@@ -117,7 +119,7 @@ impl Content {
                     into.truncate(filled);
                     continue;
                 }
-                // Not there any more, the end of its file, or memory that is nobody else's business (memfd_secret).
+                // Freed meanwhile, beyond the end of its file, or secret memory (memfd_secret).
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EFAULT)) => 0,
                 Err(error) => return Err(error),
             };
@@ -135,7 +137,7 @@ impl Block {
         (self.addresses.end - self.addresses.start) / PAGE as u64
     }
 
-    /// Tells `found` of the held pages among these, which may go beyond the block.
+    /// Calls `found` with the held pages among these, which may go beyond the block.
     fn held(
         &self,
         table: &PageTable,
@@ -154,13 +156,13 @@ impl Block {
 }
 
 impl Backing {
-    /// `None`: the pages of this mapping are its own, or the file is not for us to open.
+    /// `None`: the mapping is private, or there is no permission to open the file.
     fn open(target: &Target, mapping: &Mapping) -> io::Result<Option<Self>> {
         if !mapping.shared() {
             return Ok(None);
         }
         let path = target.file(&format!("map_files/{:x}-{:x}", mapping.named.start, mapping.named.end));
-        // Not even opened, if it is something else.
+        // Opening a device may have effects.
         if !fs::metadata(&path).is_ok_and(|metadata| metadata.is_file()) {
             return Ok(None);
         }
@@ -176,21 +178,21 @@ impl Backing {
     }
 }
 
-/// Pages of this part of a file that are no holes, counted from its start. A file system that does not know its holes (hugetlbfs)
-/// says that it has none: slower, never wrong.
+/// Pages of this part of a file that are not holes, counted from its start. A file system that does
+/// not know its holes (hugetlbfs) reports none: slower, never wrong.
 fn data(file: &File, part: Range<u64>) -> io::Result<Vec<Range<u64>>> {
     let mut pages = Vec::new();
     let mut position = part.start;
     while let Some(data) = seek(file, SeekFrom::Data(position))?.filter(|data| *data < part.end) {
         let hole = seek(file, SeekFrom::Hole(data))?.unwrap_or(part.end).min(part.end);
-        // A page that is data in part is held.
+        // A page with any data is held.
         pages.push(page(data - part.start)..page(hole - part.start + PAGE as u64 - 1));
         position = hole;
     }
     Ok(pages)
 }
 
-/// `None`: there is nothing of that kind.
+/// `None`: there is no data, or hole, behind that position.
 fn seek(file: &File, to: SeekFrom) -> io::Result<Option<u64>> {
     match rustix::fs::seek(file, to) {
         Ok(position) => Ok(Some(position)),
@@ -199,7 +201,7 @@ fn seek(file: &File, to: SeekFrom) -> io::Result<Option<u64>> {
     }
 }
 
-/// The page that this byte is in.
+/// The page of the byte at this offset.
 fn page(offset: u64) -> u64 {
     offset / PAGE as u64
 }

@@ -1,8 +1,9 @@
-//! How fast pages are written: a sample of them is read, and read again after a while.
+//! The dirty rate of a live process: a sample of pages is read, and read again some times.
 //!
-//! By content, for that costs the process nothing: a page that was written with the bytes it had counts as not written, and has
-//! no need to be sent again; one that got its old bytes back before a look is missed. A page that is new since the process was
-//! opened is not in the sample.
+//! Changes are found by content, which costs the process nothing. A page rewritten with the same
+//! bytes counts as not written, and would not have to be sent again; one that gets its old bytes
+//! back before the next look is missed. A page that was touched after the process was opened is not
+//! in the sample.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -11,12 +12,13 @@ use super::super::{BATCH_PAGES, Extent, MAX_PAIRS, PAGE, Rewrites};
 use super::pace::Pace;
 use super::reading::Content;
 
-/// Pages that are watched: 32 MiB. A working set of 1 % of memory shows to a tenth (82 pages of them, give or take 9), and it
-/// takes about 20 ms to look at them all.
+/// Pages watched: 32 MiB. A working set of 1 % of memory is measured to a tenth (82 of these pages,
+/// ± 9), and a look at all of them takes about 20 ms.
 const WATCHED: u64 = 8192;
 
-/// When to look again, after the first time. In the first, a guest's fast pages show, such as counters and network buffers; in
-/// the last, most of a working set that is rewritten as a whole: rounds of a move last from some 100 ms to seconds.
+/// Times of the further looks, after the first. The first of them shows fast pages, such as
+/// counters and network buffers; the last shows most of a working set that is rewritten as a whole:
+/// rounds last from some 100 ms to seconds.
 const LOOKS: [Duration; 4] = [
     Duration::from_millis(20),
     Duration::from_millis(100),
@@ -24,15 +26,15 @@ const LOOKS: [Duration; 4] = [
     Duration::from_secs(1),
 ];
 
-/// The look whose pages are kept beside what they were: 400 ms later. Rounds are about that far apart when differences begin to
-/// matter; shorter than a downtime limit of 300 ms, and the move is over.
+/// Index of the look whose pages are kept in both versions: 400 ms later. Rounds are about that far
+/// apart when deltas begin to matter; within a downtime limit of 300 ms the move would be over.
 const PAIRED: usize = 2;
 
-/// The first look ends after this time, with as many pages as it got to, where there is hardly a core to be had. Later ones
-/// have no more to do.
+/// Longest time of the first look, which ends with fewer pages where no core is free. Later looks
+/// have no more pages than it.
 const FIRST_LOOK: Duration = Duration::from_millis(400);
 
-/// A page, as it was first.
+/// A watched page, with its first content.
 struct Watched {
     block: usize,
     page: u64,
@@ -65,14 +67,14 @@ pub(super) fn watch(content: &Content, extent: &Extent) -> io::Result<Rewrites> 
     Ok(rewrites)
 }
 
-/// Bytes of `changed` pages of `looked`, as a part of all that are held.
+/// Bytes of changed pages, scaled from the `looked` pages to all held ones.
 fn scale(changed: u64, held: u64, looked: u64) -> u64 {
     let bytes = u128::from(changed) * u128::from(held) * PAGE as u128 / u128::from(looked.max(1));
     u64::try_from(bytes).unwrap_or(u64::MAX)
 }
 
 impl Watched {
-    /// Reads the page again, and returns how long after the first time.
+    /// Reads the page again. Returns the time since the first look at it.
     fn look(
         &mut self,
         content: &Content,
@@ -93,7 +95,7 @@ impl Watched {
     }
 }
 
-/// As many of the sample as there is time for.
+/// The first content of the sample's pages, as far as they are read before `end`.
 fn first_look(
     content: &Content,
     sample: &[(usize, u64, u64)],
@@ -120,7 +122,7 @@ fn first_look(
     Ok(watched)
 }
 
-/// `None`: it is not held any more.
+/// `None`: the page is not held any more.
 fn read_page(content: &Content, block: usize, page: u64) -> io::Result<Option<Box<[u8; PAGE]>>> {
     let mut bytes = Vec::with_capacity(PAGE);
     if content.held(block, page..page + 1)?.count() > 0 {
@@ -129,10 +131,10 @@ fn read_page(content: &Content, block: usize, page: u64) -> io::Result<Option<Bo
     Ok(bytes.into_boxed_slice().try_into().ok())
 }
 
-/// Pages that are evenly spread over all that are held: of every stretch of them one, anywhere in it. In no order of their
-/// addresses, so that what is there when the time is over is as evenly spread; but the same every time.
+/// A sample of the held pages, evenly spread: one of each stretch, at a random place in it. In
+/// random order, so that every prefix is as evenly spread; the same every time.
 ///
-/// Block, number of the batch, and which of its held pages.
+/// Each as block, number of the batch, and index among the batch's held pages.
 fn sample(extent: &Extent, most: u64) -> Vec<(usize, u64, u64)> {
     let held: u64 = extent.batches.iter().map(|batch| batch.held).sum();
     let stretches = held.min(most);
@@ -162,7 +164,7 @@ fn sample(extent: &Extent, most: u64) -> Vec<(usize, u64, u64)> {
 struct Random(u64);
 
 impl Random {
-    /// Less than `limit`, which is not 0.
+    /// A number below `limit`, which is not 0.
     fn below(&mut self, limit: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;

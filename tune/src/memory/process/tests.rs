@@ -67,12 +67,12 @@ fn without_the_request_for_held_pages_the_page_table_is_read() {
 fn pages_of_shared_memory_are_found_in_its_file_and_none_is_made() {
     let mut guest = Guest::start("shared");
     TOUCHED.into_iter().for_each(|pages| write(&mut guest, pages, 7));
-    // By somebody else, as it were.
+    // As another process would.
     guest.order("store 300 20 7");
     let blocks = guest.order("blocks");
     let mut process = open(guest.pid()).unwrap();
     let mut expected = TOUCHED.to_vec();
-    // Only who may open the file finds them.
+    // Without permission to open the file they are not found.
     if process.content.files() > 0 {
         expected.insert(3, 300..320);
     }
@@ -134,7 +134,7 @@ fn pages_that_are_written_meanwhile_are_found_and_paired() {
 }
 
 #[test]
-fn what_nobody_writes_stands_still() {
+fn pages_that_are_not_written_do_not_change() {
     let mut guest = Guest::start("private");
     write(&mut guest, 0..1000, 7);
     let rewrites = open(guest.pid()).unwrap().rewrites().unwrap().unwrap();
@@ -151,14 +151,14 @@ fn state(pid: u32) -> String {
 #[test]
 fn a_process_that_is_not_there_or_has_no_memory_is_named() {
     // Linux has no more than 2^22.
-    assert_eq!(open(5_000_000).unwrap_err(), "process 5000000: there is no such process");
+    assert_eq!(open(5_000_000).unwrap_err().to_string(), "process 5000000: there is no such process");
     // A process that has ended, and whose parent has not asked yet.
     let mut ended = std::process::Command::new("true").spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(10);
     while Instant::now() < deadline && state(ended.id()) != "Z" {
         std::thread::yield_now();
     }
-    let error = open(ended.id()).unwrap_err();
+    let error = open(ended.id()).unwrap_err().to_string();
     assert!(error.contains("(true): no memory that could be a guest's RAM"), "{error}");
     ended.wait().unwrap();
 }
@@ -172,24 +172,25 @@ fn a_process_that_ends_meanwhile_is_an_error_of_its_own() {
     guest.end();
     let name = process.name();
     for error in [process.read(&wanted, &|_| {}).unwrap_err(), process.rewrites().unwrap_err()] {
-        assert_eq!(error, format!("{name}: it has ended, or runs another program now"));
+        assert_eq!(error.to_string(), format!("{name}: it has ended, or runs another program now"));
     }
 }
 
 #[test]
-fn a_process_of_somebody_else_is_refused_with_what_it_takes() {
+fn a_process_of_another_user_is_refused_with_the_capability_it_takes() {
     // The first process belongs to root.
     let error = std::thread::scope(|scope| {
         let become_nobody_and_look = || {
             become_nobody();
-            open(1).unwrap_err()
+            open(1).unwrap_err().to_string()
         };
         scope.spawn(become_nobody_and_look).join().unwrap()
     });
     assert!(error.starts_with("process 1 (") && error.contains("CAP_SYS_PTRACE"), "{error}");
 }
 
-/// This thread alone, without privileges: the system call, which is the library's for all threads, is the kernel's for one.
+/// Drops the privileges of this thread alone: the library's function is for all threads, the system
+/// call for one.
 #[expect(unsafe_code, reason = "the safe call is for all threads")]
 fn become_nobody() {
     const NOBODY: libc::uid_t = 65534;
@@ -198,19 +199,19 @@ fn become_nobody() {
 }
 
 #[test]
-fn its_name_is_the_process_and_its_program() {
+fn the_name_is_the_process_and_its_program() {
     let guest = Guest::start("private");
     let process = open(guest.pid()).unwrap();
     assert!(process.name().starts_with(&format!("process {} (", guest.pid())), "{}", process.name());
     assert!(!maps::parse(&std::fs::read_to_string("/proc/self/maps").unwrap()).is_empty());
 }
 
-/// One look at everything, over and over, beside a guest that takes page faults and locks all the time.
+/// Reads everything again and again, beside a guest that takes page faults and locks all the time.
 ///
-/// What looks in holds the guest up each time, if it does: by a lock, or by stopping it. What else does so does not, on a machine
-/// that is shared with others: so that one time without a pause is enough, of many.
+/// A reader that blocks the guest, by a lock or by stopping it, does so each time; other load on
+/// the machine does not. So one time in many without a pause is enough.
 #[test]
-fn a_guest_that_is_looked_at_has_no_pause_of_a_millisecond() {
+fn a_guest_that_is_read_has_no_pause_of_a_millisecond() {
     for kind in ["private", "shared"] {
         let mut guest = Guest::start(kind);
         write(&mut guest, 0..PAGES, 7);
@@ -231,7 +232,8 @@ fn a_guest_that_is_looked_at_has_no_pause_of_a_millisecond() {
     }
 }
 
-/// The guest's thread may have been without a core when it was to stop, and not have told yet when it is asked.
+/// The guest's thread may be without a core when it is stopped, and not have reported yet when
+/// asked.
 #[test]
 fn a_pause_would_be_noticed() {
     let mut guest = Guest::start("private");

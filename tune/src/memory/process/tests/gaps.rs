@@ -1,11 +1,15 @@
-//! How long a guest stands still.
+//! The pauses of a guest.
 //!
-//! A thread writes to its memory for ever, gives pages back and touches them again, maps and unmaps, and after each step reads
-//! the clock. A step takes microseconds; one that takes longer had to wait, for one of these:
+//! A thread writes to its memory for ever, frees pages and touches them again, maps and unmaps, and
+//! reads the clock after each step. A step takes microseconds; a longer one had to wait, for one of
+//! these:
 //!
-//! - for a core: the kernel counts that (schedstat), and it is subtracted. On a busy machine others cause most of it;
-//! - for a lock, asleep: the kernel counts that as a voluntary switch. This is what somebody who looks into the process can cause;
-//! - for the machine itself, if that is virtual. No account tells of this; such a thread has not switched.
+//! - for a core: the kernel counts that (schedstat), and it is subtracted. Most of it is other
+//!   load;
+//! - for a lock, asleep: the kernel counts that as a voluntary switch. A reader of the process can
+//!   cause it;
+//! - for the machine itself, if that is virtual. No counter shows this; such a thread has not
+//!   switched.
 #![expect(clippy::cast_possible_truncation, reason = "the pages of a test are few")]
 
 use std::fmt;
@@ -22,7 +26,7 @@ use multifd_engine::vm_memory::Bytes;
 use super::super::super::PAGE;
 use super::guest::discard;
 
-/// The longest times of a lap that a step took more than it should.
+/// The longest steps of a lap.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Gaps {
     pub(super) steps: u64,
@@ -75,7 +79,7 @@ fn race(memory: &HostMemory, gaps: &Mutex<Gaps>) {
     for step in 0_u64.. {
         touch(memory, step);
         let now = Account::now(&schedstat);
-        // Never waits: the other end gives up its lock without doing anything, and a step that finds it taken counts with the next.
+        // Never waits for the lock: a step that finds it taken counts with the next.
         let Ok(mut gaps) = gaps.try_lock() else { continue };
         let any = now.at - before.at;
         let running = any.saturating_sub(now.waited - before.waited);
@@ -90,8 +94,8 @@ fn race(memory: &HostMemory, gaps: &Mutex<Gaps>) {
     }
 }
 
-/// Writes to a few pages, hot and cold; gives some back at times, which takes page faults; and at times takes the lock of the
-/// address space as a writer does.
+/// Writes to a few pages, hot and cold; frees some at times, which causes page faults; and at times
+/// takes the lock of the address space as a writer.
 fn touch(memory: &HostMemory, step: u64) {
     let pages = (memory.len() / PAGE) as u64;
     for near in 0..16 {
@@ -114,8 +118,8 @@ struct Account {
 }
 
 impl Account {
-    /// Asks again when the thread lost its core meanwhile, which it likes to do where a system call ends: what it waited then must
-    /// be in the account when the clock is.
+    /// Reads again if the thread lost its core meanwhile, which is common at the end of a system
+    /// call: that wait must be in both counters or in neither.
     fn now(schedstat: &File) -> Self {
         loop {
             let waited = waited(schedstat);

@@ -1,4 +1,4 @@
-//! Another process with memory, which does what it is told: this test program, started once more.
+//! Another process with memory, which follows orders: this test program, started once more.
 #![expect(clippy::cast_possible_truncation, reason = "the pages of a test are few")]
 
 use std::env;
@@ -14,13 +14,13 @@ use rustix::fs::MemfdFlags;
 use super::super::super::PAGE;
 use super::gaps;
 
-/// 64 MiB, more than eight times of what a test program has otherwise.
+/// 64 MiB, more than eight times the other memory of a test program.
 pub(super) const PAGES: u64 = 16 << 10;
 
-/// Tells the started program what memory to have.
+/// Environment variable with the kind of memory of the started program.
 const KIND: &str = "MULTIFD_TEST_PLAYS_GUEST";
 
-/// What the guest's answers begin with, after whatever the test runner says.
+/// Prefix of the guest's answers, which follow output of the test runner.
 const ANSWER: &str = "guest:";
 
 pub(super) struct Guest {
@@ -33,7 +33,7 @@ impl Guest {
     /// `private`: anonymous memory; `shared`: a memfd.
     pub(super) fn start(kind: &str) -> Self {
         let mut command = Command::new(env::current_exe().unwrap());
-        command.args(["--exact", "--nocapture", "--quiet", "tune::memory::process::tests::guest::plays"]);
+        command.args(["--exact", "--nocapture", "--quiet", "memory::process::tests::guest::plays"]);
         command.env(KIND, kind).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let (orders, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
@@ -46,19 +46,19 @@ impl Guest {
         self.child.id()
     }
 
-    /// Waits until it has done so.
+    /// Sends an order, and waits for the answer.
     pub(super) fn order(&mut self, order: &str) -> String {
         writeln!(self.orders, "{order}").unwrap();
         self.answer()
     }
 
-    /// Ends it, and leaves nothing of it.
+    /// Kills it and waits for it.
     pub(super) fn end(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// Kilobytes of its memory that are there, by the kernel's other account.
+    /// Resident kilobytes, from another file of the kernel.
     pub(super) fn resident(&self) -> u64 {
         let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid())).unwrap();
         let line = rollup.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
@@ -83,7 +83,7 @@ impl Drop for Guest {
     }
 }
 
-/// What a page holds that was written with `value`.
+/// Content of a page written with `value`.
 pub(super) fn page_of(value: u64, page: u64) -> Vec<u8> {
     let mut bytes = vec![0; PAGE];
     bytes[..8].copy_from_slice(&(value << 32 | page).to_ne_bytes());
@@ -91,16 +91,17 @@ pub(super) fn page_of(value: u64, page: u64) -> Vec<u8> {
     bytes
 }
 
-/// No test: the other process.
+/// Not a test: the other process.
 #[test]
 fn plays() {
     let Ok(kind) = env::var(KIND) else { return };
-    // A touched page is one page, whatever this machine does otherwise.
+    // So that a touched page is one page.
     rustix::thread::disable_transparent_huge_pages(true).unwrap();
     let len = PAGES as usize * PAGE;
     let file = File::from(rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
     file.set_len(len as u64).unwrap();
-    // The kernel lays mappings side by side, downwards, and makes one of those that are alike: these are not.
+    // The kernel lays mappings side by side, downwards, and makes one of those that are alike:
+    // these are not.
     let fence =
         || MmapRegionBuilder::<()>::new(len).with_mmap_prot(libc::PROT_NONE).with_mmap_flags(PRIVATE).build();
     let above = fence().unwrap();
@@ -115,7 +116,7 @@ fn plays() {
         let answer = player.obey(&order.unwrap());
         println!("{ANSWER} {answer}");
     }
-    // Nobody reads what the test runner has to say.
+    // The output of the test runner is not read.
     std::process::exit(0);
 }
 
@@ -159,10 +160,11 @@ impl Player {
     }
 }
 
-#[expect(unsafe_code, reason = "there is no safe way to give pages back")]
+#[expect(unsafe_code, reason = "there is no safe way to free pages")]
 pub(super) fn discard(memory: &HostMemory, offset: usize, len: usize) {
     let slice = memory.slice(offset, len).unwrap();
-    // SAFETY: the range lies in memory that is mapped, and that is only read and written by volatile accesses.
+    // SAFETY: the range lies in memory that is mapped, and that is only read and written by
+    // volatile accesses.
     let done = unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), len, libc::MADV_DONTNEED) };
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
