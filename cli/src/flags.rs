@@ -2,13 +2,13 @@
 
 use std::num::NonZeroU64;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use multifd_codecs::{Codec, parse_codec};
+use multifd_codecs::CodecChoice;
 use multifd_engine::{Limits, OnStall, SwitchoverAck, ZeroPages};
 use multifd_transports::Endpoint;
+use multifd_tune::Link;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::human;
@@ -42,7 +42,7 @@ pub(crate) enum Command {
     Receive(Receive),
     /// Be the source: a checkpoint goes to QEMU -incoming or to multifd receive
     Send(Send),
-    /// Say what a move of this memory will cost over a link, and what to set
+    /// Predict what a move of this memory will cost over a link, and what to set
     Tune(Tune),
     /// Make a test CA, and certificates and keys for both ends, under the names that QEMU uses
     TlsInit(TlsInit),
@@ -156,7 +156,7 @@ pub(crate) struct Tune {
     /// A checkpoint's directory, or a file with a stream that QEMU wrote to exec: or file:
     #[arg(required_unless_present = "pid", conflicts_with = "pid")]
     pub(crate) source: Option<PathBuf>,
-    /// The memory of a live process, QEMU or another, which is looked at without being stopped
+    /// The memory of a live process, QEMU or another, which is not stopped
     #[arg(long, value_name = "PID")]
     pub(crate) pid: Option<u32>,
     /// Speed of a link, such as 1Gbit/s, or loopback: both ends on this machine. May be repeated.
@@ -166,19 +166,19 @@ pub(crate) struct Tune {
     /// Parallel channels, 1 to 255; 0: none. May be repeated. Default: 1, 2, 4 and 8
     #[arg(long, value_name = "N", value_parser = human::channels)]
     pub(crate) channels: Vec<usize>,
-    /// Cores that each end may use. Default: as many as this machine has
+    /// Cores available per end. Default: those of this machine
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) cores: Option<u16>,
-    /// What the guest writes, in distinct pages per second. Default: measured in a live process, otherwise nothing
+    /// Distinct bytes of pages that the guest writes per second. Default: measured in a live process, otherwise 0
     #[arg(long, value_name = "RATE", value_parser = human::rate)]
     pub(crate) dirty_rate: Option<Rate>,
-    /// Writes a page with plots
+    /// Write a page with plots for a browser
     #[arg(long, value_name = "FILE")]
     pub(crate) html: Option<PathBuf>,
     /// A smaller sample and fewer levels: seconds instead of a minute
     #[arg(long)]
     pub(crate) quick: bool,
-    /// Bytes of pages to look at, at least 4 MiB. Default: 256M, with --quick 32M
+    /// Bytes of pages to sample, at least 4 MiB. Default: 256M, with --quick 32M
     #[arg(long, value_name = "SIZE", value_parser = human::sample)]
     pub(crate) sample: Option<u64>,
 }
@@ -248,20 +248,9 @@ impl Convergence {
     }
 }
 
-/// A codec with the level that was typed.
-pub(crate) type CodecChoice = Arc<dyn Codec>;
-
 /// Bytes per second; `Rate(None)` is no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rate(pub(crate) Option<NonZeroU64>);
-
-/// What the bytes of a move go over, with the name that was typed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Link {
-    pub(crate) name: String,
-    /// Bits on the wire, in bytes per second; `None`: both ends are on this machine, and share its cores.
-    pub(crate) rate: Option<NonZeroU64>,
-}
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Ack {
@@ -314,7 +303,7 @@ impl From<ZeroPageDetection> for ZeroPages {
 }
 
 fn codec(text: &str) -> Result<CodecChoice, String> {
-    parse_codec(text).map_err(|error| error.to_string())
+    text.parse::<CodecChoice>().map_err(|error| error.to_string())
 }
 
 #[cfg(test)]

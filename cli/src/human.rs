@@ -5,8 +5,10 @@ use std::num::NonZeroU64;
 use std::time::Duration;
 
 use multifd_engine::parameter;
+use multifd_tune::Link;
+pub(crate) use multifd_tune::show_bytes;
 
-use crate::flags::{Link, Rate};
+use crate::flags::Rate;
 
 /// Says a line to the user. A terminal that is gone, as after a dropped ssh, is no reason to fail.
 pub(crate) fn tell(text: impl Display) {
@@ -89,21 +91,6 @@ pub(crate) fn cache(text: &str) -> Result<u64, String> {
     parameter::XBZRLE_CACHE_SIZE.check(bytes).map(|()| bytes).map_err(|error| error.to_string())
 }
 
-/// `12.3 MiB`
-pub(crate) fn show_bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut units = UNITS.iter();
-    let mut unit = units.next();
-    while value >= 1024.0 {
-        let Some(next) = units.next() else { break };
-        value /= 1024.0;
-        unit = Some(next);
-    }
-    let unit = unit.copied().unwrap_or_default();
-    if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") }
-}
-
 fn bits(unit: &str) -> Option<f64> {
     let factor = match unit.strip_suffix("bit")? {
         "" => 1.0,
@@ -180,13 +167,5 @@ mod tests {
         assert_eq!((channels("0"), channels("255")), (Ok(0), Ok(255)));
         assert!(cache("3M").unwrap_err().contains("a power of two, at least 4096"));
         assert_eq!(cache("4M"), Ok(4 << 20));
-    }
-
-    #[test]
-    fn bytes_are_shown_in_the_unit_that_fits() {
-        assert_eq!(show_bytes(0), "0 B");
-        assert_eq!(show_bytes(1023), "1023 B");
-        assert_eq!(show_bytes(1536), "1.5 KiB");
-        assert_eq!(show_bytes(64 << 20), "64.0 MiB");
     }
 }

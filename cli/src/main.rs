@@ -4,13 +4,11 @@
 //!  flags (what was typed) ─> one function a command ─> engine ─> Outcome (stdout, exit code)
 //! ```
 
-mod at_rest;
 mod demo;
 mod flags;
 mod human;
 mod inspect;
 mod outcome;
-mod page_states;
 mod progress;
 mod receive;
 mod send;

@@ -34,8 +34,8 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     if let Some(channels) = common.channels {
         builder = builder.channels(channels);
     }
-    if let Some(codec) = &common.codec {
-        builder = builder.codecs(Codecs::empty().with(codec.clone()));
+    if let Some(choice) = common.codec {
+        builder = builder.codecs(Codecs::empty().with(choice.codec()));
     }
     if let Some(tls) = tls {
         builder = builder.tls(tls);

@@ -47,8 +47,8 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
     if flags.return_path || flags.no_return_path {
         builder = builder.return_path(flags.return_path);
     }
-    if let Some(codec) = &common.codec {
-        builder = builder.codec(codec.clone());
+    if let Some(choice) = common.codec {
+        builder = builder.codec(choice.codec());
     }
     if let Some(detection) = flags.zero_page_detection {
         builder = builder.zero_pages(detection.into());

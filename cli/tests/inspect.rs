@@ -339,7 +339,7 @@ fn a_checkpoint_that_is_broken() {
 #[test]
 fn what_is_neither() {
     let folder = tempfile::tempdir().unwrap();
-    assert!(error(folder.path()).contains("is no checkpoint: it has no manifest.json"));
+    assert!(error(folder.path()).contains("is not a checkpoint: it has no manifest.json"));
     assert!(error(&folder.path().join("nothing")).contains("No such file"));
     assert!(error(&Stream(Vec::new()).write(&folder)).contains("the file is empty"));
     assert!(error(&Stream(b"some text".to_vec()).write(&folder)).contains("no migration stream"));

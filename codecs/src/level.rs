@@ -26,6 +26,12 @@ impl ZlibLevel {
         checked("zlib", level.into(), Self::MAX).map(Self)
     }
 
+    /// A level that the compiler checks.
+    pub const fn at<const LEVEL: u8>() -> Self {
+        const { assert!(LEVEL <= Self::MAX, "the codec has no such level") };
+        Self(LEVEL)
+    }
+
     /// The level, 0..=9.
     pub const fn value(self) -> u8 {
         self.0
@@ -53,6 +59,12 @@ impl ZstdLevel {
     /// `level` is not in 0..=20.
     pub fn new(level: impl Into<i32>) -> Result<Self, LevelOutOfRange> {
         checked("zstd", level.into(), Self::MAX).map(Self)
+    }
+
+    /// A level that the compiler checks.
+    pub const fn at<const LEVEL: u8>() -> Self {
+        const { assert!(LEVEL <= Self::MAX, "the codec has no such level") };
+        Self(LEVEL)
     }
 
     /// The level, 0..=20.

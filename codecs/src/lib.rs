@@ -24,6 +24,7 @@ pub mod conformance;
 pub mod xbzrle;
 pub mod zero;
 
+mod choice;
 mod codec;
 mod error;
 mod level;
@@ -34,6 +35,7 @@ mod uncompressed;
 mod zlib;
 mod zstd;
 
+pub use choice::{CodecChoice, CodecFamily};
 pub use codec::{Codec, CodecId, Decoder, Encoder, MAX_BATCH_LEN, MAX_PAYLOAD_LEN};
 pub use error::{CodecError, DecodeFailed, EncodeFailed, Reason};
 pub use level::{LevelOutOfRange, ZlibLevel, ZstdLevel};

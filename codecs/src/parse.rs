@@ -1,31 +1,39 @@
 //! Codecs as people write them: `zstd:3`.
 
+use std::str::FromStr;
 use std::sync::Arc;
 
+use crate::choice::CodecChoice;
 use crate::codec::Codec;
-use crate::level::LevelOutOfRange;
-use crate::uncompressed::Uncompressed;
-use crate::zlib::Zlib;
-use crate::zstd::Zstd;
+use crate::level::{LevelOutOfRange, ZlibLevel, ZstdLevel};
 
 /// Reads `none`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`.
 ///
 /// # Errors
 /// Anything else; the error repeats `text` and the grammar or the range.
 pub fn parse_codec(text: &str) -> Result<Arc<dyn Codec>, InvalidCodec> {
-    let invalid = |source| InvalidCodec { text: text.to_owned(), source };
-    let (name, level) = match text.split_once(':') {
-        Some((name, level)) => (name, Some(level)),
-        None => (text, None),
-    };
-    let level = level.map(decimal).transpose().map_err(|()| invalid(None))?;
-    match (name, level) {
-        ("none", None) => Ok(Arc::new(Uncompressed)),
-        ("zlib", None) => Ok(Arc::new(Zlib::default())),
-        ("zlib", Some(level)) => Ok(Arc::new(Zlib::level(level).map_err(|e| invalid(Some(e)))?)),
-        ("zstd", None) => Ok(Arc::new(Zstd::default())),
-        ("zstd", Some(level)) => Ok(Arc::new(Zstd::level(level).map_err(|e| invalid(Some(e)))?)),
-        _ => Err(invalid(None)),
+    text.parse::<CodecChoice>().map(CodecChoice::codec)
+}
+
+impl FromStr for CodecChoice {
+    type Err = InvalidCodec;
+
+    /// Reads `none`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`; the level without one is QEMU's.
+    fn from_str(text: &str) -> Result<Self, InvalidCodec> {
+        let invalid = |source| InvalidCodec { text: text.to_owned(), source };
+        let (name, level) = match text.split_once(':') {
+            Some((name, level)) => (name, Some(level)),
+            None => (text, None),
+        };
+        let level = level.map(decimal).transpose().map_err(|()| invalid(None))?;
+        match (name, level) {
+            ("none", None) => Ok(Self::None),
+            ("zlib", None) => Ok(Self::Zlib(ZlibLevel::default())),
+            ("zlib", Some(level)) => Ok(Self::Zlib(ZlibLevel::new(level).map_err(|e| invalid(Some(e)))?)),
+            ("zstd", None) => Ok(Self::Zstd(ZstdLevel::default())),
+            ("zstd", Some(level)) => Ok(Self::Zstd(ZstdLevel::new(level).map_err(|e| invalid(Some(e)))?)),
+            _ => Err(invalid(None)),
+        }
     }
 }
 

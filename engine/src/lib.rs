@@ -42,6 +42,9 @@ mod workers;
 pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, EarlyState, Manifest};
 pub use config::{DestinationConfig, SourceConfig, parameter, rule};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
+// For multifd-tune, whose model decides as a source does. Not covered by semantic versioning.
+#[doc(hidden)]
+pub use convergence::{Convergence, RoundFacts};
 pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
 pub use dirty::{
     Coverage, DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance,

@@ -4,7 +4,7 @@ mod content;
 pub(crate) mod destination;
 mod guest;
 
-use multifd_codecs::parse_codec;
+use multifd_codecs::CodecChoice;
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
     AutoConverge, DeviceState, DirtyMarker, Error, ErrorKind, Phase, Progress, Report, SoftwareLog, Source,
@@ -23,7 +23,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const MACHINE: &str = "multifd-demo-10.0";
 const DEFAULT_CHANNELS: usize = 2;
-const DEFAULT_CODEC: &str = "zstd:1";
+const DEFAULT_CODEC: CodecChoice = CodecChoice::zstd::<1>();
 
 pub(crate) fn run(flags: &Demo, common: &Common) -> Outcome {
     let mut reached = None;
@@ -81,16 +81,15 @@ fn migrate(flags: &Demo, common: &Common, reached: &mut Option<Progress>) -> Res
 }
 
 fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilder> {
-    let codec = match &common.codec {
-        Some(codec) => codec.clone(),
-        None if common.channels == Some(0) => parse_codec("none")?,
-        None => parse_codec(DEFAULT_CODEC)?,
-    };
+    let choice = common.codec.unwrap_or(match common.channels {
+        Some(0) => CodecChoice::None,
+        _ => DEFAULT_CODEC,
+    });
     let configuration =
         Configuration { machine: MACHINE.to_owned(), page_bits: None, capabilities: Vec::new(), uuid: None };
     let mut builder = Source::builder(vec![guest.block.clone()], configuration)
         .channels(common.channels.unwrap_or(DEFAULT_CHANNELS))
-        .codec(codec)
+        .codec(choice.codec())
         .max_bandwidth(common.max_bandwidth())
         .limits(flags.convergence.limits(common.downtime_limit))
         .timeout(common.timeout);

@@ -14,9 +14,9 @@ mod table;
 mod tests;
 mod values;
 
+use multifd_tune::AtRest;
 use serde_json::json;
 
-use crate::at_rest::AtRest;
 use crate::flags::{Common, Inspect};
 use crate::outcome::Outcome;
 use crate::progress;
@@ -30,7 +30,7 @@ pub(crate) fn run(flags: &Inspect, common: &Common) -> Outcome {
         bar.set_length(len);
         bar.set_position(position);
     };
-    let findings = AtRest::at(&flags.path).and_then(|found| match found {
+    let findings = AtRest::at(&flags.path).map_err(|error| error.chain()).and_then(|found| match found {
         AtRest::Checkpoint(directory) => guest::checkpoint(&directory, progress),
         AtRest::Stream(path, offset) => guest::recording(&path, offset, progress),
     });

@@ -2,11 +2,11 @@
 
 use multifd_codecs::zero;
 use multifd_engine::{PageContent, PageRecord};
+use multifd_tune::PageStates;
 
 use super::Result;
 use super::findings::{Block, Held, Pages};
 use super::sample::Sample;
-use crate::page_states::{PageStates, TOO_WIDE};
 
 /// What has been seen of the pages of a guest.
 pub(super) struct Survey {
@@ -73,7 +73,8 @@ impl Survey {
             PageContent::Xbzrle(_) => false,
             PageContent::Zero { .. } => true,
         };
-        let before = self.states.note(record.block, record.page, is_zero).ok_or(TOO_WIDE)?;
+        let before =
+            self.states.note(record.block, record.page, is_zero).map_err(|error| error.to_string())?;
         let Some(counts) = self.blocks.get_mut(record.block) else { return Ok(()) };
         match record.content {
             PageContent::Data(page) => {

@@ -6,7 +6,6 @@ use super::findings::{Block, Held, Pages};
 use super::sample::Sample;
 use super::survey::Survey;
 use super::values::{self, Budget};
-use crate::page_states::{Before, PageStates};
 
 const DATA: [u8; PAGE] = [7; PAGE];
 const ZEROS: [u8; PAGE] = [0; PAGE];
@@ -66,27 +65,6 @@ fn stored_zeros_are_zero_pages_whatever_the_file_has_there() {
 fn a_guest_without_data_has_no_ratio() {
     let (_, pages) = finish(Survey::new(&[4096, 4096], PAGE));
     assert!(pages.compression.is_empty() && pages.zero_share.is_none());
-}
-
-#[test]
-fn states_of_pages() {
-    let mut states = PageStates::default();
-    let before = |seen, zero, repeated| Some(Before { seen, zero, repeated });
-    for page in [0, 63, 64, 4095, 4096, u64::MAX] {
-        assert_eq!(states.note(3, page, true), before(false, false, false), "{page}");
-        assert_eq!(states.note(3, page, false), before(true, true, false), "{page}");
-        assert_eq!(states.note(3, page, true), before(true, false, true), "{page}");
-        assert_eq!(states.note(4, page, true), before(false, false, false), "{page}");
-    }
-}
-
-#[test]
-fn pages_that_are_spread_too_wide_are_refused() {
-    let mut states = PageStates::default();
-    let refused = (0..1 << 20).find(|chunk| states.note(0, chunk * 4096, true).is_none());
-    let kept = refused.expect("no limit") * 4096 * PAGE as u64;
-    assert!(kept > 2 << 40, "{kept} bytes of RAM");
-    assert!(states.note(0, 1, true).is_some(), "what is known goes on");
 }
 
 #[test]

@@ -34,21 +34,24 @@ pub enum OnStall {
     SwitchBelow(Duration),
 }
 
-/// What was measured in a round.
+/// Measurements of one round.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct RoundFacts {
-    /// Guest bytes dirty at its begin.
-    pub(crate) dirty_bytes: u64,
-    /// Those of them that went with content. Zero pages cost next to nothing, and what a guest writes is rarely zero: a rate
-    /// that counts them promises too much for the switch-over.
-    pub(crate) content_bytes: u64,
-    /// Guest bytes dirty at its end: written while it ran.
-    pub(crate) remaining_bytes: u64,
-    pub(crate) wire_bytes: u64,
-    pub(crate) duration: Duration,
-    pub(crate) sync: Duration,
-    /// Since the migration began.
-    pub(crate) elapsed: Duration,
+pub struct RoundFacts {
+    /// Guest bytes dirty when the round began.
+    pub dirty_bytes: u64,
+    /// Those of them that went with content. Zero pages cost next to nothing, and what a guest writes is
+    /// rarely zero: a rate that counts them promises too much for the switch-over.
+    pub content_bytes: u64,
+    /// Guest bytes dirty when the round ended: written while it ran.
+    pub remaining_bytes: u64,
+    /// Bytes put on the wire.
+    pub wire_bytes: u64,
+    /// Time to send the round, without the bitmap sync at its end.
+    pub duration: Duration,
+    /// Time of the bitmap sync at the round's end.
+    pub sync: Duration,
+    /// Time since the migration began.
+    pub elapsed: Duration,
 }
 
 /// Rounds without progress that make a stall. Three: one may be an accident of scheduling.
@@ -60,9 +63,9 @@ const PROGRESS_PERCENT: u64 = 95;
 /// Guest bytes below which a round's bandwidth says nothing: fixed costs are most of it. 256 pages.
 const MEASURABLE_BYTES: u64 = 1 << 20;
 
-/// Decides after each round whether to go on.
+/// Decides after each round whether to go on. No I/O, no clock: a model of a migration can run it, too.
 #[derive(Debug)]
-pub(crate) struct Convergence {
+pub struct Convergence {
     round: u64,
     /// Guest bytes per second to expect at the switch-over, from the rounds that were large enough to tell.
     bandwidth: Option<u64>,
@@ -72,7 +75,8 @@ pub(crate) struct Convergence {
 }
 
 impl Convergence {
-    pub(crate) fn new(auto_converge: Option<AutoConverge>) -> Self {
+    /// Before the first round.
+    pub fn new(auto_converge: Option<AutoConverge>) -> Self {
         Self {
             round: 0,
             bandwidth: None,
@@ -83,7 +87,7 @@ impl Convergence {
     }
 
     /// The line of the decision log for the round that has just ended.
-    pub(crate) fn on_round(&mut self, facts: RoundFacts, limits: &Limits) -> RoundRecord {
+    pub fn on_round(&mut self, facts: RoundFacts, limits: &Limits) -> RoundRecord {
         self.round += 1;
         let measured = per_second(facts.content_bytes, facts.duration);
         let estimate = match self.bandwidth {

@@ -4,8 +4,6 @@ mod decide;
 mod record;
 mod throttle;
 
-pub use decide::{Limits, OnStall};
+pub use decide::{Convergence, Limits, OnStall, RoundFacts};
 pub use record::{Decision, DowntimeLedger, RoundRecord};
 pub use throttle::AutoConverge;
-
-pub(crate) use decide::{Convergence, RoundFacts};

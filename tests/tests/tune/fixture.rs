@@ -1,4 +1,4 @@
-//! A guest that stands still, and what `multifd tune` says of it.
+//! A paused guest, and what `multifd tune` says of it.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

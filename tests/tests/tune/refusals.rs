@@ -34,7 +34,7 @@ fn what_is_no_guest_is_named() -> Outcome {
     fs::write(&nothing, "")?;
     let missing = scratch.path("missing");
     for (path, expected) in [
-        (&folder, "no checkpoint"),
+        (&folder, "not a checkpoint"),
         (&text, "no migration stream"),
         (&nothing, "nothing"),
         (&missing, "No such file"),
@@ -44,6 +44,19 @@ fn what_is_no_guest_is_named() -> Outcome {
         assert!(error.contains(expected) && error.contains(&path), "{error}");
         assert_eq!(code, Some(1));
     }
+    Ok(())
+}
+
+#[test]
+fn the_page_is_not_written_over_the_input() -> Outcome {
+    let scratch = Scratch::new()?;
+    let stream = scratch.path("stream");
+    fs::write(&stream, "a stream")?;
+    let path = stream.display().to_string();
+    let (error, code) = refused(&[&path, "--html", &path])?;
+    assert!(error.contains(&format!("refusing to overwrite the input {path}")), "{error}");
+    assert_eq!(code, Some(1));
+    assert_eq!(fs::read_to_string(&stream)?, "a stream");
     Ok(())
 }
 

@@ -1,12 +1,11 @@
 //! One link: what was said, what was found, and whether that is close enough.
 
 use multifd_tests::Compression;
+use multifd_tune::Prediction;
 use serde_json::{Value, json};
 
 use crate::moves::Cost;
 use crate::table;
-
-use super::said::Prediction;
 
 /// How far a prediction may be from what is measured: bytes on the wire, time of our move, time of QEMU's. As the tuner aims at.
 const WIRE: f64 = 0.03;
@@ -201,10 +200,8 @@ mod tests {
 
     #[test]
     fn what_is_out_of_its_bound_is_missed() -> Outcome {
-        let prediction = json!({
-            "link": "1Gbit/s", "channels": 2, "codec": "none", "total_ms": 1000, "wire_bytes": 1000, "qemu_total_ms": 1000,
-        });
-        let predicted: Prediction = serde_json::from_value(prediction)?;
+        let printed = super::super::said::tests::prediction("none", [1000, 1000, 1000]);
+        let predicted: Prediction = serde_json::from_value(printed)?;
         let row = |codec, measured| Row { codec, predicted: &predicted, measured };
         let plain = row(Compression::None, measured(980, [1100, 5000, 10]));
         let zlib = row(Compression::Zlib(1), measured(960, [1300, 1300, 1300]));

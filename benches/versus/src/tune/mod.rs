@@ -11,6 +11,7 @@ mod check;
 mod said;
 
 use multifd_tests::{Compression, During, Failure, Outcome};
+use multifd_tune::Advice;
 use serde_json::Value;
 
 use crate::guest::{Guest, Stage};
@@ -18,7 +19,7 @@ use crate::moves::{self, Cost};
 use crate::scenario::{Scenario, Way};
 
 use check::{Check, Measured, Row};
-use said::{Advice, Fresh, Said};
+use said::{Fresh, Said, compression, follow};
 
 /// As `multifd tune` takes them, and in Mbit/s; none: both ends on this machine.
 const LINKS: [(&str, Option<u32>); 3] =
@@ -76,13 +77,13 @@ impl Bench {
     ) -> Outcome<Check<'s>> {
         let advice = said.advice(link)?;
         let best = said.best(advice)?;
-        if best.channels != CHANNELS {
+        if best.channels != usize::from(CHANNELS) {
             return Err(Failure::new(format!(
                 "{} channels are advised, {CHANNELS} were asked",
                 best.channels
             )));
         }
-        let advised = best.codec()?;
+        let advised = compression(best)?;
         let mut codecs = CODECS.to_vec();
         if !codecs.contains(&advised) {
             codecs.push(advised);
@@ -106,7 +107,7 @@ impl Bench {
     }
 
     fn by_advice(&self, scenario: &Scenario, stage: &mut Stage, advice: &Advice) -> Outcome<Cost> {
-        moves::by_qemu(scenario, stage, &|qemu, side| advice.give_to(qemu, side, &self.fresh))
+        moves::by_qemu(scenario, stage, &|qemu, side| follow(advice, qemu, side, &self.fresh))
     }
 
     fn scenario(&self, codec: Compression, mbit: Option<u32>) -> Scenario {

@@ -3,44 +3,17 @@
 use std::path::Path;
 
 use multifd_tests::{CommandReport, Compression, During, Failure, Multifd, Outcome, Qemu, Side};
+use multifd_tune::{Advice, Prediction};
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::guest::PATIENCE;
 
-/// Of all that it prints.
+/// The part of `multifd_tune::Findings` that is compared with moves.
 #[derive(Debug, Deserialize)]
 pub(super) struct Said {
     predictions: Vec<Prediction>,
     advice: Vec<Advice>,
-}
-
-/// One move that could be made.
-#[derive(Debug, Deserialize)]
-pub(super) struct Prediction {
-    link: String,
-    pub(super) channels: u8,
-    codec: String,
-    pub(super) total_ms: u64,
-    pub(super) wire_bytes: u64,
-    pub(super) qemu_total_ms: u64,
-}
-
-/// What to set for a link.
-#[derive(Debug, Deserialize)]
-pub(super) struct Advice {
-    link: String,
-    /// An index into the predictions.
-    best: usize,
-    /// For the monitors of both QEMUs.
-    pub(super) qmp: Vec<Command>,
-}
-
-#[derive(Debug, Deserialize)]
-pub(super) struct Command {
-    execute: String,
-    #[serde(default)]
-    arguments: Map<String, Value>,
 }
 
 impl Said {
@@ -60,7 +33,9 @@ impl Said {
 
     pub(super) fn prediction(&self, link: &str, channels: u8, codec: Compression) -> Outcome<&Prediction> {
         let name = codec.to_string();
-        let wanted = |one: &&Prediction| one.link == link && one.channels == channels && one.codec == name;
+        let wanted = |one: &&Prediction| {
+            one.link == link && one.channels == usize::from(channels) && one.codec.to_string() == name
+        };
         let found = self.predictions.iter().find(wanted);
         found.ok_or_else(|| Failure::new(format!("tune says nothing of {name} over {link}")))
     }
@@ -78,27 +53,24 @@ impl Said {
     }
 }
 
-impl Prediction {
-    pub(super) fn codec(&self) -> Outcome<Compression> {
-        self.codec.parse()
+/// Sets a QEMU up by the advice alone.
+pub(super) fn follow(advice: &Advice, qemu: &mut Qemu, side: Side, fresh: &Fresh) -> Outcome {
+    // The destination has just been started. The source has made other moves.
+    if side == Side::Source {
+        fresh.give_to(qemu)?;
     }
+    // For this bench, to see the move end.
+    let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+    qemu.execute("migrate-set-capabilities", events)?;
+    let mut commands = advice.qmp.iter();
+    commands.try_for_each(|command| {
+        qemu.execute(&command.execute, Value::Object(command.arguments.clone())).map(drop)
+    })
 }
 
-impl Advice {
-    /// Sets a QEMU up as somebody does who follows the advice, and does nothing else.
-    pub(super) fn give_to(&self, qemu: &mut Qemu, side: Side, fresh: &Fresh) -> Outcome {
-        // The destination has just been started. The source has made other moves.
-        if side == Side::Source {
-            fresh.give_to(qemu)?;
-        }
-        // Ours, to see it end.
-        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-        qemu.execute("migrate-set-capabilities", events)?;
-        let mut commands = self.qmp.iter();
-        commands.try_for_each(|command| {
-            qemu.execute(&command.execute, Value::Object(command.arguments.clone())).map(drop)
-        })
-    }
+/// The codec of a prediction, as moves take it.
+pub(super) fn compression(prediction: &Prediction) -> Outcome<Compression> {
+    prediction.codec.to_string().parse()
 }
 
 /// How a QEMU is set up that nobody has told anything.
@@ -125,19 +97,25 @@ impl Fresh {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// A prediction for 1 Gbit/s and two channels, as tune prints it.
+    pub(in crate::tune) fn prediction(codec: &str, [total_ms, wire_bytes, qemu_total_ms]: [u64; 3]) -> Value {
+        json!({
+            "link": "1Gbit/s", "link_bytes_per_s": 125_000_000, "channels": 2, "codec": codec,
+            "total_ms": total_ms, "wire_bytes": wire_bytes, "rounds": 2, "downtime_ms": 3,
+            "cpu_source_s": 1.0, "cpu_destination_s": 0.5, "converges": true, "bottleneck": "link",
+            "qemu_total_ms": qemu_total_ms, "qemu_converges": true,
+        })
+    }
 
     #[test]
     fn what_tune_prints_is_read_and_found() -> Outcome {
         let printed = json!({
             "status": "done",
-            "predictions": [
-                { "link": "1Gbit/s", "channels": 2, "codec": "none", "total_ms": 9, "wire_bytes": 8, "qemu_total_ms": 7,
-                  "bottleneck": "link" },
-                { "link": "1Gbit/s", "channels": 2, "codec": "zstd:3", "total_ms": 6, "wire_bytes": 5, "qemu_total_ms": 4 },
-            ],
-            "advice": [{ "link": "1Gbit/s", "best": 1, "qmp": [
+            "predictions": [prediction("none", [9, 8, 7]), prediction("zstd:3", [6, 5, 4])],
+            "advice": [{ "link": "1Gbit/s", "best": 1, "runner_up": null, "plain": 0, "reason": "", "flags": "", "qmp": [
                 { "execute": "migrate-set-parameters", "arguments": { "multifd-channels": 2 } },
                 { "execute": "query-migrate" },
             ] }],
@@ -148,7 +126,7 @@ mod tests {
         assert!(said.prediction("loopback", 2, Compression::None).is_err());
         let advice = said.advice("1Gbit/s")?;
         let best = said.best(advice)?;
-        assert_eq!((best.codec()?, best.qemu_total_ms), (Compression::Zstd(3), 4));
+        assert_eq!((compression(best)?, best.qemu_total_ms), (Compression::Zstd(3), 4));
         assert_eq!(advice.qmp.len(), 2);
         Ok(())
     }
