@@ -59,9 +59,7 @@ impl TlsClient {
         if !revoked.is_empty() {
             verifier = verifier.with_crls(revoked).allow_unknown_revocation_status();
         }
-        let verifier = verifier
-            .build()
-            .map_err(|error| InvalidCredentials::new(&directory.ca_path(), error.to_string()))?;
+        let verifier = verifier.build().map_err(|error| directory.blame(&error))?;
         let identity = directory.identity("client", &crypto)?;
         let settings =
             Settings { role: Role::Client, certified: identity.is_some(), provider, refresh_after: None };

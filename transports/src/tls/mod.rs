@@ -25,6 +25,7 @@ mod names;
 mod opener;
 mod provider;
 mod record;
+mod revocation;
 mod sealer;
 mod secrets;
 mod server;

@@ -70,9 +70,7 @@ impl TlsServer {
         if !revoked.is_empty() {
             verifier = verifier.with_crls(revoked).allow_unknown_revocation_status();
         }
-        let verifier = verifier
-            .build()
-            .map_err(|error| InvalidCredentials::new(&directory.ca_path(), error.to_string()))?;
+        let verifier = verifier.build().map_err(|error| directory.blame(&error))?;
         let settings = Settings { role: Role::Server, certified: true, provider, refresh_after: None };
         let allowed = Arc::default();
         Ok(Self { directory, verifier, anonymous: false, identity, crypto, allowed, settings })

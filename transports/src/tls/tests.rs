@@ -3,6 +3,7 @@ mod faults;
 mod records;
 mod refusals;
 mod relay;
+mod revocation;
 mod streams;
 
 use std::io;
