@@ -6,10 +6,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use multifd_tests::{Authority, Member};
-use multifd_transports::tls::measure::{MAX_BATCH_TEXT, Open, Seal};
 use multifd_transports::{
     Arrival, Channel, DialOptions, Listener, TlsClient, TlsProvider, TlsServer, blocking,
 };
+use multifd_transports_tls::measure::{MAX_BATCH_TEXT, Open, Seal};
 
 /// Plaintext of a record, and of one call of a cipher.
 const RECORD: usize = 16 << 10;

@@ -16,7 +16,7 @@ use crate::file::FileStream;
 use crate::pipe::Pipe;
 use crate::stream::Stream;
 use crate::{
-    Channel, Endpoint, SocketOptions, Stopper, TlsClient, TransportError, descriptor, socket, vsock,
+    Channel, Endpoint, SocketOptions, Stopper, TlsClient, TransportError, descriptor, socket, tls, vsock,
 };
 
 /// How long to try, and what ends it early. More fields will come: write `..DialOptions::default()`.
@@ -110,7 +110,10 @@ impl Dialling<'_> {
     }
 
     async fn attempt(&mut self) -> io::Result<Channel> {
-        let tls = self.tls.map(|tls| tls.server_name(self.endpoint).map(|name| (tls, name))).transpose()?;
+        let tls = match self.tls {
+            Some(tls) => Some((tls, tls::expected_name(tls, self.endpoint)?)),
+            None => None,
+        };
         let connected = match self.endpoint {
             Endpoint::Tcp { port: 0, .. } => {
                 Err(io::Error::new(ErrorKind::InvalidInput, "port 0 is for listening, expected 1..=65535"))
@@ -130,7 +133,7 @@ impl Dialling<'_> {
             ErrorKind::TimedOut,
             "connected, but the peer did not finish the TLS handshake",
         ));
-        let stream = tls.connect(connected, name).await?;
+        let stream = tls::connect(tls, connected, name).await?;
         Ok(Channel::over(Stream::Tls(Box::new(stream)), peer))
     }
 

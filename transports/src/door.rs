@@ -1,7 +1,6 @@
 //! A listening socket and its clients of any family, in tokio's hands.
 
 use std::io::{self, ErrorKind, Read};
-use std::net::Shutdown;
 
 use socket2::{SockRef, Socket};
 use tokio::io::unix::AsyncFd;
@@ -112,15 +111,6 @@ impl Client {
             Self::Vsock(socket) => SockRef::from(socket.get_ref()),
         };
         socket::tune(&socket, options)
-    }
-
-    /// Says that nothing more will be sent.
-    pub(crate) fn shutdown(&self) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => SockRef::from(stream).shutdown(Shutdown::Write),
-            Self::Unix(stream) => SockRef::from(stream).shutdown(Shutdown::Write),
-            Self::Vsock(socket) => socket.get_ref().shutdown(Shutdown::Write),
-        }
     }
 
     /// Takes it out of tokio's hands.

@@ -48,7 +48,7 @@ mod stream;
 mod sys;
 #[cfg(test)]
 mod testing;
-pub mod tls;
+mod tls;
 mod vsock;
 mod wake;
 mod zero_copy;
@@ -65,5 +65,7 @@ pub use pacer::{Pacer, Stopped};
 pub use serve::Arrival;
 pub use socket_options::{Keepalive, SocketOptions};
 pub use stopper::Stopper;
-pub use tls::{InvalidCredentials, TlsClient, TlsProvider, TlsServer};
+#[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
+pub use tls::{InvalidCredentials, TlsProvider};
+pub use tls::{TlsClient, TlsServer};
 pub use zero_copy::ZeroCopy;

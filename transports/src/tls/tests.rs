@@ -1,13 +1,12 @@
 mod authority;
 mod faults;
-mod records;
 mod refusals;
 mod relay;
 mod revocation;
 mod streams;
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver};
@@ -15,9 +14,12 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::*;
+use super::{TlsStream, connect, expected_name};
 use crate::testing::{LONG, Spawned, spawn};
-use crate::{Arrival, Channel, DialOptions, Endpoint, Listener, TransportError, blocking};
+use crate::{
+    Arrival, Channel, DialOptions, Endpoint, Listener, TlsClient, TlsProvider, TlsServer, TransportError,
+    blocking,
+};
 use authority::{Authority, Member};
 
 /// Credentials of both ends, by one CA.
@@ -113,6 +115,13 @@ impl Serving {
 
 fn dial(endpoint: &Endpoint, tls: TlsClient) -> Result<Channel, TransportError> {
     dial_within(endpoint, tls, LONG)
+}
+
+/// A client's stream over a socket that a test keeps, to say what TLS would not.
+fn encrypted(client: &TlsClient, socket: &TcpStream, endpoint: &Endpoint) -> TlsStream {
+    let name = expected_name(client, endpoint).unwrap();
+    let copy = socket.try_clone().unwrap().into();
+    blocking::runtime().unwrap().block_on(connect(client, copy, name)).unwrap()
 }
 
 fn dial_within(endpoint: &Endpoint, tls: TlsClient, deadline: Duration) -> Result<Channel, TransportError> {

@@ -1,0 +1,46 @@
+//! What a handshake needs of the event loop that it runs in.
+
+use std::io;
+use std::time::Duration;
+
+use socket2::{SockRef, Socket};
+
+/// What a socket can be waited for to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ready {
+    /// There are bytes, or the end.
+    Readable,
+    /// There is room for bytes.
+    Writable,
+}
+
+/// A connected stream socket that does not block, in the hands of the caller's event loop.
+///
+/// This crate knows no runtime: a handshake waits by these methods only.
+pub trait AsyncSocket: Sized + Send + Sync {
+    /// Takes a connected socket.
+    ///
+    /// # Errors
+    /// The system's word.
+    fn new(socket: Socket) -> io::Result<Self>;
+
+    /// Makes a call that does not block, again and again until it does not have to wait: until it is neither `WouldBlock` nor
+    /// `Interrupted`.
+    fn when_ready<T: Send>(
+        &self,
+        ready: Ready,
+        call: impl FnMut(SockRef<'_>) -> io::Result<T> + Send,
+    ) -> impl Future<Output = io::Result<T>> + Send;
+
+    /// What `work` comes to; `None` when `limit` has passed before.
+    fn within<T>(
+        limit: Duration,
+        work: impl Future<Output = T> + Send,
+    ) -> impl Future<Output = Option<T>> + Send;
+
+    /// Gives the socket back, which does not block yet.
+    ///
+    /// # Errors
+    /// The system's word.
+    fn into_socket(self) -> io::Result<Socket>;
+}
