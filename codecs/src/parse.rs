@@ -5,10 +5,12 @@ use std::sync::Arc;
 use crate::codec::Codec;
 use crate::level::LevelOutOfRange;
 use crate::uncompressed::Uncompressed;
+#[cfg(feature = "zlib")]
 use crate::zlib::Zlib;
+#[cfg(feature = "zstd")]
 use crate::zstd::Zstd;
 
-/// Reads `none`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`.
+/// Reads `none`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`, those that the crate was built with.
 ///
 /// # Errors
 /// Anything else; the error repeats `text` and the grammar or the range.
@@ -21,9 +23,13 @@ pub fn parse_codec(text: &str) -> Result<Arc<dyn Codec>, InvalidCodec> {
     let level = level.map(decimal).transpose().map_err(|()| invalid(None))?;
     match (name, level) {
         ("none", None) => Ok(Arc::new(Uncompressed)),
+        #[cfg(feature = "zlib")]
         ("zlib", None) => Ok(Arc::new(Zlib::default())),
+        #[cfg(feature = "zlib")]
         ("zlib", Some(level)) => Ok(Arc::new(Zlib::level(level).map_err(|e| invalid(Some(e)))?)),
+        #[cfg(feature = "zstd")]
         ("zstd", None) => Ok(Arc::new(Zstd::default())),
+        #[cfg(feature = "zstd")]
         ("zstd", Some(level)) => Ok(Arc::new(Zstd::level(level).map_err(|e| invalid(Some(e)))?)),
         _ => Err(invalid(None)),
     }
@@ -31,11 +37,19 @@ pub fn parse_codec(text: &str) -> Result<Arc<dyn Codec>, InvalidCodec> {
 
 /// Text that names no codec.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("codec {text:?}, expected none, zlib[:0..9] or zstd[:0..20]")]
+#[error("codec {text:?}, expected {GRAMMAR}")]
 pub struct InvalidCodec {
     text: String,
     source: Option<LevelOutOfRange>,
 }
+
+/// What this build can read.
+const GRAMMAR: &str = match (cfg!(feature = "zlib"), cfg!(feature = "zstd")) {
+    (true, true) => "none, zlib[:0..9] or zstd[:0..20]",
+    (true, false) => "none or zlib[:0..9] (this build has no zstd)",
+    (false, true) => "none or zstd[:0..20] (this build has no zlib)",
+    (false, false) => "none (this build has neither zlib nor zstd)",
+};
 
 /// Digits only: `"+3".parse::<i32>()` would be 3.
 fn decimal(digits: &str) -> Result<i32, ()> {
@@ -45,7 +59,7 @@ fn decimal(digits: &str) -> Result<i32, ()> {
     digits.parse().map_err(|_| ())
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "zlib", feature = "zstd"))]
 mod tests {
     use std::error::Error;
 
