@@ -52,7 +52,8 @@ impl Default for Codecs {
     }
 }
 
-#[cfg(all(test, feature = "zlib", feature = "zstd"))]
+#[cfg(test)]
+#[cfg(all(feature = "zlib", feature = "zstd"))]
 mod tests {
     use super::*;
 

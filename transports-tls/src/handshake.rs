@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::time::Duration;
 
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
-use socket2::{SockRef, Socket};
+use socket2::Socket;
 
 use super::opener::Opener;
 use super::provider::{TlsProvider, Unsound};
@@ -74,7 +74,7 @@ impl<S: AsyncSocket> Line<S> {
     pub(crate) async fn shake_hands<C: Handshaking>(
         &mut self,
         mut connection: C,
-        on_received: &mut (dyn FnMut(usize) + Send),
+        on_received: &mut dyn FnMut(usize),
     ) -> Result<C, Failure> {
         loop {
             match self.step(&mut connection) {
@@ -181,7 +181,7 @@ impl<S: AsyncSocket> Line<S> {
 
     async fn flush(&mut self) -> io::Result<()> {
         while !self.outgoing.is_empty() {
-            let send = |socket: SockRef<'_>| socket.send_with_flags(&self.outgoing, libc::MSG_NOSIGNAL);
+            let send = |socket: &Socket| socket.send_with_flags(&self.outgoing, libc::MSG_NOSIGNAL);
             let sent = self.socket.when_ready(Ready::Writable, send).await?;
             self.outgoing.drain(..sent);
         }
@@ -190,7 +190,7 @@ impl<S: AsyncSocket> Line<S> {
 
     /// Receives at least a byte, or 0 at the end.
     async fn receive(&self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.socket.when_ready(Ready::Readable, |socket| (&*socket).read(bytes)).await
+        self.socket.when_ready(Ready::Readable, |mut socket| socket.read(bytes)).await
     }
 
     /// Sends the alert.
@@ -222,7 +222,7 @@ impl<S: AsyncSocket> Line<S> {
     async fn part(&mut self) {
         let heard = S::within(GOODBYE, async {
             self.flush().await?;
-            let end = |socket: SockRef<'_>| socket.shutdown(Shutdown::Write);
+            let end = |socket: &Socket| socket.shutdown(Shutdown::Write);
             self.socket.when_ready(Ready::Writable, end).await?;
             let mut bytes = [0; 4096];
             while self.receive(&mut bytes).await? > 0 {}

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use socket2::{SockRef, Socket};
+use socket2::Socket;
 
 /// What a socket can be waited for to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,7 +17,7 @@ pub enum Ready {
 /// A connected stream socket that does not block, in the hands of the caller's event loop.
 ///
 /// This crate knows no runtime: a handshake waits by these methods only.
-pub trait AsyncSocket: Sized + Send + Sync {
+pub trait AsyncSocket: Sized {
     /// Takes a connected socket.
     ///
     /// # Errors
@@ -26,17 +26,14 @@ pub trait AsyncSocket: Sized + Send + Sync {
 
     /// Makes a call that does not block, again and again until it does not have to wait: until it is neither `WouldBlock` nor
     /// `Interrupted`.
-    fn when_ready<T: Send>(
+    fn when_ready<T>(
         &self,
         ready: Ready,
-        call: impl FnMut(SockRef<'_>) -> io::Result<T> + Send,
-    ) -> impl Future<Output = io::Result<T>> + Send;
+        call: impl FnMut(&Socket) -> io::Result<T>,
+    ) -> impl Future<Output = io::Result<T>>;
 
     /// What `work` comes to; `None` when `limit` has passed before.
-    fn within<T>(
-        limit: Duration,
-        work: impl Future<Output = T> + Send,
-    ) -> impl Future<Output = Option<T>> + Send;
+    fn within<T>(limit: Duration, work: impl Future<Output = T>) -> impl Future<Output = Option<T>>;
 
     /// Gives the socket back, which does not block yet.
     ///

@@ -14,7 +14,7 @@ use crate::file::FileStream;
 use crate::serve::{Arrival, Lobby, serve};
 use crate::socket_file::SocketFile;
 use crate::{
-    Channel, Endpoint, SocketOptions, Stopper, TlsServer, TransportError, blocking, descriptor, only, vsock,
+    Channel, Endpoint, SocketOptions, Stopper, TlsServer, TransportError, descriptor, event_loop, only, vsock,
 };
 
 /// A bound socket that takes connections. Dropping it frees the address, and removes a unix socket's file.
@@ -114,9 +114,6 @@ impl Listener {
     /// # Errors
     /// [`Io`](TransportError::Io) if the listening socket itself is broken, or `first_bytes` is out of range.
     /// Clients cannot cause it, and neither can a lack of descriptors: then it pauses and tries again.
-    ///
-    /// # Panics
-    /// On a thread that drives a tokio runtime: use one that may block.
     pub fn serve(
         &self,
         first_bytes: usize,
@@ -128,16 +125,15 @@ impl Listener {
             Origin::Socket { socket, file } => {
                 let path = file.as_ref().map(SocketFile::path);
                 Lobby::new(first_bytes, silence, path, (&self.options, self.tls.clone()), on_arrival)
-                    .and_then(|lobby| blocking::runtime()?.block_on(serve(self, socket, lobby)))
+                    .and_then(|lobby| event_loop::block_on(serve(self, socket, lobby)).flatten())
             }
             Origin::Ready(_) if self.tls.is_some() => {
                 Err(io::Error::new(ErrorKind::Unsupported, "TLS goes over tcp, unix or vsock"))
             }
             Origin::Ready(channel) => {
                 let channel = channel.lock().unwrap_or_else(PoisonError::into_inner).take();
-                blocking::runtime().and_then(|it| {
-                    it.block_on(only::serve(self, channel, (first_bytes, silence), on_arrival))
-                })
+                let served = only::serve(self, channel, (first_bytes, silence), on_arrival);
+                event_loop::block_on(served).flatten()
             }
         };
         served.map_err(|source| TransportError::Io {

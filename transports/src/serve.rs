@@ -4,14 +4,13 @@ use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::Socket;
-use tokio::task::{AbortHandle, JoinSet, yield_now};
-use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::backoff::Backoff;
 use crate::door::{Client, Door};
+use crate::event_loop::{First, TaskHandle, Tasks, first, sleep_until, within};
 use crate::listener::BACKLOG;
 use crate::stream::Stream;
 use crate::tls::Stage;
@@ -75,19 +74,16 @@ pub(crate) async fn serve(listener: &Listener, socket: &Socket, mut lobby: Lobby
     let mut not_before = Instant::now();
     loop {
         // In this order: those who are through make room for the next.
-        tokio::select! {
-            biased;
-            () = &mut stopped => return Ok(()),
-            Some(done) = lobby.tasks.join_next() => {
+        match first(&mut stopped, first(lobby.tasks.next(), accept(&door, not_before))).await {
+            First::One(stopped) => return stopped,
+            First::Other(First::One(done)) => {
                 admit_queued(listener, &door, &mut lobby).await;
-                lobby.leave(done.ok());
+                lobby.leave(done);
             }
-            accepted = accept(&door, not_before) => match accepted {
+            First::Other(First::Other(accepted)) => match accepted {
                 Ok((client, address)) => {
                     backoff.reset();
                     lobby.admit(listener.next_number(), client, address);
-                    // A stream of clients must not keep those inside from being heard.
-                    yield_now().await;
                 }
                 Err(error) if is_own_fault(&error) => return Err(error),
                 Err(error) => {
@@ -109,7 +105,7 @@ pub(crate) struct Lobby<'a> {
     options: &'a SocketOptions,
     tls: Option<TlsServer>,
     on_arrival: &'a mut dyn FnMut(Arrival),
-    tasks: JoinSet<Arrival>,
+    tasks: Tasks<Arrival>,
     /// One for each task, longest waiting first.
     waiting: VecDeque<Waiting>,
 }
@@ -118,7 +114,7 @@ struct Waiting {
     number: u64,
     peer: String,
     since: Instant,
-    task: AbortHandle,
+    task: TaskHandle,
 }
 
 impl<'a> Lobby<'a> {
@@ -130,7 +126,7 @@ impl<'a> Lobby<'a> {
         on_arrival: &'a mut dyn FnMut(Arrival),
     ) -> io::Result<Self> {
         check_first_bytes(first_bytes)?;
-        let (tasks, waiting) = (JoinSet::new(), VecDeque::new());
+        let (tasks, waiting) = (Tasks::new(), VecDeque::new());
         Ok(Self { first_bytes, silence, path, options, tls, on_arrival, tasks, waiting })
     }
 
@@ -149,9 +145,7 @@ impl<'a> Lobby<'a> {
         self.waiting.push_back(Waiting { number, peer, since: Instant::now(), task });
     }
 
-    /// `None` is an evicted one, which has been reported.
-    fn leave(&mut self, arrival: Option<Arrival>) {
-        let Some(arrival) = arrival else { return };
+    fn leave(&mut self, arrival: Arrival) {
         let number = match &arrival {
             Arrival::Closed { number, .. }
             | Arrival::Failed { number, .. }
@@ -178,15 +172,11 @@ impl<'a> Lobby<'a> {
 /// rest by connecting again and again.
 async fn admit_queued(listener: &Listener, door: &Door, lobby: &mut Lobby<'_>) {
     for _ in 0..BACKLOG {
-        let accepted = tokio::select! {
-            biased;
-            accepted = door.accept() => accepted,
-            () = std::future::ready(()) => return,
-        };
         // What is wrong with the queue, the next regular look at it will tell.
-        let Ok((client, address)) = accepted else { return };
+        let Ok(Some((client, address))) = door.accept_now() else { return };
         lobby.admit(listener.next_number(), client, address);
-        yield_now().await;
+        // A stream of clients must not keep those inside from being heard.
+        lobby.tasks.turn().await;
     }
 }
 
@@ -223,14 +213,14 @@ async fn identify(
 ) -> Arrival {
     let begun = Instant::now();
     let mut first = FirstBytes { bytes: [0; FIRST_BYTES], received: 0, wanted };
-    let channel = match timeout(silence, first.receive(client)).await {
-        Err(_elapsed) => return Arrival::Silent { number, peer, waited: begun.elapsed() },
-        Ok(Ok(None)) => return Arrival::Closed { number, peer, received: first.received },
-        Ok(Ok(Some(client))) => {
+    let channel = match within(silence, first.receive(client)).await {
+        None => return Arrival::Silent { number, peer, waited: begun.elapsed() },
+        Some(Ok(None)) => return Arrival::Closed { number, peer, received: first.received },
+        Some(Ok(Some(client))) => {
             let socket = client.into_socket();
             socket.and_then(|socket| socket::into_channel(socket, peer.clone(), first.so_far(), &options))
         }
-        Ok(Err(error)) => Err(error),
+        Some(Err(error)) => Err(error),
     };
     match channel {
         Ok(channel) => Arrival::Identified { number, channel, first: first.bytes },
@@ -252,19 +242,19 @@ async fn identify_sealed(
     if let Err(error) = client.tune(&options) {
         return Arrival::Failed { number, peer, error };
     }
-    let accepted = timeout(silence, async { tls.accept(client, first, &mut stage).await });
-    let error = match (accepted.await, stage) {
-        (Ok(Ok(Some(stream))), _) => {
+    let accepted = within(silence, tls.accept(client, first, &mut stage)).await;
+    let error = match (accepted, stage) {
+        (Some(Ok(Some(stream))), _) => {
             let channel = Channel::over(Stream::Tls(Box::new(stream)), peer).push_back(first);
             return Arrival::Identified { number, channel, first: bytes };
         }
-        (Ok(Ok(None)), _) => return Arrival::Closed { number, peer, received: 0 },
-        (Ok(Err(error)), _) => error,
-        (Err(_elapsed), Stage::Handshake(received @ 1..)) => {
+        (Some(Ok(None)), _) => return Arrival::Closed { number, peer, received: 0 },
+        (Some(Err(error)), _) => error,
+        (None, Stage::Handshake(received @ 1..)) => {
             let text = format!("the TLS handshake stalled after {received} bytes, for {silence:?}");
             io::Error::new(ErrorKind::TimedOut, text)
         }
-        (Err(_elapsed), _) => return Arrival::Silent { number, peer, waited: begun.elapsed() },
+        (None, _) => return Arrival::Silent { number, peer, waited: begun.elapsed() },
     };
     Arrival::Failed { number, peer, error }
 }

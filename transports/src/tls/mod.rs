@@ -20,5 +20,6 @@ pub(crate) use multifd_transports_tls::{Stage, TlsStream};
 #[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
 pub(crate) use present::{connect, expected_name};
 
-#[cfg(all(test, any(feature = "tls-aws-lc", feature = "tls-ring")))]
+#[cfg(test)]
+#[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
 mod tests;

@@ -4,12 +4,12 @@ use std::io;
 use std::time::Duration;
 
 use multifd_transports_tls::{AsyncSocket, ExpectedName, Ready, TlsClient, TlsStream};
-use socket2::{SockRef, Socket};
-use tokio::io::Interest;
-use tokio::time::timeout;
+use rustix::event::PollFlags;
+use socket2::Socket;
 
 use crate::Endpoint;
 use crate::door::Client;
+use crate::event_loop::within;
 
 /// The name to expect at `endpoint`.
 pub(crate) fn expected_name(tls: &TlsClient, endpoint: &Endpoint) -> io::Result<ExpectedName> {
@@ -21,7 +21,7 @@ pub(crate) fn expected_name(tls: &TlsClient, endpoint: &Endpoint) -> io::Result<
     tls.expected_name(host, endpoint)
 }
 
-/// Makes a connected socket a sealed stream. Must be called in a runtime.
+/// Makes a connected socket a sealed stream.
 pub(crate) async fn connect(tls: &TlsClient, socket: Socket, name: ExpectedName) -> io::Result<TlsStream> {
     tls.connect(Client::new(socket)?, name).await
 }
@@ -31,20 +31,16 @@ impl AsyncSocket for Client {
         Self::new(socket)
     }
 
-    async fn when_ready<T: Send>(
-        &self,
-        ready: Ready,
-        call: impl FnMut(SockRef<'_>) -> io::Result<T> + Send,
-    ) -> io::Result<T> {
-        let interest = match ready {
-            Ready::Readable => Interest::READABLE,
-            Ready::Writable => Interest::WRITABLE,
+    async fn when_ready<T>(&self, ready: Ready, call: impl FnMut(&Socket) -> io::Result<T>) -> io::Result<T> {
+        let flags = match ready {
+            Ready::Readable => PollFlags::IN,
+            Ready::Writable => PollFlags::OUT,
         };
-        self.when_ready(interest, call).await
+        self.when_ready(flags, call).await
     }
 
-    async fn within<T>(limit: Duration, work: impl Future<Output = T> + Send) -> Option<T> {
-        timeout(limit, work).await.ok()
+    async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+        within(limit, work).await
     }
 
     fn into_socket(self) -> io::Result<Socket> {

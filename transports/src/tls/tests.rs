@@ -18,7 +18,6 @@ use super::{TlsStream, connect, expected_name};
 use crate::testing::{LONG, Spawned, spawn};
 use crate::{
     Arrival, Channel, DialOptions, Endpoint, Listener, TlsClient, TlsProvider, TlsServer, TransportError,
-    blocking,
 };
 use authority::{Authority, Member};
 
@@ -121,11 +120,11 @@ fn dial(endpoint: &Endpoint, tls: TlsClient) -> Result<Channel, TransportError> 
 fn encrypted(client: &TlsClient, socket: &TcpStream, endpoint: &Endpoint) -> TlsStream {
     let name = expected_name(client, endpoint).unwrap();
     let copy = socket.try_clone().unwrap().into();
-    blocking::runtime().unwrap().block_on(connect(client, copy, name)).unwrap()
+    crate::event_loop::block_on(connect(client, copy, name)).unwrap().unwrap()
 }
 
 fn dial_within(endpoint: &Endpoint, tls: TlsClient, deadline: Duration) -> Result<Channel, TransportError> {
-    blocking::dial(endpoint, &DialOptions { deadline, tls: Some(tls), ..DialOptions::default() })
+    crate::dial(endpoint, &DialOptions { deadline, tls: Some(tls), ..DialOptions::default() })
 }
 
 /// The reason of an error that is not worth another attempt.
