@@ -16,11 +16,12 @@ pub(super) struct Revocation {
 }
 
 impl Revocation {
-    /// Keeps the newest list of each issuer and scope. webpki asks the first list that is about a certificate and no other,
-    /// so the newest also comes first: it then decides where the scopes of two lists overlap.
+    /// Keeps the newest list of each issuer and scope. webpki asks the first list that is about a
+    /// certificate and no other, so the newest also comes first: it then decides where the scopes
+    /// of two lists overlap.
     ///
-    /// A newer list replaces an older one as a whole (RFC 5280 §5): a certificate that is only on the older one was on hold,
-    /// and is no more.
+    /// A newer list replaces an older one as a whole (RFC 5280 §5): a certificate that is only on
+    /// the older one was on hold, and is no more.
     ///
     /// # Errors
     /// One that is no revocation list.
@@ -51,13 +52,14 @@ fn parse(list: &[u8]) -> Result<CertificateRevocationList<'_>, String> {
     }
 }
 
-/// What sorts lists by age. The number tells two of one second apart; the count is for a CA that does not number its lists,
-/// where the one that revokes more is taken.
+/// What sorts lists by age. The number tells two of one second apart; the count is for a CA that
+/// does not number its lists, where the one that revokes more is taken.
 fn age<'a>(list: &'a CertificateRevocationList<'_>) -> impl Ord + use<'a> {
     (list.last_update(), list.crl_number(), list.iter_revoked_certificates().count())
 }
 
-/// The part of the issuer's certificates that a list is about, as it is encoded; `None` is all of them.
+/// The part of the issuer's certificates that a list is about, as it is encoded; `None` is all of
+/// them.
 fn scope<'a>(list: &'a CertificateRevocationList<'_>) -> Option<&'a [u8]> {
     let mut extensions = list.extensions().iter();
     extensions

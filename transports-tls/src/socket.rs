@@ -24,8 +24,8 @@ pub trait AsyncSocket: Sized {
     /// The system's word.
     fn new(socket: Socket) -> io::Result<Self>;
 
-    /// Makes a call that does not block, again and again until it does not have to wait: until it is neither `WouldBlock` nor
-    /// `Interrupted`.
+    /// Makes a call that does not block, again and again until it does not have to wait: until it
+    /// is neither `WouldBlock` nor `Interrupted`.
     fn when_ready<T>(
         &self,
         ready: Ready,

@@ -46,7 +46,8 @@ impl Default for DialOptions {
 /// see [`FileStream`](crate::FileStream).
 ///
 /// All addresses of a name are tried, one after the other and never two at a time: a connection that is
-/// opened and dropped again ends the incoming migration of a QEMU. Blocks the calling thread; a name is looked up on another.
+/// opened and dropped again ends the incoming migration of a QEMU. Blocks the calling thread; a name is
+/// looked up on another.
 ///
 /// # Errors
 /// [`DeadlinePassed`](TransportError::DeadlinePassed) with the last attempt's error,

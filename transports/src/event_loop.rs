@@ -7,9 +7,10 @@
 //!      +── poll(2) over all of that, until the first time noted
 //! ```
 //!
-//! There are no wakers: after each poll(2) everything is polled again, and what is not ready notes the same as before. With the
-//! few hundred descriptors of a listener that costs less than it would to keep account of who is to be woken, and nothing
-//! needs a thread or a runtime. Only futures of this module may be awaited in it.
+//! There are no wakers: after each poll(2) everything is polled again, and what is not ready notes
+//! the same as before. With the few hundred descriptors of a listener that costs less than it would
+//! to keep account of who is to be woken, and nothing needs a thread or a runtime. Only futures of
+//! this module may be awaited in it.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -27,7 +28,8 @@ use rustix::io::Errno;
 /// What the futures of one turn wait for.
 #[derive(Default)]
 struct Waits {
-    /// `Weak`: the future that noted it may be dropped in the same turn, and then the descriptor must close at once.
+    /// `Weak`: the future that noted it may be dropped in the same turn, and then the descriptor
+    /// must close at once.
     descriptors: Vec<(Weak<dyn AsFd>, PollFlags)>,
     /// The first of the times.
     deadline: Option<Instant>,
@@ -82,7 +84,8 @@ fn note_time(time: Instant) {
         .with_borrow_mut(|waits| waits.deadline = Some(waits.deadline.map_or(time, |first| first.min(time))));
 }
 
-/// Makes a call that does not block, again and again until it is neither `WouldBlock` nor `Interrupted`.
+/// Makes a call that does not block, again and again until it is neither `WouldBlock` nor
+/// `Interrupted`.
 pub(crate) async fn when_ready<F: AsFd + 'static, T>(
     descriptor: &Arc<F>,
     flags: PollFlags,
@@ -153,7 +156,8 @@ pub(crate) async fn first<A, B>(one: impl Future<Output = A>, other: impl Future
     .await
 }
 
-/// Futures that go on side by side, whenever [`next`](Self::next) or [`turn`](Self::turn) is awaited.
+/// Futures that go on side by side, whenever [`next`](Self::next) or [`turn`](Self::turn) is
+/// awaited.
 pub(crate) struct Tasks<T>(Vec<Task<T>>);
 
 struct Task<T> {

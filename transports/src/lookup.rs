@@ -10,8 +10,9 @@ use rustix::event::PollFlags;
 use crate::event_loop::ready;
 use crate::wake::Wake;
 
-/// The addresses of a host. The system's resolver cannot be interrupted, so a name is looked up on a thread of its own: when
-/// nobody waits for it any more, the thread ends when the resolver lets go of it.
+/// The addresses of a host. The system's resolver cannot be interrupted, so a name is looked up on
+/// a thread of its own: when nobody waits for it any more, the thread ends when the resolver lets
+/// go of it.
 pub(crate) async fn lookup(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     if let Ok(address) = host.parse::<IpAddr>() {
         return Ok(vec![SocketAddr::new(address, port)]);

@@ -8,11 +8,13 @@ use socket2::Socket;
 use crate::Endpoint;
 use crate::door::Client;
 
-/// How to dial by TLS. This build has none, and no value of this type: see the features `tls-aws-lc` and `tls-ring`.
+/// How to dial by TLS. This build has none, and no value of this type: see the features
+/// `tls-aws-lc` and `tls-ring`.
 #[derive(Clone, Copy, Debug)]
 pub enum TlsClient {}
 
-/// How to accept by TLS. This build has none, and no value of this type: see the features `tls-aws-lc` and `tls-ring`.
+/// How to accept by TLS. This build has none, and no value of this type: see the features
+/// `tls-aws-lc` and `tls-ring`.
 #[derive(Clone, Copy, Debug)]
 pub enum TlsServer {}
 

@@ -1,7 +1,8 @@
-//! TLS on a channel, if the crate is built with it: `multifd-transports-tls` over the sockets of this one.
+//! TLS on a channel, if the crate is built with it: `multifd-transports-tls` over the sockets of
+//! this one.
 //!
-//! Without a feature of TLS the types of [`absent`] stand in its place. They have no values, so the rest of the crate is
-//! the same in both builds.
+//! Without a feature of TLS the types of `absent` stand in its place. They have no values, so the
+//! rest of the crate is the same in both builds.
 
 #[cfg(not(any(feature = "tls-aws-lc", feature = "tls-ring")))]
 mod absent;
