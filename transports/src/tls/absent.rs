@@ -10,23 +10,23 @@ use crate::door::Client;
 
 /// How to dial by TLS. This build has none, and no value of this type: see the features
 /// `tls-aws-lc` and `tls-ring`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum TlsClient {}
 
 /// How to accept by TLS. This build has none, and no value of this type: see the features
 /// `tls-aws-lc` and `tls-ring`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum TlsServer {}
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum TlsStream {}
 
 /// A name that the certificate of a server must have.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum ExpectedName {}
 
 /// How far a client has come.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Stage {
     Handshake(usize),
 }
