@@ -6,10 +6,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use multifd_tests::{Authority, Member};
-use multifd_transports::tls::measure::{MAX_BATCH_TEXT, Open, Seal};
-use multifd_transports::{
-    Arrival, Channel, DialOptions, Listener, TlsClient, TlsProvider, TlsServer, blocking,
-};
+use multifd_transports::{Arrival, Channel, DialOptions, Listener, TlsClient, TlsProvider, TlsServer};
+use multifd_transports_tls::measure::{MAX_BATCH_TEXT, Open, Seal};
 
 /// Plaintext of a record, and of one call of a cipher.
 const RECORD: usize = 16 << 10;
@@ -141,7 +139,7 @@ fn connect(server: Option<TlsServer>, client: Option<TlsClient>) -> (Channel, Ch
     std::thread::scope(|scope| {
         let dialled = scope.spawn(move || {
             let options = DialOptions { tls: client, ..DialOptions::default() };
-            let channel = blocking::dial(&endpoint, &options).expect("somebody listens");
+            let channel = multifd_transports::dial(&endpoint, &options).expect("somebody listens");
             channel.send_all(b"QEVM").expect("sent");
             channel
         });

@@ -4,12 +4,17 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::codec::Codec;
-use crate::level::{ZlibLevel, ZstdLevel};
+#[cfg(feature = "zlib")]
+use crate::level::ZlibLevel;
+#[cfg(feature = "zstd")]
+use crate::level::ZstdLevel;
 use crate::uncompressed::Uncompressed;
+#[cfg(feature = "zlib")]
 use crate::zlib::Zlib;
+#[cfg(feature = "zstd")]
 use crate::zstd::Zstd;
 
-/// A built-in codec and its level. Text, and with feature `serde` serialised form: `none`,
+/// A codec that this build has, and its level. Text, and with feature `serde` serialised form: `none`,
 /// `zlib:1`, `zstd:3`.
 ///
 /// Ordered by family, then by level.
@@ -19,8 +24,10 @@ pub enum CodecChoice {
     /// No compression.
     None,
     /// zlib at a level.
+    #[cfg(feature = "zlib")]
     Zlib(ZlibLevel),
     /// zstd at a level.
+    #[cfg(feature = "zstd")]
     Zstd(ZstdLevel),
 }
 
@@ -38,11 +45,13 @@ pub enum CodecFamily {
 
 impl CodecChoice {
     /// zlib at a level that the compiler checks: `CodecChoice::zlib::<6>()`.
+    #[cfg(feature = "zlib")]
     pub const fn zlib<const LEVEL: u8>() -> Self {
         Self::Zlib(ZlibLevel::at::<LEVEL>())
     }
 
     /// zstd at a level that the compiler checks: `CodecChoice::zstd::<3>()`.
+    #[cfg(feature = "zstd")]
     pub const fn zstd<const LEVEL: u8>() -> Self {
         Self::Zstd(ZstdLevel::at::<LEVEL>())
     }
@@ -51,7 +60,9 @@ impl CodecChoice {
     pub const fn family(self) -> CodecFamily {
         match self {
             Self::None => CodecFamily::None,
+            #[cfg(feature = "zlib")]
             Self::Zlib(_) => CodecFamily::Zlib,
+            #[cfg(feature = "zstd")]
             Self::Zstd(_) => CodecFamily::Zstd,
         }
     }
@@ -60,7 +71,9 @@ impl CodecChoice {
     pub const fn level(self) -> Option<u8> {
         match self {
             Self::None => None,
+            #[cfg(feature = "zlib")]
             Self::Zlib(level) => Some(level.value()),
+            #[cfg(feature = "zstd")]
             Self::Zstd(level) => Some(level.value()),
         }
     }
@@ -69,7 +82,9 @@ impl CodecChoice {
     pub fn codec(self) -> Arc<dyn Codec> {
         match self {
             Self::None => Arc::new(Uncompressed),
+            #[cfg(feature = "zlib")]
             Self::Zlib(level) => Arc::new(Zlib::from(level)),
+            #[cfg(feature = "zstd")]
             Self::Zstd(level) => Arc::new(Zstd::from(level)),
         }
     }
@@ -117,6 +132,7 @@ impl<'de> serde::Deserialize<'de> for CodecChoice {
 }
 
 #[cfg(test)]
+#[cfg(all(feature = "zlib", feature = "zstd"))]
 mod tests {
     use super::*;
 

@@ -13,8 +13,8 @@
 //! | codec | id | payload (docs/wire.md §8) |
 //! | --- | --- | --- |
 //! | [`Uncompressed`] | 0 | the pages |
-//! | [`Zlib`] | 2 | a piece of one zlib stream per channel, ended by a sync flush |
-//! | [`Zstd`] | 4 | a piece of one zstd frame per channel, ended by a flush |
+//! | `Zlib` (feature `zlib`) | 2 | a piece of one zlib stream per channel, ended by a sync flush |
+//! | `Zstd` (feature `zstd`, needs a C compiler) | 4 | a piece of one zstd frame per channel, ended by a flush |
 //! | your own | any | see [`Codec`] for an example, [`conformance::check`] for the rules |
 //!
 //! No I/O, no threads, no clock. Codecs see private memory only, never guest memory: a guest writes while we
@@ -32,7 +32,9 @@ mod parse;
 mod random;
 mod registry;
 mod uncompressed;
+#[cfg(feature = "zlib")]
 mod zlib;
+#[cfg(feature = "zstd")]
 mod zstd;
 
 pub use choice::{CodecChoice, CodecFamily};
@@ -43,5 +45,7 @@ pub use parse::{InvalidCodec, parse_codec};
 pub use random::looks_random;
 pub use registry::Codecs;
 pub use uncompressed::Uncompressed;
+#[cfg(feature = "zlib")]
 pub use zlib::Zlib;
+#[cfg(feature = "zstd")]
 pub use zstd::{WINDOW_LOG_MAX, Zstd};

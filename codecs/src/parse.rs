@@ -5,9 +5,13 @@ use std::sync::Arc;
 
 use crate::choice::CodecChoice;
 use crate::codec::Codec;
-use crate::level::{LevelOutOfRange, ZlibLevel, ZstdLevel};
+use crate::level::LevelOutOfRange;
+#[cfg(feature = "zlib")]
+use crate::level::ZlibLevel;
+#[cfg(feature = "zstd")]
+use crate::level::ZstdLevel;
 
-/// Reads `none`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`.
+/// Reads `none`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`, those that the crate was built with.
 ///
 /// # Errors
 /// Anything else; the error repeats `text` and the grammar or the range.
@@ -28,9 +32,13 @@ impl FromStr for CodecChoice {
         let level = level.map(decimal).transpose().map_err(|()| invalid(None))?;
         match (name, level) {
             ("none", None) => Ok(Self::None),
+            #[cfg(feature = "zlib")]
             ("zlib", None) => Ok(Self::Zlib(ZlibLevel::default())),
+            #[cfg(feature = "zlib")]
             ("zlib", Some(level)) => Ok(Self::Zlib(ZlibLevel::new(level).map_err(|e| invalid(Some(e)))?)),
+            #[cfg(feature = "zstd")]
             ("zstd", None) => Ok(Self::Zstd(ZstdLevel::default())),
+            #[cfg(feature = "zstd")]
             ("zstd", Some(level)) => Ok(Self::Zstd(ZstdLevel::new(level).map_err(|e| invalid(Some(e)))?)),
             _ => Err(invalid(None)),
         }
@@ -39,11 +47,19 @@ impl FromStr for CodecChoice {
 
 /// Text that names no codec.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("codec {text:?}, expected none, zlib[:0..9] or zstd[:0..20]")]
+#[error("codec {text:?}, expected {GRAMMAR}")]
 pub struct InvalidCodec {
     text: String,
     source: Option<LevelOutOfRange>,
 }
+
+/// What this build can read.
+const GRAMMAR: &str = match (cfg!(feature = "zlib"), cfg!(feature = "zstd")) {
+    (true, true) => "none, zlib[:0..9] or zstd[:0..20]",
+    (true, false) => "none or zlib[:0..9] (this build has no zstd)",
+    (false, true) => "none or zstd[:0..20] (this build has no zlib)",
+    (false, false) => "none (this build has neither zlib nor zstd)",
+};
 
 /// Digits only: `"+3".parse::<i32>()` would be 3.
 fn decimal(digits: &str) -> Result<i32, ()> {
@@ -54,6 +70,7 @@ fn decimal(digits: &str) -> Result<i32, ()> {
 }
 
 #[cfg(test)]
+#[cfg(all(feature = "zlib", feature = "zstd"))]
 mod tests {
     use std::error::Error;
 
@@ -63,9 +80,11 @@ mod tests {
     fn names_and_levels_come_back() {
         for (text, meaning) in [
             ("none", "none"),
+            #[cfg(feature = "zlib")]
             ("zlib", "zlib:1"),
             ("zlib:0", "zlib:0"),
             ("zlib:9", "zlib:9"),
+            #[cfg(feature = "zstd")]
             ("zstd", "zstd:1"),
             ("zstd:0", "zstd:0"),
             ("zstd:3", "zstd:3"),

@@ -5,13 +5,15 @@ use std::sync::Arc;
 
 use crate::codec::{Codec, CodecId};
 use crate::uncompressed::Uncompressed;
+#[cfg(feature = "zlib")]
 use crate::zlib::Zlib;
+#[cfg(feature = "zstd")]
 use crate::zstd::Zstd;
 
 /// The set of codecs that a destination can decode, by the id that packets carry.
 ///
-/// The default knows what every QEMU knows: none, zlib, zstd. The levels of these do not matter to a
-/// destination.
+/// The default knows what every QEMU knows: none, zlib, zstd, as far as the crate was built with them. The levels of these
+/// do not matter to a destination.
 #[derive(Clone, Debug)]
 pub struct Codecs(BTreeMap<CodecId, Arc<dyn Codec>>);
 
@@ -41,14 +43,17 @@ impl Codecs {
 
 impl Default for Codecs {
     fn default() -> Self {
-        Self::empty()
-            .with(Arc::new(Uncompressed))
-            .with(Arc::new(Zlib::default()))
-            .with(Arc::new(Zstd::default()))
+        let codecs = Self::empty().with(Arc::new(Uncompressed));
+        #[cfg(feature = "zlib")]
+        let codecs = codecs.with(Arc::new(Zlib::default()));
+        #[cfg(feature = "zstd")]
+        let codecs = codecs.with(Arc::new(Zstd::default()));
+        codecs
     }
 }
 
 #[cfg(test)]
+#[cfg(all(feature = "zlib", feature = "zstd"))]
 mod tests {
     use super::*;
 

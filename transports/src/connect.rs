@@ -1,23 +1,25 @@
 //! Connecting a socket that was set up before.
 
 use std::io;
+use std::sync::Arc;
 
+use rustix::event::PollFlags;
 use socket2::{SockAddr, Socket};
-use tokio::io::Interest;
 
-use crate::sys::watch;
+use crate::door::into_socket;
+use crate::event_loop::ready;
 
-/// Connects `socket`, which is non-blocking afterwards. Must be called in a runtime.
+/// Connects `socket`, which is non-blocking afterwards.
 pub(crate) async fn connect(socket: Socket, address: &SockAddr) -> io::Result<Socket> {
     socket.set_nonblocking(true)?;
     match socket.connect(address) {
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
         outcome => return outcome.map(|()| socket),
     }
-    let socket = watch(socket, Interest::WRITABLE)?;
-    let _ = socket.writable().await?;
-    match socket.get_ref().take_error()? {
+    let socket = Arc::new(socket);
+    ready(&socket, PollFlags::OUT).await?;
+    match socket.take_error()? {
         Some(error) => Err(error),
-        None => Ok(socket.into_inner()),
+        None => into_socket(socket),
     }
 }

@@ -4,19 +4,22 @@ use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::event::PollFlags;
 use socket2::{Domain, Socket, Type};
-use tokio::net::{UnixStream, lookup_host};
-use tokio::time::{sleep, timeout};
 
 use crate::backoff::Backoff;
 use crate::connect::connect;
+use crate::door::into_socket;
+use crate::event_loop::{First, block_on, first, ready, sleep_until, within};
 use crate::file::FileStream;
+use crate::lookup::lookup;
 use crate::pipe::Pipe;
 use crate::stream::Stream;
 use crate::{
-    Channel, Endpoint, SocketOptions, Stopper, TlsClient, TransportError, descriptor, socket, vsock,
+    Channel, Endpoint, SocketOptions, Stopper, TlsClient, TransportError, descriptor, socket, tls, vsock,
 };
 
 /// How long to try, and what ends it early. More fields will come: write `..DialOptions::default()`.
@@ -43,14 +46,14 @@ impl Default for DialOptions {
 /// see [`FileStream`](crate::FileStream).
 ///
 /// All addresses of a name are tried, one after the other and never two at a time: a connection that is
-/// opened and dropped again ends the incoming migration of a QEMU. Needs a tokio runtime with I/O and time;
-/// without one there is [`blocking::dial`](crate::blocking::dial).
+/// opened and dropped again ends the incoming migration of a QEMU. Blocks the calling thread; a name is
+/// looked up on another.
 ///
 /// # Errors
 /// [`DeadlinePassed`](TransportError::DeadlinePassed) with the last attempt's error,
 /// [`Cancelled`](TransportError::Cancelled), or [`Io`](TransportError::Io) if trying again would not help:
 /// unknown name, no route, no permission, no agreement on TLS.
-pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel, TransportError> {
+pub fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel, TransportError> {
     let mut dialling = Dialling {
         endpoint,
         options: &options.socket,
@@ -70,16 +73,13 @@ pub async fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel,
             .map(|file| Channel::of_file(file, endpoint.to_string()))
             .map_err(|source| dialling.refused("write to", source));
     }
-    let outcome = tokio::select! {
-        biased;
-        () = options.stopper.stopped() => None,
-        outcome = timeout(options.deadline, dialling.keep_trying()) => Some(outcome),
-    };
-    match outcome {
-        Some(Ok(Ok(channel))) => Ok(channel),
-        Some(Ok(Err(source))) => Err(dialling.refused(ACTION, source)),
-        Some(Err(_elapsed)) => Err(dialling.too_late()),
-        None => Err(dialling.cancelled()),
+    let trying = within(options.deadline, dialling.keep_trying());
+    match block_on(first(options.stopper.stopped(), trying)) {
+        Ok(First::Other(Some(Ok(channel)))) => Ok(channel),
+        Ok(First::Other(Some(Err(source)))) => Err(dialling.refused(ACTION, source)),
+        Ok(First::Other(None)) => Err(dialling.too_late()),
+        Ok(First::One(Ok(()))) => Err(dialling.cancelled()),
+        Ok(First::One(Err(source))) | Err(source) => Err(dialling.refused(ACTION, source)),
     }
 }
 
@@ -105,12 +105,15 @@ impl Dialling<'_> {
                 }
                 outcome => return outcome,
             }
-            sleep(backoff.pause()).await;
+            sleep_until(Instant::now() + backoff.pause()).await;
         }
     }
 
     async fn attempt(&mut self) -> io::Result<Channel> {
-        let tls = self.tls.map(|tls| tls.server_name(self.endpoint).map(|name| (tls, name))).transpose()?;
+        let tls = match self.tls {
+            Some(tls) => Some((tls, tls::expected_name(tls, self.endpoint)?)),
+            None => None,
+        };
         let connected = match self.endpoint {
             Endpoint::Tcp { port: 0, .. } => {
                 Err(io::Error::new(ErrorKind::InvalidInput, "port 0 is for listening, expected 1..=65535"))
@@ -130,19 +133,19 @@ impl Dialling<'_> {
             ErrorKind::TimedOut,
             "connected, but the peer did not finish the TLS handshake",
         ));
-        let stream = tls.connect(connected, name).await?;
+        let stream = tls::connect(tls, connected, name).await?;
         Ok(Channel::over(Stream::Tls(Box::new(stream)), peer))
     }
 
     async fn tcp(&self, host: &str, port: u16) -> io::Result<Socket> {
         let host = if host.is_empty() { "localhost" } else { host };
-        let addresses: Vec<SocketAddr> = lookup_host((host, port)).await?.collect();
+        let addresses = lookup(host, port).await?;
         let mut failure = io::Error::new(ErrorKind::AddrNotAvailable, "the name has no address");
         for (tried, address) in addresses.iter().enumerate() {
             let patience = self.patience(addresses.len() - tried);
-            match timeout(patience, tcp_address(*address, self.options))
+            match within(patience, tcp_address(*address, self.options))
                 .await
-                .unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
+                .unwrap_or_else(|| Err(ErrorKind::TimedOut.into()))
             {
                 Ok(connected) => return Ok(connected),
                 // "Refused" at one address says more than "unreachable" at the next.
@@ -165,9 +168,9 @@ impl Dialling<'_> {
         let descriptor = match self.endpoint {
             Endpoint::Fd(number) => descriptor::take(*number)?,
             Endpoint::FdFrom(path) => {
-                let giver = UnixStream::from_std(OwnedFd::from(self.unix(path).await?).into())?;
-                giver.readable().await?;
-                descriptor::receive_descriptor(&giver.into_std()?)?
+                let giver = Arc::new(self.unix(path).await?);
+                ready(&giver, PollFlags::IN).await?;
+                descriptor::receive_descriptor(&OwnedFd::from(into_socket(giver)?).into())?
             }
             endpoint => return command(endpoint),
         };

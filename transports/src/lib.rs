@@ -15,14 +15,14 @@
 //!
 //! With a [`TlsClient`] in [`DialOptions`] and a [`TlsServer`] at the [`Listener`], the bytes between the two channels are sealed.
 //!
-//! Waiting for connections is asynchronous and stays inside; what comes out is a connected channel with
-//! blocking calls, one worker thread each. Nothing here knows what the bytes mean.
+//! [`dial`] and [`Listener::serve`] block the thread that calls them, and wait for all they have to by poll(2): no runtime is
+//! needed, and none is in the way. What comes out is a connected channel with blocking calls, one worker thread each. Nothing
+//! here knows what the bytes mean.
 //!
 //! Every wait ends: [`dial`] by its deadline or a [`Stopper`], [`Listener::serve`] by its [`Stopper`], a
 //! blocked [`Channel`] by its [`Closer`] or the silence limit, [`Pacer::take`] by [`Pacer::stop`].
 
 mod backoff;
-pub mod blocking;
 mod broken_pipe;
 mod channel;
 mod closer;
@@ -32,11 +32,13 @@ mod dial;
 mod door;
 mod endpoint;
 mod error;
+mod event_loop;
 mod file;
 mod file_uri;
 mod first_bytes;
 mod heard;
 mod listener;
+mod lookup;
 mod only;
 mod pacer;
 mod pipe;
@@ -50,7 +52,7 @@ mod stream;
 mod sys;
 #[cfg(test)]
 mod testing;
-pub mod tls;
+mod tls;
 mod vsock;
 mod wake;
 mod zero_copy;
@@ -68,5 +70,7 @@ pub use pacer::{Pacer, Stopped};
 pub use serve::Arrival;
 pub use socket_options::{Keepalive, SocketOptions};
 pub use stopper::Stopper;
-pub use tls::{InvalidCredentials, TlsClient, TlsProvider, TlsServer};
+#[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
+pub use tls::{InvalidCredentials, TlsProvider};
+pub use tls::{TlsClient, TlsServer};
 pub use zero_copy::ZeroCopy;

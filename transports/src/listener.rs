@@ -16,7 +16,7 @@ use crate::first_bytes::OpeningLen;
 use crate::serve::{Arrival, Lobby, serve};
 use crate::socket_file::SocketFile;
 use crate::{
-    Channel, Endpoint, SocketOptions, Stopper, TlsServer, TransportError, blocking, descriptor, only, vsock,
+    Channel, Endpoint, SocketOptions, Stopper, TlsServer, TransportError, descriptor, event_loop, only, vsock,
 };
 
 /// A bound socket that takes connections. Dropping it frees the address, and removes a unix socket's file.
@@ -164,9 +164,6 @@ impl Listener {
     /// # Errors
     /// [`Io`](TransportError::Io) if the listening socket itself is broken, or `first_bytes` is out of range.
     /// Clients cannot cause it, and neither can a lack of descriptors: then it pauses and tries again.
-    ///
-    /// # Panics
-    /// On a thread that drives a tokio runtime: use one that may block.
     pub fn serve(
         &self,
         first_bytes: usize,
@@ -181,16 +178,15 @@ impl Listener {
                 let settings = (&self.options, self.tls.clone());
                 let first = (first_bytes, self.opening);
                 let lobby = Lobby::new(first, silence, path.as_deref(), settings, on_arrival)?;
-                blocking::runtime()?.block_on(serve(self, socket, lobby))
+                event_loop::block_on(serve(self, socket, lobby)).flatten()
             }),
             Origin::Ready(_) if self.tls.is_some() => {
                 Err(io::Error::new(ErrorKind::Unsupported, "TLS goes over tcp, unix or vsock"))
             }
             Origin::Ready(channel) => {
                 let channel = channel.lock().unwrap_or_else(PoisonError::into_inner).take();
-                blocking::runtime().and_then(|it| {
-                    it.block_on(only::serve(self, channel, (first_bytes, silence), on_arrival))
-                })
+                let served = only::serve(self, channel, (first_bytes, silence), on_arrival);
+                event_loop::block_on(served).flatten()
             }
         };
         self.note_closed();

@@ -1,13 +1,13 @@
 //! Serving a descriptor, a command or a file: one channel is there already, and no other can come.
 
 use std::io::{self, ErrorKind};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use tokio::io::Interest;
-use tokio::time::{Instant, timeout};
+use rustix::event::PollFlags;
 
+use crate::event_loop::{First, first, ready, within};
 use crate::serve::{Arrival, check_first_bytes};
-use crate::sys::watch;
 use crate::{Channel, FileStream, Listener};
 
 /// Reports what becomes of the channel, and then waits until the listener is stopped.
@@ -22,26 +22,24 @@ pub(crate) async fn serve(
     if let Some(channel) = channel {
         let number = listener.next_number();
         on_arrival(Arrival::Opened { number, peer: channel.peer().to_owned() });
-        tokio::select! {
-            biased;
-            () = stopper.stopped() => return Ok(()),
-            arrival = hear(number, channel, first_bytes, silence) => on_arrival(arrival),
+        match first(stopper.stopped(), hear(number, channel, first_bytes, silence)).await {
+            First::One(stopped) => return stopped,
+            First::Other(arrival) => on_arrival(arrival),
         }
     }
-    stopper.stopped().await;
-    Ok(())
+    stopper.stopped().await
 }
 
 async fn hear(number: u64, channel: Channel, wanted: usize, silence: Duration) -> Arrival {
     let (begun, peer) = (Instant::now(), channel.peer().to_owned());
     let (mut first, mut received) = ([0; 4], 0);
     let heard =
-        timeout(silence, first_bytes(&channel, first.get_mut(..wanted).unwrap_or_default(), &mut received));
+        within(silence, first_bytes(&channel, first.get_mut(..wanted).unwrap_or_default(), &mut received));
     match heard.await {
-        Err(_elapsed) => Arrival::Silent { number, peer, waited: begun.elapsed() },
-        Ok(Err(error)) => Arrival::Failed { number, peer, error },
-        Ok(Ok(())) if received < wanted => Arrival::Closed { number, peer, received },
-        Ok(Ok(())) => {
+        None => Arrival::Silent { number, peer, waited: begun.elapsed() },
+        Some(Err(error)) => Arrival::Failed { number, peer, error },
+        Some(Ok(())) if received < wanted => Arrival::Closed { number, peer, received },
+        Some(Ok(())) => {
             let looked_at = channel.file().is_some();
             let first_bytes = first.get(..received).filter(|_| !looked_at);
             let channel = channel.push_back(first_bytes.unwrap_or_default());
@@ -56,19 +54,13 @@ async fn first_bytes(channel: &Channel, into: &mut [u8], received: &mut usize) -
         *received = into.len();
         return look(file, into);
     }
-    let readable = watch(channel.readable_end()?, Interest::READABLE)?;
+    let readable = Arc::new(channel.readable_end()?);
     while let Some(missing @ [_, ..]) = into.get_mut(*received..) {
-        let mut ready = readable.readable().await?;
-        let asked = missing.len();
-        let got = channel.recv(missing)?;
-        if got == 0 {
-            return Ok(());
+        ready(&readable, PollFlags::IN).await?;
+        match channel.recv(missing)? {
+            0 => return Ok(()),
+            got => *received += got,
         }
-        // Less than asked for is all that there was.
-        if got < asked {
-            ready.clear_ready();
-        }
-        *received += got;
     }
     Ok(())
 }

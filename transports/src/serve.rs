@@ -4,14 +4,13 @@ use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::Socket;
-use tokio::task::{AbortHandle, JoinSet, yield_now};
-use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::backoff::Backoff;
 use crate::door::{Client, Door};
+use crate::event_loop::{First, TaskHandle, Tasks, first, sleep_until, within};
 use crate::first_bytes::{FirstBytes, OpeningLen};
 use crate::listener::BACKLOG;
 use crate::stream::Stream;
@@ -79,27 +78,33 @@ pub(crate) async fn serve(listener: &Listener, socket: Socket, mut lobby: Lobby<
     let mut not_before = Instant::now();
     while door.is_some() || !lobby.tasks.is_empty() {
         // In this order: those who are through make room for the next.
-        tokio::select! {
-            biased;
-            () = &mut stopped => return Ok(()),
-            () = &mut closed, if door.is_some() => {
+        let close = async {
+            match &door {
+                Some(_) => (&mut closed).await,
+                None => std::future::pending().await,
+            }
+        };
+        let ends = first(&mut stopped, close);
+        let event = first(ends, first(lobby.tasks.next(), accept(door.as_ref(), not_before))).await;
+        match event {
+            First::One(First::One(stopped)) => return stopped,
+            First::One(First::Other(closed)) => {
+                closed?;
                 if let Some(door) = door.take() {
                     admit_queued(listener, &door, &mut lobby).await;
                 }
                 listener.note_closed();
             }
-            Some(done) = lobby.tasks.join_next() => {
+            First::Other(First::One(done)) => {
                 if let Some(door) = &door {
                     admit_queued(listener, door, &mut lobby).await;
                 }
-                lobby.leave(done.ok());
+                lobby.leave(done);
             }
-            accepted = accept(door.as_ref(), not_before) => match accepted {
+            First::Other(First::Other(accepted)) => match accepted {
                 Ok((client, address)) => {
                     backoff.reset();
                     lobby.admit(listener.next_number(), client, address);
-                    // A stream of clients must not keep those inside from being heard.
-                    yield_now().await;
                 }
                 Err(error) if is_own_fault(&error) => return Err(error),
                 Err(error) => {
@@ -123,7 +128,7 @@ pub(crate) struct Lobby<'a> {
     options: &'a SocketOptions,
     tls: Option<TlsServer>,
     on_arrival: &'a mut dyn FnMut(Arrival),
-    tasks: JoinSet<Arrival>,
+    tasks: Tasks<Arrival>,
     /// One for each task, longest waiting first.
     waiting: VecDeque<Waiting>,
 }
@@ -132,7 +137,7 @@ struct Waiting {
     number: u64,
     peer: String,
     since: Instant,
-    task: AbortHandle,
+    task: TaskHandle,
 }
 
 impl<'a> Lobby<'a> {
@@ -144,7 +149,7 @@ impl<'a> Lobby<'a> {
         on_arrival: &'a mut dyn FnMut(Arrival),
     ) -> io::Result<Self> {
         check_first_bytes(first_bytes)?;
-        let (tasks, waiting) = (JoinSet::new(), VecDeque::new());
+        let (tasks, waiting) = (Tasks::new(), VecDeque::new());
         Ok(Self { first_bytes, opening, silence, path, options, tls, on_arrival, tasks, waiting })
     }
 
@@ -163,9 +168,7 @@ impl<'a> Lobby<'a> {
         self.waiting.push_back(Waiting { number, peer, since: Instant::now(), task });
     }
 
-    /// `None` is an evicted one, which has been reported.
-    fn leave(&mut self, arrival: Option<Arrival>) {
-        let Some(arrival) = arrival else { return };
+    fn leave(&mut self, arrival: Arrival) {
         let number = match &arrival {
             Arrival::Closed { number, .. }
             | Arrival::Failed { number, .. }
@@ -192,15 +195,11 @@ impl<'a> Lobby<'a> {
 /// rest by connecting again and again.
 async fn admit_queued(listener: &Listener, door: &Door, lobby: &mut Lobby<'_>) {
     for _ in 0..BACKLOG {
-        let accepted = tokio::select! {
-            biased;
-            accepted = door.accept() => accepted,
-            () = std::future::ready(()) => return,
-        };
         // What is wrong with the queue, the next regular look at it will tell.
-        let Ok((client, address)) = accepted else { return };
+        let Ok(Some((client, address))) = door.accept_now() else { return };
         lobby.admit(listener.next_number(), client, address);
-        yield_now().await;
+        // A stream of clients must not keep those inside from being heard.
+        lobby.tasks.turn().await;
     }
 }
 
@@ -238,14 +237,14 @@ async fn identify(
     Terms { silence, options }: Terms,
 ) -> Arrival {
     let begun = Instant::now();
-    let channel = match timeout(silence, receive(&mut first, client)).await {
-        Err(_elapsed) => return Arrival::Silent { number, peer, waited: begun.elapsed() },
-        Ok(Ok(None)) => return Arrival::Closed { number, peer, received: first.received() },
-        Ok(Ok(Some(client))) => {
+    let channel = match within(silence, receive(&mut first, client)).await {
+        None => return Arrival::Silent { number, peer, waited: begun.elapsed() },
+        Some(Ok(None)) => return Arrival::Closed { number, peer, received: first.received() },
+        Some(Ok(Some(client))) => {
             let socket = client.into_socket();
             socket.and_then(|socket| socket::into_channel(socket, peer.clone(), first.so_far(), &options))
         }
-        Ok(Err(error)) => Err(error),
+        Some(Err(error)) => Err(error),
     };
     match channel {
         Ok(channel) => Arrival::Identified { number, channel, first: first.first() },
@@ -266,19 +265,19 @@ async fn identify_sealed(
     if let Err(error) = client.tune(&options) {
         return Arrival::Failed { number, peer, error };
     }
-    let accepted = timeout(silence, async { tls.accept(client, &mut first, &mut stage).await });
-    let error = match (accepted.await, stage) {
-        (Ok(Ok(Some(stream))), _) => {
+    let accepted = within(silence, tls.accept(client, &mut first, &mut stage)).await;
+    let error = match (accepted, stage) {
+        (Some(Ok(Some(stream))), _) => {
             let channel = Channel::over(Stream::Tls(Box::new(stream)), peer).push_back(first.so_far());
             return Arrival::Identified { number, channel, first: first.first() };
         }
-        (Ok(Ok(None)), _) => return Arrival::Closed { number, peer, received: 0 },
-        (Ok(Err(error)), _) => error,
-        (Err(_elapsed), Stage::Handshake(received @ 1..)) => {
+        (Some(Ok(None)), _) => return Arrival::Closed { number, peer, received: 0 },
+        (Some(Err(error)), _) => error,
+        (None, Stage::Handshake(received @ 1..)) => {
             let text = format!("the TLS handshake stalled after {received} bytes, for {silence:?}");
             io::Error::new(ErrorKind::TimedOut, text)
         }
-        (Err(_elapsed), _) => return Arrival::Silent { number, peer, waited: begun.elapsed() },
+        (None, _) => return Arrival::Silent { number, peer, waited: begun.elapsed() },
     };
     Arrival::Failed { number, peer, error }
 }

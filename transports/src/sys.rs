@@ -4,9 +4,6 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
-
 /// Looks at a descriptor by its number, and gives it to `look`.
 pub(crate) fn borrow<T>(number: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> T) -> T {
     // SAFETY:
@@ -21,13 +18,6 @@ pub(crate) fn borrow<T>(number: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> T) -
 pub(crate) fn own(number: RawFd) -> OwnedFd {
     // SAFETY: it is open, and without an owner: what this process opens is close-on-exec, and this one was not.
     unsafe { OwnedFd::from_raw_fd(number) }
-}
-
-/// Has tokio wait for a descriptor. Must be called in a runtime.
-pub(crate) fn watch<T: AsRawFd + Into<OwnedFd>>(owner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
-    // SAFETY: `owner` is an owned descriptor, or turns into one: it is open, and the same, for as long as `owner` is.
-    let watched = unsafe { AsyncFd::register_with_interest(owner, interest) };
-    watched.map_err(io::Error::from)
 }
 
 /// Lets a socket send without copying (`SO_ZEROCOPY`).

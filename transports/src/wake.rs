@@ -1,7 +1,7 @@
 //! Waiting for a descriptor, with a limit and a wake.
 
 use std::io::{self, ErrorKind};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -10,6 +10,13 @@ use rustix::io::Errno;
 /// Wakes every wait on it, once and for all. An eventfd that is never read.
 #[derive(Debug)]
 pub(crate) struct Wake(OwnedFd);
+
+/// Readable once it has fired.
+impl AsFd for Wake {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 impl Wake {
     pub(crate) fn new() -> io::Result<Self> {

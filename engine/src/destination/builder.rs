@@ -48,6 +48,7 @@ impl DestinationBuilder {
     }
 
     /// Takes encrypted connections only, and refuses a source whose certificate does not verify. Default: plain ones only.
+    /// Needs feature `tls-aws-lc` or `tls-ring`.
     #[must_use]
     pub fn tls(mut self, tls: TlsServer) -> Self {
         self.tls = Some(tls);

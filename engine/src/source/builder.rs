@@ -135,6 +135,7 @@ impl SourceBuilder {
     }
 
     /// Encrypts main and every channel, and refuses a destination whose certificate does not verify. Default: no.
+    /// Needs feature `tls-aws-lc` or `tls-ring`.
     #[must_use]
     pub fn tls(mut self, tls: TlsClient) -> Self {
         self.tls = Some(tls);

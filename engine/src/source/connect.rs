@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, blocking};
+use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, dial};
 
 use super::builder::Source;
 use super::carrier::{Carrier, Channels, File, SyncPoints};
@@ -161,7 +161,7 @@ impl Source {
             tls: self.tls.clone(),
         };
         self.session.stop.on_trip(move || stopper.stop());
-        let channel = blocking::dial(endpoint, &options)
+        let channel = dial(endpoint, &options)
             .map_err(|error| Error::transport(Phase::Connect, error).on(name.to_owned()))?;
         let channel = self.session.adopt(channel, Phase::Connect)?;
         self.session.close_on_stop(&channel);

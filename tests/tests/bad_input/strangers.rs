@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use multifd_engine::Destination;
 use multifd_tests::peer::{Lane, Memory, Recorder, Recording, Step, Style};
 use multifd_tests::{Authority, Failure, Member, Outcome, Scratch};
-use multifd_transports::{Channel, DialOptions, Endpoint, TlsClient, TlsServer, blocking};
+use multifd_transports::{Channel, DialOptions, Endpoint, TlsClient, TlsServer, dial};
 use multifd_wire::{Command, InitialPacket, ReturnMessage};
 use rustix::net::sockopt::set_socket_linger;
 
@@ -118,7 +118,7 @@ impl Stranger {
                 let deadline = Duration::from_secs(1);
                 let options = DialOptions { tls: Some(tls), deadline, ..DialOptions::default() };
                 // A plain listener, or none: then there is nothing to say.
-                if let Ok(channel) = blocking::dial(endpoint, &options) {
+                if let Ok(channel) = dial(endpoint, &options) {
                     let _ = channel.send_all(b"QEVM\0\0\0\x03");
                     let _ = channel.recv(&mut [0; 1]);
                 }
@@ -161,7 +161,7 @@ impl Sound<'_> {
             Some(index) => index,
             None => {
                 let options = DialOptions { tls: self.tls.clone(), ..DialOptions::default() };
-                let channel = blocking::dial(self.endpoint, &options)?;
+                let channel = dial(self.endpoint, &options)?;
                 channel.set_silence_limit(Some(TIMEOUT))?;
                 self.lanes.push((lane, channel));
                 self.lanes.len() - 1

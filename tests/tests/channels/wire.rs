@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use multifd_engine::{Canceller, Error};
 use multifd_tests::{Failure, Inherited, Outcome, Scratch};
-use multifd_transports::{Arrival, Channel, DialOptions, Endpoint, Listener, blocking};
+use multifd_transports::{Arrival, Channel, DialOptions, Endpoint, Listener};
 use rustix::pipe::pipe;
 
 /// The silence limit of the ends under test.
@@ -49,7 +49,7 @@ impl Kind {
         let vsock = || {
             let door = Listener::bind(&Endpoint::Vsock { cid: 1, port: 0 }).ok()?;
             let options = DialOptions { deadline: PATIENCE, ..DialOptions::default() };
-            blocking::dial(&door.endpoint(), &options).ok()
+            multifd_transports::dial(&door.endpoint(), &options).ok()
         };
         let mut all = vec![Self::Pipe, Self::SocketPair, Self::Tcp, Self::Unix];
         all.extend(vsock().map(|_| Self::Vsock));
@@ -98,7 +98,7 @@ impl Wire {
     pub(crate) fn connect(&mut self, there: &Endpoint) -> Outcome<Channel> {
         match self.peer.take() {
             Some(peer) => Ok(Channel::try_from(peer)?),
-            None => Ok(blocking::dial(there, &DialOptions::default())?),
+            None => Ok(multifd_transports::dial(there, &DialOptions::default())?),
         }
     }
 

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::testing::{LONG, spawn};
-use crate::{Arrival, DialOptions, Listener, TransportError, blocking};
+use crate::{Arrival, DialOptions, Listener, TransportError};
 
 /// What a descriptor looks like that came from the parent process: nobody owns it, and it would outlive an exec.
 fn inherited(descriptor: impl Into<OwnedFd>) -> Endpoint {
@@ -22,7 +22,7 @@ fn inherited(descriptor: impl Into<OwnedFd>) -> Endpoint {
 }
 
 fn dial(endpoint: &Endpoint) -> Result<Channel, TransportError> {
-    blocking::dial(endpoint, &DialOptions { deadline: LONG, ..DialOptions::default() })
+    crate::dial(endpoint, &DialOptions { deadline: LONG, ..DialOptions::default() })
 }
 
 /// Serves what is at `endpoint` until the first arrival of which something is known.

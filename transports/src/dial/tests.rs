@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::testing::{LONG, spawn};
-use crate::{Arrival, Listener, blocking};
+use crate::{Arrival, Listener};
 
 fn patient() -> DialOptions {
     DialOptions { deadline: LONG, ..DialOptions::default() }
@@ -23,7 +23,7 @@ fn free_port() -> u16 {
 
 fn dial_with(endpoint: &Endpoint, options: DialOptions) -> Result<Channel, TransportError> {
     let endpoint = endpoint.clone();
-    spawn("dial-with", move || blocking::dial(&endpoint, &options)).join()
+    spawn("dial-with", move || dial(&endpoint, &options)).join()
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn dialling_goes_on_until_the_listener_appears() {
     let dir = TempDir::new().unwrap();
     for endpoint in [tcp(free_port()), Endpoint::Unix(dir.path().join("late.sock"))] {
         let there = endpoint.clone();
-        let dialling = spawn("until-appears", move || blocking::dial(&there, &patient()));
+        let dialling = spawn("until-appears", move || dial(&there, &patient()));
         dialling.until_asleep();
         let _listener = Listener::bind(&endpoint).unwrap();
         dialling.join().unwrap();
@@ -76,7 +76,7 @@ fn a_full_queue_is_waited_for() {
     listener.listen(0).unwrap();
     let listener = UnixListener::from(listener);
     let first = std::os::unix::net::UnixStream::connect(&path).unwrap();
-    let dialling = spawn("full-queue", move || blocking::dial(&Endpoint::Unix(path), &patient()));
+    let dialling = spawn("full-queue", move || dial(&Endpoint::Unix(path), &patient()));
     dialling.until_asleep();
     drop((first, listener.accept().unwrap()));
     let _channel = dialling.join().unwrap();
@@ -103,7 +103,7 @@ fn a_stop_ends_dialling_now_and_for_good() {
     let (endpoint, options) = (tcp(free_port()), patient());
     let stopper = options.stopper.clone();
     let (there, clone) = (endpoint.clone(), options.clone());
-    let dialling = spawn("stop-dialling", move || blocking::dial(&there, &clone));
+    let dialling = spawn("stop-dialling", move || dial(&there, &clone));
     dialling.until_asleep();
     stopper.stop();
     let error = dialling.join().unwrap_err();
@@ -163,11 +163,11 @@ fn a_connection_to_itself_is_told_from_others() {
     assert!(!socket::is_connected_to_itself(&pair).unwrap());
 }
 
-#[tokio::test]
-async fn dialling_works_inside_a_runtime_and_needs_no_deadline() {
+#[test]
+fn dialling_needs_no_deadline() {
     let listener = Listener::bind(&tcp(0)).unwrap();
     let options = DialOptions { deadline: Duration::MAX, ..DialOptions::default() };
-    dial(&listener.endpoint(), &options).await.unwrap();
+    dial(&listener.endpoint(), &options).unwrap();
 }
 
 /// The first that is identified.

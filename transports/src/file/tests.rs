@@ -4,7 +4,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use tempfile::TempDir;
 
 use super::*;
-use crate::{Channel, DialOptions, Endpoint, blocking};
+use crate::{Channel, DialOptions, Endpoint};
 
 struct Place {
     folder: TempDir,
@@ -20,7 +20,7 @@ impl Place {
 
     fn dial(&self, offset: u64) -> Channel {
         let endpoint = Endpoint::File { path: self.path.clone(), offset };
-        blocking::dial(&endpoint, &DialOptions::default()).unwrap()
+        crate::dial(&endpoint, &DialOptions::default()).unwrap()
     }
 
     fn content(&self) -> Vec<u8> {
@@ -143,7 +143,7 @@ fn anything_but_a_regular_file_is_refused_without_a_wait() {
     assert_eq!(FileStream::open(&place.folder.path().join("no"), 0).unwrap_err().kind(), ErrorKind::NotFound);
     // No directory will come into being: there is nothing to try again.
     let endpoint = Endpoint::File { path: place.folder.path().join("no/file"), offset: 0 };
-    let error = blocking::dial(&endpoint, &DialOptions::default()).unwrap_err();
+    let error = crate::dial(&endpoint, &DialOptions::default()).unwrap_err();
     assert!(error.to_string().starts_with("write to file:"), "{error}");
 }
 

@@ -34,7 +34,7 @@ impl Serving {
 
     fn dial(&self) -> Channel {
         let options = DialOptions { deadline: LONG, ..DialOptions::default() };
-        blocking::dial(&self.listener.endpoint(), &options).unwrap()
+        crate::dial(&self.listener.endpoint(), &options).unwrap()
     }
 
     fn next(&self) -> Arrival {

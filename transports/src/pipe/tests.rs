@@ -6,7 +6,7 @@ use rustix::pipe::pipe;
 
 use super::*;
 use crate::testing::{LONG, spawn};
-use crate::{Channel, DialOptions, Endpoint, blocking};
+use crate::{Channel, DialOptions, Endpoint};
 
 /// The sending end first.
 fn pair() -> (Channel, Channel) {
@@ -15,7 +15,7 @@ fn pair() -> (Channel, Channel) {
 }
 
 fn through(command: &str) -> Channel {
-    blocking::dial(&Endpoint::Exec(command.to_owned()), &DialOptions::default()).unwrap()
+    crate::dial(&Endpoint::Exec(command.to_owned()), &DialOptions::default()).unwrap()
 }
 
 fn read_line(channel: &Channel) -> String {

@@ -1,43 +1,26 @@
-//! TLS on a channel.
+//! TLS on a channel, if the crate is built with it: `multifd-transports-tls` over the sockets of
+//! this one.
 //!
-//! ```text
-//!  credentials ── files under QEMU's names ──> client, server: settings
-//!                                                  | connect, accept
-//!  verify, names ── whose certificate it is ──> handshake: rustls, on a socket that does not block
-//!                                                  | keys
-//!  record: one record, sealed or opened in place   v
-//!    sealer: several to one write ──────────── stream: blocking, one thread sends, one receives
-//!    opener: several from one read ─────────────+
-//!    secrets: the next keys ────────────────────+
-//!  provider: whose AES it is      alert: what the peer's last word means
-//! ```
-//!
-//! rustls shakes hands, checks certificates and derives keys. The records are our own, because its are copied three times
-//! and locked for both directions: see docs/tls.md.
+//! Without a feature of TLS the types of `absent` stand in its place. They have no values, so the
+//! rest of the crate is the same in both builds.
 
-mod alert;
-mod client;
-mod credentials;
-mod handshake;
-#[doc(hidden)]
-pub mod measure;
-mod names;
-mod opener;
-mod provider;
-mod record;
-mod sealer;
-mod secrets;
-mod server;
-mod stream;
-mod verify;
+#[cfg(not(any(feature = "tls-aws-lc", feature = "tls-ring")))]
+mod absent;
+#[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
+mod present;
 
-pub use client::TlsClient;
-pub use credentials::InvalidCredentials;
-pub use provider::TlsProvider;
-pub use server::TlsServer;
+#[cfg(not(any(feature = "tls-aws-lc", feature = "tls-ring")))]
+pub(crate) use absent::{Stage, TlsStream, connect, expected_name};
+#[cfg(not(any(feature = "tls-aws-lc", feature = "tls-ring")))]
+pub use absent::{TlsClient, TlsServer};
 
-pub(crate) use server::Stage;
-pub(crate) use stream::TlsStream;
+#[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
+pub use multifd_transports_tls::{InvalidCredentials, TlsClient, TlsProvider, TlsServer};
+#[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
+pub(crate) use multifd_transports_tls::{Stage, TlsStream};
+#[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
+pub(crate) use present::{connect, expected_name};
 
 #[cfg(test)]
+#[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
 mod tests;

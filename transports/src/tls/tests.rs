@@ -1,12 +1,12 @@
 mod authority;
 mod faults;
-mod records;
 mod refusals;
 mod relay;
+mod revocation;
 mod streams;
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver};
@@ -14,9 +14,11 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::*;
+use super::{TlsStream, connect, expected_name};
 use crate::testing::{LONG, Spawned, spawn};
-use crate::{Arrival, Channel, DialOptions, Endpoint, Listener, TransportError, blocking};
+use crate::{
+    Arrival, Channel, DialOptions, Endpoint, Listener, TlsClient, TlsProvider, TlsServer, TransportError,
+};
 use authority::{Authority, Member};
 
 /// Credentials of both ends, by one CA.
@@ -114,8 +116,15 @@ fn dial(endpoint: &Endpoint, tls: TlsClient) -> Result<Channel, TransportError> 
     dial_within(endpoint, tls, LONG)
 }
 
+/// A client's stream over a socket that a test keeps, to say what TLS would not.
+fn encrypted(client: &TlsClient, socket: &TcpStream, endpoint: &Endpoint) -> TlsStream {
+    let name = expected_name(client, endpoint).unwrap();
+    let copy = socket.try_clone().unwrap().into();
+    crate::event_loop::block_on(connect(client, copy, name)).unwrap().unwrap()
+}
+
 fn dial_within(endpoint: &Endpoint, tls: TlsClient, deadline: Duration) -> Result<Channel, TransportError> {
-    blocking::dial(endpoint, &DialOptions { deadline, tls: Some(tls), ..DialOptions::default() })
+    crate::dial(endpoint, &DialOptions { deadline, tls: Some(tls), ..DialOptions::default() })
 }
 
 /// The reason of an error that is not worth another attempt.

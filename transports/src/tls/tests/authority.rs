@@ -1,6 +1,7 @@
 //! A CA for a test.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose};
@@ -37,7 +38,10 @@ pub(super) struct Identity {
 impl Identity {
     pub(super) fn write(&self, dir: &Path, end: &str) {
         fs::write(dir.join(format!("{end}-cert.pem")), &self.certificate).unwrap();
-        fs::write(dir.join(format!("{end}-key.pem")), &self.key).unwrap();
+        let key = dir.join(format!("{end}-key.pem"));
+        fs::write(&key, &self.key).unwrap();
+        // A key that everybody may read is warned of.
+        fs::set_permissions(key, fs::Permissions::from_mode(0o600)).unwrap();
     }
 }
 

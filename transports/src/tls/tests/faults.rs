@@ -221,10 +221,7 @@ fn what_no_peer_sends_is_refused() {
         let Endpoint::Tcp { port, .. } = serving.endpoint() else { panic!() };
         // The client's own socket, to say what its TLS does not.
         let mut socket = TcpStream::connect(("localhost", port)).unwrap();
-        let runtime = blocking::runtime().unwrap();
-        let (client, copy) = (credentials.client(), socket.try_clone().unwrap());
-        let name = client.server_name(&serving.endpoint()).unwrap();
-        let stream = runtime.block_on(client.connect(copy.into(), name)).unwrap();
+        let stream = encrypted(&credentials.client(), &socket, &serving.endpoint());
         stream.send_vectored(&[IoSlice::new(b"QEVM")]).unwrap();
         let other = serving.identified();
         other.recv_exact(&mut [0; 4]).unwrap();
@@ -242,9 +239,7 @@ fn a_fault_that_a_sender_finds_is_told_to_the_peer() {
     let serving = Serving::tcp(credentials.server());
     let Endpoint::Tcp { port, .. } = serving.endpoint() else { panic!() };
     let mut socket = TcpStream::connect(("localhost", port)).unwrap();
-    let (client, copy) = (credentials.client(), socket.try_clone().unwrap());
-    let name = client.server_name(&serving.endpoint()).unwrap();
-    let stream = blocking::runtime().unwrap().block_on(client.connect(copy.into(), name)).unwrap();
+    let stream = encrypted(&credentials.client(), &socket, &serving.endpoint());
     stream.send_vectored(&[IoSlice::new(b"QEVM")]).unwrap();
     let other = serving.identified();
     other.recv_exact(&mut [0; 4]).unwrap();
@@ -326,9 +321,7 @@ fn a_shutdown_of_the_socket_alone_is_an_end() {
     let serving = Serving::tcp(credentials.server());
     let Endpoint::Tcp { port, .. } = serving.endpoint() else { panic!() };
     let socket = TcpStream::connect(("localhost", port)).unwrap();
-    let (client, copy) = (credentials.client(), socket.try_clone().unwrap());
-    let name = client.server_name(&serving.endpoint()).unwrap();
-    let stream = blocking::runtime().unwrap().block_on(client.connect(copy.into(), name)).unwrap();
+    let stream = encrypted(&credentials.client(), &socket, &serving.endpoint());
     stream.send_vectored(&[IoSlice::new(b"QEVM")]).unwrap();
     let other = serving.identified();
     other.recv_exact(&mut [0; 4]).unwrap();

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::*;
 
 /// Both ends of a connection that a client's certificate must end: the client is through with its own handshake by then.
-fn refused_client(client: TlsClient, server: TlsServer) -> (String, String) {
+pub(super) fn refused_client(client: TlsClient, server: TlsServer) -> (String, String) {
     let serving = Serving::tcp(server);
     let one = dial(&serving.endpoint(), client).unwrap();
     let here = serving.failed().to_string();
@@ -24,7 +24,7 @@ fn refused_client(client: TlsClient, server: TlsServer) -> (String, String) {
 }
 
 /// Both ends of a connection that a server's certificate must end.
-fn refused_server(client: TlsClient, server: TlsServer) -> (String, String) {
+pub(super) fn refused_server(client: TlsClient, server: TlsServer) -> (String, String) {
     let serving = Serving::tcp(server);
     let there = reason(dial(&serving.endpoint(), client));
     let here = serving.failed().to_string();
@@ -33,7 +33,7 @@ fn refused_server(client: TlsClient, server: TlsServer) -> (String, String) {
 }
 
 #[track_caller]
-fn says(text: &str, expected: &[&str]) {
+pub(super) fn says(text: &str, expected: &[&str]) {
     for part in expected {
         assert!(text.contains(part), "{text:?} lacks {part:?}");
     }
@@ -144,47 +144,6 @@ fn a_list_demands_a_certificate() {
         let (here, _) = refused_client(credentials.client(), server);
         says(&here, &["the peer has sent no certificate"]);
     }
-}
-
-#[test]
-fn a_revoked_certificate() {
-    use rcgen::{
-        CertificateParams, CertificateRevocationListParams, CertifiedIssuer, IsCa, KeyIdMethod, KeyPair,
-        KeyUsagePurpose, RevokedCertParams, SerialNumber,
-    };
-    let now = time::OffsetDateTime::now_utc();
-    let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-    let dir = TempDir::new().unwrap();
-    fs::write(dir.path().join("ca-cert.pem"), issuer.pem()).unwrap();
-    for (end, serial) in [("server", 1_u64), ("client", 2)] {
-        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
-        params.serial_number = Some(SerialNumber::from(serial));
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &issuer).unwrap().pem();
-        authority::Identity { certificate, key: key.serialize_pem() }.write(dir.path(), end);
-    }
-    let revoked = RevokedCertParams {
-        serial_number: SerialNumber::from(2_u64),
-        revocation_time: now,
-        reason_code: None,
-        invalidity_date: None,
-    };
-    let list = CertificateRevocationListParams {
-        this_update: now - time::Duration::days(1),
-        next_update: now + time::Duration::days(1),
-        crl_number: SerialNumber::from(1_u64),
-        issuing_distribution_point: None,
-        revoked_certs: vec![revoked],
-        key_identifier_method: KeyIdMethod::Sha256,
-    };
-    fs::write(dir.path().join("ca-crl.pem"), list.signed_by(&issuer).unwrap().pem().unwrap()).unwrap();
-    let credentials = Credentials { dir };
-    let (here, there) = refused_client(credentials.client(), credentials.server());
-    says(&here, &["it was revoked"]);
-    says(&there, &["the peer refused our certificate: it was revoked"]);
 }
 
 #[test]

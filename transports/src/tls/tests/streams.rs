@@ -4,6 +4,7 @@ use std::io::{IoSlice, Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
 
+use rustls::crypto::aws_lc_rs::default_provider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{
@@ -120,7 +121,7 @@ fn keys_change_under_full_duplex_load() {
 }
 
 fn configs(credentials: &Credentials, suite: SupportedCipherSuite) -> (ClientConfig, ServerConfig) {
-    let mut provider = TlsProvider::default().for_rustls().as_ref().clone();
+    let mut provider = default_provider();
     provider.cipher_suites = vec![suite];
     let provider = Arc::new(provider);
     let version: &'static _ = match suite {
@@ -151,7 +152,7 @@ fn configs(credentials: &Credentials, suite: SupportedCipherSuite) -> (ClientCon
 #[test]
 fn every_suite_of_both_versions_is_understood_by_another_record_layer() {
     let credentials = Credentials::new();
-    let suites = TlsProvider::default().for_rustls().cipher_suites.clone();
+    let suites = default_provider().cipher_suites;
     let of_our_key = suites.iter().filter(|suite| !format!("{suite:?}").contains("RSA"));
     let mut tried = 0;
     for suite in of_our_key {
@@ -284,7 +285,7 @@ fn what_comes_right_behind_the_handshake_is_followed() {
 }
 
 fn rustls_suite() -> SupportedCipherSuite {
-    TlsProvider::default().for_rustls().cipher_suites[0]
+    default_provider().cipher_suites[0]
 }
 
 #[test]

@@ -10,16 +10,14 @@ use rustls::crypto::CryptoProvider;
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection, WebPkiClientVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use tokio::io::Interest;
 
 use super::alert::Role;
 use super::credentials::{Directory, InvalidCredentials};
 use super::handshake::{Failure, Line, Parts};
 use super::provider::TlsProvider;
+use super::socket::{AsyncSocket, FirstBytes, Ready};
 use super::stream::{Settings, TlsStream};
 use super::verify::{Circumstances, Seen, Witness};
-use crate::door::Client;
-use crate::first_bytes::FirstBytes;
 
 /// How to accept by TLS: who we are, whom to let in. Cheap to clone.
 ///
@@ -39,7 +37,7 @@ pub struct TlsServer {
 
 /// How far a client has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Stage {
+pub enum Stage {
     /// It has sent so many bytes of its handshake.
     Handshake(usize),
     /// It has a sealed connection, and has sent so many bytes on it.
@@ -71,9 +69,7 @@ impl TlsServer {
         if !revoked.is_empty() {
             verifier = verifier.with_crls(revoked).allow_unknown_revocation_status();
         }
-        let verifier = verifier
-            .build()
-            .map_err(|error| InvalidCredentials::new(&directory.ca_path(), error.to_string()))?;
+        let verifier = verifier.build().map_err(|error| directory.blame(&error))?;
         let settings = Settings { role: Role::Server, certified: true, provider, refresh_after: None };
         let allowed = Arc::default();
         Ok(Self { directory, verifier, anonymous: false, identity, crypto, allowed, settings })
@@ -105,11 +101,14 @@ impl TlsServer {
     }
 
     /// Makes an accepted client a sealed stream, and receives its first bytes: they are in `first`, and come again. `stage` is
-    /// kept up to date for whoever loses patience.
-    pub(crate) async fn accept(
+    /// kept up to date for a caller that stops waiting. `None`: it hung up before its first byte.
+    ///
+    /// # Errors
+    /// `InvalidData`: there is no agreement with the client, and why; `UnexpectedEof`: it hung up behind the handshake.
+    pub async fn accept<S: AsyncSocket>(
         &self,
-        client: Client,
-        first: &mut FirstBytes,
+        client: S,
+        first: &mut impl FirstBytes,
         stage: &mut Stage,
     ) -> io::Result<Option<TlsStream>> {
         let seen = Seen::default();
@@ -125,11 +124,16 @@ impl TlsServer {
                 return Err(io::Error::new(ErrorKind::InvalidData, circumstances.explain(&failure)));
             }
         };
-        let stream = first_bytes(stream, first, stage).await?;
+        let stream = first_bytes::<S>(stream, first, stage).await?;
         stream.into_blocking().map(Some)
     }
 
-    async fn shake_hands(&self, client: Client, seen: &Seen, stage: &mut Stage) -> Result<Parts, Failure> {
+    async fn shake_hands<S: AsyncSocket>(
+        &self,
+        client: S,
+        seen: &Seen,
+        stage: &mut Stage,
+    ) -> Result<Parts, Failure> {
         let config = self.config(seen).map_err(Failure::Tls)?;
         let connection = UnbufferedServerConnection::new(Arc::new(config)).map_err(Failure::Tls)?;
         let mut line = Line::new(client);
@@ -161,8 +165,12 @@ impl TlsServer {
 }
 
 /// Fills `first` with what the client sends.
-async fn first_bytes(stream: TlsStream, first: &mut FirstBytes, stage: &mut Stage) -> io::Result<TlsStream> {
-    let client = stream.client()?;
+async fn first_bytes<S: AsyncSocket>(
+    stream: TlsStream,
+    first: &mut impl FirstBytes,
+    stage: &mut Stage,
+) -> io::Result<TlsStream> {
+    let client: S = stream.waiting()?;
     loop {
         let received = first.received();
         *stage = Stage::Sealed(received);
@@ -170,7 +178,7 @@ async fn first_bytes(stream: TlsStream, first: &mut FirstBytes, stage: &mut Stag
         // Before the wait: something may have come with the handshake.
         let count = match stream.recv_now(missing) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                client.when_ready(Interest::READABLE, |_| stream.recv_now(missing)).await?
+                client.when_ready(Ready::Readable, |_| stream.recv_now(missing)).await?
             }
             outcome => outcome?,
         };

@@ -125,7 +125,7 @@ fn parts(name: &X509Name<'_>, value: impl Fn(Option<&str>) -> Option<String>) ->
 }
 
 /// RFC 4514 §2.4, for people: cut short, and without what a terminal might take for a command.
-fn shown_subject(name: &X509Name<'_>) -> String {
+pub(super) fn shown_subject(name: &X509Name<'_>) -> String {
     let value = |value: Option<&str>| {
         let shown = shown(value.unwrap_or("?"));
         let escape = |character| SPECIAL.contains(character).then_some('\\');

@@ -31,14 +31,14 @@ use super::provider::{TlsProvider, Unsound};
 use super::record::content;
 use super::sealer::{MAX_BATCH_TEXT, Sealer};
 use super::secrets::{Direction, Secrets};
+use super::socket::AsyncSocket;
 use super::{alert, alert::Role};
-use crate::door::Client;
 
 /// How long a sender whose connection broke waits for the receiver to hear the peer's last words, which say why.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// A connection that is sealed.
-pub(crate) struct TlsStream {
+/// A connection that is sealed, on a blocking socket. One thread may send while another receives.
+pub struct TlsStream {
     socket: Socket,
     sending: Mutex<Sending>,
     receiving: Mutex<Receiving>,
@@ -110,13 +110,14 @@ impl TlsStream {
         }
     }
 
-    pub(crate) fn socket(&self) -> &Socket {
+    /// The socket below, whose options may be looked at.
+    pub fn socket(&self) -> &Socket {
         &self.socket
     }
 
     /// Where to wait for the socket, until it is to block.
-    pub(crate) fn client(&self) -> io::Result<Client> {
-        Client::new(self.socket.try_clone()?)
+    pub(crate) fn waiting<S: AsyncSocket>(&self) -> io::Result<S> {
+        S::new(self.socket.try_clone()?)
     }
 
     /// The end of the asynchronous part.
@@ -127,7 +128,10 @@ impl TlsStream {
 
     /// Sends up to `len` bytes, which `fill` writes in pieces, in order. Gives how many went; `fill` may have been asked for
     /// more than that, if the connection broke.
-    pub(crate) fn send_filled(&self, len: usize, fill: &mut dyn FnMut(&mut [u8])) -> io::Result<usize> {
+    ///
+    /// # Errors
+    /// The socket's own, or what the peer's last words say.
+    pub fn send_filled(&self, len: usize, fill: &mut dyn FnMut(&mut [u8])) -> io::Result<usize> {
         self.while_sending(|sending| {
             check(sending.ended.as_ref())?;
             self.listen()?;
@@ -137,7 +141,10 @@ impl TlsStream {
     }
 
     /// The same of slices.
-    pub(crate) fn send_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+    ///
+    /// # Errors
+    /// As [`send_filled`](Self::send_filled).
+    pub fn send_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         let len = bufs.iter().map(|buf| buf.len()).sum::<usize>().min(MAX_BATCH_TEXT);
         let mut bytes = bufs.iter().flat_map(|buf| (!buf.is_empty()).then_some(&buf[..]));
         let mut piece: &[u8] = &[];
@@ -158,7 +165,10 @@ impl TlsStream {
     }
 
     /// Receives at least a byte; 0 is the peer's end.
-    pub(crate) fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
+    ///
+    /// # Errors
+    /// The socket's own, a record that does not decrypt, or the peer's alert.
+    pub fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
         self.recv_with(buf.len(), &mut |data| {
             buf.split_at_mut(data.len()).0.copy_from_slice(data);
             data.len()
@@ -167,7 +177,10 @@ impl TlsStream {
 
     /// Shows `take` what is there, at least a byte and at most `most`, and forgets as much as it has taken. 0 is the peer's
     /// end.
-    pub(crate) fn recv_with(&self, most: usize, take: &mut dyn FnMut(&[u8]) -> usize) -> io::Result<usize> {
+    ///
+    /// # Errors
+    /// As [`recv`](Self::recv).
+    pub fn recv_with(&self, most: usize, take: &mut dyn FnMut(&[u8]) -> usize) -> io::Result<usize> {
         self.receive(most, Wait::Yes, take)
     }
 
@@ -180,7 +193,10 @@ impl TlsStream {
     }
 
     /// Says goodbye, and that nothing more will be sent.
-    pub(crate) fn finish_sending(&self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// That of the first fault, if sending has ended badly before.
+    pub fn finish_sending(&self) -> io::Result<()> {
         self.while_sending(|sending| self.say_goodbye(sending))
     }
 
@@ -200,17 +216,26 @@ impl TlsStream {
         self.socket.shutdown(Shutdown::Write)
     }
 
-    pub(crate) fn close(&self) {
+    /// Ends both directions; blocked calls of other threads return.
+    pub fn close(&self) {
         // Fails only if the connection is gone already, which is what is wanted.
         drop(self.socket.shutdown(Shutdown::Both));
     }
 
-    pub(crate) fn set_silence_limit(&self, limit: Option<Duration>) -> io::Result<()> {
+    /// How long a call may move no byte.
+    ///
+    /// # Errors
+    /// The system's word.
+    pub fn set_silence_limit(&self, limit: Option<Duration>) -> io::Result<()> {
         self.socket.set_read_timeout(limit)?;
         self.socket.set_write_timeout(limit)
     }
 
-    pub(crate) fn silence_limit(&self) -> io::Result<Option<Duration>> {
+    /// The limit that is set.
+    ///
+    /// # Errors
+    /// The system's word.
+    pub fn silence_limit(&self) -> io::Result<Option<Duration>> {
         self.socket.read_timeout()
     }
 
@@ -226,7 +251,7 @@ impl TlsStream {
     }
 
     /// New keys for sending so far.
-    pub(crate) fn keys_refreshed(&self) -> u64 {
+    pub fn keys_refreshed(&self) -> u64 {
         self.refreshed.load(Ordering::Relaxed)
     }
 

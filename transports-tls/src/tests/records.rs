@@ -1,8 +1,8 @@
 //! What records a peer may send, byte by byte.
 
-use super::*;
-use crate::tls::opener::{Bad, Opened, Opener};
-use crate::tls::record::{MAX_TEXT, Protection, content};
+use crate::TlsProvider;
+use crate::opener::{Bad, Opened, Opener};
+use crate::record::{MAX_TEXT, Protection, content};
 
 /// Seals records one after the other, as the peer of a fresh opener.
 struct Peer(Protection, Vec<u8>);
@@ -68,5 +68,5 @@ fn a_record_is_no_longer_than_it_may_be() {
     };
     assert_eq!(header(MAX_TEXT + 256).open(), Ok(Opened::Nothing));
     assert_eq!(header(MAX_TEXT + 257).open(), Err(Bad::Overflow(MAX_TEXT + 257)));
-    assert_eq!(alert::for_bad(&Bad::Overflow(1)).0, 22);
+    assert_eq!(crate::alert::for_bad(&Bad::Overflow(1)).0, 22);
 }

@@ -7,11 +7,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::RootCertStore;
+use rustls::client::VerifierBuilderError;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{Error as PemError, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 use thiserror::Error;
+use x509_parser::prelude::{FromDer, X509Certificate};
+use x509_parser::time::ASN1Time;
+
+use super::names::shown_subject;
+use super::revocation::Revocation;
 
 /// A file of credentials that cannot be used, or a setting.
 #[derive(Debug, Error)]
@@ -47,18 +53,41 @@ impl Directory {
         let path = self.ca_path();
         let mut roots = RootCertStore::empty();
         for certificate in certificates(&path)? {
+            warn_if_expired(&path, &certificate);
             roots.add(certificate).map_err(|error| InvalidCredentials::new(&path, error.to_string()))?;
         }
         Ok(Arc::new(roots))
     }
 
-    /// Revoked certificates; none without `ca-crl.pem`.
+    /// The lists of revoked certificates that decide; none without `ca-crl.pem`. Those that are out of date are warned of.
     pub(crate) fn revoked(&self) -> Result<Vec<CertificateRevocationListDer<'static>>> {
-        let path = self.0.join("ca-crl.pem");
+        let path = self.revoked_path();
         if !is_there(&path)? {
             return Ok(Vec::new());
         }
-        all(&path, CertificateRevocationListDer::pem_file_iter(&path).and_then(Iterator::collect))
+        let lists = CertificateRevocationListDer::pem_file_iter(&path).and_then(Iterator::collect);
+        let lists: Vec<_> = all(&path, "revocation list", lists)?;
+        let revocation = Revocation::of(&lists, ASN1Time::now())
+            .map_err(|problem| InvalidCredentials::new(&path, problem))?;
+        for warning in &revocation.warnings {
+            tracing::warn!(list = %path.display(), "{warning}");
+        }
+        Ok(revocation.lists)
+    }
+
+    /// What rustls says against the roots or the lists of the revoked, by the file that is to blame.
+    pub(crate) fn blame(&self, error: &VerifierBuilderError) -> InvalidCredentials {
+        match error {
+            VerifierBuilderError::InvalidCrl(why) => {
+                let problem = format!("it holds a revocation list that cannot be used: {why:?}");
+                InvalidCredentials::new(&self.revoked_path(), problem)
+            }
+            other => InvalidCredentials::new(&self.ca_path(), other.to_string()),
+        }
+    }
+
+    fn revoked_path(&self) -> PathBuf {
+        self.0.join("ca-crl.pem")
     }
 
     /// The certificate and key of `end`: `server` or `client`. `None` if there is neither.
@@ -97,16 +126,17 @@ fn is_there(path: &Path) -> Result<bool> {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
-    all(path, CertificateDer::pem_file_iter(path).and_then(Iterator::collect))
+    all(path, "certificate", CertificateDer::pem_file_iter(path).and_then(Iterator::collect))
 }
 
-fn all<T>(path: &Path, read: std::result::Result<Vec<T>, PemError>) -> Result<Vec<T>> {
+/// All of a file; `what` names one of them in an error.
+fn all<T>(path: &Path, what: &str, read: std::result::Result<Vec<T>, PemError>) -> Result<Vec<T>> {
     match read {
         Ok(list) if list.is_empty() => {
-            Err(InvalidCredentials::new(path, pem_problem(PemError::NoItemsFound, "certificate")))
+            Err(InvalidCredentials::new(path, pem_problem(PemError::NoItemsFound, what)))
         }
         Ok(list) => Ok(list),
-        Err(error) => Err(InvalidCredentials::new(path, pem_problem(error, "certificate"))),
+        Err(error) => Err(InvalidCredentials::new(path, pem_problem(error, what))),
     }
 }
 
@@ -116,6 +146,19 @@ fn pem_problem(error: PemError, what: &str) -> String {
         PemError::Io(error) if error.kind() == io::ErrorKind::NotFound => "there is no such file".to_owned(),
         PemError::Io(error) => error.to_string(),
         other => format!("no {what} in PEM form: {other}"),
+    }
+}
+
+/// A CA that has expired signs for rustls as before: a root is a name and a key to it. QEMU refuses the file.
+fn warn_if_expired(path: &Path, certificate: &[u8]) {
+    let Ok((_, certificate)) = X509Certificate::from_der(certificate) else { return };
+    let end = certificate.validity().not_after;
+    if end < ASN1Time::now() {
+        let subject = shown_subject(certificate.subject());
+        tracing::warn!(
+            file = %path.display(),
+            "the CA certificate \"{subject}\" expired at {end}: it is trusted all the same, and a QEMU refuses it"
+        );
     }
 }
 

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use rustls::crypto::CryptoProvider;
 
-#[cfg(not(any(feature = "aws-lc-rs", feature = "ring")))]
-compile_error!("TLS needs one of the features aws-lc-rs and ring");
+#[cfg(not(any(feature = "aws-lc", feature = "ring")))]
+compile_error!("TLS needs one of the features aws-lc and ring");
 
 /// A library of cryptographic primitives. Which are there, the crate's features decide; docs/tls.md compares them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TlsProvider {
     /// aws-lc-rs.
-    #[cfg(feature = "aws-lc-rs")]
+    #[cfg(feature = "aws-lc")]
     AwsLc,
     /// ring.
     #[cfg(feature = "ring")]
@@ -21,7 +21,7 @@ pub enum TlsProvider {
 impl TlsProvider {
     /// All that were compiled in, the default first.
     pub const ALL: &'static [Self] = &[
-        #[cfg(feature = "aws-lc-rs")]
+        #[cfg(feature = "aws-lc")]
         Self::AwsLc,
         #[cfg(feature = "ring")]
         Self::Ring,
@@ -30,7 +30,7 @@ impl TlsProvider {
     /// What rustls needs of it.
     pub(crate) fn for_rustls(self) -> Arc<CryptoProvider> {
         Arc::new(match self {
-            #[cfg(feature = "aws-lc-rs")]
+            #[cfg(feature = "aws-lc")]
             Self::AwsLc => rustls::crypto::aws_lc_rs::default_provider(),
             #[cfg(feature = "ring")]
             Self::Ring => rustls::crypto::ring::default_provider(),
@@ -41,9 +41,9 @@ impl TlsProvider {
 impl Default for TlsProvider {
     /// aws-lc-rs if it is compiled in.
     fn default() -> Self {
-        #[cfg(feature = "aws-lc-rs")]
+        #[cfg(feature = "aws-lc")]
         return Self::AwsLc;
-        #[cfg(not(feature = "aws-lc-rs"))]
+        #[cfg(not(feature = "aws-lc"))]
         return Self::Ring;
     }
 }
@@ -67,7 +67,7 @@ pub(crate) struct Unsound;
 
 /// A key for one direction.
 pub(crate) enum Key {
-    #[cfg(feature = "aws-lc-rs")]
+    #[cfg(feature = "aws-lc")]
     AwsLc(aws_lc_rs::aead::LessSafeKey),
     #[cfg(feature = "ring")]
     Ring(Box<ring::aead::LessSafeKey>),
@@ -107,7 +107,7 @@ macro_rules! open {
 impl Key {
     pub(crate) fn new(provider: TlsProvider, algorithm: Algorithm, bytes: &[u8]) -> Result<Self, Unsound> {
         Ok(match provider {
-            #[cfg(feature = "aws-lc-rs")]
+            #[cfg(feature = "aws-lc")]
             TlsProvider::AwsLc => Self::AwsLc(key!(aws_lc_rs, algorithm, bytes)),
             #[cfg(feature = "ring")]
             TlsProvider::Ring => Self::Ring(Box::new(key!(ring, algorithm, bytes))),
@@ -123,7 +123,7 @@ impl Key {
         tag: &mut [u8],
     ) -> Result<(), Unsound> {
         match self {
-            #[cfg(feature = "aws-lc-rs")]
+            #[cfg(feature = "aws-lc")]
             Self::AwsLc(key) => seal!(aws_lc_rs, key, nonce, header, text, tag),
             #[cfg(feature = "ring")]
             Self::Ring(key) => seal!(ring, key, nonce, header, text, tag),
@@ -138,7 +138,7 @@ impl Key {
         text: &mut [u8],
     ) -> Result<usize, Unsound> {
         match self {
-            #[cfg(feature = "aws-lc-rs")]
+            #[cfg(feature = "aws-lc")]
             Self::AwsLc(key) => open!(aws_lc_rs, key, nonce, header, text),
             #[cfg(feature = "ring")]
             Self::Ring(key) => open!(ring, key, nonce, header, text),

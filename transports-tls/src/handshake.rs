@@ -1,19 +1,18 @@
 //! The handshake, of either end, on a socket that does not block.
 
 use std::io::{self, Read};
+use std::net::Shutdown;
 use std::time::Duration;
 
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
-use socket2::{SockRef, Socket};
-use tokio::io::Interest;
-use tokio::time::timeout;
+use socket2::Socket;
 
 use super::opener::Opener;
 use super::provider::{TlsProvider, Unsound};
 use super::record::{HEADER_LEN, MAX_PAYLOAD, Protection, content};
 use super::sealer::Sealer;
 use super::secrets::{Handshaking, Secrets};
-use crate::door::Client;
+use super::socket::{AsyncSocket, Ready};
 
 /// Bytes of a handshake that may be waiting to be understood; a chain of certificates is some KiB.
 const MAX_WAITING: usize = 128 << 10;
@@ -25,8 +24,8 @@ const GOODBYE: Duration = Duration::from_secs(1);
 const UNEXPECTED_MESSAGE: [u8; 7] = [content::ALERT, 3, 3, 0, 2, 2, 10];
 
 /// A socket in its handshake.
-pub(crate) struct Line {
-    client: Client,
+pub(crate) struct Line<S> {
+    socket: S,
     /// Received and not understood yet.
     incoming: Vec<u8>,
     /// How much of it rustls has been shown: whole records.
@@ -65,9 +64,9 @@ enum Next {
     Write,
 }
 
-impl Line {
-    pub(crate) fn new(client: Client) -> Self {
-        Self { client, incoming: Vec::new(), shown: 0, outgoing: Vec::new(), received: 0 }
+impl<S: AsyncSocket> Line<S> {
+    pub(crate) fn new(socket: S) -> Self {
+        Self { socket, incoming: Vec::new(), shown: 0, outgoing: Vec::new(), received: 0 }
     }
 
     /// Shakes hands. When that fails, the peer has been told why, if it listens. `on_received` hears how many bytes the peer
@@ -75,7 +74,7 @@ impl Line {
     pub(crate) async fn shake_hands<C: Handshaking>(
         &mut self,
         mut connection: C,
-        on_received: &mut (dyn FnMut(usize) + Send),
+        on_received: &mut dyn FnMut(usize),
     ) -> Result<C, Failure> {
         loop {
             match self.step(&mut connection) {
@@ -113,7 +112,7 @@ impl Line {
         let sending = Protection::new(provider, version, keys.tx).map_err(unsound)?;
         let receiving = Protection::new(provider, version, keys.rx).map_err(unsound)?;
         Ok(Parts {
-            socket: self.client.into_socket().map_err(Failure::Broken)?,
+            socket: self.socket.into_socket().map_err(Failure::Broken)?,
             sealer: Sealer::new(sending, secrets.record_limit()),
             opener: Opener::new(receiving, &self.incoming),
             secrets,
@@ -182,8 +181,8 @@ impl Line {
 
     async fn flush(&mut self) -> io::Result<()> {
         while !self.outgoing.is_empty() {
-            let send = |socket: SockRef<'_>| socket.send_with_flags(&self.outgoing, libc::MSG_NOSIGNAL);
-            let sent = self.client.when_ready(Interest::WRITABLE, send).await?;
+            let send = |socket: &Socket| socket.send_with_flags(&self.outgoing, libc::MSG_NOSIGNAL);
+            let sent = self.socket.when_ready(Ready::Writable, send).await?;
             self.outgoing.drain(..sent);
         }
         Ok(())
@@ -191,7 +190,7 @@ impl Line {
 
     /// Receives at least a byte, or 0 at the end.
     async fn receive(&self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.client.when_ready(Interest::READABLE, |socket| (&*socket).read(bytes)).await
+        self.socket.when_ready(Ready::Readable, |mut socket| socket.read(bytes)).await
     }
 
     /// Sends the alert.
@@ -221,9 +220,10 @@ impl Line {
     /// Sends what is left, and waits for the peer to hang up: to close with bytes unread would reset the connection, and the
     /// alert might be lost with it.
     async fn part(&mut self) {
-        let heard = timeout(GOODBYE, async {
+        let heard = S::within(GOODBYE, async {
             self.flush().await?;
-            self.client.shutdown()?;
+            let end = |socket: &Socket| socket.shutdown(Shutdown::Write);
+            self.socket.when_ready(Ready::Writable, end).await?;
             let mut bytes = [0; 4096];
             while self.receive(&mut bytes).await? > 0 {}
             Ok::<_, io::Error>(())

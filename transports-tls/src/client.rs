@@ -1,5 +1,6 @@
 //! The dialling end of TLS.
 
+use std::fmt::Display;
 use std::io::{self, ErrorKind};
 use std::num::NonZeroU64;
 use std::path::Path;
@@ -11,16 +12,14 @@ use rustls::client::{Resumption, UnbufferedClientConnection, WebPkiServerVerifie
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::ServerName;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use socket2::Socket;
 
 use super::alert::Role;
 use super::credentials::{Directory, InvalidCredentials};
 use super::handshake::{Failure, Line};
 use super::provider::TlsProvider;
+use super::socket::AsyncSocket;
 use super::stream::{Settings, TlsStream};
 use super::verify::{Circumstances, Seen, Witness};
-use crate::Endpoint;
-use crate::door::Client;
 
 /// How to dial by TLS: whom to trust, who we are. Cheap to clone.
 ///
@@ -35,6 +34,10 @@ pub struct TlsClient {
     hostname: Option<ServerName<'static>>,
     settings: Settings,
 }
+
+/// A name that the certificate of a server must have: see [`TlsClient::expected_name`].
+#[derive(Clone, Debug)]
+pub struct ExpectedName(ServerName<'static>);
 
 impl TlsClient {
     /// Reads `ca-cert.pem`, and if they are there `ca-crl.pem`, `client-cert.pem` and `client-key.pem` of a directory. Without
@@ -59,9 +62,7 @@ impl TlsClient {
         if !revoked.is_empty() {
             verifier = verifier.with_crls(revoked).allow_unknown_revocation_status();
         }
-        let verifier = verifier
-            .build()
-            .map_err(|error| InvalidCredentials::new(&directory.ca_path(), error.to_string()))?;
+        let verifier = verifier.build().map_err(|error| directory.blame(&error))?;
         let identity = directory.identity("client", &crypto)?;
         let settings =
             Settings { role: Role::Client, certified: identity.is_some(), provider, refresh_after: None };
@@ -97,30 +98,34 @@ impl TlsClient {
         self.identity.is_some()
     }
 
-    /// The name to expect at `endpoint`.
-    pub(crate) fn server_name(&self, endpoint: &Endpoint) -> io::Result<ServerName<'static>> {
+    /// The name to expect of the server: the one that was [set](Self::hostname), or else the `host` that is dialled, if there
+    /// is one. `endpoint` is for the error.
+    ///
+    /// # Errors
+    /// `InvalidInput`: there is none, or it is no name that a certificate may have.
+    pub fn expected_name(&self, host: Option<&str>, endpoint: &dyn Display) -> io::Result<ExpectedName> {
         if let Some(name) = &self.hostname {
-            return Ok(name.clone());
+            return Ok(ExpectedName(name.clone()));
         }
-        let host = match endpoint {
-            Endpoint::Tcp { host, .. } if host.is_empty() => "localhost",
-            // Which interface it is said to be behind is nobody else's business.
-            Endpoint::Tcp { host, .. } => host.split('%').next().unwrap_or(host),
-            other => {
-                let text = format!("TLS over {other}: no host name to expect in the certificate, set one");
-                return Err(io::Error::new(ErrorKind::InvalidInput, text));
-            }
+        let Some(host) = host else {
+            let text = format!("TLS over {endpoint}: no host name to expect in the certificate, set one");
+            return Err(io::Error::new(ErrorKind::InvalidInput, text));
         };
-        ServerName::try_from(host.to_owned()).map_err(|_| {
+        // Which interface it is said to be behind is nobody else's business.
+        let host = host.split('%').next().unwrap_or(host);
+        ServerName::try_from(host.to_owned()).map(ExpectedName).map_err(|_| {
             let text = format!("{host:?} is no name that a certificate may have, set the one to expect");
             io::Error::new(ErrorKind::InvalidInput, text)
         })
     }
 
-    /// Makes a connected socket a sealed stream.
-    pub(crate) async fn connect(&self, socket: Socket, name: ServerName<'static>) -> io::Result<TlsStream> {
+    /// Makes a connected socket a sealed stream. `name` is that of [`expected_name`](Self::expected_name).
+    ///
+    /// # Errors
+    /// `InvalidData`: there is no agreement with the peer, and why.
+    pub async fn connect<S: AsyncSocket>(&self, socket: S, name: ExpectedName) -> io::Result<TlsStream> {
         let seen = Seen::default();
-        let outcome = self.shake_hands(socket, name, &seen).await;
+        let outcome = self.shake_hands(socket, name.0, &seen).await;
         match outcome {
             Ok(stream) => Ok(stream),
             Err(failure) => {
@@ -132,15 +137,15 @@ impl TlsClient {
         }
     }
 
-    async fn shake_hands(
+    async fn shake_hands<S: AsyncSocket>(
         &self,
-        socket: Socket,
+        socket: S,
         name: ServerName<'static>,
         seen: &Seen,
     ) -> Result<TlsStream, Failure> {
         let config = self.config(seen).map_err(Failure::Tls)?;
         let connection = UnbufferedClientConnection::new(Arc::new(config), name).map_err(Failure::Tls)?;
-        let mut line = Line::new(Client::new(socket).map_err(Failure::Broken)?);
+        let mut line = Line::new(socket);
         let connection = line.shake_hands(connection, &mut |_| {}).await?;
         let parts = line.into_parts(connection, self.settings.provider)?;
         TlsStream::new(parts, self.settings).into_blocking().map_err(Failure::Broken)

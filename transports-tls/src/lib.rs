@@ -1,0 +1,46 @@
+//! TLS for the channels of a migration: handshakes and a record layer over connected sockets.
+//!
+//! ```text
+//!  credentials ── files under QEMU's names ──> client, server: settings
+//!                                                  | connect, accept
+//!  verify, names ── whose certificate it is ──> handshake: rustls, on a socket that does not block
+//!                                                  | keys
+//!  record: one record, sealed or opened in place   v
+//!    sealer: several to one write ──────────── stream: blocking, one thread sends, one receives
+//!    opener: several from one read ─────────────+
+//!    secrets: the next keys ────────────────────+
+//!  provider: whose AES it is      alert: what the peer's last word means      socket: the caller's event loop
+//! ```
+//!
+//! rustls shakes hands, checks certificates and derives keys. The records are our own, because its are copied three times
+//! and locked for both directions: see docs/tls.md.
+
+mod alert;
+mod client;
+mod credentials;
+mod handshake;
+#[doc(hidden)]
+pub mod measure;
+mod names;
+mod opener;
+mod provider;
+mod record;
+mod revocation;
+mod sealer;
+mod secrets;
+mod server;
+mod socket;
+mod stream;
+mod verify;
+
+pub use client::{ExpectedName, TlsClient};
+pub use credentials::InvalidCredentials;
+pub use provider::TlsProvider;
+pub use server::{Stage, TlsServer};
+pub use socket::{AsyncSocket, FirstBytes, Ready};
+pub use stream::TlsStream;
+
+#[cfg(test)]
+mod tests {
+    mod records;
+}
