@@ -14,35 +14,31 @@
 //! The embedder owns the virtual machine: nothing here starts, stops or inspects a vCPU. All calls block; threads are the
 //! engine's own, one a channel, and end with the migration, whatever ends it. Nothing asks for an async runtime.
 
-mod checkpoint;
+mod at_rest;
 mod config;
 mod convergence;
 mod destination;
-mod dialect;
 mod dirty;
 mod error;
-mod mapped;
-mod open_set;
-mod pagemap;
-mod ram;
-mod recording;
+mod guest;
+mod io;
+mod os;
 mod report;
-mod sections;
-mod session;
+mod run;
 mod source;
-mod state;
-mod stop;
 mod stream;
 mod sync;
 #[cfg(feature = "vhost")]
 pub mod vhost;
 mod work;
-mod workers;
 
-pub use checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, EarlyState, Manifest};
+pub use at_rest::checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, EarlyState, Manifest};
 pub use config::{DestinationConfig, SourceConfig, parameter, rule};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 // For multifd-tune, whose model decides as a source does. Not covered by semantic versioning.
+pub use at_rest::recording::{
+    Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,
+};
 #[doc(hidden)]
 pub use convergence::{Convergence, RoundFacts};
 pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
@@ -52,19 +48,16 @@ pub use dirty::{
 #[cfg(feature = "kvm")]
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use error::{Error, ErrorKind, Phase, Result};
-pub use pagemap::{PageQuery, PageRun};
-pub use ram::{DirtyBitmap, HostMemory, PAGE, RamBlock};
-pub use recording::{
-    Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,
-};
+pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock};
+pub use os::pagemap::{PageQuery, PageRun};
 pub use report::{Figures, Report};
-pub use sections::EarlySections;
-pub use session::{Canceller, DEFAULT_TIMEOUT, HandOver, Progress, ProgressReader};
+pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, Progress, ProgressReader};
+pub use run::state::MigrationState;
 pub use source::{
     Control, DeviceState, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats,
     ZeroPages,
 };
-pub use state::MigrationState;
+pub use stream::sections::EarlySections;
 pub use work::{Batch, Claim, Next, Origin, Place, Requested, Round, UrgentPages, WantedPage};
 
 pub use multifd_codecs as codecs;

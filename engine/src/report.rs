@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::convergence::{DowntimeLedger, RoundRecord};
-use crate::session::{Progress, Session};
+use crate::run::session::{Progress, Session};
 use crate::source::{XbzrleStats, ZeroCopyStats};
 
 /// The account of a migration that has ended well.

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::parameter;
 use crate::destination::SwitchoverAck;
-use crate::session::DEFAULT_TIMEOUT;
+use crate::run::session::DEFAULT_TIMEOUT;
 
 /// How a destination receives a guest: plain data. What is an object (memory, codecs, TLS credentials) is the
 /// [`DestinationBuilder`](crate::DestinationBuilder)'s.

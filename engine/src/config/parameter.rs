@@ -8,7 +8,7 @@ use std::ops::RangeInclusive;
 
 use multifd_codecs::{ZlibLevel, ZstdLevel};
 
-use crate::ram::PAGE;
+use crate::guest::PAGE;
 
 /// A migration parameter of QEMU's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

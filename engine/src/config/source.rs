@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::parameter;
 use super::rule::{self, Feature};
 use crate::convergence::{AutoConverge, Limits};
-use crate::session::DEFAULT_TIMEOUT;
+use crate::run::session::DEFAULT_TIMEOUT;
 use crate::source::{ZeroCopySend, ZeroPages};
 
 /// How a source moves its guest: plain data. What is an object (the guest's RAM, dirty logs, the codec, TLS credentials) is

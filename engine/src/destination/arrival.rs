@@ -5,7 +5,7 @@ use multifd_wire::split_tail;
 use super::landing::{Gap, Landings};
 use super::tail::Tail;
 use crate::error::{Error, Phase, Result};
-use crate::sections::EarlySections;
+use crate::stream::sections::EarlySections;
 
 /// Whose name a device's section ends in, or goes on with (`-device-early`), behind the device's path.
 const VIRTIO_MEM: &str = "virtio-mem";

@@ -12,9 +12,9 @@ use super::shared::{DevicePacket, Shared};
 use super::tail::Described;
 use crate::error::{Error, Phase, Result};
 use crate::report::Report;
-use crate::sections::EarlySections;
-use crate::session::{HandOver, Progress};
-use crate::workers::Crew;
+use crate::run::session::{HandOver, Progress};
+use crate::run::workers::Crew;
+use crate::stream::sections::EarlySections;
 
 /// How long a source may take to close its channels after it was told of success. It has nothing left to say.
 const LINGER: Duration = Duration::from_secs(1);

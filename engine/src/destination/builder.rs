@@ -8,9 +8,9 @@ use multifd_transports::{Endpoint, Listener, SocketOptions, TlsServer};
 
 use super::{Destination, IncomingRam, SwitchoverAck};
 use crate::config::DestinationConfig;
-use crate::dialect;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::session::Session;
+use crate::run::session::Session;
+use crate::stream::dialect;
 
 /// Settings of a [`Destination`], and the objects that it works with. Made by [`Destination::builder`].
 pub struct DestinationBuilder {

@@ -11,11 +11,12 @@ use multifd_wire::{
 
 use super::landing::{Landing, Landings, Way};
 use super::shared::{DevicePacket, Shared};
-use crate::dialect;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{IoVecs, PAGE, PAGE_SIZE};
-use crate::session::Counters;
-use crate::workers::Crew;
+use crate::guest::{PAGE, PAGE_SIZE};
+use crate::io::IoVecs;
+use crate::run::session::Counters;
+use crate::run::workers::Crew;
+use crate::stream::dialect;
 
 const HEADER_LEN: usize = header_len(PAGE_SIZE);
 

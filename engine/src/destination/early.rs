@@ -3,8 +3,8 @@
 use multifd_wire::{Footer, Item, MAX_TAIL, SectionId, TailScanner};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::sections::{EarlySections, goes_on};
 use crate::stream::StreamReader;
+use crate::stream::sections::{EarlySections, goes_on};
 
 const WHAT: &str = "a device section before the end of RAM";
 

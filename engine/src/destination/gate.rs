@@ -12,7 +12,7 @@ use std::time::Duration;
 use multifd_transports::Closer;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::stop::{Monitor, StopSwitch};
+use crate::run::stop::{Monitor, StopSwitch};
 
 /// Why a channel cannot join.
 #[derive(Debug)]
@@ -310,7 +310,7 @@ mod tests {
     use multifd_transports::Channel;
 
     use super::*;
-    use crate::workers::Crew;
+    use crate::run::workers::Crew;
 
     const SOON: Duration = Duration::from_millis(5);
 

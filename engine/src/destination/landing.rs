@@ -9,7 +9,7 @@ use multifd_codecs::xbzrle;
 use multifd_wire::{BlockEntry, BlockName, Configuration};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{Absent, DirtyBitmap, Found, Mappings, PAGE, PageTable, READING, RamBlock};
+use crate::guest::{Absent, DirtyBitmap, Found, Mappings, PAGE, PageTable, READING, RamBlock};
 
 /// Who provides the memory for the blocks that a source announces.
 ///
@@ -306,7 +306,7 @@ fn incompatible(detail: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ram::HostMemory;
+    use crate::guest::HostMemory;
 
     #[test]
     fn written_pages_are_known_over_the_parts_borders() {

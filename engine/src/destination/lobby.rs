@@ -12,8 +12,8 @@ use super::channel::ChannelWorker;
 use super::gate::JoinError;
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::stop::Monitor;
-use crate::workers::Crew;
+use crate::run::stop::Monitor;
+use crate::run::workers::Crew;
 
 /// Accepts until the listener is closed or stopped: hands main over, starts a worker for every other channel.
 pub(crate) struct Lobby {

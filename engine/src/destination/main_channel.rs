@@ -26,10 +26,10 @@ use super::shared::Shared;
 use super::stream_end;
 use super::switchover::{Acknowledgement, SwitchoverAck};
 use super::tail::{self, Tail};
-use crate::dialect;
 use crate::error::{Error, Phase, Result};
-use crate::sections::EarlySections;
 use crate::stream::StreamReader;
+use crate::stream::dialect;
+use crate::stream::sections::EarlySections;
 
 /// Type bytes of the items that begin the devices' part. Spec: docs/wire.md §1.
 const EOF: u8 = 0x00;

@@ -12,11 +12,11 @@ use multifd_wire::{BlockEntry, MappedRamHeader};
 use super::landing::{Landing, Landings};
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::mapped::{StoredBits, file};
-use crate::ram::PAGE;
-use crate::session::{Counters, Session};
-use crate::stop::Monitor;
-use crate::workers::Crew;
+use crate::guest::PAGE;
+use crate::run::session::{Counters, Session};
+use crate::run::stop::Monitor;
+use crate::run::workers::Crew;
+use crate::stream::mapped_layout::{StoredBits, file};
 
 /// Who reads the pages of a `mapped-ram` file, and how.
 pub(crate) struct PageReaders {

@@ -40,10 +40,10 @@ pub use switchover::SwitchoverAck;
 
 use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::session::{Canceller, ProgressReader, Session};
-use crate::state::MigrationState;
+use crate::run::session::{Canceller, ProgressReader, Session};
+use crate::run::state::MigrationState;
+use crate::run::workers::Crew;
 use crate::stream::StreamReader;
-use crate::workers::Crew;
 use lobby::{Lobby, Main};
 use main_channel::MainChannel;
 use mapped::PageReaders;
@@ -110,7 +110,7 @@ impl Destination {
         }
     }
 
-    fn wait_for_main(&self, main: &crate::stop::Monitor<Main>, shared: &Shared) -> Result<Channel> {
+    fn wait_for_main(&self, main: &crate::run::stop::Monitor<Main>, shared: &Shared) -> Result<Channel> {
         let patience = self.session.timeout;
         main.wait(&self.session.stop, Some(patience), |main| main.channel.take()).ok_or_else(|| {
             let detail = format!("no main channel on {} within {patience:?}", self.listener.endpoint());

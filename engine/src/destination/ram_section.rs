@@ -9,10 +9,10 @@ use super::landing::{IncomingRam, Landing, Landings};
 use super::mapped::PageReaders;
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::mapped::{self, CAPABILITY};
-use crate::ram::{PAGE, PAGE_SIZE};
-use crate::session::Counters;
+use crate::guest::{PAGE, PAGE_SIZE};
+use crate::run::session::Counters;
 use crate::stream::StreamReader;
+use crate::stream::mapped_layout::{self, CAPABILITY};
 
 /// Which item of the section is being read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -226,7 +226,7 @@ fn read_block_list(reader: &mut StreamReader, mapped: bool) -> Result<Vec<BlockE
     let mut list = BlockListBuilder::new(total, PAGE_SIZE);
     while !list.complete() {
         let entry = reader.next(Phase::Setup, what, |bytes| BlockEntry::parse(bytes, format))?;
-        let next = mapped::next_entry(&entry, reader.position());
+        let next = mapped_layout::next_entry(&entry, reader.position());
         list.push(entry).map_err(|invalid| Error::invalid(Phase::Setup, invalid))?;
         if let Some(position) = next.map_err(|invalid| Error::invalid(Phase::Setup, invalid))? {
             reader.jump(position, "the pages of a RAM block")?;

@@ -7,7 +7,7 @@ use multifd_transports::Channel;
 use multifd_wire::ReturnMessage;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::stop::lock;
+use crate::run::stop::lock;
 
 /// Status in SHUT: the guest has arrived.
 const SHUT_SUCCESS: u32 = 0;

@@ -11,8 +11,8 @@ use super::gate::Gate;
 use super::landing::Landings;
 use super::refusals::Refusals;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::session::Session;
-use crate::stop::{Monitor, StopSwitch};
+use crate::run::session::Session;
+use crate::run::stop::{Monitor, StopSwitch};
 
 /// Device state that came over a parallel channel, for the device that knows what it means.
 #[derive(Clone, Debug)]

@@ -27,7 +27,7 @@ use multifd_wire::BlockName;
 
 use super::coverage::pages_covered;
 use super::{Coverage, DirtyLog};
-use crate::ram::{DirtyBitmap, PAGE, RamBlock};
+use crate::guest::{DirtyBitmap, PAGE, RamBlock};
 
 /// Writes to the guest's memory on a thread of its own, at least once, and returns soon after `running` is false.
 pub type Writer<'a> = &'a (dyn Fn(&AtomicBool) + Sync);
@@ -218,7 +218,7 @@ mod tests {
 
     use super::*;
     use crate::dirty::{DirtyLogError, SoftwareLog};
-    use crate::ram::HostMemory;
+    use crate::guest::HostMemory;
 
     fn ram() -> Vec<RamBlock> {
         let block = |name: &str, pages| {

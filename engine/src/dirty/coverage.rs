@@ -6,7 +6,7 @@ use multifd_wire::BlockName;
 
 use super::DirtyLog;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{DirtyBitmap, RamBlock};
+use crate::guest::{DirtyBitmap, RamBlock};
 
 /// How much of a block's memory a dirty log covers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,7 +98,7 @@ mod tests {
 
     use super::*;
     use crate::dirty::DirtyLogError;
-    use crate::ram::{HostMemory, PAGE};
+    use crate::guest::{HostMemory, PAGE};
 
     struct Says(fn(&RamBlock) -> Coverage);
 

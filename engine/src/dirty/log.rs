@@ -5,7 +5,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use super::Coverage;
-use crate::ram::{DirtyBitmap, RamBlock};
+use crate::guest::{DirtyBitmap, RamBlock};
 
 /// Notes which pages of guest memory are written: a hypervisor's log, a fault handler's, a device back-end's, your own.
 ///

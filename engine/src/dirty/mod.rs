@@ -7,7 +7,6 @@ mod coverage;
 mod kvm;
 mod log;
 mod region;
-mod request;
 mod set;
 mod software;
 mod userfault;

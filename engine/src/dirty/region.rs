@@ -8,7 +8,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, MmapRegion};
 
 use super::software::{bitmap_of, place_of};
 use super::{Coverage, DirtyLog, DirtyLogError};
-use crate::ram::{DirtyBitmap, PAGE, RamBlock};
+use crate::guest::{DirtyBitmap, PAGE, RamBlock};
 
 /// The bitmaps of a VMM whose guest memory is `GuestMemoryMmap<AtomicBitmap>`: whatever is written through vm-memory is
 /// noted there by vm-memory itself.
@@ -147,7 +147,7 @@ mod tests {
     use vm_memory::{Bytes, VolatileMemory};
 
     use super::*;
-    use crate::ram::HostMemory;
+    use crate::guest::HostMemory;
 
     fn written(grain: usize, pages: usize, writes: &[(usize, usize)]) -> Vec<usize> {
         let bitmap = AtomicBitmap::new(pages * PAGE, NonZeroUsize::new(grain).unwrap());

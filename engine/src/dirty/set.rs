@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{DirtyLog, DirtyLogError, Unwritten};
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{DirtyBitmap, RamBlock};
+use crate::guest::{DirtyBitmap, RamBlock};
 
 /// Logs that were started; dropping it stops them, whatever ended the migration.
 #[derive(Default)]

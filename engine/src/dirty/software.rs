@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use multifd_wire::BlockName;
 
 use super::{Coverage, DirtyLog, DirtyLogError};
-use crate::ram::{DirtyBitmap, PAGE, RamBlock};
+use crate::guest::{DirtyBitmap, PAGE, RamBlock};
 
 /// Bitmaps that the embedder marks: for device back-ends that write to guest memory from threads of the VMM, for
 /// interpreters, or for any memory that nothing else watches.
@@ -144,7 +144,7 @@ pub(crate) fn bitmap_of<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ram::HostMemory;
+    use crate::guest::HostMemory;
 
     fn ram(blocks: &[(&str, usize)]) -> Vec<RamBlock> {
         let block = |(name, pages): &(&str, usize)| {

@@ -13,12 +13,12 @@ use super::outgoing::ZeroPages;
 use super::zero_copy::ZeroCopySend;
 use crate::config::{SourceConfig, Surroundings};
 use crate::convergence::{AutoConverge, Limits};
-use crate::dialect;
 use crate::dirty::{DirtyLog, Unwritten};
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::RamBlock;
-use crate::sections::EarlySections;
-use crate::session::{Canceller, ProgressReader, Session};
+use crate::guest::RamBlock;
+use crate::run::session::{Canceller, ProgressReader, Session};
+use crate::stream::dialect;
+use crate::stream::sections::EarlySections;
 
 /// The sending end of a migration that has not been connected yet.
 pub struct Source {

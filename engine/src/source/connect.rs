@@ -19,9 +19,9 @@ use crate::config::{Opened, Surroundings};
 use crate::convergence::Convergence;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::mapped::CAPABILITY;
-use crate::state::MigrationState;
-use crate::workers::Crew;
+use crate::run::state::MigrationState;
+use crate::run::workers::Crew;
+use crate::stream::mapped_layout::CAPABILITY;
 
 /// What connecting makes.
 struct Parts {

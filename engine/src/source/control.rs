@@ -8,9 +8,9 @@ use multifd_transports::Pacer;
 
 use crate::convergence::Limits;
 use crate::error::{Error, Phase, Result};
-use crate::session::{Canceller, Progress, Session};
-use crate::state::MigrationState;
-use crate::stop::{Monitor, lock};
+use crate::run::session::{Canceller, Progress, Session};
+use crate::run::state::MigrationState;
+use crate::run::stop::{Monitor, lock};
 
 /// Steers a source from any thread: limits, the go-ahead, cancel. Clones steer the same migration.
 #[derive(Clone)]

@@ -2,7 +2,7 @@
 
 use multifd_wire::{Footer, Invalid, Item, SectionHead, SectionId, TailScanner};
 
-use crate::ram::PAGE;
+use crate::guest::PAGE;
 
 /// Type byte of the vmdescription. Spec: docs/wire.md §1.
 const VM_DESCRIPTION: u8 = 0x06;

@@ -8,7 +8,7 @@ use multifd_wire::{Command, Configuration, Footer, Item, RamRecord, SectionHead,
 use super::outgoing::OutgoingRam;
 use super::rounds::{BlockNaming, ZeroReport};
 use crate::error::{Error, Phase, Result};
-use crate::ram::PAGE_SIZE;
+use crate::guest::PAGE_SIZE;
 
 /// The RAM section's number in our streams. Any would do; QEMU's x86 machines use this one.
 const RAM_ID: SectionId = SectionId(1);

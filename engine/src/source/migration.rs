@@ -16,11 +16,11 @@ use crate::convergence::DowntimeLedger;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::report::Report;
-use crate::sections::EarlySections;
-use crate::session::{Counters, HandOver};
-use crate::state::MigrationState;
+use crate::run::session::{Counters, HandOver};
+use crate::run::state::MigrationState;
+use crate::run::workers::Crew;
+use crate::stream::sections::EarlySections;
 use crate::work::Round;
-use crate::workers::Crew;
 
 /// Marks the PING at the end of a round; the round's number is below it.
 const ROUND_PING: u32 = 0x8000_0000;

@@ -7,7 +7,7 @@ use multifd_wire::{BlockEntry, Configuration};
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{Absent, DirtyBitmap, Found, Mappings, PageTable, READING, RamBlock};
+use crate::guest::{Absent, DirtyBitmap, Found, Mappings, PageTable, READING, RamBlock};
 use crate::work::Round;
 
 /// How pages that are all zero go out (QEMU's zero-page-detection).
@@ -198,7 +198,7 @@ impl OutgoingBlock {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ram::{HostMemory, PAGE};
+    use crate::guest::{HostMemory, PAGE};
 
     /// The kernel says that an address of a whole packet was bad, not which.
     #[test]

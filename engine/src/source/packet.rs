@@ -8,9 +8,9 @@ use vm_memory::VolatileSlice;
 use super::outgoing::{OutgoingBlock, OutgoingRam, ZeroRoute};
 use super::page_cache::{Lookup, PageCache};
 use super::rounds::RoundContext;
-use crate::dialect;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{Found, PAGE};
+use crate::guest::{Found, PAGE};
+use crate::stream::dialect;
 
 /// Buffers are kept from packet to packet. 512 KiB of pages at most.
 #[derive(Default)]

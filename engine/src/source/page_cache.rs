@@ -7,8 +7,8 @@ use multifd_codecs::xbzrle::{self, Outcome};
 use serde::Serialize;
 
 use super::rounds::RoundContext;
-use crate::ram::PAGE;
-use crate::stop::lock;
+use crate::guest::PAGE;
+use crate::run::stop::lock;
 
 /// Direct-mapped: a page has one slot, shared with others. Each slot has its own lock, which no thread holds for long.
 #[derive(Debug)]

@@ -8,9 +8,9 @@ use super::migration::{Migration, Section};
 use super::rounds::RoundContext;
 use crate::convergence::{Convergence, Decision, DowntimeLedger, RoundFacts, RoundRecord};
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::PAGE;
+use crate::guest::PAGE;
 use crate::report::Report;
-use crate::session::{Canceller, Progress, ProgressReader};
+use crate::run::session::{Canceller, Progress, ProgressReader};
 
 /// Connected; the guest runs while rounds move its RAM.
 ///

@@ -9,8 +9,8 @@ use multifd_transports::Channel;
 use multifd_wire::ReturnMessage;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::stop::{Monitor, StopSwitch};
-use crate::workers::Crew;
+use crate::run::stop::{Monitor, StopSwitch};
+use crate::run::workers::Crew;
 
 /// Reads the return path on a thread of its own until SHUT, the destination's last message.
 pub(super) struct ReturnPathReader {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use multifd_wire::BlockRef;
 
 use crate::error::{Error, Phase, Result};
-use crate::stop::{Monitor, StopSwitch};
+use crate::run::stop::{Monitor, StopSwitch};
 use crate::work::Round;
 
 /// Which round a page goes out in.

@@ -11,10 +11,10 @@ use super::outgoing::OutgoingRam;
 use super::page_cache::PageCache;
 use super::rounds::RoundContext;
 use super::zero_copy::{ZeroCopySend, ZeroCopyStats};
-use crate::dialect::FEATURE_DELTAS;
 use crate::error::{Error, Phase, Result};
-use crate::ram::{PAGE, PAGE_SIZE};
-use crate::session::Session;
+use crate::guest::{PAGE, PAGE_SIZE};
+use crate::run::session::Session;
+use crate::stream::dialect::FEATURE_DELTAS;
 
 pub(super) struct SourceShared {
     pub(super) session: Arc<Session>,

@@ -6,8 +6,8 @@ use multifd_transports::{Channel, ZeroCopy};
 use serde::Serialize;
 
 use crate::error::{Error, Phase, Result};
-use crate::ram::Ranges;
-use crate::session::Counters;
+use crate::io::Ranges;
+use crate::run::session::Counters;
 
 /// Whether the parallel channels let the kernel send pages straight from guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

@@ -14,8 +14,8 @@ use super::region::{self, VhostRegion};
 use super::shared_log::RunLog;
 use super::state::VhostState;
 use crate::dirty::DirtyLogError;
-use crate::ram::RamBlock;
-use crate::stop::lock;
+use crate::guest::RamBlock;
+use crate::run::stop::lock;
 
 /// The vhost devices of a guest, and the memory that they all see. They share one log; devices that shall have one of their
 /// own go into a `VhostDevices` of their own. Cheap to clone: a handle, for any thread.

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::devices::Group;
 use crate::dirty::{Coverage, DirtyLog, DirtyLogError};
-use crate::ram::{DirtyBitmap, RamBlock};
-use crate::stop::lock;
+use crate::guest::{DirtyBitmap, RamBlock};
+use crate::run::stop::lock;
 
 /// The log of a [`VhostDevices`](super::VhostDevices), made by its `log`.
 ///

@@ -8,7 +8,7 @@ use vhost::VhostUserMemoryRegionInfo;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::ram::{PAGE, RamBlock};
+use crate::guest::{PAGE, RamBlock};
 
 /// The highest guest address that there can be, and one: x86 has 52 bits. A log for all of it is a file of 128 GiB, of which
 /// only what stands for memory is ever touched.
@@ -165,7 +165,7 @@ mod tests {
     use vm_memory::{FileOffset, MmapRegion};
 
     use super::*;
-    use crate::ram::HostMemory;
+    use crate::guest::HostMemory;
 
     fn block(name: &str, pages: usize) -> RamBlock {
         RamBlock::new(name.try_into().unwrap(), HostMemory::anonymous(pages * PAGE).unwrap())

@@ -11,7 +11,7 @@ use vm_memory::GuestAddress;
 use super::region::VhostRegion;
 use super::sys;
 use crate::dirty::{DirtyLogError, bitmap_of, place_of};
-use crate::ram::{DirtyBitmap, HostMemory, PAGE, RamBlock};
+use crate::guest::{DirtyBitmap, HostMemory, PAGE, RamBlock};
 
 /// Pages in a word of the log.
 const PAGES: u64 = 64;

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::slice;
 use std::sync::atomic::AtomicU64;
 
-use crate::ram::HostMemory;
+use crate::guest::HostMemory;
 
 /// A memfd of `len` bytes, all zero, that nobody can make shorter or longer: a back-end that cut it would kill us by SIGBUS.
 pub(super) fn sealed_memfd(name: &std::ffi::CStr, len: u64) -> io::Result<File> {

@@ -71,7 +71,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::ram::DirtyBitmap;
+    use crate::guest::DirtyBitmap;
     use crate::work::Requested;
 
     /// Two blocks of 200 and 100 pages, all dirty.

@@ -2,7 +2,7 @@
 
 use crossbeam_utils::CachePadded;
 
-use crate::ram::{DirtyBitmap, PAGES_PER_WORD};
+use crate::guest::{DirtyBitmap, PAGES_PER_WORD};
 use crate::sync::{Arc, AtomicUsize, Ordering};
 
 /// Bitmap words claimed in one go: 64 words are 4096 pages, 16 MiB of neighbouring guest memory.

@@ -1,7 +1,7 @@
 //! Pages that are wanted before their turn: a vCPU waits for them, at the destination of a post-copy
 //! or at the source of a background snapshot.
 
-use crate::ram::DirtyBitmap;
+use crate::guest::DirtyBitmap;
 use crate::sync::ArrayQueue;
 
 /// A page of one of the blocks.

@@ -47,15 +47,15 @@ mod error {
     pub(crate) struct Error(pub(crate) u32);
 }
 
-#[path = "../../../engine/src/stop.rs"]
+#[path = "../../../engine/src/run/stop.rs"]
 mod stop;
 
-#[path = "../../../engine/src/open_set.rs"]
+#[path = "../../../engine/src/run/open_set.rs"]
 mod open_set;
 
 #[path = "."]
-mod ram {
-    #[path = "../../../engine/src/ram/bitmap.rs"]
+mod guest {
+    #[path = "../../../engine/src/guest/bitmap.rs"]
     mod bitmap;
 
     pub(crate) use bitmap::{DirtyBitmap, PAGES_PER_WORD};
@@ -78,8 +78,8 @@ mod work {
 use loom::thread;
 
 use error::Error;
+use guest::DirtyBitmap;
 use open_set::OpenSet;
-use ram::DirtyBitmap;
 use stop::{Monitor, StopSwitch};
 use sync::Arc;
 use work::{Batch, Claim, Next, Place, Requested, Round, UrgentPages, WantedPage};

@@ -11,7 +11,7 @@ use super::slots::{KvmSlots, Slot, Slots};
 use super::sys::{self, SlotBitmap};
 use crate::dirty::software::bitmap_of;
 use crate::dirty::{Coverage, DirtyLog, DirtyLogError};
-use crate::ram::{DirtyBitmap, RamBlock};
+use crate::guest::{DirtyBitmap, RamBlock};
 
 /// Words of a bitmap whose pages are protected in one call, during which KVM holds a lock that vCPUs' faults take: 1 GiB.
 const CLEAR_AT_ONCE: usize = 4096;

@@ -10,8 +10,8 @@ use super::slots::KvmSlots;
 use super::sys::{self, Ring};
 use crate::dirty::software::bitmap_of;
 use crate::dirty::{Coverage, DirtyLog, DirtyLogError};
-use crate::ram::{DirtyBitmap, RamBlock};
-use crate::stop::lock;
+use crate::guest::{DirtyBitmap, RamBlock};
+use crate::run::stop::lock;
 
 /// The dirty rings of a VM: each vCPU lists the pages that it dirties. Cheap to clone; lives as long as the VM.
 ///

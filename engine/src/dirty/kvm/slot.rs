@@ -6,7 +6,7 @@ use vm_memory::{Address, GuestAddress};
 
 use super::sys;
 use crate::dirty::DirtyLogError;
-use crate::ram::{PAGE, RamBlock};
+use crate::guest::{PAGE, RamBlock};
 
 /// A memory slot of a VM: a piece of a RAM block, and where the guest sees it.
 ///

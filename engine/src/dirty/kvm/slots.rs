@@ -11,8 +11,8 @@ use super::slot::KvmSlot;
 use super::sys;
 use crate::dirty::software::{bitmap_of, place_of};
 use crate::dirty::{Coverage, DirtyLogError};
-use crate::ram::{DirtyBitmap, PAGE, RamBlock};
-use crate::stop::lock;
+use crate::guest::{DirtyBitmap, PAGE, RamBlock};
+use crate::run::stop::lock;
 
 /// Tells a KVM log which memory slots come and go, from any thread, also while a migration runs. Cheap to clone.
 ///

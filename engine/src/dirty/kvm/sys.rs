@@ -12,8 +12,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use crate::dirty::request::request;
-use crate::ram::PAGE;
+use crate::guest::PAGE;
+use crate::os::ioctl::request;
 
 pub(super) use kvm_bindings::kvm_userspace_memory_region as Region;
 

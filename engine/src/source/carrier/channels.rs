@@ -12,8 +12,10 @@ use multifd_wire::{
 };
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::ram::{IoVecs, PAGE_SIZE};
-use crate::session::Counters;
+use crate::guest::PAGE_SIZE;
+use crate::io::IoVecs;
+use crate::run::session::Counters;
+use crate::run::workers::Crew;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::{OutgoingBlock, ZeroRoute};
 use crate::source::packet::{Content, Packet};
@@ -21,7 +23,6 @@ use crate::source::rounds::{RoundContext, Rounds, Work, ZeroReport};
 use crate::source::shared::SourceShared;
 use crate::source::zero_copy::ZeroCopySender;
 use crate::work::{Batch, Claim, Round};
-use crate::workers::Crew;
 
 /// The parallel channels of a migration.
 pub(in crate::source) struct Channels {
@@ -235,7 +236,7 @@ impl SendWorker {
     /// One vectored write: the header, then the pages where they are. With zero-copy sends one each.
     fn send_in_place(&mut self, block: &OutgoingBlock) -> Result<()> {
         let packet = &self.packet;
-        let payload_len = packet.normal.len() * crate::ram::PAGE;
+        let payload_len = packet.normal.len() * crate::guest::PAGE;
         encode_header(
             &mut self.header,
             &self.shared,

@@ -7,12 +7,12 @@ use multifd_transports::{Channel, FileStream};
 
 use super::mapped::MappedFile;
 use crate::error::Result;
-use crate::session::Counters;
+use crate::run::session::Counters;
+use crate::run::workers::Crew;
 use crate::source::main_writer::MainWriter;
 use crate::source::rounds::{RoundContext, Rounds};
 use crate::source::shared::SourceShared;
 use crate::work::Round;
-use crate::workers::Crew;
 
 /// A file that a guest goes to.
 pub(in crate::source) struct File {

@@ -4,15 +4,16 @@ use std::ops::Range;
 
 use multifd_wire::RamRecord;
 
-use crate::dialect;
 use crate::error::{Error, Phase, Result};
-use crate::ram::{IoVecs, PAGE, PAGE_SIZE};
-use crate::session::Counters;
+use crate::guest::{PAGE, PAGE_SIZE};
+use crate::io::IoVecs;
+use crate::run::session::Counters;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::OutgoingBlock;
 use crate::source::packet::{Content, Packet};
 use crate::source::rounds::{RoundContext, ZeroReport};
 use crate::source::shared::SourceShared;
+use crate::stream::dialect;
 use crate::work::{Batch, Claim, Round};
 
 /// Sends the pages of a round as records of the section that is open on `main`. One call writes a batch: with a header a page,

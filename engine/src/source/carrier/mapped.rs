@@ -10,15 +10,15 @@ use multifd_transports::{Channel, FileStream};
 use multifd_wire::MappedRamHeader;
 
 use crate::error::{Error, Phase, Result};
-use crate::mapped;
-use crate::ram::{Found, PAGE, PAGE_SIZE};
-use crate::session::Counters;
+use crate::guest::{Found, PAGE, PAGE_SIZE};
+use crate::run::session::Counters;
+use crate::run::workers::Crew;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::{OutgoingBlock, OutgoingRam, ZeroRoute};
 use crate::source::rounds::{Rounds, Work};
 use crate::source::shared::SourceShared;
+use crate::stream::mapped_layout;
 use crate::work::{Batch, Claim, Round};
-use crate::workers::Crew;
 
 /// The file, and what is in it by now.
 pub(super) struct MappedFile {
@@ -60,7 +60,7 @@ impl MappedFile {
         for (entry, block) in ram.list().zip(&self.blocks) {
             entry.encode(main.unsent());
             main.flush()?;
-            let place = mapped::place(self.stream.position(), entry.used_len, PAGE_SIZE);
+            let place = mapped_layout::place(self.stream.position(), entry.used_len, PAGE_SIZE);
             place.encode(main.unsent());
             main.flush()?;
             self.stream.seek(place.pages_offset + entry.used_len);

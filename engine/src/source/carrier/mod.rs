@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::error::{Error, Phase, Result};
-use crate::session::HandOver;
+use crate::run::session::HandOver;
 use crate::source::main_writer::MainWriter;
 use crate::source::return_path::ReturnPathReader;
 use crate::source::rounds::RoundContext;

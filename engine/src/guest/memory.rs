@@ -1,0 +1,290 @@
+//! Guest memory as this process has it mapped. The only module that knows pointers to it.
+//!
+//! The guest writes while we read, so no `&[u8]` over this memory ever exists: bytes are copied through
+//! [`VolatileSlice`], or the kernel moves them by iovec.
+#![expect(
+    unsafe_code,
+    reason = "guest memory is shared with vCPUs and devices: it can only be touched by pointer"
+)]
+
+use std::any::Any;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use vm_memory::bitmap::Bitmap;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileSlice};
+
+use super::PAGE;
+use crate::os::retry;
+
+/// A mapped range of guest memory, kept alive for as long as this value or a clone of it lives.
+#[derive(Clone)]
+pub struct HostMemory {
+    start: NonNull<u8>,
+    len: usize,
+    file: Option<FileOffset>,
+    /// `file`, if stores to the memory and writes to the file are the same thing.
+    shared_file: Option<FileOffset>,
+    /// Of huge pages (hugetlbfs).
+    huge: bool,
+    // Owns the mapping; only its drop matters.
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the memory behind `start` is only reached through volatile copies or system calls, which any thread may make;
+// `_owner` is Send + Sync and keeps the mapping in place.
+unsafe impl Send for HostMemory {}
+// SAFETY: as above; there is no unsynchronised state beside the guest's own bytes.
+unsafe impl Sync for HostMemory {}
+
+impl HostMemory {
+    /// The memory of a vm-memory region.
+    ///
+    /// # Errors
+    /// `Other` for a region that has no address, which vm-memory does not make.
+    pub fn from_region<B: Bitmap + Send + Sync + 'static>(region: Arc<MmapRegion<B>>) -> io::Result<Self> {
+        let start =
+            NonNull::new(region.as_ptr()).ok_or_else(|| io::Error::other("region without an address"))?;
+        let file = region.file_offset().cloned();
+        let shared_file = file.clone().filter(|_| region.flags() & libc::MAP_SHARED != 0);
+        let huge =
+            region.flags() & libc::MAP_HUGETLB != 0 || file.as_ref().is_some_and(|file| is_huge(file.file()));
+        Ok(Self { start, len: region.size(), file, shared_file, huge, _owner: region })
+    }
+
+    /// Maps the first `len` bytes of `file`, shared, for reading and writing. The file must be that long.
+    ///
+    /// # Errors
+    /// What mmap says; `InvalidInput` for a file shorter than `len`.
+    pub fn map_file(file: File, len: usize) -> io::Result<Self> {
+        Self::map(Some(FileOffset::new(file, 0)), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED)
+    }
+
+    /// Maps the first `len` bytes of `file` for reading only: a source that must not change.
+    ///
+    /// # Errors
+    /// As [`HostMemory::map_file`].
+    pub fn map_file_read_only(file: File, len: usize) -> io::Result<Self> {
+        Self::map(Some(FileOffset::new(file, 0)), len, libc::PROT_READ, libc::MAP_SHARED)
+    }
+
+    /// Fresh private memory, all zero.
+    ///
+    /// # Errors
+    /// What mmap says.
+    pub fn anonymous(len: usize) -> io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        Self::map(None, len, libc::PROT_READ | libc::PROT_WRITE, flags)
+    }
+
+    fn map(file: Option<FileOffset>, len: usize, prot: i32, flags: i32) -> io::Result<Self> {
+        let mut builder = MmapRegionBuilder::<()>::new(len).with_mmap_prot(prot).with_mmap_flags(flags);
+        if let Some(file) = file {
+            builder = builder.with_file_offset(file);
+        }
+        let region = builder.build().map_err(|error| match error {
+            MmapRegionError::Mmap(error) => error,
+            other => io::Error::new(io::ErrorKind::InvalidInput, other),
+        })?;
+        Self::from_region(Arc::new(region))
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True for memory of no length.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The file behind the memory and where in it the memory starts, if there is one.
+    pub fn file(&self) -> Option<&FileOffset> {
+        self.file.as_ref()
+    }
+
+    /// The file behind the memory, if stores to the memory and writes to the file are the same thing.
+    pub(crate) fn shared_file(&self) -> Option<&FileOffset> {
+        self.shared_file.as_ref()
+    }
+
+    /// A checked window; `None` if any of it lies outside.
+    pub fn slice(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
+        if offset.checked_add(len)? > self.len {
+            return None;
+        }
+        // SAFETY: offset <= self.len, so the result is inside the mapping or one past its end.
+        let start = unsafe { self.start.add(offset) };
+        // SAFETY:
+        // - [start, start + len) lies inside the mapping, checked above;
+        // - `_owner` keeps the mapping alive for the lifetime of `self`, which the slice borrows;
+        // - all other accesses in this process are volatile as well.
+        Some(unsafe { VolatileSlice::new(start.as_ptr(), len) })
+    }
+
+    /// Where it starts in this process.
+    pub(crate) fn address(&self) -> u64 {
+        self.start.as_ptr() as u64
+    }
+
+    /// Copies out by plain loads; false if the range is not inside. It must be known that they do not fault: see
+    /// [`PageTable`](super::PageTable).
+    #[must_use]
+    pub(super) fn load(&self, offset: usize, into: &mut [u8]) -> bool {
+        let Some(slice) = self.slice(offset, into.len()) else { return false };
+        slice.read_slice(into, 0).is_ok()
+    }
+
+    /// Copies out of any memory, faults of which are errors. Holes of a shared file stay holes.
+    pub(crate) fn read(&self, offset: usize, into: &mut [u8]) -> io::Result<()> {
+        if self.shared_file.is_some() {
+            return self.read_file(offset, into);
+        }
+        self.populate_to_read(offset, into.len())?;
+        if self.load(offset, into) { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    }
+
+    /// Copies out of the file behind the memory.
+    pub(super) fn read_file(&self, offset: usize, into: &mut [u8]) -> io::Result<()> {
+        let file = self.file.as_ref().filter(|_| self.slice(offset, into.len()).is_some());
+        let file = file.ok_or(io::ErrorKind::InvalidInput)?;
+        file.file().read_exact_at(into, file.start() + offset as u64)
+    }
+
+    /// True if what the memory holds can be written through its file.
+    pub(crate) fn file_is_writable(&self) -> bool {
+        self.shared_file.as_ref().is_some_and(|file| {
+            // SAFETY: the descriptor is open; the request takes no pointer.
+            let flags = unsafe { libc::fcntl(file.file().as_raw_fd(), libc::F_GETFL) };
+            flags >= 0 && flags & libc::O_ACCMODE != libc::O_RDONLY && !self.huge
+        })
+    }
+
+    /// True for huge pages (hugetlbfs), also without a file.
+    pub(super) fn is_huge(&self) -> bool {
+        self.huge
+    }
+
+    /// Which pages of the range are in memory.
+    pub(super) fn resident(&self, offset: usize, pages: usize) -> io::Result<Vec<bool>> {
+        let slice = self.slice(offset, pages * PAGE).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut resident = vec![0_u8; pages];
+        let start = slice.ptr_guard_mut().as_ptr().cast();
+        // SAFETY: the kernel fills a byte for each page of the range, which is mapped.
+        match unsafe { libc::mincore(start, slice.len(), resident.as_mut_ptr()) } {
+            0 => Ok(resident.into_iter().map(|page| page & 1 != 0).collect()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Writes guest memory the way that costs least and fails cleanly.
+    ///
+    /// Shared file memory is written through its file: no page fault, and a full file system is an error where a store to
+    /// the mapping would kill the process by SIGBUS. Other memory is copied to, once its pages are there.
+    pub(crate) fn store(&self, offset: usize, from: &[u8]) -> io::Result<()> {
+        if let Some(file) = &self.shared_file {
+            if offset.checked_add(from.len()).is_none_or(|end| end > self.len) {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            match file.file().write_all_at(from, file.start() + offset as u64) {
+                // hugetlbfs maps but does not write.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                result => return result,
+            }
+        }
+        self.populate_to_write(offset, from.len())?;
+        self.store_present(offset, from)
+    }
+
+    /// As [`store`](Self::store), but through the mapping: for a file that somebody else writes to, whom a write would wait for.
+    pub(crate) fn store_mapped(&self, offset: usize, from: &[u8]) -> io::Result<()> {
+        match self.populate_to_write(offset, from.len()) {
+            Err(_) if self.shared_file.is_some() => self.store(offset, from),
+            populated => populated.and_then(|()| self.store_present(offset, from)),
+        }
+    }
+
+    /// Copies to pages that are there and were written to before.
+    pub(crate) fn store_present(&self, offset: usize, from: &[u8]) -> io::Result<()> {
+        let slice = self.slice(offset, from.len()).ok_or(io::ErrorKind::InvalidInput)?;
+        slice.copy_from(from);
+        Ok(())
+    }
+
+    /// Makes pages so that loads do not fault. EFAULT: they are not mapped for reading, or there is no room for them;
+    /// EHWPOISON: the machine has lost them.
+    pub(super) fn populate_to_read(&self, offset: usize, len: usize) -> io::Result<()> {
+        self.populate(offset, len, libc::MADV_POPULATE_READ)
+    }
+
+    /// The same for stores.
+    pub(super) fn populate_to_write(&self, offset: usize, len: usize) -> io::Result<()> {
+        self.populate(offset, len, libc::MADV_POPULATE_WRITE)
+    }
+
+    fn populate(&self, offset: usize, len: usize, advice: i32) -> io::Result<()> {
+        // The kernel takes whole pages, and memory starts at one.
+        let (first, last) = (offset / PAGE * PAGE, offset.saturating_add(len).next_multiple_of(PAGE));
+        let slice = self.slice(first, last.min(self.len) - first).ok_or(io::ErrorKind::InvalidInput)?;
+        let start = slice.ptr_guard_mut().as_ptr();
+        loop {
+            // SAFETY: the range is mapped, see `slice`; its content stays as it is.
+            if unsafe { libc::madvise(start.cast(), slice.len(), advice) } == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EINTR | libc::EAGAIN) => {}
+                // Linux before 5.14.
+                Some(libc::EINVAL) => return probe(&slice, advice == libc::MADV_POPULATE_WRITE),
+                // Part of it is not mapped.
+                Some(libc::ENOMEM) => return Err(io::Error::from_raw_os_error(libc::EFAULT)),
+                _ => return Err(error),
+            }
+        }
+    }
+}
+
+/// Has the kernel read a byte of every page, or write it back: slower than to populate, and as safe.
+fn probe(slice: &VolatileSlice<'_>, write: bool) -> io::Result<()> {
+    let start = slice.ptr_guard_mut().as_ptr();
+    for offset in (0..slice.len()).step_by(PAGE) {
+        let mut byte = 0_u8;
+        let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        let there = libc::iovec { iov_base: start.wrapping_add(offset).cast(), iov_len: 1 };
+        // SAFETY: takes no pointer.
+        let process = unsafe { libc::getpid() };
+        // SAFETY: `local` is one byte of ours; what `there` points to is read by the kernel, a fault is an error.
+        retry(|| unsafe { libc::process_vm_readv(process, &raw const local, 1, &raw const there, 1, 0) })?;
+        if write {
+            // SAFETY: as above; the byte is what it was. Only memory that nothing else writes yet is stored to.
+            retry(|| unsafe {
+                libc::process_vm_writev(process, &raw const local, 1, &raw const there, 1, 0)
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// HUGETLBFS_MAGIC of linux/magic.h.
+const HUGETLBFS_MAGIC: libc::__fsword_t = 0x958458f6;
+
+fn is_huge(file: &File) -> bool {
+    // SAFETY: statfs is plain data, for which zeros are valid.
+    let mut statfs: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open; the call fills `statfs`.
+    let done = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut statfs) };
+    done == 0 && statfs.f_type == HUGETLBFS_MAGIC
+}
+
+impl std::fmt::Debug for HostMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostMemory").field("len", &self.len).field("file", &self.file.is_some()).finish()
+    }
+}

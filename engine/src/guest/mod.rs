@@ -1,0 +1,17 @@
+//! Guest RAM: the memory, its named blocks, which of their pages hold data, which of them are dirty.
+
+mod bitmap;
+mod block;
+mod holes;
+mod mappings;
+mod memory;
+mod page_table;
+
+pub use bitmap::DirtyBitmap;
+pub use block::{PAGE, RamBlock};
+pub use memory::HostMemory;
+
+pub(crate) use bitmap::PAGES_PER_WORD;
+pub(crate) use block::{PAGE_SIZE, READING};
+pub(crate) use mappings::{Absent, Mappings};
+pub(crate) use page_table::{Found, PageTable};

@@ -1,0 +1,7 @@
+//! What runs a migration, and what ends it.
+
+pub(crate) mod open_set;
+pub(crate) mod session;
+pub(crate) mod state;
+pub(crate) mod stop;
+pub(crate) mod workers;

@@ -1,0 +1,285 @@
+//! What source and destination share: the stop switch, the channels that are open, the counters.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use multifd_transports::{Channel, SocketOptions};
+
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::run::open_set::OpenSet;
+use crate::run::state::MigrationState;
+use crate::run::stop::{StopSwitch, lock};
+use crate::run::workers::Crew;
+
+/// How long a peer may keep us waiting by default: for a connection, an answer, the rest of a packet.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Plain numbers about a migration that is under way; all of them only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes of guest RAM in all blocks. 0 until the list of blocks is known.
+    pub ram_bytes: u64,
+    /// Bytes on the wire, all channels, both directions.
+    pub wire_bytes: u64,
+    /// Pages that went with their content, compressed or not.
+    pub pages_normal: u64,
+    /// Pages that went as "is zero".
+    pub pages_zero: u64,
+    /// Pages that went as a difference to their older content.
+    pub pages_xbzrle: u64,
+    /// Passes over RAM (dirty sync count).
+    pub rounds: u64,
+    /// Parallel channels; 0 while there is only the main one.
+    pub channels: u64,
+}
+
+/// How far the hand-over of the guest has come: what an end of this process at this moment would leave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HandOver {
+    /// The guest may run on at the source.
+    #[default]
+    Before,
+    /// The guest may run at the destination: the source must not resume it unasked.
+    Begun,
+    /// The guest has moved, and both ends know as much as they ever will.
+    Done,
+}
+
+/// Reads the progress of a migration from any thread.
+#[derive(Clone)]
+pub struct ProgressReader(Arc<Session>);
+
+/// Cancels a migration from any thread: everything that waits is woken, the migration ends with [`ErrorKind::Cancelled`].
+#[derive(Clone)]
+pub struct Canceller(Arc<Session>);
+
+pub(crate) struct Session {
+    pub(crate) stop: StopSwitch,
+    started: Mutex<Instant>,
+    pub(crate) timeout: Duration,
+    pub(crate) counters: Counters,
+    channels: OpenSet<Arc<Channel>>,
+    state: Mutex<MigrationState>,
+    hand_over: Mutex<HandOver>,
+}
+
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub(crate) ram_bytes: AtomicU64,
+    pub(crate) pages_normal: AtomicU64,
+    pub(crate) pages_zero: AtomicU64,
+    pub(crate) pages_xbzrle: AtomicU64,
+    pub(crate) rounds: AtomicU64,
+    pub(crate) channels: AtomicU64,
+    pub(crate) zero_copy_sends: AtomicU64,
+    pub(crate) zero_copy_copied: AtomicU64,
+    pub(crate) zero_copy_refused: AtomicU64,
+}
+
+impl Session {
+    pub(crate) fn new(timeout: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            stop: StopSwitch::default(),
+            started: Mutex::new(Instant::now()),
+            timeout,
+            counters: Counters::default(),
+            channels: OpenSet::new(),
+            state: Mutex::default(),
+            hand_over: Mutex::default(),
+        })
+    }
+
+    /// Makes a new connection part of the migration: its silence is limited, its bytes are counted.
+    ///
+    /// The caller registers what wakes it when the migration stops: main may have a last message to send, the others just close.
+    ///
+    /// # Errors
+    /// `Cancelled` if the channels have been closed already: this one is closed, too.
+    pub(crate) fn adopt(&self, channel: Channel, phase: Phase) -> Result<Arc<Channel>> {
+        channel
+            .set_silence_limit(Some(self.timeout))
+            .map_err(|error| Error::io(phase, "setting up the socket", error).on(channel.peer()))?;
+        let channel = Arc::new(channel);
+        if self.channels.add(Arc::clone(&channel)) {
+            return Ok(channel);
+        }
+        channel.closer().close();
+        let detail = "a channel of a migration that has ended";
+        Err(Error::new(ErrorKind::Cancelled, phase, detail).on(channel.peer()))
+    }
+
+    /// The options of the migration's sockets: see `SourceBuilder::socket_options`.
+    pub(crate) fn socket_options(&self, wanted: &SocketOptions) -> SocketOptions {
+        let user_timeout = wanted.user_timeout.or_else(|| self.timeout.checked_add(Duration::from_secs(10)));
+        SocketOptions { user_timeout, ..wanted.clone() }
+    }
+
+    /// Shuts the channel's socket down when the migration stops, which wakes the threads that read or write it.
+    pub(crate) fn close_on_stop(&self, channel: &Channel) {
+        let closer = channel.closer();
+        self.stop.on_trip(move || closer.close());
+    }
+
+    /// Shuts every socket down, at the regular end. A channel that is adopted later is closed at once.
+    pub(crate) fn close_channels(&self) {
+        self.channels.close(|channel| channel.closer().close());
+    }
+
+    /// The migration begins now: a destination that has waited for its source does not count the wait.
+    pub(crate) fn begin(&self) {
+        *lock(&self.started) = Instant::now();
+    }
+
+    /// Since the migration began.
+    pub(crate) fn elapsed(&self) -> Duration {
+        lock(&self.started).elapsed()
+    }
+
+    pub(crate) fn wire_bytes(&self) -> u64 {
+        self.channels.sum(|channel| channel.bytes_sent() + channel.bytes_received())
+    }
+
+    pub(crate) fn progress(&self) -> Progress {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.counters;
+        Progress {
+            ram_bytes: read(&counters.ram_bytes),
+            wire_bytes: self.wire_bytes(),
+            pages_normal: read(&counters.pages_normal),
+            pages_zero: read(&counters.pages_zero),
+            pages_xbzrle: read(&counters.pages_xbzrle),
+            rounds: read(&counters.rounds),
+            channels: read(&counters.channels),
+        }
+    }
+
+    pub(crate) fn state(&self) -> MigrationState {
+        *lock(&self.state)
+    }
+
+    /// Goes on to `next`, if the table of transitions lets it.
+    pub(crate) fn enter(&self, next: MigrationState) -> Result<()> {
+        let mut state = lock(&self.state);
+        if !state.may_become(next) {
+            let detail = match *state {
+                MigrationState::Cancelling => "cancelled by the caller".to_owned(),
+                _ => format!("the migration is {}, it cannot become {next}", *state),
+            };
+            return Err(Error::new(ErrorKind::Cancelled, Phase::Active, detail));
+        }
+        *state = next;
+        Ok(())
+    }
+
+    /// The guest has moved. Whatever else happened meanwhile, a cancel above all, came too late.
+    pub(crate) fn complete(&self) {
+        *lock(&self.state) = MigrationState::Completed;
+    }
+
+    /// Ends the migration because of `error`: wakes and joins every thread.
+    ///
+    /// Gives the first cause, which another thread may have known before.
+    pub(crate) fn fail(&self, error: Error, crew: &Crew) -> Error {
+        let phase = error.phase();
+        self.stop.trip(error);
+        self.note_end_of_failed();
+        crew.join();
+        // A channel that came too late to be closed by the stop; a command behind it is ended now.
+        self.close_channels();
+        self.stop.cause_or(Error::stopped(phase))
+    }
+
+    pub(crate) fn set_hand_over(&self, hand_over: HandOver) {
+        *lock(&self.hand_over) = hand_over;
+    }
+
+    /// The switch has tripped: cancelled if the caller wanted that, else failed.
+    pub(crate) fn note_end_of_failed(&self) {
+        let mut state = lock(&self.state);
+        if *state == MigrationState::Cancelling {
+            *state = MigrationState::Cancelled;
+        } else if state.may_become(MigrationState::Failed) {
+            *state = MigrationState::Failed;
+        }
+    }
+}
+
+impl Counters {
+    /// Pages that have come or gone, in whatever form.
+    pub(crate) fn pages(&self) -> u64 {
+        [&self.pages_normal, &self.pages_zero, &self.pages_xbzrle]
+            .iter()
+            .map(|counter| counter.load(Ordering::Relaxed))
+            .sum()
+    }
+
+    pub(crate) fn add(counter: &AtomicU64, count: usize) {
+        counter.fetch_add(count as u64, Ordering::Relaxed);
+    }
+}
+
+impl ProgressReader {
+    pub(crate) fn new(session: &Arc<Session>) -> Self {
+        Self(Arc::clone(session))
+    }
+
+    /// The numbers now.
+    pub fn now(&self) -> Progress {
+        self.0.progress()
+    }
+}
+
+impl Canceller {
+    pub(crate) fn new(session: &Arc<Session>) -> Self {
+        Self(Arc::clone(session))
+    }
+
+    /// Cancels. Has no effect on a migration that has ended.
+    pub fn cancel(&self) {
+        // Not an error: what is over cannot be cancelled.
+        let _ = self.0.enter(MigrationState::Cancelling);
+        self.0.stop.trip(Error::new(ErrorKind::Cancelled, Phase::Active, "cancelled by the caller"));
+    }
+
+    /// How far the hand-over has come, for a caller who is about to end the process.
+    pub fn hand_over(&self) -> HandOver {
+        *lock(&self.0.hand_over)
+    }
+
+    /// Closes every channel, also after the point of no return, when a cancel comes too late: what is still waited for then
+    /// is waited for no longer, and commands behind channels are ended.
+    pub fn close_channels(&self) {
+        self.0.close_channels();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_session_gives_the_first_cause_and_has_no_threads_left() {
+        let session = Session::new(DEFAULT_TIMEOUT);
+        let crew = Crew::new(session.stop.clone());
+        session.enter(MigrationState::Setup).unwrap();
+        crew.spawn("mig-test", Phase::Active, || {
+            Err(Error::new(ErrorKind::InvalidStream, Phase::Active, "the first"))
+        })
+        .unwrap();
+        crew.join();
+        let cause = session.fail(Error::stopped(Phase::Device), &crew);
+        assert_eq!(cause.to_string(), "active: the first");
+        assert_eq!(session.state(), MigrationState::Failed);
+    }
+
+    #[test]
+    fn a_session_that_was_cancelled_ends_as_cancelled() {
+        let session = Session::new(DEFAULT_TIMEOUT);
+        let crew = Crew::new(session.stop.clone());
+        session.enter(MigrationState::Setup).unwrap();
+        Canceller::new(&session).cancel();
+        let cause = session.fail(Error::stopped(Phase::Setup), &crew);
+        assert_eq!((cause.kind(), session.state()), (ErrorKind::Cancelled, MigrationState::Cancelled));
+    }
+}
