@@ -83,8 +83,9 @@ fn a_manifest_that_is_none() -> Outcome {
 #[test]
 fn a_manifest_that_cannot_be_true() -> Outcome {
     let file = "manifest.json";
-    refused(file, "format 2, expected 1", manifest(|it| it["format"] = json!(2)))?;
-    refused(file, "format 0, expected 1", manifest(|it| it["format"] = json!(0)))?;
+    refused(file, "format 3, expected 1 or 2", manifest(|it| it["format"] = json!(3)))?;
+    refused(file, "format 2 does not go with early_state", manifest(|it| it["format"] = json!(2)))?;
+    refused(file, "format 0, expected 1 or 2", manifest(|it| it["format"] = json!(0)))?;
     refused(file, "reading", manifest(|it| it["format"] = json!(-1)))?;
     refused(file, "no RAM blocks", manifest(|it| it["blocks"] = json!([])))?;
     refused(file, "blocks", manifest(|it| drop(it.as_object_mut().map(|it| it.remove("blocks")))))?;

@@ -49,7 +49,7 @@ impl Refusals {
     pub(crate) fn explain(&self, error: Error) -> Error {
         let state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match (&state.last, error.kind()) {
-            (Some(last), ErrorKind::Deadline | ErrorKind::Transport) => {
+            (Some(last), ErrorKind::Cancelled | ErrorKind::Deadline | ErrorKind::Transport) => {
                 let (count, s) = (state.count, if state.count == 1 { "" } else { "s" });
                 error.noting(format_args!("{count} connection{s} refused, the last: {last}"))
             }

@@ -20,8 +20,8 @@ use std::time::Duration;
 use guest::{Guest, Load};
 use multifd_codecs::{Codec, Uncompressed, Zlib, Zstd};
 use multifd_engine::{
-    Arrived, Destination, DeviceState, Error, ErrorKind, HostMemory, Limits, MigrationState, OnStall, PAGE,
-    Precopy, RamBlock, Report, SoftwareLog, Source, SourceBuilder, ZeroCopySend,
+    Arrived, Canceller, Destination, DeviceState, Error, ErrorKind, HostMemory, Limits, MigrationState,
+    OnStall, PAGE, Precopy, RamBlock, Report, SoftwareLog, Source, SourceBuilder, ZeroCopySend,
 };
 use multifd_transports::{Endpoint, TlsServer};
 use multifd_wire::Configuration;
@@ -33,6 +33,7 @@ const LOAD: Load = Load { threads: 2, hot_pages: 1000, bytes: 64 };
 /// A destination on a thread of its own, with memory that held something.
 struct There {
     uri: Endpoint,
+    canceller: Canceller,
     block: RamBlock,
     thread: JoinHandle<Result<Report, Error>>,
 }
@@ -60,9 +61,9 @@ impl There {
             builder = builder.tls(tls);
         }
         let destination = builder.listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
-        let uri = destination.endpoint();
+        let (uri, canceller) = (destination.endpoint(), destination.canceller());
         let thread = std::thread::Builder::new().spawn(move || end(destination.receive()?)).unwrap();
-        Self { uri, block, thread }
+        Self { uri, canceller, block, thread }
     }
 
     fn end(self) -> (RamBlock, Result<Report, Error>) {

@@ -81,7 +81,10 @@ fn go(way: Way, here: &RamBlock, there: &RamBlock, before_round: impl FnOnce()) 
     let receiver = std::thread::Builder::new().spawn(receive).unwrap();
     let configuration =
         Configuration { machine: "test-10.0".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
-    let source = way.set(Source::builder(vec![here.clone()], configuration).timeout(SOON)).build().unwrap();
+    let source = way
+        .set(Source::builder(vec![here.clone()], configuration).paused_guest().timeout(SOON))
+        .build()
+        .unwrap();
     let moved = source.connect(&to).and_then(|precopy| {
         before_round();
         finish(precopy)

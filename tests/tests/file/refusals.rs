@@ -68,7 +68,7 @@ fn a_disk_that_is_full() -> Outcome {
         way.sent(&trial.checkpoint(), &snapshot)?;
         let out = full.0.join("checkpoint");
         let said = fails(way.receive(&snapshot, &out)?, &["pc.ram"], &[&out])?;
-        assert!(said.contains("No space left") || said.contains("no room behind it"), "{said}");
+        assert!(said.contains("No space left") || said.contains("no room behind them"), "{said}");
         assert!(fs::read_dir(&full.0)?.next().is_none(), "something is left after {said}");
     }
     Ok(())
