@@ -13,9 +13,10 @@
 //! this module may be awaited in it.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::io::{self, ErrorKind};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::{Arc, Weak};
@@ -62,8 +63,15 @@ impl Waits {
     fn wait(&self) -> io::Result<()> {
         let open = self.descriptors.iter().filter_map(|(fd, flags)| Some((fd.upgrade()?, *flags)));
         let open: Vec<_> = open.collect();
+        // Each once: what was polled several times in a turn has noted the same several times, and
+        // the kernel takes no more entries than a process may have descriptors.
+        let mut once = BTreeMap::new();
+        for (fd, flags) in &open {
+            let fd = fd.as_fd();
+            once.entry(fd.as_raw_fd()).or_insert((fd, PollFlags::empty())).1 |= *flags;
+        }
         let mut fds: Vec<_> =
-            open.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(fd.as_fd(), *flags)).collect();
+            once.into_values().map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags)).collect();
         let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         // A time too long for the kernel is no limit.
         let left = left.and_then(|left| Timespec::try_from(left).ok());
@@ -255,6 +263,24 @@ mod tests {
         let mut byte = [0];
         when_ready(socket, PollFlags::IN, |mut socket| socket.read(&mut byte)).await.unwrap();
         byte[0]
+    }
+
+    /// poll(2) takes no more entries than a process may have descriptors.
+    #[test]
+    fn what_is_polled_again_and_again_in_one_turn_is_waited_for_once() {
+        let (end, mut peer) = pair();
+        let mut tasks = Tasks::new();
+        tasks.spawn(async move { byte(&end).await });
+        let output = block_on(async {
+            for _ in 0..100_000 {
+                tasks.turn().await;
+            }
+            let wait = first(sleep_until(Instant::now() + Duration::from_millis(1)), tasks.next());
+            assert!(matches!(wait.await, First::One(())));
+            peer.write_all(b"x").unwrap();
+            tasks.next().await
+        });
+        assert_eq!(output.unwrap(), b'x');
     }
 
     #[test]
