@@ -165,3 +165,37 @@ impl fmt::Display for Report {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_keys_that_scripts_know_are_there_with_or_without_a_result() {
+        let session = Session::new(Duration::from_secs(1));
+        session.counters.thread(0);
+        let figures = [
+            Figures::so_far(&session.progress()),
+            Report::of(&session, Duration::from_secs(1), "none".to_owned()).figures(),
+        ];
+        for figures in figures.map(|figures| serde_json::to_value(figures).unwrap()) {
+            let numbers = [
+                "total_ms",
+                "setup_ms",
+                "downtime_ms",
+                "rounds",
+                "ram_bytes",
+                "wire_bytes",
+                "pages_normal",
+                "pages_zero",
+                "pages_xbzrle",
+                "channels",
+                "throughput_bytes_per_s",
+            ];
+            assert!(numbers.iter().all(|key| figures[key].is_u64()), "{figures}");
+            assert!(figures["codec"].is_string(), "{figures}");
+            assert_eq!(figures["per_channel"][1]["name"], "thread 0");
+            assert_eq!(figures["per_channel"][1]["pages_normal"], 0);
+        }
+    }
+}

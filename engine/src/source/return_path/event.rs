@@ -25,27 +25,28 @@ pub(super) enum ReturnEvent {
 }
 
 /// Makes events of messages: a request for pages may name the block of the request before.
+#[derive(Default)]
 pub(super) struct ReturnEvents {
     last_block: Option<BlockIndex>,
-    /// Pages may be asked for.
-    urgent: bool,
 }
 
 impl ReturnEvents {
     /// `urgent`: pages may be asked for.
-    pub(super) fn new(urgent: bool) -> Self {
-        Self { last_block: None, urgent }
-    }
-
+    ///
     /// # Errors
     /// `Incompatible` for messages of a post-copy that this source does not do; `PeerMisbehaved` for pages that are not there.
-    pub(super) fn event(&mut self, message: ReturnMessage, ram: &OutgoingRam) -> Result<ReturnEvent> {
+    pub(super) fn event(
+        &mut self,
+        message: ReturnMessage,
+        ram: &OutgoingRam,
+        urgent: bool,
+    ) -> Result<ReturnEvent> {
         Ok(match message {
             ReturnMessage::Hello(hello) => ReturnEvent::Hello { features: hello.features },
             ReturnMessage::Pong(value) => ReturnEvent::Pong(value),
             ReturnMessage::Shut(status) => ReturnEvent::Shut(status),
             ReturnMessage::SwitchoverAck => ReturnEvent::SwitchoverAck,
-            ReturnMessage::RequestPages { block, offset, len } if self.urgent => {
+            ReturnMessage::RequestPages { block, offset, len } if urgent => {
                 let block = self.block(block, ram)?;
                 ReturnEvent::RequestPages { block, pages: pages(ram, block, offset, len)? }
             }
@@ -104,11 +105,11 @@ mod tests {
     #[test]
     fn a_request_without_a_block_is_for_that_of_the_request_before() {
         let ram = ram(&[("a", 8), ("b", 4)]);
-        let mut events = ReturnEvents::new(true);
+        let mut events = ReturnEvents::default();
         let b = ram.find("b").unwrap();
-        let event = events.event(request(Some("b"), 4096, 8192), &ram).unwrap();
+        let event = events.event(request(Some("b"), 4096, 8192), &ram, true).unwrap();
         assert_eq!(event, ReturnEvent::RequestPages { block: b, pages: 1..3 });
-        let event = events.event(request(None, 0, 4096), &ram).unwrap();
+        let event = events.event(request(None, 0, 4096), &ram, true).unwrap();
         assert_eq!(event, ReturnEvent::RequestPages { block: b, pages: 0..1 });
     }
 
@@ -124,7 +125,7 @@ mod tests {
             request(Some("a"), 7 * 4096, 8192),
             request(Some("a"), u64::MAX - 4095, 8192),
         ] {
-            let error = ReturnEvents::new(true).event(message.clone(), &ram).unwrap_err();
+            let error = ReturnEvents::default().event(message.clone(), &ram, true).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::PeerMisbehaved, "{message:?}");
             assert!(error.to_string().contains("request for"), "{error}");
         }
@@ -136,7 +137,7 @@ mod tests {
         let bitmap = ReturnMessage::RecvBitmap("a".try_into().unwrap());
         for message in [request(Some("a"), 0, 4096), bitmap, ReturnMessage::ResumeAck(1)] {
             let name = format!("{message:?}");
-            let error = ReturnEvents::new(false).event(message, &ram).unwrap_err();
+            let error = ReturnEvents::default().event(message, &ram, false).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Incompatible);
             assert!(error.to_string().contains(&format!("{name}: postcopy is not supported")), "{error}");
         }

@@ -103,9 +103,10 @@ struct Worker {
 impl Worker {
     /// Deals with one event after the other, until the last.
     fn run(mut self) -> Result<()> {
-        let mut events = ReturnEvents::new(self.shared.urgent.get().is_some());
+        let mut events = ReturnEvents::default();
         loop {
-            let event = events.event(self.next_message()?, &self.shared.ram)?;
+            let message = self.next_message()?;
+            let event = events.event(message, &self.shared.ram, self.shared.urgent.get().is_some())?;
             tracing::debug!(?event, "return path");
             match event {
                 ReturnEvent::Hello { features } => {
