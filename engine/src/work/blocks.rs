@@ -19,7 +19,10 @@ impl<T> PerBlock<T> {
     ///
     /// # Panics
     /// For an index of another migration's blocks, which is no state that the engine can come to.
-    #[expect(clippy::indexing_slicing, reason = "an index comes from a list of as many blocks")]
+    #[cfg_attr(
+        not(multifd_loom),
+        expect(clippy::indexing_slicing, reason = "an index comes from a list of as many blocks")
+    )]
     pub fn at(&self, block: BlockIndex) -> &T {
         &self.0[block.0]
     }

@@ -188,7 +188,7 @@ impl SendWorker {
         if self.encoder.is_some() || cache.is_some() {
             self.packet.copy_in(&shared.ram, block, batch.pages, cache)?;
         } else {
-            self.packet.sort_out(&shared.ram, block, &batch.pages)?;
+            self.packet.sort_out(&shared.ram, block, batch.pages)?;
         }
         if block.zero_route == ZeroRoute::Main && !self.packet.zero.is_empty() {
             let offsets = std::mem::take(&mut self.packet.zero);

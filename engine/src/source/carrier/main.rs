@@ -48,7 +48,7 @@ fn send_batch(
     packet.clear();
     match shared.deltas_for_main(context) {
         Some(cache) => packet.copy_in(&shared.ram, block, batch.pages, Some((cache, context)))?,
-        None => packet.sort_out(&shared.ram, block, &batch.pages)?,
+        None => packet.sort_out(&shared.ram, block, batch.pages)?,
     }
     let counters = &shared.session.counters.main;
     Counters::add(&counters.pages_zero, packet.zero.len());
