@@ -94,8 +94,9 @@ mod tests {
     /// Asks for pages of the block that has `len`.
     fn want(bitmaps: &Bitmaps, urgent: &UrgentPages, pages: &[(usize, usize)]) {
         for (len, page) in pages {
-            let block = bitmaps.find(|bitmap| bitmap.pages() == *len).unwrap();
-            assert_eq!(urgent.request(WantedPage { block, page: *page }), Requested::Queued);
+            let block = bitmaps.find(|bitmap| bitmap.pages() == *len);
+            let requested = block.map(|block| urgent.request(WantedPage { block, page: *page }));
+            assert_eq!(requested, Some(Requested::Queued));
         }
     }
 
