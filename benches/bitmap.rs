@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use multifd_engine::{Batch, Claim, DirtyBitmap, Next, Place, Requested, Round, UrgentPages, WantedPage};
+use multifd_engine::DirtyBitmap;
+use multifd_engine::unstable::{Claim, Next, PerBlock, Place, Requested, Round, UrgentPages, WantedPage};
 
 const MILLION: usize = 1 << 20;
 
@@ -20,21 +21,26 @@ fn dirty(pages: usize, every: usize) -> DirtyBitmap {
     bitmap
 }
 
-fn walk(bitmaps: &[Arc<DirtyBitmap>]) -> usize {
+/// The blocks of a guest that has one.
+fn only(bitmap: DirtyBitmap) -> PerBlock<Arc<DirtyBitmap>> {
+    [Arc::new(bitmap)].into_iter().collect()
+}
+
+fn walk(bitmaps: &PerBlock<Arc<DirtyBitmap>>) -> usize {
     let round = Round::new(bitmaps, 1);
-    let (mut claim, mut batch, mut pages) = (Claim::default(), Batch::default(), 0);
-    while round.claim(&mut claim, 128, &mut batch) {
-        pages += black_box(&batch).pages.len();
+    let (mut claim, mut pages) = (Claim::default(), 0);
+    while let Some(batch) = round.claim(&mut claim, 128) {
+        pages += black_box(batch).pages.len();
     }
     pages
 }
 
-fn walk_next(bitmaps: &[Arc<DirtyBitmap>], urgent: &UrgentPages) -> usize {
+fn walk_next(bitmaps: &PerBlock<Arc<DirtyBitmap>>, urgent: &UrgentPages) -> usize {
     let round = Round::new(bitmaps, 1);
-    let next = Next::new(&round, urgent);
-    let (mut place, mut batch, mut pages) = (Place::default(), Batch::default(), 0);
-    while next.claim(&mut place, 128, &mut batch).is_some() {
-        pages += black_box(&batch).pages.len();
+    let next = Next::new(&round, Some(urgent));
+    let (mut place, mut pages) = (Place::default(), 0);
+    while let Some(batch) = next.claim(&mut place, 128) {
+        pages += black_box(batch).pages.len();
     }
     pages
 }
@@ -48,11 +54,7 @@ fn sync_and_claim(c: &mut Criterion) {
             b.iter_batched_ref(|| dirty(MILLION, every), |log| log.move_to(&into), BatchSize::LargeInput);
         });
         group.bench_function(BenchmarkId::new("claim", share), |b| {
-            b.iter_batched(
-                || [Arc::new(dirty(MILLION, every))],
-                |bitmaps| walk(&bitmaps),
-                BatchSize::LargeInput,
-            );
+            b.iter_batched(|| only(dirty(MILLION, every)), |bitmaps| walk(&bitmaps), BatchSize::LargeInput);
         });
         group.finish();
     }
@@ -66,13 +68,15 @@ fn urgent(c: &mut Criterion) {
     for (share, every) in [("0 %", 0), ("1 %", 100)] {
         group.bench_function(BenchmarkId::new("claim, wanted", share), |b| {
             let prepare = || {
-                let urgent = UrgentPages::new(MILLION / 100 + 1, [MILLION]);
+                let bitmaps = only(dirty(MILLION, 1));
+                let urgent = UrgentPages::new(MILLION / 100 + 1, &bitmaps);
+                let block = bitmaps.find(|_| true).unwrap();
                 // From the end on, so that the cursor has not been there.
                 let wanted = (0..MILLION).rev().step_by(every.max(1)).filter(|_| every > 0);
                 for page in wanted {
-                    assert_eq!(urgent.request(WantedPage { block: 0, page }), Requested::Queued);
+                    assert_eq!(urgent.request(WantedPage { block, page }), Requested::Queued);
                 }
-                ([Arc::new(dirty(MILLION, 1))], urgent)
+                (bitmaps, urgent)
             };
             b.iter_batched(prepare, |(bitmaps, urgent)| walk_next(&bitmaps, &urgent), BatchSize::LargeInput);
         });
@@ -83,12 +87,12 @@ fn urgent(c: &mut Criterion) {
 /// A clean guest of 1 TiB: 268 million pages, 32 MiB of bitmap. Printed, as one number is what people ask for.
 fn terabyte(c: &mut Criterion) {
     let pages = 256 * MILLION;
-    let (log, bitmap) = (DirtyBitmap::new(pages), Arc::new(DirtyBitmap::new(pages)));
+    let (log, bitmaps) = (DirtyBitmap::new(pages), only(DirtyBitmap::new(pages)));
     let once = || {
         let begun = Instant::now();
-        log.move_to(&bitmap);
+        bitmaps.iter().for_each(|bitmap| log.move_to(bitmap));
         let synced = begun.elapsed();
-        assert_eq!(walk(&[Arc::clone(&bitmap)]), 0);
+        assert_eq!(walk(&bitmaps), 0);
         (synced, begun.elapsed() - synced)
     };
     let mut runs: Vec<_> = (0..9).map(|_| once()).collect();

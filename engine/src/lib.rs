@@ -33,14 +33,11 @@ pub mod vhost;
 mod work;
 
 pub use at_rest::checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, EarlyState, Manifest};
-pub use config::{DestinationConfig, SourceConfig, parameter, rule};
-pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
-// For multifd-tune, whose model decides as a source does. Not covered by semantic versioning.
 pub use at_rest::recording::{
     Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,
 };
-#[doc(hidden)]
-pub use convergence::{Convergence, RoundFacts};
+pub use config::{DestinationConfig, SourceConfig, parameter, rule};
+pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
 pub use dirty::{
     Coverage, DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance,
@@ -49,16 +46,25 @@ pub use dirty::{
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use error::{Error, ErrorKind, Phase, Result};
 pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock};
-pub use os::pagemap::{PageQuery, PageRun};
 pub use report::{Figures, Report};
-pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, Progress, ProgressReader};
+pub use run::counters::{ChannelProgress, Progress};
+pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, ProgressReader};
 pub use run::state::MigrationState;
 pub use source::{
     Control, DeviceState, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats,
     ZeroPages,
 };
 pub use stream::sections::EarlySections;
-pub use work::{Batch, Claim, Next, Origin, Place, Requested, Round, UrgentPages, WantedPage};
+
+/// Parts for the benches, tests and tools of this workspace. Not covered by semantic versioning.
+#[doc(hidden)]
+pub mod unstable {
+    pub use crate::convergence::{Convergence, RoundFacts};
+    pub use crate::os::pagemap::{PageQuery, PageRun};
+    pub use crate::work::{
+        Batch, BlockIndex, Claim, Next, Origin, PerBlock, Place, Requested, Round, UrgentPages, WantedPage,
+    };
+}
 
 pub use multifd_codecs as codecs;
 pub use multifd_transports as transports;

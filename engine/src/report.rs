@@ -6,7 +6,8 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::convergence::{DowntimeLedger, RoundRecord};
-use crate::run::session::{Progress, Session};
+use crate::run::counters::Progress;
+use crate::run::session::Session;
 use crate::source::{XbzrleStats, ZeroCopyStats};
 
 /// The account of a migration that has ended well.
@@ -37,19 +38,20 @@ pub struct Report {
 
 /// The same as plain numbers, under the names that scripts know.
 #[derive(Clone, Debug, Default, Serialize)]
-#[expect(missing_docs, reason = "each is the number of Report or Progress with this name and unit")]
+#[non_exhaustive]
 pub struct Figures {
+    /// [`Report::total`].
     pub total_ms: u64,
+    /// [`Report::setup`].
     pub setup_ms: u64,
+    /// [`Report::downtime`].
     pub downtime_ms: u64,
-    pub rounds: u64,
-    pub ram_bytes: u64,
-    pub wire_bytes: u64,
-    pub pages_normal: u64,
-    pub pages_zero: u64,
-    pub pages_xbzrle: u64,
-    pub channels: u64,
+    /// [`Report::progress`].
+    #[serde(flatten)]
+    pub progress: Progress,
+    /// [`Report::codec`].
     pub codec: String,
+    /// Bytes on the wire per second of the total time.
     pub throughput_bytes_per_s: u64,
 }
 
@@ -115,13 +117,7 @@ impl Figures {
             total_ms: ms(total),
             setup_ms: ms(setup),
             downtime_ms: ms(downtime),
-            rounds: progress.rounds,
-            ram_bytes: progress.ram_bytes,
-            wire_bytes: progress.wire_bytes,
-            pages_normal: progress.pages_normal,
-            pages_zero: progress.pages_zero,
-            pages_xbzrle: progress.pages_xbzrle,
-            channels: progress.channels,
+            progress: progress.clone(),
             codec: String::new(),
             throughput_bytes_per_s: u64::try_from(per_second).unwrap_or(u64::MAX),
         }
@@ -130,23 +126,23 @@ impl Figures {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let figures = self.figures();
+        let (figures, progress) = (self.figures(), &self.progress);
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         writeln!(f, "total        {} ms (setup {} ms)", figures.total_ms, figures.setup_ms)?;
         writeln!(f, "downtime     {} ms", figures.downtime_ms)?;
-        writeln!(f, "RAM          {:.1} MiB", mib(figures.ram_bytes))?;
+        writeln!(f, "RAM          {:.1} MiB", mib(progress.ram_bytes))?;
         writeln!(
             f,
             "on the wire  {:.1} MiB at {:.1} MiB/s",
-            mib(figures.wire_bytes),
+            mib(progress.wire_bytes),
             mib(figures.throughput_bytes_per_s)
         )?;
         writeln!(
             f,
             "pages        {} normal, {} zero, {} xbzrle in {} rounds",
-            figures.pages_normal, figures.pages_zero, figures.pages_xbzrle, figures.rounds
+            progress.pages_normal, progress.pages_zero, progress.pages_xbzrle, progress.rounds
         )?;
-        write!(f, "channels     {} ({})", figures.channels, figures.codec)?;
+        write!(f, "channels     {} ({})", progress.channels, figures.codec)?;
         if let Some(stats) = &self.xbzrle {
             let looked_up = (stats.hits + stats.misses).max(1);
             let off = if stats.switched_off { ", switched off" } else { "" };
@@ -167,5 +163,39 @@ impl fmt::Display for Report {
             write!(f, "\nledger       {}", self.ledger)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_keys_that_scripts_know_are_there_with_or_without_a_result() {
+        let session = Session::new(Duration::from_secs(1));
+        session.counters.thread(0);
+        let figures = [
+            Figures::so_far(&session.progress()),
+            Report::of(&session, Duration::from_secs(1), "none".to_owned()).figures(),
+        ];
+        for figures in figures.map(|figures| serde_json::to_value(figures).unwrap()) {
+            let numbers = [
+                "total_ms",
+                "setup_ms",
+                "downtime_ms",
+                "rounds",
+                "ram_bytes",
+                "wire_bytes",
+                "pages_normal",
+                "pages_zero",
+                "pages_xbzrle",
+                "channels",
+                "throughput_bytes_per_s",
+            ];
+            assert!(numbers.iter().all(|key| figures[key].is_u64()), "{figures}");
+            assert!(figures["codec"].is_string(), "{figures}");
+            assert_eq!(figures["per_channel"][1]["name"], "thread 0");
+            assert_eq!(figures["per_channel"][1]["pages_normal"], 0);
+        }
     }
 }

@@ -8,9 +8,11 @@
     reason = "test code may panic"
 )]
 
+use std::cell::Cell;
 use std::sync::Arc;
 
-use multifd_engine::{Batch, Claim, DirtyBitmap, Round};
+use multifd_engine::DirtyBitmap;
+use multifd_engine::unstable::{BlockIndex, Claim, PerBlock, Round};
 use proptest::prelude::*;
 
 /// Pages of two blocks; neither a whole number of words.
@@ -47,28 +49,37 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 #[derive(Default)]
 struct Worker {
     claim: Claim,
-    batch: Batch,
+    /// What it has claimed and not delivered.
+    batch: Option<(BlockIndex, Vec<usize>)>,
+}
+
+impl Worker {
+    fn claim(&mut self, round: &Round, most: usize) -> bool {
+        let batch = round.claim(&mut self.claim, most);
+        self.batch = batch.map(|batch| (batch.block, batch.pages.to_vec()));
+        self.batch.is_some()
+    }
 }
 
 struct Model {
-    source: Vec<Vec<u32>>,
-    destination: Vec<Vec<u32>>,
-    log: Vec<DirtyBitmap>,
-    dirty: Vec<Arc<DirtyBitmap>>,
+    source: PerBlock<Vec<Cell<u32>>>,
+    destination: PerBlock<Vec<Cell<u32>>>,
+    log: PerBlock<DirtyBitmap>,
+    dirty: PerBlock<Arc<DirtyBitmap>>,
     round: Round,
     workers: Vec<Worker>,
-    sent_this_round: Vec<(usize, usize)>,
+    sent_this_round: Vec<(BlockIndex, usize)>,
     next_value: u32,
 }
 
 impl Model {
     fn new() -> Self {
-        let dirty: Vec<_> = BLOCKS.iter().map(|pages| Arc::new(DirtyBitmap::new(*pages))).collect();
+        let dirty: PerBlock<_> = BLOCKS.iter().map(|pages| Arc::new(DirtyBitmap::new(*pages))).collect();
         dirty.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
         Self {
-            source: BLOCKS.iter().map(|pages| vec![1; *pages]).collect(),
-            destination: BLOCKS.iter().map(|pages| vec![0; *pages]).collect(),
-            log: BLOCKS.iter().map(|pages| DirtyBitmap::new(*pages)).collect(),
+            source: dirty.map(|bitmap| vec![Cell::new(1); bitmap.pages()]),
+            destination: dirty.map(|bitmap| vec![Cell::new(0); bitmap.pages()]),
+            log: dirty.map(|bitmap| DirtyBitmap::new(bitmap.pages())),
             round: Round::new(&dirty, WORKERS),
             dirty,
             workers: (0..WORKERS).map(|_| Worker::default()).collect(),
@@ -80,31 +91,30 @@ impl Model {
     fn step(&mut self, step: &Step) {
         match *step {
             Step::Write { block, page } => {
-                self.source[block][page] = self.next_value;
+                self.source[block][page].set(self.next_value);
                 self.next_value += 1;
                 self.log[block].set(page);
             }
             Step::Claim { worker, most } => {
                 self.deliver(worker);
-                let Worker { claim, batch } = &mut self.workers[worker];
-                self.round.claim(claim, most, batch);
-                assert!(batch.pages.len() <= most);
+                self.workers[worker].claim(&self.round, most);
+                assert!(self.workers[worker].batch.iter().all(|(_, pages)| pages.len() <= most));
             }
             Step::Deliver { worker } => self.deliver(worker),
             Step::Fail { worker } => {
                 let Worker { claim, batch } = &mut self.workers[worker];
-                self.round.put_back(claim, batch);
-                *batch = Batch::default();
+                self.round.put_back(claim);
+                *batch = None;
             }
             Step::NextRound => self.next_round(),
         }
     }
 
     fn deliver(&mut self, worker: usize) {
-        let batch = std::mem::take(&mut self.workers[worker].batch);
-        for page in batch.pages {
-            self.destination[batch.block][page] = self.source[batch.block][page];
-            self.sent_this_round.push((batch.block, page));
+        let Some((block, pages)) = self.workers[worker].batch.take() else { return };
+        for page in pages {
+            self.destination.at(block)[page].set(self.source.at(block)[page].get());
+            self.sent_this_round.push((block, page));
         }
     }
 
@@ -112,11 +122,7 @@ impl Model {
     fn next_round(&mut self) {
         for worker in 0..WORKERS {
             self.deliver(worker);
-            loop {
-                let Worker { claim, batch } = &mut self.workers[worker];
-                if !self.round.claim(claim, 128, batch) {
-                    break;
-                }
+            while self.workers[worker].claim(&self.round, 128) {
                 self.deliver(worker);
             }
         }
@@ -125,7 +131,7 @@ impl Model {
         self.sent_this_round.dedup();
         assert_eq!(self.sent_this_round.len(), sent, "a page went twice in one round");
         self.sent_this_round.clear();
-        for (log, dirty) in self.log.iter().zip(&self.dirty) {
+        for (log, dirty) in self.log.iter().zip(self.dirty.iter()) {
             log.move_to(dirty);
         }
         self.round = Round::new(&self.dirty, WORKERS);
@@ -143,7 +149,7 @@ proptest! {
         // The guest stands still: what failed workers put back behind the cursor takes a round more.
         model.next_round();
         model.next_round();
-        prop_assert_eq!(&model.source, &model.destination);
+        prop_assert_eq!(&model.source[..], &model.destination[..]);
         prop_assert!(model.dirty.iter().all(|dirty| dirty.count() == 0));
     }
 }

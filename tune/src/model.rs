@@ -7,7 +7,8 @@ use std::num::NonZeroU64;
 use std::time::Duration;
 
 use multifd_codecs::CodecFamily;
-use multifd_engine::{Convergence, Decision, Limits, OnStall, RoundFacts};
+use multifd_engine::unstable::{Convergence, RoundFacts};
+use multifd_engine::{Decision, Limits, OnStall};
 
 use super::findings::{Bottleneck, CodecFacts, DirtyFacts, Machine};
 use super::rewrites;

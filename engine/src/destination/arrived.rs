@@ -12,7 +12,8 @@ use super::shared::{DevicePacket, Shared};
 use super::tail::Described;
 use crate::error::{Error, Phase, Result};
 use crate::report::Report;
-use crate::run::session::{HandOver, Progress};
+use crate::run::counters::Progress;
+use crate::run::session::HandOver;
 use crate::run::workers::Crew;
 use crate::stream::sections::EarlySections;
 

@@ -14,7 +14,7 @@ use super::shared::{DevicePacket, Shared};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
 use crate::io::IoVecs;
-use crate::run::session::Counters;
+use crate::run::counters::{ChannelCounters, Counters};
 use crate::run::workers::Crew;
 use crate::stream::dialect;
 
@@ -23,6 +23,7 @@ const HEADER_LEN: usize = header_len(PAGE_SIZE);
 /// The worker of one channel. Owns its buffers: at most 1 MiB of payload and 512 KiB of decoded pages.
 pub(crate) struct ChannelWorker {
     channel: Arc<Channel>,
+    counters: Arc<ChannelCounters>,
     shared: Arc<Shared>,
     /// The number that the peer gave the channel.
     id: u8,
@@ -38,9 +39,10 @@ impl ChannelWorker {
     pub(crate) fn start(channel: Channel, id: u8, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
         let channel = shared.session.adopt(channel, Phase::Accept)?;
         shared.session.close_on_stop(&channel);
-        Counters::add(&shared.session.counters.channels, 1);
+        let counters = shared.session.counters.channel(id, &channel);
         let mut worker = Self {
             channel,
+            counters,
             shared: Arc::clone(shared),
             id,
             landings: None,
@@ -151,7 +153,8 @@ impl ChannelWorker {
         let zero: Vec<usize> =
             packet.zero_offsets().map(|offset| landing.page_at(offset)).collect::<Result<_>>()?;
         landing.clear(zero)?;
-        let counters = &self.shared.session.counters;
+        let counters = &self.counters;
+        Counters::add(&counters.packets, 1);
         Counters::add(&counters.pages_normal, packet.normal_pages());
         Counters::add(&counters.pages_zero, packet.zero_pages());
         Ok(())
@@ -204,7 +207,8 @@ impl ChannelWorker {
             );
             return Err(Error::misbehaved(Phase::Active, detail));
         }
-        Counters::add(&self.shared.session.counters.pages_xbzrle, packet.normal_pages());
+        Counters::add(&self.counters.packets, 1);
+        Counters::add(&self.counters.pages_xbzrle, packet.normal_pages());
         Ok(())
     }
 

@@ -13,7 +13,8 @@ use super::landing::{Landing, Landings};
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE;
-use crate::run::session::{Counters, Session};
+use crate::run::counters::{ChannelCounters, Counters};
+use crate::run::session::Session;
 use crate::run::stop::Monitor;
 use crate::run::workers::Crew;
 use crate::stream::mapped_layout::{StoredBits, file};
@@ -84,9 +85,9 @@ impl PageReaders {
         let (count, finished) = (self.count(), Monitor::new(0, stop));
         for id in 0..count {
             let (plan, finished) = (Arc::clone(&plan), finished.clone());
-            Counters::add(&shared.session.counters.channels, 1);
+            let counters = shared.session.counters.thread(id);
             self.crew.spawn(&format!("mig-recv-{id}"), Phase::Active, move || {
-                plan.run().map_err(|error| error.on(format!("main ({})", plan.channel.peer())))?;
+                plan.run(&counters).map_err(|error| error.on(format!("main ({})", plan.channel.peer())))?;
                 finished.modify_and_notify(|finished| *finished += 1);
                 Ok(())
             })?;
@@ -129,7 +130,7 @@ fn plan(announced: &[BlockEntry], landings: &Landings) -> Result<Vec<PlannedBloc
 
 impl Plan {
     /// One reader: claims chunks until there are no more.
-    fn run(&self) -> Result<()> {
+    fn run(&self, counters: &ChannelCounters) -> Result<()> {
         loop {
             let chunk = self.cursor.fetch_add(1, Ordering::Relaxed) as u64;
             let block = self.blocks.partition_point(|block| block.first_chunk <= chunk);
@@ -143,11 +144,11 @@ impl Plan {
             if self.session.stop.tripped() {
                 return Err(Error::stopped(Phase::Active));
             }
-            self.chunk(block, first)?;
+            self.chunk(block, first, counters)?;
         }
     }
 
-    fn chunk(&self, block: &PlannedBlock, first: u64) -> Result<()> {
+    fn chunk(&self, block: &PlannedBlock, first: u64, counters: &ChannelCounters) -> Result<()> {
         let last = block.pages.min(first + CHUNK_PAGES);
         let bits = self.bits(block, first, last)?;
         let mut page = first;
@@ -156,9 +157,11 @@ impl Plan {
             // A run of clear bits goes on in those that belong to no page.
             let count = run.clamp(1, last - page);
             if stored {
-                self.read(block, page, count)?
+                self.read(block, page, count)?;
+                Counters::add(&counters.pages_normal, size(count));
             } else {
-                self.clear(block, page, count)?
+                block.landing.clear(size(page)..size(page + count))?;
+                Counters::add(&counters.pages_zero, size(count));
             }
             page += count;
         }
@@ -215,13 +218,6 @@ impl Plan {
             block.landing.note_written(first, count);
         }
         self.channel.note_direct_received((count * PAGE) as u64);
-        Counters::add(&self.session.counters.pages_normal, count);
-        Ok(())
-    }
-
-    fn clear(&self, block: &PlannedBlock, page: u64, count: u64) -> Result<()> {
-        block.landing.clear(size(page)..size(page + count))?;
-        Counters::add(&self.session.counters.pages_zero, size(count));
         Ok(())
     }
 }

@@ -131,6 +131,7 @@ impl Destination {
         crew: &Arc<Crew>,
     ) -> Result<(main_channel::MainStream, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
+        self.session.counters.main.count_bytes_of(&channel);
         self.session.enter(MigrationState::Active)?;
         self.session.begin();
         let return_path = ReturnPath::new(Arc::clone(&channel));

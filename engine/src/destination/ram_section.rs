@@ -10,7 +10,7 @@ use super::mapped::PageReaders;
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
-use crate::run::session::Counters;
+use crate::run::counters::Counters;
 use crate::stream::StreamReader;
 use crate::stream::mapped_layout::{self, CAPABILITY};
 
@@ -189,7 +189,7 @@ struct Pages {
 
 impl Pages {
     fn count(&self, shared: &Shared) {
-        let counters = &shared.session.counters;
+        let counters = &shared.session.counters.main;
         Counters::add(&counters.pages_normal, self.normal);
         Counters::add(&counters.pages_zero, self.zero);
         Counters::add(&counters.pages_xbzrle, self.xbzrle);

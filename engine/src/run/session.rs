@@ -1,12 +1,12 @@
 //! What source and destination share: the stop switch, the channels that are open, the counters.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use multifd_transports::{Channel, SocketOptions};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::run::counters::{Counters, Progress};
 use crate::run::open_set::OpenSet;
 use crate::run::state::MigrationState;
 use crate::run::stop::{StopSwitch, lock};
@@ -14,25 +14,6 @@ use crate::run::workers::Crew;
 
 /// How long a peer may keep us waiting by default: for a connection, an answer, the rest of a packet.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Plain numbers about a migration that is under way; all of them only grow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Bytes of guest RAM in all blocks. 0 until the list of blocks is known.
-    pub ram_bytes: u64,
-    /// Bytes on the wire, all channels, both directions.
-    pub wire_bytes: u64,
-    /// Pages that went with their content, compressed or not.
-    pub pages_normal: u64,
-    /// Pages that went as "is zero".
-    pub pages_zero: u64,
-    /// Pages that went as a difference to their older content.
-    pub pages_xbzrle: u64,
-    /// Passes over RAM (dirty sync count).
-    pub rounds: u64,
-    /// Parallel channels; 0 while there is only the main one.
-    pub channels: u64,
-}
 
 /// How far the hand-over of the guest has come: what an end of this process at this moment would leave.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,19 +43,6 @@ pub(crate) struct Session {
     channels: OpenSet<Arc<Channel>>,
     state: Mutex<MigrationState>,
     hand_over: Mutex<HandOver>,
-}
-
-#[derive(Default)]
-pub(crate) struct Counters {
-    pub(crate) ram_bytes: AtomicU64,
-    pub(crate) pages_normal: AtomicU64,
-    pub(crate) pages_zero: AtomicU64,
-    pub(crate) pages_xbzrle: AtomicU64,
-    pub(crate) rounds: AtomicU64,
-    pub(crate) channels: AtomicU64,
-    pub(crate) zero_copy_sends: AtomicU64,
-    pub(crate) zero_copy_copied: AtomicU64,
-    pub(crate) zero_copy_refused: AtomicU64,
 }
 
 impl Session {
@@ -141,17 +109,7 @@ impl Session {
     }
 
     pub(crate) fn progress(&self) -> Progress {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let counters = &self.counters;
-        Progress {
-            ram_bytes: read(&counters.ram_bytes),
-            wire_bytes: self.wire_bytes(),
-            pages_normal: read(&counters.pages_normal),
-            pages_zero: read(&counters.pages_zero),
-            pages_xbzrle: read(&counters.pages_xbzrle),
-            rounds: read(&counters.rounds),
-            channels: read(&counters.channels),
-        }
+        self.counters.read(self.wire_bytes())
     }
 
     pub(crate) fn state(&self) -> MigrationState {
@@ -202,20 +160,6 @@ impl Session {
         } else if state.may_become(MigrationState::Failed) {
             *state = MigrationState::Failed;
         }
-    }
-}
-
-impl Counters {
-    /// Pages that have come or gone, in whatever form.
-    pub(crate) fn pages(&self) -> u64 {
-        [&self.pages_normal, &self.pages_zero, &self.pages_xbzrle]
-            .iter()
-            .map(|counter| counter.load(Ordering::Relaxed))
-            .sum()
-    }
-
-    pub(crate) fn add(counter: &AtomicU64, count: usize) {
-        counter.fetch_add(count as u64, Ordering::Relaxed);
     }
 }
 

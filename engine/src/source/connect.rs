@@ -1,9 +1,10 @@
 //! How a source connects: what may go over what, the channels, their workers.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use crossbeam_utils::CachePadded;
 use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, dial};
 
 use super::builder::Source;
@@ -83,6 +84,7 @@ impl Source {
         let ram = OutgoingRam::new(std::mem::take(&mut self.guest.ram), zero_pages, parallel)?;
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
         let main = self.dial(endpoint, "main")?;
+        self.session.counters.main.count_bytes_of(&main);
         // The one place that asks whether main is a file.
         let file = main.file_handle();
         let opened = Opened { file: file.is_some(), two_way: main.is_two_way() };
@@ -94,14 +96,15 @@ impl Source {
             codec: Arc::clone(&self.codec),
             uuid: self.guest.uuid,
             pacer: Arc::clone(self.control.pacer()),
-            packets: AtomicU64::new(0),
+            packets: CachePadded::default(),
             cache: config.xbzrle_cache.map(PageCache::new),
-            peer_features: Arc::default(),
+            peer_features: AtomicU64::new(0),
             zero_copy: config.zero_copy,
+            urgent: OnceLock::new(),
         });
         // Before the others are dialled: a destination that refuses us says so here, and nothing listens there any more.
         let return_path = if self.wants_return_path(endpoint, opened) {
-            Some(ReturnPathReader::start(Arc::clone(&main), Arc::clone(&shared.peer_features), crew)?)
+            Some(ReturnPathReader::start(Arc::clone(&main), Arc::clone(&shared), crew)?)
         } else {
             None
         };

@@ -8,7 +8,8 @@ use multifd_transports::Pacer;
 
 use crate::convergence::Limits;
 use crate::error::{Error, Phase, Result};
-use crate::run::session::{Canceller, Progress, Session};
+use crate::run::counters::Progress;
+use crate::run::session::{Canceller, Session};
 use crate::run::state::MigrationState;
 use crate::run::stop::{Monitor, lock};
 

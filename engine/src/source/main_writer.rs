@@ -97,9 +97,9 @@ impl MainWriter {
 
     /// Zero pages of one block.
     pub(super) fn zero_pages(&mut self, ram: &OutgoingRam, report: &ZeroReport) -> Result<()> {
-        let block = ram.block(report.block)?;
+        let name = ram.blocks.at(report.block).block.name();
         for offset in &report.offsets {
-            let block = self.naming.refer(report.block, block.block.name());
+            let block = self.naming.refer(report.block, name);
             self.record(&RamRecord::Zero { offset: *offset, block });
         }
         if self.buffer.len() >= FLUSH_AT { self.flush() } else { Ok(()) }

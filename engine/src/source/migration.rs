@@ -16,7 +16,8 @@ use crate::convergence::DowntimeLedger;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::report::Report;
-use crate::run::session::{Counters, HandOver};
+use crate::run::counters::Counters;
+use crate::run::session::HandOver;
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::sections::EarlySections;
@@ -157,7 +158,7 @@ impl Migration {
         report.ledger = ledger;
         report.xbzrle = self.shared.cache.as_ref().map(|cache| cache.stats());
         report.confirmed = self.return_path.is_some();
-        report.zero_copy = self.shared.zero_copy_stats();
+        report.zero_copy = self.shared.zero_copy_stats(&report.progress);
         report
     }
 

@@ -12,7 +12,7 @@
 //!    rounds ─────── hands a round to the workers, collects SYNCs
 //!    page_cache ─── what the destination holds of hot pages (xbzrle)
 //!    zero_copy ──── pages without a copy by the kernel, while it pays
-//!    return_path ── what the destination says                               one thread, `mig-return`
+//!    return_path ── what the destination says, as events                    one thread, `mig-return`
 //! ```
 
 mod builder;

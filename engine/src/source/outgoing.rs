@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{Absent, DirtyBitmap, Found, Mappings, PageTable, READING, RamBlock};
-use crate::work::Round;
+use crate::work::{BlockIndex, PerBlock, Round};
 
 /// How pages that are all zero go out (QEMU's zero-page-detection).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -29,6 +29,14 @@ impl ZeroPages {
         match configuration.machine_version() {
             Some(version) if version < (9, 0) => Self::Legacy,
             _ => Self::Multifd,
+        }
+    }
+
+    fn route(self, block: &RamBlock, parallel: bool) -> ZeroRoute {
+        match self {
+            Self::None => ZeroRoute::Content,
+            Self::Multifd if parallel && !block.is_firmware() => ZeroRoute::Packet,
+            Self::Multifd | Self::Legacy => ZeroRoute::Main,
         }
     }
 }
@@ -57,9 +65,9 @@ pub(super) struct OutgoingBlock {
 /// All blocks, in the order of the list on the wire.
 #[derive(Debug)]
 pub(super) struct OutgoingRam {
-    pub(super) blocks: Vec<OutgoingBlock>,
-    /// One for each block; the dirty logs write here.
-    pub(super) dirty: Vec<Arc<DirtyBitmap>>,
+    pub(super) blocks: PerBlock<OutgoingBlock>,
+    /// The dirty logs write here.
+    pub(super) dirty: PerBlock<Arc<DirtyBitmap>>,
     /// The first pass is under way: holes that were found at its begin can be taken for zero. A page that was written since
     /// is in a dirty log, and goes out again.
     holes_hold: AtomicBool,
@@ -81,41 +89,28 @@ impl OutgoingRam {
         let mappings = Mappings::read_with_pagers()
             .inspect_err(|error| tracing::warn!(%error, "userfaultfds of guest memory cannot be seen"))
             .ok();
-        let mut this = Self {
-            blocks: Vec::new(),
-            dirty: Vec::new(),
-            holes_hold: AtomicBool::new(true),
-            page_table: PageTable::of_this_process(),
-        };
+        let page_table = PageTable::of_this_process();
         let mut first_key = 0;
+        let mut blocks = Vec::with_capacity(ram.len());
         for block in ram {
             refuse_pager(mappings.as_ref(), &block)?;
-            let dirty = DirtyBitmap::new(block.pages());
-            dirty.set_range(0, block.pages());
-            this.dirty.push(Arc::new(dirty));
-            let data = block.data_pages().map_err(|error| {
-                let detail = format!("looking for holes in RAM block {}", block.name());
-                Error::new(ErrorKind::GuestMemory, Phase::Setup, detail).because(error)
-            })?;
-            let absent = mappings.as_ref().map_or(Absent::Unknown, |mappings| mappings.absent(&block));
-            let zero_route = match zero_pages {
-                ZeroPages::None => ZeroRoute::Content,
-                ZeroPages::Multifd if parallel && !block.is_firmware() => ZeroRoute::Packet,
-                ZeroPages::Multifd | ZeroPages::Legacy => ZeroRoute::Main,
-            };
-            let pages = block.pages() as u64;
-            this.blocks.push(OutgoingBlock { block, data, absent, zero_route, first_key });
-            first_key += pages;
+            let zero_route = zero_pages.route(&block, parallel);
+            let outgoing = OutgoingBlock::new(block, mappings.as_ref(), zero_route, first_key)?;
+            first_key += outgoing.block.pages() as u64;
+            blocks.push(outgoing);
         }
-        Ok(this)
+        let blocks: PerBlock<_> = blocks.into_iter().collect();
+        let dirty = blocks.map(|outgoing| {
+            let dirty = DirtyBitmap::new(outgoing.block.pages());
+            dirty.set_range(0, dirty.pages());
+            Arc::new(dirty)
+        });
+        Ok(Self { blocks, dirty, holes_hold: AtomicBool::new(true), page_table })
     }
 
-    /// The block that a round's batch is of. No answer is an error: the batch's bits are taken off the bitmap, and its pages
-    /// would be lost.
-    pub(super) fn block(&self, index: usize) -> Result<&OutgoingBlock> {
-        self.blocks.get(index).ok_or_else(|| {
-            Error::bug(Phase::Active, format_args!("pages of RAM block {index} of {}", self.blocks.len()))
-        })
+    /// The block with this name.
+    pub(super) fn find(&self, name: &str) -> Option<BlockIndex> {
+        self.blocks.find(|outgoing| outgoing.block.name().as_str() == name)
     }
 
     /// The first pass is over.
@@ -177,6 +172,20 @@ fn refuse_pager(mappings: Option<&Mappings>, block: &RamBlock) -> Result<()> {
 }
 
 impl OutgoingBlock {
+    fn new(
+        block: RamBlock,
+        mappings: Option<&Mappings>,
+        zero_route: ZeroRoute,
+        first_key: u64,
+    ) -> Result<Self> {
+        let data = block.data_pages().map_err(|error| {
+            let detail = format!("looking for holes in RAM block {}", block.name());
+            Error::new(ErrorKind::GuestMemory, Phase::Setup, detail).because(error)
+        })?;
+        let absent = mappings.map_or(Absent::Unknown, |mappings| mappings.absent(&block));
+        Ok(Self { block, data, absent, zero_route, first_key })
+    }
+
     /// Says which of these pages, in ascending order, the kernel could not read.
     pub(super) fn kernel_fault(
         &self,
@@ -215,16 +224,5 @@ mod tests {
         let error = ram.blocks[0].kernel_fault([1, 2, 5, 6], cause);
         assert_eq!(error.kind(), ErrorKind::GuestMemory);
         assert!(error.to_string().contains("page 5 of RAM block ram"), "{error}");
-    }
-
-    #[test]
-    fn pages_of_a_block_that_is_not_there_are_a_bug_and_not_dropped() {
-        let block = RamBlock::new("a".try_into().unwrap(), HostMemory::anonymous(PAGE).unwrap());
-        let ram = OutgoingRam::new(vec![block], ZeroPages::Multifd, true).unwrap();
-        assert_eq!(ram.block(0).unwrap().block.name().as_str(), "a");
-        let error = ram.block(1).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Bug);
-        assert!(error.source_may_resume());
-        assert_eq!(error.to_string(), "active: pages of RAM block 1 of 1 (a bug in multifd)");
     }
 }

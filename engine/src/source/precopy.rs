@@ -10,7 +10,8 @@ use crate::convergence::{Convergence, Decision, DowntimeLedger, RoundFacts, Roun
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE;
 use crate::report::Report;
-use crate::run::session::{Canceller, Progress, ProgressReader};
+use crate::run::counters::Progress;
+use crate::run::session::{Canceller, ProgressReader};
 
 /// Connected; the guest runs while rounds move its RAM.
 ///

@@ -6,7 +6,7 @@ use multifd_wire::BlockRef;
 
 use crate::error::{Error, Phase, Result};
 use crate::run::stop::{Monitor, StopSwitch};
-use crate::work::Round;
+use crate::work::{BlockIndex, Round};
 
 /// Which round a page goes out in.
 #[derive(Clone, Copy, Debug)]
@@ -20,8 +20,7 @@ pub(super) struct RoundContext {
 /// Zero pages of one block, found by a worker, to be announced on the main channel.
 #[derive(Debug)]
 pub(super) struct ZeroReport {
-    /// Index of the block.
-    pub(super) block: usize,
+    pub(super) block: BlockIndex,
     pub(super) offsets: Vec<u64>,
 }
 
@@ -125,11 +124,11 @@ impl Rounds {
 /// Names a block once and refers to it afterwards, as CONTINUE allows within one channel.
 #[derive(Default)]
 pub(super) struct BlockNaming {
-    last: Option<usize>,
+    last: Option<BlockIndex>,
 }
 
 impl BlockNaming {
-    pub(super) fn refer(&mut self, block: usize, name: &multifd_wire::BlockName) -> BlockRef {
+    pub(super) fn refer(&mut self, block: BlockIndex, name: &multifd_wire::BlockName) -> BlockRef {
         if self.last.replace(block) == Some(block) { BlockRef::Same } else { BlockRef::Named(name.clone()) }
     }
 }

@@ -1,8 +1,9 @@
 //! What the sending threads share.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use crossbeam_utils::CachePadded;
 use multifd_codecs::Codec;
 use multifd_transports::Pacer;
 use multifd_wire::pages_per_packet;
@@ -13,8 +14,10 @@ use super::rounds::RoundContext;
 use super::zero_copy::{ZeroCopySend, ZeroCopyStats};
 use crate::error::{Error, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
+use crate::run::counters::Progress;
 use crate::run::session::Session;
 use crate::stream::dialect::FEATURE_DELTAS;
+use crate::work::{Next, Round, UrgentPages};
 
 pub(super) struct SourceShared {
     pub(super) session: Arc<Session>,
@@ -22,13 +25,15 @@ pub(super) struct SourceShared {
     pub(super) codec: Arc<dyn Codec>,
     pub(super) uuid: [u8; 16],
     pub(super) pacer: Arc<Pacer>,
-    /// Number of the next packet, over all channels.
-    pub(super) packets: AtomicU64,
+    /// Number of the next packet, over all channels: every worker writes it.
+    pub(super) packets: CachePadded<AtomicU64>,
     /// The xbzrle cache, if it was asked for.
     pub(super) cache: Option<PageCache>,
     /// Features of a multifd destination; 0: not known yet, or a QEMU.
-    pub(super) peer_features: Arc<AtomicU64>,
+    pub(super) peer_features: AtomicU64,
     pub(super) zero_copy: ZeroCopySend,
+    /// Pages that are wanted before their turn. Not set: none may be asked for.
+    pub(super) urgent: OnceLock<UrgentPages>,
 }
 
 impl SourceShared {
@@ -43,13 +48,17 @@ impl SourceShared {
         self.cache.as_ref().filter(|cache| cache.serves(context))
     }
 
+    /// The pages of `round`, those that are wanted first.
+    pub(super) fn next<'r>(&'r self, round: &'r Round) -> Next<'r> {
+        Next::new(round, self.urgent.get())
+    }
+
     /// What became of zero-copy sends, if they were asked for.
-    pub(super) fn zero_copy_stats(&self) -> Option<ZeroCopyStats> {
-        let counters = &self.session.counters;
-        (self.zero_copy != ZeroCopySend::Off).then(|| ZeroCopyStats {
-            sends: counters.zero_copy_sends.load(Ordering::Relaxed),
-            copied: counters.zero_copy_copied.load(Ordering::Relaxed),
-            refused: counters.zero_copy_refused.load(Ordering::Relaxed),
+    pub(super) fn zero_copy_stats(&self, progress: &Progress) -> Option<ZeroCopyStats> {
+        (self.zero_copy != ZeroCopySend::Off).then_some(ZeroCopyStats {
+            sends: progress.zero_copy_sends,
+            copied: progress.zero_copy_copied,
+            refused: progress.zero_copy_refused,
         })
     }
 
@@ -63,5 +72,45 @@ impl SourceShared {
     /// Waits until the rate limit lets `bytes` more go.
     pub(super) fn pace(&self, bytes: usize) -> Result<()> {
         self.pacer.take(bytes).map_err(|_| Error::stopped(Phase::Active))
+    }
+}
+
+#[cfg(test)]
+pub(in crate::source) mod tests {
+    use multifd_codecs::Uncompressed;
+
+    use super::*;
+    use crate::guest::{HostMemory, RamBlock};
+    use crate::run::session::DEFAULT_TIMEOUT;
+    use crate::source::outgoing::ZeroPages;
+
+    /// Blocks with so many pages each, whose first bytes are the page's number and 1.
+    pub(in crate::source) fn ram(blocks: &[(&str, usize)]) -> OutgoingRam {
+        let blocks = blocks.iter().map(|(name, pages)| {
+            let memory = HostMemory::anonymous(pages * PAGE).unwrap();
+            let block = RamBlock::new((*name).try_into().unwrap(), memory);
+            for page in 0..*pages {
+                let first = block.memory().slice(page * PAGE, 2).unwrap();
+                first.copy_from(&[u8::try_from(page % 256).unwrap(), 1]);
+            }
+            block
+        });
+        OutgoingRam::new(blocks.collect(), ZeroPages::None, true).unwrap()
+    }
+
+    /// What the threads of a source of `ram` share, without anything that is not on by default.
+    pub(in crate::source) fn shared(ram: OutgoingRam) -> Arc<SourceShared> {
+        Arc::new(SourceShared {
+            session: Session::new(DEFAULT_TIMEOUT),
+            ram,
+            codec: Arc::new(Uncompressed),
+            uuid: [0; 16],
+            pacer: Arc::new(Pacer::new(None)),
+            packets: CachePadded::default(),
+            cache: None,
+            peer_features: AtomicU64::new(0),
+            zero_copy: ZeroCopySend::Off,
+            urgent: OnceLock::new(),
+        })
     }
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Phase, Result};
 use crate::io::Ranges;
-use crate::run::session::Counters;
+use crate::run::counters::ChannelCounters;
 
 /// Whether the parallel channels let the kernel send pages straight from guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -72,7 +72,7 @@ impl ZeroCopySender {
     }
 
     /// Waits until the kernel is done with all of guest memory, and adds to `counters` what has become of it.
-    pub(super) fn settle(&mut self, channel: &Channel, counters: &Counters) -> Result<()> {
+    pub(super) fn settle(&mut self, channel: &Channel, counters: &ChannelCounters) -> Result<()> {
         self.account.wait(channel).map_err(|error| Error::io(Phase::Active, "sending pages", error))?;
         let (sends, copied) = (self.account.sends(), self.account.copied());
         if copied > 0 && self.told.copied == 0 {

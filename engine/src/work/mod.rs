@@ -9,10 +9,12 @@
 //! The dirty bit decides who sends a page, whichever way a worker came upon it: the worker that
 //! clears the bit. A request only changes the order, so that one that is lost costs time and no page.
 
+mod blocks;
 mod next;
 mod round;
 mod urgent;
 
+pub use blocks::{BlockIndex, PerBlock};
 pub use next::{Next, Origin, Place};
 pub use round::{Batch, Claim, Round};
 pub use urgent::{Requested, UrgentPages, WantedPage};

@@ -23,46 +23,53 @@ pub struct Place {
 #[derive(Clone, Copy, Debug)]
 pub struct Next<'r> {
     round: &'r Round,
-    urgent: &'r UrgentPages,
+    urgent: Option<&'r UrgentPages>,
 }
 
 impl<'r> Next<'r> {
-    /// The pages of `round`, those in `urgent` before their turn.
-    pub fn new(round: &'r Round, urgent: &'r UrgentPages) -> Self {
+    /// The pages of `round`, those in `urgent` before their turn. `None`: all in their turn.
+    pub fn new(round: &'r Round, urgent: Option<&'r UrgentPages>) -> Self {
         Self { round, urgent }
     }
 
-    /// Fills `batch` with up to `most` pages of one block, and says where they came from. `None`: the
-    /// round has no more.
-    pub fn claim(&self, place: &mut Place, most: usize, batch: &mut Batch) -> Option<Origin> {
-        // Two loads where nothing is wanted, which is all of a pre-copy.
-        if (place.held.is_some() || !self.urgent.is_empty()) && self.claim_urgent(place, most, batch) {
-            return Some(Origin::Urgent);
+    /// The next pages, at most `most` and of one block. `None`: the round has no more.
+    pub fn claim<'p>(&self, place: &'p mut Place, most: usize) -> Option<Batch<'p>> {
+        if let Some(urgent) = self.urgent
+            && self.claim_urgent(urgent, place, most)
+        {
+            return place.claim.batch(Origin::Urgent);
         }
-        self.round.claim(&mut place.claim, most, batch).then_some(Origin::Cursor)
+        self.round.claim(&mut place.claim, most)
     }
 
-    /// Gives back what a worker took and did not send.
-    pub fn put_back(&self, place: &mut Place, batch: &Batch) {
+    /// Gives back what a worker took and did not send: its last batch, and what is left of its chunk.
+    pub fn put_back(&self, place: &mut Place) {
         place.held = None; // its dirty bit was not taken
-        self.round.put_back(&mut place.claim, batch);
+        self.round.put_back(&mut place.claim);
     }
 
     /// Wanted pages of one block, as far as their bits are still set: the others are on their way.
-    fn claim_urgent(&self, place: &mut Place, most: usize, batch: &mut Batch) -> bool {
-        batch.pages.clear();
-        while batch.pages.len() < most {
-            let Some(wanted) = place.held.take().or_else(|| self.urgent.pop()) else { break };
-            if !batch.pages.is_empty() && wanted.block != batch.block {
-                place.held = Some(wanted);
+    fn claim_urgent(&self, urgent: &UrgentPages, place: &mut Place, most: usize) -> bool {
+        let Place { claim, held } = place;
+        // Two loads where nothing is wanted.
+        if held.is_none() && urgent.is_empty() {
+            return false;
+        }
+        claim.block = None;
+        claim.pages.clear();
+        while claim.pages.len() < most {
+            let Some(wanted) = held.take().or_else(|| urgent.pop()) else { break };
+            if claim.block.is_some_and(|block| block != wanted.block) {
+                *held = Some(wanted);
                 break;
             }
             if self.round.take(wanted.block, wanted.page) {
-                batch.block = wanted.block;
-                batch.pages.push(wanted.page);
+                claim.block = Some(wanted.block);
+                claim.pages.push(wanted.page);
             }
         }
-        !batch.pages.is_empty()
+        claim.pages.sort_unstable();
+        claim.block.is_some()
     }
 }
 
@@ -72,65 +79,67 @@ mod tests {
 
     use super::*;
     use crate::guest::DirtyBitmap;
-    use crate::work::Requested;
+    use crate::work::{PerBlock, Requested};
+
+    type Bitmaps = PerBlock<Arc<DirtyBitmap>>;
 
     /// Two blocks of 200 and 100 pages, all dirty.
-    fn guest() -> (Vec<Arc<DirtyBitmap>>, Round, UrgentPages) {
-        let bitmaps: Vec<_> = [200, 100].map(DirtyBitmap::new).into_iter().map(Arc::new).collect();
+    fn guest() -> (Bitmaps, Round, UrgentPages) {
+        let bitmaps: Bitmaps = [200, 100].map(DirtyBitmap::new).into_iter().map(Arc::new).collect();
         bitmaps.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
-        let round = Round::new(&bitmaps, 1);
-        (bitmaps, round, UrgentPages::new(16, [200, 100]))
+        let (round, urgent) = (Round::new(&bitmaps, 1), UrgentPages::new(16, &bitmaps));
+        (bitmaps, round, urgent)
     }
 
-    fn want(urgent: &UrgentPages, pages: &[(usize, usize)]) {
-        for (block, page) in pages {
-            assert_eq!(urgent.request(WantedPage { block: *block, page: *page }), Requested::Queued);
+    /// Asks for pages of the block that has `len`.
+    fn want(bitmaps: &Bitmaps, urgent: &UrgentPages, pages: &[(usize, usize)]) {
+        for (len, page) in pages {
+            let block = bitmaps.find(|bitmap| bitmap.pages() == *len);
+            let requested = block.map(|block| urgent.request(WantedPage { block, page: *page }));
+            assert_eq!(requested, Some(Requested::Queued));
         }
     }
 
     #[test]
     fn wanted_pages_go_first_block_by_block_and_then_the_cursor_goes_on() {
         let (bitmaps, round, urgent) = guest();
-        let next = Next::new(&round, &urgent);
-        let (mut place, mut batch, mut sent) = (Place::default(), Batch::default(), 0);
-        let mut claimed = |batch: &mut Batch| {
-            let origin = next.claim(&mut place, 50, batch);
-            sent += if origin.is_some() { batch.pages.len() } else { 0 };
-            origin
+        let next = Next::new(&round, Some(&urgent));
+        let (mut place, mut sent) = (Place::default(), 0);
+        let mut claimed = || {
+            let Batch { block, pages, origin } = next.claim(&mut place, 50)?;
+            sent += pages.len();
+            Some((origin, bitmaps.at(block).pages(), pages.to_vec()))
         };
-        assert_eq!(claimed(&mut batch), Some(Origin::Cursor));
-        want(&urgent, &[(0, 150), (0, 140), (1, 7), (0, 160)]);
-        assert_eq!(claimed(&mut batch), Some(Origin::Urgent));
-        assert_eq!((batch.block, &batch.pages[..]), (0, &[150, 140][..]));
-        assert_eq!(claimed(&mut batch), Some(Origin::Urgent));
-        assert_eq!((batch.block, &batch.pages[..]), (1, &[7][..]));
-        assert_eq!(claimed(&mut batch), Some(Origin::Urgent));
-        assert_eq!((batch.block, &batch.pages[..]), (0, &[160][..]));
-        while claimed(&mut batch).is_some() {}
+        assert_eq!(claimed().unwrap().0, Origin::Cursor);
+        want(&bitmaps, &urgent, &[(200, 150), (200, 140), (100, 7), (200, 160)]);
+        assert_eq!(claimed(), Some((Origin::Urgent, 200, vec![140, 150])));
+        assert_eq!(claimed(), Some((Origin::Urgent, 100, vec![7])));
+        assert_eq!(claimed(), Some((Origin::Urgent, 200, vec![160])));
+        while claimed().is_some() {}
         assert_eq!(sent, 300, "each page once");
         assert!(bitmaps.iter().all(|bitmap| bitmap.count() == 0));
     }
 
     #[test]
     fn a_wanted_page_that_was_sent_is_not_sent_again() {
-        let (_, round, urgent) = guest();
-        let next = Next::new(&round, &urgent);
-        let (mut place, mut batch) = (Place::default(), Batch::default());
-        while next.claim(&mut place, 128, &mut batch).is_some() {}
-        want(&urgent, &[(0, 1), (1, 1)]);
-        assert_eq!(next.claim(&mut place, 128, &mut batch), None);
+        let (bitmaps, round, urgent) = guest();
+        let next = Next::new(&round, Some(&urgent));
+        let mut place = Place::default();
+        while next.claim(&mut place, 128).is_some() {}
+        want(&bitmaps, &urgent, &[(200, 1), (100, 1)]);
+        assert_eq!(next.claim(&mut place, 128), None);
         assert!(urgent.is_empty());
     }
 
     #[test]
     fn what_a_worker_could_not_send_is_dirty_again() {
         let (bitmaps, round, urgent) = guest();
-        let next = Next::new(&round, &urgent);
-        let (mut place, mut batch) = (Place::default(), Batch::default());
-        assert_eq!(next.claim(&mut place, 10, &mut batch), Some(Origin::Cursor));
-        want(&urgent, &[(1, 30), (1, 31), (0, 199)]);
-        assert_eq!(next.claim(&mut place, 10, &mut batch), Some(Origin::Urgent));
-        next.put_back(&mut place, &batch);
+        let next = Next::new(&round, Some(&urgent));
+        let mut place = Place::default();
+        assert_eq!(next.claim(&mut place, 10).unwrap().origin, Origin::Cursor);
+        want(&bitmaps, &urgent, &[(100, 30), (100, 31), (200, 199)]);
+        assert_eq!(next.claim(&mut place, 10).unwrap().origin, Origin::Urgent);
+        next.put_back(&mut place);
         assert_eq!(bitmaps.iter().map(|bitmap| bitmap.count()).sum::<usize>(), 300 - 10);
     }
 }

@@ -2,6 +2,7 @@
 
 use crossbeam_utils::CachePadded;
 
+use super::{BlockIndex, Origin, PerBlock};
 use crate::guest::{DirtyBitmap, PAGES_PER_WORD};
 use crate::sync::{Arc, AtomicUsize, Ordering};
 
@@ -18,9 +19,8 @@ const MOST_WORDS: usize = 64;
 /// ```
 #[derive(Debug)]
 pub struct Round {
-    blocks: Vec<RoundBlock>,
+    blocks: PerBlock<RoundBlock>,
     chunk_words: usize,
-    chunks: usize,
     /// On a cache line of its own: every worker writes it, and reads what is beside it.
     cursor: CachePadded<AtomicUsize>,
 }
@@ -32,111 +32,128 @@ struct RoundBlock {
     first_chunk: usize,
 }
 
-/// One worker's place in a round: the chunk it owns and how far it has come in it.
+/// One worker's place in a round: the chunk it owns, how far it has come in it, and its last batch.
 #[derive(Debug, Default)]
 pub struct Claim {
-    block: usize,
+    chunk: Option<Chunk>,
+    /// The block of the last batch.
+    pub(super) block: Option<BlockIndex>,
+    /// The pages of the last batch, which the worker owns until it claims again or gives them back.
+    pub(super) pages: Vec<usize>,
+}
+
+#[derive(Debug)]
+struct Chunk {
+    block: BlockIndex,
     next_word: usize,
     end_word: usize,
     /// Bits of the word before `next_word` that have not been handed out.
     bits: u64,
 }
 
-/// Pages of one block, in ascending order.
-#[derive(Debug, Default)]
-pub struct Batch {
-    /// Index of the block.
-    pub block: usize,
-    /// Page numbers in the block.
-    pub pages: Vec<usize>,
+/// Pages that a worker owns until it claims again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batch<'c> {
+    /// Their block.
+    pub block: BlockIndex,
+    /// Their numbers in the block, in ascending order; at least one.
+    pub pages: &'c [usize],
+    /// Why they go now.
+    pub origin: Origin,
 }
 
 impl Round {
-    /// A pass over what is set in `bitmaps` (one for each block), by `workers` workers.
-    pub fn new(bitmaps: &[Arc<DirtyBitmap>], workers: usize) -> Self {
+    /// A pass over what is set in `bitmaps`, by `workers` workers.
+    pub fn new(bitmaps: &PerBlock<Arc<DirtyBitmap>>, workers: usize) -> Self {
         let words: usize = bitmaps.iter().map(|bitmap| bitmap.words()).sum();
         // Small guests: at least 8 chunks a worker, so that none is idle while another has the last large one.
         let chunk_words = (words / (workers.max(1) * 8)).clamp(2, MOST_WORDS);
         let mut chunks = 0;
-        let blocks = bitmaps
-            .iter()
-            .map(|bitmap| {
-                let first_chunk = chunks;
-                chunks += bitmap.words().div_ceil(chunk_words);
-                RoundBlock { bitmap: Arc::clone(bitmap), first_chunk }
-            })
-            .collect();
-        Self { blocks, chunk_words, chunks, cursor: CachePadded::new(AtomicUsize::new(0)) }
+        let blocks = bitmaps.map(|bitmap| {
+            let first_chunk = chunks;
+            chunks += bitmap.words().div_ceil(chunk_words);
+            RoundBlock { bitmap: Arc::clone(bitmap), first_chunk }
+        });
+        Self { blocks, chunk_words, cursor: CachePadded::new(AtomicUsize::new(0)) }
     }
 
     /// A pass over nothing: a sync point without pages.
     pub fn empty() -> Self {
-        Self::new(&[], 1)
+        Self::new(&PerBlock::from_iter([]), 1)
     }
 
     /// Takes one page before its turn. True: its bit was set, and the caller owns the page. False: the
     /// page is clean, or a worker that has its chunk sends it.
-    pub fn take(&self, block: usize, page: usize) -> bool {
-        self.blocks.get(block).is_some_and(|block| block.bitmap.take(page))
+    pub fn take(&self, block: BlockIndex, page: usize) -> bool {
+        self.blocks.at(block).bitmap.take(page)
     }
 
-    /// Fills `batch` with up to `most` pages of one block. False: the round has no more.
-    pub fn claim(&self, claim: &mut Claim, most: usize, batch: &mut Batch) -> bool {
-        batch.pages.clear();
-        while batch.pages.len() < most {
-            if claim.bits != 0 {
-                if batch.pages.is_empty() {
-                    batch.block = claim.block;
-                } else if batch.block != claim.block {
-                    // What was claimed in the next block stays with this worker for its next batch.
+    /// The next pages, at most `most` and of one block. `None`: the round has no more.
+    pub fn claim<'c>(&self, claim: &'c mut Claim, most: usize) -> Option<Batch<'c>> {
+        claim.pages.clear();
+        claim.block = None;
+        while claim.pages.len() < most {
+            let Some(chunk) = &mut claim.chunk else {
+                claim.chunk = self.claim_chunk();
+                if claim.chunk.is_none() {
                     break;
                 }
-                claim.take_bits(most, batch);
-            } else if claim.next_word < claim.end_word {
-                let bitmap = self.blocks.get(claim.block).map(|block| &block.bitmap);
-                claim.bits = bitmap.map_or(0, |bitmap| bitmap.take_word(claim.next_word));
-                claim.next_word += 1;
-            } else if !self.claim_chunk(claim) {
-                break;
+                continue;
+            };
+            if chunk.bits != 0 {
+                // What was claimed in the next block stays with this worker for its next batch.
+                if *claim.block.get_or_insert(chunk.block) != chunk.block {
+                    break;
+                }
+                chunk.take_bits(most, &mut claim.pages);
+            } else if chunk.next_word < chunk.end_word {
+                chunk.bits = self.blocks.at(chunk.block).bitmap.take_word(chunk.next_word);
+                chunk.next_word += 1;
+            } else {
+                claim.chunk = None;
             }
         }
-        !batch.pages.is_empty()
+        claim.batch(Origin::Cursor)
     }
 
-    /// Gives back what a worker took and did not get rid of: the pages of `batch`, and what `claim` still holds.
-    pub fn put_back(&self, claim: &mut Claim, batch: &Batch) {
-        if let Some(block) = self.blocks.get(batch.block) {
-            batch.pages.iter().for_each(|page| block.bitmap.set(*page));
+    /// Gives back what a worker took and did not get rid of: the pages of its last batch, and what is left of its chunk.
+    pub fn put_back(&self, claim: &mut Claim) {
+        if let Some(block) = claim.block.take() {
+            let bitmap = &self.blocks.at(block).bitmap;
+            claim.pages.drain(..).for_each(|page| bitmap.set(page));
         }
         // Words past `next_word` were never taken: their bits are where they were.
-        if let Some(block) = self.blocks.get(claim.block)
-            && claim.bits != 0
-        {
-            block.bitmap.set_bits((claim.next_word - 1) * PAGES_PER_WORD, claim.bits);
+        if let Some(chunk) = claim.chunk.take().filter(|chunk| chunk.bits != 0) {
+            let bitmap = &self.blocks.at(chunk.block).bitmap;
+            bitmap.set_bits((chunk.next_word - 1) * PAGES_PER_WORD, chunk.bits);
         }
-        *claim = Claim::default();
     }
 
-    /// Moves the shared cursor on and gives the chunk to `claim`. False: there are no more chunks.
-    fn claim_chunk(&self, claim: &mut Claim) -> bool {
+    /// Moves the shared cursor on and gives its chunk to the caller. `None`: there are no more.
+    fn claim_chunk(&self) -> Option<Chunk> {
         let chunk = self.cursor.fetch_add(1, Ordering::Relaxed);
-        if chunk >= self.chunks {
-            return false;
-        }
-        let block = self.blocks.partition_point(|block| block.first_chunk <= chunk) - 1;
-        let Some(of) = self.blocks.get(block) else { return false };
-        claim.block = block;
-        claim.next_word = (chunk - of.first_chunk) * self.chunk_words;
-        claim.end_word = (claim.next_word + self.chunk_words).min(of.bitmap.words());
-        true
+        // Only the last block can begin at the chunk or before it and end before it.
+        let block = self.blocks.last_before(|block| block.first_chunk <= chunk)?;
+        let RoundBlock { bitmap, first_chunk } = self.blocks.at(block);
+        let next_word = (chunk - first_chunk) * self.chunk_words;
+        let end_word = (next_word + self.chunk_words).min(bitmap.words());
+        (next_word < end_word).then_some(Chunk { block, next_word, end_word, bits: 0 })
     }
 }
 
 impl Claim {
-    fn take_bits(&mut self, most: usize, batch: &mut Batch) {
+    /// What was claimed last. `None`: nothing.
+    pub(super) fn batch(&self, origin: Origin) -> Option<Batch<'_>> {
+        let block = self.block.filter(|_| !self.pages.is_empty())?;
+        Some(Batch { block, pages: &self.pages, origin })
+    }
+}
+
+impl Chunk {
+    fn take_bits(&mut self, most: usize, pages: &mut Vec<usize>) {
         let base = (self.next_word - 1) * PAGES_PER_WORD;
-        while self.bits != 0 && batch.pages.len() < most {
-            batch.pages.push(base + self.bits.trailing_zeros() as usize);
+        while self.bits != 0 && pages.len() < most {
+            pages.push(base + self.bits.trailing_zeros() as usize);
             self.bits &= self.bits - 1;
         }
     }
@@ -148,16 +165,16 @@ mod tests {
 
     use super::*;
 
-    fn bitmaps(pages: &[usize]) -> Vec<Arc<DirtyBitmap>> {
+    fn bitmaps(pages: &[usize]) -> PerBlock<Arc<DirtyBitmap>> {
         pages.iter().map(|pages| Arc::new(DirtyBitmap::new(*pages))).collect()
     }
 
     #[test]
     fn every_dirty_page_is_claimed_once_whatever_the_workers() {
         for workers in [1, 2, 5] {
-            let bitmaps = bitmaps(&[70_000, 1, 64, 4096]);
+            let bitmaps = bitmaps(&[70_000, 0, 1, 64, 4096, 0]);
             let mut expected = BTreeSet::new();
-            for (block, bitmap) in bitmaps.iter().enumerate() {
+            for (block, bitmap) in bitmaps.indexed() {
                 for page in (0..bitmap.pages()).filter(|page| page % 3 != 1 || page % 1000 < 200) {
                     bitmap.set(page);
                     expected.insert((block, page));
@@ -166,10 +183,10 @@ mod tests {
             let round = Round::new(&bitmaps, workers);
             let claimed: Vec<_> = std::thread::scope(|scope| {
                 let run = || {
-                    let (mut claim, mut batch, mut mine) = (Claim::default(), Batch::default(), Vec::new());
-                    while round.claim(&mut claim, 128, &mut batch) {
-                        assert!(batch.pages.len() <= 128 && batch.pages.is_sorted());
-                        mine.extend(batch.pages.iter().map(|page| (batch.block, *page)));
+                    let (mut claim, mut mine) = (Claim::default(), Vec::new());
+                    while let Some(Batch { block, pages, origin }) = round.claim(&mut claim, 128) {
+                        assert!(pages.len() <= 128 && pages.is_sorted() && origin == Origin::Cursor);
+                        mine.extend(pages.iter().map(|page| (block, *page)));
                     }
                     mine
                 };
@@ -186,16 +203,16 @@ mod tests {
     fn a_batch_spans_clean_chunks_but_not_blocks() {
         let bitmaps = bitmaps(&[1 << 20, 1 << 20]);
         for page in [5, 500_000, 1_000_000] {
-            bitmaps[0].set(page);
+            bitmaps[..][0].set(page);
         }
-        bitmaps[1].set(7);
+        bitmaps[..][1].set(7);
         let round = Round::new(&bitmaps, 1);
-        let (mut claim, mut batch) = (Claim::default(), Batch::default());
-        assert!(round.claim(&mut claim, 128, &mut batch));
-        assert_eq!((batch.block, &batch.pages[..]), (0, &[5, 500_000, 1_000_000][..]));
-        assert!(round.claim(&mut claim, 128, &mut batch));
-        assert_eq!((batch.block, &batch.pages[..]), (1, &[7][..]));
-        assert!(!round.claim(&mut claim, 128, &mut batch));
+        let mut claim = Claim::default();
+        let first = round.claim(&mut claim, 128).unwrap();
+        assert_eq!(first.pages, [5, 500_000, 1_000_000]);
+        assert_eq!(bitmaps.at(first.block).pages(), 1 << 20);
+        assert_eq!(round.claim(&mut claim, 128).unwrap().pages, [7]);
+        assert_eq!(round.claim(&mut claim, 128), None);
     }
 
     #[test]
@@ -203,22 +220,20 @@ mod tests {
         let bitmaps = bitmaps(&[1000, 500]);
         bitmaps.iter().for_each(|bitmap| bitmap.set_range(0, bitmap.pages()));
         let round = Round::new(&bitmaps, 1);
-        let (mut claim, mut batch) = (Claim::default(), Batch::default());
-        let mut sent = 0;
-        for _ in 0..3 {
-            assert!(round.claim(&mut claim, 100, &mut batch));
-            sent += batch.pages.len();
+        let (mut claim, mut sent) = (Claim::default(), 0);
+        for batch in 0..3 {
+            let pages = round.claim(&mut claim, 100).unwrap().pages.len();
+            sent += if batch < 2 { pages } else { 0 };
         }
-        round.put_back(&mut claim, &batch);
-        assert_eq!(
-            bitmaps.iter().map(|bitmap| bitmap.count()).sum::<usize>(),
-            1500 - (sent - batch.pages.len())
-        );
+        round.put_back(&mut claim);
+        round.put_back(&mut claim); // once is enough
+        assert_eq!(bitmaps.iter().map(|bitmap| bitmap.count()).sum::<usize>(), 1500 - sent);
     }
 
     #[test]
     fn nothing_dirty_is_an_empty_round() {
-        let round = Round::new(&bitmaps(&[1000]), 2);
-        assert!(!round.claim(&mut Claim::default(), 128, &mut Batch::default()));
+        for bitmaps in [bitmaps(&[1000]), bitmaps(&[0]), bitmaps(&[])] {
+            assert_eq!(Round::new(&bitmaps, 2).claim(&mut Claim::default(), 128), None);
+        }
     }
 }

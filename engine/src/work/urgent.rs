@@ -1,14 +1,15 @@
 //! Pages that are wanted before their turn: a vCPU waits for them, at the destination of a post-copy
 //! or at the source of a background snapshot.
 
+use super::{BlockIndex, PerBlock};
 use crate::guest::DirtyBitmap;
-use crate::sync::ArrayQueue;
+use crate::sync::{Arc, ArrayQueue};
 
 /// A page of one of the blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WantedPage {
-    /// Index of the block.
-    pub block: usize,
+    /// The block.
+    pub block: BlockIndex,
     /// Page number in the block.
     pub page: usize,
 }
@@ -23,7 +24,7 @@ pub enum Requested {
     Repeated,
     /// The queue is full: the page goes when the cursor comes to it.
     Full,
-    /// The block or page is not there.
+    /// The block has no such page.
     Unknown,
 }
 
@@ -34,23 +35,24 @@ pub enum Requested {
 #[derive(Debug)]
 pub struct UrgentPages {
     queue: ArrayQueue<WantedPage>,
-    /// One bit a page, for each block: the page is in the queue.
-    queued: Box<[DirtyBitmap]>,
+    /// One bit a page: the page is in the queue.
+    queued: PerBlock<DirtyBitmap>,
 }
 
 impl UrgentPages {
-    /// A queue of at most `most` pages, at least one, of blocks with so many `pages` each. 16 bytes for
+    /// A queue of at most `most` pages, at least one, of the blocks with these `bitmaps`. 24 bytes for
     /// each page that it can hold, and one bit for each page of the blocks.
-    pub fn new(most: usize, pages: impl IntoIterator<Item = usize>) -> Self {
-        let queued = pages.into_iter().map(DirtyBitmap::new).collect();
+    pub fn new(most: usize, bitmaps: &PerBlock<Arc<DirtyBitmap>>) -> Self {
+        let queued = bitmaps.map(|bitmap| DirtyBitmap::new(bitmap.pages()));
         Self { queue: ArrayQueue::new(most.max(1)), queued }
     }
 
     /// Asks for a page.
     pub fn request(&self, wanted: WantedPage) -> Requested {
-        let Some(queued) = self.queued.get(wanted.block).filter(|block| wanted.page < block.pages()) else {
+        let queued = self.queued.at(wanted.block);
+        if wanted.page >= queued.pages() {
             return Requested::Unknown;
-        };
+        }
         if !queued.insert(wanted.page) {
             return Requested::Repeated;
         }
@@ -64,9 +66,7 @@ impl UrgentPages {
     /// The page that was asked for first. From now on it can be asked for again.
     pub(super) fn pop(&self) -> Option<WantedPage> {
         let wanted = self.queue.pop()?;
-        if let Some(queued) = self.queued.get(wanted.block) {
-            queued.take(wanted.page);
-        }
+        self.queued.at(wanted.block).take(wanted.page);
         Some(wanted)
     }
 
@@ -80,13 +80,16 @@ impl UrgentPages {
 mod tests {
     use super::*;
 
-    fn page(block: usize, page: usize) -> WantedPage {
-        WantedPage { block, page }
+    /// A queue of at most `most` pages of blocks with so many `pages` each, and the blocks.
+    fn queue(most: usize, pages: &[usize]) -> (UrgentPages, Vec<BlockIndex>) {
+        let bitmaps: PerBlock<_> = pages.iter().map(|pages| Arc::new(DirtyBitmap::new(*pages))).collect();
+        (UrgentPages::new(most, &bitmaps), bitmaps.indexed().map(|(block, _)| block).collect())
     }
 
     #[test]
     fn pages_come_in_the_order_of_their_requests_and_each_once() {
-        let urgent = UrgentPages::new(8, [100, 10]);
+        let (urgent, blocks) = queue(8, &[100, 10]);
+        let page = |block: usize, page| WantedPage { block: blocks[block], page };
         assert_eq!(urgent.request(page(0, 99)), Requested::Queued);
         assert_eq!(urgent.request(page(1, 3)), Requested::Queued);
         assert_eq!(urgent.request(page(0, 99)), Requested::Repeated);
@@ -98,19 +101,20 @@ mod tests {
 
     #[test]
     fn a_full_queue_takes_no_more_until_there_is_room() {
-        let urgent = UrgentPages::new(2, [10]);
-        assert_eq!(urgent.request(page(0, 0)), Requested::Queued);
-        assert_eq!(urgent.request(page(0, 1)), Requested::Queued);
-        assert_eq!(urgent.request(page(0, 2)), Requested::Full);
-        assert_eq!(urgent.pop(), Some(page(0, 0)));
-        assert_eq!(urgent.request(page(0, 2)), Requested::Queued, "a refused page may be asked for again");
+        let (urgent, blocks) = queue(2, &[10]);
+        let page = |page| WantedPage { block: blocks[0], page };
+        assert_eq!(urgent.request(page(0)), Requested::Queued);
+        assert_eq!(urgent.request(page(1)), Requested::Queued);
+        assert_eq!(urgent.request(page(2)), Requested::Full);
+        assert_eq!(urgent.pop(), Some(page(0)));
+        assert_eq!(urgent.request(page(2)), Requested::Queued, "a refused page may be asked for again");
     }
 
     #[test]
-    fn what_is_not_there_cannot_be_wanted() {
-        let urgent = UrgentPages::new(2, [10]);
-        for unknown in [page(0, 10), page(1, 0), page(usize::MAX, usize::MAX)] {
-            assert_eq!(urgent.request(unknown), Requested::Unknown);
+    fn a_page_past_the_end_of_its_block_cannot_be_wanted() {
+        let (urgent, blocks) = queue(2, &[10]);
+        for page in [10, usize::MAX] {
+            assert_eq!(urgent.request(WantedPage { block: blocks[0], page }), Requested::Unknown);
         }
         assert!(urgent.is_empty());
     }

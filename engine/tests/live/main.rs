@@ -150,6 +150,32 @@ fn parallel_channels_with_every_codec() {
 }
 
 #[test]
+fn each_channel_has_counted_at_one_end_what_it_has_at_the_other() {
+    let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+    let there = There::listen();
+    let precopy = source(&guest).channels(3).build().unwrap().connect(&there.uri).unwrap();
+    let sent = move_over(&guest, precopy, 2).unwrap().progress;
+    let received = there.end().1.unwrap().progress;
+    assert_eq!((sent.channels, sent.per_channel.len()), (3, 4));
+    for channel in &sent.per_channel {
+        let other = received.per_channel.iter().find(|other| other.name == channel.name).unwrap();
+        assert_eq!(
+            (channel.bytes_sent, channel.packets),
+            (other.bytes_received, other.packets),
+            "{channel:?}"
+        );
+        assert_eq!(
+            (channel.pages_normal, channel.pages_zero),
+            (other.pages_normal, other.pages_zero),
+            "{channel:?}"
+        );
+    }
+    let bytes = sent.per_channel.iter().map(|channel| channel.bytes_sent + channel.bytes_received);
+    assert_eq!(bytes.sum::<u64>(), sent.wire_bytes);
+    assert!(sent.packets > 0 && sent.pages_normal > PAGES as u64 / 2, "{sent:?}");
+}
+
+#[test]
 fn differences_on_the_main_channel() {
     let report = moves(|source| source.xbzrle(64 << 20), 6);
     let stats = report.xbzrle.unwrap();

@@ -7,8 +7,9 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
+use multifd_engine::unstable::{PageQuery, PageRun};
 use multifd_engine::vm_memory::{FileOffset, MmapRegion};
-use multifd_engine::{HostMemory, PAGE, PageQuery, PageRun, RamBlock};
+use multifd_engine::{HostMemory, PAGE, RamBlock};
 
 use crate::PAGES;
 

@@ -47,11 +47,13 @@ mod error {
     pub(crate) struct Error(pub(crate) u32);
 }
 
-#[path = "../../../engine/src/run/stop.rs"]
-mod stop;
-
-#[path = "../../../engine/src/run/open_set.rs"]
-mod open_set;
+#[path = "."]
+mod run {
+    #[path = "../../../engine/src/run/open_set.rs"]
+    pub(crate) mod open_set;
+    #[path = "../../../engine/src/run/stop.rs"]
+    pub(crate) mod stop;
+}
 
 #[path = "."]
 mod guest {
@@ -63,6 +65,8 @@ mod guest {
 
 #[path = "."]
 mod work {
+    #[path = "../../../engine/src/work/blocks.rs"]
+    mod blocks;
     #[path = "../../../engine/src/work/next.rs"]
     mod next;
     #[path = "../../../engine/src/work/round.rs"]
@@ -70,7 +74,8 @@ mod work {
     #[path = "../../../engine/src/work/urgent.rs"]
     mod urgent;
 
-    pub(crate) use next::{Next, Place};
+    pub(crate) use blocks::{BlockIndex, PerBlock};
+    pub(crate) use next::{Next, Origin, Place};
     pub(crate) use round::{Batch, Claim, Round};
     pub(crate) use urgent::{Requested, UrgentPages, WantedPage};
 }
@@ -79,26 +84,35 @@ use loom::thread;
 
 use error::Error;
 use guest::DirtyBitmap;
-use open_set::OpenSet;
-use stop::{Monitor, StopSwitch};
+use run::open_set::OpenSet;
+use run::stop::{Monitor, StopSwitch};
 use sync::Arc;
-use work::{Batch, Claim, Next, Place, Requested, Round, UrgentPages, WantedPage};
+use work::{Claim, Next, PerBlock, Place, Requested, Round, UrgentPages, WantedPage};
 
 /// Two words are one chunk: three chunks.
 const PAGES: usize = 5 * 64;
 
+/// The blocks of a guest that has one.
+fn only(bitmap: &Arc<DirtyBitmap>) -> PerBlock<Arc<DirtyBitmap>> {
+    [Arc::clone(bitmap)].into_iter().collect()
+}
+
+fn wanted(blocks: &PerBlock<Arc<DirtyBitmap>>, page: usize) -> WantedPage {
+    WantedPage { block: blocks.find(|_| true).unwrap(), page }
+}
+
 fn claim_all(round: &Round) -> Vec<usize> {
-    let (mut claim, mut batch, mut pages) = (Claim::default(), Batch::default(), Vec::new());
-    while round.claim(&mut claim, 128, &mut batch) {
-        pages.extend(&batch.pages);
+    let (mut claim, mut pages) = (Claim::default(), Vec::new());
+    while let Some(batch) = round.claim(&mut claim, 128) {
+        pages.extend(batch.pages);
     }
     pages
 }
 
 fn send_all(next: &Next<'_>) -> Vec<usize> {
-    let (mut place, mut batch, mut pages) = (Place::default(), Batch::default(), Vec::new());
-    while next.claim(&mut place, 128, &mut batch).is_some() {
-        pages.extend(&batch.pages);
+    let (mut place, mut pages) = (Place::default(), Vec::new());
+    while let Some(batch) = next.claim(&mut place, 128) {
+        pages.extend(batch.pages);
     }
     pages
 }
@@ -108,7 +122,7 @@ fn two_workers_claim_every_page_once() {
     loom::model(|| {
         let bitmap = Arc::new(DirtyBitmap::new(PAGES));
         [0, 63, 64, 200, 319].into_iter().for_each(|page| bitmap.set(page));
-        let round = Arc::new(Round::new(&[Arc::clone(&bitmap)], 2));
+        let round = Arc::new(Round::new(&only(&bitmap), 2));
         let other = Arc::clone(&round);
         let worker = thread::spawn(move || claim_all(&other));
         let mut pages = claim_all(&round);
@@ -124,7 +138,7 @@ fn a_page_that_is_set_meanwhile_is_claimed_or_still_set() {
     loom::model(|| {
         let bitmap = Arc::new(DirtyBitmap::new(64));
         bitmap.set(3);
-        let round = Arc::new(Round::new(&[Arc::clone(&bitmap)], 1));
+        let round = Arc::new(Round::new(&only(&bitmap), 1));
         let log = Arc::clone(&bitmap);
         let writer = thread::spawn(move || log.set(5));
         let claimed = claim_all(&round);
@@ -158,12 +172,12 @@ fn what_a_failed_worker_puts_back_is_not_lost() {
     loom::model(|| {
         let bitmap = Arc::new(DirtyBitmap::new(PAGES));
         bitmap.set_range(60, 140);
-        let round = Arc::new(Round::new(&[Arc::clone(&bitmap)], 2));
+        let round = Arc::new(Round::new(&only(&bitmap), 2));
         let other = Arc::clone(&round);
         let worker = thread::spawn(move || {
-            let (mut claim, mut batch) = (Claim::default(), Batch::default());
-            if other.claim(&mut claim, 100, &mut batch) {
-                other.put_back(&mut claim, &batch);
+            let mut claim = Claim::default();
+            if other.claim(&mut claim, 100).is_some() {
+                other.put_back(&mut claim);
             }
         });
         let sent = claim_all(&round).len();
@@ -177,19 +191,18 @@ fn of_cursor_and_request_one_sends_the_page() {
     loom::model(|| {
         let bitmap = Arc::new(DirtyBitmap::new(64));
         bitmap.set_range(3, 2);
-        let round = Arc::new(Round::new(&[Arc::clone(&bitmap)], 2));
-        let urgent = Arc::new(UrgentPages::new(2, [64]));
+        let round = Arc::new(Round::new(&only(&bitmap), 2));
+        let urgent = Arc::new(UrgentPages::new(2, &only(&bitmap)));
         let (wants, served) = (Arc::clone(&urgent), Arc::clone(&urgent));
-        let asking = thread::spawn(move || {
-            assert_eq!(wants.request(WantedPage { block: 0, page: 4 }), Requested::Queued);
-        });
+        let page = wanted(&only(&bitmap), 4);
+        let asking = thread::spawn(move || assert_eq!(wants.request(page), Requested::Queued));
         let other = Arc::clone(&round);
-        let worker = thread::spawn(move || send_all(&Next::new(&other, &served)));
-        let mut pages = send_all(&Next::new(&round, &urgent));
+        let worker = thread::spawn(move || send_all(&Next::new(&other, Some(&served))));
+        let mut pages = send_all(&Next::new(&round, Some(&urgent)));
         asking.join().unwrap();
         pages.extend(worker.join().unwrap());
         // The request may come when the round is over: then its page has gone.
-        pages.extend(send_all(&Next::new(&round, &urgent)));
+        pages.extend(send_all(&Next::new(&round, Some(&urgent))));
         pages.sort_unstable();
         assert_eq!(pages, [3, 4], "each page once");
         assert!(urgent.is_empty());
@@ -200,16 +213,16 @@ fn of_cursor_and_request_one_sends_the_page() {
 fn a_page_that_two_ask_for_is_in_the_queue_once_and_can_be_asked_for_again() {
     loom::model(|| {
         let bitmap = Arc::new(DirtyBitmap::new(64));
-        let round = Round::new(&[Arc::clone(&bitmap)], 1);
-        let urgent = Arc::new(UrgentPages::new(2, [64]));
-        let wanted = WantedPage { block: 0, page: 4 };
+        let round = Round::new(&only(&bitmap), 1);
+        let urgent = Arc::new(UrgentPages::new(2, &only(&bitmap)));
+        let wanted = wanted(&only(&bitmap), 4);
         let other = Arc::clone(&urgent);
         let asking = thread::spawn(move || other.request(wanted));
         let here = urgent.request(wanted);
         let there = asking.join().unwrap();
         let queued = [here, there].iter().filter(|outcome| **outcome == Requested::Queued).count();
         assert_eq!(queued, 1);
-        assert!(send_all(&Next::new(&round, &urgent)).is_empty(), "a clean page is not sent");
+        assert!(send_all(&Next::new(&round, Some(&urgent))).is_empty(), "a clean page is not sent");
         assert_eq!(urgent.request(wanted), Requested::Queued);
     });
 }

@@ -14,7 +14,7 @@ use multifd_wire::{
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE_SIZE;
 use crate::io::IoVecs;
-use crate::run::session::Counters;
+use crate::run::counters::{ChannelCounters, Counters};
 use crate::run::workers::Crew;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::{OutgoingBlock, ZeroRoute};
@@ -22,7 +22,7 @@ use crate::source::packet::{Content, Packet};
 use crate::source::rounds::{RoundContext, Rounds, Work, ZeroReport};
 use crate::source::shared::SourceShared;
 use crate::source::zero_copy::ZeroCopySender;
-use crate::work::{Batch, Claim, Round};
+use crate::work::{Batch, Place, Round};
 
 /// The parallel channels of a migration.
 pub(in crate::source) struct Channels {
@@ -62,9 +62,7 @@ impl Channels {
         shared: &Arc<SourceShared>,
         crew: &Crew,
     ) -> Result<()> {
-        SendWorker::start(channel, id, self.rounds.clone(), shared, crew)?;
-        Counters::add(&shared.session.counters.channels, 1);
-        Ok(())
+        SendWorker::start(channel, id, self.rounds.clone(), shared, crew)
     }
 
     pub(super) fn workers(&self) -> usize {
@@ -79,7 +77,7 @@ impl Channels {
         shared: &SourceShared,
     ) -> Result<()> {
         self.rounds.run(round, context, |report| {
-            Counters::add(&shared.session.counters.pages_zero, report.offsets.len());
+            Counters::add(&shared.session.counters.main.pages_zero, report.offsets.len());
             main.zero_pages(&shared.ram, &report)
         })?;
         if self.sync_points == SyncPoints::AtFlush {
@@ -96,6 +94,7 @@ impl Channels {
 /// The worker of one channel. Owns its buffers: 512 KiB of pages and at most 1 MiB of payload, none without a codec or cache.
 struct SendWorker {
     channel: Arc<Channel>,
+    counters: Arc<ChannelCounters>,
     shared: Arc<SourceShared>,
     rounds: Rounds,
     id: u8,
@@ -129,6 +128,7 @@ impl SendWorker {
         let zero_copy = ZeroCopySender::new(&channel, shared.zero_copy)
             .map_err(|error| error.on(format!("channel {id} ({})", channel.peer())))?;
         let mut worker = Self {
+            counters: shared.session.counters.channel(id, &channel),
             channel,
             shared: Arc::clone(shared),
             rounds,
@@ -169,26 +169,26 @@ impl SendWorker {
     }
 
     fn round(&mut self, round: &Round, context: RoundContext) -> Result<()> {
-        let (mut claim, mut batch) = (Claim::default(), Batch::default());
-        while round.claim(&mut claim, self.shared.batch_pages(), &mut batch) {
-            let sent = self.batch(&batch, context);
+        let shared = Arc::clone(&self.shared);
+        let (next, mut place) = (shared.next(round), Place::default());
+        while let Some(batch) = next.claim(&mut place, shared.batch_pages()) {
+            let sent = self.batch(&batch, &shared, context);
             if sent.is_err() {
-                round.put_back(&mut claim, &batch);
+                next.put_back(&mut place);
                 return sent;
             }
         }
         Ok(())
     }
 
-    fn batch(&mut self, batch: &Batch, context: RoundContext) -> Result<()> {
-        let shared = Arc::clone(&self.shared);
-        let block = shared.ram.block(batch.block)?;
+    fn batch(&mut self, batch: &Batch<'_>, shared: &SourceShared, context: RoundContext) -> Result<()> {
+        let block = shared.ram.blocks.at(batch.block);
         let cache = shared.deltas_for_peer(context).map(|cache| (cache, context));
         self.packet.clear();
         if self.encoder.is_some() || cache.is_some() {
-            self.packet.copy_in(&shared.ram, block, &batch.pages, cache)?;
+            self.packet.copy_in(&shared.ram, block, batch.pages, cache)?;
         } else {
-            self.packet.sort_out(&shared.ram, block, &batch.pages)?;
+            self.packet.sort_out(&shared.ram, block, batch.pages)?;
         }
         if block.zero_route == ZeroRoute::Main && !self.packet.zero.is_empty() {
             let offsets = std::mem::take(&mut self.packet.zero);
@@ -227,9 +227,9 @@ impl SendWorker {
             )?;
             send_private(&self.channel, &self.shared, &self.header, payload)?;
         }
-        let counters = &self.shared.session.counters;
-        Counters::add(&counters.pages_normal, normal);
-        Counters::add(&counters.pages_zero, zero);
+        Counters::add(&self.counters.packets, 1);
+        Counters::add(&self.counters.pages_normal, normal);
+        Counters::add(&self.counters.pages_zero, zero);
         Ok(())
     }
 
@@ -273,13 +273,14 @@ impl SendWorker {
         let flags = PacketFlags::pages(CodecId::DIALECT_DELTA);
         encode_header(&mut self.header, &self.shared, block, flags, (&packet.delta, &[]), payload.len())?;
         send_private(&self.channel, &self.shared, &self.header, payload)?;
-        Counters::add(&self.shared.session.counters.pages_xbzrle, packet.delta.len());
+        Counters::add(&self.counters.packets, 1);
+        Counters::add(&self.counters.pages_xbzrle, packet.delta.len());
         Ok(())
     }
 
     fn sync(&mut self) -> Result<()> {
         if let Some(zero_copy) = &mut self.zero_copy {
-            zero_copy.settle(&self.channel, &self.shared.session.counters)?;
+            zero_copy.settle(&self.channel, &self.counters)?;
         }
         self.header.clear();
         RamPacketHeader {

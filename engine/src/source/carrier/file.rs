@@ -7,7 +7,6 @@ use multifd_transports::{Channel, FileStream};
 
 use super::mapped::MappedFile;
 use crate::error::Result;
-use crate::run::session::Counters;
 use crate::run::workers::Crew;
 use crate::source::main_writer::MainWriter;
 use crate::source::rounds::{RoundContext, Rounds};
@@ -47,7 +46,6 @@ impl File {
         let places = Places { file: Arc::new(file), rounds: Rounds::new(crew.stop(), workers) };
         for id in 0..workers {
             places.file.start_worker(id, &places.rounds, shared, crew)?;
-            Counters::add(&shared.session.counters.channels, 1);
         }
         Ok(Self { stream, channel, places: Some(places) })
     }
@@ -78,7 +76,7 @@ impl File {
             return super::main::send_round(&round, context, main, shared);
         };
         if places.rounds.workers() == 0 {
-            places.file.write_round(&round, shared)?;
+            places.file.write_round(&round, shared, &shared.session.counters.main)?;
         } else {
             // A page is written again only when all workers are through: the newest stays.
             places.rounds.run(round, context, |_| Ok(()))?;

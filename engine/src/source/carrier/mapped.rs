@@ -11,14 +11,14 @@ use multifd_wire::MappedRamHeader;
 
 use crate::error::{Error, Phase, Result};
 use crate::guest::{Found, PAGE, PAGE_SIZE};
-use crate::run::session::Counters;
+use crate::run::counters::{ChannelCounters, Counters};
 use crate::run::workers::Crew;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::{OutgoingBlock, OutgoingRam, ZeroRoute};
 use crate::source::rounds::{Rounds, Work};
 use crate::source::shared::SourceShared;
 use crate::stream::mapped_layout;
-use crate::work::{Batch, Claim, Round};
+use crate::work::{Batch, PerBlock, Place, Round};
 
 /// The file, and what is in it by now.
 pub(super) struct MappedFile {
@@ -27,13 +27,13 @@ pub(super) struct MappedFile {
     channel: Arc<Channel>,
     /// The same file for the pages: past the page cache, if that was asked for.
     pages: File,
-    blocks: Vec<StoredBlock>,
+    blocks: PerBlock<StoredBlock>,
 }
 
 struct StoredBlock {
     /// Known when the list of blocks is written.
     place: OnceLock<MappedRamHeader>,
-    /// The bitmap: which pages are not zero. Each word is one worker's at a time: the round's chunks are whole words.
+    /// The bitmap: which pages are not zero.
     stored: Box<[AtomicU64]>,
 }
 
@@ -47,17 +47,17 @@ impl MappedFile {
         let pages = stream.for_pages(direct).map_err(|error| {
             Error::storage(Phase::Setup, "opening the file for pages", error).on(name(&channel))
         })?;
-        let block = |outgoing: &OutgoingBlock| StoredBlock {
+        let blocks = ram.blocks.map(|outgoing| StoredBlock {
             place: OnceLock::new(),
             stored: (0..outgoing.block.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
-        };
-        Ok(Self { stream, channel, pages, blocks: ram.blocks.iter().map(block).collect() })
+        });
+        Ok(Self { stream, channel, pages, blocks })
     }
 
     /// Writes the list of blocks, each with its place, and leaves the room for bitmap and pages behind it.
     pub(super) fn announce(&self, main: &mut MainWriter, ram: &OutgoingRam) -> Result<()> {
         main.ram_head(ram);
-        for (entry, block) in ram.list().zip(&self.blocks) {
+        for (entry, block) in ram.list().zip(self.blocks.iter()) {
             entry.encode(main.unsent());
             main.flush()?;
             let place = mapped_layout::place(self.stream.position(), entry.used_len, PAGE_SIZE);
@@ -71,7 +71,7 @@ impl MappedFile {
 
     /// Writes the bitmaps, when no more page comes.
     pub(super) fn write_bitmaps(&self) -> Result<()> {
-        for block in &self.blocks {
+        for block in self.blocks.iter() {
             let place = block.place(Phase::Device)?;
             let bitmap: Vec<u8> =
                 block.stored.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
@@ -84,29 +84,33 @@ impl MappedFile {
     }
 
     /// Writes the pages of a round that no other worker has claimed.
-    pub(super) fn write_round(&self, round: &Round, shared: &SourceShared) -> Result<()> {
-        let (mut claim, mut batch) = (Claim::default(), Batch::default());
-        while round.claim(&mut claim, shared.batch_pages(), &mut batch) {
-            let written = self.write_batch(&batch, shared);
+    pub(super) fn write_round(
+        &self,
+        round: &Round,
+        shared: &SourceShared,
+        counters: &ChannelCounters,
+    ) -> Result<()> {
+        let (next, mut place) = (shared.next(round), Place::default());
+        while let Some(batch) = next.claim(&mut place, shared.batch_pages()) {
+            let written = self.write_batch(&batch, shared, counters);
             if written.is_err() {
-                round.put_back(&mut claim, &batch);
+                next.put_back(&mut place);
                 return written.map_err(|error| error.on(name(&self.channel)));
             }
         }
         Ok(())
     }
 
-    fn write_batch(&self, batch: &Batch, shared: &SourceShared) -> Result<()> {
-        let outgoing = shared.ram.block(batch.block)?;
-        let block = self.blocks.get(batch.block).ok_or_else(|| {
-            Error::bug(
-                Phase::Active,
-                format_args!("RAM block {} has no place in the file", outgoing.block.name()),
-            )
-        })?;
-        let (mut run, mut zero) = (0..0, 0);
+    fn write_batch(
+        &self,
+        batch: &Batch<'_>,
+        shared: &SourceShared,
+        counters: &ChannelCounters,
+    ) -> Result<()> {
+        let (outgoing, block) = (shared.ram.blocks.at(batch.block), self.blocks.at(batch.block));
+        let (mut run, mut zero) = (0..0, 0_usize);
         let mut found = Found::default();
-        shared.ram.look(outgoing, &batch.pages, &mut found)?;
+        shared.ram.look(outgoing, batch.pages, &mut found)?;
         for (page, absent) in batch.pages.iter().zip(found.zeros()) {
             // A page that has no content in the file is zero, whatever was asked for: one that is absent must not be read.
             let seek_zero = outgoing.zero_route != ZeroRoute::Content;
@@ -121,7 +125,8 @@ impl MappedFile {
             }
         }
         self.write_run(run, outgoing, block, shared)?;
-        Counters::add(&shared.session.counters.pages_zero, zero);
+        Counters::add(&counters.pages_zero, zero);
+        Counters::add(&counters.pages_normal, batch.pages.len() - zero);
         Ok(())
     }
 
@@ -150,7 +155,6 @@ impl MappedFile {
             },
         )?;
         self.channel.note_direct_sent(len as u64);
-        Counters::add(&shared.session.counters.pages_normal, run.len());
         Ok(())
     }
 
@@ -163,11 +167,12 @@ impl MappedFile {
         crew: &Crew,
     ) -> Result<()> {
         let (file, rounds, shared) = (Arc::clone(self), rounds.clone(), Arc::clone(shared));
+        let counters = shared.session.counters.thread(id);
         crew.spawn(&format!("mig-send-{id}"), Phase::Active, move || {
             let mut last = 0;
             while let Work::Round { number, round, .. } = rounds.next(last)? {
                 last = number;
-                file.write_round(&round, &shared)?;
+                file.write_round(&round, &shared, &counters)?;
                 rounds.done();
             }
             Ok(())

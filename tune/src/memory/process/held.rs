@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use multifd_engine::{PageQuery, PageRun};
+use multifd_engine::unstable::{PageQuery, PageRun};
 
 use super::super::PAGE;
 

@@ -1,0 +1,223 @@
+//! What a migration counts: one table, from which the counters, [`Progress`] and the keys of JSON are made.
+
+use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use crossbeam_utils::CachePadded;
+use multifd_transports::Channel;
+use serde::Serialize;
+
+use crate::run::stop::lock;
+
+macro_rules! counters {
+    (
+        migration { $($(#[$of_migration:meta])* $migration:ident,)* }
+        channel { $($(#[$of_channel:meta])* $channel:ident,)* }
+    ) => {
+        /// Plain numbers about a migration that is under way; all of them only grow.
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+        #[non_exhaustive]
+        pub struct Progress {
+            $($(#[$of_migration])* pub $migration: u64,)*
+            /// Bytes on the wire, all channels, both directions.
+            pub wire_bytes: u64,
+            $($(#[$of_channel])* pub $channel: u64,)*
+            /// Parallel channels; 0 while there is only the main one.
+            pub channels: u64,
+            /// What was counted on each channel. The first is main.
+            pub per_channel: Vec<ChannelProgress>,
+        }
+
+        /// Plain numbers about one channel.
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+        #[non_exhaustive]
+        pub struct ChannelProgress {
+            /// `main`, or `channel 3`; for threads at a file, whose bytes are those of main, `thread 3`.
+            pub name: String,
+            /// Bytes sent.
+            pub bytes_sent: u64,
+            /// Bytes received.
+            pub bytes_received: u64,
+            $($(#[$of_channel])* pub $channel: u64,)*
+        }
+
+        /// The counters of a migration. Those of the migration itself are written by the thread of main.
+        #[derive(Default)]
+        pub(crate) struct Counters {
+            $(pub(crate) $migration: AtomicU64,)*
+            pub(crate) main: ChannelCounters,
+            parallel: Mutex<Vec<Arc<ChannelCounters>>>,
+        }
+
+        /// The counters of a [`ChannelCounters`].
+        #[derive(Default)]
+        pub(crate) struct PerChannel {
+            $(pub(crate) $channel: AtomicU64,)*
+        }
+
+        impl Counters {
+            /// The numbers now. `wire_bytes`: of all connections.
+            pub(crate) fn read(&self, wire_bytes: u64) -> Progress {
+                let mut progress = Progress {
+                    $($migration: self.$migration.load(Ordering::Relaxed),)*
+                    wire_bytes,
+                    ..Progress::default()
+                };
+                let parallel = lock(&self.parallel);
+                progress.channels = parallel.len() as u64;
+                progress.per_channel.push(self.main.read());
+                progress.per_channel.extend(parallel.iter().map(|channel| channel.read()));
+                for channel in &progress.per_channel {
+                    $(progress.$channel += channel.$channel;)*
+                }
+                progress
+            }
+        }
+
+        impl ChannelCounters {
+            fn read(&self) -> ChannelProgress {
+                let channel = self.channel.get();
+                ChannelProgress {
+                    name: self.name.clone(),
+                    bytes_sent: channel.map_or(0, |channel| channel.bytes_sent()),
+                    bytes_received: channel.map_or(0, |channel| channel.bytes_received()),
+                    $($channel: self.counters.$channel.load(Ordering::Relaxed),)*
+                }
+            }
+        }
+    };
+}
+
+counters! {
+    migration {
+        /// Bytes of guest RAM in all blocks. 0 until the list of blocks is known.
+        ram_bytes,
+        /// Passes over RAM (dirty sync count).
+        rounds,
+    }
+    channel {
+        /// Packets with pages, of a parallel channel.
+        packets,
+        /// Pages that went with their content, compressed or not.
+        pages_normal,
+        /// Pages that went as "is zero".
+        pages_zero,
+        /// Pages that went as a difference to their older content.
+        pages_xbzrle,
+        /// System calls that were to send without copying.
+        zero_copy_sends,
+        /// Those of them that the kernel has copied after all.
+        zero_copy_copied,
+        /// Calls that had to be plain ones, because the kernel had no room to keep track of more.
+        zero_copy_refused,
+    }
+}
+
+/// The counters of one channel, written by its worker: on cache lines that no other worker writes.
+pub(crate) struct ChannelCounters {
+    name: String,
+    /// `None`: bytes are counted elsewhere.
+    channel: OnceLock<Arc<Channel>>,
+    counters: CachePadded<PerChannel>,
+}
+
+impl Counters {
+    /// Counts a parallel channel, with its bytes.
+    pub(crate) fn channel(&self, id: u8, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
+        self.parallel(ChannelCounters::new(format!("channel {id}")).with_bytes_of(channel))
+    }
+
+    /// Counts a thread that moves pages between memory and a file; the bytes are main's.
+    pub(crate) fn thread(&self, id: usize) -> Arc<ChannelCounters> {
+        self.parallel(ChannelCounters::new(format!("thread {id}")))
+    }
+
+    fn parallel(&self, counters: ChannelCounters) -> Arc<ChannelCounters> {
+        let counters = Arc::new(counters);
+        lock(&self.parallel).push(Arc::clone(&counters));
+        counters
+    }
+
+    /// Pages that have come or gone, in whatever form.
+    pub(crate) fn pages(&self) -> u64 {
+        let Progress { pages_normal, pages_zero, pages_xbzrle, .. } = self.read(0);
+        pages_normal + pages_zero + pages_xbzrle
+    }
+
+    pub(crate) fn add(counter: &AtomicU64, count: usize) {
+        counter.fetch_add(count as u64, Ordering::Relaxed);
+    }
+}
+
+impl ChannelCounters {
+    fn new(name: String) -> Self {
+        Self { name, channel: OnceLock::new(), counters: CachePadded::default() }
+    }
+
+    fn with_bytes_of(self, channel: &Arc<Channel>) -> Self {
+        self.count_bytes_of(channel);
+        self
+    }
+
+    /// From now on, what goes over `channel` counts here.
+    pub(crate) fn count_bytes_of(&self, channel: &Arc<Channel>) {
+        self.channel.get_or_init(|| Arc::clone(channel));
+    }
+}
+
+impl Default for ChannelCounters {
+    fn default() -> Self {
+        Self::new("main".to_owned())
+    }
+}
+
+impl Deref for ChannelCounters {
+    type Target = PerChannel;
+
+    fn deref(&self) -> &PerChannel {
+        &self.counters
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_migration_has_counted_what_its_channels_have() {
+        let counters = Counters::default();
+        let (main, [sender, _receiver]) =
+            (Channel::pair().unwrap().0, <[_; 2]>::from(Channel::pair().unwrap()));
+        let sender = Arc::new(sender);
+        counters.main.count_bytes_of(&Arc::new(main));
+        let channel = counters.channel(3, &sender);
+        let thread = counters.thread(0);
+        sender.send_all(&[1; 100]).unwrap();
+        Counters::add(&counters.main.pages_zero, 5);
+        Counters::add(&channel.pages_zero, 7);
+        Counters::add(&channel.packets, 1);
+        Counters::add(&thread.pages_normal, 11);
+        Counters::add(&counters.rounds, 2);
+        let progress = counters.read(100);
+        assert_eq!((progress.pages_normal, progress.pages_zero, progress.packets), (11, 12, 1));
+        assert_eq!((progress.rounds, progress.channels, progress.wire_bytes), (2, 2, 100));
+        let shown: Vec<_> = progress
+            .per_channel
+            .iter()
+            .map(|channel| (&channel.name[..], channel.bytes_sent, channel.pages_zero))
+            .collect();
+        assert_eq!(shown, [("main", 0, 5), ("channel 3", 100, 7), ("thread 0", 0, 0)]);
+        assert_eq!(counters.pages(), 23);
+    }
+
+    #[test]
+    fn channels_do_not_share_a_cache_line() {
+        let counters = Counters::default();
+        let at = |counters: &ChannelCounters| (&raw const **counters).addr();
+        let (one, other) = (counters.thread(0), counters.thread(1));
+        assert!(at(&one).abs_diff(at(&other)) >= align_of::<CachePadded<u8>>());
+        assert!(size_of::<PerChannel>() <= align_of::<CachePadded<u8>>());
+        assert_eq!(at(&one) % align_of::<CachePadded<u8>>(), 0);
+    }
+}

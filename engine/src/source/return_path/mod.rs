@@ -1,0 +1,265 @@
+//! The return path, from the source's end.
+
+mod event;
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use multifd_transports::Channel;
+use multifd_wire::ReturnMessage;
+
+use self::event::{ReturnEvent, ReturnEvents};
+use super::shared::SourceShared;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::run::stop::{Monitor, StopSwitch};
+use crate::run::workers::Crew;
+use crate::work::{BlockIndex, Requested, WantedPage};
+
+/// Reads the return path on a thread of its own until SHUT, the destination's last message.
+pub(super) struct ReturnPathReader {
+    received: Monitor<Received>,
+    stop: StopSwitch,
+    name: String,
+}
+
+/// What has come over the return path.
+#[derive(Default)]
+struct Received {
+    /// SHUT(0).
+    arrived: bool,
+    /// SHUT(0) may come: the guest is being handed over.
+    may_arrive: bool,
+    /// The status of another SHUT.
+    refused: Option<u32>,
+    /// The largest value of a PONG.
+    pong: u32,
+}
+
+impl Received {
+    /// Where the migration is, as far as the return path knows.
+    fn phase(&self) -> Phase {
+        if self.may_arrive { Phase::Commit } else { Phase::Active }
+    }
+}
+
+impl ReturnPathReader {
+    /// What the destination says changes `shared`: its features, the pages that it wants.
+    pub(super) fn start(channel: Arc<Channel>, shared: Arc<SourceShared>, crew: &Crew) -> Result<Self> {
+        let received = Monitor::new(Received::default(), crew.stop());
+        let name = format!("return path ({})", channel.peer());
+        let reader = Self { received: received.clone(), stop: crew.stop().clone(), name: name.clone() };
+        let worker = Worker { channel, shared, received, unparsed: Vec::new() };
+        crew.spawn("mig-return", Phase::Setup, move || worker.run().map_err(|error| error.on(name)))?;
+        Ok(reader)
+    }
+
+    /// Waits for the answer to PING(`value`), or to a later one with a larger value: the destination has done all that came
+    /// before it.
+    pub(super) fn wait_for_pong(&self, value: u32, timeout: Duration) -> Result<()> {
+        self.received
+            .wait(&self.stop, Some(timeout), |received| (received.pong >= value).then_some(()))
+            .ok_or_else(|| {
+                let detail = format!("no PONG({value:#x}) within {timeout:?}");
+                Error::new(ErrorKind::Deadline, Phase::Active, detail).on(self.name.clone())
+            })
+    }
+
+    /// From here on the destination may say that it has the guest.
+    pub(super) fn expect_shut(&self) {
+        self.received.modify_silently(|received| received.may_arrive = true);
+    }
+
+    /// The destination's refusal, if one has come.
+    pub(super) fn refusal(&self) -> Option<Error> {
+        let (refused, phase) = self.received.read(|received| (received.refused, received.phase()));
+        refused.map(|status| refusal(phase, status).on(self.name.clone()))
+    }
+
+    /// Waits for SHUT(0). An error if something else ends the migration, or nothing does within `timeout`.
+    pub(super) fn wait_for_shut(&self, timeout: Duration) -> Result<()> {
+        self.received.wait(&self.stop, Some(timeout), |received| received.arrived.then_some(())).ok_or_else(
+            || {
+                let detail = format!(
+                    "the destination did not confirm within {timeout:?}; it may run the guest or not"
+                );
+                Error::new(ErrorKind::Deadline, Phase::Commit, detail).on(self.name.clone())
+            },
+        )
+    }
+}
+
+/// The thread that reads.
+struct Worker {
+    channel: Arc<Channel>,
+    shared: Arc<SourceShared>,
+    received: Monitor<Received>,
+    /// What was received and is no whole message yet.
+    unparsed: Vec<u8>,
+}
+
+impl Worker {
+    /// Deals with one event after the other, until the last.
+    fn run(mut self) -> Result<()> {
+        let mut events = ReturnEvents::default();
+        loop {
+            let message = self.next_message()?;
+            let event = events.event(message, &self.shared.ram, self.shared.urgent.get().is_some())?;
+            tracing::debug!(?event, "return path");
+            match event {
+                ReturnEvent::Hello { features } => {
+                    self.shared.peer_features.store(features, Ordering::Relaxed);
+                }
+                ReturnEvent::Pong(value) => {
+                    self.received.modify_and_notify(|received| received.pong = received.pong.max(value));
+                }
+                ReturnEvent::RequestPages { block, pages } => self.request(block, pages)?,
+                // Nothing here waits for it.
+                ReturnEvent::SwitchoverAck => {}
+                ReturnEvent::Shut(0) => return self.arrived(),
+                ReturnEvent::Shut(status) => return Err(self.refused(status)),
+            }
+        }
+    }
+
+    fn next_message(&mut self) -> Result<ReturnMessage> {
+        loop {
+            let parsed = ReturnMessage::parse(&self.unparsed).map_err(|invalid| {
+                if self.unparsed.starts_with(TLS_ALERT) {
+                    let detail =
+                        "the destination speaks TLS, and this side is not set up for it (see --tls-dir)";
+                    return Error::incompatible(Phase::Active, detail);
+                }
+                Error::invalid(Phase::Active, invalid)
+            })?;
+            if let Some((message, used)) = parsed {
+                self.unparsed.drain(..used);
+                return Ok(message);
+            }
+            self.receive()?;
+        }
+    }
+
+    /// Receives a piece, or returns without one to be called again: a destination sends only when it has something to report.
+    fn receive(&mut self) -> Result<()> {
+        let mut piece = [0; 1024];
+        let phase = || self.received.read(Received::phase);
+        match self.channel.recv(&mut piece) {
+            Ok(0) => {
+                let detail = "the destination closed the return path without SHUT: the guest did not arrive";
+                Err(Error::new(ErrorKind::Transport, phase(), detail))
+            }
+            Ok(len) => {
+                let piece = piece.get(..len);
+                let piece = piece.ok_or_else(|| Error::bug(phase(), "more was received than asked for"))?;
+                self.unparsed.extend_from_slice(piece);
+                Ok(())
+            }
+            Err(error) if error.kind() == io::ErrorKind::TimedOut && !self.shared.session.stop.tripped() => {
+                Ok(())
+            }
+            Err(error) => Err(Error::io(phase(), "reading", error)),
+        }
+    }
+
+    /// Pages before their turn.
+    fn request(&self, block: BlockIndex, pages: Range<usize>) -> Result<()> {
+        let urgent = self.shared.urgent.get();
+        let urgent =
+            urgent.ok_or_else(|| Error::bug(Phase::Active, "pages were asked for where none may be"))?;
+        for page in pages {
+            match urgent.request(WantedPage { block, page }) {
+                Requested::Queued | Requested::Repeated => {}
+                // It goes in its turn.
+                Requested::Full => tracing::debug!(page, "the queue of wanted pages is full"),
+                Requested::Unknown => {
+                    return Err(Error::bug(Phase::Active, format_args!("page {page} is not in its block")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// SHUT(0).
+    fn arrived(&self) -> Result<()> {
+        let arrived = self.received.modify_and_notify(|received| {
+            received.arrived = received.may_arrive;
+            received.arrived
+        });
+        let early = || Error::misbehaved(Phase::Active, "SHUT(0), success, before the guest was handed over");
+        arrived.then_some(()).ok_or_else(early)
+    }
+
+    fn refused(&self, status: u32) -> Error {
+        let phase = self.received.modify_and_notify(|received| {
+            received.refused = Some(status);
+            received.phase()
+        });
+        refusal(phase, status)
+    }
+}
+
+/// How an alert in the clear begins: type 21, version 3.x. No message begins so.
+const TLS_ALERT: &[u8; 2] = &[21, 3];
+
+fn refusal(phase: Phase, status: u32) -> Error {
+    let detail = format!("the destination failed and reported status {status}");
+    Error::new(ErrorKind::PeerAborted(status), phase, detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::shared::tests::{ram, shared};
+    use crate::work::{Place, UrgentPages};
+
+    /// A return path of a source with one block `a` of 8 pages; and the destination's end.
+    fn return_path(crew: &Crew, shared: &Arc<SourceShared>) -> (ReturnPathReader, Channel) {
+        let (ours, theirs) = Channel::pair().unwrap();
+        (ReturnPathReader::start(Arc::new(ours), Arc::clone(shared), crew).unwrap(), theirs)
+    }
+
+    fn say(destination: &Channel, messages: &[ReturnMessage]) {
+        let mut bytes = Vec::new();
+        messages.iter().for_each(|message| message.encode(&mut bytes));
+        destination.send_all(&bytes).unwrap();
+    }
+
+    fn request(offset: u64, len: u32) -> ReturnMessage {
+        ReturnMessage::RequestPages { block: Some("a".try_into().unwrap()), offset, len }
+    }
+
+    #[test]
+    fn pages_that_the_destination_asks_for_are_the_next_that_a_worker_claims() {
+        let shared = shared(ram(&[("a", 8)]));
+        shared.urgent.set(UrgentPages::new(8, &shared.ram.dirty)).unwrap();
+        let crew = Crew::new(shared.session.stop.clone());
+        let (reader, destination) = return_path(&crew, &shared);
+        say(&destination, &[request(5 * 4096, 8192), request(3 * 4096, 4096), ReturnMessage::Pong(7)]);
+        reader.wait_for_pong(7, Duration::from_secs(60)).unwrap();
+        let round = shared.ram.round(1);
+        let mut place = Place::default();
+        let next = shared.next(&round);
+        assert_eq!(next.claim(&mut place, 2).unwrap().pages, [5, 6]);
+        assert_eq!(next.claim(&mut place, 2).unwrap().pages, [3]);
+        assert_eq!(next.claim(&mut place, 8).unwrap().pages, [0, 1, 2, 4, 7]);
+        reader.expect_shut();
+        say(&destination, &[ReturnMessage::Shut(0)]);
+        reader.wait_for_shut(Duration::from_secs(60)).unwrap();
+        crew.join();
+    }
+
+    #[test]
+    fn a_request_for_pages_ends_a_migration_that_has_no_queue_for_them() {
+        let shared = shared(ram(&[("a", 8)]));
+        let crew = Crew::new(shared.session.stop.clone());
+        let (_reader, destination) = return_path(&crew, &shared);
+        say(&destination, &[request(0, 4096)]);
+        crew.join();
+        let error = shared.session.stop.cause_or(Error::stopped(Phase::Active));
+        assert_eq!(error.kind(), ErrorKind::Incompatible);
+        assert!(error.to_string().contains("RequestPages"), "{error}");
+    }
+}
