@@ -1,0 +1,57 @@
+//! A stream in a file: as a recording, and received.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use multifd_engine::{Destination, Recording};
+use multifd_transports::Endpoint;
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use crate::Input;
+use crate::destination::{AnyMemory, TIMEOUT, refused};
+use crate::wire::visit;
+
+/// Bytes of a file at most.
+const MAX_FILE: u32 = 4 << 20;
+
+/// A file in memory: each page and device of it as a [`Recording`], and a destination that reads it.
+///
+/// Input: pieces of a be32 (where in the file, modulo 4 MiB) and counted bytes. Between them are holes.
+pub fn recording(input: &[u8]) {
+    let file = memfd_create("stream", MemfdFlags::CLOEXEC).expect("a file in memory");
+    let file = File::from(file);
+    write(&file, Input(input)).expect("memory for a file");
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    if let Err(error) = read(&path) {
+        refused(&error);
+    }
+    let endpoint = Endpoint::File { path, offset: 0 };
+    let destination = Destination::builder(AnyMemory).timeout(TIMEOUT).listen(&endpoint);
+    if let Err(error) = destination.and_then(|there| there.receive()?.accept()) {
+        refused(&error);
+    }
+}
+
+fn write(file: &File, mut input: Input<'_>) -> io::Result<()> {
+    while !input.is_empty() {
+        let at = input.u32() % MAX_FILE;
+        file.write_all_at(input.counted(), at.into())?;
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> multifd_engine::Result<()> {
+    let recording = Recording::open(path)?;
+    let mut pages = recording.pages();
+    while let Some(record) = pages.next_page()? {
+        assert!(record.block < recording.blocks().len(), "a page of no block");
+    }
+    let devices = pages.devices()?;
+    for section in &devices.sections {
+        devices.structure(section).map(visit);
+    }
+    Ok(())
+}
