@@ -15,33 +15,34 @@ use multifd_wire::{BlockEntry, Configuration, ReturnMessage};
 
 use crate::Input;
 
-/// How long a destination waits for what does not come. All that will ever come is there when it begins.
-pub(crate) const TIMEOUT: Duration = Duration::from_millis(50);
+/// How long a destination waits for what does not come, where nothing depends on its success.
+pub const TIMEOUT: Duration = Duration::from_millis(50);
 
 /// Parallel channels at most.
 const MAX_CHANNELS: usize = 3;
 
 /// The bytes as the main channel of a migration, over a socket that the destination has inherited. They are the input.
-pub fn destination(input: &[u8]) {
+/// True: a whole guest has arrived.
+pub fn destination(input: &[u8], timeout: Duration) -> bool {
     let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     let endpoint = Inherited::new(theirs).expect("a descriptor can be inherited").give_away();
-    let there = Destination::builder(AnyMemory).timeout(TIMEOUT).listen(&endpoint);
+    let there = Destination::builder(AnyMemory).timeout(timeout).listen(&endpoint);
     let there = there.expect("a connected socket can be listened on");
     let peer = Peer { sockets: vec![ours], writes: vec![(0, input)], hears: false };
-    let _ = peer.with(there, give_back).inspect_err(refused);
+    peer.with(there, give_back).inspect_err(refused).is_ok()
 }
 
 /// The bytes on main and up to three channels.
 ///
 /// Input: pieces of a byte (the connection: main is 0 modulo 4) and counted bytes. All connections that are written to are there
-/// before the first byte.
-pub fn channels(input: &[u8]) {
+/// before the first byte. True: a whole guest has arrived.
+pub fn channels(input: &[u8], timeout: Duration) -> bool {
     let mut input = Input(input);
     let mut writes = Vec::new();
     while !input.is_empty() {
         writes.push((usize::from(input.u8() % 4), input.counted()));
     }
-    let _ = receive(Destination::builder(AnyMemory).timeout(TIMEOUT), writes, false, give_back);
+    receive(Destination::builder(AnyMemory).timeout(timeout), writes, false, give_back).is_ok()
 }
 
 /// The source keeps its guest.

@@ -18,7 +18,7 @@ mod tls;
 mod wire;
 mod xbzrle;
 
-pub use destination::{channels, destination};
+pub use destination::{TIMEOUT, channels, destination};
 pub use input::Input;
 pub use packets::{zlib, zstd};
 pub use recording::recording;
@@ -32,9 +32,15 @@ pub type Body = fn(&[u8]);
 
 /// Every target, by the name of its corpus.
 pub const TARGETS: [(&str, Body); 9] = [
-    ("channels", channels),
-    ("destination", destination),
-    ("recording", recording),
+    ("channels", |bytes| {
+        channels(bytes, TIMEOUT);
+    }),
+    ("destination", |bytes| {
+        destination(bytes, TIMEOUT);
+    }),
+    ("recording", |bytes| {
+        recording(bytes, TIMEOUT);
+    }),
     ("streams", streams),
     ("tls", tls),
     ("wire", wire),

@@ -5,13 +5,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use multifd_engine::{Destination, Recording};
 use multifd_transports::Endpoint;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::Input;
-use crate::destination::{AnyMemory, TIMEOUT, refused};
+use crate::destination::{AnyMemory, refused};
 use crate::wire::visit;
 
 /// Bytes of a file at most.
@@ -19,20 +20,18 @@ const MAX_FILE: u32 = 4 << 20;
 
 /// A file in memory: each page and device of it as a [`Recording`], and a destination that reads it.
 ///
-/// Input: pieces of a be32 (where in the file, modulo 4 MiB) and counted bytes. Between them are holes.
-pub fn recording(input: &[u8]) {
+/// Input: pieces of a be32 (where in the file, modulo 4 MiB) and counted bytes. Between them are holes. True: the
+/// recording could be read to its end, and a whole guest has arrived.
+pub fn recording(input: &[u8], timeout: Duration) -> bool {
     let file = memfd_create("stream", MemfdFlags::CLOEXEC).expect("a file in memory");
     let file = File::from(file);
     write(&file, Input(input)).expect("memory for a file");
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-    if let Err(error) = read(&path) {
-        refused(&error);
-    }
+    let recorded = read(&path).inspect_err(refused);
     let endpoint = Endpoint::File { path, offset: 0 };
-    let destination = Destination::builder(AnyMemory).timeout(TIMEOUT).listen(&endpoint);
-    if let Err(error) = destination.and_then(|there| there.receive()?.accept()) {
-        refused(&error);
-    }
+    let destination = Destination::builder(AnyMemory).timeout(timeout).listen(&endpoint);
+    let received = destination.and_then(|there| there.receive()?.accept()).inspect_err(refused);
+    recorded.is_ok() && received.is_ok()
 }
 
 fn write(file: &File, mut input: Input<'_>) -> io::Result<()> {

@@ -60,6 +60,26 @@ fn zstd() {
     replay("zstd", 2000);
 }
 
+/// What alterations begin with gets as far as it can.
+#[test]
+fn whole_streams_of_the_corpora_are_received() {
+    let whole = |target: &str, body: fn(&[u8], Duration) -> bool| {
+        corpus(target)
+            .into_iter()
+            .filter(|(_, bytes)| body(bytes, HANGS))
+            .map(|(name, _)| name)
+            .collect::<Vec<_>>()
+    };
+    let [none, zlib, zstd] = ["none", "zlib", "zstd"].map(str::to_owned);
+    let there = whole("channels", multifd_fuzz::channels);
+    assert!([none, zlib, zstd].iter().all(|name| there.contains(name)), "{there:?}");
+    let [plain, mapped, microvm] = ["plain", "mapped-ram", "microvm"].map(str::to_owned);
+    let there = whole("destination", multifd_fuzz::destination);
+    assert!([&plain, &microvm].iter().all(|name| there.contains(name)), "{there:?}");
+    let there = whole("recording", multifd_fuzz::recording);
+    assert!([plain, mapped, microvm].iter().all(|name| there.contains(name)), "{there:?}");
+}
+
 #[test]
 fn corpora_are_small() {
     let mut total = 0;

@@ -8,5 +8,5 @@ libfuzzer_sys::fuzz_target!(
         // libFuzzer's main is not Rust's, which would have had it ignored.
         signal_hook::flag::register(signal_hook::consts::SIGPIPE, Arc::default()).expect("a handler");
     },
-    |bytes: &[u8]| multifd_fuzz::channels(bytes)
+    |bytes: &[u8]| { multifd_fuzz::channels(bytes, multifd_fuzz::TIMEOUT); }
 );
