@@ -17,47 +17,47 @@ const MAX_MEMORY_KIB: u64 = 512 << 10;
 
 #[test]
 fn channels() {
-    replay("channels", 250);
+    replay("channels", 400);
 }
 
 #[test]
 fn destination() {
-    replay("destination", 500);
+    replay("destination", 2000);
 }
 
 #[test]
 fn recording() {
-    replay("recording", 500);
+    replay("recording", 1500);
 }
 
 #[test]
 fn streams() {
-    replay("streams", 400);
+    replay("streams", 1000);
 }
 
 #[test]
 fn tls() {
-    replay("tls", 1000);
+    replay("tls", 5000);
 }
 
 #[test]
 fn wire() {
-    replay("wire", 3000);
+    replay("wire", 20_000);
 }
 
 #[test]
 fn xbzrle() {
-    replay("xbzrle", 5000);
+    replay("xbzrle", 50_000);
 }
 
 #[test]
 fn zlib() {
-    replay("zlib", 2000);
+    replay("zlib", 10_000);
 }
 
 #[test]
 fn zstd() {
-    replay("zstd", 2000);
+    replay("zstd", 10_000);
 }
 
 /// What alterations begin with gets as far as it can.
