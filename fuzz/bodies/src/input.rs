@@ -2,39 +2,39 @@
 
 /// The rest of an input.
 #[derive(Clone, Copy, Debug)]
-pub struct Input<'a>(pub &'a [u8]);
+pub(crate) struct Input<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Input<'a> {
     /// Whether all is taken.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
     /// The next byte.
-    pub fn u8(&mut self) -> u8 {
+    pub(crate) fn u8(&mut self) -> u8 {
         let [byte] = self.array();
         byte
     }
 
     /// The next be16.
-    pub fn u16(&mut self) -> u16 {
+    pub(crate) fn u16(&mut self) -> u16 {
         u16::from_be_bytes(self.array())
     }
 
     /// The next be32.
-    pub fn u32(&mut self) -> u32 {
+    pub(crate) fn u32(&mut self) -> u32 {
         u32::from_be_bytes(self.array())
     }
 
     /// The next `len` bytes, or what there is of them.
-    pub fn bytes(&mut self, len: usize) -> &'a [u8] {
+    pub(crate) fn bytes(&mut self, len: usize) -> &'a [u8] {
         let (taken, rest) = self.0.split_at(len.min(self.0.len()));
         self.0 = rest;
         taken
     }
 
     /// The bytes behind a be16 that is their length.
-    pub fn counted(&mut self) -> &'a [u8] {
+    pub(crate) fn counted(&mut self) -> &'a [u8] {
         let len = self.u16();
         self.bytes(len.into())
     }

@@ -19,7 +19,7 @@ mod wire;
 mod xbzrle;
 
 pub use destination::{TIMEOUT, channels, destination};
-pub use input::Input;
+use input::Input;
 pub use packets::{zlib, zstd};
 pub use recording::recording;
 pub use streams::streams;
