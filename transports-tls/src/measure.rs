@@ -1,4 +1,4 @@
-//! The record layer without a connection, for benches/tls.rs.
+//! The record layer without a connection, for benches/tls.rs and for fuzzing.
 
 use super::opener::{Opened, Opener};
 use super::provider::TlsProvider;
@@ -30,6 +30,18 @@ impl Seal {
         debug_assert_eq!(sealed, Ok(len));
         self.0.sealed()
     }
+
+    /// Seals one record that carries any `content`; `None` where the text is too long for it.
+    pub fn record(&mut self, content: u8, text: &[u8]) -> Option<&[u8]> {
+        self.0.clear();
+        self.0.control(content, text).ok()?;
+        Some(self.0.sealed())
+    }
+
+    /// Begins anew, with the key of [`Seal::new`].
+    pub fn rekey(&mut self, provider: TlsProvider) {
+        self.0.rekey(protection(provider));
+    }
 }
 
 impl Open {
@@ -39,6 +51,42 @@ impl Open {
     /// As there.
     pub fn new(provider: TlsProvider) -> Self {
         Self(Opener::new(protection(provider), &[]))
+    }
+
+    /// Opens what a peer may send, and puts the data into `data`. An update of the key leads to that of [`Open::new`] again.
+    ///
+    /// # Errors
+    /// What is wrong with a record.
+    ///
+    /// # Panics
+    /// When there is no record, and no room for more bytes either.
+    pub fn feed(
+        &mut self,
+        provider: TlsProvider,
+        mut sealed: &[u8],
+        data: &mut Vec<u8>,
+    ) -> Result<(), String> {
+        loop {
+            match self.0.open().map_err(|bad| format!("{bad:?}"))? {
+                Opened::Data => {
+                    let opened = self.0.data();
+                    data.extend_from_slice(opened);
+                    let len = opened.len();
+                    self.0.take(len);
+                }
+                Opened::KeyUpdate(_) => self.0.rekey(protection(provider)),
+                Opened::Alert(..) | Opened::Other => {}
+                Opened::Nothing if sealed.is_empty() => return Ok(()),
+                Opened::Nothing => {
+                    let room = self.0.room();
+                    assert!(!room.is_empty(), "no room for the rest of a record");
+                    let (next, later) = sealed.split_at(room.len().min(sealed.len()));
+                    room.iter_mut().zip(next).for_each(|(to, from)| *to = *from);
+                    self.0.fill(next.len());
+                    sealed = later;
+                }
+            }
+        }
     }
 
     /// Opens what `receive` puts into a buffer, as a socket would; gives the bytes of data in it.
