@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use multifd_engine::{Error, ErrorKind, Figures, Progress, Report};
+use multifd_engine::{Error, ErrorKind, Figures, Progress, Remedy, Report};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -60,7 +60,13 @@ impl Outcome {
             _ => (Status::Failed, FAILED),
         };
         let figures = Figures::so_far(&progress.unwrap_or_default());
-        Self { status, error: Some(error.chain()), code, table: String::new(), keys: object(json!(figures)) }
+        Self {
+            status,
+            error: Some(with_remedy(error)),
+            code,
+            table: String::new(),
+            keys: object(json!(figures)),
+        }
     }
 
     /// Failed for a reason outside of a migration.
@@ -95,6 +101,14 @@ impl Outcome {
             print(&self.table);
         }
         ExitCode::from(self.code)
+    }
+}
+
+/// The error, and the flag that may help.
+fn with_remedy(error: &Error) -> String {
+    match error.remedy() {
+        Some(Remedy::SetUpTls) => format!("{} (see --tls-dir)", error.chain()),
+        _ => error.chain(),
     }
 }
 

@@ -12,7 +12,8 @@
 //! [`Source`] sends on. [`Recording`] reads a stream that QEMU wrote to a file.
 //!
 //! The embedder owns the virtual machine: nothing here starts, stops or inspects a vCPU. All calls block; threads are the
-//! engine's own, one a channel, and end with the migration, whatever ends it. Nothing asks for an async runtime.
+//! engine's own, one a channel, and end with the migration, whatever ends it. Nothing asks for an async runtime, and nothing
+//! panics on the threads of one.
 
 mod at_rest;
 mod config;
@@ -47,7 +48,7 @@ pub use dirty::{
 };
 #[cfg(feature = "kvm")]
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
-pub use error::{Error, ErrorKind, Phase, Result};
+pub use error::{Error, ErrorKind, Phase, Remedy, Result};
 pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock};
 pub use os::pagemap::{PageQuery, PageRun};
 pub use report::{Figures, Report};
@@ -59,6 +60,15 @@ pub use source::{
 };
 pub use stream::sections::EarlySections;
 pub use work::{Batch, Claim, Next, Origin, Place, Requested, Round, UrgentPages, WantedPage};
+
+// What the first lines of an embedder need; the rest is in the modules below.
+#[cfg(feature = "zlib")]
+pub use multifd_codecs::Zlib;
+#[cfg(feature = "zstd")]
+pub use multifd_codecs::Zstd;
+pub use multifd_codecs::{Codec, Codecs, Uncompressed};
+pub use multifd_transports::{Channel, Endpoint, SocketOptions, TlsClient, TlsServer};
+pub use multifd_wire::{BlockName, Configuration};
 
 pub use multifd_codecs as codecs;
 pub use multifd_transports as transports;

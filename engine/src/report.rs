@@ -11,6 +11,7 @@ use crate::source::{XbzrleStats, ZeroCopyStats};
 
 /// The account of a migration that has ended well.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Report {
     /// From the start to the end, both included; at a destination, from the arrival of the main channel.
     pub total: Duration,
@@ -38,6 +39,7 @@ pub struct Report {
 /// The same as plain numbers, under the names that scripts know.
 #[derive(Clone, Debug, Default, Serialize)]
 #[expect(missing_docs, reason = "each is the number of Report or Progress with this name and unit")]
+#[non_exhaustive]
 pub struct Figures {
     pub total_ms: u64,
     pub setup_ms: u64,

@@ -17,6 +17,7 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Plain numbers about a migration that is under way; all of them only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Progress {
     /// Bytes of guest RAM in all blocks. 0 until the list of blocks is known.
     pub ram_bytes: u64,

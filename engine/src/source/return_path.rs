@@ -97,10 +97,7 @@ fn read(
     loop {
         while let Some((message, used)) =
             ReturnMessage::parse(&bytes).map_err(|invalid| match bytes.first_chunk() {
-                Some(TLS_ALERT) => Error::incompatible(
-                    Phase::Active,
-                    "the destination speaks TLS, and this side is not set up for it (see --tls-dir)",
-                ),
+                Some(TLS_ALERT) => Error::unexpected_tls(Phase::Active, "destination"),
                 _ => Error::invalid(Phase::Active, invalid),
             })?
         {
