@@ -10,6 +10,7 @@
 mod faults;
 mod file;
 mod guest;
+mod own;
 mod relay;
 mod tls;
 
