@@ -74,3 +74,8 @@ pub use multifd_codecs as codecs;
 pub use multifd_transports as transports;
 pub use multifd_wire as wire;
 pub use vm_memory;
+
+/// The first lines that the package shows.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;

@@ -62,3 +62,20 @@ impl Refusals {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Phase;
+
+    #[test]
+    fn a_refused_connection_that_spoke_tls_is_the_remedy_of_a_source_that_never_came() {
+        let refusals = Refusals::default();
+        let late = || Error::new(ErrorKind::Deadline, Phase::Accept, "no main channel");
+        assert_eq!(refusals.explain(late()).remedy(), None);
+        refusals.note(&Error::unexpected_tls(Phase::Accept, "peer"));
+        assert_eq!(refusals.explain(late()).remedy(), Some(Remedy::SetUpTls));
+        let other = Error::new(ErrorKind::Cancelled, Phase::Accept, "stopped");
+        assert_eq!(refusals.explain(other).remedy(), None);
+    }
+}

@@ -9,7 +9,7 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
-use multifd_engine::{Canceller, Channel, DestinationBuilder, TlsClient};
+use multifd_engine::{Canceller, Channel, DestinationBuilder, Remedy, TlsClient};
 
 use super::*;
 
@@ -262,4 +262,26 @@ fn calls_from_within_a_future_block_and_work() {
         builder().1.over(main, channels).unwrap().receive().unwrap().accept().unwrap();
     });
     sending.unwrap().join().unwrap().unwrap();
+}
+
+#[test]
+fn a_peer_that_speaks_tls_is_an_error_with_a_remedy() {
+    let tls = |error: Error| {
+        assert_eq!((error.kind(), error.remedy()), (ErrorKind::Incompatible, Some(Remedy::SetUpTls)));
+        assert!(
+            error.chain().ends_with("speaks TLS, and this side is not set up for it"),
+            "{}",
+            error.chain()
+        );
+    };
+    let (ours, theirs) = unix(1);
+    // The beginning of a ClientHello.
+    ours[0].send_all(&[0x16, 3, 1, 2, 0]).unwrap();
+    tls(Receiving::over(theirs).end().unwrap_err());
+
+    let (ours, theirs) = unix(1);
+    // An alert in the clear.
+    theirs[0].send_all(&[21, 3, 3, 0, 2]).unwrap();
+    let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+    tls(connect(source(&guest), ours).and_then(|precopy| move_over(&guest, precopy, 1)).unwrap_err());
 }
