@@ -124,3 +124,21 @@ fn object(value: Value) -> Map<String, Value> {
         _ => Map::new(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use multifd_engine::{Channel, Destination, RamBlock};
+
+    use super::*;
+
+    #[test]
+    fn a_peer_that_speaks_tls_brings_up_the_flag_for_it() {
+        let (main, peer) = Channel::pair().unwrap();
+        // The beginning of a ClientHello.
+        peer.send_all(&[0x16, 3, 1, 2, 0]).unwrap();
+        let destination = Destination::builder(Vec::<RamBlock>::new()).over(main, Vec::new()).unwrap();
+        let error = destination.receive().err().unwrap();
+        let text = with_remedy(&error);
+        assert!(text.ends_with("this side is not set up for it (see --tls-dir)"), "{text}");
+    }
+}
