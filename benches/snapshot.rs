@@ -67,8 +67,7 @@ fn save_by_qemu(source: &mut Qemu, path: &Path) -> Outcome<f64> {
 }
 
 fn save(workers: u8, block: RamBlock, path: &Path) -> Outcome<f64> {
-    let configuration =
-        Configuration { machine: "bench".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration::new("bench");
     timed(|| {
         let source = Source::builder(vec![block], configuration)
             .paused_guest()

@@ -103,8 +103,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let endpoint = destination.endpoint();
     let receiving = thread::spawn(move || destination.receive()?.accept());
 
-    let configuration =
-        Configuration { machine: "example".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration::new("example");
     let mut precopy = Source::builder(vec![here.clone()], configuration)
         .paused_guest()
         .channels(2)

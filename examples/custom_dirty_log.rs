@@ -79,8 +79,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         thread::spawn(move || device(&here, &journal, &stopped))
     };
 
-    let configuration =
-        Configuration { machine: "example".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration::new("example");
     let mut precopy = Source::builder(vec![here.clone()], configuration)
         .channels(2)
         .dirty_log(journal)

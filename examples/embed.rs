@@ -22,8 +22,7 @@ const REGIONS: [(GuestAddress, usize); 2] = [(GuestAddress(0), 32 << 20), (Guest
 
 /// The part to copy: from a running guest to one that runs elsewhere.
 fn migrate(memory: &Memory, vm: &Vm, to: &Endpoint) -> Result<Report, Box<dyn Error>> {
-    let configuration =
-        Configuration { machine: "my-vmm-1.0".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration::new("my-vmm-1.0");
     let mut precopy = Source::builder(RamBlock::of_guest_memory(memory)?, configuration)
         .codec(Arc::new(Zstd::level(1)?))
         .channels(4)

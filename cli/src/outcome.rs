@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use multifd_engine::{Error, ErrorKind, Figures, Progress, Report};
+use multifd_engine::{Error, ErrorKind, Figures, Progress, Remedy, Report};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -60,7 +60,13 @@ impl Outcome {
             _ => (Status::Failed, FAILED),
         };
         let figures = Figures::so_far(&progress.unwrap_or_default());
-        Self { status, error: Some(error.chain()), code, table: String::new(), keys: object(json!(figures)) }
+        Self {
+            status,
+            error: Some(with_remedy(error)),
+            code,
+            table: String::new(),
+            keys: object(json!(figures)),
+        }
     }
 
     /// Failed for a reason outside of a migration.
@@ -98,6 +104,14 @@ impl Outcome {
     }
 }
 
+/// The error, and the flag that may help.
+fn with_remedy(error: &Error) -> String {
+    match error.remedy() {
+        Some(Remedy::SetUpTls) => format!("{} (see --tls-dir)", error.chain()),
+        _ => error.chain(),
+    }
+}
+
 /// A reader that has seen enough and closed its end is no failure.
 fn print(text: &str) {
     use std::io::Write;
@@ -108,5 +122,23 @@ fn object(value: Value) -> Map<String, Value> {
     match value {
         Value::Object(map) => map,
         _ => Map::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use multifd_engine::{Channel, Destination, RamBlock};
+
+    use super::*;
+
+    #[test]
+    fn a_peer_that_speaks_tls_brings_up_the_flag_for_it() {
+        let (main, peer) = Channel::pair().unwrap();
+        // The beginning of a ClientHello.
+        peer.send_all(&[0x16, 3, 1, 2, 0]).unwrap();
+        let destination = Destination::builder(Vec::<RamBlock>::new()).over(main, Vec::new()).unwrap();
+        let error = destination.receive().err().unwrap();
+        let text = with_remedy(&error);
+        assert!(text.ends_with("this side is not set up for it (see --tls-dir)"), "{text}");
     }
 }

@@ -21,7 +21,7 @@ pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
             let outcome = Outcome::migrated(&report, &format!("confirmed    {word}\n"))
                 .with("confirmed", json!(report.confirmed));
             match report.zero_copy {
-                Some(ZeroCopyStats { sends, copied, refused }) => outcome
+                Some(ZeroCopyStats { sends, copied, refused, .. }) => outcome
                     .with("zero_copy_sends", json!(sends))
                     .with("zero_copy_copied", json!(copied))
                     .with("zero_copy_refused", json!(refused)),

@@ -125,7 +125,7 @@ impl Stream {
 
 fn configuration(capabilities: &[&str]) -> Configuration {
     let capabilities = capabilities.iter().map(|name| (*name).to_owned()).collect();
-    Configuration { machine: "pc-q35-10.0".to_owned(), page_bits: None, capabilities, uuid: None }
+    Configuration::new("pc-q35-10.0").with_capabilities(capabilities)
 }
 
 fn entry(name: &str, used_len: u64, mapped_ram: Option<MappedRamHeader>) -> BlockEntry {

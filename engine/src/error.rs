@@ -17,6 +17,7 @@ pub struct Error {
     channel: Option<String>,
     detail: Cow<'static, str>,
     source: Option<Box<dyn StdError + Send + Sync>>,
+    remedy: Option<Remedy>,
     /// The guest may be running at the destination.
     handed_over: bool,
 }
@@ -55,6 +56,14 @@ pub enum ErrorKind {
     Transport,
 }
 
+/// What the operator can do, where the error knows it. The words for it are the caller's: it has flags, or a file of settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Remedy {
+    /// The peer speaks TLS: give this end credentials, too.
+    SetUpTls,
+}
+
 /// Where in a migration it happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -79,7 +88,15 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error of `kind` in `phase`; `detail` says what was seen and what was expected.
     pub fn new(kind: ErrorKind, phase: Phase, detail: impl Into<Cow<'static, str>>) -> Self {
-        Self { kind, phase, channel: None, detail: detail.into(), source: None, handed_over: false }
+        Self {
+            kind,
+            phase,
+            channel: None,
+            detail: detail.into(),
+            source: None,
+            remedy: None,
+            handed_over: false,
+        }
     }
 
     /// Names the channel, unless a closer place has done so.
@@ -117,6 +134,11 @@ impl Error {
     /// has refused the guest after all.
     pub fn source_may_resume(&self) -> bool {
         !self.handed_over
+    }
+
+    /// What the operator can do, if that is known: of this error, or of a connection that was refused before it.
+    pub fn remedy(&self) -> Option<Remedy> {
+        self.remedy
     }
 
     /// The whole chain in one line: `a: b: c`.
@@ -158,6 +180,19 @@ impl Error {
 
     pub(crate) fn incompatible(phase: Phase, detail: impl Into<Cow<'static, str>>) -> Self {
         Self::new(ErrorKind::Incompatible, phase, detail)
+    }
+
+    /// Says what can be done, unless that is said.
+    #[must_use]
+    pub(crate) fn remedied_by(mut self, remedy: Option<Remedy>) -> Self {
+        self.remedy = self.remedy.or(remedy);
+        self
+    }
+
+    /// A peer that speaks TLS to this end, which is not set up for it.
+    pub(crate) fn unexpected_tls(phase: Phase, peer: &str) -> Self {
+        Self::incompatible(phase, format!("the {peer} speaks TLS, and this side is not set up for it"))
+            .remedied_by(Some(Remedy::SetUpTls))
     }
 
     /// Adds to what was seen.

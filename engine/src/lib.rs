@@ -12,7 +12,8 @@
 //! [`Source`] sends on. [`Recording`] reads a stream that QEMU wrote to a file.
 //!
 //! The embedder owns the virtual machine: nothing here starts, stops or inspects a vCPU. All calls block; threads are the
-//! engine's own, one a channel, and end with the migration, whatever ends it. Nothing asks for an async runtime.
+//! engine's own, one a channel, and end with the migration, whatever ends it. Nothing asks for an async runtime, and nothing
+//! panics on the threads of one.
 
 mod at_rest;
 mod config;
@@ -44,7 +45,7 @@ pub use dirty::{
 };
 #[cfg(feature = "kvm")]
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
-pub use error::{Error, ErrorKind, Phase, Result};
+pub use error::{Error, ErrorKind, Phase, Remedy, Result};
 pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock};
 pub use report::{Figures, Report};
 pub use run::counters::{ChannelProgress, Progress};
@@ -66,7 +67,21 @@ pub mod unstable {
     };
 }
 
+// What the first lines of an embedder need; the rest is in the modules below.
+#[cfg(feature = "zlib")]
+pub use multifd_codecs::Zlib;
+#[cfg(feature = "zstd")]
+pub use multifd_codecs::Zstd;
+pub use multifd_codecs::{Codec, Codecs, Uncompressed};
+pub use multifd_transports::{Channel, Endpoint, SocketOptions, TlsClient, TlsServer};
+pub use multifd_wire::{BlockName, Configuration};
+
 pub use multifd_codecs as codecs;
 pub use multifd_transports as transports;
 pub use multifd_wire as wire;
 pub use vm_memory;
+
+/// The first lines that the package shows.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;

@@ -12,6 +12,7 @@ use crate::source::{XbzrleStats, ZeroCopyStats};
 
 /// The account of a migration that has ended well.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Report {
     /// From the start to the end, both included; at a destination, from the arrival of the main channel.
     pub total: Duration,

@@ -79,12 +79,7 @@ fn migrate() -> Result<(Report, Vec<u64>)> {
 
     let mut there = There::start()?;
     let running = Vcpus::start(vcpus);
-    let configuration = Configuration {
-        machine: "kvm-guest-1.0".into(),
-        page_bits: None,
-        capabilities: Vec::new(),
-        uuid: None,
-    };
+    let configuration = Configuration::new("kvm-guest-1.0");
     let mut precopy = Source::builder(vec![ram.clone()], configuration)
         .channels(4)
         .codec(Arc::new(Zstd::level(1)?))

@@ -85,8 +85,7 @@ fn main() -> Result<()> {
     let destination =
         Destination::builder(RamBlock::of_guest_memory(&there)?).listen(&"tcp:127.0.0.1:0".parse()?)?;
     let endpoint = destination.endpoint();
-    let configuration =
-        Configuration { machine: "my-vmm-1.0".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration::new("my-vmm-1.0");
     let source = Source::builder(RamBlock::of_guest_memory(&here)?, configuration)
         .channels(2)
         .dirty_log(RegionLog::of_guest_memory(&here)?)

@@ -172,6 +172,11 @@ impl Channel {
         if self.pushed_back.is_empty() { self.link.stream.direct() } else { None }
     }
 
+    /// The number of the channel's descriptor, to name it by; of two pipes the one that receives. `None` if it is closed.
+    pub fn descriptor_number(&self) -> Option<i32> {
+        self.link.stream.descriptor_number()
+    }
+
     /// The file behind the channel, if it is one.
     pub fn file(&self) -> Option<&FileStream> {
         self.link.stream.file().map(AsRef::as_ref)

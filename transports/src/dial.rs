@@ -19,7 +19,8 @@ use crate::lookup::lookup;
 use crate::pipe::Pipe;
 use crate::stream::Stream;
 use crate::{
-    Channel, Endpoint, SocketOptions, Stopper, TlsClient, TransportError, descriptor, socket, tls, vsock,
+    Channel, Endpoint, SocketOptions, Stopper, ThreadHook, TlsClient, TransportError, descriptor, socket,
+    tls, vsock,
 };
 
 /// How long to try, and what ends it early. More fields will come: write `..DialOptions::default()`.
@@ -33,12 +34,20 @@ pub struct DialOptions {
     pub socket: SocketOptions,
     /// Seals the channel. Default: no.
     pub tls: Option<TlsClient>,
+    /// Called on the thread that looks a host's name up. Default: nothing.
+    pub thread_hook: ThreadHook,
 }
 
 impl Default for DialOptions {
     fn default() -> Self {
         let (deadline, stopper) = (Duration::from_secs(10), Stopper::new());
-        Self { deadline, stopper, socket: SocketOptions::default(), tls: None }
+        Self {
+            deadline,
+            stopper,
+            socket: SocketOptions::default(),
+            tls: None,
+            thread_hook: ThreadHook::default(),
+        }
     }
 }
 
@@ -58,6 +67,7 @@ pub fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel, Trans
         endpoint,
         options: &options.socket,
         tls: options.tls.as_ref(),
+        hook: &options.thread_hook,
         limit: options.deadline,
         begun: Instant::now(),
         attempts: 0,
@@ -87,6 +97,7 @@ struct Dialling<'a> {
     endpoint: &'a Endpoint,
     options: &'a SocketOptions,
     tls: Option<&'a TlsClient>,
+    hook: &'a ThreadHook,
     limit: Duration,
     begun: Instant,
     attempts: u32,
@@ -139,7 +150,7 @@ impl Dialling<'_> {
 
     async fn tcp(&self, host: &str, port: u16) -> io::Result<Socket> {
         let host = if host.is_empty() { "localhost" } else { host };
-        let addresses = lookup(host, port).await?;
+        let addresses = lookup(host, port, self.hook).await?;
         let mut failure = io::Error::new(ErrorKind::AddrNotAvailable, "the name has no address");
         for (tried, address) in addresses.iter().enumerate() {
             let patience = self.patience(addresses.len() - tried);

@@ -52,6 +52,7 @@ mod stream;
 mod sys;
 #[cfg(test)]
 mod testing;
+mod thread_hook;
 mod tls;
 mod vsock;
 mod wake;
@@ -70,6 +71,7 @@ pub use pacer::{Pacer, Stopped};
 pub use serve::Arrival;
 pub use socket_options::{Keepalive, SocketOptions};
 pub use stopper::Stopper;
+pub use thread_hook::ThreadHook;
 #[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
 pub use tls::{InvalidCredentials, TlsProvider};
 pub use tls::{TlsClient, TlsServer};

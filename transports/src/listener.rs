@@ -39,8 +39,8 @@ pub struct Listener {
 /// Where connections come from.
 #[derive(Debug)]
 enum Origin {
-    /// One that is there already: a connected socket, a pipe, a command or a file. Taken by the first `serve`.
-    Ready(Mutex<Option<Channel>>),
+    /// Those that are there already: connected sockets, pipes, a command or a file. Taken by the first `serve`.
+    Ready { waiting: Mutex<Vec<Channel>>, several: bool },
     /// `None` when the listener is closed.
     Socket(Mutex<Option<Listening>>),
 }
@@ -83,6 +83,14 @@ impl Listener {
         })
     }
 
+    /// Listens for nothing: `connections` are all that there is, and [`serve`](Self::serve) reports what becomes of each. They
+    /// go by the name `endpoint`.
+    pub fn of_connections(connections: Vec<Channel>, endpoint: Endpoint) -> Self {
+        let several = connections.len() > 1;
+        let origin = Origin::Ready { waiting: Mutex::new(connections), several };
+        Self::new(endpoint, origin, &SocketOptions::default())
+    }
+
     /// Takes sealed connections only: [`serve`](Self::serve) shakes hands before it waits for the first bytes, within the same
     /// silence. Default: plain ones only.
     #[must_use]
@@ -93,7 +101,7 @@ impl Listener {
 
     /// How long a connection's whole opening message is, told by its first four bytes: [`serve`](Self::serve) with four first
     /// bytes waits for all of it, within the same silence, before the connection counts as identified. Default: those four are
-    /// all. Sockets only: of a descriptor, a command or a file never more than the first bytes are waited for.
+    /// all. Of a single descriptor, a command or a file never more than the first bytes are waited for.
     #[must_use]
     pub fn opening_len(mut self, opening: OpeningLen) -> Self {
         self.opening = opening;
@@ -107,14 +115,22 @@ impl Listener {
 
     /// Whether more than one connection can come.
     pub fn takes_several(&self) -> bool {
+        match self.origin {
+            Origin::Ready { several, .. } => several,
+            Origin::Socket(_) => true,
+        }
+    }
+
+    /// Whether connections can come that the caller knows nothing of.
+    pub fn takes_strangers(&self) -> bool {
         matches!(self.origin, Origin::Socket(_))
     }
 
     /// Whether the one channel that comes is a regular file.
     pub fn reads_file(&self) -> bool {
-        let Origin::Ready(channel) = &self.origin else { return false };
-        let channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
-        channel.as_ref().is_some_and(|channel| channel.file().is_some())
+        let Origin::Ready { waiting, .. } = &self.origin else { return false };
+        let waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.iter().any(|channel| channel.file().is_some())
     }
 
     /// Ends [`serve`](Self::serve), for good.
@@ -135,7 +151,7 @@ impl Listener {
     /// Waits until a closed listener, or one whose [`serve`](Self::serve) has ended, has accepted its last client. False: it has
     /// not within `limit`.
     pub fn wait_closed(&self, limit: Duration) -> bool {
-        if !self.takes_several() {
+        if !self.takes_strangers() {
             return true;
         }
         let closed = self.closed.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -180,12 +196,14 @@ impl Listener {
                 let lobby = Lobby::new(first, silence, path.as_deref(), settings, on_arrival)?;
                 event_loop::block_on(serve(self, socket, lobby)).flatten()
             }),
-            Origin::Ready(_) if self.tls.is_some() => {
+            Origin::Ready { .. } if self.tls.is_some() => {
                 Err(io::Error::new(ErrorKind::Unsupported, "TLS goes over tcp, unix or vsock"))
             }
-            Origin::Ready(channel) => {
-                let channel = channel.lock().unwrap_or_else(PoisonError::into_inner).take();
-                let served = only::serve(self, channel, (first_bytes, silence), on_arrival);
+            Origin::Ready { waiting, several } => {
+                let channels = std::mem::take(&mut *waiting.lock().unwrap_or_else(PoisonError::into_inner));
+                // Of one that is alone no more is asked than what it is.
+                let opening: OpeningLen = if *several { self.opening } else { |_| 0 };
+                let served = only::serve(self, channels, (first_bytes, opening), silence, on_arrival);
                 event_loop::block_on(served).flatten()
             }
         };
@@ -214,14 +232,14 @@ impl Listener {
 
     fn try_bind(endpoint: &Endpoint, options: &SocketOptions) -> io::Result<Self> {
         let origin = match endpoint {
-            Endpoint::Exec(_) => Origin::Ready(Mutex::new(Some(command(endpoint)?))),
+            Endpoint::Exec(_) => Origin::ready(command(endpoint)?),
             Endpoint::Fd(number) => Origin::descriptor(descriptor::take(*number)?, endpoint, options)?,
             Endpoint::FdFrom(path) => {
                 Origin::descriptor(descriptor::fetch(path, HAND_OVER)?, endpoint, options)?
             }
             Endpoint::File { path, offset } => {
                 let channel = Channel::of_file(FileStream::open(path, *offset)?, endpoint.to_string());
-                Origin::Ready(Mutex::new(Some(channel)))
+                Origin::ready(channel)
             }
             Endpoint::Tcp { host, port } => Origin::listening(bind_tcp(host, *port, options)?, None)?,
             Endpoint::Unix(path) => {
@@ -232,7 +250,11 @@ impl Listener {
             Endpoint::Vsock { cid, port } => Origin::listening(vsock::bind(*cid, *port)?, None)?,
         };
         let endpoint = origin.endpoint(endpoint)?;
-        Ok(Self {
+        Ok(Self::new(endpoint, origin, options))
+    }
+
+    fn new(endpoint: Endpoint, origin: Origin, options: &SocketOptions) -> Self {
+        Self {
             endpoint,
             origin,
             options: options.clone(),
@@ -242,11 +264,15 @@ impl Listener {
             opening: |_| 0,
             next_number: AtomicU64::new(1),
             tls: None,
-        })
+        }
     }
 }
 
 impl Origin {
+    fn ready(channel: Channel) -> Self {
+        Self::Ready { waiting: Mutex::new(vec![channel]), several: false }
+    }
+
     fn listening(socket: Socket, file: Option<SocketFile>) -> io::Result<Self> {
         socket.listen(BACKLOG)?;
         socket.set_nonblocking(true)?;
@@ -255,7 +281,7 @@ impl Origin {
 
     fn descriptor(descriptor: OwnedFd, endpoint: &Endpoint, options: &SocketOptions) -> io::Result<Self> {
         match descriptor::arrived(descriptor, endpoint, options)? {
-            Ok(channel) => Ok(Self::Ready(Mutex::new(Some(channel)))),
+            Ok(channel) => Ok(Self::ready(channel)),
             Err(listening) => {
                 listening.set_nonblocking(true)?;
                 Ok(Self::Socket(Mutex::new(Some(Listening { socket: listening, file: None }))))

@@ -1,4 +1,4 @@
-//! Serving a descriptor, a command or a file: one channel is there already, and no other can come.
+//! Serving connections that are there already: descriptors, a command, a file. No other can come.
 
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
@@ -6,23 +6,31 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 
-use crate::event_loop::{First, first, ready, within};
+use crate::event_loop::{First, Tasks, first, ready, within};
+use crate::first_bytes::{FirstBytes, OpeningLen};
 use crate::serve::{Arrival, check_first_bytes};
 use crate::{Channel, FileStream, Listener};
 
-/// Reports what becomes of the channel, and then waits until the listener is stopped.
+/// Reports what becomes of each channel, and then waits until the listener is stopped.
+///
+/// All are reported as opened before anything is received on any: that one of them is main shows that the others are there.
 pub(crate) async fn serve(
     listener: &Listener,
-    channel: Option<Channel>,
-    (first_bytes, silence): (usize, Duration),
+    channels: Vec<Channel>,
+    (first_bytes, opening): (usize, OpeningLen),
+    silence: Duration,
     on_arrival: &mut dyn FnMut(Arrival),
 ) -> io::Result<()> {
     check_first_bytes(first_bytes)?;
     let stopper = listener.stopper();
-    if let Some(channel) = channel {
+    let mut hearing = Tasks::new();
+    for channel in channels {
         let number = listener.next_number();
         on_arrival(Arrival::Opened { number, peer: channel.peer().to_owned() });
-        match first(stopper.stopped(), hear(number, channel, first_bytes, silence)).await {
+        hearing.spawn(hear(number, channel, FirstBytes::new(first_bytes, opening), silence));
+    }
+    while !hearing.is_empty() {
+        match first(stopper.stopped(), hearing.next()).await {
             First::One(stopped) => return stopped,
             First::Other(arrival) => on_arrival(arrival),
         }
@@ -30,36 +38,38 @@ pub(crate) async fn serve(
     stopper.stopped().await
 }
 
-async fn hear(number: u64, channel: Channel, wanted: usize, silence: Duration) -> Arrival {
+async fn hear(number: u64, channel: Channel, mut first: FirstBytes, silence: Duration) -> Arrival {
     let (begun, peer) = (Instant::now(), channel.peer().to_owned());
-    let (mut first, mut received) = ([0; 4], 0);
-    let heard =
-        within(silence, first_bytes(&channel, first.get_mut(..wanted).unwrap_or_default(), &mut received));
-    match heard.await {
+    match within(silence, receive(&channel, &mut first)).await {
         None => Arrival::Silent { number, peer, waited: begun.elapsed() },
         Some(Err(error)) => Arrival::Failed { number, peer, error },
-        Some(Ok(())) if received < wanted => Arrival::Closed { number, peer, received },
+        Some(Ok(())) if !first.missing().is_empty() => {
+            Arrival::Closed { number, peer, received: first.received() }
+        }
         Some(Ok(())) => {
-            let looked_at = channel.file().is_some();
-            let first_bytes = first.get(..received).filter(|_| !looked_at);
-            let channel = channel.push_back(first_bytes.unwrap_or_default());
-            Arrival::Identified { number, channel, first }
+            // Those of a file stay where they are.
+            let taken = if channel.file().is_some() { &[] } else { first.so_far() };
+            let channel = channel.push_back(taken);
+            Arrival::Identified { number, channel, first: first.first() }
         }
     }
 }
 
-/// Fills `into`, or gets as far as the other side goes.
-async fn first_bytes(channel: &Channel, into: &mut [u8], received: &mut usize) -> io::Result<()> {
+/// Receives what is wanted, or gets as far as the other side goes.
+async fn receive(channel: &Channel, first: &mut FirstBytes) -> io::Result<()> {
     if let Some(file) = channel.file() {
-        *received = into.len();
-        return look(file, into);
+        let wanted = first.missing();
+        let looked_at = wanted.len();
+        look(file, wanted)?;
+        first.note(looked_at);
+        return Ok(());
     }
     let readable = Arc::new(channel.readable_end()?);
-    while let Some(missing @ [_, ..]) = into.get_mut(*received..) {
+    while let missing @ [_, ..] = first.missing() {
         ready(&readable, PollFlags::IN).await?;
         match channel.recv(missing)? {
             0 => return Ok(()),
-            got => *received += got,
+            received => first.note(received),
         }
     }
     Ok(())

@@ -73,6 +73,12 @@ impl Pipe {
         self.incoming.lock().as_ref().ok_or(ErrorKind::BrokenPipe)?.try_clone()
     }
 
+    /// That of the end on which bytes come in, else of the other.
+    pub(crate) fn descriptor_number(&self) -> Option<i32> {
+        let number = |end: &End| end.lock().as_ref().map(AsRawFd::as_raw_fd);
+        number(&self.incoming).or_else(|| number(&self.outgoing))
+    }
+
     pub(crate) fn send_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut end = self.outgoing.lock();
         loop {

@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, Read};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -144,6 +144,16 @@ impl Stream {
             Self::Socket(socket) => socket.as_fd().try_clone_to_owned(),
             // Bytes on its socket need not be bytes of the channel.
             Self::Tls(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// What the descriptor is called by; `None` if it is closed.
+    pub(crate) fn descriptor_number(&self) -> Option<i32> {
+        match self {
+            Self::File(file) => Some(file.as_fd().as_raw_fd()),
+            Self::Pipe(pipe) => pipe.descriptor_number(),
+            Self::Socket(socket) => Some(socket.as_raw_fd()),
+            Self::Tls(tls) => Some(tls.socket().as_raw_fd()),
         }
     }
 

@@ -6,6 +6,7 @@ use crate::{Invalid, PageSize, Parsed};
 
 /// The configuration section, straight after the stream header. Spec: docs/wire.md §2.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Configuration {
     /// Full name of the machine type, such as `pc-q35-10.0`: 1..=255 bytes.
     pub machine: String,
@@ -32,6 +33,21 @@ const MAX_CAPABILITIES: u32 = 64;
 const VERSIONED_FAMILIES: [&str; 5] = ["pc-q35", "pc-i440fx", "virt", "pseries", "s390-ccw-virtio"];
 
 impl Configuration {
+    /// The configuration of a machine that says nothing but its name.
+    ///
+    /// Names of QEMU's machine types end in a version, which decides how zero pages go and where sync points are: `pc-q35-10.0`.
+    /// A VMM's own name says nothing of the kind.
+    pub fn new(machine: impl Into<String>) -> Self {
+        Self { machine: machine.into(), page_bits: None, capabilities: Vec::new(), uuid: None }
+    }
+
+    /// Lists the capabilities that both sides must have alike.
+    #[must_use]
+    pub fn with_capabilities(mut self, capabilities: Vec<String>) -> Self {
+        self.capabilities = capabilities;
+        self
+    }
+
     /// Parses the section from its type byte 0x07 on.
     ///
     /// Nothing counts the subsections: they end where the next thing is not one. So this needs the byte *after*
@@ -46,7 +62,7 @@ impl Configuration {
                 seen => return Err(wrong_type(seen).into()),
             }
             let machine = machine_name(r)?.to_owned();
-            let mut this = Self { machine, page_bits: None, capabilities: Vec::new(), uuid: None };
+            let mut this = Self::new(machine);
             while own_subsection_follows(r.rest())? {
                 this.parse_subsection(r)?;
             }

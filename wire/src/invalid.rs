@@ -9,6 +9,7 @@ pub type Parsed<T> = Result<Option<(T, usize)>, Invalid>;
 /// Bytes that break the format: what was looked at, what was there, and what would have been right.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what}: {seen}, expected {expected}")]
+#[non_exhaustive]
 pub struct Invalid {
     /// The field, as in `stream version`.
     pub what: &'static str,

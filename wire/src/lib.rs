@@ -66,3 +66,8 @@ pub use split::{DeviceSection, split_tail};
 pub use stream::{STREAM_MAGIC, STREAM_VERSION, StreamHeader};
 pub use tail::{MAX_TAIL, TailEnd, TailScanner};
 pub use vmdesc::{DeviceDescription, FieldDescription, MAX_VMDESC, StructDescription, VmDescription};
+
+/// The first lines that the package shows.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;

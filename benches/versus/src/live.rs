@@ -88,8 +88,7 @@ fn run(scenario: &Scenario, set: WorkingSet, memory: &Path, len: u64, uri: &str)
     let ram = [RamBlock::new("pc.ram".try_into().map_err(fail)?, host.clone())];
     let log = SoftwareLog::new(&ram);
     let guest = Guest { memory: host, marker: log.marker(), set, state: Arc::default() };
-    let configuration =
-        Configuration { machine: "versus".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration::new("versus");
     let settings = scenario.settings();
     let source = Source::builder(ram.to_vec(), configuration)
         .codec(codec(settings.compression)?)

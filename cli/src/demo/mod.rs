@@ -85,8 +85,7 @@ fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilde
         Some(0) => CodecChoice::None,
         _ => DEFAULT_CODEC,
     });
-    let configuration =
-        Configuration { machine: MACHINE.to_owned(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration::new(MACHINE);
     let mut builder = Source::builder(vec![guest.block.clone()], configuration)
         .channels(common.channels.unwrap_or(DEFAULT_CHANNELS))
         .codec(choice.codec())

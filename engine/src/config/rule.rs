@@ -40,6 +40,7 @@ pub struct Rule {
 
 /// How two features stand to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Relation {
     /// Both at a time are an error.
     Excludes,

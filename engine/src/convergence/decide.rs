@@ -24,6 +24,7 @@ pub struct Limits {
 /// What to do when rounds no longer shrink.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum OnStall {
     /// Give up; the guest stays.
     Abort,

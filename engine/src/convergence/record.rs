@@ -8,6 +8,7 @@ use serde::Serialize;
 /// What follows a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Decision {
     /// Give up: the rounds do not shrink, and the policy says so.
     AbortStalled,
@@ -23,6 +24,7 @@ pub enum Decision {
 
 /// One line of the decision log.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct RoundRecord {
     /// Number of the round, from 1.
     pub round: u64,
@@ -52,6 +54,7 @@ pub struct RoundRecord {
 
 /// Where the downtime went, in µs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct DowntimeLedger {
     /// Collecting the dirty bits of the stopped guest.
     pub bitmap_sync_us: u64,

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multifd_codecs::Codecs;
-use multifd_transports::{Endpoint, Listener, SocketOptions, TlsServer};
+use multifd_transports::{Channel, Endpoint, Listener, SocketOptions, ThreadHook, TlsServer};
 
 use super::{Destination, IncomingRam, SwitchoverAck};
-use crate::config::DestinationConfig;
+use crate::config::{DestinationConfig, own};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::session::Session;
 use crate::stream::dialect;
@@ -18,6 +18,7 @@ pub struct DestinationBuilder {
     ram: Box<dyn IncomingRam>,
     codecs: Codecs,
     tls: Option<TlsServer>,
+    hook: ThreadHook,
 }
 
 impl Destination {
@@ -28,6 +29,7 @@ impl Destination {
             ram: Box::new(ram),
             codecs: Codecs::default(),
             tls: None,
+            hook: ThreadHook::default(),
         }
     }
 }
@@ -52,6 +54,14 @@ impl DestinationBuilder {
     #[must_use]
     pub fn tls(mut self, tls: TlsServer) -> Self {
         self.tls = Some(tls);
+        self
+    }
+
+    /// Called on each thread that the migration makes, before the thread does anything else, with its name: for affinity, a
+    /// cgroup, a seccomp filter. The threads are listed in docs/embedding.md. A hook that panics ends the migration.
+    #[must_use]
+    pub fn thread_hook(mut self, on_start: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        self.hook = ThreadHook::new(on_start);
         self
     }
 
@@ -103,11 +113,37 @@ impl DestinationBuilder {
         let session = Session::new(self.config.timeout);
         let listener = Listener::bind_with(endpoint, &session.socket_options(&self.config.socket))
             .map_err(|error| Error::transport(Phase::Accept, error))?
-            .tls(self.tls.clone())
-            .opening_len(super::lobby::opening_len);
+            .tls(self.tls.clone());
         self.check(endpoint, listener.takes_several(), listener.reads_file())?;
-        let Self { config, ram, codecs, .. } = self;
-        Ok(Destination { listener: Arc::new(listener), session, config, ram, codecs })
+        Ok(self.served_by(listener, session))
+    }
+
+    /// Receives over connections that the caller has made, instead of listening: main and one connection for each parallel
+    /// channel that the source has, in any order, since each says by its first bytes what it is. They are sockets of any family,
+    /// or one pipe or file for main alone; [`Channel`] is made from any of them, close-on-exec or not. There are no strangers
+    /// among them, so a connection that fails or is something else ends the migration. Socket options are left as they are.
+    ///
+    /// # Errors
+    /// `ApiMisuse` that names the setting: TLS, which is not for such connections, or another number of channels.
+    pub fn over(mut self, main: Channel, channels: Vec<Channel>) -> Result<Destination> {
+        self.codecs.iter().try_for_each(|codec| dialect::check_codec(&**codec, Phase::Accept))?;
+        let misuse = |problem: String| Error::new(ErrorKind::ApiMisuse, Phase::Accept, problem);
+        if self.tls.is_some() {
+            return Err(misuse(own::NO_TLS.to_owned()));
+        }
+        let is_file = main.file().is_some();
+        self.config.channels = own::count(self.config.channels, &main, &channels).map_err(misuse)?;
+        let endpoint = Endpoint::Fd(main.descriptor_number().unwrap_or(-1));
+        self.check(&endpoint, !channels.is_empty(), is_file)?;
+        let connections = std::iter::once(main).chain(channels).collect();
+        let session = Session::new(self.config.timeout);
+        Ok(self.served_by(Listener::of_connections(connections, endpoint), session))
+    }
+
+    fn served_by(self, listener: Listener, session: Arc<Session>) -> Destination {
+        let listener = Arc::new(listener.opening_len(super::lobby::opening_len));
+        let Self { config, ram, codecs, hook, .. } = self;
+        Destination { listener, session, config, ram, codecs, hook }
     }
 
     fn check(&self, endpoint: &Endpoint, takes_several: bool, is_file: bool) -> Result<()> {

@@ -56,7 +56,7 @@ impl Lobby {
         let patience = self.shared.session.timeout;
         let stop = self.crew.stop();
         let served = listener.serve(4, patience, &mut |arrival| {
-            if let Err(error) = self.on_arrival(arrival, listener.takes_several()) {
+            if let Err(error) = self.on_arrival(arrival, listener) {
                 stop.trip(error);
             }
             if self.main.read(|main| main.came) && self.shared.gate.is_full() {
@@ -74,17 +74,17 @@ impl Lobby {
         served.map_err(|error| Error::transport(Phase::Accept, error))
     }
 
-    /// `several`: others may come. Where the one connection is all that there is, whatever is wrong with it is an error.
-    fn on_arrival(&self, arrival: Arrival, several: bool) -> Result<()> {
+    /// Where no strangers can come, whatever is wrong with a connection is an error.
+    fn on_arrival(&self, arrival: Arrival, listener: &Listener) -> Result<()> {
         if let Arrival::Opened { .. } = arrival {
             self.shared.gate.opened();
             return Ok(());
         }
-        let told = self.tell(arrival, several);
+        let told = self.tell(arrival, listener.takes_several());
         // After the channel has its place at the gate: a sync point must not slip through in between.
         self.shared.gate.identified();
         match told {
-            Err(JoinError::Late(error)) if several => {
+            Err(JoinError::Late(error)) if listener.takes_strangers() => {
                 self.shared.refusals.note(&error);
                 Ok(())
             }
@@ -137,10 +137,7 @@ impl Lobby {
                 JoinError::Late(error) => JoinError::Late(error.on(peer)),
             }),
             // A TLS record of the handshake: type 22, version 3.x.
-            tls if tls >> 16 == 0x1603 => {
-                let detail = "the peer speaks TLS, and this side is not set up for it (see --tls-dir)";
-                refused(Error::incompatible(Phase::Accept, detail))
-            }
+            tls if tls >> 16 == 0x1603 => refused(Error::unexpected_tls(Phase::Accept, "peer")),
             other => {
                 let detail = format!(
                     "magic {other:#010x}, expected {STREAM_MAGIC:#010x} (main) or {MULTIFD_MAGIC:#010x} (channel)"

@@ -30,7 +30,7 @@ mod tail;
 use std::sync::Arc;
 
 use multifd_codecs::Codecs;
-use multifd_transports::{Channel, Endpoint, Listener};
+use multifd_transports::{Channel, Endpoint, Listener, ThreadHook};
 
 pub use arrived::Arrived;
 pub use builder::DestinationBuilder;
@@ -57,10 +57,12 @@ pub struct Destination {
     config: DestinationConfig,
     ram: Box<dyn IncomingRam>,
     codecs: Codecs,
+    hook: ThreadHook,
 }
 
 impl Destination {
-    /// Where it listens, with the port that the system chose if 0 was asked for.
+    /// Where it listens, with the port that the system chose if 0 was asked for. Over connections of the caller's: the
+    /// descriptor of main.
     pub fn endpoint(&self) -> Endpoint {
         self.listener.endpoint()
     }
@@ -82,7 +84,7 @@ impl Destination {
     /// Anything that keeps the guest from arriving whole. The source has been told then, if it listens.
     pub fn receive(mut self) -> Result<Arrived> {
         self.session.enter(MigrationState::Setup)?;
-        let crew = Arc::new(Crew::new(self.session.stop.clone()));
+        let crew = Arc::new(Crew::new(self.session.stop.clone()).with_hook(self.hook.clone()));
         let shared = Shared::new(&self.session, self.codecs.clone(), self.config.channels, &self.listener);
         let lobby = Lobby::new(&shared, &crew);
         let main = lobby.main();

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Remedy};
 
 /// What was refused so far.
 #[derive(Default)]
@@ -13,6 +13,7 @@ pub(crate) struct Refusals(Mutex<State>);
 struct State {
     count: usize,
     last: Option<String>,
+    remedy: Option<Remedy>,
     /// Warnings in the current second, and when that began.
     second: Option<(Instant, usize)>,
     /// Refused without a warning since the last one.
@@ -43,6 +44,7 @@ impl Refusals {
             state.unsaid += 1;
         }
         state.last = Some(said);
+        state.remedy = error.remedy();
     }
 
     /// An error of a peer that did not come or went away, with the last refusal: it may have been the one that was missed.
@@ -51,9 +53,29 @@ impl Refusals {
         match (&state.last, error.kind()) {
             (Some(last), ErrorKind::Cancelled | ErrorKind::Deadline | ErrorKind::Transport) => {
                 let (count, s) = (state.count, if state.count == 1 { "" } else { "s" });
-                error.noting(format_args!("{count} connection{s} refused, the last: {last}"))
+                let remedy = state.remedy;
+                error
+                    .noting(format_args!("{count} connection{s} refused, the last: {last}"))
+                    .remedied_by(remedy)
             }
             _ => error,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Phase;
+
+    #[test]
+    fn a_refused_connection_that_spoke_tls_is_the_remedy_of_a_source_that_never_came() {
+        let refusals = Refusals::default();
+        let late = || Error::new(ErrorKind::Deadline, Phase::Accept, "no main channel");
+        assert_eq!(refusals.explain(late()).remedy(), None);
+        refusals.note(&Error::unexpected_tls(Phase::Accept, "peer"));
+        assert_eq!(refusals.explain(late()).remedy(), Some(Remedy::SetUpTls));
+        let other = Error::new(ErrorKind::Cancelled, Phase::Accept, "stopped");
+        assert_eq!(refusals.explain(other).remedy(), None);
     }
 }

@@ -16,6 +16,7 @@ use crate::run::stop::{Monitor, StopSwitch};
 
 /// Device state that came over a parallel channel, for the device that knows what it means.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct DevicePacket {
     /// The device: idstr and instance id of its section.
     pub device: DeviceStatePacket,

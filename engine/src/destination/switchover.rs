@@ -9,6 +9,7 @@ use serde::Serialize;
 /// on the wire; a source before QEMU 8.1 refuses the message, and one from 11.1 on refuses it when it does not wait.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum SwitchoverAck {
     /// Acknowledge at once to machine types 8.1 to 11.0, which take it whether they wait or not. To all others, once, when the
     /// source has nothing left to send and does not switch over for a second: then it can only be waiting for this.
@@ -86,7 +87,7 @@ mod tests {
     use super::*;
 
     fn of(machine: &str) -> Configuration {
-        Configuration { machine: machine.to_owned(), page_bits: None, capabilities: Vec::new(), uuid: None }
+        Configuration::new(machine)
     }
 
     /// Whether one of `count` empty PARTs over `time` is acknowledged, and how many are.

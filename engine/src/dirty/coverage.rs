@@ -10,6 +10,7 @@ use crate::guest::{DirtyBitmap, RamBlock};
 
 /// How much of a block's memory a dirty log covers.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Coverage {
     /// No page, or only what some of its writers write: a device's log beside the vCPUs'.
     Nothing,

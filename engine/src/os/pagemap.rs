@@ -22,6 +22,7 @@ pub struct PageQuery {
 /// Neighbouring pages that matched.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct PageRun {
     /// Address of the first, in the process.
     pub start: u64,

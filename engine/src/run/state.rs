@@ -4,18 +4,18 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// What `query-migrate` calls `status`. Postcopy, COLO and wait-unplug are in the table, but no migration of ours gets there.
+/// What `query-migrate` calls `status`. QEMU has two more, `colo` and `wait-unplug`, for what this engine does not do. No
+/// migration gets to the states of postcopy yet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum MigrationState {
     /// RAM moves, the guest runs.
     Active,
     /// Cancelled; the guest is where it was.
     Cancelled,
-    /// Somebody has cancelled, the threads are being ended.
+    /// Cancelled by the caller, the threads are being ended.
     Cancelling,
-    /// The guest is checkpointed continuously.
-    Colo,
     /// Over; the guest has moved.
     Completed,
     /// The guest is stopped, the last RAM and the devices move.
@@ -33,22 +33,19 @@ pub enum MigrationState {
     PostcopyRecover,
     /// A new link for postcopy is being set up.
     PostcopyRecoverSetup,
-    /// The guest is stopped and somebody outside has to let it go on.
+    /// The guest is paused until [`Control::proceed`](crate::Control::proceed).
     PreSwitchover,
     /// Connections and headers.
     Setup,
-    /// A network card has to be unplugged first.
-    WaitUnplug,
 }
 
 use MigrationState as S;
 
 /// Every state, in the order of the status enum's declaration.
-const ALL: [S; 15] = [
+const ALL: [S; 13] = [
     S::Active,
     S::Cancelled,
     S::Cancelling,
-    S::Colo,
     S::Completed,
     S::Device,
     S::Failed,
@@ -59,7 +56,6 @@ const ALL: [S; 15] = [
     S::PostcopyRecoverSetup,
     S::PreSwitchover,
     S::Setup,
-    S::WaitUnplug,
 ];
 
 /// From, to. Spec: docs/wire.md §21.
@@ -68,20 +64,15 @@ const TRANSITIONS: &[(S, &[S])] = &[
     (S::Completed, &[S::Setup]),
     (S::Failed, &[S::Setup]),
     (S::Cancelled, &[S::Setup]),
-    (S::Setup, &[S::WaitUnplug, S::Active, S::Failed, S::Cancelling]),
-    (S::WaitUnplug, &[S::Active, S::Failed, S::Cancelling]),
+    (S::Setup, &[S::Active, S::Failed, S::Cancelling]),
     // A destination goes from active to completed at once, it has no guest to stop.
-    (
-        S::Active,
-        &[S::PreSwitchover, S::Device, S::Completed, S::PostcopyActive, S::Colo, S::Failed, S::Cancelling],
-    ),
+    (S::Active, &[S::PreSwitchover, S::Device, S::Completed, S::PostcopyActive, S::Failed, S::Cancelling]),
     (S::PreSwitchover, &[S::Device, S::Failed, S::Cancelling]),
-    (S::Device, &[S::Completed, S::PostcopyActive, S::Colo, S::Failed, S::Cancelling]),
+    (S::Device, &[S::Completed, S::PostcopyActive, S::Failed, S::Cancelling]),
     (S::PostcopyActive, &[S::Completed, S::PostcopyPaused]),
     (S::PostcopyPaused, &[S::PostcopyRecoverSetup]),
     (S::PostcopyRecoverSetup, &[S::PostcopyRecover, S::PostcopyPaused]),
     (S::PostcopyRecover, &[S::PostcopyActive, S::PostcopyPaused]),
-    (S::Colo, &[S::Completed, S::Failed]),
     (S::Cancelling, &[S::Cancelled]),
 ];
 
@@ -108,7 +99,6 @@ impl fmt::Display for MigrationState {
             S::Active => "active",
             S::Cancelled => "cancelled",
             S::Cancelling => "cancelling",
-            S::Colo => "colo",
             S::Completed => "completed",
             S::Device => "device",
             S::Failed => "failed",
@@ -119,7 +109,6 @@ impl fmt::Display for MigrationState {
             S::PostcopyRecoverSetup => "postcopy-recover-setup",
             S::PreSwitchover => "pre-switchover",
             S::Setup => "setup",
-            S::WaitUnplug => "wait-unplug",
         })
     }
 }
@@ -130,21 +119,19 @@ mod tests {
 
     /// One row a state, one column a state, in the order of `ALL`: x may follow.
     const TABLE: &str = "
-active                  ..xxxxx.x...x..
-cancelled               .............x.
-cancelling              .x.............
-colo                    ....x.x........
-completed               .............x.
-device                  ..xxx.x.x......
-failed                  .............x.
-none                    .............x.
-postcopy-active         ....x....x.....
-postcopy-paused         ...........x...
-postcopy-recover        ........xx.....
-postcopy-recover-setup  .........xx....
-pre-switchover          ..x..xx........
-setup                   x.x...x.......x
-wait-unplug             x.x...x........
+active                  ..xxxx.x...x.
+cancelled               ............x
+cancelling              .x...........
+completed               ............x
+device                  ..xx.x.x.....
+failed                  ............x
+none                    ............x
+postcopy-active         ...x....x....
+postcopy-paused         ..........x..
+postcopy-recover        .......xx....
+postcopy-recover-setup  ........xx...
+pre-switchover          ..x.xx.......
+setup                   x.x..x.......
 ";
 
     #[test]

@@ -11,18 +11,27 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::thread::JoinHandle;
 
+use multifd_transports::ThreadHook;
+
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::{StopSwitch, lock};
 
 /// The threads of one migration. Dropping it cancels and joins them.
 pub(crate) struct Crew {
     stop: StopSwitch,
+    hook: ThreadHook,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Crew {
     pub(crate) fn new(stop: StopSwitch) -> Self {
-        Self { stop, threads: Mutex::default() }
+        Self { stop, hook: ThreadHook::default(), threads: Mutex::default() }
+    }
+
+    /// Calls `hook` on every thread that is started from now on.
+    pub(crate) fn with_hook(mut self, hook: ThreadHook) -> Self {
+        self.hook = hook;
+        self
     }
 
     pub(crate) fn stop(&self) -> &StopSwitch {
@@ -36,11 +45,11 @@ impl Crew {
         phase: Phase,
         body: impl FnOnce() -> Result<()> + Send + 'static,
     ) -> Result<()> {
-        let stop = self.stop.clone();
+        let (stop, hook) = (self.stop.clone(), self.hook.clone());
         let label = name.to_owned();
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || match catch_unwind(AssertUnwindSafe(body)) {
+            .spawn(move || match catch_unwind(AssertUnwindSafe(|| hooked(&hook, &label, body))) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => stop.trip(error),
                 Err(panic) => stop.trip(
@@ -79,6 +88,11 @@ impl Drop for Crew {
     }
 }
 
+fn hooked(hook: &ThreadHook, name: &str, body: impl FnOnce() -> Result<()>) -> Result<()> {
+    hook.call(name);
+    body()
+}
+
 fn panic_text(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
@@ -109,6 +123,17 @@ mod tests {
         let cause = crew.stop().cause_or(error("none"));
         assert_eq!(cause.kind(), ErrorKind::Panicked);
         assert!(cause.to_string().contains("on purpose"), "{cause}");
+    }
+
+    #[test]
+    fn a_hook_that_panics_ends_the_migration_and_not_the_process() {
+        let crew = Crew::new(StopSwitch::default())
+            .with_hook(ThreadHook::new(|name| panic!("no seccomp filter for {name}")));
+        crew.spawn("mig-test", Phase::Setup, || panic!("runs all the same")).unwrap();
+        crew.join();
+        let cause = crew.stop().cause_or(error("none"));
+        assert_eq!(cause.kind(), ErrorKind::Panicked);
+        assert!(cause.to_string().contains("no seccomp filter for mig-test"), "{cause}");
     }
 
     #[test]

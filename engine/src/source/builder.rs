@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multifd_codecs::{Codec, Uncompressed};
-use multifd_transports::{Endpoint, SocketOptions, TlsClient};
+use multifd_transports::{Endpoint, SocketOptions, ThreadHook, TlsClient};
 use multifd_wire::{BlockName, Configuration};
 
 use super::control::Control;
@@ -26,6 +26,7 @@ pub struct Source {
     pub(super) guest: Guest,
     pub(super) codec: Arc<dyn Codec>,
     pub(super) tls: Option<TlsClient>,
+    pub(super) hook: ThreadHook,
     pub(super) session: Arc<Session>,
     pub(super) control: Control,
 }
@@ -46,6 +47,7 @@ pub struct SourceBuilder {
     guest: Guest,
     codec: Arc<dyn Codec>,
     tls: Option<TlsClient>,
+    hook: ThreadHook,
 }
 
 impl Source {
@@ -63,6 +65,7 @@ impl Source {
             },
             codec: Arc::new(Uncompressed),
             tls: None,
+            hook: ThreadHook::default(),
         }
     }
 
@@ -139,6 +142,14 @@ impl SourceBuilder {
     #[must_use]
     pub fn tls(mut self, tls: TlsClient) -> Self {
         self.tls = Some(tls);
+        self
+    }
+
+    /// Called on each thread that the migration makes, before the thread does anything else, with its name: for affinity, a
+    /// cgroup, a seccomp filter. The threads are listed in docs/embedding.md. A hook that panics ends the migration.
+    #[must_use]
+    pub fn thread_hook(mut self, on_start: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        self.hook = ThreadHook::new(on_start);
         self
     }
 
@@ -259,7 +270,7 @@ impl SourceBuilder {
     /// # Errors
     /// `ApiMisuse` that names the setting.
     pub fn build(self) -> Result<Source> {
-        let Self { config, guest, codec, tls } = self;
+        let Self { config, guest, codec, tls, hook } = self;
         let around = Surroundings { codec: &*codec, tls: tls.is_some(), endpoint: None, opened: None };
         config.check(around).map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
         guest
@@ -269,6 +280,6 @@ impl SourceBuilder {
         dialect::check_codec(&*codec, Phase::Setup)?;
         let session = Session::new(config.timeout);
         let control = Control::new(&session, config.max_bandwidth, config.limits);
-        Ok(Source { config, guest, codec, tls, session, control })
+        Ok(Source { config, guest, codec, tls, hook, session, control })
     }
 }

@@ -16,13 +16,21 @@ use super::page_cache::PageCache;
 use super::precopy::Precopy;
 use super::return_path::ReturnPathReader;
 use super::shared::SourceShared;
-use crate::config::{Opened, Surroundings};
+use crate::config::{Opened, Surroundings, own};
 use crate::convergence::Convergence;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::mapped_layout::CAPABILITY;
+
+/// Where a source's connections come from.
+enum Connections<'a> {
+    /// They are dialled, main to this endpoint.
+    Dialled(&'a Endpoint),
+    /// The caller has made them: main, then the parallel channels.
+    Own(std::vec::IntoIter<Channel>),
+}
 
 /// What connecting makes.
 struct Parts {
@@ -39,11 +47,27 @@ impl Source {
     ///
     /// # Errors
     /// `ApiMisuse` for RAM that may be written and that no dirty log covers. `Transport` if there is no connection, or what broke the setup. Nothing has left the guest.
-    pub fn connect(mut self, endpoint: &Endpoint) -> Result<Precopy> {
+    pub fn connect(self, endpoint: &Endpoint) -> Result<Precopy> {
+        self.begin(Connections::Dialled(endpoint))
+    }
+
+    /// The same over connections that the caller has made: main and one for each parallel channel, in the order of their
+    /// numbers. They are sockets of any family, or one pipe or file for main alone; [`Channel`] is made from any of them,
+    /// close-on-exec or not. Socket options are left as they are.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect), and `ApiMisuse` for settings that are about dialling (TLS, channel addresses) or say another
+    /// number of channels.
+    pub fn connect_over(self, main: Channel, channels: Vec<Channel>) -> Result<Precopy> {
+        let all: Vec<_> = std::iter::once(main).chain(channels).collect();
+        self.begin(Connections::Own(all.into_iter()))
+    }
+
+    fn begin(mut self, connections: Connections<'_>) -> Result<Precopy> {
         self.session.enter(MigrationState::Setup)?;
-        let crew = Crew::new(self.session.stop.clone());
+        let crew = Crew::new(self.session.stop.clone()).with_hook(self.hook.clone());
         let convergence = Convergence::new(self.config.auto_converge);
-        match self.open(endpoint, &crew) {
+        match self.open(connections, &crew) {
             Ok(parts) => {
                 let mut migration = self.migration(parts, crew);
                 let result = migration.set_up(&self.guest.configuration);
@@ -72,7 +96,9 @@ impl Source {
         }
     }
 
-    fn open(&mut self, endpoint: &Endpoint, crew: &Crew) -> Result<Parts> {
+    fn open(&mut self, mut connections: Connections<'_>, crew: &Crew) -> Result<Parts> {
+        self.count_channels(&connections)?;
+        let endpoint = connections.endpoint();
         self.check(endpoint, None)?;
         self.name_capabilities();
         let default_zero = ZeroPages::for_machine(&self.guest.configuration);
@@ -83,7 +109,7 @@ impl Source {
         let parallel = self.config.channels > 0;
         let ram = OutgoingRam::new(std::mem::take(&mut self.guest.ram), zero_pages, parallel)?;
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
-        let main = self.dial(endpoint, "main")?;
+        let main = self.next_connection(&mut connections, None)?;
         self.session.counters.main.count_bytes_of(&main);
         // The one place that asks whether main is a file.
         let file = main.file_handle();
@@ -115,30 +141,47 @@ impl Source {
             }
             Some(file) => Carrier::File(File::plain(file, Arc::clone(&main))),
             None if config.channels == 0 => Carrier::Main,
-            None => Carrier::Channels(self.connect_channels(endpoint, &shared, crew)?),
+            None => Carrier::Channels(self.connect_channels(&mut connections, &shared, crew)?),
         };
         Ok(Parts { main: MainWriter::new(main, opened.file), carrier, shared, return_path, logs })
     }
 
     fn connect_channels(
         &self,
-        endpoint: &Endpoint,
+        connections: &mut Connections<'_>,
         shared: &Arc<SourceShared>,
         crew: &Crew,
     ) -> Result<Channels> {
-        let (count, other) = (self.config.channels, &self.config.channel_endpoints);
+        let count = self.config.channels;
         let channels = Channels::new(count, SyncPoints::for_machine(&self.guest.configuration), crew);
-        let endpoints = other.iter().cycle().chain(std::iter::repeat(endpoint));
-        for (id, endpoint) in (0..=u8::MAX).zip(endpoints).take(count) {
-            let channel = self.dial(endpoint, &format!("channel {id}"))?;
+        for id in (0..=u8::MAX).take(count) {
+            let channel = self.next_connection(connections, Some(id))?;
             channels.start(channel, id, shared, crew)?;
         }
         Ok(channels)
     }
 
-    fn check(&self, endpoint: &Endpoint, opened: Option<Opened>) -> Result<()> {
+    /// Connections of the caller's say how many channels there are.
+    fn count_channels(&mut self, connections: &Connections<'_>) -> Result<()> {
+        let Connections::Own(all) = connections else { return Ok(()) };
+        let (main, channels) =
+            all.as_slice().split_first().ok_or_else(|| Error::bug(Phase::Connect, "no main connection"))?;
+        let configured = (self.config.channels > 0).then_some(self.config.channels);
+        let counted = if self.tls.is_some() {
+            Err(own::NO_TLS.to_owned())
+        } else if !self.config.channel_endpoints.is_empty() {
+            Err("channel addresses beside connections of the caller's".to_owned())
+        } else {
+            own::count(configured, main, channels)
+        };
+        let counted = counted.map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Connect, problem))?;
+        self.config.channels = counted.unwrap_or(0);
+        Ok(())
+    }
+
+    fn check(&self, endpoint: Option<&Endpoint>, opened: Option<Opened>) -> Result<()> {
         let tls = self.tls.is_some();
-        let around = Surroundings { codec: &*self.codec, tls, endpoint: Some(endpoint), opened };
+        let around = Surroundings { codec: &*self.codec, tls, endpoint, opened };
         self.config.check(around).map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Connect, problem))
     }
 
@@ -149,25 +192,49 @@ impl Source {
         capabilities.extend(self.config.mapped_ram.then(|| CAPABILITY.to_owned()));
     }
 
-    fn wants_return_path(&self, endpoint: &Endpoint, main: Opened) -> bool {
+    fn wants_return_path(&self, endpoint: Option<&Endpoint>, main: Opened) -> bool {
         // Most commands store or pass on, and answer nothing.
-        let answers = main.two_way && !matches!(endpoint, Endpoint::Exec(_));
+        let answers = main.two_way && !matches!(endpoint, Some(Endpoint::Exec(_)));
         self.config.return_path.unwrap_or(answers)
     }
 
-    fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Arc<Channel>> {
+    /// Main, or the parallel channel `id`.
+    fn next_connection(&self, connections: &mut Connections<'_>, id: Option<u8>) -> Result<Arc<Channel>> {
+        let name = id.map_or_else(|| "main".to_owned(), |id| format!("channel {id}"));
+        let channel = match connections {
+            Connections::Own(channels) => channels
+                .next()
+                .ok_or_else(|| Error::bug(Phase::Connect, format_args!("no connection for {name}")))?,
+            Connections::Dialled(main) => {
+                let own = id.and_then(|id| self.config.channel_endpoints.iter().cycle().nth(id.into()));
+                self.dial(own.unwrap_or(main), &name)?
+            }
+        };
+        let channel = self.session.adopt(channel, Phase::Connect)?;
+        self.session.close_on_stop(&channel);
+        Ok(channel)
+    }
+
+    fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Channel> {
         let stopper = Stopper::new();
         let options = DialOptions {
             deadline: self.session.timeout,
             stopper: stopper.clone(),
             socket: self.session.socket_options(&self.config.socket),
             tls: self.tls.clone(),
+            thread_hook: self.hook.clone(),
         };
         self.session.stop.on_trip(move || stopper.stop());
-        let channel = dial(endpoint, &options)
-            .map_err(|error| Error::transport(Phase::Connect, error).on(name.to_owned()))?;
-        let channel = self.session.adopt(channel, Phase::Connect)?;
-        self.session.close_on_stop(&channel);
-        Ok(channel)
+        dial(endpoint, &options).map_err(|error| Error::transport(Phase::Connect, error).on(name))
+    }
+}
+
+impl<'a> Connections<'a> {
+    /// Where main is dialled to.
+    fn endpoint(&self) -> Option<&'a Endpoint> {
+        match self {
+            Self::Dialled(endpoint) => Some(endpoint),
+            Self::Own(_) => None,
+        }
     }
 }

@@ -13,6 +13,7 @@ use crate::work::{BlockIndex, PerBlock, Round};
 /// How pages that are all zero go out (QEMU's zero-page-detection).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum ZeroPages {
     /// As offsets in the packets of the parallel channels: `multifd`. Receivers from QEMU 9.0 on. They do not clear memory
     /// that they take for fresh, so firmware blocks still go as in `Legacy`.

@@ -42,6 +42,7 @@ struct Counters {
 
 /// What the xbzrle cache has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct XbzrleStats {
     /// Pages that were found in the cache.
     pub hits: u64,

@@ -12,6 +12,7 @@ use crate::run::counters::ChannelCounters;
 /// Whether the parallel channels let the kernel send pages straight from guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum ZeroCopySend {
     /// The kernel copies, as it always does.
     #[default]
@@ -24,6 +25,7 @@ pub enum ZeroCopySend {
 
 /// What became of the zero-copy sends of a migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ZeroCopyStats {
     /// System calls that were to send without copying.
     pub sends: u64,

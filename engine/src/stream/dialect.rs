@@ -96,8 +96,7 @@ mod tests {
     /// What source and destination say to a codec with this id.
     fn built_with(id: CodecId) -> [Result<()>; 2] {
         let ram = || vec![RamBlock::new("ram".try_into().unwrap(), HostMemory::anonymous(PAGE).unwrap())];
-        let machine =
-            Configuration { machine: "own".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
+        let machine = Configuration::new("own");
         let source = Source::builder(ram(), machine).channels(1).codec(Arc::new(Own(id))).build();
         let codecs = Codecs::default().with(Arc::new(Own(id)));
         let anywhere = "tcp:127.0.0.1:0".parse().unwrap();

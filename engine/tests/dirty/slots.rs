@@ -54,10 +54,7 @@ fn is_there(guest: &KvmGuest, slot: u32) -> bool {
 
 fn source(ram: &[RamBlock]) -> SourceBuilder {
     let machine = "test-10.0".to_owned();
-    Source::builder(
-        ram.to_vec(),
-        Configuration { machine, page_bits: None, capabilities: Vec::new(), uuid: None },
-    )
+    Source::builder(ram.to_vec(), Configuration::new(machine))
 }
 
 /// Moves the guest while `between` happens; gives the pages that differ at the destination.

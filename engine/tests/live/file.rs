@@ -113,7 +113,7 @@ fn mapped_ram_by_any_number_of_threads() {
 fn configuration() -> Configuration {
     // A guest that came from such a file itself.
     let capabilities = vec!["mapped-ram".to_owned()];
-    Configuration { machine: "test-10.0".into(), page_bits: None, capabilities, uuid: None }
+    Configuration::new("test-10.0").with_capabilities(capabilities)
 }
 
 /// The bits of the one block, as the file has them: `#` for a page that is stored.

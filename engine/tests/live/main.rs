@@ -10,6 +10,7 @@
 mod faults;
 mod file;
 mod guest;
+mod own;
 mod relay;
 mod tls;
 
@@ -86,8 +87,7 @@ fn assert_equal(left: &RamBlock, right: &RamBlock) {
 }
 
 fn source(guest: &Guest) -> SourceBuilder {
-    let configuration =
-        Configuration { machine: "test-10.0".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration::new("test-10.0");
     Source::builder(vec![guest.block.clone()], configuration).dirty_log(guest.log()).timeout(SOON)
 }
 
@@ -279,7 +279,7 @@ fn memory_in_no_dirty_log_is_refused_unless_nothing_writes_there() {
     let there = Destination::builder(ram.to_vec()).listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     let source = || {
         let machine = "test-10.0".to_owned();
-        let configuration = Configuration { machine, page_bits: None, capabilities: Vec::new(), uuid: None };
+        let configuration = Configuration::new(machine);
         Source::builder(ram.to_vec(), configuration).return_path(false).timeout(SOON)
     };
     let connect = |builder: SourceBuilder| builder.build()?.connect(&there.endpoint()).map(drop);

@@ -13,7 +13,7 @@ use crate::guest::Guest;
 use crate::{LOAD, PAGES, There, assert_equal, move_over, source};
 
 /// Credentials for both ends on this machine.
-fn credentials(ca: &str) -> TempDir {
+pub(super) fn credentials(ca: &str) -> TempDir {
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, ca);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -79,8 +79,7 @@ fn go(way: Way, here: &RamBlock, there: &RamBlock, before_round: impl FnOnce()) 
     let canceller = destination.canceller();
     let receive = move || destination.receive().and_then(Arrived::accept);
     let receiver = std::thread::Builder::new().spawn(receive).unwrap();
-    let configuration =
-        Configuration { machine: "test-10.0".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration::new("test-10.0");
     let source = way
         .set(Source::builder(vec![here.clone()], configuration).paused_guest().timeout(SOON))
         .build()

@@ -66,7 +66,7 @@ impl Recorder {
         self.main("header", header);
         let (machine, capabilities) = (self.style.machine.to_owned(), Vec::new());
         let mut configuration = Vec::new();
-        Configuration { machine, page_bits: None, capabilities, uuid: None }.encode(&mut configuration);
+        Configuration::new(machine).with_capabilities(capabilities).encode(&mut configuration);
         self.main("configuration", configuration);
         if self.style.return_path {
             self.command(Command::OpenReturnPath);

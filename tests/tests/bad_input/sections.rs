@@ -23,7 +23,7 @@ fn start(id: u32, idstr: &str, instance_id: u32, version_id: u32) -> Vec<u8> {
 
 fn configured(change: impl FnOnce(&mut Configuration)) -> Recording {
     let (machine, capabilities) = ("pc-q35-10.0".to_owned(), Vec::new());
-    let mut configuration = Configuration { machine, page_bits: None, capabilities, uuid: None };
+    let mut configuration = Configuration::new(machine).with_capabilities(capabilities);
     change(&mut configuration);
     let mut bytes = Vec::new();
     configuration.encode(&mut bytes);

@@ -12,12 +12,7 @@ use crate::wire::{Kind, PATIENCE, Then, broken, says};
 fn source(return_path: Option<bool>) -> Outcome<Source> {
     let mut memory = Memory::zero(&[("pc.ram", 6000)]);
     memory.refill(&memory.all(), 3);
-    let configuration = Configuration {
-        machine: "pc-q35-10.0".to_owned(),
-        page_bits: None,
-        capabilities: Vec::new(),
-        uuid: None,
-    };
+    let configuration = Configuration::new("pc-q35-10.0");
     let builder = Source::builder(memory.provide_content()?, configuration)
         .paused_guest()
         .zero_pages(ZeroPages::None)

@@ -32,7 +32,7 @@ fn memory(pages: usize) -> Memory {
 
 fn source(pages: usize) -> Outcome<SourceBuilder> {
     let machine = "pc-q35-10.0".to_owned();
-    let configuration = Configuration { machine, page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration::new(machine);
     Ok(Source::builder(memory(pages).provide_content()?, configuration).paused_guest().timeout(SOON))
 }
 

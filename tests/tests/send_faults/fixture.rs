@@ -59,7 +59,7 @@ impl Way {
             memory.set(at, &content);
         }
         let (machine, capabilities) = ("pc-q35-10.0".to_owned(), Vec::new());
-        let configuration = Configuration { machine, page_bits: None, capabilities, uuid: None };
+        let configuration = Configuration::new(machine).with_capabilities(capabilities);
         let builder = Source::builder(memory.provide_content()?, configuration)
             .paused_guest()
             .channels(self.channels)

@@ -66,12 +66,7 @@ fn a_checkpoint_of_zeros_has_nothing_to_measure() -> Outcome {
     let folder = scratch.path("zeros");
     fs::create_dir_all(folder.join("ram"))?;
     fs::File::create(folder.join("ram/00.img"))?.set_len(1 << 20)?;
-    let configuration = Configuration {
-        machine: "pc-q35-10.0".to_owned(),
-        page_bits: None,
-        capabilities: Vec::new(),
-        uuid: None,
-    };
+    let configuration = Configuration::new("pc-q35-10.0");
     let mut state = Vec::new();
     configuration.encode(&mut state);
     // No devices: EOF, and a description of nothing.

@@ -33,8 +33,7 @@ pub fn devices(memory: &Memory) -> VhostDevices {
 }
 
 pub fn source(ram: Vec<RamBlock>) -> SourceBuilder {
-    let configuration =
-        Configuration { machine: "test-10.0".into(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration::new("test-10.0");
     Source::builder(ram, configuration).timeout(SOON)
 }
 

@@ -133,10 +133,12 @@ fn what_cannot_pass_is_not_tried_again() {
 #[test]
 fn a_silent_address_leaves_time_for_the_others() {
     let (endpoint, options) = (tcp(1), SocketOptions::default());
+    let hook = ThreadHook::default();
     let dialling = |limit| Dialling {
         endpoint: &endpoint,
         options: &options,
         tls: None,
+        hook: &hook,
         limit,
         begun: Instant::now(),
         attempts: 0,

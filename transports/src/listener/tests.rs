@@ -307,7 +307,8 @@ fn a_whole_opening_message_is_waited_for() {
     let listener = Listener::bind(&unix_uri(&dir).parse().unwrap()).unwrap().opening_len(opening);
     let serving = Serving::over(listener, 4, LONG);
     let (long, short) = (serving.dial(), serving.dial());
-    (serving.opened(), serving.opened());
+    serving.opened();
+    serving.opened();
     long.send_all(b"longest").unwrap();
     short.send_all(b"shor").unwrap();
     assert_eq!(serving.identified().2, *b"shor");
@@ -322,5 +323,29 @@ fn a_whole_opening_message_is_waited_for() {
     cut.send_all(b"longer").unwrap();
     drop(cut);
     assert!(matches!(serving.next(), Arrival::Closed { received: 6, .. }));
+    serving.stop();
+}
+
+#[test]
+fn connections_that_are_there_already_are_heard_side_by_side() {
+    let pairs = (0..3).map(|_| UnixStream::pair().unwrap());
+    let (mut clients, ends): (Vec<_>, Vec<_>) = pairs.unzip();
+    let ends = ends.into_iter().map(|end| end.try_into().unwrap()).collect();
+    let listener = Listener::of_connections(ends, Endpoint::Fd(7)).opening_len(|_| 6);
+    assert!(listener.takes_several() && !listener.takes_strangers());
+    let serving = Serving::over(listener, 4, LONG);
+    for number in 1..=3 {
+        assert_eq!(serving.opened().0, number);
+    }
+    // The first has not said all of its opening message, which holds up no other.
+    clients[0].write_all(b"abcd").unwrap();
+    clients[2].write_all(b"ABCDEF").unwrap();
+    let (number, channel, first) = serving.identified();
+    assert_eq!((number, first), (3, *b"ABCD"));
+    let mut opening = [0; 6];
+    channel.recv_exact(&mut opening).unwrap();
+    assert_eq!(&opening, b"ABCDEF");
+    drop(clients.remove(1));
+    assert!(matches!(serving.next(), Arrival::Closed { number: 2, received: 0, .. }));
     serving.stop();
 }

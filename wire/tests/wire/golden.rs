@@ -24,12 +24,10 @@ fn stream_header() {
 
 #[test]
 fn configuration() {
-    let configuration = Configuration {
-        machine: "pc-q35-10.0".to_owned(),
-        page_bits: Some(14),
-        capabilities: vec!["x-ignore-shared".to_owned(), "mapped-ram".to_owned()],
-        uuid: Some(*b"0123456789abcdef"),
-    };
+    let mut configuration = Configuration::new("pc-q35-10.0")
+        .with_capabilities(vec!["x-ignore-shared".to_owned(), "mapped-ram".to_owned()]);
+    configuration.page_bits = Some(14);
+    configuration.uuid = Some(*b"0123456789abcdef");
     let bytes = [
         &[0x07, 0, 0, 0, 11][..],
         b"pc-q35-10.0",

@@ -73,9 +73,7 @@ fn machine_versions() {
         ("pc-q35-8.x", None),
         ("pc-q35-8.0.x", None),
     ] {
-        let uuid = None;
-        let machine = machine.to_owned();
-        let configuration = Configuration { machine, page_bits: None, capabilities: Vec::new(), uuid };
+        let configuration = Configuration::new(machine);
         assert_eq!(configuration.machine_version(), version, "{}", configuration.machine);
     }
 }

@@ -21,7 +21,11 @@ pub(crate) fn page_size() -> impl Strategy<Value = PageSize> {
 pub(crate) fn configuration() -> impl Strategy<Value = Configuration> {
     let uuid = option::of(any::<[u8; 16]>());
     (text(), option::of(12..=16_u32), vec(text(), 0..4), uuid).prop_map(
-        |(machine, page_bits, capabilities, uuid)| Configuration { machine, page_bits, capabilities, uuid },
+        |(machine, page_bits, capabilities, uuid)| {
+            let mut configuration = Configuration::new(machine).with_capabilities(capabilities);
+            (configuration.page_bits, configuration.uuid) = (page_bits, uuid);
+            configuration
+        },
     )
 }
 

@@ -20,6 +20,7 @@ pub struct Devices {
 
 /// One section.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct RecordedSection {
     /// Whose it is.
     pub head: SectionHead,
@@ -29,6 +30,7 @@ pub struct RecordedSection {
 
 /// The payload of a section.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum SectionContent {
     /// A device: the payload, in one piece.
     Device(Vec<u8>),

@@ -28,13 +28,9 @@ impl Stream {
         let mut out = Vec::new();
         StreamHeader.encode(&mut out);
         let capabilities = capabilities.iter().map(|name| (*name).to_owned()).collect();
-        Configuration {
-            machine: "pc-q35-10.0".to_owned(),
-            page_bits: None,
-            capabilities,
-            uuid: Some([7; 16]),
-        }
-        .encode(&mut out);
+        let mut configuration = Configuration::new("pc-q35-10.0").with_capabilities(capabilities);
+        configuration.uuid = Some([7; 16]);
+        configuration.encode(&mut out);
         Self(out)
     }
 
@@ -381,8 +377,7 @@ fn pages_and_devices_of_a_checkpoint() {
     ram.set_len((pages * PAGE) as u64).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&ram, &[3; PAGE], (2048 * PAGE) as u64).unwrap();
     let mut state = Stream(Vec::new());
-    let configuration =
-        Configuration { machine: "m".to_owned(), page_bits: None, capabilities: Vec::new(), uuid: None };
+    let configuration = Configuration::new("m");
     configuration.encode(&mut state.0);
     let state = state.device(3, "cpu", 1, &[5; 8]).end(DESCRIPTION);
     fs::write(folder.path().join("device-state.bin"), state.0).unwrap();

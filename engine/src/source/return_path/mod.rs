@@ -128,9 +128,7 @@ impl Worker {
         loop {
             let parsed = ReturnMessage::parse(&self.unparsed).map_err(|invalid| {
                 if self.unparsed.starts_with(TLS_ALERT) {
-                    let detail =
-                        "the destination speaks TLS, and this side is not set up for it (see --tls-dir)";
-                    return Error::incompatible(Phase::Active, detail);
+                    return Error::unexpected_tls(Phase::Active, "destination");
                 }
                 Error::invalid(Phase::Active, invalid)
             })?;

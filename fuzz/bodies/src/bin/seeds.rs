@@ -73,11 +73,11 @@ fn parts() -> io::Result<Vec<(&'static str, Vec<u8>)>> {
     let name = || block.name.clone();
     let head = SectionHead { id: SectionId(2), idstr: "ram".to_owned(), instance_id: 0, version_id: 4 };
     let (ranges, capabilities) = (vec![DiscardRange { offset: 0, len: 4096 }], vec!["mapped-ram".to_owned()]);
-    let configuration = Configuration {
-        machine: "pc-q35-10.0".into(),
-        page_bits: Some(12),
-        capabilities,
-        uuid: Some([1; 16]),
+    let configuration = {
+        let mut configuration = Configuration::new("pc-q35-10.0").with_capabilities(capabilities);
+        configuration.page_bits = Some(12);
+        configuration.uuid = Some([1; 16]);
+        configuration
     };
     add("configuration", &|out| configuration.encode(out));
     add("section", &|out| Item::SectionStart(head.clone()).encode(out));
@@ -159,12 +159,7 @@ fn migration(style: Style) -> Recording {
 fn mapped_file() -> io::Result<Vec<u8>> {
     let scratch = Scratch::new().expect("a folder");
     let path = scratch.path("file");
-    let configuration = Configuration {
-        machine: "pc-q35-10.0".into(),
-        page_bits: None,
-        capabilities: Vec::new(),
-        uuid: None,
-    };
+    let configuration = Configuration::new("pc-q35-10.0");
     let blocks = guest().provide_content().expect("memory for a small guest");
     let source = Source::builder(blocks, configuration).paused_guest().mapped_ram(true);
     let endpoint = Endpoint::File { path: path.clone(), offset: 0 };
