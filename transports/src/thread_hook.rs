@@ -6,7 +6,9 @@ use std::sync::Arc;
 /// A function that is called on every new thread, before it does anything else, with the thread's name: for affinity, a cgroup,
 /// a seccomp filter. Clones share the function. Default: nothing is called.
 #[derive(Clone, Default)]
-pub struct ThreadHook(Option<Arc<dyn Fn(&str) + Send + Sync>>);
+pub struct ThreadHook(Option<Arc<OnStart>>);
+
+type OnStart = dyn Fn(&str) + Send + Sync;
 
 impl ThreadHook {
     /// A hook that calls `on_start`.

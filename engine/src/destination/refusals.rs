@@ -75,7 +75,7 @@ mod tests {
         assert_eq!(refusals.explain(late()).remedy(), None);
         refusals.note(&Error::unexpected_tls(Phase::Accept, "peer"));
         assert_eq!(refusals.explain(late()).remedy(), Some(Remedy::SetUpTls));
-        let other = Error::new(ErrorKind::Cancelled, Phase::Accept, "stopped");
+        let other = Error::new(ErrorKind::InvalidStream, Phase::Accept, "not a stream");
         assert_eq!(refusals.explain(other).remedy(), None);
     }
 }
