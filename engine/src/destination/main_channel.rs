@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use multifd_wire::{
-    Command, Configuration, Footer, HELLO_PING, Hello, Item, ReturnMessage, SectionHead, SectionId,
-    StreamHeader,
+    Command, Configuration, Footer, HELLO_PING, Hello, Item, ItemType, RAM_SECTION, RAM_SECTION_VERSION,
+    ReturnMessage, SectionHead, SectionId, StreamHeader,
 };
 
 use super::arrival;
@@ -27,13 +27,13 @@ use super::stream_end;
 use super::switchover::{Acknowledgement, SwitchoverAck};
 use super::tail::{self, Tail};
 use crate::error::{Error, Phase, Result};
-use crate::stream::StreamReader;
+use crate::stream::MainReader;
 use crate::stream::dialect;
 use crate::stream::sections::EarlySections;
 
-/// Type bytes of the items that begin the devices' part. Spec: docs/wire.md §1.
-const EOF: u8 = 0x00;
-const SECTION_FULL: u8 = 0x04;
+/// Type bytes of the items that begin the devices' part.
+const EOF: u8 = ItemType::Eof.byte();
+const SECTION_FULL: u8 = ItemType::SectionFull.byte();
 
 /// Refusal of POSTCOPY_ADVISE.
 const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not supported here and would lose the guest: \
@@ -54,7 +54,7 @@ pub(crate) struct MainStream {
 }
 
 pub(crate) struct MainChannel<'a> {
-    reader: StreamReader,
+    reader: MainReader,
     shared: &'a Arc<Shared>,
     return_path: ReturnPath,
     /// The source has asked for the return path, whether anything can be said on it or not.
@@ -71,7 +71,7 @@ pub(crate) struct MainChannel<'a> {
 
 impl<'a> MainChannel<'a> {
     pub(crate) fn new(
-        reader: StreamReader,
+        reader: MainReader,
         shared: &'a Arc<Shared>,
         return_path: ReturnPath,
         ack: SwitchoverAck,
@@ -132,7 +132,8 @@ impl<'a> MainChannel<'a> {
     /// False when the next byte begins the devices' part of the stream: the end, or a device behind the END of RAM.
     fn more_live_items(&mut self) -> Result<bool> {
         loop {
-            let next = self.reader.bytes(Phase::Active, "a section or command", 1)?.first().copied();
+            const WHAT: &str = "a section or command";
+            let next = self.reader.peek(Phase::Active, WHAT, 1)?.first().copied();
             let ram = self.ram.as_ref();
             match next {
                 Some(EOF) => return Ok(false),
@@ -144,7 +145,8 @@ impl<'a> MainChannel<'a> {
                         return Ok(false);
                     }
                 }
-                _ => {
+                None => return Err(self.reader.ended(Phase::Active, WHAT)),
+                Some(_) => {
                     self.early.place(ram.is_some());
                     return Ok(true);
                 }
@@ -240,13 +242,13 @@ impl<'a> MainChannel<'a> {
         configuration: &Configuration,
         ram: &mut dyn IncomingRam,
     ) -> Result<()> {
-        if head.idstr != "ram" || head.instance_id != 0 {
+        if head.idstr != RAM_SECTION || head.instance_id != 0 {
             let detail =
                 format!("live section {} (instance {}): only ram is supported", head.idstr, head.instance_id);
             return Err(Error::incompatible(Phase::Setup, detail));
         }
-        if head.version_id != 4 {
-            let detail = format!("ram section version {}, expected 4", head.version_id);
+        if head.version_id != RAM_SECTION_VERSION {
+            let detail = format!("ram section version {}, expected {RAM_SECTION_VERSION}", head.version_id);
             return Err(Error::incompatible(Phase::Setup, detail));
         }
         if self.ram.is_some() {

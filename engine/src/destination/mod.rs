@@ -43,7 +43,7 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::session::{Canceller, ProgressReader, Session};
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
-use crate::stream::StreamReader;
+use crate::stream::MainReader;
 use lobby::{Lobby, Main};
 use main_channel::MainChannel;
 use mapped::PageReaders;
@@ -142,7 +142,7 @@ impl Destination {
         let (ack, direct) = (self.config.switchover_ack, self.config.direct_io);
         let readers = PageReaders { crew: Arc::clone(crew), count: self.config.channels, direct };
         let main = MainChannel::new(
-            StreamReader::new(channel, &self.session),
+            MainReader::of_main(channel, &self.session),
             shared,
             return_path.clone(),
             ack,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use multifd_wire::{BlockEntry, BlockListBuilder, BlockListFormat, BlockRef, Configuration, RamRecord};
+use multifd_wire::{BlockListFormat, BlockRef, Configuration, RamRecord};
 
 use super::landing::{IncomingRam, Landing, Landings};
 use super::mapped::PageReaders;
@@ -11,8 +11,8 @@ use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
 use crate::run::session::Counters;
-use crate::stream::StreamReader;
-use crate::stream::mapped_layout::{self, CAPABILITY};
+use crate::stream::mapped_layout::CAPABILITY;
+use crate::stream::{MainReader, block_list};
 
 /// Which item of the section is being read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +51,7 @@ pub(crate) struct RamSection<'a> {
 impl<'a> RamSection<'a> {
     /// Reads the list of blocks, the first thing in START, and opens memory for them.
     pub(crate) fn start(
-        reader: &mut StreamReader,
+        reader: &mut MainReader,
         shared: &'a Shared,
         configuration: &Configuration,
         ram: &mut dyn IncomingRam,
@@ -59,7 +59,8 @@ impl<'a> RamSection<'a> {
     ) -> Result<Self> {
         let mapped = is_mapped(configuration)?;
         readers.check(reader.channel(), mapped)?;
-        let announced = read_block_list(reader, mapped)?;
+        let format = BlockListFormat { mapped_ram: mapped, ..BlockListFormat::default() };
+        let announced = block_list::read(reader, PAGE_SIZE, format)?;
         let blocks = ram.open(configuration, &announced).map_err(|error| {
             Error::new(ErrorKind::GuestMemory, Phase::Setup, "no memory for the source's RAM blocks")
                 .because(error)
@@ -104,7 +105,7 @@ impl<'a> RamSection<'a> {
     }
 
     /// Reads records up to the end of this item of the section; the footer is left.
-    pub(crate) fn read(&mut self, reader: &mut StreamReader, kind: SectionKind) -> Result<()> {
+    pub(crate) fn read(&mut self, reader: &mut MainReader, kind: SectionKind) -> Result<()> {
         if self.ended {
             return Err(Error::misbehaved(Phase::Active, "more of ram after its END"));
         }
@@ -115,7 +116,7 @@ impl<'a> RamSection<'a> {
         result
     }
 
-    fn records(&mut self, reader: &mut StreamReader, kind: SectionKind, pages: &mut Pages) -> Result<()> {
+    fn records(&mut self, reader: &mut MainReader, kind: SectionKind, pages: &mut Pages) -> Result<()> {
         loop {
             let record =
                 reader.next(Phase::Active, "a RAM record", |bytes| RamRecord::parse(bytes, PAGE_SIZE))?;
@@ -131,8 +132,7 @@ impl<'a> RamSection<'a> {
                     let landing = find(&self.landings, &mut self.last_block, block)?;
                     let page = landing.page_at(offset)?;
                     let way = landing.way_through_file();
-                    landing.write(page, reader.bytes(Phase::Active, "a page", PAGE)?, way.as_ref())?;
-                    reader.consume(PAGE);
+                    landing.write(page, reader.take(Phase::Active, "a page", PAGE)?, way.as_ref())?;
                     pages.normal += 1;
                 }
                 RamRecord::Zero { offset, block } => {
@@ -143,9 +143,7 @@ impl<'a> RamSection<'a> {
                 RamRecord::Xbzrle { offset, block, len } => {
                     let landing = find(&self.landings, &mut self.last_block, block)?;
                     let page = landing.page_at(offset)?;
-                    landing
-                        .apply(page, reader.bytes(Phase::Active, "an xbzrle record", usize::from(len))?)?;
-                    reader.consume(usize::from(len));
+                    landing.apply(page, reader.take(Phase::Active, "an xbzrle record", len.into())?)?;
                     pages.xbzrle += 1;
                 }
                 RamRecord::MemSize { .. } => {
@@ -214,23 +212,4 @@ fn is_mapped(configuration: &Configuration) -> Result<bool> {
         return Err(Error::incompatible(Phase::Setup, detail));
     }
     Ok(!capabilities.is_empty())
-}
-
-fn read_block_list(reader: &mut StreamReader, mapped: bool) -> Result<Vec<BlockEntry>> {
-    let what = "the list of RAM blocks";
-    let format = BlockListFormat { mapped_ram: mapped, ..BlockListFormat::default() };
-    let record = reader.next(Phase::Setup, what, |bytes| RamRecord::parse(bytes, PAGE_SIZE))?;
-    let RamRecord::MemSize { total } = record else {
-        return Err(Error::misbehaved(Phase::Setup, format!("{record:?}, expected {what}")));
-    };
-    let mut list = BlockListBuilder::new(total, PAGE_SIZE);
-    while !list.complete() {
-        let entry = reader.next(Phase::Setup, what, |bytes| BlockEntry::parse(bytes, format))?;
-        let next = mapped_layout::next_entry(&entry, reader.position());
-        list.push(entry).map_err(|invalid| Error::invalid(Phase::Setup, invalid))?;
-        if let Some(position) = next.map_err(|invalid| Error::invalid(Phase::Setup, invalid))? {
-            reader.jump(position, "the pages of a RAM block")?;
-        }
-    }
-    Ok(list.finish())
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use multifd_wire::{TailEnd, TailScanner, VmDescription};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::stream::StreamReader;
+use crate::stream::MainReader;
 
 /// A source that sends no vmdescription and waits for our SHUT shows its end only by falling silent. It flushes everything
 /// at once, so this much silence after a footer and EOF is taken for the end.
@@ -37,7 +37,7 @@ impl Tail {
 
 /// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3). `begun`: its first sections, if they were
 /// read already.
-pub(crate) fn read(reader: &mut StreamReader, begun: &[u8], patience: Duration) -> Result<Tail> {
+pub(crate) fn read(reader: &mut MainReader, begun: &[u8], patience: Duration) -> Result<Tail> {
     let quiet = QUIET.min(patience);
     let channel = reader.channel().clone();
     let limit = |duration| {
@@ -51,7 +51,7 @@ pub(crate) fn read(reader: &mut StreamReader, begun: &[u8], patience: Duration) 
     result.map_err(|error| error.on(reader.name()))
 }
 
-fn scan(reader: &mut StreamReader, begun: &[u8], patience: Duration) -> Result<Tail> {
+fn scan(reader: &mut MainReader, begun: &[u8], patience: Duration) -> Result<Tail> {
     let refused = |invalid| Error::invalid(Phase::Device, invalid);
     let mut scanner = TailScanner::new();
     let mut end = scanner.push(begun).map_err(refused)?;

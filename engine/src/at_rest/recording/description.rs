@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use multifd_wire::{MAX_VMDESC, VmDescription};
+use multifd_wire::{ItemType, MAX_VMDESC, VmDescription};
 
 use super::file::StreamFile;
 use crate::error::{Phase, Result};
@@ -18,7 +18,7 @@ pub(super) struct Described {
 
 /// Type byte and length.
 const LEAD: usize = 5;
-pub(super) const VM_DESCRIPTION: u8 = 0x06;
+const VM_DESCRIPTION: u8 = ItemType::VmDescription.byte();
 
 /// Bytes read at a time when looking for the last zero byte.
 const STEP: usize = 64 << 10;

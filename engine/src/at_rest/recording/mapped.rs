@@ -23,7 +23,7 @@ pub(super) struct MappedPages<'r> {
 
 impl<'r> MappedPages<'r> {
     pub(super) fn new(recording: &'r Recording) -> Self {
-        let reader = FileReader::new(&recording.file, 0);
+        let reader = recording.file.reader(0);
         Self { recording, reader, block: 0, page: 0, bits: StoredBits::default() }
     }
 

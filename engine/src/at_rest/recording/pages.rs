@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use multifd_wire::{BlockName, BlockRef, RamRecord};
 
 use super::devices::Devices;
-use super::file::FileReader;
 use super::items::{Items, Next};
 use super::mapped::MappedPages;
 use super::{Recording, invalid};
@@ -76,7 +75,7 @@ enum Kind {
 impl<'r> RecordedPages<'r> {
     pub(super) fn new(recording: &'r Recording) -> Self {
         let start = &recording.ram;
-        let reader = FileReader::new(&recording.file, start.position);
+        let reader = recording.file.reader(start.position);
         let items = Items::new(reader, recording.described.clone(), Some(start.section), start.early.clone());
         Self {
             recording,
