@@ -2,7 +2,7 @@
 
 use multifd_wire::split_tail;
 
-use super::landing::{Gap, Landings};
+use super::place::{Gap, Landings};
 use super::tail::Tail;
 use crate::error::{Error, Phase, Result};
 use crate::stream::sections::EarlySections;

@@ -104,7 +104,7 @@ impl DestinationBuilder {
         let listener = Listener::bind_with(endpoint, &session.socket_options(&self.config.socket))
             .map_err(|error| Error::transport(Phase::Accept, error))?
             .tls(self.tls.clone())
-            .opening_len(super::lobby::opening_len);
+            .opening_len(super::channels::accept::opening_len);
         self.check(endpoint, listener.takes_several(), listener.reads_file())?;
         let Self { config, ram, codecs, .. } = self;
         Ok(Destination { listener: Arc::new(listener), session, config, ram, codecs })

@@ -18,7 +18,7 @@ use multifd_wire::{
 
 use super::arrival;
 use super::early::{EarlyDevices, Read};
-use super::landing::IncomingRam;
+use super::place::IncomingRam;
 use super::mapped::PageReaders;
 use super::ram_section::{RamSection, SectionKind};
 use super::return_path::ReturnPath;

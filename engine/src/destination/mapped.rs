@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use multifd_transports::Channel;
 use multifd_wire::{BlockEntry, MappedRamHeader};
 
-use super::landing::{Landing, Landings};
+use super::place::{Landing, Landings};
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE;

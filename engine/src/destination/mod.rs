@@ -12,13 +12,11 @@
 mod arrival;
 mod arrived;
 mod builder;
-mod channel;
+mod channels;
 mod early;
-mod gate;
-mod landing;
-mod lobby;
 mod main_channel;
 mod mapped;
+mod place;
 mod ram_section;
 mod refusals;
 mod return_path;
@@ -34,7 +32,7 @@ use multifd_transports::{Channel, Endpoint, Listener};
 
 pub use arrived::Arrived;
 pub use builder::DestinationBuilder;
-pub use landing::IncomingRam;
+pub use place::IncomingRam;
 pub use shared::DevicePacket;
 pub use switchover::SwitchoverAck;
 
@@ -44,7 +42,7 @@ use crate::run::session::{Canceller, ProgressReader, Session};
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::MainReader;
-use lobby::{Lobby, Main};
+use channels::accept::{Lobby, Main};
 use main_channel::MainChannel;
 use mapped::PageReaders;
 use return_path::ReturnPath;

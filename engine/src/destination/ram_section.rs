@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use multifd_wire::{BlockListFormat, BlockRef, Configuration, RamRecord};
 
-use super::landing::{IncomingRam, Landing, Landings};
+use super::place::{IncomingRam, Landing, Landings};
 use super::mapped::PageReaders;
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};

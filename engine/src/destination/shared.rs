@@ -7,8 +7,8 @@ use multifd_codecs::{Codec, Codecs};
 use multifd_transports::Listener;
 use multifd_wire::{DeviceStatePacket, PacketFlags};
 
-use super::gate::Gate;
-use super::landing::Landings;
+use super::channels::sync::Gate;
+use super::place::Landings;
 use super::refusals::Refusals;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::session::Session;

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use multifd_transports::{Arrival, Channel, Listener};
 use multifd_wire::{InitialPacket, MULTIFD_MAGIC, STREAM_MAGIC};
 
-use super::channel::ChannelWorker;
-use super::gate::JoinError;
-use super::shared::Shared;
+use super::sync::JoinError;
+use super::worker::ChannelWorker;
+use crate::destination::shared::Shared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::Monitor;
 use crate::run::workers::Crew;

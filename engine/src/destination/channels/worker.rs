@@ -9,8 +9,8 @@ use multifd_wire::{
     DeviceStatePacket, PACKET_PREFIX_LEN, PacketKind, RamPacket, header_len, pages_per_packet,
 };
 
-use super::landing::{Landing, Landings, Way};
-use super::shared::{DevicePacket, Shared};
+use crate::destination::place::{Landing, Landings, Way};
+use crate::destination::shared::{DevicePacket, Shared};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
 use crate::io::IoVecs;

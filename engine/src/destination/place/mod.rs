@@ -57,14 +57,14 @@ pub(crate) struct Landing {
 
 /// A block of which pages never came.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Gap {
-    pub(super) block: String,
+pub(in crate::destination) struct Gap {
+    pub(in crate::destination) block: String,
     /// Pages that never came, of how many, and the first of them.
-    pub(super) pages: usize,
-    pub(super) of: usize,
-    pub(super) first: usize,
+    pub(in crate::destination) pages: usize,
+    pub(in crate::destination) of: usize,
+    pub(in crate::destination) first: usize,
     /// Firmware, of which nothing is ever left out.
-    pub(super) is_firmware: bool,
+    pub(in crate::destination) is_firmware: bool,
 }
 
 /// Whoever has it may write through the block's file.
@@ -123,7 +123,7 @@ impl Landings {
     }
 
     /// Blocks of which pages never came, by name.
-    pub(super) fn gaps(&self) -> Vec<Gap> {
+    pub(in crate::destination) fn gaps(&self) -> Vec<Gap> {
         let mut gaps: Vec<Gap> = self.0.values().filter_map(|landing| landing.gap()).collect();
         gaps.sort_by(|one, other| one.block.cmp(&other.block));
         gaps
