@@ -190,3 +190,27 @@ fn unknown_item(seen: u8) -> Invalid {
         "a section (1..=4), a command (8) or the end (0)",
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_item_begins_with_the_byte_of_its_type() {
+        let id = SectionId(9);
+        let head = || SectionHead { id, idstr: "ram".to_owned(), instance_id: 0, version_id: 4 };
+        for (item, kind, byte) in [
+            (Item::Eof, ItemType::Eof, 0x00),
+            (Item::SectionStart(head()), ItemType::SectionStart, 0x01),
+            (Item::SectionPart(id), ItemType::SectionPart, 0x02),
+            (Item::SectionEnd(id), ItemType::SectionEnd, 0x03),
+            (Item::SectionFull(head()), ItemType::SectionFull, 0x04),
+            (Item::Command(Command::SwitchoverStart), ItemType::Command, 0x08),
+        ] {
+            let mut bytes = Vec::new();
+            item.encode(&mut bytes);
+            assert_eq!((bytes[0], kind.byte()), (byte, byte), "{item:?}");
+        }
+        assert_eq!(Footer(id).to_bytes()[0], ItemType::Footer.byte());
+    }
+}
