@@ -2,7 +2,7 @@
 
 use multifd_wire::split_tail;
 
-use super::place::{Gap, Landings};
+use super::place::{BlockSinks, Gap};
 use super::tail::Tail;
 use crate::error::{Error, Phase, Result};
 use crate::stream::sections::EarlySections;
@@ -15,8 +15,8 @@ const VIRTIO_BALLOON: &str = "virtio-balloon";
 ///
 /// Two devices keep pages from being sent: virtio-mem those of its own block that are not plugged, the balloon those of main
 /// memory that its guest calls free.
-pub(super) fn check_all_came(landings: &Landings, early: &EarlySections, tail: &Tail) -> Result<()> {
-    let gaps = landings.gaps();
+pub(super) fn check_all_came(sinks: &BlockSinks, early: &EarlySections, tail: &Tail) -> Result<()> {
+    let gaps = sinks.gaps();
     if gaps.is_empty() {
         return Ok(());
     }

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use multifd_wire::{Configuration, VmDescription, split_tail};
 
-use super::main_channel::MainStream;
+use super::main_channel::ReceivedMain;
 use super::return_path::ReturnPath;
-use super::shared::{DevicePacket, Shared};
+use super::shared::{DestinationShared, DevicePacket};
 use super::tail::Described;
 use crate::error::{Error, Phase, Result};
 use crate::report::Report;
@@ -26,10 +26,10 @@ const SETTLE: Duration = Duration::from_secs(5);
 /// lives here now. Dropped without that, the source is told of a failure and runs on.
 #[must_use = "the source waits to be told whether its guest has arrived"]
 pub struct Arrived {
-    stream: MainStream,
+    stream: ReceivedMain,
     device_packets: Vec<DevicePacket>,
     return_path: ReturnPath,
-    shared: Arc<Shared>,
+    shared: Arc<DestinationShared>,
     crew: Arc<Crew>,
     sealed: AtomicBool,
     ended: bool,
@@ -37,9 +37,9 @@ pub struct Arrived {
 
 impl Arrived {
     pub(super) fn new(
-        stream: MainStream,
+        stream: ReceivedMain,
         return_path: ReturnPath,
-        shared: Arc<Shared>,
+        shared: Arc<DestinationShared>,
         crew: Arc<Crew>,
     ) -> Self {
         let device_packets = shared.take_device_packets();
@@ -128,7 +128,7 @@ impl Arrived {
         self.shared.session.complete();
         let (total, stopped) = (self.shared.session.elapsed(), self.stream.guest_stopped);
         let downtime = stopped.map_or(Duration::ZERO, |stopped| stopped.elapsed());
-        self.shared.gate.drain(LINGER);
+        self.shared.channels.drain(LINGER);
         let told = told.and(self.return_path.settle(SETTLE));
         if told.is_ok() {
             self.shared.session.set_hand_over(HandOver::Done);

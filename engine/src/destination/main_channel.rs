@@ -18,11 +18,11 @@ use multifd_wire::{
 
 use super::arrival;
 use super::early::{EarlyDevices, Read};
-use super::place::IncomingRam;
 use super::mapped::PageReaders;
+use super::place::IncomingRam;
 use super::ram_section::{RamSection, SectionKind};
 use super::return_path::ReturnPath;
-use super::shared::Shared;
+use super::shared::DestinationShared;
 use super::stream_end;
 use super::switchover::{Acknowledgement, SwitchoverAck};
 use super::tail::{self, Tail};
@@ -41,7 +41,7 @@ const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not suppo
 
 /// What came in on the main channel, RAM apart.
 #[derive(Debug)]
-pub(crate) struct MainStream {
+pub(crate) struct ReceivedMain {
     pub(crate) configuration: Configuration,
     /// SWITCHOVER_START was in the stream: a destination of this machine type expects it.
     pub(crate) switchover_start: bool,
@@ -55,7 +55,7 @@ pub(crate) struct MainStream {
 
 pub(crate) struct MainChannel<'a> {
     reader: MainReader,
-    shared: &'a Arc<Shared>,
+    shared: &'a Arc<DestinationShared>,
     return_path: ReturnPath,
     /// The source has asked for the return path, whether anything can be said on it or not.
     wants_answers: bool,
@@ -72,7 +72,7 @@ pub(crate) struct MainChannel<'a> {
 impl<'a> MainChannel<'a> {
     pub(crate) fn new(
         reader: MainReader,
-        shared: &'a Arc<Shared>,
+        shared: &'a Arc<DestinationShared>,
         return_path: ReturnPath,
         ack: SwitchoverAck,
         readers: PageReaders,
@@ -93,7 +93,7 @@ impl<'a> MainChannel<'a> {
     }
 
     /// Reads to the end. Pages land in what `ram` provides.
-    pub(crate) fn run(mut self, ram: &mut dyn IncomingRam) -> Result<MainStream> {
+    pub(crate) fn run(mut self, ram: &mut dyn IncomingRam) -> Result<ReceivedMain> {
         self.reader.next(Phase::Setup, "the stream header", StreamHeader::parse)?;
         let configuration =
             self.reader.next(Phase::Setup, "the configuration section", Configuration::parse)?;
@@ -113,7 +113,7 @@ impl<'a> MainChannel<'a> {
     }
 
     /// The devices' part, and what must be true of RAM at its end.
-    fn finish(mut self, configuration: Configuration) -> Result<MainStream> {
+    fn finish(mut self, configuration: Configuration) -> Result<ReceivedMain> {
         let name = self.reader.name();
         let Some((_, ram)) = &self.ram else {
             let detail = "the end of the stream before any RAM";
@@ -123,10 +123,10 @@ impl<'a> MainChannel<'a> {
         let (early, begun) = self.early.into_parts();
         let timeout = self.shared.session.timeout;
         let tail = tail::read(&mut self.reader, &begun, timeout)?;
-        arrival::check_all_came(ram.landings(), &early, &tail).map_err(|error| error.on(name))?;
+        arrival::check_all_came(ram.sinks(), &early, &tail).map_err(|error| error.on(name))?;
         stream_end::wait(&mut self.reader, &self.return_path, timeout)?;
         let Self { switchover_start, guest_stopped, .. } = self;
-        Ok(MainStream { configuration, switchover_start, early, tail, guest_stopped })
+        Ok(ReceivedMain { configuration, switchover_start, early, tail, guest_stopped })
     }
 
     /// False when the next byte begins the devices' part of the stream: the end, or a device behind the END of RAM.
@@ -157,7 +157,7 @@ impl<'a> MainChannel<'a> {
     /// Only a background snapshot has no END of RAM; it goes without a return path and without parallel channels, on which only the
     /// sync point of END says that every page is here (docs/wire.md §9).
     fn check_ram_has_ended(&self, ram: &RamSection<'_>) -> Result<()> {
-        let detail = match (ram.ended(), self.shared.gate.has_channels()) {
+        let detail = match (ram.ended(), self.shared.channels.has_channels()) {
             (_, true) if !ram.ended_in_sync() => {
                 "device state, but no END of ram with a sync point before it"
             }
@@ -223,7 +223,7 @@ impl<'a> MainChannel<'a> {
     /// Tells a source that has nothing left to send, and does not switch over, that it may.
     fn acknowledge_if_waited_for(&mut self) -> Result<()> {
         let synced = self.ram.as_ref().map_or(0, |(_, ram)| ram.syncs());
-        let through = !self.shared.gate.has_channels() || synced > self.synced;
+        let through = !self.shared.channels.has_channels() || synced > self.synced;
         self.synced = synced;
         if !self.return_path.is_open() || !through {
             return Ok(());

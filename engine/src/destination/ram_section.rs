@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 
 use multifd_wire::{BlockListFormat, BlockRef, Configuration, RamRecord};
 
-use super::place::{IncomingRam, Landing, Landings};
 use super::mapped::PageReaders;
-use super::shared::Shared;
+use super::place::{BlockSink, BlockSinks, IncomingRam};
+use super::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
 use crate::run::session::Counters;
@@ -34,13 +34,13 @@ enum SyncPoints {
 }
 
 pub(crate) struct RamSection<'a> {
-    shared: &'a Shared,
-    landings: Arc<Landings>,
+    shared: &'a DestinationShared,
+    sinks: Arc<BlockSinks>,
     /// Pages lie elsewhere, and there is no parallel channel to wait for.
     mapped: bool,
     sync_points: SyncPoints,
     /// The block that CONTINUE refers to; kept over sections.
-    last_block: Option<Arc<Landing>>,
+    last_block: Option<Arc<BlockSink>>,
     /// END was read.
     ended: bool,
     /// Sync points passed, and whether the last one was in END.
@@ -52,7 +52,7 @@ impl<'a> RamSection<'a> {
     /// Reads the list of blocks, the first thing in START, and opens memory for them.
     pub(crate) fn start(
         reader: &mut MainReader,
-        shared: &'a Shared,
+        shared: &'a DestinationShared,
         configuration: &Configuration,
         ram: &mut dyn IncomingRam,
         readers: &PageReaders,
@@ -67,14 +67,14 @@ impl<'a> RamSection<'a> {
         })?;
         let total: u64 = announced.iter().map(|entry| entry.used_len).sum();
         shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
-        let landings = Arc::new(Landings::new(&announced, &blocks)?);
-        shared.publish(Arc::clone(&landings));
+        let sinks = Arc::new(BlockSinks::new(&announced, &blocks)?);
+        shared.publish(Arc::clone(&sinks));
         if mapped {
-            readers.load(reader.channel(), &announced, &landings, shared)?;
+            readers.load(reader.channel(), &announced, &sinks, shared)?;
         }
         Ok(Self {
             shared,
-            landings,
+            sinks,
             mapped,
             sync_points: SyncPoints::Unknown,
             last_block: None,
@@ -100,8 +100,8 @@ impl<'a> RamSection<'a> {
     }
 
     /// Where the pages are.
-    pub(crate) fn landings(&self) -> &Landings {
-        &self.landings
+    pub(crate) fn sinks(&self) -> &BlockSinks {
+        &self.sinks
     }
 
     /// Reads records up to the end of this item of the section; the footer is left.
@@ -129,21 +129,20 @@ impl<'a> RamSection<'a> {
                 RamRecord::EndOfSection => return self.end_of_section(kind),
                 RamRecord::Flush => self.flush(kind)?,
                 RamRecord::Page { offset, block } => {
-                    let landing = find(&self.landings, &mut self.last_block, block)?;
-                    let page = landing.page_at(offset)?;
-                    let way = landing.way_through_file();
-                    landing.write(page, reader.take(Phase::Active, "a page", PAGE)?, way.as_ref())?;
+                    let sink = find(&self.sinks, &mut self.last_block, block)?;
+                    let page = sink.page_at(offset)?;
+                    sink.write(page, reader.take(Phase::Active, "a page", PAGE)?, &sink.best_place())?;
                     pages.normal += 1;
                 }
                 RamRecord::Zero { offset, block } => {
-                    let landing = find(&self.landings, &mut self.last_block, block)?;
-                    landing.clear([landing.page_at(offset)?])?;
+                    let sink = find(&self.sinks, &mut self.last_block, block)?;
+                    sink.clear([sink.page_at(offset)?])?;
                     pages.zero += 1;
                 }
                 RamRecord::Xbzrle { offset, block, len } => {
-                    let landing = find(&self.landings, &mut self.last_block, block)?;
-                    let page = landing.page_at(offset)?;
-                    landing.apply(page, reader.take(Phase::Active, "an xbzrle record", len.into())?)?;
+                    let sink = find(&self.sinks, &mut self.last_block, block)?;
+                    let page = sink.page_at(offset)?;
+                    sink.apply(page, reader.take(Phase::Active, "an xbzrle record", len.into())?)?;
                     pages.xbzrle += 1;
                 }
                 RamRecord::MemSize { .. } => {
@@ -186,7 +185,7 @@ struct Pages {
 }
 
 impl Pages {
-    fn count(&self, shared: &Shared) {
+    fn count(&self, shared: &DestinationShared) {
         let counters = &shared.session.counters;
         Counters::add(&counters.pages_normal, self.normal);
         Counters::add(&counters.pages_zero, self.zero);
@@ -195,9 +194,13 @@ impl Pages {
 }
 
 /// The block of a page record. Most refer to the last one: that costs no look-up.
-fn find<'l>(landings: &Landings, last: &'l mut Option<Arc<Landing>>, block: BlockRef) -> Result<&'l Landing> {
+fn find<'l>(
+    sinks: &BlockSinks,
+    last: &'l mut Option<Arc<BlockSink>>,
+    block: BlockRef,
+) -> Result<&'l BlockSink> {
     if let BlockRef::Named(name) = block {
-        *last = Some(Arc::clone(landings.find(name.as_str())?));
+        *last = Some(Arc::clone(sinks.find(name.as_str())?));
     }
     last.as_deref().ok_or_else(|| {
         Error::misbehaved(Phase::Active, "a page with CONTINUE, but no RAM block was named before it")

@@ -15,7 +15,7 @@ const SHUT_SUCCESS: u32 = 0;
 const SHUT_FAILED: u32 = 1;
 
 /// How long a SHUT of 8 bytes may wait for room in the socket, when everybody waits for the end.
-const GOODBYE: Duration = Duration::from_millis(100);
+const LAST_MESSAGE: Duration = Duration::from_millis(100);
 
 /// Speaks on the reverse direction of the main channel, once the source has opened it.
 #[derive(Clone)]
@@ -140,8 +140,10 @@ impl ReturnPath {
     pub(crate) fn abort(&self) {
         // Somebody is sending, and the source does not take it: it would not take SHUT either.
         let Ok(mut state) = self.state.try_lock() else { return };
-        let told =
-            self.channel.set_silence_limit(Some(GOODBYE)).and_then(|()| self.finish(&mut state, SHUT_FAILED));
+        let told = self
+            .channel
+            .set_silence_limit(Some(LAST_MESSAGE))
+            .and_then(|()| self.finish(&mut state, SHUT_FAILED));
         if let Err(error) = told {
             tracing::debug!(%error, "the source could not be told of the failure");
         }

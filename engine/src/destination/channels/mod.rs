@@ -2,4 +2,5 @@
 
 pub(super) mod accept;
 pub(super) mod sync;
+pub(super) mod sync_state;
 mod worker;
