@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use multifd_wire::{Configuration, VmDescription, split_tail};
 
-use super::main_channel::ReceivedMain;
+use super::driver::ReceivedMain;
 use super::return_path::ReturnPath;
 use super::shared::{DestinationShared, DevicePacket};
 use super::tail::Described;

@@ -1,7 +1,8 @@
 //! Device sections before the end of RAM. Spec: docs/wire.md §16.4.
 
-use multifd_wire::{Item, MAX_TAIL, SectionId, TailScanner};
+use multifd_wire::{Item, MAX_TAIL, SectionHead, SectionId, TailScanner};
 
+use super::machine::DeviceEnd;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::stream::MainReader;
 use crate::stream::sections::{EarlySections, Found, find_footer, goes_on};
@@ -19,26 +20,27 @@ pub(super) struct EarlyDevices {
 }
 
 impl EarlyDevices {
-    /// Reads one FULL section, its footer included. `ram`: the RAM section, if it has begun.
-    pub(super) fn read(&mut self, reader: &mut MainReader, ram: Option<SectionId>) -> Result<Read> {
-        let id = match reader.next(Phase::Active, WHAT, Item::parse)? {
-            Item::SectionFull(head) => {
-                let id = head.id;
-                Item::SectionFull(head).encode(&mut self.open);
-                id
-            }
-            other => return Err(Error::misbehaved(Phase::Active, format!("{other:?}, expected {WHAT}"))),
-        };
-        if ram == Some(id) {
-            return Err(Error::misbehaved(Phase::Active, format!("a device with the number of ram ({id})")));
-        }
+    /// Reads one FULL section behind its `head`, its footer included. `ram`: the RAM section, if it has begun.
+    pub(super) fn read(
+        &mut self,
+        reader: &mut MainReader,
+        head: SectionHead,
+        ram: Option<SectionId>,
+    ) -> Result<DeviceEnd> {
+        let id = head.id;
+        Item::SectionFull(head).encode(&mut self.open);
         self.seen.push(id);
         self.payload(reader, id, ram)
     }
 
     /// Reads to the footer of section `id`. What looks like a footer, and is none, may hide the true one: so the end of the stream
     /// is looked for, too.
-    fn payload(&mut self, reader: &mut MainReader, id: SectionId, ram: Option<SectionId>) -> Result<Read> {
+    fn payload(
+        &mut self,
+        reader: &mut MainReader,
+        id: SectionId,
+        ram: Option<SectionId>,
+    ) -> Result<DeviceEnd> {
         let (mut tail, mut scanned) = (TailScanner::new(), 0);
         loop {
             let follows = |next: &[u8]| goes_on(next, ram, |other| self.seen.contains(&other));
@@ -47,7 +49,7 @@ impl EarlyDevices {
                 let new = reader.buffered().get(scanned..).unwrap_or_default();
                 let end = tail.push(new).map_err(|invalid| Error::invalid(Phase::Active, invalid))?;
                 if end.is_some() {
-                    return Ok(Read::EndOfStream);
+                    return Ok(DeviceEnd::Stream);
                 }
                 scanned = reader.buffered().len();
             }
@@ -60,11 +62,11 @@ impl EarlyDevices {
                 return Err(Error::misbehaved(Phase::Active, detail));
             }
             if matches!(found, Found::Whole(_)) {
-                return Ok(Read::Section);
+                return Ok(DeviceEnd::Footer);
             }
             if !reader.fill(Phase::Active, WHAT)? {
                 if tail.ends_without_description() {
-                    return Ok(Read::EndOfStream);
+                    return Ok(DeviceEnd::Stream);
                 }
                 let detail = format!("the stream ended at byte {}, within {WHAT}", reader.position());
                 return Err(Error::new(ErrorKind::Transport, Phase::Active, detail));
@@ -82,13 +84,4 @@ impl EarlyDevices {
     pub(super) fn into_parts(self) -> (EarlySections, Vec<u8>) {
         (self.kept, self.open)
     }
-}
-
-/// What a section turned out to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Read {
-    /// One section, read to its end.
-    Section,
-    /// The devices' part: the stream ends behind it, in bytes that were not taken.
-    EndOfStream,
 }

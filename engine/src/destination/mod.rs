@@ -5,7 +5,10 @@
 //!    accept ──────── accepts connections in any order, tells main from channels
 //!    worker ×N ───── packets into guest memory                    one thread each, `mig-recv`
 //!    sync ────────── where SYNC on channels meets FLUSH on main
-//!  main_channel ──── header, commands, ram_section, tail          on the caller's thread
+//!  driver ────────── reads main, on the caller's thread, and does what the machine decides
+//!    machine ─────── what each thing on main means: no I/O, no thread, no clock
+//!    ram_reader ──── pages on main
+//!    early, tail ─── device sections before the end of RAM, and behind it
 //!  mapped ×N ─────── pages at fixed places of a file              one thread each, `mig-recv-N`
 //!  place/ ────────── the blocks, and how a page is written or cleared
 //! ```
@@ -14,11 +17,12 @@ mod arrival;
 mod arrived;
 mod builder;
 mod channels;
+mod driver;
 mod early;
-mod main_channel;
+mod machine;
 mod mapped;
 mod place;
-mod ram_section;
+mod ram_reader;
 mod refusals;
 mod return_path;
 mod shared;
@@ -44,7 +48,7 @@ use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::MainReader;
 use channels::accept::{Accepting, Main};
-use main_channel::MainChannel;
+use driver::{Driver, ReceivedMain};
 use mapped::PageReaders;
 use return_path::ReturnPath;
 use shared::DestinationShared;
@@ -133,7 +137,7 @@ impl Destination {
         channel: Channel,
         shared: &Arc<DestinationShared>,
         crew: &Arc<Crew>,
-    ) -> Result<(main_channel::ReceivedMain, ReturnPath)> {
+    ) -> Result<(ReceivedMain, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
         self.session.enter(MigrationState::Active)?;
         self.session.begin();
@@ -145,13 +149,8 @@ impl Destination {
         });
         let (ack, direct) = (self.config.switchover_ack, self.config.direct_io);
         let readers = PageReaders { crew: Arc::clone(crew), count: self.config.channels, direct };
-        let main = MainChannel::new(
-            MainReader::of_main(channel, &self.session),
-            shared,
-            return_path.clone(),
-            ack,
-            readers,
-        );
-        Ok((main.run(&mut *self.ram)?, return_path))
+        let reader = MainReader::of_main(channel, &self.session);
+        let driver = Driver::new(reader, shared, return_path.clone(), ack, readers, &mut *self.ram);
+        Ok((driver.run()?, return_path))
     }
 }

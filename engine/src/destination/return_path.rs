@@ -69,13 +69,13 @@ impl ReturnPath {
 
     pub(crate) fn send(&self, phase: Phase, message: &ReturnMessage) -> Result<()> {
         let state = lock(&self.state);
-        // What was recorded asks, but nobody waits for an answer.
-        if *state == State::OneWay {
-            return Ok(());
-        }
-        if *state != State::Open {
-            return Err(Error::misbehaved(phase, format!("{message:?} asked for before OPEN_RETURN_PATH"))
-                .on(self.name()));
+        match *state {
+            State::Open => {}
+            // The migration was stopped meanwhile.
+            State::Shut => return Err(Error::stopped(phase)),
+            State::Closed | State::OneWay => {
+                return Err(Error::bug(phase, format_args!("{message:?} to a source that does not listen")));
+            }
         }
         self.write(message)
             .map_err(|error| Error::io(phase, format_args!("sending {message:?}"), error).on(self.name()))
