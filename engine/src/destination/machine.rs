@@ -1,4 +1,5 @@
-//! What a destination does with each thing that the main stream holds: decisions only, without I/O, threads or a clock.
+//! What a destination does with each thing that the main stream holds: decisions only, without I/O,
+//! threads or a clock.
 //!
 //! ```text
 //!  Opening ─ configuration ─> BeforeRam ─ ram START ─> Blocks ─> Records ─ EOS ─> Footer ─> Live
@@ -8,8 +9,9 @@
 //!                              └── EOF: refused                        EOF, or a device behind END ──> Tail
 //! ```
 //!
-//! The driver reads what [`Machine::expects`] says, gives it to [`Machine::on`], and performs the effects in their order. Page
-//! records are no input: their bytes go straight into guest memory, between two inputs.
+//! The driver reads what [`Machine::expects`] says, gives it to [`Machine::on`], and performs the
+//! effects in their order. Page records are no input: their bytes go straight into guest memory,
+//! between two inputs.
 
 use std::time::Instant;
 
@@ -23,112 +25,22 @@ use crate::error::{Error, Phase, Result};
 use crate::stream::dialect;
 use crate::stream::mapped_layout::CAPABILITY;
 
+mod events;
 mod ram;
 #[cfg(test)]
 mod tests;
 
+pub(super) use events::{DeviceEnd, Effect, Expected, Input, Observed};
 use ram::{Piece, Ram};
 
 /// Refusal of POSTCOPY_ADVISE.
 const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not supported here and would lose the guest: \
     switch off capability postcopy-ram at the source (and dirty-bitmaps, if it is on)";
 
-/// One thing from the main stream.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Input {
-    /// The list of blocks was read, and there is memory for them.
-    Blocks,
-    /// Stream header and configuration.
-    Configuration(Configuration),
-    /// A device section before the end of RAM was read.
-    Device(DeviceEnd),
-    /// End of the records of a piece of RAM.
-    EndOfRecords,
-    /// A FLUSH record.
-    Flush,
-    /// The footer that closes a section.
-    Footer(SectionId),
-    /// A command, the head of a section, or the end of the items.
-    Item(Item),
-}
-
-/// How the section of a device that came before the end of RAM ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum DeviceEnd {
-    /// At its footer, and the stream goes on.
-    Footer,
-    /// With the stream: the section belongs to the devices' part of a stream without an END of RAM.
-    Stream,
-}
-
-/// What the driver knows when it hands an input over.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Observed {
-    pub(super) now: Instant,
-    /// Pages that have come so far, on all channels.
-    pub(super) pages: u64,
-    /// Parallel channels have joined.
-    pub(super) has_channels: bool,
-}
-
-/// What the driver does next.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Effect {
-    /// Send on the return path; errors are of this phase.
-    Answer(Phase, ReturnMessage),
-    /// The source has this uuid, as each of its channels must.
-    CheckUuid([u8; 16]),
-    /// Another pass over RAM has begun.
-    CountRound,
-    /// The device sections read since the last live item were early.
-    KeepEarly {
-        /// RAM has begun before them.
-        within_ram: bool,
-    },
-    /// Messages may go out on the return path.
-    OpenReturnPath,
-    /// From now on channels may carry packets of the multifd dialect.
-    SpeakDialect,
-    /// Wait until every channel has reached its SYNC.
-    SyncPoint,
-}
-
-/// What comes next in the stream.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Expected {
-    /// The list of blocks; with `mapped`, their pages, too.
-    Blocks {
-        /// Pages lie at fixed places of the file.
-        mapped: bool,
-    },
-    /// Stream header and configuration.
-    Configuration,
-    /// The payload and the footer of an early device's section.
-    Device {
-        /// Its head, which was read.
-        head: SectionHead,
-        /// The RAM section, if it has begun.
-        ram: Option<SectionId>,
-    },
-    /// The footer of a section.
-    Footer,
-    /// A section or a command.
-    Item,
-    /// Records of RAM, up to FLUSH or the end of the piece.
-    Records {
-        /// Pages lie elsewhere: no record may hold one.
-        mapped: bool,
-    },
-    /// The devices' part, up to the end of the stream. The machine is done.
-    Tail {
-        /// The item that it begins with, which was read; `None` after an early device that turned out to belong to it.
-        begins: Option<Item>,
-    },
-}
-
 /// The main stream of one migration.
 ///
-/// Inputs go in one at a time, in the order of the stream; an error is the end. Time is an argument.
+/// Inputs go in one at a time, in the order of the stream; an error is the end. Time is an
+/// argument.
 #[derive(Debug)]
 pub(super) struct Machine {
     state: State,
@@ -224,7 +136,8 @@ impl Machine {
     /// Takes the next input; what it leads to, in order.
     ///
     /// # Errors
-    /// The stream is not what a source may send, or what is supported here. The machine is not to be used after that.
+    /// The stream is not what a source may send, or what is supported here. The machine is not to
+    /// be used after that.
     pub(super) fn on(&mut self, input: Input, observed: &Observed) -> Result<Effects> {
         let mut effects = Vec::new();
         // Every state is consumed: what a failed input leaves is no state to go on from.
@@ -336,7 +249,8 @@ impl Machine {
             return Err(Error::misbehaved(Phase::Active, detail));
         }
         if piece == Piece::Part {
-            // All pages sent before this PART have come, unless channels have yet to reach a sync point.
+            // All pages sent before this PART have come, unless channels have yet to reach a sync
+            // point.
             let all_came = ram.take_sync() || !observed.has_channels;
             let is_heard = self.return_path == ReturnDirection::Open;
             if all_came && is_heard && self.ack.due_after_part(observed.pages, observed.now) {
@@ -347,7 +261,8 @@ impl Machine {
         Ok(State::Live(ram))
     }
 
-    // Post-copy begins here: a command that moves `Live` into a state in which the guest may run before its RAM has come.
+    // Post-copy begins here: a command that moves `Live` into a state in which the guest may run
+    // before its RAM has come.
     fn on_command(&mut self, command: &Command, effects: &mut Effects) -> Result<()> {
         match *command {
             Command::OpenReturnPath => self.open_return_path(effects),
@@ -363,11 +278,13 @@ impl Machine {
                 self.facts.switchover_start = true;
                 Ok(())
             }
-            // What was recorded can no longer switch to postcopy: only a source that hears answers does.
+            // What was recorded can no longer switch to postcopy: only a source that hears answers
+            // does.
             Command::PostcopyAdvise(_) if matches!(self.return_path, ReturnDirection::OneWay { .. }) => {
                 Ok(())
             }
-            // Once it has begun postcopy, a source cannot go back: its guest would be lost with the refusal.
+            // Once it has begun postcopy, a source cannot go back: its guest would be lost with the
+            // refusal.
             Command::PostcopyAdvise(_) => Err(Error::incompatible(Phase::Setup, NO_POSTCOPY)),
             ref other => {
                 Err(Error::incompatible(Phase::Active, format!("command {other:?} is not supported")))
@@ -390,7 +307,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Answers a source that hears it. What was recorded asks, too, but nothing waits for an answer.
+    /// Answers a source that hears it. What was recorded asks, too, but nothing waits for an
+    /// answer.
     fn answer(&self, phase: Phase, message: ReturnMessage, effects: &mut Effects) -> Result<()> {
         match self.return_path {
             ReturnDirection::Open => effects.push(Effect::Answer(phase, message)),
@@ -403,8 +321,9 @@ impl Machine {
         Ok(())
     }
 
-    /// The devices' part begins. Only a background snapshot has no END of RAM; it goes without a return path and without parallel
-    /// channels, on which only the sync point of END says that every page is here (docs/wire.md §9).
+    /// The devices' part begins. Only a background snapshot has no END of RAM; it goes without a
+    /// return path and without parallel channels, on which only the sync point of END says that
+    /// every page is here (docs/wire.md §9).
     fn tail(&self, ram: Option<Ram>, begins: Option<Item>, observed: &Observed) -> Result<State> {
         let Some(ram) = ram else {
             return Err(Error::misbehaved(Phase::Setup, "the end of the stream before any RAM"));

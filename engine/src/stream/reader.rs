@@ -6,18 +6,21 @@ use multifd_wire::Parsed;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 
-/// Bytes asked of the kernel at a time: 256 KiB. Larger falls out of the L2 cache before it is copied to its page.
+/// Bytes asked of the kernel at a time: 256 KiB. Larger falls out of the L2 cache before it is
+/// copied to its page.
 const BUFFER_LEN: usize = 256 << 10;
 
-/// Longest thing that is parsed whole; a RAM_DISCARD command, the longest of the wire, is below 64 KiB + 5.
+/// Longest thing that is parsed whole; a RAM_DISCARD command, the longest of the wire, is below 64
+/// KiB + 5.
 const LONGEST_ITEM: usize = 128 << 10;
 
 /// Source of a stream's bytes: the main channel of a migration, or a file.
 pub(crate) trait ByteSource {
-    /// Receives what comes at `position`, waiting for at least one byte; 0 at the end. `into` is never empty.
+    /// Receives what comes at `position`, waiting for at least one byte; 0 at the end. `into` is
+    /// never empty.
     fn read(&mut self, position: u64, into: &mut [u8]) -> io::Result<usize>;
 
-    /// Goes on at `position`, which may be at or behind the next byte only where the source goes one way.
+    /// Goes on at `position`: the next [`ByteSource::read`] is of its bytes.
     ///
     /// # Errors
     /// The source has no positions, or ends before.
@@ -111,7 +114,8 @@ impl<S: ByteSource> ItemReader<S> {
         }
     }
 
-    /// Takes the next `count` bytes; at most a buffer full. The end of the stream is an error: `what` was still due.
+    /// Takes the next `count` bytes; at most a buffer full. The end of the stream is an error:
+    /// `what` was still due.
     pub(crate) fn take(&mut self, phase: Phase, what: &'static str, count: usize) -> Result<&[u8]> {
         while self.end - self.start < count {
             self.more(phase, what)?;
@@ -123,7 +127,8 @@ impl<S: ByteSource> ItemReader<S> {
             .ok_or_else(|| Error::bug(phase, format_args!("bytes {start}..+{count} of the buffer")))
     }
 
-    /// All that is buffered: at least `count` bytes, at most a buffer full, unless the stream ends before. Nothing is taken.
+    /// All that is buffered: at least `count` bytes, at most a buffer full, unless the stream ends
+    /// before. Nothing is taken.
     pub(crate) fn peek(&mut self, phase: Phase, what: &'static str, count: usize) -> Result<&[u8]> {
         while self.end - self.start < count && self.fill(phase, what)? {}
         Ok(self.buffered())
