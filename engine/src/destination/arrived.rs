@@ -16,14 +16,16 @@ use crate::run::session::{HandOver, Progress};
 use crate::run::workers::Crew;
 use crate::stream::sections::EarlySections;
 
-/// How long a source may take to close its channels after it was told of success. It has nothing left to say.
+/// How long a source may take to close its channels after it was told of success. It has nothing
+/// left to say.
 const LINGER: Duration = Duration::from_secs(1);
 
 /// How long a command behind the main channel may take to end then.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// RAM and device state are here. Load the device state, then [`Arrived::accept`]: that lets the source know that its guest
-/// lives here now. Dropped without that, the source is told of a failure and runs on.
+/// RAM and device state are here. Load the device state, then [`Arrived::accept`]: that lets the
+/// source know that its guest lives here now. Dropped without that, the source is told of a failure
+/// and runs on.
 #[must_use = "the source waits to be told whether its guest has arrived"]
 pub struct Arrived {
     stream: ReceivedMain,
@@ -69,8 +71,8 @@ impl Arrived {
         &self.stream.tail.bytes
     }
 
-    /// The one section that a source made by [`DeviceState::opaque`](crate::DeviceState::opaque): its version and bytes.
-    /// `None` if the device state is anything else.
+    /// The one section that a source made by [`DeviceState::opaque`](crate::DeviceState::opaque):
+    /// its version and bytes. `None` if the device state is anything else.
     pub fn opaque_state(&self, name: &str) -> Option<(u32, &[u8])> {
         let Described { end, description } = self.stream.tail.described.as_ref()?;
         let sections = self.device_state().get(..end.devices_len)?;
@@ -112,14 +114,15 @@ impl Arrived {
         self.return_path.is_open()
     }
 
-    /// Takes the guest over: from here on the source never runs it again. Returns when the source has closed its channels, at
-    /// the latest after a second: then they are closed here. Only a command that carries the stream has 5 s to end.
+    /// Takes the guest over: from here on the source never runs it again. Returns when the source
+    /// has closed its channels, at the latest after a second: then they are closed here. Only a
+    /// command that carries the stream has 5 s to end.
     ///
     /// # Errors
-    /// It was cancelled before, or the source has closed the connection instead of waiting for the word: then the guest runs on
-    /// there. Or the source could not be told, or hung up without hearing it, or the command that had to pass
-    /// it on failed ([`Error::source_may_resume`] is false): it may or may
-    /// not run the guest, find out before this end does.
+    /// It was cancelled before, or the source has closed the connection instead of waiting for the
+    /// word: then the guest runs on there. Or the source could not be told, or hung up without
+    /// hearing it, or the command that had to pass it on failed ([`Error::source_may_resume`] is
+    /// false): it may or may not run the guest, find out before this end does.
     pub fn accept(mut self) -> Result<Report> {
         self.seal()?;
         self.ended = true;
@@ -161,7 +164,8 @@ impl Arrived {
 
     /// From here on no cancel comes through; an error if one has, or if the source has gone.
     pub(crate) fn seal(&self) -> Result<()> {
-        // Once it is sealed, this end has the guest under its name: what becomes of the source is found out with SHUT.
+        // Once it is sealed, this end has the guest under its name: what becomes of the source is
+        // found out with SHUT.
         if self.sealed.load(Ordering::Relaxed) {
             return Ok(());
         }

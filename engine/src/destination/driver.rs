@@ -30,8 +30,8 @@ pub(super) struct ReceivedMain {
     /// Device sections that came before the end of RAM.
     pub(super) early: EarlySections,
     pub(super) tail: Tail,
-    /// When the source announced its last RAM: it had stopped the guest then. `None` in a stream without that, such as a
-    /// background snapshot's.
+    /// When the source announced its last RAM: it had stopped the guest then. `None` in a stream
+    /// without that, such as a background snapshot's.
     pub(super) guest_stopped: Option<Instant>,
 }
 
@@ -144,7 +144,8 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// The devices' part, and what must be true of RAM at its end. `begins`: its first item, if it was read already.
+    /// The devices' part, and what must be true of RAM at its end. `begins`: its first item, if it
+    /// was read already.
     fn devices_part(mut self, begins: Option<Item>) -> Result<ReceivedMain> {
         let none = || Error::bug(Phase::Device, "the devices' part without RAM before it");
         let ram = self.ram.ok_or_else(none)?;

@@ -9,8 +9,8 @@ use crate::stream::sections::{EarlySections, Found, find_footer, goes_on};
 
 const WHAT: &str = "a device section before the end of RAM";
 
-/// Reads and keeps them. Whether a section is early shows only behind it: if RAM goes on, it was; if the stream ends, it belongs to
-/// the devices' part of a stream without an END of RAM.
+/// Reads and keeps them. Whether a section is early shows only behind it: if RAM goes on, it was;
+/// if the stream ends, it belongs to the devices' part of a stream without an END of RAM.
 #[derive(Debug, Default)]
 pub(super) struct EarlyDevices {
     kept: EarlySections,
@@ -20,7 +20,8 @@ pub(super) struct EarlyDevices {
 }
 
 impl EarlyDevices {
-    /// Reads one FULL section behind its `head`, its footer included. `ram`: the RAM section, if it has begun.
+    /// Reads one FULL section behind its `head`, its footer included. `ram`: the RAM section, if it
+    /// has begun.
     pub(super) fn read(
         &mut self,
         reader: &mut MainReader,
@@ -33,8 +34,8 @@ impl EarlyDevices {
         self.payload(reader, id, ram)
     }
 
-    /// Reads to the footer of section `id`. What looks like a footer, and is none, may hide the true one: so the end of the stream
-    /// is looked for, too.
+    /// Reads to the footer of section `id`. What looks like a footer, and is none, may hide the
+    /// true one: so the end of the stream is looked for, too.
     fn payload(
         &mut self,
         reader: &mut MainReader,

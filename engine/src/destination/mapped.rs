@@ -1,5 +1,5 @@
-//! Pages at fixed places of a file (`mapped-ram`): any number of threads read them straight to where they belong. Spec:
-//! docs/wire.md §17.
+//! Pages at fixed places of a file (`mapped-ram`): any number of threads read them straight to
+//! where they belong. Spec: docs/wire.md §17.
 
 use std::fs::File;
 use std::io;
@@ -33,7 +33,8 @@ const MOST_BY_DEFAULT: usize = 4;
 /// As many as there can be channels.
 const MOST: usize = 255;
 
-/// Words of a bitmap that a reader claims in one go: 4096 pages, 16 MiB of neighbouring guest memory.
+/// Words of a bitmap that a reader claims in one go: 4096 pages, 16 MiB of neighbouring guest
+/// memory.
 const CHUNK_WORDS: usize = 64;
 const CHUNK_PAGES: u64 = 64 * CHUNK_WORDS as u64;
 
@@ -61,7 +62,8 @@ impl PageReaders {
         Err(Error::incompatible(Phase::Setup, problem))
     }
 
-    /// Reads the pages of all `announced` blocks from the file behind `channel`. They have landed when this returns.
+    /// Reads the pages of all `announced` blocks from the file behind `channel`. They have landed
+    /// when this returns.
     pub(super) fn load(
         &self,
         channel: &Arc<Channel>,

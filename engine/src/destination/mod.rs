@@ -78,11 +78,12 @@ impl Destination {
         ProgressReader::new(&self.session)
     }
 
-    /// Waits for the source and receives the whole guest. All of RAM has landed when this returns; the source waits for
-    /// [`Arrived::accept`].
+    /// Waits for the source and receives the whole guest. All of RAM has landed when this returns;
+    /// the source waits for [`Arrived::accept`].
     ///
     /// # Errors
-    /// Anything that keeps the guest from arriving whole. The source has been told then, if it listens.
+    /// Anything that keeps the guest from arriving whole. The source has been told then, if it
+    /// listens.
     pub fn receive(mut self) -> Result<Arrived> {
         self.session.enter(MigrationState::Setup)?;
         let crew = Arc::new(Crew::new(self.session.stop.clone()));
@@ -96,7 +97,8 @@ impl Destination {
         crew.spawn("mig-accept", Phase::Accept, move || accepting.run(&listener))?;
 
         let result = self.wait_for_main(&main, &shared).and_then(|main| self.run_main(main, &shared, &crew));
-        // Nothing that comes now can be of use: no channel may join, and no page be stored, once this has returned.
+        // Nothing that comes now can be of use: no channel may join, and no page be stored, once
+        // this has returned.
         shared.stop_accepting();
         let over = main.wait(&self.session.stop, None, |main| main.over.then_some(()));
         match result {

@@ -1,4 +1,5 @@
-//! The records of the RAM section on main: pages into guest memory, up to what the machine decides about.
+//! The records of the RAM section on main: pages into guest memory, up to what the machine decides
+//! about.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -28,8 +29,8 @@ pub(super) enum Mark {
 }
 
 impl RamReader {
-    /// Reads the list of blocks, the first thing in START, and opens memory for them. With `mapped`, their pages have come, too,
-    /// when this returns.
+    /// Reads the list of blocks, the first thing in START, and opens memory for them. With
+    /// `mapped`, their pages have come, too, when this returns.
     pub(super) fn open(
         reader: &mut MainReader,
         shared: &DestinationShared,

@@ -88,8 +88,9 @@ impl ReturnPath {
         })
     }
 
-    /// Lets a command behind the channel, which had to pass on our answer first, end by itself. One that runs on for longer
-    /// than `limit` has done all that it was needed for; one that fails may not have passed the answer on.
+    /// Lets a command behind the channel, which had to pass on our answer first, end by itself. One
+    /// that runs on for longer than `limit` has done all that it was needed for; one that fails may
+    /// not have passed the answer on.
     pub(crate) fn settle(&self, limit: Duration) -> Result<()> {
         if self.channel.is_connection() {
             return Ok(());
@@ -135,8 +136,8 @@ impl ReturnPath {
         })
     }
 
-    /// Tells the source that its guest did not arrive, if it still listens; never waits for it. Errors have nobody left to
-    /// tell.
+    /// Tells the source that its guest did not arrive, if it still listens; never waits for it.
+    /// Errors have nobody left to tell.
     pub(crate) fn abort(&self) {
         // Somebody is sending, and the source does not take it: it would not take SHUT either.
         let Ok(mut state) = self.state.try_lock() else { return };

@@ -69,8 +69,8 @@ impl DestinationShared {
         &self.session.stop
     }
 
-    /// Main has reached a sync point: waits for the channels. A source has made all of its connections before the first, which
-    /// are accepted now at the latest, and none is after that.
+    /// Main has reached a sync point: waits for the channels. A source has made all of its
+    /// connections before the first, which are accepted now at the latest, and none is after that.
     ///
     /// # Errors
     /// As [`ChannelSync::flush`].
@@ -165,7 +165,8 @@ impl DestinationShared {
         self.facts.read(|facts| facts.uuid)
     }
 
-    /// A packet of device state is about to come, on any channel: asked before there is memory for it.
+    /// A packet of device state is about to come, on any channel: asked before there is memory for
+    /// it.
     pub(crate) fn expect_device_packet(&self, device: &DeviceStatePacket) -> Result<()> {
         self.facts.modify_silently(|facts| {
             // Small packets cost more than what is in them.
@@ -190,7 +191,8 @@ impl DestinationShared {
     }
 }
 
-/// New connections are refused by the system, those that have not said yet what they are are closed.
+/// New connections are refused by the system, those that have not said yet what they are are
+/// closed.
 pub(crate) fn stop_accepting(listener: &Listener) {
     listener.close();
     listener.stopper().stop();

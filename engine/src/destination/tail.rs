@@ -7,8 +7,9 @@ use multifd_wire::{TailEnd, TailScanner, VmDescription};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::stream::MainReader;
 
-/// A source that sends no vmdescription and waits for our SHUT shows its end only by falling silent. It flushes everything
-/// at once, so this much silence after a footer and EOF is taken for the end.
+/// A source that sends no vmdescription and waits for our SHUT shows its end only by falling
+/// silent. It flushes everything at once, so this much silence after a footer and EOF is taken for
+/// the end.
 const QUIET: Duration = Duration::from_secs(1);
 
 /// FULL sections, EOF, and the vmdescription if there is one.
@@ -35,8 +36,8 @@ impl Tail {
     }
 }
 
-/// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3). `begun`: its first sections, if they were
-/// read already.
+/// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3). `begun`: its
+/// first sections, if they were read already.
 pub(crate) fn read(reader: &mut MainReader, begun: &[u8], timeout: Duration) -> Result<Tail> {
     let quiet = QUIET.min(timeout);
     let channel = reader.channel().clone();

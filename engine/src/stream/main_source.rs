@@ -12,7 +12,8 @@ use crate::run::session::Session;
 /// Reads the main channel of a destination.
 pub(crate) type MainReader = ItemReader<MainSource>;
 
-/// The main channel. It may be silent for as long as other channels of the session are not: a round can take any time.
+/// The main channel. It may be silent for as long as other channels of the session are not: a round
+/// can take any time.
 pub(crate) struct MainSource {
     channel: Arc<Channel>,
     session: Arc<Session>,

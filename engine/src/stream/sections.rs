@@ -1,9 +1,11 @@
-//! Sections whose length only their owner knows, and what can follow them. Spec: docs/wire.md §16.3, §16.4.
+//! Sections whose length only their owner knows, and what can follow them. Spec: docs/wire.md
+//! §16.3, §16.4.
 
 use multifd_wire::{Footer, Item, ItemType, SectionId};
 
-/// Device sections that came before the end of RAM, type bytes and footers included: devices that must be there before the
-/// pages are (virtio-mem), or whose state may go ahead. They stay where the source had them.
+/// Device sections that came before the end of RAM, type bytes and footers included: devices that
+/// must be there before the pages are (virtio-mem), or whose state may go ahead. They stay where
+/// the source had them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EarlySections {
     /// Those before the RAM section.
@@ -62,9 +64,11 @@ pub(crate) enum Found {
     Unsure(usize),
 }
 
-/// Looks for the end of section `id` in the next bytes of its payload: the first footer of it that can be one.
+/// Looks for the end of section `id` in the next bytes of its payload: the first footer of it that
+/// can be one.
 ///
-/// `follows`: can a stream go on like this behind it? `None`: there are too few bytes to say. See [`goes_on`].
+/// `follows`: can a stream go on like this behind it? `None`: there are too few bytes to say. See
+/// [`goes_on`].
 pub(crate) fn find_footer(bytes: &[u8], id: SectionId, follows: impl Fn(&[u8]) -> Option<bool>) -> Found {
     let footer = Footer(id).to_bytes();
     let ends = bytes.windows(footer.len()).enumerate().filter(|(_, window)| *window == footer);

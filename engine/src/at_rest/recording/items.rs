@@ -30,7 +30,8 @@ pub(super) enum Next {
 }
 
 impl<'f> Items<'f> {
-    /// Goes on where `reader` is. `ram` is the section that has begun, `sections` those that came before.
+    /// Goes on where `reader` is. `ram` is the section that has begun, `sections` those that came
+    /// before.
     pub(super) fn new(
         reader: FileReader<'f>,
         described: Option<Described>,

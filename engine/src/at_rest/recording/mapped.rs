@@ -1,4 +1,5 @@
-//! The pages of a `mapped-ram` file: a bitmap a block says which are stored, and each has its place. Spec: docs/wire.md §17.
+//! The pages of a `mapped-ram` file: a bitmap a block says which are stored, and each has its
+//! place. Spec: docs/wire.md §17.
 
 use multifd_wire::BlockEntry;
 

@@ -10,8 +10,9 @@
 //!  Checkpoint::pages    StoredPages: data and holes, block by block                                    (stored.rs)
 //! ```
 //!
-//! A file is read forward through one buffer: memory does not grow with it. What is kept are the device sections, up to
-//! [`MAX_TAIL`](multifd_wire::MAX_TAIL), and their description, up to [`MAX_VMDESC`](multifd_wire::MAX_VMDESC).
+//! A file is read forward through one buffer: memory does not grow with it. What is kept are the
+//! device sections, up to [`MAX_TAIL`](multifd_wire::MAX_TAIL), and their description, up to
+//! [`MAX_VMDESC`](multifd_wire::MAX_VMDESC).
 
 mod description;
 mod devices;
@@ -42,7 +43,8 @@ pub use devices::{Devices, RecordedSection, SectionContent};
 pub use pages::{PageContent, PageRecord, RecordedPages};
 pub use stored::StoredPages;
 
-/// A migration stream in a file, as QEMU writes it for `exec:cat>FILE` and `file:FILE`: plain or with `mapped-ram`.
+/// A migration stream in a file, as QEMU writes it for `exec:cat>FILE` and `file:FILE`: plain or
+/// with `mapped-ram`.
 ///
 /// ```no_run
 /// # fn main() -> multifd_engine::Result<()> {
@@ -91,8 +93,8 @@ impl Recording {
     /// Opens a recorded stream and reads as far as the list of RAM blocks.
     ///
     /// # Errors
-    /// `Storage` if the file cannot be read, `InvalidStream` if it is no stream or ends too early, `Incompatible` for a stream
-    /// of a kind that cannot be read. They name the byte.
+    /// `Storage` if the file cannot be read, `InvalidStream` if it is no stream or ends too early,
+    /// `Incompatible` for a stream of a kind that cannot be read. They name the byte.
     pub fn open(path: &Path) -> Result<Self> {
         Self::open_at(path, 0)
     }

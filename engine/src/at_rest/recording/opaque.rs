@@ -13,8 +13,9 @@ const WHAT: &str = "a device section";
 /// Bytes looked at in one go.
 const WINDOW: usize = 64 << 10;
 
-/// Reads a payload up to its footer and passes over both. With a length that the description gives the footer is where that
-/// says; without one, or if it is not, it is the first of this section that something plausible comes after.
+/// Reads a payload up to its footer and passes over both. With a length that the description gives
+/// the footer is where that says; without one, or if it is not, it is the first of this section
+/// that something plausible comes after.
 pub(super) fn payload(
     reader: &mut FileReader<'_>,
     head: &SectionHead,
@@ -73,7 +74,8 @@ fn footer_is_at(reader: &FileReader<'_>, len: u64, id: SectionId) -> Result<bool
     Ok(count == footer.len() && footer == Footer(id).to_bytes())
 }
 
-/// Can a stream go on like this after a section? If the file ends there, or within the end of the items, this section is whole.
+/// Can a stream go on like this after a section? If the file ends there, or within the end of the
+/// items, this section is whole.
 fn plausible(next: &[u8], known: &Known<'_>, at_end: bool) -> Option<bool> {
     let seen = |id| known.sections.iter().any(|section| section.head.id == id);
     goes_on(next, known.ram, seen).or_else(|| at_end.then(|| matches!(next, [] | [0])))

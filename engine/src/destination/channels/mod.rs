@@ -1,4 +1,5 @@
-//! The connections of one migration: accepting them, the workers of parallel channels, and where these meet the main stream.
+//! The connections of one migration: accepting them, the workers of parallel channels, and where
+//! these meet the main stream.
 
 pub(super) mod accept;
 pub(super) mod sync;

@@ -1,4 +1,5 @@
-//! Sync points: no channel goes on to a newer copy of a page before every channel has placed the older one.
+//! Sync points: no channel goes on to a newer copy of a page before every channel has placed the
+//! older one.
 //!
 //! ```text
 //!  channel 0   pages pages SYNC ┐ waits          ┌ pages ...
@@ -20,7 +21,8 @@ use crate::run::stop::{Monitor, StopSwitch};
 /// Why a channel cannot join.
 #[derive(Debug)]
 pub(crate) enum JoinError {
-    /// Before the first sync point: pages of the guest may come on this channel, so that nothing can go on without it.
+    /// Before the first sync point: pages of the guest may come on this channel, so that nothing
+    /// can go on without it.
     Early(Error),
     /// All channels of the source were there before: this one is of another.
     Late(Error),
@@ -103,7 +105,8 @@ impl ChannelSync {
         self.state.modify_silently(|state| state.sync.begin_storing(id)).map(|()| Storing(self, id))
     }
 
-    /// The channel has reached a SYNC: waits until main has passed it, too. An error if the migration stops meanwhile.
+    /// The channel has reached a SYNC: waits until main has passed it, too. An error if the
+    /// migration stops meanwhile.
     pub(crate) fn arrive(&self, id: u8) -> Result<()> {
         let point = self.state.modify_and_notify(|state| state.sync.arrive(id))?;
         self.state
@@ -137,8 +140,8 @@ impl ChannelSync {
         }
     }
 
-    /// The main stream is complete: when this returns nothing is stored any more. A channel in the middle of a packet with pages
-    /// is closed, a sound source has none.
+    /// The main stream is complete: when this returns nothing is stored any more. A channel in the
+    /// middle of a packet with pages is closed, a sound source has none.
     pub(crate) fn finish(&self) {
         self.state.modify_and_notify(|state| {
             state.sync.finish();

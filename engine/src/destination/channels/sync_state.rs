@@ -1,4 +1,5 @@
-//! The rules of sync points, without threads or a clock: which channels there are, what each has reached, whether main goes on.
+//! The rules of sync points, without threads or a clock: which channels there are, what each has
+//! reached, whether main goes on.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -6,11 +7,13 @@ use std::time::{Duration, Instant};
 use super::sync::JoinError;
 use crate::error::{Error, ErrorKind, Phase, Result};
 
-/// The longest that connections of which nothing is known yet hold up a sync point, if `timeout` is not less. A source makes
-/// all of its connections before it speaks on main (docs/wire.md §12), and the first packet of each goes out at once.
+/// The longest that connections of which nothing is known yet hold up a sync point, if `timeout` is
+/// not less. A source makes all of its connections before it speaks on main (docs/wire.md §12), and
+/// the first packet of each goes out at once.
 const HEARING: Duration = Duration::from_secs(5);
 
-/// Sync points after which no channel can be missing: with the second, pages of all channels had to be here.
+/// Sync points after which no channel can be missing: with the second, pages of all channels had to
+/// be here.
 const LAST_TO_JOIN: u64 = 2;
 
 /// The channels of one migration, as far as sync points go.
@@ -87,8 +90,8 @@ impl SyncState {
     /// A channel said its number.
     ///
     /// # Errors
-    /// The number is taken or out of range, or the channel comes too late: with the second sync point, pages of all channels had
-    /// to be here.
+    /// The number is taken or out of range, or the channel comes too late: with the second sync
+    /// point, pages of all channels had to be here.
     pub(in crate::destination) fn join(&mut self, id: u8) -> Result<(), JoinError> {
         let most = self.expected.unwrap_or(255);
         let refusal = if usize::from(id) >= most {
@@ -191,13 +194,15 @@ impl SyncState {
         self.finished
     }
 
-    /// Whether main passes its sync point now. `None`: not yet, ask again when a channel has moved, or at [`MainWait::until`].
+    /// Whether main passes its sync point now. `None`: not yet, ask again when a channel has moved,
+    /// or at [`MainWait::until`].
     ///
     /// # Errors
     /// A channel ended before its SYNC, or nothing moved on any channel for the timeout.
     pub(in crate::destination) fn poll(&mut self, wait: &mut MainWait, now: Instant) -> Option<Result<()>> {
         if let Some(end) = wait.hearing {
-            // Those that have not been heard by then are strangers, or will find themselves closed and fail the source.
+            // Those that have not been heard by then are strangers, or will find themselves closed
+            // and fail the source.
             if self.unidentified > 0 && !self.all_joined() && now < end {
                 return None;
             }
@@ -228,8 +233,8 @@ impl SyncState {
         self.expected.is_some_and(|expected| self.channels.len() == expected)
     }
 
-    /// No connection that has not been told apart can be the source's. Before the first sync point one too many may be, and ends
-    /// the migration with words.
+    /// No connection that has not been told apart can be the source's. Before the first sync point
+    /// one too many may be, and ends the migration with words.
     fn all_joined(&self) -> bool {
         self.released >= LAST_TO_JOIN || (self.released > 0 && self.is_complete())
     }

@@ -20,7 +20,8 @@ use crate::stream::dialect;
 
 const HEADER_LEN: usize = header_len(PAGE_SIZE);
 
-/// The worker of one channel. Owns its buffers: at most 1 MiB of payload and 512 KiB of decoded pages.
+/// The worker of one channel. Owns its buffers: at most 1 MiB of payload and 512 KiB of decoded
+/// pages.
 pub(crate) struct ChannelWorker {
     channel: Arc<Channel>,
     shared: Arc<DestinationShared>,
@@ -58,7 +59,8 @@ impl ChannelWorker {
     }
 
     fn run(&mut self) -> Result<()> {
-        // A channel that has failed keeps its place: no sync point may pass before the switch has tripped.
+        // A channel that has failed keeps its place: no sync point may pass before the switch has
+        // tripped.
         let result = self
             .packets()
             .map_err(|error| error.on(format!("channel {} ({})", self.id, self.channel.peer())));
@@ -68,7 +70,8 @@ impl ChannelWorker {
             }
             return result;
         }
-        // After the end of the main stream a channel may end as it likes: all that it was needed for is here.
+        // After the end of the main stream a channel may end as it likes: all that it was needed
+        // for is here.
         if let Err(error) = result {
             self.channel.closer().close();
             match error.kind() {
@@ -99,8 +102,8 @@ impl ChannelWorker {
         }
     }
 
-    /// The first bytes of the next packet. `None`: the channel ended before it. Waiting for a packet is no fault of the
-    /// channel, however long; waiting for the rest of one is.
+    /// The first bytes of the next packet. `None`: the channel ended before it. Waiting for a
+    /// packet is no fault of the channel, however long; waiting for the rest of one is.
     fn next_prefix(&self, prefix: &mut [u8]) -> Result<Option<[u8; PACKET_PREFIX_LEN]>> {
         let received = loop {
             match self.channel.recv(prefix) {

@@ -1,4 +1,5 @@
-//! The RAM section, as far as the machine decides about it: its pieces and its sync points. Spec: docs/wire.md §9.
+//! The RAM section, as far as the machine decides about it: its pieces and its sync points. Spec:
+//! docs/wire.md §9.
 
 use multifd_wire::SectionId;
 
@@ -13,14 +14,16 @@ pub(super) enum Piece {
     End,
 }
 
-/// Where the sync points of the parallel channels are on main. Not negotiated: START shows it, which always has one.
+/// Where the sync points of the parallel channels are on main. Not negotiated: START shows it,
+/// which always has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SyncRule {
     /// START is not over.
     Unknown,
     /// A FLUSH record at each (machine types from 8.1 on).
     AtFlush,
-    /// Every end of a section (machine types up to 8.0). Also right for a stream without channels: nothing is waited for.
+    /// Every end of a section (machine types up to 8.0). Also right for a stream without channels:
+    /// nothing is waited for.
     AtSectionEnd,
 }
 
@@ -80,7 +83,8 @@ impl Ram {
         }
         match self.rule {
             SyncRule::Unknown => self.rule = SyncRule::AtFlush,
-            // Per-round sources say so in START; a stray FLUSH of a stream without channels (QEMU 8.1.0) means nothing.
+            // Per-round sources say so in START; a stray FLUSH of a stream without channels (QEMU
+            // 8.1.0) means nothing.
             SyncRule::AtSectionEnd => return Ok(()),
             SyncRule::AtFlush => effects.push(Effect::CountRound),
         }

@@ -1,4 +1,5 @@
-//! The machine and the rules of sync points together: a destination without sockets, under a clock that the test moves.
+//! The machine and the rules of sync points together: a destination without sockets, under a clock
+//! that the test moves.
 
 use std::time::Duration;
 
@@ -191,7 +192,8 @@ fn the_end_of_the_items_anywhere_before_the_end_of_ram_is_refused() {
     assert!(session.is_done(), "behind END, there may be no device at all");
 }
 
-/// Only a stream that nobody answers, without channels, may do without an END of RAM: a background snapshot.
+/// Only a stream that nobody answers, without channels, may do without an END of RAM: a background
+/// snapshot.
 #[test]
 fn a_stream_without_an_end_of_ram_needs_no_return_path_and_no_channels() {
     for (two_way, opens, channels, taken) in [
@@ -397,8 +399,8 @@ const PAGES: usize = 6;
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
 
-    /// Every page is sent in every round, on another channel each time: the last round must win, whatever the order in which
-    /// channels and main are read.
+    /// Every page is sent in every round, on another channel each time: the last round must win,
+    /// whatever the order in which channels and main are read.
     #[test]
     fn the_newest_copy_of_every_page_wins_in_any_order_of_channels(
         channels in 1_u8..5,

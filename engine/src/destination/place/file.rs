@@ -15,7 +15,8 @@ impl<'s> FileWriter<'s> {
         Self(Some(turn))
     }
 
-    /// One of several, for a block that cannot be written in any other way: the kernel has them wait for each other.
+    /// One of several, for a block that cannot be written in any other way: the kernel has them
+    /// wait for each other.
     pub(super) fn beside_others() -> Self {
         Self(None)
     }

@@ -5,7 +5,8 @@ use std::io;
 use super::PlacePages;
 use crate::guest::RamBlock;
 
-/// Stores to the mapping, after the kernel has made sure that pages which are not known to be there can be.
+/// Stores to the mapping, after the kernel has made sure that pages which are not known to be there
+/// can be.
 pub(crate) struct Mapping;
 
 impl PlacePages for Mapping {

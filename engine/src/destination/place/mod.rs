@@ -1,4 +1,5 @@
-//! Guest memory that pages arrive in: the announced blocks, and the ways to put a page in its place.
+//! Guest memory that pages arrive in: the announced blocks, and the ways to put a page in its
+//! place.
 
 mod file;
 mod mapping;
@@ -21,9 +22,11 @@ pub(crate) use sinks::BlockSinks;
 pub(super) use sinks::Gap;
 pub use sinks::IncomingRam;
 
-/// A way to put whole pages in their place. To the guest a page is there when the call returns, and not before.
+/// A way to put whole pages in their place. To the guest a page is there when the call returns, and
+/// not before.
 pub(crate) trait PlacePages {
-    /// Stores `content` at byte `offset` of the block. `present`: whether all of these pages have been written before.
+    /// Stores `content` at byte `offset` of the block. `present`: whether all of these pages have
+    /// been written before.
     fn place(
         &self,
         block: &RamBlock,
@@ -116,11 +119,12 @@ impl BlockSink {
         })
     }
 
-    /// Tries to become the one thread that writes through the block's file. `None` if the block has no shared file, or another
-    /// thread is that already.
+    /// Tries to become the one thread that writes through the block's file. `None` if the block has
+    /// no shared file, or another thread is that already.
     ///
-    /// To make fresh pages by a write costs less than by page faults, a copy of the bytes included. But the kernel lets only one
-    /// write at a time into a file, and has the others spin: they are better off with the mapping.
+    /// To make fresh pages by a write costs less than by page faults, a copy of the bytes included.
+    /// But the kernel lets only one write at a time into a file, and has the others spin: they are
+    /// better off with the mapping.
     pub(crate) fn try_file_writer(&self) -> Option<FileWriter<'_>> {
         self.block.memory().shared_file()?;
         self.file_turn.try_lock().ok().map(FileWriter::alone)
@@ -147,8 +151,8 @@ impl BlockSink {
 
     /// The kernel has written these pages by itself.
     ///
-    /// Never before it has: a thread that sees a page marked takes it for present, and a store to one that is not may be the end
-    /// of the process.
+    /// Never before it has: a thread that sees a page marked takes it for present, and a store to
+    /// one that is not may be the end of the process.
     pub(crate) fn note_written(&self, first: usize, pages: usize) {
         self.written.set_range(first, pages);
         self.came.set_range(first, pages);

@@ -5,7 +5,8 @@ use std::sync::OnceLock;
 
 use crate::guest::DirtyBitmap;
 
-/// One bit a page, made where pages arrive: a block is as long as the peer says, and that alone must cost nothing.
+/// One bit a page, made where pages arrive: a block is as long as the peer says, and that alone
+/// must cost nothing.
 pub(super) struct PageBits {
     pages: usize,
     parts: Box<[OnceLock<DirtyBitmap>]>,

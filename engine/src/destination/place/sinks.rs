@@ -11,13 +11,14 @@ use crate::guest::{Absent, Mappings, PageTable, RamBlock};
 
 /// Provider of the memory for the blocks that a source announces.
 ///
-/// Called once, on the receiving thread, before any page arrives. Return exactly one block for each entry, in any order, with
-/// the entry's name and length; refuse what does not fit your machine with an error of your own.
+/// Called once, on the receiving thread, before any page arrives. Return exactly one block for each
+/// entry, in any order, with the entry's name and length; refuse what does not fit your machine
+/// with an error of your own.
 ///
 /// A `Vec<RamBlock>` is the provider of a VMM whose memory is there already.
 pub trait IncomingRam: Send {
-    /// Memory for `announced`. Lengths are whole pages; names are unique; the sum is bounded by the peer's word only, so
-    /// map lazily.
+    /// Memory for `announced`. Lengths are whole pages; names are unique; the sum is bounded by the
+    /// peer's word only, so map lazily.
     ///
     /// # Errors
     /// Whatever makes this machine unfit for these blocks.
@@ -54,7 +55,8 @@ pub(in crate::destination) struct Gap {
 }
 
 impl BlockSinks {
-    /// Checks that `blocks` are what was announced: the same names, the same lengths, and can be written.
+    /// Checks that `blocks` are what was announced: the same names, the same lengths, and can be
+    /// written.
     pub(crate) fn new(announced: &[BlockEntry], blocks: &[RamBlock]) -> Result<Self> {
         let mut by_name = HashMap::with_capacity(announced.len());
         let mappings = Mappings::read()
@@ -119,7 +121,8 @@ mod tests {
     use super::*;
     use crate::guest::{HostMemory, PAGE};
 
-    /// Shared memory on a file system of that many bytes, which no other thread sees. `None`: this process may not mount.
+    /// Shared memory on a file system of that many bytes, which no other thread sees. `None`: this
+    /// process may not mount.
     #[expect(unsafe_code, reason = "mounting has no safe wrapper")]
     fn on_small_file_system(bytes: usize, pages: usize) -> Option<RamBlock> {
         let directory = tempfile::tempdir().unwrap();
