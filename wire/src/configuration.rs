@@ -2,7 +2,7 @@ use crate::names::checked;
 use crate::reader::{Reader, Stop, prefix};
 use crate::vmdesc::SUBSECTION;
 use crate::writer::put_cstr8;
-use crate::{Invalid, PageSize, Parsed};
+use crate::{Invalid, ItemType, PageSize, Parsed};
 
 /// The configuration section, straight after the stream header. Spec: docs/wire.md §2.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub struct Configuration {
 }
 
 /// Type byte of the section.
-const CONFIGURATION: u8 = 0x07;
+const CONFIGURATION: u8 = ItemType::Configuration.byte();
 /// What the name of each of our subsections begins with.
 const PARENT: &[u8] = b"configuration/";
 const PAGE_BITS: &str = "configuration/target-page-bits";

@@ -43,13 +43,49 @@ pub struct SectionHead {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footer(pub SectionId);
 
-const EOF: u8 = 0x00;
-const SECTION_START: u8 = 0x01;
-const SECTION_PART: u8 = 0x02;
-const SECTION_END: u8 = 0x03;
-pub(crate) const SECTION_FULL: u8 = 0x04;
-const COMMAND: u8 = 0x08;
-const FOOTER: u8 = 0x7e;
+/// First byte of each thing on the main channel behind the stream header: what it is. Spec: docs/wire.md §1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ItemType {
+    /// No more items: [`Item::Eof`].
+    Eof = 0x00,
+    /// [`Item::SectionStart`].
+    SectionStart = 0x01,
+    /// [`Item::SectionPart`].
+    SectionPart = 0x02,
+    /// [`Item::SectionEnd`].
+    SectionEnd = 0x03,
+    /// [`Item::SectionFull`].
+    SectionFull = 0x04,
+    /// A [`Subsection`](crate::Subsection), within a device section or the configuration.
+    Subsection = 0x05,
+    /// A [`VmDescription`](crate::VmDescription), behind the end of the items: be32 length and JSON follow.
+    VmDescription = 0x06,
+    /// A [`Configuration`](crate::Configuration), before the items.
+    Configuration = 0x07,
+    /// [`Item::Command`].
+    Command = 0x08,
+    /// [`Footer`].
+    Footer = 0x7e,
+}
+
+const EOF: u8 = ItemType::Eof.byte();
+const SECTION_START: u8 = ItemType::SectionStart.byte();
+const SECTION_PART: u8 = ItemType::SectionPart.byte();
+const SECTION_END: u8 = ItemType::SectionEnd.byte();
+const SECTION_FULL: u8 = ItemType::SectionFull.byte();
+const SUBSECTION: u8 = ItemType::Subsection.byte();
+const VM_DESCRIPTION: u8 = ItemType::VmDescription.byte();
+const CONFIGURATION: u8 = ItemType::Configuration.byte();
+const COMMAND: u8 = ItemType::Command.byte();
+const FOOTER: u8 = ItemType::Footer.byte();
+
+impl ItemType {
+    /// The byte on the wire.
+    pub const fn byte(self) -> u8 {
+        self as u8
+    }
+}
 
 impl Item {
     /// Parses the head of an item; a section's payload is not part of it.
@@ -142,9 +178,9 @@ fn put_id(out: &mut Vec<u8>, item: u8, id: SectionId) {
 
 fn unknown_item(seen: u8) -> Invalid {
     let name = match seen {
-        0x05 => " (subsection)",
-        0x06 => " (vm description)",
-        0x07 => " (configuration)",
+        SUBSECTION => " (subsection)",
+        VM_DESCRIPTION => " (vm description)",
+        CONFIGURATION => " (configuration)",
         FOOTER => " (section footer)",
         _ => "",
     };
@@ -153,4 +189,28 @@ fn unknown_item(seen: u8) -> Invalid {
         format_args!("{seen:#04x}{name}"),
         "a section (1..=4), a command (8) or the end (0)",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_item_begins_with_the_byte_of_its_type() {
+        let id = SectionId(9);
+        let head = || SectionHead { id, idstr: "ram".to_owned(), instance_id: 0, version_id: 4 };
+        for (item, kind, byte) in [
+            (Item::Eof, ItemType::Eof, 0x00),
+            (Item::SectionStart(head()), ItemType::SectionStart, 0x01),
+            (Item::SectionPart(id), ItemType::SectionPart, 0x02),
+            (Item::SectionEnd(id), ItemType::SectionEnd, 0x03),
+            (Item::SectionFull(head()), ItemType::SectionFull, 0x04),
+            (Item::Command(Command::SwitchoverStart), ItemType::Command, 0x08),
+        ] {
+            let mut bytes = Vec::new();
+            item.encode(&mut bytes);
+            assert_eq!((bytes[0], kind.byte()), (byte, byte), "{item:?}");
+        }
+        assert_eq!(Footer(id).to_bytes()[0], ItemType::Footer.byte());
+    }
 }

@@ -53,14 +53,14 @@ pub use command::{Advise, Command, DiscardRange, MAX_DISCARD_RANGES};
 pub use configuration::Configuration;
 pub use fields::{Contents, Field, Run, Structure, Subsection, Value};
 pub use invalid::{Invalid, Parsed};
-pub use item::{Footer, Item, SectionHead, SectionId};
+pub use item::{Footer, Item, ItemType, SectionHead, SectionId};
 pub use multifd::{
     CodecId, DeviceStatePacket, InitialPacket, MAX_DEVICE_STATE_PAYLOAD, MAX_PAYLOAD, MULTIFD_MAGIC,
     PACKET_PREFIX_LEN, PacketFlags, PacketKind, RamPacket, RamPacketHeader, header_len, pages_per_packet,
 };
 pub use names::BlockName;
 pub use page_size::PageSize;
-pub use ram::{BlockRef, RamRecord};
+pub use ram::{BlockRef, RAM_SECTION, RAM_SECTION_VERSION, RamRecord};
 pub use return_path::{HELLO_PING, Hello, MAX_RETURN_MESSAGE, ReturnMessage};
 pub use split::{DeviceSection, split_tail};
 pub use stream::{STREAM_MAGIC, STREAM_VERSION, StreamHeader};

@@ -42,6 +42,11 @@ pub enum RamRecord {
     },
 }
 
+/// Name of the section that has the guest's RAM. Spec: docs/wire.md §3.2.
+pub const RAM_SECTION: &str = "ram";
+/// The only version of that section there has been since 2009. Spec: docs/wire.md §3.2.
+pub const RAM_SECTION_VERSION: u32 = 4;
+
 /// How a record names its block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BlockRef {

@@ -1,8 +1,7 @@
 use std::ops::Range;
 
-use crate::item::SECTION_FULL;
 use crate::reader::{Reader, Stop, prefix};
-use crate::{DeviceDescription, Footer, Invalid, SectionHead, VmDescription};
+use crate::{DeviceDescription, Footer, Invalid, ItemType, SectionHead, VmDescription};
 
 /// One device section of a tail.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,6 +100,8 @@ fn find_footer(body: &[u8], head: &SectionHead) -> Option<usize> {
 fn is_printable(byte: u8) -> bool {
     byte == b' ' || byte.is_ascii_graphic()
 }
+
+const SECTION_FULL: u8 = ItemType::SectionFull.byte();
 
 /// Parses the head of a FULL section, with its type byte.
 fn parse_head(buf: &[u8]) -> crate::Parsed<SectionHead> {

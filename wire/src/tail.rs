@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use crate::{Footer, Invalid, MAX_VMDESC, VmDescription};
+use crate::{Footer, Invalid, ItemType, MAX_VMDESC, VmDescription};
 
 /// Finds the end of the device sections, whose lengths only the devices know. Spec: docs/wire.md §16.3.
 ///
@@ -35,7 +35,7 @@ pub const MAX_TAIL: usize = 256 << 20;
 
 /// 0x00, 0x06 and the length.
 const LEAD: usize = 6;
-const VM_DESCRIPTION: u8 = 0x06;
+const VM_DESCRIPTION: u8 = ItemType::VmDescription.byte();
 
 impl TailScanner {
     /// A scanner that has seen nothing.

@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use crate::Invalid;
+use crate::{Invalid, ItemType};
 
 /// The JSON at the end of a stream: what the device sections consist of. Spec: docs/wire.md §16.2.
 ///
@@ -133,7 +133,7 @@ impl FieldDescription {
 }
 
 /// Type byte of a subsection. Spec: docs/wire.md §1.
-pub(crate) const SUBSECTION: u8 = 0x05;
+pub(crate) const SUBSECTION: u8 = ItemType::Subsection.byte();
 
 /// A subsection has a type byte, a counted name and a version before its contents. Spec: docs/wire.md §3.3.
 fn contents_len(fields: &[FieldDescription], subsections: &[StructDescription]) -> Option<u64> {

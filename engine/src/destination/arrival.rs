@@ -2,21 +2,22 @@
 
 use multifd_wire::split_tail;
 
-use super::landing::{Gap, Landings};
+use super::place::{BlockSinks, Gap};
 use super::tail::Tail;
 use crate::error::{Error, Phase, Result};
 use crate::stream::sections::EarlySections;
 
-/// Whose name a device's section ends in, or goes on with (`-device-early`), behind the device's path.
+/// Whose name a device's section ends in, or goes on with (`-device-early`), behind the device's
+/// path.
 const VIRTIO_MEM: &str = "virtio-mem";
 const VIRTIO_BALLOON: &str = "virtio-balloon";
 
 /// Checks that every page of every block was sent, or said to be zero, at least once.
 ///
-/// Two devices keep pages from being sent: virtio-mem those of its own block that are not plugged, the balloon those of main
-/// memory that its guest calls free.
-pub(super) fn check_all_came(landings: &Landings, early: &EarlySections, tail: &Tail) -> Result<()> {
-    let gaps = landings.gaps();
+/// Two devices keep pages from being sent: virtio-mem those of its own block that are not plugged,
+/// the balloon those of main memory that its guest calls free.
+pub(super) fn check_all_came(sinks: &BlockSinks, early: &EarlySections, tail: &Tail) -> Result<()> {
+    let gaps = sinks.gaps();
     if gaps.is_empty() {
         return Ok(());
     }

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use multifd_wire::{Configuration, VmDescription, split_tail};
 
-use super::main_channel::MainStream;
+use super::driver::ReceivedMain;
 use super::return_path::ReturnPath;
-use super::shared::{DevicePacket, Shared};
+use super::shared::{DestinationShared, DevicePacket};
 use super::tail::Described;
 use crate::error::{Error, Phase, Result};
 use crate::report::Report;
@@ -17,20 +17,22 @@ use crate::run::session::HandOver;
 use crate::run::workers::Crew;
 use crate::stream::sections::EarlySections;
 
-/// How long a source may take to close its channels after it was told of success. It has nothing left to say.
+/// How long a source may take to close its channels after it was told of success. It has nothing
+/// left to say.
 const LINGER: Duration = Duration::from_secs(1);
 
 /// How long a command behind the main channel may take to end then.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// RAM and device state are here. Load the device state, then [`Arrived::accept`]: that lets the source know that its guest
-/// lives here now. Dropped without that, the source is told of a failure and runs on.
+/// RAM and device state are here. Load the device state, then [`Arrived::accept`]: that lets the
+/// source know that its guest lives here now. Dropped without that, the source is told of a failure
+/// and runs on.
 #[must_use = "the source waits to be told whether its guest has arrived"]
 pub struct Arrived {
-    stream: MainStream,
+    stream: ReceivedMain,
     device_packets: Vec<DevicePacket>,
     return_path: ReturnPath,
-    shared: Arc<Shared>,
+    shared: Arc<DestinationShared>,
     crew: Arc<Crew>,
     sealed: AtomicBool,
     ended: bool,
@@ -38,9 +40,9 @@ pub struct Arrived {
 
 impl Arrived {
     pub(super) fn new(
-        stream: MainStream,
+        stream: ReceivedMain,
         return_path: ReturnPath,
-        shared: Arc<Shared>,
+        shared: Arc<DestinationShared>,
         crew: Arc<Crew>,
     ) -> Self {
         let device_packets = shared.take_device_packets();
@@ -70,8 +72,8 @@ impl Arrived {
         &self.stream.tail.bytes
     }
 
-    /// The one section that a source made by [`DeviceState::opaque`](crate::DeviceState::opaque): its version and bytes.
-    /// `None` if the device state is anything else.
+    /// The one section that a source made by [`DeviceState::opaque`](crate::DeviceState::opaque):
+    /// its version and bytes. `None` if the device state is anything else.
     pub fn opaque_state(&self, name: &str) -> Option<(u32, &[u8])> {
         let Described { end, description } = self.stream.tail.described.as_ref()?;
         let sections = self.device_state().get(..end.devices_len)?;
@@ -113,14 +115,15 @@ impl Arrived {
         self.return_path.is_open()
     }
 
-    /// Takes the guest over: from here on the source never runs it again. Returns when the source has closed its channels, at
-    /// the latest after a second: then they are closed here. Only a command that carries the stream has 5 s to end.
+    /// Takes the guest over: from here on the source never runs it again. Returns when the source
+    /// has closed its channels, at the latest after a second: then they are closed here. Only a
+    /// command that carries the stream has 5 s to end.
     ///
     /// # Errors
-    /// It was cancelled before, or the source has closed the connection instead of waiting for the word: then the guest runs on
-    /// there. Or the source could not be told, or hung up without hearing it, or the command that had to pass
-    /// it on failed ([`Error::source_may_resume`] is false): it may or may
-    /// not run the guest, find out before this end does.
+    /// It was cancelled before, or the source has closed the connection instead of waiting for the
+    /// word: then the guest runs on there. Or the source could not be told, or hung up without
+    /// hearing it, or the command that had to pass it on failed ([`Error::source_may_resume`] is
+    /// false): it may or may not run the guest, find out before this end does.
     pub fn accept(mut self) -> Result<Report> {
         self.seal()?;
         self.ended = true;
@@ -129,7 +132,7 @@ impl Arrived {
         self.shared.session.complete();
         let (total, stopped) = (self.shared.session.elapsed(), self.stream.guest_stopped);
         let downtime = stopped.map_or(Duration::ZERO, |stopped| stopped.elapsed());
-        self.shared.gate.drain(LINGER);
+        self.shared.channels.drain(LINGER);
         let told = told.and(self.return_path.settle(SETTLE));
         if told.is_ok() {
             self.shared.session.set_hand_over(HandOver::Done);
@@ -162,7 +165,8 @@ impl Arrived {
 
     /// From here on no cancel comes through; an error if one has, or if the source has gone.
     pub(crate) fn seal(&self) -> Result<()> {
-        // Once it is sealed, this end has the guest under its name: what becomes of the source is found out with SHUT.
+        // Once it is sealed, this end has the guest under its name: what becomes of the source is
+        // found out with SHUT.
         if self.sealed.load(Ordering::Relaxed) {
             return Ok(());
         }

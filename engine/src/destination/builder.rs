@@ -141,7 +141,7 @@ impl DestinationBuilder {
     }
 
     fn served_by(self, listener: Listener, session: Arc<Session>) -> Destination {
-        let listener = Arc::new(listener.opening_len(super::lobby::opening_len));
+        let listener = Arc::new(listener.opening_len(super::channels::accept::opening_len));
         let Self { config, ram, codecs, hook, .. } = self;
         Destination { listener, session, config, ram, codecs, hook }
     }

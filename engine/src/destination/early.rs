@@ -1,15 +1,16 @@
 //! Device sections before the end of RAM. Spec: docs/wire.md §16.4.
 
-use multifd_wire::{Footer, Item, MAX_TAIL, SectionId, TailScanner};
+use multifd_wire::{Item, MAX_TAIL, SectionHead, SectionId, TailScanner};
 
+use super::machine::DeviceEnd;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::stream::StreamReader;
-use crate::stream::sections::{EarlySections, goes_on};
+use crate::stream::MainReader;
+use crate::stream::sections::{EarlySections, Found, find_footer, goes_on};
 
 const WHAT: &str = "a device section before the end of RAM";
 
-/// Reads and keeps them. Whether a section is early shows only behind it: if RAM goes on, it was; if the stream ends, it belongs to
-/// the devices' part of a stream without an END of RAM.
+/// Reads and keeps them. Whether a section is early shows only behind it: if RAM goes on, it was;
+/// if the stream ends, it belongs to the devices' part of a stream without an END of RAM.
 #[derive(Debug, Default)]
 pub(super) struct EarlyDevices {
     kept: EarlySections,
@@ -19,34 +20,37 @@ pub(super) struct EarlyDevices {
 }
 
 impl EarlyDevices {
-    /// Reads one FULL section, its footer included. `ram`: the RAM section, if it has begun.
-    pub(super) fn read(&mut self, reader: &mut StreamReader, ram: Option<SectionId>) -> Result<Read> {
-        let id = match reader.next(Phase::Active, WHAT, Item::parse)? {
-            Item::SectionFull(head) => {
-                let id = head.id;
-                Item::SectionFull(head).encode(&mut self.open);
-                id
-            }
-            other => return Err(Error::misbehaved(Phase::Active, format!("{other:?}, expected {WHAT}"))),
-        };
-        if ram == Some(id) {
-            return Err(Error::misbehaved(Phase::Active, format!("a device with the number of ram ({id})")));
-        }
+    /// Reads one FULL section behind its `head`, its footer included. `ram`: the RAM section, if it
+    /// has begun.
+    pub(super) fn read(
+        &mut self,
+        reader: &mut MainReader,
+        head: SectionHead,
+        ram: Option<SectionId>,
+    ) -> Result<DeviceEnd> {
+        let id = head.id;
+        Item::SectionFull(head).encode(&mut self.open);
         self.seen.push(id);
         self.payload(reader, id, ram)
     }
 
-    /// Reads to the footer of section `id`. What looks like a footer, and is none, may hide the true one: so the end of the stream
-    /// is looked for, too.
-    fn payload(&mut self, reader: &mut StreamReader, id: SectionId, ram: Option<SectionId>) -> Result<Read> {
+    /// Reads to the footer of section `id`. What looks like a footer, and is none, may hide the
+    /// true one: so the end of the stream is looked for, too.
+    fn payload(
+        &mut self,
+        reader: &mut MainReader,
+        id: SectionId,
+        ram: Option<SectionId>,
+    ) -> Result<DeviceEnd> {
         let (mut tail, mut scanned) = (TailScanner::new(), 0);
         loop {
-            let found = self.find_footer(reader.buffered(), id, ram);
+            let follows = |next: &[u8]| goes_on(next, ram, |other| self.seen.contains(&other));
+            let found = find_footer(reader.buffered(), id, follows);
             if matches!(found, Found::Unsure(_)) {
                 let new = reader.buffered().get(scanned..).unwrap_or_default();
                 let end = tail.push(new).map_err(|invalid| Error::invalid(Phase::Active, invalid))?;
                 if end.is_some() {
-                    return Ok(Read::EndOfStream);
+                    return Ok(DeviceEnd::Stream);
                 }
                 scanned = reader.buffered().len();
             }
@@ -59,11 +63,11 @@ impl EarlyDevices {
                 return Err(Error::misbehaved(Phase::Active, detail));
             }
             if matches!(found, Found::Whole(_)) {
-                return Ok(Read::Section);
+                return Ok(DeviceEnd::Footer);
             }
             if !reader.fill(Phase::Active, WHAT)? {
                 if tail.ends_without_description() {
-                    return Ok(Read::EndOfStream);
+                    return Ok(DeviceEnd::Stream);
                 }
                 let detail = format!("the stream ended at byte {}, within {WHAT}", reader.position());
                 return Err(Error::new(ErrorKind::Transport, Phase::Active, detail));
@@ -81,37 +85,4 @@ impl EarlyDevices {
     pub(super) fn into_parts(self) -> (EarlySections, Vec<u8>) {
         (self.kept, self.open)
     }
-
-    /// Looks for the end of section `id` in the next bytes of its payload.
-    fn find_footer(&self, bytes: &[u8], id: SectionId, ram: Option<SectionId>) -> Found {
-        let footer = Footer(id).to_bytes();
-        let ends = bytes.windows(footer.len()).enumerate().filter(|(_, window)| *window == footer);
-        for (at, _) in ends {
-            let next = bytes.get(at + footer.len()..).unwrap_or_default();
-            match goes_on(next, ram, |other| self.seen.contains(&other)) {
-                Some(true) => return Found::Whole(at + footer.len()),
-                Some(false) => {}
-                None => return Found::Unsure(at),
-            }
-        }
-        Found::Unsure(bytes.len().saturating_sub(footer.len() - 1))
-    }
-}
-
-/// What a section turned out to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Read {
-    /// One section, read to its end.
-    Section,
-    /// The devices' part: the stream ends behind it, in bytes that were not taken.
-    EndOfStream,
-}
-
-/// How far a section was read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Found {
-    /// It ends after so many bytes, footer included.
-    Whole(usize),
-    /// So many bytes are its payload; more must come to say what the others are.
-    Unsure(usize),
 }

@@ -1,5 +1,5 @@
-//! Pages at fixed places of a file (`mapped-ram`): any number of threads read them straight to where they belong. Spec:
-//! docs/wire.md §17.
+//! Pages at fixed places of a file (`mapped-ram`): any number of threads read them straight to
+//! where they belong. Spec: docs/wire.md §17.
 
 use std::fs::File;
 use std::io;
@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use multifd_transports::Channel;
 use multifd_wire::{BlockEntry, MappedRamHeader};
 
-use super::landing::{Landing, Landings};
-use super::shared::Shared;
+use super::place::{BlockSink, BlockSinks};
+use super::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE;
 use crate::run::counters::{ChannelCounters, Counters};
@@ -34,7 +34,8 @@ const MOST_BY_DEFAULT: usize = 4;
 /// As many as there can be channels.
 const MOST: usize = 255;
 
-/// Words of a bitmap that a reader claims in one go: 4096 pages, 16 MiB of neighbouring guest memory.
+/// Words of a bitmap that a reader claims in one go: 4096 pages, 16 MiB of neighbouring guest
+/// memory.
 const CHUNK_WORDS: usize = 64;
 const CHUNK_PAGES: u64 = 64 * CHUNK_WORDS as u64;
 
@@ -62,13 +63,14 @@ impl PageReaders {
         Err(Error::incompatible(Phase::Setup, problem))
     }
 
-    /// Reads the pages of all `announced` blocks from the file behind `channel`. They have landed when this returns.
+    /// Reads the pages of all `announced` blocks from the file behind `channel`. They have landed
+    /// when this returns.
     pub(super) fn load(
         &self,
         channel: &Arc<Channel>,
         announced: &[BlockEntry],
-        landings: &Landings,
-        shared: &Shared,
+        sinks: &BlockSinks,
+        shared: &DestinationShared,
     ) -> Result<()> {
         let pages = file(channel)
             .and_then(|file| file.for_pages(self.direct))
@@ -78,7 +80,7 @@ impl PageReaders {
             channel,
             pages,
             session,
-            blocks: plan(announced, landings)?,
+            blocks: plan(announced, sinks)?,
             cursor: AtomicUsize::new(0),
         });
         let stop = &shared.session.stop;
@@ -108,21 +110,21 @@ struct Plan {
 }
 
 struct PlannedBlock {
-    landing: Arc<Landing>,
+    sink: Arc<BlockSink>,
     place: MappedRamHeader,
     pages: u64,
     /// Chunks of the blocks before this one.
     first_chunk: u64,
 }
 
-fn plan(announced: &[BlockEntry], landings: &Landings) -> Result<Vec<PlannedBlock>> {
+fn plan(announced: &[BlockEntry], sinks: &BlockSinks) -> Result<Vec<PlannedBlock>> {
     let mut first_chunk = 0;
     let mut blocks = Vec::with_capacity(announced.len());
     for entry in announced {
         let Some(place) = entry.mapped_ram else { continue };
-        let landing = Arc::clone(landings.find(entry.name.as_str())?);
-        let pages = landing.block().pages() as u64;
-        blocks.push(PlannedBlock { landing, place, pages, first_chunk });
+        let sink = Arc::clone(sinks.find(entry.name.as_str())?);
+        let pages = sink.block().pages() as u64;
+        blocks.push(PlannedBlock { sink, place, pages, first_chunk });
         first_chunk += pages.div_ceil(CHUNK_PAGES);
     }
     Ok(blocks)
@@ -160,7 +162,7 @@ impl Plan {
                 self.read(block, page, count)?;
                 Counters::add(&counters.pages_normal, size(count));
             } else {
-                block.landing.clear(size(page)..size(page + count))?;
+                block.sink.clear(size(page)..size(page + count))?;
                 Counters::add(&counters.pages_zero, size(count));
             }
             page += count;
@@ -176,21 +178,16 @@ impl Plan {
         })?;
         let position = block.place.bitmap_offset + first / 8;
         file(&self.channel).and_then(|file| file.read_exact_at(bytes, position)).map_err(|error| {
-            let what = format!(
-                "reading the bitmap of RAM block {} at byte {position}",
-                block.landing.block().name()
-            );
+            let what =
+                format!("reading the bitmap of RAM block {} at byte {position}", block.sink.block().name());
             failed(what, error)
         })?;
         self.channel.note_direct_received(bytes.len() as u64);
         let bits = StoredBits::decode(first, bytes);
         let (stray, clear) = bits.run(last);
         if stray || last + clear < bits.end() {
-            let detail = format!(
-                "a page past the {} pages of RAM block {}",
-                block.pages,
-                block.landing.block().name()
-            );
+            let detail =
+                format!("a page past the {} pages of RAM block {}", block.pages, block.sink.block().name());
             return Err(Error::new(ErrorKind::InvalidStream, Phase::Active, detail));
         }
         Ok(bits)
@@ -198,24 +195,23 @@ impl Plan {
 
     fn read(&self, block: &PlannedBlock, page: u64, count: u64) -> Result<()> {
         let (first, count, start) = (size(page), size(count), page * PAGE as u64);
-        let (memory, position) = (block.landing.block().memory(), block.place.pages_offset + start);
-        let what = || {
-            format!("reading {count} pages of RAM block {} at byte {position}", block.landing.block().name())
-        };
-        if block.landing.is_read_only() {
+        let (memory, position) = (block.sink.block().memory(), block.place.pages_offset + start);
+        let what =
+            || format!("reading {count} pages of RAM block {} at byte {position}", block.sink.block().name());
+        if block.sink.is_read_only() {
             let mut content = vec![0; count * PAGE];
             file(&self.channel)
                 .and_then(|file| file.read_exact_at(&mut content, position))
                 .map_err(|error| failed(what(), error))?;
-            block.landing.write(first, &content, None)?;
+            block.sink.write(first, &content, &block.sink.best_place())?;
         } else {
             memory.fill_from(first * PAGE..(first + count) * PAGE, &self.pages, position).map_err(
                 |error| match error.raw_os_error() {
-                    Some(libc::EFAULT) => block.landing.fault("writing", first..first + count, error),
+                    Some(libc::EFAULT) => block.sink.fault("writing", first..first + count, error),
                     _ => failed(what(), error),
                 },
             )?;
-            block.landing.note_written(first, count);
+            block.sink.note_written(first, count);
         }
         self.channel.note_direct_received((count * PAGE) as u64);
         Ok(())

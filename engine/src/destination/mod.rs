@@ -1,25 +1,28 @@
 //! The receiving end: any QEMU or multifd source moves its guest in here.
 //!
 //! ```text
-//!  lobby ──── accepts connections in any order, tells main from channels
-//!    ├─ main_channel ── header, commands, ram_section, tail      on the caller's thread
-//!    └─ channel ×N ──── packets into guest memory                one thread each, `mig-recv`
-//!         gate ──────── where SYNC on channels meets FLUSH on main
-//!    └─ mapped ×N ─── pages at fixed places of a file            one thread each, `mig-recv-N`
-//!         landing ───── the blocks, and how a page is written or cleared
+//!  channels/
+//!    accept ──────── accepts connections in any order, tells main from channels
+//!    worker ×N ───── packets into guest memory                    one thread each, `mig-recv`
+//!    sync ────────── where SYNC on channels meets FLUSH on main
+//!  driver ────────── reads main, on the caller's thread, and does what the machine decides
+//!    machine ─────── what each thing on main means: no I/O, no thread, no clock
+//!    ram_reader ──── pages on main
+//!    early, tail ─── device sections before the end of RAM, and behind it
+//!  mapped ×N ─────── pages at fixed places of a file              one thread each, `mig-recv-N`
+//!  place/ ────────── the blocks, and how a page is written or cleared
 //! ```
 
 mod arrival;
 mod arrived;
 mod builder;
-mod channel;
+mod channels;
+mod driver;
 mod early;
-mod gate;
-mod landing;
-mod lobby;
-mod main_channel;
+mod machine;
 mod mapped;
-mod ram_section;
+mod place;
+mod ram_reader;
 mod refusals;
 mod return_path;
 mod shared;
@@ -34,7 +37,7 @@ use multifd_transports::{Channel, Endpoint, Listener, ThreadHook};
 
 pub use arrived::Arrived;
 pub use builder::DestinationBuilder;
-pub use landing::IncomingRam;
+pub use place::IncomingRam;
 pub use shared::DevicePacket;
 pub use switchover::SwitchoverAck;
 
@@ -43,12 +46,12 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::session::{Canceller, ProgressReader, Session};
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
-use crate::stream::StreamReader;
-use lobby::{Lobby, Main};
-use main_channel::MainChannel;
+use crate::stream::MainReader;
+use channels::accept::{Accepting, Main};
+use driver::{Driver, ReceivedMain};
 use mapped::PageReaders;
 use return_path::ReturnPath;
-use shared::Shared;
+use shared::DestinationShared;
 
 /// Listens for one migration.
 pub struct Destination {
@@ -77,29 +80,32 @@ impl Destination {
         ProgressReader::new(&self.session)
     }
 
-    /// Waits for the source and receives the whole guest. All of RAM has landed when this returns; the source waits for
-    /// [`Arrived::accept`].
+    /// Waits for the source and receives the whole guest. All of RAM has landed when this returns;
+    /// the source waits for [`Arrived::accept`].
     ///
     /// # Errors
-    /// Anything that keeps the guest from arriving whole. The source has been told then, if it listens.
+    /// Anything that keeps the guest from arriving whole. The source has been told then, if it
+    /// listens.
     pub fn receive(mut self) -> Result<Arrived> {
         self.session.enter(MigrationState::Setup)?;
         let crew = Arc::new(Crew::new(self.session.stop.clone()).with_hook(self.hook.clone()));
-        let shared = Shared::new(&self.session, self.codecs.clone(), self.config.channels, &self.listener);
-        let lobby = Lobby::new(&shared, &crew);
-        let main = lobby.main();
+        let shared =
+            DestinationShared::new(&self.session, self.codecs.clone(), self.config.channels, &self.listener);
+        let accepting = Accepting::new(&shared, &crew);
+        let main = accepting.main();
         let listener = Arc::clone(&self.listener);
         self.session.stop.on_trip(move || shared::stop_accepting(&listener));
         let listener = Arc::clone(&self.listener);
-        crew.spawn("mig-accept", Phase::Accept, move || lobby.run(&listener))?;
+        crew.spawn("mig-accept", Phase::Accept, move || accepting.run(&listener))?;
 
         let result = self.wait_for_main(&main, &shared).and_then(|main| self.run_main(main, &shared, &crew));
-        // Nothing that comes now can be of use: no channel may join, and no page be stored, once this has returned.
+        // Nothing that comes now can be of use: no channel may join, and no page be stored, once
+        // this has returned.
         shared.stop_accepting();
         let over = main.wait(&self.session.stop, None, |main| main.over.then_some(()));
         match result {
             Ok((stream, return_path)) if over.is_some() => {
-                shared.gate.finish();
+                shared.channels.finish();
                 Ok(Arrived::new(stream, return_path, shared, crew))
             }
             ended => {
@@ -112,12 +118,16 @@ impl Destination {
         }
     }
 
-    fn wait_for_main(&self, main: &crate::run::stop::Monitor<Main>, shared: &Shared) -> Result<Channel> {
-        let patience = self.session.timeout;
-        main.wait(&self.session.stop, Some(patience), |main| main.channel.take()).ok_or_else(|| {
-            let detail = format!("no main channel on {} within {patience:?}", self.listener.endpoint());
+    fn wait_for_main(
+        &self,
+        main: &crate::run::stop::Monitor<Main>,
+        shared: &DestinationShared,
+    ) -> Result<Channel> {
+        let timeout = self.session.timeout;
+        main.wait(&self.session.stop, Some(timeout), |main| main.channel.take()).ok_or_else(|| {
+            let detail = format!("no main channel on {} within {timeout:?}", self.listener.endpoint());
             let error = Error::new(ErrorKind::Deadline, Phase::Accept, detail);
-            match shared.gate.unidentified() {
+            match shared.channels.unidentified() {
                 0 => error,
                 silent => {
                     error.noting(format_args!("connections that have not said what they are: {silent}"))
@@ -129,28 +139,23 @@ impl Destination {
     fn run_main(
         &mut self,
         channel: Channel,
-        shared: &Arc<Shared>,
+        shared: &Arc<DestinationShared>,
         crew: &Arc<Crew>,
-    ) -> Result<(main_channel::MainStream, ReturnPath)> {
+    ) -> Result<(ReceivedMain, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
         self.session.counters.main.count_bytes_of(&channel);
         self.session.enter(MigrationState::Active)?;
         self.session.begin();
         let return_path = ReturnPath::new(Arc::clone(&channel));
-        let (goodbye, closer) = (return_path.clone(), channel.closer());
+        let (last_message, closer) = (return_path.clone(), channel.closer());
         self.session.stop.on_trip(move || {
-            goodbye.abort();
+            last_message.abort();
             closer.close();
         });
         let (ack, direct) = (self.config.switchover_ack, self.config.direct_io);
         let readers = PageReaders { crew: Arc::clone(crew), count: self.config.channels, direct };
-        let main = MainChannel::new(
-            StreamReader::new(channel, &self.session),
-            shared,
-            return_path.clone(),
-            ack,
-            readers,
-        );
-        Ok((main.run(&mut *self.ram)?, return_path))
+        let reader = MainReader::of_main(channel, &self.session);
+        let driver = Driver::new(reader, shared, return_path.clone(), ack, readers, &mut *self.ram);
+        Ok((driver.run()?, return_path))
     }
 }

@@ -1,4 +1,5 @@
-//! Connections that were refused: each has a warning, and the last of them explains why nothing came.
+//! Connections that were refused: each has a warning, and the last of them explains why nothing
+//! came.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,7 +25,8 @@ struct State {
 const WARNINGS: usize = 5;
 
 impl Refusals {
-    /// The connection is closed, and the migration goes on without it. `error` says whose it was and why.
+    /// The connection is closed, and the migration goes on without it. `error` says whose it was
+    /// and why.
     pub(crate) fn note(&self, error: &Error) {
         let said = error.chain();
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -47,7 +49,8 @@ impl Refusals {
         state.remedy = error.remedy();
     }
 
-    /// An error of a peer that did not come or went away, with the last refusal: it may have been the one that was missed.
+    /// An error of a peer that did not come or went away, with the last refusal: it may have been
+    /// the one that was missed.
     pub(crate) fn explain(&self, error: Error) -> Error {
         let state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match (&state.last, error.kind()) {

@@ -15,7 +15,7 @@ const SHUT_SUCCESS: u32 = 0;
 const SHUT_FAILED: u32 = 1;
 
 /// How long a SHUT of 8 bytes may wait for room in the socket, when everybody waits for the end.
-const GOODBYE: Duration = Duration::from_millis(100);
+const LAST_MESSAGE: Duration = Duration::from_millis(100);
 
 /// Speaks on the reverse direction of the main channel, once the source has opened it.
 #[derive(Clone)]
@@ -69,13 +69,13 @@ impl ReturnPath {
 
     pub(crate) fn send(&self, phase: Phase, message: &ReturnMessage) -> Result<()> {
         let state = lock(&self.state);
-        // What was recorded asks, but nobody waits for an answer.
-        if *state == State::OneWay {
-            return Ok(());
-        }
-        if *state != State::Open {
-            return Err(Error::misbehaved(phase, format!("{message:?} asked for before OPEN_RETURN_PATH"))
-                .on(self.name()));
+        match *state {
+            State::Open => {}
+            // The migration was stopped meanwhile.
+            State::Shut => return Err(Error::stopped(phase)),
+            State::Closed | State::OneWay => {
+                return Err(Error::bug(phase, format_args!("{message:?} to a source that does not listen")));
+            }
         }
         self.write(message)
             .map_err(|error| Error::io(phase, format_args!("sending {message:?}"), error).on(self.name()))
@@ -88,8 +88,9 @@ impl ReturnPath {
         })
     }
 
-    /// Lets a command behind the channel, which had to pass on our answer first, end by itself. One that runs on for longer
-    /// than `limit` has done all that it was needed for; one that fails may not have passed the answer on.
+    /// Lets a command behind the channel, which had to pass on our answer first, end by itself. One
+    /// that runs on for longer than `limit` has done all that it was needed for; one that fails may
+    /// not have passed the answer on.
     pub(crate) fn settle(&self, limit: Duration) -> Result<()> {
         if self.channel.is_connection() {
             return Ok(());
@@ -135,13 +136,15 @@ impl ReturnPath {
         })
     }
 
-    /// Tells the source that its guest did not arrive, if it still listens; never waits for it. Errors have nobody left to
-    /// tell.
+    /// Tells the source that its guest did not arrive, if it still listens; never waits for it.
+    /// Errors have nobody left to tell.
     pub(crate) fn abort(&self) {
         // Somebody is sending, and the source does not take it: it would not take SHUT either.
         let Ok(mut state) = self.state.try_lock() else { return };
-        let told =
-            self.channel.set_silence_limit(Some(GOODBYE)).and_then(|()| self.finish(&mut state, SHUT_FAILED));
+        let told = self
+            .channel
+            .set_silence_limit(Some(LAST_MESSAGE))
+            .and_then(|()| self.finish(&mut state, SHUT_FAILED));
         if let Err(error) = told {
             tracing::debug!(%error, "the source could not be told of the failure");
         }

@@ -7,8 +7,8 @@ use multifd_codecs::{Codec, Codecs};
 use multifd_transports::Listener;
 use multifd_wire::{DeviceStatePacket, PacketFlags};
 
-use super::gate::Gate;
-use super::landing::Landings;
+use super::channels::sync::ChannelSync;
+use super::place::BlockSinks;
 use super::refusals::Refusals;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::session::Session;
@@ -24,9 +24,9 @@ pub struct DevicePacket {
     pub data: Vec<u8>,
 }
 
-pub(crate) struct Shared {
+pub(crate) struct DestinationShared {
     pub(crate) session: Arc<Session>,
-    pub(crate) gate: Gate,
+    pub(crate) channels: ChannelSync,
     pub(crate) refusals: Refusals,
     pub(crate) codecs: Codecs,
     listener: Arc<Listener>,
@@ -38,7 +38,7 @@ pub(crate) struct Shared {
 /// What is learnt while the stream comes in.
 #[derive(Default)]
 struct Facts {
-    landings: Option<Arc<Landings>>,
+    sinks: Option<Arc<BlockSinks>>,
     codec: Option<Arc<dyn Codec>>,
     uuid: Option<[u8; 16]>,
     device_packets: Vec<DevicePacket>,
@@ -48,7 +48,7 @@ struct Facts {
 /// Device state over parallel channels is kept in memory: at most 1 GiB of it.
 const MAX_DEVICE_BYTES: usize = 1 << 30;
 
-impl Shared {
+impl DestinationShared {
     pub(crate) fn new(
         session: &Arc<Session>,
         codecs: Codecs,
@@ -57,7 +57,7 @@ impl Shared {
     ) -> Arc<Self> {
         Arc::new(Self {
             session: Arc::clone(session),
-            gate: Gate::new(&session.stop, expected_channels),
+            channels: ChannelSync::new(&session.stop, expected_channels),
             refusals: Refusals::default(),
             codecs,
             listener: Arc::clone(listener),
@@ -70,11 +70,11 @@ impl Shared {
         &self.session.stop
     }
 
-    /// Main has reached a sync point: waits for the channels. A source has made all of its connections before the first, which
-    /// are accepted now at the latest, and none is after that.
+    /// Main has reached a sync point: waits for the channels. A source has made all of its
+    /// connections before the first, which are accepted now at the latest, and none is after that.
     ///
     /// # Errors
-    /// As [`Gate::flush`].
+    /// As [`ChannelSync::flush`].
     pub(crate) fn sync_point(&self) -> Result<()> {
         let limit = self.session.timeout;
         self.listener.close();
@@ -82,8 +82,8 @@ impl Shared {
             let detail = format!("the last connections were not accepted within {limit:?}");
             return Err(Error::new(ErrorKind::Deadline, Phase::Accept, detail));
         }
-        self.gate.flush(limit)?;
-        if self.gate.is_full() && !self.gate.is_early() {
+        self.channels.flush(limit)?;
+        if self.channels.is_full() && !self.channels.is_early() {
             self.stop_accepting();
         }
         Ok(())
@@ -105,18 +105,18 @@ impl Shared {
     }
 
     /// Main has read the list of blocks: pages can land.
-    pub(crate) fn publish(&self, landings: Arc<Landings>) {
-        self.facts.modify_and_notify(|facts| facts.landings = Some(landings));
+    pub(crate) fn publish(&self, sinks: Arc<BlockSinks>) {
+        self.facts.modify_and_notify(|facts| facts.sinks = Some(sinks));
     }
 
     /// Waits for the list of blocks, which a channel's first page may overtake.
-    pub(crate) fn landings(&self) -> Result<Arc<Landings>> {
-        let patience = self.session.timeout;
-        self.facts.wait(self.stop(), Some(patience), |facts| facts.landings.clone()).ok_or_else(|| {
+    pub(crate) fn sinks(&self) -> Result<Arc<BlockSinks>> {
+        let timeout = self.session.timeout;
+        self.facts.wait(self.stop(), Some(timeout), |facts| facts.sinks.clone()).ok_or_else(|| {
             Error::new(
                 ErrorKind::Deadline,
                 Phase::Setup,
-                format!("pages, but no list of RAM blocks in {patience:?}"),
+                format!("pages, but no list of RAM blocks in {timeout:?}"),
             )
         })
     }
@@ -166,7 +166,8 @@ impl Shared {
         self.facts.read(|facts| facts.uuid)
     }
 
-    /// A packet of device state is about to come, on any channel: asked before there is memory for it.
+    /// A packet of device state is about to come, on any channel: asked before there is memory for
+    /// it.
     pub(crate) fn expect_device_packet(&self, device: &DeviceStatePacket) -> Result<()> {
         self.facts.modify_silently(|facts| {
             // Small packets cost more than what is in them.
@@ -191,7 +192,8 @@ impl Shared {
     }
 }
 
-/// New connections are refused by the system, those that have not said yet what they are are closed.
+/// New connections are refused by the system, those that have not said yet what they are are
+/// closed.
 pub(crate) fn stop_accepting(listener: &Listener) {
     listener.close();
     listener.stopper().stop();

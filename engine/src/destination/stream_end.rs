@@ -1,21 +1,23 @@
-//! The end of what comes in over a pipe, a command or a file. A checksum in a trailer, or the exit status of a command,
-//! says only there that the bytes before it were not what they should be.
+//! The end of what comes in over a pipe, a command or a file. A checksum in a trailer, or the exit
+//! status of a command, says only there that the bytes before it were not what they should be.
 
 use std::time::Duration;
 
 use super::return_path::ReturnPath;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::stream::StreamReader;
+use crate::stream::MainReader;
 
-/// How long a pipe may stay open behind the stream. Its writer has no exit status that could be waited for, and a copy of its
-/// end in any other process keeps it open.
+/// How long a pipe may stay open behind the stream. Its writer has no exit status that could be
+/// waited for, and a copy of its end in any other process keeps it open.
 const HELD_OPEN: Duration = Duration::from_secs(5);
 
-/// Waits until nothing can follow the stream, and the command that it came from has ended well; for at most `timeout` each.
+/// Waits until nothing can follow the stream, and the command that it came from has ended well; for
+/// at most `timeout` each.
 ///
-/// Peers on a socket keep it open until they were answered, and so does a command whose source waits for an answer: of
-/// these there is nothing to wait for yet ([`ReturnPath::settle`] does it later).
-pub(crate) fn wait(reader: &mut StreamReader, return_path: &ReturnPath, timeout: Duration) -> Result<()> {
+/// Peers on a socket keep it open until they were answered, and so does a command whose source
+/// waits for an answer: of these there is nothing to wait for yet ([`ReturnPath::settle`] does it
+/// later).
+pub(crate) fn wait(reader: &mut MainReader, return_path: &ReturnPath, timeout: Duration) -> Result<()> {
     let channel = reader.channel().clone();
     if channel.is_connection() {
         return Ok(());
@@ -38,7 +40,7 @@ pub(crate) fn wait(reader: &mut StreamReader, return_path: &ReturnPath, timeout:
 }
 
 /// False at the end of what comes in.
-fn goes_on(reader: &mut StreamReader, timeout: Duration) -> Result<bool> {
+fn goes_on(reader: &mut MainReader, timeout: Duration) -> Result<bool> {
     let channel = reader.channel().clone();
     let is_command = channel.is_two_way();
     let limit = if is_command { timeout } else { timeout.min(HELD_OPEN) };
@@ -58,6 +60,6 @@ fn goes_on(reader: &mut StreamReader, timeout: Duration) -> Result<bool> {
     }
 }
 
-fn failed(reader: &StreamReader, error: std::io::Error) -> Error {
+fn failed(reader: &MainReader, error: std::io::Error) -> Error {
     Error::io(Phase::Device, "at the end of the stream", error).on(reader.name())
 }

@@ -5,18 +5,20 @@ use std::time::{Duration, Instant};
 use multifd_wire::Configuration;
 use serde::Serialize;
 
-/// Whether a source's switch-over is acknowledged. A source with the capability switchover-ack waits for that and does not say so
-/// on the wire; a source before QEMU 8.1 refuses the message, and one from 11.1 on refuses it when it does not wait.
+/// Whether a source's switch-over is acknowledged. A source with the capability switchover-ack
+/// waits for that and does not say so on the wire; a source before QEMU 8.1 refuses the message,
+/// and one from 11.1 on refuses it when it does not wait.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum SwitchoverAck {
-    /// Acknowledge at once to machine types 8.1 to 11.0, which take it whether they wait or not. To all others, once, when the
-    /// source has nothing left to send and does not switch over for a second: then it can only be waiting for this.
+    /// Acknowledge at once to machine types 8.1 to 11.0, which take it whether they wait or not. To
+    /// all others, once, when the source has nothing left to send and does not switch over for a
+    /// second: then it can only be waiting for this.
     #[default]
     Auto,
-    /// Acknowledge always, at once: a QEMU from 8.1 to 11.0 with switchover-ack on, whose machine type does not tell its version
-    /// and whose guest never stops writing.
+    /// Acknowledge always, at once: a QEMU from 8.1 to 11.0 with switchover-ack on, whose machine
+    /// type does not tell its version and whose guest never stops writing.
     Always,
     /// Never acknowledge.
     Never,
@@ -25,8 +27,9 @@ pub enum SwitchoverAck {
 /// How long a source must have had nothing to send until it is taken to wait.
 const IDLE: Duration = Duration::from_secs(1);
 
-/// How many PARTs without a page it must have sent meanwhile. A source that is held back by a bandwidth limit sends some, too,
-/// but not two in a row: in each 100 ms it may send at least one page.
+/// How many PARTs without a page it must have sent meanwhile. A source that is held back by a
+/// bandwidth limit sends some, too, but not two in a row: in each 100 ms it may send at least one
+/// page.
 const IDLE_PARTS: u32 = 20;
 
 /// The one acknowledgement of a migration.
@@ -65,8 +68,8 @@ impl Acknowledgement {
         due
     }
 
-    /// True if the source waits for the acknowledgement: to be asked after each PART behind which all pages sent before it are
-    /// known to have come, with the number of pages that have.
+    /// True if the source waits for the acknowledgement: to be asked after each PART behind which
+    /// all pages sent before it are known to have come, with the number of pages that have.
     pub(super) fn due_after_part(&mut self, pages: u64, now: Instant) -> bool {
         if self.sent || self.rule != SwitchoverAck::Auto {
             return false;

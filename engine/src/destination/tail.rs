@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use multifd_wire::{TailEnd, TailScanner, VmDescription};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::stream::StreamReader;
+use crate::stream::MainReader;
 
-/// A source that sends no vmdescription and waits for our SHUT shows its end only by falling silent. It flushes everything
-/// at once, so this much silence after a footer and EOF is taken for the end.
+/// A source that sends no vmdescription and waits for our SHUT shows its end only by falling
+/// silent. It flushes everything at once, so this much silence after a footer and EOF is taken for
+/// the end.
 const QUIET: Duration = Duration::from_secs(1);
 
 /// FULL sections, EOF, and the vmdescription if there is one.
@@ -35,10 +36,10 @@ impl Tail {
     }
 }
 
-/// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3). `begun`: its first sections, if they were
-/// read already.
-pub(crate) fn read(reader: &mut StreamReader, begun: &[u8], patience: Duration) -> Result<Tail> {
-    let quiet = QUIET.min(patience);
+/// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3). `begun`: its
+/// first sections, if they were read already.
+pub(crate) fn read(reader: &mut MainReader, begun: &[u8], timeout: Duration) -> Result<Tail> {
+    let quiet = QUIET.min(timeout);
     let channel = reader.channel().clone();
     let limit = |duration| {
         channel
@@ -46,12 +47,12 @@ pub(crate) fn read(reader: &mut StreamReader, begun: &[u8], patience: Duration) 
             .map_err(|error| Error::io(Phase::Device, "setting up the socket", error))
     };
     limit(quiet)?;
-    let result = scan(reader, begun, patience);
-    limit(patience)?;
+    let result = scan(reader, begun, timeout);
+    limit(timeout)?;
     result.map_err(|error| error.on(reader.name()))
 }
 
-fn scan(reader: &mut StreamReader, begun: &[u8], patience: Duration) -> Result<Tail> {
+fn scan(reader: &mut MainReader, begun: &[u8], timeout: Duration) -> Result<Tail> {
     let refused = |invalid| Error::invalid(Phase::Device, invalid);
     let mut scanner = TailScanner::new();
     let mut end = scanner.push(begun).map_err(refused)?;
@@ -89,7 +90,7 @@ fn scan(reader: &mut StreamReader, begun: &[u8], patience: Duration) -> Result<T
             Err(error) if error.kind() == ErrorKind::Deadline && scanner.ends_without_description() => {
                 return Ok(undescribed(scanner));
             }
-            Err(error) if error.kind() == ErrorKind::Deadline && last_byte.elapsed() < patience => {}
+            Err(error) if error.kind() == ErrorKind::Deadline && last_byte.elapsed() < timeout => {}
             Err(error) => return Err(error),
         }
     }

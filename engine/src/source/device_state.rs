@@ -1,11 +1,8 @@
 //! The devices' part of a stream, ready to be sent.
 
-use multifd_wire::{Footer, Invalid, Item, SectionHead, SectionId, TailScanner};
+use multifd_wire::{Footer, Invalid, Item, ItemType, SectionHead, SectionId, TailScanner};
 
 use crate::guest::PAGE;
-
-/// Type byte of the vmdescription. Spec: docs/wire.md §1.
-const VM_DESCRIPTION: u8 = 0x06;
 
 /// Device sections, the end of the stream, and the vmdescription if there is one, as a source wrote them.
 #[derive(Clone, Debug)]
@@ -44,7 +41,7 @@ impl DeviceState {
         let mut end = Vec::new();
         let json = format!(r#"{{"page_size": {PAGE}, "devices": [{description}]}}"#);
         Item::Eof.encode(&mut end);
-        end.push(VM_DESCRIPTION);
+        end.push(ItemType::VmDescription.byte());
         end.extend_from_slice(&u32::try_from(json.len()).unwrap_or(u32::MAX).to_be_bytes());
         end.extend_from_slice(json.as_bytes());
         Self { sections, end }

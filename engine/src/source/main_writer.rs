@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use multifd_transports::Channel;
-use multifd_wire::{Command, Configuration, Footer, Item, RamRecord, SectionHead, SectionId, StreamHeader};
+use multifd_wire::{
+    Command, Configuration, Footer, Item, RAM_SECTION, RAM_SECTION_VERSION, RamRecord, SectionHead,
+    SectionId, StreamHeader,
+};
 
 use super::outgoing::OutgoingRam;
 use super::rounds::{BlockNaming, ZeroReport};
@@ -12,7 +15,6 @@ use crate::guest::PAGE_SIZE;
 
 /// The RAM section's number in our streams. Any would do; QEMU's x86 machines use this one.
 const RAM_ID: SectionId = SectionId(1);
-const RAM_VERSION: u32 = 4;
 
 /// Bytes gathered before they are sent, when nothing else calls for it: QEMU's own buffer.
 const FLUSH_AT: usize = 32 << 10;
@@ -70,8 +72,8 @@ impl MainWriter {
 
     /// Begins the RAM section as far as the entries of the list.
     pub(super) fn ram_head(&mut self, ram: &OutgoingRam) {
-        let head =
-            SectionHead { id: RAM_ID, idstr: "ram".to_owned(), instance_id: 0, version_id: RAM_VERSION };
+        let (idstr, version_id) = (RAM_SECTION.to_owned(), RAM_SECTION_VERSION);
+        let head = SectionHead { id: RAM_ID, idstr, instance_id: 0, version_id };
         Item::SectionStart(head).encode(&mut self.buffer);
         self.record(&RamRecord::MemSize { total: ram.total_bytes() });
     }

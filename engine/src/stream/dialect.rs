@@ -1,7 +1,8 @@
-//! What two multifd ends say to each other that QEMU does not. Spec: docs/wire.md, "multifd dialect".
+//! What two multifd ends say to each other that QEMU does not. Spec: docs/wire.md, "multifd
+//! dialect".
 //!
-//! The source asks by PING(HELLO_PING), a multifd destination answers HELLO with its features before the PONG. A packet of the
-//! dialect is sent only after that.
+//! The source asks by PING(HELLO_PING), a multifd destination answers HELLO with its features
+//! before the PONG. A packet of the dialect is sent only after that.
 
 use multifd_codecs::{Codec, CodecId};
 
@@ -14,8 +15,9 @@ pub(crate) const VERSION: u16 = 1;
 /// Feature: packets whose pages are differences to what the destination holds.
 pub(crate) const FEATURE_DELTAS: u64 = 1 << 0;
 
-/// Appends one page's difference to the payload of a packet with [`CodecId::DIALECT_DELTA`](multifd_wire::CodecId): for each page
-/// be16 length (1..=4096) and so many bytes in xbzrle's run coding.
+/// Appends one page's difference to the payload of a packet with
+/// [`CodecId::DIALECT_DELTA`](multifd_wire::CodecId): for each page be16 length (1..=4096) and so
+/// many bytes in xbzrle's run coding.
 pub(crate) fn put_delta(payload: &mut Vec<u8>, delta: &[u8]) -> Result<()> {
     payload.extend_from_slice(&delta_len(delta)?.to_be_bytes());
     payload.extend_from_slice(delta);

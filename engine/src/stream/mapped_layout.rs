@@ -27,10 +27,11 @@ pub(crate) fn place(position: u64, used_len: u64, page: PageSize) -> MappedRamHe
     }
 }
 
-/// Where the stream goes on after the entry of a block, which ends at `position`: behind its pages. `None`: right there, the
-/// block is not stored.
+/// Where the stream goes on after the entry of a block, which ends at `position`: behind its pages.
+/// `None`: right there, the block is not stored.
 ///
-/// Entries that lie behind each other keep everything apart: a bitmap begins where its entry ends or later.
+/// Entries that lie behind each other keep everything apart: a bitmap begins where its entry ends
+/// or later.
 ///
 /// # Errors
 /// A bitmap before that.
@@ -72,7 +73,8 @@ impl StoredBits {
         word.is_some_and(|word| word >> (bit % PAGES_PER_WORD) & 1 == 1)
     }
 
-    /// Whether the page is stored, and for how many pages from this one on that is so: 0 for a page outside.
+    /// Whether the page is stored, and for how many pages from this one on that is so: 0 for a page
+    /// outside.
     pub(crate) fn run(&self, page: u64) -> (bool, u64) {
         let bit = page.saturating_sub(self.first);
         let mut words = self.words.iter().skip(usize::try_from(bit / PAGES_PER_WORD).unwrap_or(usize::MAX));

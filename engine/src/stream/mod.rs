@@ -1,8 +1,11 @@
 //! The main channel's stream, as source, destination and recordings share it.
 
+pub(crate) mod block_list;
 pub(crate) mod dialect;
+mod main_source;
 pub(crate) mod mapped_layout;
-pub(crate) mod reader;
+mod reader;
 pub(crate) mod sections;
 
-pub(crate) use reader::StreamReader;
+pub(crate) use main_source::MainReader;
+pub(crate) use reader::{ByteSource, ItemReader, SeekError};

@@ -1,9 +1,11 @@
-//! Sections whose length only their owner knows, and what can follow them. Spec: docs/wire.md §16.3, §16.4.
+//! Sections whose length only their owner knows, and what can follow them. Spec: docs/wire.md
+//! §16.3, §16.4.
 
-use multifd_wire::{Item, SectionId};
+use multifd_wire::{Footer, Item, ItemType, SectionId};
 
-/// Device sections that came before the end of RAM, type bytes and footers included: devices that must be there before the
-/// pages are (virtio-mem), or whose state may go ahead. They stay where the source had them.
+/// Device sections that came before the end of RAM, type bytes and footers included: devices that
+/// must be there before the pages are (virtio-mem), or whose state may go ahead. They stay where
+/// the source had them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EarlySections {
     /// Those before the RAM section.
@@ -44,13 +46,39 @@ pub(crate) fn goes_on(next: &[u8], ram: Option<SectionId>, seen: impl Fn(Section
     }
 }
 
-/// Type byte of the vmdescription. Spec: docs/wire.md §1.
-const VM_DESCRIPTION: u8 = 0x06;
-
 fn description_begins(bytes: &[u8]) -> Option<bool> {
+    const VM_DESCRIPTION: u8 = ItemType::VmDescription.byte();
     match bytes {
         [VM_DESCRIPTION, _, _, _, _, brace, ..] => Some(*brace == b'{'),
         [] | [VM_DESCRIPTION, ..] => None,
         _ => Some(false),
     }
+}
+
+/// How far a section without a length is known to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// It ends after so many bytes, footer included.
+    Whole(usize),
+    /// So many bytes are its payload; more must come to say what the others are.
+    Unsure(usize),
+}
+
+/// Looks for the end of section `id` in the next bytes of its payload: the first footer of it that
+/// can be one.
+///
+/// `follows`: can a stream go on like this behind it? `None`: there are too few bytes to say. See
+/// [`goes_on`].
+pub(crate) fn find_footer(bytes: &[u8], id: SectionId, follows: impl Fn(&[u8]) -> Option<bool>) -> Found {
+    let footer = Footer(id).to_bytes();
+    let ends = bytes.windows(footer.len()).enumerate().filter(|(_, window)| *window == footer);
+    for (at, _) in ends {
+        let next = bytes.get(at + footer.len()..).unwrap_or_default();
+        match follows(next) {
+            Some(true) => return Found::Whole(at + footer.len()),
+            Some(false) => {}
+            None => return Found::Unsure(at),
+        }
+    }
+    Found::Unsure(bytes.len().saturating_sub(footer.len() - 1))
 }

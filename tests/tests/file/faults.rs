@@ -185,7 +185,7 @@ fn places_that_cannot_be_are_refused() -> Outcome {
     sound.refused(&["multiple of 1 MiB"], put(header + 20, be64(ram.pages_offset + 4096)))?;
     sound.refused(&["mapped-ram offsets"], put(header + 20, be64(0_u64.wrapping_sub(1 << 20))))?;
     let far = len.next_multiple_of(1 << 20);
-    sound.refused(&["the file ends at byte", "pages of a RAM block"], put(header + 20, be64(far)))?;
+    sound.refused(&["the file ends at byte", "the pages of RAM block"], put(header + 20, be64(far)))?;
     // pc.bios has 16 pages.
     sound.refused(&["past the 16 pages of RAM block pc.bios"], put(bios.bitmap_offset + 2, vec![1]))?;
     sound.refused(&["past the 16 pages of RAM block pc.bios"], put(bios.bitmap_offset + 7, vec![0x80]))

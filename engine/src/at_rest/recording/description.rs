@@ -1,9 +1,9 @@
-//! The description of the device sections. It is the last thing in a stream, but tells how to read what comes before it:
-//! so it is looked for from the end of the file. Spec: docs/wire.md §16.2.
+//! The description of the device sections. It is the last thing in a stream, but tells how to read
+//! what comes before it: so it is looked for from the end of the file. Spec: docs/wire.md §16.2.
 
 use std::sync::Arc;
 
-use multifd_wire::{MAX_VMDESC, VmDescription};
+use multifd_wire::{ItemType, MAX_VMDESC, VmDescription};
 
 use super::file::StreamFile;
 use crate::error::{Phase, Result};
@@ -18,15 +18,16 @@ pub(super) struct Described {
 
 /// Type byte and length.
 const LEAD: usize = 5;
-pub(super) const VM_DESCRIPTION: u8 = 0x06;
+const VM_DESCRIPTION: u8 = ItemType::VmDescription.byte();
 
 /// Bytes read at a time when looking for the last zero byte.
 const STEP: usize = 64 << 10;
 
-/// The description that ends with the file; `None` if there is none. Then the stream may have one, with bytes behind it.
+/// The description that ends with the file; `None` if there is none. Then the stream may have one,
+/// with bytes behind it.
 ///
-/// JSON has no zero byte, but the EOF byte before the description is one, and most lengths have one: the last zero byte of the
-/// file is one of these.
+/// JSON has no zero byte, but the EOF byte before the description is one, and most lengths have
+/// one: the last zero byte of the file is one of these.
 pub(super) fn at_end(file: &StreamFile) -> Result<Option<Described>> {
     let Some(zero) = last_zero(file)? else { return Ok(None) };
     let after_eof = zero + 1;
@@ -57,7 +58,8 @@ pub(super) fn at(file: &StreamFile, start: u64) -> Result<Option<Described>> {
     })
 }
 
-/// Where the text ends, if `start` looks like the beginning of a description. The JSON of one begins with a brace.
+/// Where the text ends, if `start` looks like the beginning of a description. The JSON of one
+/// begins with a brace.
 fn text_end(file: &StreamFile, start: u64) -> Result<Option<u64>> {
     let mut lead = [0; LEAD + 1];
     let count = file.read_at(&mut lead, start)?;

@@ -44,7 +44,8 @@ impl Devices {
         describing(self.description.as_deref()?, &section.head)
     }
 
-    /// A device's payload with its layout, ready to be taken apart. `None` if the source did not describe it.
+    /// A device's payload with its layout, ready to be taken apart. `None` if the source did not
+    /// describe it.
     pub fn structure<'a>(&'a self, section: &'a RecordedSection) -> Option<Structure<'a>> {
         match &section.content {
             SectionContent::Device(payload) => {

@@ -5,13 +5,9 @@ use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
-use multifd_wire::Parsed;
-
 use super::invalid;
 use crate::error::{Error, ErrorKind, Phase, Result};
-
-/// Bytes asked of the kernel at a time: 256 KiB. Larger falls out of the L2 cache before it is looked at.
-const BUFFER_LEN: usize = 256 << 10;
+use crate::stream::{ByteSource, ItemReader, SeekError};
 
 /// A stream's file.
 #[derive(Debug)]
@@ -45,6 +41,11 @@ impl StreamFile {
         self.len
     }
 
+    /// A reader from `position` on.
+    pub(super) fn reader(&self, position: u64) -> FileReader<'_> {
+        ItemReader::new(self, position)
+    }
+
     /// Fills `into` from `position` on, as far as the file goes; the count of bytes.
     pub(super) fn read_at(&self, mut into: &mut [u8], position: u64) -> Result<usize> {
         let wanted = into.len();
@@ -64,117 +65,37 @@ impl StreamFile {
     }
 }
 
-/// A cursor over a file.
-pub(super) struct FileReader<'f> {
-    file: &'f StreamFile,
-    buffer: Box<[u8]>,
-    start: usize,
-    end: usize,
-    /// Where in the file `start` is.
-    position: u64,
-}
+/// Reads a stream's file forward, and goes on elsewhere where a mapped stream jumps.
+pub(super) type FileReader<'f> = ItemReader<&'f StreamFile>;
 
-impl<'f> FileReader<'f> {
-    pub(super) fn new(file: &'f StreamFile, position: u64) -> Self {
-        Self { file, buffer: vec![0; BUFFER_LEN].into(), start: 0, end: 0, position }
-    }
-
-    pub(super) fn file(&self) -> &'f StreamFile {
-        self.file
-    }
-
-    /// Where in the file the next byte is.
-    pub(super) fn position(&self) -> u64 {
-        self.position
-    }
-
-    /// Parses the next thing. `what` names it in errors.
-    pub(super) fn next<T>(
-        &mut self,
-        phase: Phase,
-        what: &'static str,
-        parse: impl Fn(&[u8]) -> Parsed<T>,
-    ) -> Result<T> {
+impl ByteSource for &StreamFile {
+    fn read(&mut self, position: u64, into: &mut [u8]) -> io::Result<usize> {
         loop {
-            match parse(self.buffered()) {
-                Ok(Some((value, used))) => {
-                    self.consume(used);
-                    return Ok(value);
-                }
-                Ok(None) => {
-                    let have = self.buffered().len();
-                    if self.peek(have + 1)?.len() == have {
-                        return Err(self.ends(phase, what));
-                    }
-                }
-                Err(error) => {
-                    let detail = format!("{what} at byte {} is invalid", self.position);
-                    return Err(invalid(phase, detail).because(error));
-                }
+            match self.file.read_at(into, position) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                outcome => return outcome,
             }
         }
     }
 
-    /// Takes the next `count` bytes, which may be no more than the buffer has.
-    pub(super) fn take(&mut self, phase: Phase, what: &'static str, count: usize) -> Result<&[u8]> {
-        if self.peek(count)?.len() < count {
-            return Err(self.ends(phase, what));
-        }
-        let start = self.start;
-        self.consume(count);
-        let taken = self.buffer.get(start..start + count);
-        taken.ok_or_else(|| {
-            Error::bug(phase, format_args!("{count} bytes for {what} past the end of the buffer"))
-        })
+    fn seek(&mut self, position: u64) -> Result<(), SeekError> {
+        // Every read names its position.
+        if position > self.len { Err(SeekError::EndsAt(self.len)) } else { Ok(()) }
     }
 
-    /// All that is buffered, which is at least `count` bytes unless the file ends before. Nothing is taken.
-    pub(super) fn peek(&mut self, count: usize) -> Result<&[u8]> {
-        if self.end - self.start < count {
-            self.buffer.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
-            let free = self.buffer.get_mut(self.end..).unwrap_or_default();
-            self.end += self.file.read_at(free, self.position + self.end as u64)?;
-        }
-        Ok(self.buffered())
+    fn name(&self) -> String {
+        self.name.clone()
     }
 
-    /// Passes over bytes that were peeked at.
-    pub(super) fn consume(&mut self, count: usize) {
-        debug_assert!(count <= self.end - self.start);
-        self.start += count;
-        self.position += count as u64;
+    fn failed(&self, _phase: Phase, what: &str, position: u64, error: io::Error) -> Error {
+        storage(format!("reading {what} at byte {position}"), error)
     }
 
-    /// Goes on at `position`, which must lie in the file: `what` is before it.
-    pub(super) fn seek(&mut self, position: u64, what: impl FnOnce() -> String) -> Result<()> {
-        if position > self.file.len {
-            let detail = format!(
-                "the file ends at byte {}, {} should reach to byte {position}",
-                self.file.len,
-                what()
-            );
-            return Err(invalid(Phase::Setup, detail));
-        }
-        let ahead = position.checked_sub(self.position).and_then(|ahead| usize::try_from(ahead).ok());
-        match ahead {
-            Some(ahead) if ahead <= self.end - self.start => self.consume(ahead),
-            _ => (self.start, self.end, self.position) = (0, 0, position),
-        }
-        Ok(())
-    }
-
-    fn buffered(&self) -> &[u8] {
-        self.buffer.get(self.start..self.end).unwrap_or_default()
-    }
-
-    /// The error for a file that ends too early.
-    pub(super) fn ends(&self, phase: Phase, what: &str) -> Error {
-        let end = self.position + self.buffered().len() as u64;
-        let detail = match self.buffered().len() {
-            0 => format!("the file ends at byte {end}, {what} was expected there"),
-            _ => format!("the file ends at byte {end}, within {what} that begins at byte {}", self.position),
+    fn ended(&self, phase: Phase, what: &str, begin: u64, end: u64) -> Error {
+        let detail = if begin == end {
+            format!("the file ends at byte {end}, {what} was expected there")
+        } else {
+            format!("the file ends at byte {end}, within {what} that begins at byte {begin}")
         };
         invalid(phase, detail)
     }

@@ -1,6 +1,6 @@
 //! The items of a stream: RAM's are left to the caller, all others are read here.
 
-use multifd_wire::{Command, Footer, Item, SectionHead, SectionId};
+use multifd_wire::{Command, Footer, Item, RAM_SECTION, SectionHead, SectionId};
 
 use super::description::{self, Described};
 use super::devices::{self, Devices, RecordedSection, SectionContent};
@@ -29,10 +29,9 @@ pub(super) enum Next {
     End,
 }
 
-const RAM: &str = "ram";
-
 impl<'f> Items<'f> {
-    /// Goes on where `reader` is. `ram` is the section that has begun, `sections` those that came before.
+    /// Goes on where `reader` is. `ram` is the section that has begun, `sections` those that came
+    /// before.
     pub(super) fn new(
         reader: FileReader<'f>,
         described: Option<Described>,
@@ -63,7 +62,7 @@ impl<'f> Items<'f> {
                 Item::Command(command) => check_command(&command, position)?,
                 Item::Eof => return self.end().map(|()| Next::End),
                 Item::SectionFull(head) => self.device(head)?,
-                Item::SectionStart(head) if head.idstr == RAM => match self.ram {
+                Item::SectionStart(head) if head.idstr == RAM_SECTION => match self.ram {
                     None => return Ok(Next::RamStart(head)),
                     Some(_) => {
                         return Err(invalid(
@@ -141,7 +140,7 @@ impl<'f> Items<'f> {
 
     /// After the EOF byte: the description, if there is one, and nothing more.
     fn end(&mut self) -> Result<()> {
-        let (file, position) = (self.reader.file(), self.reader.position());
+        let (file, position) = (*self.reader.source(), self.reader.position());
         if self.described.as_ref().is_none_or(|described| described.start != position) {
             self.described = description::at(file, position)?;
         }

@@ -1,4 +1,5 @@
-//! The pages of a `mapped-ram` file: a bitmap a block says which are stored, and each has its place. Spec: docs/wire.md §17.
+//! The pages of a `mapped-ram` file: a bitmap a block says which are stored, and each has its
+//! place. Spec: docs/wire.md §17.
 
 use multifd_wire::BlockEntry;
 
@@ -23,7 +24,7 @@ pub(super) struct MappedPages<'r> {
 
 impl<'r> MappedPages<'r> {
     pub(super) fn new(recording: &'r Recording) -> Self {
-        let reader = FileReader::new(&recording.file, 0);
+        let reader = recording.file.reader(0);
         Self { recording, reader, block: 0, page: 0, bits: StoredBits::default() }
     }
 

@@ -10,8 +10,9 @@
 //!  Checkpoint::pages    StoredPages: data and holes, block by block                                    (stored.rs)
 //! ```
 //!
-//! A file is read forward through one buffer: memory does not grow with it. What is kept are the device sections, up to
-//! [`MAX_TAIL`](multifd_wire::MAX_TAIL), and their description, up to [`MAX_VMDESC`](multifd_wire::MAX_VMDESC).
+//! A file is read forward through one buffer: memory does not grow with it. What is kept are the
+//! device sections, up to [`MAX_TAIL`](multifd_wire::MAX_TAIL), and their description, up to
+//! [`MAX_VMDESC`](multifd_wire::MAX_VMDESC).
 
 mod description;
 mod devices;
@@ -27,12 +28,13 @@ mod tests;
 use std::path::Path;
 
 use multifd_wire::{
-    BlockEntry, BlockListBuilder, BlockListFormat, Configuration, MULTIFD_MAGIC, PageSize, RamRecord,
-    STREAM_MAGIC, SectionId, StreamHeader,
+    BlockEntry, BlockListFormat, Configuration, MULTIFD_MAGIC, PageSize, RAM_SECTION_VERSION, STREAM_MAGIC,
+    SectionId, StreamHeader,
 };
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::stream::mapped_layout::{CAPABILITY, next_entry};
+use crate::stream::block_list;
+use crate::stream::mapped_layout::CAPABILITY;
 use description::Described;
 use file::{FileReader, StreamFile};
 use items::{Items, Next};
@@ -41,7 +43,8 @@ pub use devices::{Devices, RecordedSection, SectionContent};
 pub use pages::{PageContent, PageRecord, RecordedPages};
 pub use stored::StoredPages;
 
-/// A migration stream in a file, as QEMU writes it for `exec:cat>FILE` and `file:FILE`: plain or with `mapped-ram`.
+/// A migration stream in a file, as QEMU writes it for `exec:cat>FILE` and `file:FILE`: plain or
+/// with `mapped-ram`.
 ///
 /// ```no_run
 /// # fn main() -> multifd_engine::Result<()> {
@@ -78,9 +81,6 @@ struct Start {
     early: Vec<RecordedSection>,
 }
 
-/// The only version of the RAM section there has been since 2009. Spec: docs/wire.md §3.2.
-const RAM_VERSION: u32 = 4;
-
 /// What a stream that went through a filter begins with.
 const PACKED: [(&[u8], &str); 4] = [
     (&[0x1f, 0x8b], "gzip"),
@@ -93,8 +93,8 @@ impl Recording {
     /// Opens a recorded stream and reads as far as the list of RAM blocks.
     ///
     /// # Errors
-    /// `Storage` if the file cannot be read, `InvalidStream` if it is no stream or ends too early, `Incompatible` for a stream
-    /// of a kind that cannot be read. They name the byte.
+    /// `Storage` if the file cannot be read, `InvalidStream` if it is no stream or ends too early,
+    /// `Incompatible` for a stream of a kind that cannot be read. They name the byte.
     pub fn open(path: &Path) -> Result<Self> {
         Self::open_at(path, 0)
     }
@@ -109,7 +109,7 @@ impl Recording {
     }
 
     fn read(file: &StreamFile, offset: u64) -> Result<Parts> {
-        let mut reader = FileReader::new(file, offset);
+        let mut reader = file.reader(offset);
         check_first_bytes(&mut reader)?;
         reader.next(Phase::Setup, "the stream header", StreamHeader::parse)?;
         let configuration = reader.next(Phase::Setup, "the configuration section", Configuration::parse)?;
@@ -117,10 +117,10 @@ impl Recording {
         let page_size = page_size(&configuration, described.as_ref())?;
         let mut items = Items::new(reader, described.clone(), None, Vec::new());
         let section = match items.next()? {
-            Next::RamStart(head) if head.version_id == RAM_VERSION => head.id,
+            Next::RamStart(head) if head.version_id == RAM_SECTION_VERSION => head.id,
             Next::RamStart(head) => {
                 let detail =
-                    format!("version {} of the RAM section, expected {RAM_VERSION}", head.version_id);
+                    format!("version {} of the RAM section, expected {RAM_SECTION_VERSION}", head.version_id);
                 return Err(Error::incompatible(Phase::Setup, detail));
             }
             Next::RamPiece | Next::End => {
@@ -128,7 +128,7 @@ impl Recording {
             }
         };
         let (mut reader, early) = items.into_parts();
-        let blocks = block_list(&mut reader, &configuration, page_size)?;
+        let blocks = block_list::read(&mut reader, page_size, block_list_format(&configuration))?;
         let ram = Start { position: reader.position(), section, early };
         Ok(Parts { configuration, page_size, blocks, described, ram })
     }
@@ -182,7 +182,7 @@ impl Parts {
 
 /// Says what a file is that is something else than a stream, where that is easy to tell.
 fn check_first_bytes(reader: &mut FileReader<'_>) -> Result<()> {
-    let first = reader.peek(8)?;
+    let first = reader.peek(Phase::Setup, "the stream header", 8)?;
     if first.is_empty() {
         return Err(invalid(Phase::Setup, "the file is empty"));
     }
@@ -213,38 +213,14 @@ fn page_size(configuration: &Configuration, described: Option<&Described>) -> Re
     Ok(bytes.and_then(|bytes| PageSize::new(bytes).ok()).unwrap_or(PageSize::K4))
 }
 
-fn block_list(
-    reader: &mut FileReader<'_>,
-    configuration: &Configuration,
-    page: PageSize,
-) -> Result<Vec<BlockEntry>> {
-    let what = "the list of RAM blocks";
-    let position = reader.position();
-    let total = match reader.next(Phase::Setup, what, |bytes| RamRecord::parse(bytes, page))? {
-        RamRecord::MemSize { total } => total,
-        record => {
-            return Err(invalid(Phase::Setup, format!("{record:?} at byte {position}, {what} was expected")));
-        }
-    };
+/// What the entries of the list of blocks have, by the capabilities of the source.
+fn block_list_format(configuration: &Configuration) -> BlockListFormat {
     let has = |name: &str| configuration.capabilities.iter().any(|capability| capability == name);
-    let format = BlockListFormat {
+    BlockListFormat {
         page_sizes: false,
         guest_addresses: has("x-ignore-shared"),
         mapped_ram: has(CAPABILITY),
-    };
-    let mut list = BlockListBuilder::new(total, page);
-    while !list.complete() {
-        let position = reader.position();
-        let entry = reader.next(Phase::Setup, what, |bytes| BlockEntry::parse(bytes, format))?;
-        let (name, next) = (entry.name.clone(), next_entry(&entry, reader.position()));
-        let refused =
-            |error| invalid(Phase::Setup, format!("{what} at byte {position} is invalid")).because(error);
-        list.push(entry).map_err(refused)?;
-        if let Some(end) = next.map_err(refused)? {
-            reader.seek(end, || format!("the pages of block {name}"))?;
-        }
     }
-    Ok(list.finish())
 }
 
 fn invalid(phase: Phase, detail: impl Into<std::borrow::Cow<'static, str>>) -> Error {

@@ -6,16 +6,16 @@ use super::devices::RecordedSection;
 use super::file::FileReader;
 use super::invalid;
 use crate::error::{Phase, Result};
-use crate::stream::sections::goes_on;
+use crate::stream::sections::{Found, find_footer, goes_on};
 
-/// Longest head of an item: a discard command with a body of 450 bytes, so this is enough to judge one by.
-const LOOK_AHEAD: usize = 512;
+const WHAT: &str = "a device section";
 
 /// Bytes looked at in one go.
 const WINDOW: usize = 64 << 10;
 
-/// Reads a payload up to its footer and passes over both. With a length that the description gives the footer is where that
-/// says; without one, or if it is not, it is the first of this section that something plausible comes after.
+/// Reads a payload up to its footer and passes over both. With a length that the description gives
+/// the footer is where that says; without one, or if it is not, it is the first of this section
+/// that something plausible comes after.
 pub(super) fn payload(
     reader: &mut FileReader<'_>,
     head: &SectionHead,
@@ -29,39 +29,34 @@ pub(super) fn payload(
         let mut left = usize::try_from(len).unwrap_or(MAX_TAIL);
         while left > 0 {
             let piece = left.min(WINDOW);
-            keep(reader.take(Phase::Device, "a device section", piece)?)?;
+            keep(reader.take(Phase::Device, WHAT, piece)?)?;
             left -= piece;
         }
         return reader.take(Phase::Device, "a section footer", Footer::LEN).map(drop);
     }
     let start = reader.position();
-    let footer = Footer(head.id).to_bytes();
     loop {
         let position = reader.position();
-        let bytes = reader.peek(WINDOW)?;
+        let bytes = reader.peek(Phase::Device, WHAT, WINDOW)?;
         let at_end = bytes.len() < WINDOW;
-        // So far that what follows a footer can be judged.
-        let judged = if at_end { bytes.len() } else { bytes.len() - Footer::LEN - LOOK_AHEAD };
-        let is_footer = |at: &usize| {
-            let here = bytes.get(*at..).unwrap_or_default();
-            here.starts_with(&footer) && plausible(here.get(Footer::LEN..).unwrap_or_default(), known)
+        let end = position + bytes.len() as u64;
+        let found = find_footer(bytes, head.id, |next| plausible(next, known, at_end));
+        let (taken, footer) = match found {
+            Found::Whole(len) => (len - Footer::LEN, Footer::LEN),
+            Found::Unsure(len) => (len, 0),
         };
-        let found = (0..judged).find(is_footer);
-        let taken = found.unwrap_or(judged);
         keep(bytes.get(..taken).unwrap_or_default())?;
-        if found.is_none() && at_end {
-            let detail = format!(
-                "the file ends at byte {}, section {} of {} that begins at byte {start} has no footer",
-                position + bytes.len() as u64,
-                head.id,
-                head.idstr
-            );
-            return Err(invalid(Phase::Device, detail));
-        }
-        reader.consume(taken);
-        if found.is_some() {
-            reader.consume(Footer::LEN);
-            return Ok(());
+        reader.consume(taken + footer);
+        match found {
+            Found::Whole(_) => return Ok(()),
+            Found::Unsure(_) if at_end => {
+                let detail = format!(
+                    "the file ends at byte {end}, section {} of {} that begins at byte {start} has no footer",
+                    head.id, head.idstr
+                );
+                return Err(invalid(Phase::Device, detail));
+            }
+            Found::Unsure(_) => {}
         }
     }
 }
@@ -75,13 +70,13 @@ pub(super) struct Known<'k> {
 fn footer_is_at(reader: &FileReader<'_>, len: u64, id: SectionId) -> Result<bool> {
     let mut footer = [0; Footer::LEN];
     let Some(position) = reader.position().checked_add(len) else { return Ok(false) };
-    let count = reader.file().read_at(&mut footer, position)?;
+    let count = reader.source().read_at(&mut footer, position)?;
     Ok(count == footer.len() && footer == Footer(id).to_bytes())
 }
 
-/// Can a stream go on like this after a section?
-fn plausible(next: &[u8], known: &Known<'_>) -> bool {
+/// Can a stream go on like this after a section? If the file ends there, or within the end of the
+/// items, this section is whole.
+fn plausible(next: &[u8], known: &Known<'_>, at_end: bool) -> Option<bool> {
     let seen = |id| known.sections.iter().any(|section| section.head.id == id);
-    // The file ends within what follows. If nothing does, or the end of the items, this section is whole.
-    goes_on(next, known.ram, seen).unwrap_or(matches!(next, [] | [0]))
+    goes_on(next, known.ram, seen).or_else(|| at_end.then_some(matches!(next, [] | [0])))
 }

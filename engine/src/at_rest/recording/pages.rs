@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use multifd_wire::{BlockName, BlockRef, RamRecord};
 
 use super::devices::Devices;
-use super::file::FileReader;
 use super::items::{Items, Next};
 use super::mapped::MappedPages;
 use super::{Recording, invalid};
@@ -38,8 +37,8 @@ pub enum PageContent<'a> {
 
 /// Reads a recording page by page.
 ///
-/// Pages come in the order of the stream, and one that was sent more than once comes more than once: the last time counts. With
-/// `mapped-ram` they come in the order of the blocks, each once.
+/// Pages come in the order of the stream, and one that was sent more than once comes more than
+/// once: the last time counts. With `mapped-ram` they come in the order of the blocks, each once.
 pub struct RecordedPages<'r> {
     recording: &'r Recording,
     by_name: HashMap<&'r BlockName, usize>,
@@ -76,7 +75,7 @@ enum Kind {
 impl<'r> RecordedPages<'r> {
     pub(super) fn new(recording: &'r Recording) -> Self {
         let start = &recording.ram;
-        let reader = FileReader::new(&recording.file, start.position);
+        let reader = recording.file.reader(start.position);
         let items = Items::new(reader, recording.described.clone(), Some(start.section), start.early.clone());
         Self {
             recording,
@@ -91,7 +90,8 @@ impl<'r> RecordedPages<'r> {
     /// The next record; `None` when the stream is over, which has then been read to its last byte.
     ///
     /// # Errors
-    /// `InvalidStream` where the stream is broken or ends too early, naming the byte; `Storage` if the file cannot be read.
+    /// `InvalidStream` where the stream is broken or ends too early, naming the byte; `Storage` if
+    /// the file cannot be read.
     pub fn next_page(&mut self) -> Result<Option<PageRecord<'_>>> {
         let name = self.recording.file.name();
         self.read_next().map_err(|error| error.on(name))

@@ -5,7 +5,8 @@ use crate::at_rest::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{DirtyBitmap, PAGE, RamBlock};
 
-/// Reads a checkpoint page by page: the blocks in their order, holes of the files as runs of zero pages.
+/// Reads a checkpoint page by page: the blocks in their order, holes of the files as runs of zero
+/// pages.
 pub struct StoredPages {
     blocks: Vec<RamBlock>,
     block: usize,

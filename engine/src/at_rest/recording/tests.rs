@@ -231,7 +231,8 @@ fn every_cut_is_an_error_that_says_where() {
         match read(file.path()) {
             Ok(_) => assert_eq!(len, without_description),
             Err(error) if len == 0 => assert!(error.contains("the file is empty"), "{error}"),
-            // Part of a description is taken for bytes behind the end of the last section, or of the stream.
+            // Part of a description is taken for bytes behind the end of the last section, or of
+            // the stream.
             Err(error) => assert!(
                 error.contains(&format!("ends at byte {len}")) || len > without_description,
                 "{error}"

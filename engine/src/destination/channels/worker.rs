@@ -9,8 +9,8 @@ use multifd_wire::{
     DeviceStatePacket, PACKET_PREFIX_LEN, PacketKind, RamPacket, header_len, pages_per_packet,
 };
 
-use super::landing::{Landing, Landings, Way};
-use super::shared::{DevicePacket, Shared};
+use crate::destination::place::{BlockSink, BlockSinks, PlacePages};
+use crate::destination::shared::{DestinationShared, DevicePacket};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
 use crate::io::IoVecs;
@@ -20,14 +20,15 @@ use crate::stream::dialect;
 
 const HEADER_LEN: usize = header_len(PAGE_SIZE);
 
-/// The worker of one channel. Owns its buffers: at most 1 MiB of payload and 512 KiB of decoded pages.
+/// The worker of one channel. Owns its buffers: at most 1 MiB of payload and 512 KiB of decoded
+/// pages.
 pub(crate) struct ChannelWorker {
     channel: Arc<Channel>,
     counters: Arc<ChannelCounters>,
-    shared: Arc<Shared>,
+    shared: Arc<DestinationShared>,
     /// The number that the peer gave the channel.
     id: u8,
-    landings: Option<Arc<Landings>>,
+    sinks: Option<Arc<BlockSinks>>,
     decoder: Option<Box<dyn Decoder>>,
     payload: Vec<u8>,
     pages: Vec<u8>,
@@ -35,8 +36,13 @@ pub(crate) struct ChannelWorker {
 }
 
 impl ChannelWorker {
-    /// Reads everything after the initial packet, on a thread of its own. The channel has its place at the gate.
-    pub(crate) fn start(channel: Channel, id: u8, shared: &Arc<Shared>, crew: &Crew) -> Result<()> {
+    /// Reads everything after the initial packet, on a thread of its own. The channel has joined.
+    pub(crate) fn start(
+        channel: Channel,
+        id: u8,
+        shared: &Arc<DestinationShared>,
+        crew: &Crew,
+    ) -> Result<()> {
         let channel = shared.session.adopt(channel, Phase::Accept)?;
         shared.session.close_on_stop(&channel);
         let counters = shared.session.counters.channel(id, &channel);
@@ -45,7 +51,7 @@ impl ChannelWorker {
             counters,
             shared: Arc::clone(shared),
             id,
-            landings: None,
+            sinks: None,
             decoder: None,
             payload: Vec::new(),
             pages: Vec::new(),
@@ -55,17 +61,19 @@ impl ChannelWorker {
     }
 
     fn run(&mut self) -> Result<()> {
-        // A channel that has failed keeps its place: no sync point may pass before the switch has tripped.
+        // A channel that has failed keeps its place: no sync point may pass before the switch has
+        // tripped.
         let result = self
             .packets()
             .map_err(|error| error.on(format!("channel {} ({})", self.id, self.channel.peer())));
-        if !self.shared.gate.finished() {
+        if !self.shared.channels.finished() {
             if result.is_ok() {
-                self.shared.gate.ended(self.id);
+                self.shared.channels.ended(self.id);
             }
             return result;
         }
-        // After the end of the main stream a channel may end as it likes: all that it was needed for is here.
+        // After the end of the main stream a channel may end as it likes: all that it was needed
+        // for is here.
         if let Err(error) = result {
             self.channel.closer().close();
             match error.kind() {
@@ -73,7 +81,7 @@ impl ChannelWorker {
                 _ => tracing::debug!("after the end of the main stream: {}", error.chain()),
             }
         }
-        self.shared.gate.ended(self.id);
+        self.shared.channels.ended(self.id);
         Ok(())
     }
 
@@ -85,7 +93,7 @@ impl ChannelWorker {
             let Some(prefix) = self.next_prefix(prefix)? else { return Ok(()) };
             let kind =
                 PacketKind::parse(&prefix).map_err(|invalid| Error::invalid(Phase::Active, invalid))?;
-            self.shared.gate.progressed(self.id);
+            self.shared.channels.progressed(self.id);
             match kind {
                 PacketKind::DeviceState => self.device_state(&prefix)?,
                 PacketKind::Ram => {
@@ -96,8 +104,8 @@ impl ChannelWorker {
         }
     }
 
-    /// The first bytes of the next packet. `None`: the channel ended before it. Waiting for a packet is no fault of the
-    /// channel, however long; waiting for the rest of one is.
+    /// The first bytes of the next packet. `None`: the channel ended before it. Waiting for a
+    /// packet is no fault of the channel, however long; waiting for the rest of one is.
     fn next_prefix(&self, prefix: &mut [u8]) -> Result<Option<[u8; PACKET_PREFIX_LEN]>> {
         let received = loop {
             match self.channel.recv(prefix) {
@@ -123,21 +131,21 @@ impl ChannelWorker {
         let packet =
             RamPacket::parse(header, PAGE_SIZE).map_err(|invalid| Error::invalid(Phase::Active, invalid))?;
         if let Some(block) = packet.block() {
-            let landings = match &self.landings {
-                Some(landings) => Arc::clone(landings),
-                None => Arc::clone(self.landings.insert(self.shared.landings()?)),
+            let sinks = match &self.sinks {
+                Some(sinks) => Arc::clone(sinks),
+                None => Arc::clone(self.sinks.insert(self.shared.sinks()?)),
             };
-            let landing = landings.find(block)?;
+            let sink = sinks.find(block)?;
             let shared = Arc::clone(&self.shared);
-            let _storing = shared.gate.storing(self.id)?;
-            self.pages(landing, &packet)?;
+            let _storing = shared.channels.storing(self.id)?;
+            self.pages(sink, &packet)?;
         }
-        if packet.flags().sync() { self.shared.gate.arrive(self.id) } else { Ok(()) }
+        if packet.flags().sync() { self.shared.channels.arrive(self.id) } else { Ok(()) }
     }
 
-    fn pages(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+    fn pages(&mut self, sink: &BlockSink, packet: &RamPacket<'_>) -> Result<()> {
         if packet.flags().codec() == CodecId::DIALECT_DELTA && self.shared.speaks_dialect() {
-            return self.receive_deltas(landing, packet);
+            return self.receive_deltas(sink, packet);
         }
         let codec = self.shared.codec(packet.flags())?;
         if packet.normal_pages() > 0 {
@@ -145,14 +153,14 @@ impl ChannelWorker {
                 if self.decoder.is_none() {
                     self.decoder = Some(codec.decoder().map_err(codec_error)?);
                 }
-                self.receive_decoded(landing, packet)?;
+                self.receive_decoded(sink, packet)?;
             } else {
-                self.receive_plain(landing, packet)?;
+                self.receive_plain(sink, packet)?;
             }
         }
         let zero: Vec<usize> =
-            packet.zero_offsets().map(|offset| landing.page_at(offset)).collect::<Result<_>>()?;
-        landing.clear(zero)?;
+            packet.zero_offsets().map(|offset| sink.page_at(offset)).collect::<Result<_>>()?;
+        sink.clear(zero)?;
         let counters = &self.counters;
         Counters::add(&counters.packets, 1);
         Counters::add(&counters.pages_normal, packet.normal_pages());
@@ -160,44 +168,44 @@ impl ChannelWorker {
         Ok(())
     }
 
-    /// No codec: fresh pages go through the block's file if the way is free.
-    fn receive_plain(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
-        if landing.is_read_only() {
-            return self.receive_copied(landing, packet, landing.way_through_file().as_ref());
+    /// No codec: fresh pages go through the block's file, if no other thread writes there.
+    fn receive_plain(&mut self, sink: &BlockSink, packet: &RamPacket<'_>) -> Result<()> {
+        if sink.is_read_only() {
+            return self.receive_copied(sink, packet, &sink.best_place());
         }
-        let fresh = packet.normal_offsets().next().is_some_and(|offset| landing.is_untouched(offset));
-        match landing.way_through_file().filter(|_| fresh) {
-            Some(way) => self.receive_copied(landing, packet, Some(&way)),
-            None => self.receive_in_place(landing, packet),
+        let fresh = packet.normal_offsets().next().is_some_and(|offset| sink.is_untouched(offset));
+        match sink.try_file_writer().filter(|_| fresh) {
+            Some(writer) => self.receive_copied(sink, packet, &writer),
+            None => self.receive_in_place(sink, packet),
         }
     }
 
     /// The kernel puts the bytes where they belong.
-    fn receive_in_place(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+    fn receive_in_place(&mut self, sink: &BlockSink, packet: &RamPacket<'_>) -> Result<()> {
         let mut ranges = self.ranges.start();
         for offset in packet.normal_offsets() {
-            let page = landing.page_at(offset)?;
-            let slice = landing.block().run(page, 1);
+            let page = sink.page_at(offset)?;
+            let slice = sink.block().run(page, 1);
             ranges.guest(
                 &slice.ok_or_else(|| Error::new(ErrorKind::GuestMemory, Phase::Active, "page outside"))?,
             );
         }
         ranges.receive(&self.channel).map_err(|error| match error.raw_os_error() {
-            Some(libc::EFAULT) => cannot_be_written(landing, packet, error),
+            Some(libc::EFAULT) => cannot_be_written(sink, packet, error),
             _ => pages_missing(packet, error),
         })?;
         for offset in packet.normal_offsets() {
-            landing.note_written(landing.page_at(offset)?, 1);
+            sink.note_written(sink.page_at(offset)?, 1);
         }
         Ok(())
     }
 
     /// A packet of the multifd dialect: differences to what is in guest memory.
-    fn receive_deltas(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+    fn receive_deltas(&mut self, sink: &BlockSink, packet: &RamPacket<'_>) -> Result<()> {
         self.receive_payload(packet)?;
         let mut payload = &self.payload[..];
         for offset in packet.normal_offsets() {
-            landing.apply(landing.page_at(offset)?, dialect::take_delta(&mut payload)?)?;
+            sink.apply(sink.page_at(offset)?, dialect::take_delta(&mut payload)?)?;
         }
         if !payload.is_empty() || packet.zero_pages() > 0 {
             let detail = format!(
@@ -220,27 +228,27 @@ impl ChannelWorker {
         Ok(())
     }
 
-    fn receive_decoded(&mut self, landing: &Landing, packet: &RamPacket<'_>) -> Result<()> {
+    fn receive_decoded(&mut self, sink: &BlockSink, packet: &RamPacket<'_>) -> Result<()> {
         self.receive_payload(packet)?;
         self.pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
         let pages = self.pages.get_mut(..packet.normal_pages() * PAGE).ok_or_else(|| too_large(packet))?;
         let decoder = self.decoder.as_mut();
         let decoder = decoder.ok_or_else(|| Error::bug(Phase::Active, "packed pages without a decoder"))?;
         decoder.recv_pages(&self.payload, pages).map_err(codec_error)?;
-        store(landing, packet, pages, landing.way_through_file().as_ref())
+        store(sink, packet, pages, &sink.best_place())
     }
 
     fn receive_copied(
         &mut self,
-        landing: &Landing,
+        sink: &BlockSink,
         packet: &RamPacket<'_>,
-        way: Option<&Way<'_>>,
+        place: &impl PlacePages,
     ) -> Result<()> {
         let mut pages = std::mem::take(&mut self.pages);
         pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
         let content = pages.get_mut(..packet.payload_len()).ok_or_else(|| too_large(packet))?;
         let received = self.channel.recv_exact(content).map_err(|error| pages_missing(packet, error));
-        let stored = received.and_then(|()| store(landing, packet, content, way));
+        let stored = received.and_then(|()| store(sink, packet, content, place));
         self.pages = pages;
         stored
     }
@@ -268,14 +276,14 @@ impl ChannelWorker {
 }
 
 /// Puts the packet's pages where they belong; neighbours go in one write.
-fn store(landing: &Landing, packet: &RamPacket<'_>, pages: &[u8], way: Option<&Way<'_>>) -> Result<()> {
+fn store(sink: &BlockSink, packet: &RamPacket<'_>, pages: &[u8], place: &impl PlacePages) -> Result<()> {
     let mut run: Option<(usize, usize, usize)> = None; // first page, pages, index of the first in the packet
     let store = |(first, count, at): (usize, usize, usize)| {
         let content = pages.get(at * PAGE..(at + count) * PAGE).ok_or_else(|| too_large(packet))?;
-        landing.write(first, content, way)
+        sink.write(first, content, place)
     };
     for (index, offset) in packet.normal_offsets().enumerate() {
-        let page = landing.page_at(offset)?;
+        let page = sink.page_at(offset)?;
         run = match run {
             Some((first, count, at)) if first + count == page => Some((first, count + 1, at)),
             Some(done) => {
@@ -289,11 +297,11 @@ fn store(landing: &Landing, packet: &RamPacket<'_>, pages: &[u8], way: Option<&W
 }
 
 /// Names the first of the packet's pages that the kernel could not write.
-fn cannot_be_written(landing: &Landing, packet: &RamPacket<'_>, error: io::Error) -> Error {
-    let mut pages = packet.normal_offsets().filter_map(|offset| landing.page_at(offset).ok()).peekable();
+fn cannot_be_written(sink: &BlockSink, packet: &RamPacket<'_>, error: io::Error) -> Error {
+    let mut pages = packet.normal_offsets().filter_map(|offset| sink.page_at(offset).ok()).peekable();
     let first = pages.peek().copied().unwrap_or(0);
-    let bad = pages.find(|page| !landing.block().can_be_written(*page)).unwrap_or(first);
-    landing.fault("writing", bad..bad + 1, error)
+    let bad = pages.find(|page| !sink.block().can_be_written(*page)).unwrap_or(first);
+    sink.fault("writing", bad..bad + 1, error)
 }
 
 /// `RamPacket::parse` lets no such packet through.

@@ -8,21 +8,21 @@ use std::sync::Arc;
 use multifd_transports::{Arrival, Channel, Listener};
 use multifd_wire::{InitialPacket, MULTIFD_MAGIC, STREAM_MAGIC};
 
-use super::channel::ChannelWorker;
-use super::gate::JoinError;
-use super::shared::Shared;
+use super::sync::JoinError;
+use super::worker::ChannelWorker;
+use crate::destination::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::Monitor;
 use crate::run::workers::Crew;
 
 /// Accepts until the listener is closed or stopped: hands main over, starts a worker for every other channel.
-pub(crate) struct Lobby {
-    shared: Arc<Shared>,
+pub(crate) struct Accepting {
+    shared: Arc<DestinationShared>,
     crew: Arc<Crew>,
     main: Monitor<Main>,
 }
 
-/// What is known of the main channel, and of those who may still become it.
+/// What is known of the main channel, and of connections that may still become it.
 #[derive(Default)]
 pub(crate) struct Main {
     pub(crate) channel: Option<Channel>,
@@ -37,8 +37,8 @@ pub(crate) fn opening_len(first: [u8; 4]) -> usize {
     if u32::from_be_bytes(first) == MULTIFD_MAGIC { InitialPacket::LEN } else { 0 }
 }
 
-impl Lobby {
-    pub(crate) fn new(shared: &Arc<Shared>, crew: &Arc<Crew>) -> Self {
+impl Accepting {
+    pub(crate) fn new(shared: &Arc<DestinationShared>, crew: &Arc<Crew>) -> Self {
         Self {
             shared: Arc::clone(shared),
             crew: Arc::clone(crew),
@@ -53,17 +53,17 @@ impl Lobby {
 
     /// The accept thread: runs until the listener is stopped, or closed and all that were accepted are told apart.
     pub(crate) fn run(&self, listener: &Listener) -> Result<()> {
-        let patience = self.shared.session.timeout;
+        let timeout = self.shared.session.timeout;
         let stop = self.crew.stop();
-        let served = listener.serve(4, patience, &mut |arrival| {
+        let served = listener.serve(4, timeout, &mut |arrival| {
             if let Err(error) = self.on_arrival(arrival, listener) {
                 stop.trip(error);
             }
-            if self.main.read(|main| main.came) && self.shared.gate.is_full() {
+            if self.main.read(|main| main.came) && self.shared.channels.is_full() {
                 listener.close();
             }
         });
-        let silent = self.shared.gate.unidentified();
+        let silent = self.shared.channels.unidentified();
         if silent > 0 && !stop.tripped() {
             tracing::warn!(
                 silent,
@@ -77,12 +77,12 @@ impl Lobby {
     /// Where no strangers can come, whatever is wrong with a connection is an error.
     fn on_arrival(&self, arrival: Arrival, listener: &Listener) -> Result<()> {
         if let Arrival::Opened { .. } = arrival {
-            self.shared.gate.opened();
+            self.shared.channels.opened();
             return Ok(());
         }
         let told = self.tell(arrival, listener.takes_several());
-        // After the channel has its place at the gate: a sync point must not slip through in between.
-        self.shared.gate.identified();
+        // After the channel has joined: a sync point must not slip through in between.
+        self.shared.channels.identified();
         match told {
             Err(JoinError::Late(error)) if listener.takes_strangers() => {
                 self.shared.refusals.note(&error);
@@ -150,7 +150,7 @@ impl Lobby {
     /// A connection that says that it is a channel. Until the first sync point it may be one of the source, which has pages for
     /// it: if it does not fit, the migration ends before a page is missed. Later, the source has all of its channels here.
     fn join(&self, channel: Channel) -> Result<(), JoinError> {
-        let early = self.shared.gate.is_early();
+        let early = self.shared.channels.is_early();
         let unfit = |error| if early { JoinError::Early(error) } else { JoinError::Late(error) };
         let mut bytes = [0; InitialPacket::LEN];
         channel
@@ -159,7 +159,7 @@ impl Lobby {
         let hello =
             InitialPacket::parse(&bytes).map_err(|invalid| unfit(Error::invalid(Phase::Setup, invalid)))?;
         self.shared.on_uuid(hello.uuid).map_err(unfit)?;
-        self.shared.gate.join(hello.channel, channel.closer())?;
+        self.shared.channels.join(hello.channel, channel.closer())?;
         ChannelWorker::start(channel, hello.channel, &self.shared, &self.crew).map_err(JoinError::Early)
     }
 }

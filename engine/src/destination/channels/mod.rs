@@ -1,0 +1,7 @@
+//! The connections of one migration: accepting them, the workers of parallel channels, and where
+//! these meet the main stream.
+
+pub(super) mod accept;
+pub(super) mod sync;
+pub(super) mod sync_state;
+mod worker;

@@ -1,0 +1,365 @@
+//! What a destination does with each thing that the main stream holds: decisions only, without I/O,
+//! threads or a clock.
+//!
+//! ```text
+//!  Opening ─ configuration ─> BeforeRam ─ ram START ─> Blocks ─> Records ─ EOS ─> Footer ─> Live
+//!                              │  ^ │                              ^  FLUSH: sync point      │ │
+//!                              │  └─┴─ command, early device       └── ram PART, ram END ────┘ │
+//!                              │                                       command, early device   │
+//!                              └── EOF: refused                        EOF, or a device behind END ──> Tail
+//! ```
+//!
+//! The driver reads what [`Machine::expects`] says, gives it to [`Machine::on`], and performs the
+//! effects in their order. Page records are no input: their bytes go straight into guest memory,
+//! between two inputs.
+
+use std::time::Instant;
+
+use multifd_wire::{
+    Command, Configuration, HELLO_PING, Hello, Item, RAM_SECTION, RAM_SECTION_VERSION, ReturnMessage,
+    SectionHead, SectionId,
+};
+
+use super::switchover::{Acknowledgement, SwitchoverAck};
+use crate::error::{Error, Phase, Result};
+use crate::stream::dialect;
+use crate::stream::mapped_layout::CAPABILITY;
+
+mod events;
+mod ram;
+#[cfg(test)]
+mod tests;
+
+pub(super) use events::{DeviceEnd, Effect, Expected, Input, Observed};
+use ram::{Piece, Ram};
+
+/// Refusal of POSTCOPY_ADVISE.
+const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not supported here and would lose the guest: \
+    switch off capability postcopy-ram at the source (and dirty-bitmaps, if it is on)";
+
+/// The main stream of one migration.
+///
+/// Inputs go in one at a time, in the order of the stream; an error is the end. Time is an
+/// argument.
+#[derive(Debug)]
+pub(super) struct Machine {
+    state: State,
+    facts: Facts,
+    ack: Acknowledgement,
+    return_path: ReturnDirection,
+    /// Devices were read since the last live item.
+    open_devices: bool,
+}
+
+/// What is known of the source from its stream.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Facts {
+    /// `None` before the configuration was read.
+    pub(super) configuration: Option<Configuration>,
+    /// SWITCHOVER_START was in the stream.
+    pub(super) switchover_start: bool,
+    /// When END of RAM began: the source had stopped the guest then.
+    pub(super) guest_stopped: Option<Instant>,
+}
+
+/// Whether anything can be said to the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ReturnDirection {
+    /// The source has not asked for it.
+    Closed,
+    Open,
+    /// The channel leads one way; whether the source has asked for more.
+    OneWay {
+        wanted: bool,
+    },
+}
+
+#[derive(Debug)]
+enum State {
+    /// Nothing was read.
+    Opening,
+    /// Between two items, before the RAM section.
+    BeforeRam,
+    /// In START of RAM, before the list of blocks.
+    Blocks(Ram),
+    /// In a piece of RAM.
+    Records(Ram, Piece),
+    /// Behind the records of a piece of RAM.
+    Footer(Ram, Piece),
+    /// Between two items, behind START of RAM.
+    Live(Ram),
+    /// In the section of an early device.
+    Device(SectionHead, Option<Ram>),
+    /// Behind all that the machine decides about.
+    Tail(Option<Item>),
+    /// An input was refused.
+    Failed,
+}
+
+type Effects = Vec<Effect>;
+
+impl Machine {
+    /// `two_way`: a source at the other end of the main channel could hear an answer.
+    pub(super) fn new(two_way: bool, ack: SwitchoverAck) -> Self {
+        let return_path =
+            if two_way { ReturnDirection::Closed } else { ReturnDirection::OneWay { wanted: false } };
+        Self {
+            state: State::Opening,
+            facts: Facts::default(),
+            ack: Acknowledgement::new(ack),
+            return_path,
+            open_devices: false,
+        }
+    }
+
+    /// What is to be read next, and how it is to be handed over.
+    pub(super) fn expects(&self) -> Result<Expected> {
+        Ok(match &self.state {
+            State::Opening => Expected::Configuration,
+            State::BeforeRam | State::Live(_) => Expected::Item,
+            State::Blocks(ram) => Expected::Blocks { mapped: ram.mapped },
+            State::Records(ram, _) => Expected::Records { mapped: ram.mapped },
+            State::Footer(..) => Expected::Footer,
+            State::Device(head, ram) => {
+                Expected::Device { head: head.clone(), ram: ram.as_ref().map(|ram| ram.id) }
+            }
+            State::Tail(begins) => Expected::Tail { begins: begins.clone() },
+            State::Failed => return Err(Error::bug(Phase::Active, "a stream is read on after its failure")),
+        })
+    }
+
+    /// What the stream has said so far.
+    pub(super) fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// Takes the next input; what it leads to, in order.
+    ///
+    /// # Errors
+    /// The stream is not what a source may send, or what is supported here. The machine is not to
+    /// be used after that.
+    pub(super) fn on(&mut self, input: Input, observed: &Observed) -> Result<Effects> {
+        let mut effects = Vec::new();
+        // Every state is consumed: what a failed input leaves is no state to go on from.
+        let state = std::mem::replace(&mut self.state, State::Failed);
+        self.state = match (state, input) {
+            (State::Opening, Input::Configuration(configuration)) => {
+                self.on_configuration(configuration, &mut effects)?
+            }
+            (State::BeforeRam, Input::Item(item)) => self.on_item(None, item, observed, &mut effects)?,
+            (State::Live(ram), Input::Item(item)) => self.on_item(Some(ram), item, observed, &mut effects)?,
+            (State::Blocks(ram), Input::Blocks) => State::Records(ram, Piece::Start),
+            (State::Records(mut ram, piece), Input::Flush) => {
+                ram.on_flush(piece, &mut effects)?;
+                State::Records(ram, piece)
+            }
+            (State::Records(mut ram, piece), Input::EndOfRecords) => {
+                ram.on_end_of_records(piece, &mut effects);
+                State::Footer(ram, piece)
+            }
+            (State::Footer(ram, piece), Input::Footer(id)) => {
+                self.on_footer(ram, piece, id, observed, &mut effects)?
+            }
+            (State::Device(_, ram), Input::Device(DeviceEnd::Footer)) => {
+                self.open_devices = true;
+                ram.map_or(State::BeforeRam, State::Live)
+            }
+            (State::Device(_, ram), Input::Device(DeviceEnd::Stream)) => self.tail(ram, None, observed)?,
+            (state, input) => {
+                return Err(Error::bug(Phase::Active, format_args!("{input:?} in state {state:?}")));
+            }
+        };
+        Ok(effects)
+    }
+
+    fn on_configuration(&mut self, configuration: Configuration, effects: &mut Effects) -> Result<State> {
+        tracing::debug!(machine = configuration.machine, "configuration");
+        if let Some(bits) = configuration.page_bits.filter(|bits| *bits != 12) {
+            let detail = format!("pages of 2^{bits} bytes at the source, 2^12 here");
+            return Err(Error::incompatible(Phase::Setup, detail));
+        }
+        effects.extend(configuration.uuid.map(Effect::CheckUuid));
+        self.facts.configuration = Some(configuration);
+        Ok(State::BeforeRam)
+    }
+
+    /// An item between two sections. `ram`: its section, if it has begun.
+    fn on_item(
+        &mut self,
+        ram: Option<Ram>,
+        item: Item,
+        observed: &Observed,
+        effects: &mut Effects,
+    ) -> Result<State> {
+        match item {
+            Item::Eof => return self.tail(ram, Some(Item::Eof), observed),
+            Item::SectionFull(head) if ram.as_ref().is_some_and(Ram::ended) => {
+                return self.tail(ram, Some(Item::SectionFull(head)), observed);
+            }
+            Item::SectionFull(head) => return early_device(ram, head),
+            _ => {}
+        }
+        if std::mem::take(&mut self.open_devices) {
+            effects.push(Effect::KeepEarly { within_ram: ram.is_some() });
+        }
+        match item {
+            Item::Command(command) => {
+                self.on_command(&command, effects)?;
+                Ok(ram.map_or(State::BeforeRam, State::Live))
+            }
+            Item::SectionStart(head) => self.on_start(ram, &head),
+            Item::SectionPart(id) => Ok(State::Records(Ram::go_on(ram, id)?, Piece::Part)),
+            Item::SectionEnd(id) => {
+                self.facts.guest_stopped = Some(observed.now);
+                Ok(State::Records(Ram::go_on(ram, id)?, Piece::End))
+            }
+            Item::Eof | Item::SectionFull(_) => {
+                Err(Error::bug(Phase::Active, "an item of the devices' part among live ones"))
+            }
+        }
+    }
+
+    fn on_start(&self, ram: Option<Ram>, head: &SectionHead) -> Result<State> {
+        if head.idstr != RAM_SECTION || head.instance_id != 0 {
+            let detail =
+                format!("live section {} (instance {}): only ram is supported", head.idstr, head.instance_id);
+            return Err(Error::incompatible(Phase::Setup, detail));
+        }
+        if head.version_id != RAM_SECTION_VERSION {
+            let detail = format!("ram section version {}, expected {RAM_SECTION_VERSION}", head.version_id);
+            return Err(Error::incompatible(Phase::Setup, detail));
+        }
+        if ram.is_some() {
+            return Err(Error::misbehaved(Phase::Setup, "a second START of ram"));
+        }
+        Ok(State::Blocks(Ram::new(head.id, is_mapped(self.configuration()?)?)))
+    }
+
+    /// A piece of RAM is over.
+    fn on_footer(
+        &mut self,
+        mut ram: Ram,
+        piece: Piece,
+        closed: SectionId,
+        observed: &Observed,
+        effects: &mut Effects,
+    ) -> Result<State> {
+        if closed != ram.id {
+            let detail = format!("footer of section {closed} in section {}", ram.id);
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        if piece == Piece::Part {
+            // All pages sent before this PART have come, unless channels have yet to reach a sync
+            // point.
+            let all_came = ram.take_sync() || !observed.has_channels;
+            let is_heard = self.return_path == ReturnDirection::Open;
+            if all_came && is_heard && self.ack.due_after_part(observed.pages, observed.now) {
+                tracing::debug!("the source waits for an acknowledgement of the switch-over");
+                self.answer(Phase::Active, ReturnMessage::SwitchoverAck, effects)?;
+            }
+        }
+        Ok(State::Live(ram))
+    }
+
+    // Post-copy begins here: a command that moves `Live` into a state in which the guest may run
+    // before its RAM has come.
+    fn on_command(&mut self, command: &Command, effects: &mut Effects) -> Result<()> {
+        match *command {
+            Command::OpenReturnPath => self.open_return_path(effects),
+            Command::Ping(value) => {
+                if value == HELLO_PING {
+                    let hello = Hello { version: dialect::VERSION, features: dialect::FEATURE_DELTAS };
+                    effects.push(Effect::SpeakDialect);
+                    self.answer(Phase::Setup, ReturnMessage::Hello(hello), effects)?;
+                }
+                self.answer(Phase::Active, ReturnMessage::Pong(value), effects)
+            }
+            Command::SwitchoverStart => {
+                self.facts.switchover_start = true;
+                Ok(())
+            }
+            // What was recorded can no longer switch to postcopy: only a source that hears answers
+            // does.
+            Command::PostcopyAdvise(_) if matches!(self.return_path, ReturnDirection::OneWay { .. }) => {
+                Ok(())
+            }
+            // Once it has begun postcopy, a source cannot go back: its guest would be lost with the
+            // refusal.
+            Command::PostcopyAdvise(_) => Err(Error::incompatible(Phase::Setup, NO_POSTCOPY)),
+            ref other => {
+                Err(Error::incompatible(Phase::Active, format!("command {other:?} is not supported")))
+            }
+        }
+    }
+
+    fn open_return_path(&mut self, effects: &mut Effects) -> Result<()> {
+        match &mut self.return_path {
+            ReturnDirection::OneWay { wanted } => *wanted = true,
+            direction => {
+                *direction = ReturnDirection::Open;
+                effects.push(Effect::OpenReturnPath);
+            }
+        }
+        let configuration = self.facts.configuration.as_ref();
+        if configuration.is_some_and(|configuration| self.ack.due_at_opening(configuration)) {
+            self.answer(Phase::Setup, ReturnMessage::SwitchoverAck, effects)?;
+        }
+        Ok(())
+    }
+
+    /// Answers a source that hears it. What was recorded asks, too, but nothing waits for an
+    /// answer.
+    fn answer(&self, phase: Phase, message: ReturnMessage, effects: &mut Effects) -> Result<()> {
+        match self.return_path {
+            ReturnDirection::Open => effects.push(Effect::Answer(phase, message)),
+            ReturnDirection::OneWay { .. } => {}
+            ReturnDirection::Closed => {
+                let detail = format!("{message:?} asked for before OPEN_RETURN_PATH");
+                return Err(Error::misbehaved(phase, detail));
+            }
+        }
+        Ok(())
+    }
+
+    /// The devices' part begins. Only a background snapshot has no END of RAM; it goes without a
+    /// return path and without parallel channels, on which only the sync point of END says that
+    /// every page is here (docs/wire.md §9).
+    fn tail(&self, ram: Option<Ram>, begins: Option<Item>, observed: &Observed) -> Result<State> {
+        let Some(ram) = ram else {
+            return Err(Error::misbehaved(Phase::Setup, "the end of the stream before any RAM"));
+        };
+        let wants_answers =
+            matches!(self.return_path, ReturnDirection::Open | ReturnDirection::OneWay { wanted: true });
+        let detail = match (ram.ended(), observed.has_channels) {
+            (_, true) if !ram.ended_in_sync() => {
+                "device state, but no END of ram with a sync point before it"
+            }
+            (false, false) if wants_answers => "device state, but no END of ram before it",
+            _ => return Ok(State::Tail(begins)),
+        };
+        Err(Error::misbehaved(Phase::Device, detail))
+    }
+
+    fn configuration(&self) -> Result<&Configuration> {
+        let none = || Error::bug(Phase::Setup, "no configuration before RAM");
+        self.facts.configuration.as_ref().ok_or_else(none)
+    }
+}
+
+fn early_device(ram: Option<Ram>, head: SectionHead) -> Result<State> {
+    if let Some(ram) = ram.as_ref().filter(|ram| ram.id == head.id) {
+        let detail = format!("a device with the number of ram ({})", ram.id);
+        return Err(Error::misbehaved(Phase::Active, detail));
+    }
+    Ok(State::Device(head, ram))
+}
+
+/// Of all capabilities that change the stream, mapped-ram is the one that can be read.
+fn is_mapped(configuration: &Configuration) -> Result<bool> {
+    let capabilities = &configuration.capabilities;
+    if let Some(capability) = capabilities.iter().find(|capability| *capability != CAPABILITY) {
+        let detail = format!("capability {capability} is on at the source, it is not supported here");
+        return Err(Error::incompatible(Phase::Setup, detail));
+    }
+    Ok(!capabilities.is_empty())
+}

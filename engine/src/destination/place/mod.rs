@@ -1,0 +1,209 @@
+//! Guest memory that pages arrive in: the announced blocks, and the ways to put a page in its
+//! place.
+
+mod file;
+mod mapping;
+mod page_bits;
+mod sinks;
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use multifd_codecs::xbzrle;
+
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::guest::{Absent, Found, PAGE, PageTable, READING, RamBlock};
+use page_bits::PageBits;
+
+pub(crate) use file::FileWriter;
+pub(crate) use mapping::Mapping;
+pub(crate) use sinks::BlockSinks;
+pub(super) use sinks::Gap;
+pub use sinks::IncomingRam;
+
+/// A way to put whole pages in their place. To the guest a page is there when the call returns, and
+/// not before.
+pub(crate) trait PlacePages {
+    /// Stores `content` at byte `offset` of the block. `present`: whether all of these pages have
+    /// been written before.
+    fn place(
+        &self,
+        block: &RamBlock,
+        offset: usize,
+        content: &[u8],
+        present: impl FnOnce() -> bool,
+    ) -> io::Result<()>;
+}
+
+/// The better way to place pages in a block at this moment.
+pub(crate) enum Place<'s> {
+    Mapping(Mapping),
+    File(FileWriter<'s>),
+}
+
+/// One block and what is known of its pages.
+pub(crate) struct BlockSink {
+    block: RamBlock,
+    /// Pages that the source has sent, or said to be zero.
+    came: PageBits,
+    /// Pages that something was written to since the block was opened, so that they are there.
+    written: PageBits,
+    /// Locked by the one thread that writes through the block's file.
+    file_turn: Mutex<()>,
+    /// Mapped for reading only: written through its file.
+    read_only: bool,
+    /// What its pages are that the page table does not have.
+    absent: Absent,
+    page_table: Arc<PageTable>,
+}
+
+const ZEROS: [u8; PAGE] = [0; PAGE];
+
+impl PlacePages for Place<'_> {
+    fn place(
+        &self,
+        block: &RamBlock,
+        offset: usize,
+        content: &[u8],
+        present: impl FnOnce() -> bool,
+    ) -> io::Result<()> {
+        match self {
+            Self::Mapping(mapping) => mapping.place(block, offset, content, present),
+            Self::File(file) => file.place(block, offset, content, present),
+        }
+    }
+}
+
+impl BlockSink {
+    /// The block, and how it is mapped here.
+    fn new(block: &RamBlock, read_only: bool, absent: Absent, page_table: &Arc<PageTable>) -> Self {
+        Self {
+            block: block.clone(),
+            written: PageBits::new(block.pages()),
+            came: PageBits::new(block.pages()),
+            file_turn: Mutex::default(),
+            read_only,
+            absent,
+            page_table: Arc::clone(page_table),
+        }
+    }
+
+    /// `None` if every page has come.
+    fn gap(&self) -> Option<Gap> {
+        let (pages, first) = self.came.missing();
+        let name = self.block.name().as_str();
+        Some(Gap {
+            block: name.to_owned(),
+            pages,
+            of: self.block.pages(),
+            first: first?,
+            is_firmware: self.block.is_firmware(),
+        })
+    }
+
+    pub(crate) fn block(&self) -> &RamBlock {
+        &self.block
+    }
+
+    /// The page at `offset` of the block.
+    pub(crate) fn page_at(&self, offset: u64) -> Result<usize> {
+        self.block.page_at(offset).ok_or_else(|| {
+            let (name, len) = (self.block.name(), self.block.used_len());
+            Error::misbehaved(
+                Phase::Active,
+                format!(
+                    "offset {offset:#x} in RAM block {name}: pages of {PAGE} bytes below {len:#x} are there"
+                ),
+            )
+        })
+    }
+
+    /// Tries to become the one thread that writes through the block's file. `None` if the block has
+    /// no shared file, or another thread is that already.
+    ///
+    /// To make fresh pages by a write costs less than by page faults, a copy of the bytes included.
+    /// But the kernel lets only one write at a time into a file, and has the others spin: they are
+    /// better off with the mapping.
+    pub(crate) fn try_file_writer(&self) -> Option<FileWriter<'_>> {
+        self.block.memory().shared_file()?;
+        self.file_turn.try_lock().ok().map(FileWriter::alone)
+    }
+
+    /// How pages that are in a buffer are placed with the least work.
+    pub(crate) fn best_place(&self) -> Place<'_> {
+        match self.try_file_writer() {
+            Some(writer) => Place::File(writer),
+            None if self.read_only => Place::File(FileWriter::beside_others()),
+            None => Place::Mapping(Mapping),
+        }
+    }
+
+    /// True if nothing has been written to the page at `offset` since the block was fresh.
+    pub(crate) fn is_untouched(&self, offset: u64) -> bool {
+        self.block.page_at(offset).is_some_and(|page| !self.written.test(page))
+    }
+
+    /// True if no store, neither ours nor the kernel's, may go to the mapping.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The kernel has written these pages by itself.
+    ///
+    /// Never before it has: a thread that sees a page marked takes it for present, and a store to
+    /// one that is not may be the end of the process.
+    pub(crate) fn note_written(&self, first: usize, pages: usize) {
+        self.written.set_range(first, pages);
+        self.came.set_range(first, pages);
+    }
+
+    /// Writes whole pages from `first` on.
+    pub(crate) fn write(&self, first: usize, content: &[u8], place: &impl PlacePages) -> Result<()> {
+        let pages = first..first + content.len() / PAGE;
+        let present = || self.written.all(pages.clone());
+        place
+            .place(&self.block, first * PAGE, content, present)
+            .map_err(|error| self.fault("writing", pages.clone(), error))?;
+        self.note_written(pages.start, pages.len());
+        Ok(())
+    }
+
+    /// Makes pages zero. Memory that is zero already is left alone, so that holes stay holes.
+    pub(crate) fn clear(&self, pages: impl IntoIterator<Item = usize>) -> Result<()> {
+        let untouched = |page: usize| self.block.is_fresh() && !self.written.test(page);
+        let came = pages.into_iter().inspect(|page| self.came.set_range(*page, 1));
+        let mut pages: Vec<usize> = came.filter(|page| !untouched(*page)).collect();
+        // A peer announces them in any order.
+        pages.sort_unstable();
+        let mut found = Found::default();
+        self.page_table
+            .look(&self.block, self.absent, &pages, &mut found)
+            .map_err(|bad| self.fault(READING, bad.page..bad.page + 1, bad.cause))?;
+        for (page, zero) in pages.iter().zip(found.zeros()) {
+            if !zero && !self.block.is_zero(*page) {
+                self.write(*page, &ZEROS, &self.best_place())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Applies an xbzrle difference to what is there.
+    pub(crate) fn apply(&self, page: usize, delta: &[u8]) -> Result<()> {
+        let mut content = ZEROS;
+        if !self.block.is_fresh() || self.written.test(page) {
+            let read = self.block.memory().read(page * PAGE, &mut content);
+            read.map_err(|error| self.fault(READING, page..page + 1, error))?;
+        }
+        xbzrle::decode(delta, &mut content).map_err(|error| {
+            let detail = format!("xbzrle record for page {page} of RAM block {}", self.block.name());
+            Error::new(ErrorKind::Codec, Phase::Active, detail).because(error)
+        })?;
+        self.write(page, &content, &self.best_place())
+    }
+
+    /// Says why the pages could not be read or written.
+    pub(crate) fn fault(&self, doing: &str, pages: Range<usize>, error: io::Error) -> Error {
+        self.block.fault(doing, pages, error)
+    }
+}

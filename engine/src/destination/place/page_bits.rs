@@ -1,0 +1,91 @@
+//! One bit for each page of a block.
+
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use crate::guest::DirtyBitmap;
+
+/// One bit a page, made where pages arrive: a block is as long as the peer says, and that alone
+/// must cost nothing.
+pub(super) struct PageBits {
+    pages: usize,
+    parts: Box<[OnceLock<DirtyBitmap>]>,
+}
+
+/// Pages in a part of [`PageBits`]: 1 GiB of guest, whose bits are 32 KiB.
+const PART_PAGES: usize = 1 << 18;
+
+impl PageBits {
+    pub(super) fn new(pages: usize) -> Self {
+        Self { pages, parts: (0..pages.div_ceil(PART_PAGES)).map(|_| OnceLock::new()).collect() }
+    }
+
+    /// Pages without a bit, and the first of them.
+    pub(super) fn missing(&self) -> (usize, Option<usize>) {
+        let (mut count, mut first) = (0, None);
+        for (number, part) in self.parts.iter().enumerate() {
+            let start = number * PART_PAGES;
+            let here = PART_PAGES.min(self.pages - start);
+            let missing = here - part.get().map_or(0, DirtyBitmap::count).min(here);
+            if missing > 0 && first.is_none() {
+                first = (start..start + here).find(|page| !self.test(*page));
+            }
+            count += missing;
+        }
+        (count, first)
+    }
+
+    pub(super) fn set_range(&self, first: usize, count: usize) {
+        let end = first.saturating_add(count);
+        let mut page = first;
+        while page < end {
+            let in_part = (PART_PAGES - page % PART_PAGES).min(end - page);
+            let Some(part) = self.parts.get(page / PART_PAGES) else { return };
+            part.get_or_init(|| DirtyBitmap::new(PART_PAGES)).set_range(page % PART_PAGES, in_part);
+            page += in_part;
+        }
+    }
+
+    pub(super) fn all(&self, mut pages: Range<usize>) -> bool {
+        pages.all(|page| self.test(page))
+    }
+
+    pub(super) fn test(&self, page: usize) -> bool {
+        let part = self.parts.get(page / PART_PAGES).and_then(OnceLock::get);
+        part.is_some_and(|part| part.test(page % PART_PAGES))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn written_pages_are_known_over_the_parts_borders() {
+        let written = PageBits::new(3 * PART_PAGES + 5);
+        written.set_range(PART_PAGES - 2, PART_PAGES + 4);
+        written.set_range(3 * PART_PAGES + 4, 1);
+        let set =
+            |page: usize| (PART_PAGES - 2..2 * PART_PAGES + 2).contains(&page) || page == 3 * PART_PAGES + 4;
+        for page in (0..3 * PART_PAGES + 10).filter(|page| (page + 3) % PART_PAGES < 9 || page % 1009 == 0) {
+            assert_eq!(written.test(page), set(page), "{page}");
+        }
+    }
+
+    #[test]
+    fn what_was_announced_but_never_came_has_no_bits() {
+        let written = PageBits::new(usize::MAX >> 24);
+        assert!(!written.test(12345) && written.parts.iter().all(|part| part.get().is_none()));
+        assert_eq!(written.missing(), (usize::MAX >> 24, Some(0)));
+    }
+
+    #[test]
+    fn a_page_that_is_missing_is_found_in_the_last_part() {
+        let bits = PageBits::new(2 * PART_PAGES + 5);
+        bits.set_range(0, 2 * PART_PAGES + 3);
+        bits.set_range(2 * PART_PAGES + 4, 1);
+        assert_eq!(bits.missing(), (1, Some(2 * PART_PAGES + 3)));
+        bits.set_range(2 * PART_PAGES + 3, 1);
+        assert_eq!(bits.missing(), (0, None));
+    }
+}

@@ -1,0 +1,190 @@
+//! The announced blocks, and who provides the memory for them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use multifd_wire::{BlockEntry, BlockName, Configuration};
+
+use super::BlockSink;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::guest::{Absent, Mappings, PageTable, RamBlock};
+
+/// Provider of the memory for the blocks that a source announces.
+///
+/// Called once, on the receiving thread, before any page arrives. Return exactly one block for each
+/// entry, in any order, with the entry's name and length; refuse what does not fit your machine
+/// with an error of your own.
+///
+/// A `Vec<RamBlock>` is the provider of a VMM whose memory is there already.
+pub trait IncomingRam: Send {
+    /// Memory for `announced`. Lengths are whole pages; names are unique; the sum is bounded by the
+    /// peer's word only, so map lazily.
+    ///
+    /// # Errors
+    /// Whatever makes this machine unfit for these blocks.
+    fn open(
+        &mut self,
+        configuration: &Configuration,
+        announced: &[BlockEntry],
+    ) -> Result<Vec<RamBlock>, Box<dyn std::error::Error + Send + Sync>>;
+}
+
+impl IncomingRam for Vec<RamBlock> {
+    fn open(
+        &mut self,
+        _configuration: &Configuration,
+        _announced: &[BlockEntry],
+    ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.clone())
+    }
+}
+
+/// All blocks of the migration, by the name on the wire.
+pub(crate) struct BlockSinks(HashMap<BlockName, Arc<BlockSink>>);
+
+/// A block of which pages never came.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::destination) struct Gap {
+    pub(in crate::destination) block: String,
+    /// Pages that never came, of how many, and the first of them.
+    pub(in crate::destination) pages: usize,
+    pub(in crate::destination) of: usize,
+    pub(in crate::destination) first: usize,
+    /// Firmware, of which nothing is ever left out.
+    pub(in crate::destination) is_firmware: bool,
+}
+
+impl BlockSinks {
+    /// Checks that `blocks` are what was announced: the same names, the same lengths, and can be
+    /// written.
+    pub(crate) fn new(announced: &[BlockEntry], blocks: &[RamBlock]) -> Result<Self> {
+        let mut by_name = HashMap::with_capacity(announced.len());
+        let mappings = Mappings::read()
+            .inspect_err(|error| tracing::warn!(%error, "how guest memory is mapped cannot be seen"))
+            .ok();
+        let page_table = Arc::new(PageTable::of_this_process());
+        for entry in announced {
+            let Some(block) = blocks.iter().find(|block| *block.name() == entry.name) else {
+                return Err(incompatible(format!("RAM block {} is unknown here", entry.name)));
+            };
+            let here = block.used_len();
+            if here != entry.used_len {
+                return Err(incompatible(format!(
+                    "RAM block {} has {} bytes at the source, {here} here",
+                    entry.name, entry.used_len
+                )));
+            }
+            let absent = mappings.as_ref().map_or(Absent::Unknown, |mappings| mappings.absent(block));
+            let read_only = is_read_only(mappings.as_ref(), block)?;
+            let sink = BlockSink::new(block, read_only, absent, &page_table);
+            by_name.insert(entry.name.clone(), Arc::new(sink));
+        }
+        Ok(Self(by_name))
+    }
+
+    pub(crate) fn find(&self, name: &str) -> Result<&Arc<BlockSink>> {
+        let unknown = || Error::misbehaved(Phase::Active, format!("page for unknown RAM block {name:?}"));
+        self.0.get(name).ok_or_else(unknown)
+    }
+
+    /// Blocks of which pages never came, by name.
+    pub(in crate::destination) fn gaps(&self) -> Vec<Gap> {
+        let mut gaps: Vec<Gap> = self.0.values().filter_map(|sink| sink.gap()).collect();
+        gaps.sort_by(|one, other| one.block.cmp(&other.block));
+        gaps
+    }
+}
+
+/// A block that is mapped for reading only is written through its file, if that is the same memory.
+fn is_read_only(mappings: Option<&Mappings>, block: &RamBlock) -> Result<bool> {
+    let Some(pages) = mappings.and_then(|mappings| mappings.read_only(block)) else { return Ok(false) };
+    if block.memory().file_is_writable() {
+        return Ok(true);
+    }
+    let detail = format!(
+        "pages {}..{} of RAM block {} are mapped for reading only, and no file open for writing is shared with them; map \
+         them for writing until the guest has arrived",
+        pages.start,
+        pages.end,
+        block.name()
+    );
+    Err(Error::new(ErrorKind::GuestMemory, Phase::Setup, detail))
+}
+
+fn incompatible(detail: String) -> Error {
+    Error::incompatible(Phase::Setup, detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Mapping;
+    use super::*;
+    use crate::guest::{HostMemory, PAGE};
+
+    /// Shared memory on a file system of that many bytes, which no other thread sees. `None`: this
+    /// process may not mount.
+    #[expect(unsafe_code, reason = "mounting has no safe wrapper")]
+    fn on_small_file_system(bytes: usize, pages: usize) -> Option<RamBlock> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = std::ffi::CString::new(directory.path().to_str().unwrap()).unwrap();
+        let size = std::ffi::CString::new(format!("size={bytes}")).unwrap();
+        let none = std::ptr::null();
+        // SAFETY: takes no pointer; it is this thread that gets mounts of its own.
+        let apart = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0;
+        // SAFETY: all pointers are C strings or null.
+        let private = apart
+            && unsafe {
+                libc::mount(none, c"/".as_ptr(), none, libc::MS_REC | libc::MS_PRIVATE, none.cast())
+            } == 0;
+        // SAFETY: as above.
+        let mounted = private
+            && unsafe {
+                libc::mount(c"tmpfs".as_ptr(), path.as_ptr(), c"tmpfs".as_ptr(), 0, size.as_ptr().cast())
+            } == 0;
+        if !mounted {
+            return None;
+        }
+        let path = directory.path().join("ram");
+        let file = std::fs::File::options().read(true).write(true).create_new(true).open(path).unwrap();
+        file.set_len((pages * PAGE) as u64).unwrap();
+        Some(RamBlock::new("ram".try_into().unwrap(), HostMemory::map_file(file, pages * PAGE).unwrap()))
+    }
+
+    fn sink(block: &RamBlock) -> Arc<BlockSink> {
+        let entry = BlockEntry {
+            name: block.name().clone(),
+            used_len: block.used_len(),
+            page_size: None,
+            guest_address: None,
+            mapped_ram: None,
+        };
+        let sinks = BlockSinks::new(&[entry], std::slice::from_ref(block)).unwrap();
+        Arc::clone(sinks.find("ram").unwrap())
+    }
+
+    /// A difference that makes the first byte of a zero page 7.
+    const DELTA: [u8; 3] = [0, 1, 7];
+
+    /// A read of a hole through the mapping would have to fill it.
+    #[test]
+    fn a_hole_of_a_full_file_system_is_read_and_its_difference_refused() {
+        let Some(block) = on_small_file_system(16 * PAGE, 64) else {
+            eprintln!("skipped: this process may not mount");
+            return;
+        };
+        for block in [block.clone(), block.fresh()] {
+            let sink = sink(&block);
+            let mut first = 0;
+            while sink.write(first, &[1; PAGE], &Mapping).is_ok() {
+                first += 1;
+            }
+            assert!((1..64).contains(&first));
+            sink.clear([63, 62]).unwrap();
+            let error = sink.apply(63, &DELTA).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::GuestMemory, "{}", error.chain());
+            sink.apply(0, &DELTA).unwrap();
+            sink.clear([first - 1]).unwrap();
+            assert!(block.is_zero(first - 1));
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! The records of the RAM section on main: pages into guest memory, up to what the machine decides
+//! about.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use multifd_wire::{BlockListFormat, BlockRef, Configuration, RamRecord};
+
+use super::mapped::PageReaders;
+use super::place::{BlockSink, BlockSinks, IncomingRam};
+use super::shared::DestinationShared;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::guest::{PAGE, PAGE_SIZE};
+use crate::run::counters::{ChannelCounters, Counters};
+use crate::stream::{MainReader, block_list};
+
+/// Reads pages on main.
+pub(super) struct RamReader {
+    sinks: Arc<BlockSinks>,
+    /// The block that CONTINUE refers to; kept over sections.
+    last_block: Option<Arc<BlockSink>>,
+}
+
+/// A record that is no page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mark {
+    EndOfRecords,
+    Flush,
+}
+
+impl RamReader {
+    /// Reads the list of blocks, the first thing in START, and opens memory for them. With
+    /// `mapped`, their pages have come, too, when this returns.
+    pub(super) fn open(
+        reader: &mut MainReader,
+        shared: &DestinationShared,
+        configuration: &Configuration,
+        ram: &mut dyn IncomingRam,
+        readers: &PageReaders,
+        mapped: bool,
+    ) -> Result<Self> {
+        readers.check(reader.channel(), mapped)?;
+        let format = BlockListFormat { mapped_ram: mapped, ..BlockListFormat::default() };
+        let announced = block_list::read(reader, PAGE_SIZE, format)?;
+        let blocks = ram.open(configuration, &announced).map_err(|error| {
+            Error::new(ErrorKind::GuestMemory, Phase::Setup, "no memory for the source's RAM blocks")
+                .because(error)
+        })?;
+        let total: u64 = announced.iter().map(|entry| entry.used_len).sum();
+        shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
+        let sinks = Arc::new(BlockSinks::new(&announced, &blocks)?);
+        shared.publish(Arc::clone(&sinks));
+        if mapped {
+            readers.load(reader.channel(), &announced, &sinks, shared)?;
+        }
+        Ok(Self { sinks, last_block: None })
+    }
+
+    /// Where the pages are.
+    pub(super) fn sinks(&self) -> &BlockSinks {
+        &self.sinks
+    }
+
+    /// Reads page records up to one that is none. `mapped`: there may be no page records.
+    pub(super) fn read(
+        &mut self,
+        reader: &mut MainReader,
+        counters: &ChannelCounters,
+        mapped: bool,
+    ) -> Result<Mark> {
+        let mut pages = Pages::default();
+        let result = self.records(reader, mapped, &mut pages);
+        pages.count(counters);
+        result
+    }
+
+    fn records(&mut self, reader: &mut MainReader, mapped: bool, pages: &mut Pages) -> Result<Mark> {
+        loop {
+            let record =
+                reader.next(Phase::Active, "a RAM record", |bytes| RamRecord::parse(bytes, PAGE_SIZE))?;
+            match record {
+                RamRecord::EndOfSection => return Ok(Mark::EndOfRecords),
+                record if mapped => {
+                    let detail = format!("{record:?} in a mapped-ram stream, where pages have fixed places");
+                    return Err(Error::misbehaved(Phase::Active, detail));
+                }
+                RamRecord::Flush => return Ok(Mark::Flush),
+                RamRecord::Page { offset, block } => {
+                    let sink = self.sink(block)?;
+                    let page = sink.page_at(offset)?;
+                    sink.write(page, reader.take(Phase::Active, "a page", PAGE)?, &sink.best_place())?;
+                    pages.normal += 1;
+                }
+                RamRecord::Zero { offset, block } => {
+                    let sink = self.sink(block)?;
+                    sink.clear([sink.page_at(offset)?])?;
+                    pages.zero += 1;
+                }
+                RamRecord::Xbzrle { offset, block, len } => {
+                    let sink = self.sink(block)?;
+                    let page = sink.page_at(offset)?;
+                    sink.apply(page, reader.take(Phase::Active, "an xbzrle record", len.into())?)?;
+                    pages.xbzrle += 1;
+                }
+                RamRecord::MemSize { .. } => {
+                    return Err(Error::misbehaved(Phase::Active, "a second list of RAM blocks"));
+                }
+            }
+        }
+    }
+
+    /// The block of a page record. Most refer to the last one: that costs no look-up.
+    fn sink(&mut self, block: BlockRef) -> Result<&BlockSink> {
+        if let BlockRef::Named(name) = block {
+            self.last_block = Some(Arc::clone(self.sinks.find(name.as_str())?));
+        }
+        self.last_block.as_deref().ok_or_else(|| {
+            Error::misbehaved(Phase::Active, "a page with CONTINUE, but no RAM block was named before it")
+        })
+    }
+}
+
+/// Counted for a whole run of records at a time.
+#[derive(Default)]
+struct Pages {
+    normal: usize,
+    zero: usize,
+    xbzrle: usize,
+}
+
+impl Pages {
+    fn count(&self, counters: &ChannelCounters) {
+        Counters::add(&counters.pages_normal, self.normal);
+        Counters::add(&counters.pages_zero, self.zero);
+        Counters::add(&counters.pages_xbzrle, self.xbzrle);
+    }
+}
