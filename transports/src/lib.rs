@@ -22,55 +22,33 @@
 //! Every wait ends: [`dial`] by its deadline or a [`Stopper`], [`Listener::serve`] by its [`Stopper`], a
 //! blocked [`Channel`] by its [`Closer`] or the silence limit, [`Pacer::take`] by [`Pacer::stop`].
 
-mod backoff;
-mod broken_pipe;
+mod accept;
 mod channel;
-mod closer;
-mod connect;
-mod descriptor;
 mod dial;
-mod door;
 mod endpoint;
 mod error;
-mod event_loop;
 mod file;
-mod file_uri;
-mod first_bytes;
-mod heard;
-mod listener;
-mod lookup;
-mod only;
+mod os;
 mod pacer;
-mod pipe;
-mod serve;
-mod shell;
-mod socket;
-mod socket_file;
-mod socket_options;
 mod stopper;
-mod stream;
-mod sys;
 #[cfg(test)]
 mod testing;
 mod tls;
-mod vsock;
-mod wake;
-mod zero_copy;
 
+pub use accept::Arrival;
+pub use accept::first_bytes::OpeningLen;
+pub use accept::listener::Listener;
 pub use channel::Channel;
-pub use closer::Closer;
-pub use descriptor::receive_descriptor;
+pub use channel::closer::Closer;
+pub use channel::zero_copy::ZeroCopy;
+pub use dial::descriptor::receive_descriptor;
 pub use dial::{DialOptions, dial};
 pub use endpoint::{Endpoint, InvalidEndpoint, VSOCK_ANY};
 pub use error::TransportError;
 pub use file::FileStream;
-pub use first_bytes::OpeningLen;
-pub use listener::Listener;
+pub use os::socket_options::{Keepalive, SocketOptions};
 pub use pacer::{Pacer, Stopped};
-pub use serve::Arrival;
-pub use socket_options::{Keepalive, SocketOptions};
 pub use stopper::Stopper;
 #[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
 pub use tls::{InvalidCredentials, TlsProvider};
 pub use tls::{TlsClient, TlsServer};
-pub use zero_copy::ZeroCopy;

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::PollFlags;
 
-use crate::event_loop::ready;
-use crate::wake::Wake;
+use crate::os::event_loop::ready;
+use crate::os::wake::Wake;
 
 /// Ends a [`dial`](crate::dial) or a [`Listener::serve`](crate::Listener::serve) at once, from any thread.
 ///

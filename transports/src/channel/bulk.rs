@@ -3,7 +3,7 @@
 use std::io::{self, ErrorKind};
 
 use super::Channel;
-use crate::stream::Stream;
+use crate::channel::stream::Stream;
 
 /// Bytes that are copied at a time where the channel has no better buffer of its own: 64 KiB.
 const PIECE: usize = 64 << 10;

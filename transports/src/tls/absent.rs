@@ -6,8 +6,8 @@ use std::time::Duration;
 use socket2::Socket;
 
 use crate::Endpoint;
-use crate::door::Client;
-use crate::first_bytes::FirstBytes;
+use crate::accept::client::Client;
+use crate::accept::first_bytes::FirstBytes;
 
 /// How to dial by TLS. This build has none, and no value of this type: see the features
 /// `tls-aws-lc` and `tls-ring`.

@@ -8,9 +8,9 @@ use rustix::event::PollFlags;
 use socket2::Socket;
 
 use crate::Endpoint;
-use crate::door::Client;
-use crate::event_loop::within;
-use crate::first_bytes::FirstBytes;
+use crate::accept::client::Client;
+use crate::accept::first_bytes::FirstBytes;
+use crate::os::event_loop::within;
 
 /// The name to expect at `endpoint`.
 pub(crate) fn expected_name(tls: &TlsClient, endpoint: &Endpoint) -> io::Result<ExpectedName> {

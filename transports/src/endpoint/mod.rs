@@ -7,7 +7,7 @@ use std::str::FromStr;
 use serde::{Serialize, Serializer};
 use thiserror::Error;
 
-use crate::file_uri;
+mod file_uri;
 
 const GRAMMAR: &str = "tcp:HOST:PORT (a v6 address in [brackets]; no HOST: any address), unix:PATH, \
     file:PATH[,offset=N], fd:N (an inherited descriptor), fd:unix:PATH (one that is handed over there), exec:COMMAND, \

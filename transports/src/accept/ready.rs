@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 
-use crate::event_loop::{First, first, ready, within};
-use crate::serve::{Arrival, check_first_bytes};
+use crate::accept::{Arrival, check_first_bytes};
+use crate::os::event_loop::{First, first, ready, within};
 use crate::{Channel, FileStream, Listener};
 
 /// Reports what becomes of the channel, and then waits until the listener is stopped.

@@ -10,14 +10,16 @@ use std::time::{Duration, Instant};
 
 use socket2::Socket;
 
+use crate::accept::first_bytes::OpeningLen;
+use crate::accept::ready;
+use crate::accept::socket_file::SocketFile;
+use crate::accept::{Arrival, Lobby, serve};
 use crate::dial::command;
+use crate::dial::descriptor;
+use crate::dial::vsock;
 use crate::file::FileStream;
-use crate::first_bytes::OpeningLen;
-use crate::serve::{Arrival, Lobby, serve};
-use crate::socket_file::SocketFile;
-use crate::{
-    Channel, Endpoint, SocketOptions, Stopper, TlsServer, TransportError, descriptor, event_loop, only, vsock,
-};
+use crate::os::event_loop;
+use crate::{Channel, Endpoint, SocketOptions, Stopper, TlsServer, TransportError};
 
 /// A bound socket that takes connections. Dropping it frees the address, and removes a unix socket's file.
 #[derive(Debug)]
@@ -185,7 +187,7 @@ impl Listener {
             }
             Origin::Ready(channel) => {
                 let channel = channel.lock().unwrap_or_else(PoisonError::into_inner).take();
-                let served = only::serve(self, channel, (first_bytes, silence), on_arrival);
+                let served = ready::serve(self, channel, (first_bytes, silence), on_arrival);
                 event_loop::block_on(served).flatten()
             }
         };

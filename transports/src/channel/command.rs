@@ -12,7 +12,7 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
 };
 
-use crate::wake::Wake;
+use crate::os::wake::Wake;
 
 /// How long a command that was killed may take to be gone. Longer takes only one that hangs in the kernel.
 const DEATH: Duration = Duration::from_secs(2);

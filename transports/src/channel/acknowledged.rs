@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::Socket;
 
-use crate::stream::Stream;
-use crate::{Channel, sys};
+use crate::Channel;
+use crate::channel::stream::Stream;
+use crate::os::sys;
 
 /// How often a connection that is about to end is looked at. Nothing wakes who waits for an acknowledgement of TCP.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);

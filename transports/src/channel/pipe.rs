@@ -13,9 +13,9 @@ use rustix::event::PollFlags;
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl, open};
 use rustix::io::Errno;
 
-use crate::broken_pipe;
-use crate::shell::Shell;
-use crate::wake::Wake;
+use crate::channel::command::Shell;
+use crate::os::broken_pipe;
+use crate::os::wake::Wake;
 
 /// Bytes that a pipe should hold, where the kernel lets it: 1 MiB, the most that it lets everybody have.
 const CAPACITY: usize = 1 << 20;

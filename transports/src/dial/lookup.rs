@@ -7,8 +7,8 @@ use std::thread::Builder;
 
 use rustix::event::PollFlags;
 
-use crate::event_loop::ready;
-use crate::wake::Wake;
+use crate::os::event_loop::ready;
+use crate::os::wake::Wake;
 
 /// The addresses of a host. The system's resolver cannot be interrupted, so a name is looked up on
 /// a thread of its own: when nobody waits for it any more, the thread ends when the resolver lets

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use rustix::event::PollFlags;
 use socket2::Socket;
 
-use crate::event_loop::when_ready;
-use crate::{SocketOptions, socket};
+use crate::SocketOptions;
+use crate::os::event_loop::when_ready;
+use crate::os::socket;
 
 /// Where clients come in.
 #[derive(Debug)]

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use socket2::Socket;
 
+use crate::channel::pipe::Pipe;
 use crate::file::FileStream;
-use crate::pipe::Pipe;
 use crate::tls::TlsStream;
 
 /// The kinds of byte stream. All methods take `&self`: one thread sends while another receives.

@@ -10,12 +10,19 @@ use std::time::Duration;
 
 use socket2::Socket;
 
-use crate::closer::{Closer, Link};
+use crate::SocketOptions;
+use crate::channel::closer::{Closer, Link};
+use crate::channel::stream::Stream;
 use crate::file::FileStream;
-use crate::stream::Stream;
-use crate::{SocketOptions, socket};
+use crate::os::socket;
 
+mod acknowledged;
 mod bulk;
+pub(crate) mod closer;
+mod command;
+pub(crate) mod pipe;
+pub(crate) mod stream;
+pub(crate) mod zero_copy;
 
 /// A connected, blocking byte channel, in both directions unless it is a [pipe](Self::is_two_way).
 ///

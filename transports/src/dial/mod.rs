@@ -10,17 +10,22 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use socket2::{Domain, Socket, Type};
 
-use crate::backoff::Backoff;
-use crate::connect::connect;
-use crate::door::into_socket;
-use crate::event_loop::{First, block_on, first, ready, sleep_until, within};
+use crate::accept::client::into_socket;
+use crate::channel::pipe::Pipe;
+use crate::channel::stream::Stream;
+use crate::dial::backoff::Backoff;
+use crate::dial::connect::connect;
+use crate::dial::lookup::lookup;
 use crate::file::FileStream;
-use crate::lookup::lookup;
-use crate::pipe::Pipe;
-use crate::stream::Stream;
-use crate::{
-    Channel, Endpoint, SocketOptions, Stopper, TlsClient, TransportError, descriptor, socket, tls, vsock,
-};
+use crate::os::event_loop::{First, block_on, first, ready, sleep_until, within};
+use crate::os::socket;
+use crate::{Channel, Endpoint, SocketOptions, Stopper, TlsClient, TransportError, tls};
+
+pub(crate) mod backoff;
+mod connect;
+pub(crate) mod descriptor;
+mod lookup;
+pub(crate) mod vsock;
 
 /// How long to try, and what ends it early. More fields will come: write `..DialOptions::default()`.
 #[derive(Clone, Debug)]

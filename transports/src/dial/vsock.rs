@@ -4,7 +4,7 @@ use std::io::{self, ErrorKind};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::connect::connect;
+use crate::dial::connect::connect;
 use crate::endpoint::VSOCK_ANY;
 
 /// Binds, for listening. Port 0 is any free one.

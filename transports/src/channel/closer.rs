@@ -3,7 +3,7 @@
 use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::stream::Stream;
+use crate::channel::stream::Stream;
 
 /// Ends a [`Channel`](crate::Channel) from any thread: both directions are shut down, and whoever is blocked
 /// in a call on it returns at once.

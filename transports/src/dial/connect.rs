@@ -6,8 +6,8 @@ use std::sync::Arc;
 use rustix::event::PollFlags;
 use socket2::{SockAddr, Socket};
 
-use crate::door::into_socket;
-use crate::event_loop::ready;
+use crate::accept::client::into_socket;
+use crate::os::event_loop::ready;
 
 /// Connects `socket`, which is non-blocking afterwards.
 pub(crate) async fn connect(socket: Socket, address: &SockAddr) -> io::Result<Socket> {

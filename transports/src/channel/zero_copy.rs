@@ -7,7 +7,8 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::socket_error;
 
-use crate::{Channel, sys};
+use crate::Channel;
+use crate::os::sys;
 
 /// The account of one channel's sends with `MSG_ZEROCOPY`: the kernel says on the socket's error queue when it has let go
 /// of the memory of each, and whether it has copied it after all.

@@ -14,10 +14,11 @@ use rustix::net::sockopt::socket_acceptconn;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use socket2::{Socket, Type};
 
+use crate::channel::pipe::Pipe;
+use crate::channel::stream::Stream;
 use crate::file::FileStream;
-use crate::pipe::Pipe;
-use crate::stream::Stream;
-use crate::{Channel, Endpoint, SocketOptions, socket};
+use crate::os::socket;
+use crate::{Channel, Endpoint, SocketOptions};
 
 /// What a descriptor turned out to be.
 #[derive(Debug)]
@@ -131,7 +132,7 @@ pub(crate) fn take(number: i32) -> io::Result<OwnedFd> {
     if matches!(number, 1 | 2) {
         return Err(unfit("standard output and standard error are for what is said to the user"));
     }
-    let inherited = crate::sys::borrow(number, |descriptor| match fcntl_getfd(descriptor) {
+    let inherited = crate::os::sys::borrow(number, |descriptor| match fcntl_getfd(descriptor) {
         Err(_) => Err(unfit("no such descriptor is open")),
         Ok(flags) if flags.contains(FdFlags::CLOEXEC) => {
             Err(unfit("this descriptor was not inherited, or is in use already"))
@@ -145,7 +146,7 @@ pub(crate) fn take(number: i32) -> io::Result<OwnedFd> {
             rustix::stdio::dup2_stdin(std::fs::File::open("/dev/null")?)?;
             Ok(stdin)
         }
-        None => Ok(crate::sys::own(number)),
+        None => Ok(crate::os::sys::own(number)),
     }
 }
 

@@ -8,14 +8,21 @@ use std::time::{Duration, Instant};
 
 use socket2::Socket;
 
-use crate::backoff::Backoff;
-use crate::door::{Client, Door};
-use crate::event_loop::{First, TaskHandle, Tasks, first, sleep_until, within};
-use crate::first_bytes::{FirstBytes, OpeningLen};
-use crate::listener::BACKLOG;
-use crate::stream::Stream;
+use crate::accept::client::{Client, Door};
+use crate::accept::first_bytes::{FirstBytes, OpeningLen};
+use crate::accept::listener::BACKLOG;
+use crate::channel::stream::Stream;
+use crate::dial::backoff::Backoff;
+use crate::os::event_loop::{First, TaskHandle, Tasks, first, sleep_until, within};
+use crate::os::socket;
 use crate::tls::Stage;
-use crate::{Channel, Listener, SocketOptions, TlsServer, socket};
+use crate::{Channel, Listener, SocketOptions, TlsServer};
+
+pub(crate) mod client;
+pub(crate) mod first_bytes;
+pub(crate) mod listener;
+mod ready;
+mod socket_file;
 
 /// What happened to a connection. Each is [`Opened`](Self::Opened) first, and then has exactly one other end;
 /// the last ones may have none when the listener is stopped.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use socket2::{Domain, Socket, Type};
 
-use crate::socket::unix_address;
+use crate::os::socket::unix_address;
 
 /// A socket file of ours; dropping it removes the file, unless another has taken its place.
 #[derive(Debug)]
