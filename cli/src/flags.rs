@@ -337,7 +337,7 @@ mod tests {
         let Command::Send(send) = flags.command else { panic!("{flags:?}") };
         let options = send.sockets.options();
         assert_eq!(options.bind, Some([10, 0, 0, 1].into()));
-        assert_eq!(options.keepalive.map(|keepalive| keepalive.patience()), Some(Duration::from_secs(11)));
+        assert_eq!(options.keepalive.map(|keepalive| keepalive.timeout()), Some(Duration::from_secs(11)));
         assert_eq!(options.user_timeout, Some(Duration::from_secs(9)));
         assert_eq!((options.send_buffer, options.receive_buffer), (Some(1 << 20), Some(64 << 10)));
         assert!(options.mptcp && options.no_delay && send.return_path);

@@ -36,4 +36,4 @@ pub use recording::{Ending, Lane, Recording, Step};
 pub use sink::{Incoming, Sink};
 pub use socket::Socket;
 pub use style::{Style, SyncPackets, SyncPoints};
-pub use trial::{PATIENCE, Received, Trial, Verdict};
+pub use trial::{Received, TIMEOUT, Trial, Verdict};

@@ -26,9 +26,9 @@ impl Seal {
     /// Seals `len` bytes that `fill` writes, at most [`MAX_BATCH_TEXT`], and gives the records.
     pub fn batch(&mut self, len: usize, fill: &mut dyn FnMut(&mut [u8])) -> &[u8] {
         self.0.clear();
-        let sealed = self.0.data(len, fill);
-        debug_assert_eq!(sealed, Ok(len));
-        self.0.sealed()
+        let encrypted = self.0.data(len, fill);
+        debug_assert_eq!(encrypted, Ok(len));
+        self.0.encrypted()
     }
 }
 

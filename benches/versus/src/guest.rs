@@ -53,7 +53,7 @@ pub(crate) struct Stage {
 }
 
 /// How long anything about a guest may take; a Linux that works through its files under emulation takes longest.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(600);
 
 impl Guest {
     pub(crate) fn ram_mib(self) -> u32 {
@@ -170,14 +170,14 @@ fn receive(qemu: &mut Qemu, checkpoint: &Path, near: &[&str]) -> Outcome {
     let mut receive = Receive::listen_in(near, "tcp:127.0.0.1:0", checkpoint, &[])?;
     qemu.set_up(&settings, Side::Source)?;
     qemu.migrate(receive.uri())?;
-    receive.wait_success(PATIENCE)?;
-    qemu.wait_completed(PATIENCE).map(drop)
+    receive.wait_success(TIMEOUT)?;
+    qemu.wait_completed(TIMEOUT).map(drop)
 }
 
 /// A guest that has switched its only CPU off.
 fn halted(builder: &QemuBuilder) -> Outcome<Qemu> {
     let mut qemu = builder.spawn("source")?;
-    qemu.serial().wait_for("H", 0, PATIENCE)?;
+    qemu.serial().wait_for("H", 0, TIMEOUT)?;
     come_to_rest(&mut qemu)?;
     Ok(qemu)
 }
@@ -216,15 +216,15 @@ fn linux(builder: &QemuBuilder, ram_mib: u32, network: &Outcome<Network>) -> Out
     qemu.set_up(&settings, Side::Destination)?;
     let uri = qemu.listen("tcp:127.0.0.1:0")?;
     let near = inside(network, Host::Left);
-    Multifd::send_in(&near, &image, &uri, &settings, &[])?.wait_success(PATIENCE)?;
-    qemu.wait_completed(PATIENCE)?;
+    Multifd::send_in(&near, &image, &uri, &settings, &[])?.wait_success(TIMEOUT)?;
+    qemu.wait_completed(TIMEOUT)?;
     come_to_rest(&mut qemu)?;
     Ok(qemu)
 }
 
 /// Lets a guest that is about to halt do so, and stops it.
 fn come_to_rest(qemu: &mut Qemu) -> Outcome {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     qemu.resume()?;
     let registers = json!({ "command-line": "info registers" });
     while !qemu.execute("human-monitor-command", registers.clone())?.to_string().contains("HLT=1") {
@@ -245,12 +245,12 @@ fn work_and_save(ram_mib: u32, image: &Path) -> Outcome {
         system = system.file(&name, content);
     }
     let mut qemu = builder.linux(&system.build(&scratch)?).spawn("guest")?;
-    qemu.wait_linux(PATIENCE)?;
+    qemu.wait_linux(TIMEOUT)?;
     for step in WORK {
-        qemu.run_in_guest(step, PATIENCE)?;
+        qemu.run_in_guest(step, TIMEOUT)?;
     }
     qemu.type_text("halt -f\n")?;
-    qemu.serial().wait_for("System halted", 0, PATIENCE)?;
+    qemu.serial().wait_for("System halted", 0, TIMEOUT)?;
     qemu.stop()?;
     receive(&mut qemu, image, &[])
 }

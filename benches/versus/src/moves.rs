@@ -11,7 +11,7 @@ use multifd_tests::{
 };
 
 use crate::account;
-use crate::guest::{PATIENCE, Stage};
+use crate::guest::{Stage, TIMEOUT};
 use crate::pump::{self, Landing};
 use crate::scenario::{Scenario, Transport, Way};
 
@@ -72,7 +72,7 @@ fn qemu_to_qemu(scenario: &Scenario, stage: &mut Stage, set_up: SetUp<'_>) -> Ou
     let before = Snapshot::of(pids)?;
     let moved = watched(pids, || send_by_qemu(&mut stage.qemu, &uri, set_up));
     let (report, peak) = moved.map_err(|failure| destination.explain(failure))?;
-    destination.wait_completed(PATIENCE)?;
+    destination.wait_completed(TIMEOUT)?;
     let after = Snapshot::of(pids)?;
     ram::check_equal(stage.qemu.ram(), destination.ram())?;
     Ok(Cost {
@@ -91,8 +91,8 @@ fn ours_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let mut send = send(scenario, stage, receive.uri())?;
     let pids = [send.id(), receive.process().id()];
     let (usages, private_bytes) = watched(pids, || {
-        let source = send.wait_usage(PATIENCE)?;
-        Ok([source, receive.process().wait_usage(PATIENCE)?])
+        let source = send.wait_usage(TIMEOUT)?;
+        Ok([source, receive.process().wait_usage(TIMEOUT)?])
     })?;
     let report = CommandReport::by(&send)?;
     check_arrived(stage, &out)?;
@@ -114,7 +114,7 @@ fn qemu_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let before = Snapshot::of(pids)?;
     let set_up: SetUp<'_> = &|qemu, side| as_said(scenario, qemu, side);
     let (report, peak) = watched(pids, || send_by_qemu(&mut stage.qemu, &target, set_up))?;
-    let destination = receive.process().wait_usage(PATIENCE)?.cpu;
+    let destination = receive.process().wait_usage(TIMEOUT)?.cpu;
     let [source, _] = before.cpu;
     let source = account::cpu(pids[0])?.saturating_sub(source);
     check_arrived(stage, &out)?;
@@ -133,8 +133,8 @@ fn ours_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let id = destination.process().id();
     let before = Snapshot::of([id, id])?;
     let mut send = send(scenario, stage, &uri)?;
-    let (usage, peak) = watched([send.id(), id], || send.wait_usage(PATIENCE))?;
-    destination.wait_completed(PATIENCE)?;
+    let (usage, peak) = watched([send.id(), id], || send.wait_usage(TIMEOUT))?;
+    destination.wait_completed(TIMEOUT)?;
     let after = Snapshot::of([id, id])?;
     let report = CommandReport::by(&send)?;
     ram::check_equal(stage.qemu.ram(), destination.ram())?;
@@ -166,7 +166,7 @@ fn send_by_qemu(qemu: &mut Qemu, uri: &str, set_up: SetUp<'_>) -> Outcome<(Durat
     qemu.stop()?;
     set_up(qemu, Side::Source)?;
     qemu.migrate(uri)?;
-    let report = qemu.wait_completed(PATIENCE)?;
+    let report = qemu.wait_completed(TIMEOUT)?;
     Ok((report.total, report.transferred_bytes))
 }
 

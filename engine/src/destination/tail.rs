@@ -42,7 +42,7 @@ pub(crate) fn read(reader: &mut StreamReader, begun: &[u8], patience: Duration) 
     let channel = reader.channel().clone();
     let limit = |duration| {
         channel
-            .set_silence_limit(Some(duration))
+            .set_timeout(Some(duration))
             .map_err(|error| Error::io(Phase::Device, "setting up the socket", error))
     };
     limit(quiet)?;

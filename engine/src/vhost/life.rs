@@ -201,13 +201,13 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         what: &str,
         left: impl Fn(&Ring) -> Option<u16>,
     ) -> Result<(), VhostError> {
-        let patience = self.front_end.timeout();
-        let deadline = Instant::now() + patience;
+        let timeout = self.front_end.timeout();
+        let deadline = Instant::now() + timeout;
         for (index, ring) in rings.filter(|_| self.features & RING_PACKED == 0) {
             while let Some(left) = left(ring).filter(|left| *left > 0) {
                 if Instant::now() >= deadline {
                     return Err(
-                        self.failed(format!("ring {index}: {left} requests {what} after {patience:?}"))
+                        self.failed(format!("ring {index}: {left} requests {what} after {timeout:?}"))
                     );
                 }
                 self.check_connected()?;

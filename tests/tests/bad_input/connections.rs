@@ -44,7 +44,7 @@ fn first_bytes_that_belong_to_nobody() -> Outcome {
 
 #[test]
 fn connections_that_fall_silent() -> Outcome {
-    let silence = "no byte moved for 300ms, the silence limit";
+    let silence = "no byte moved for 300ms, the timeout";
     refused([
         ("main without a byte", single().stopped(Lane::Main, 0), &["main channel on unix:", "within 300ms"]),
         (

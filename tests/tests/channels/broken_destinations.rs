@@ -6,7 +6,7 @@ use multifd_tests::peer::{Memory, devices};
 use multifd_transports::Endpoint;
 use multifd_wire::Configuration;
 
-use crate::wire::{Kind, PATIENCE, Then, broken, says};
+use crate::wire::{Kind, TIMEOUT, Then, broken, says};
 
 /// More pages than any channel holds.
 fn source(return_path: Option<bool>) -> Outcome<Source> {
@@ -21,7 +21,7 @@ fn source(return_path: Option<bool>) -> Outcome<Source> {
     let builder = Source::builder(memory.provide_content()?, configuration)
         .paused_guest()
         .zero_pages(ZeroPages::None)
-        .timeout(PATIENCE);
+        .timeout(TIMEOUT);
     let builder = match return_path {
         Some(return_path) => builder.return_path(return_path),
         None => builder,

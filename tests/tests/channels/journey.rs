@@ -118,15 +118,15 @@ impl Journey {
                 Ok((Receive::listen(&format!("exec:cat {fifo}"), out)?, format!("exec:cat > {fifo}")))
             }
             Link::InheritedDoor => {
-                let door = TcpListener::bind("127.0.0.1:0")?;
-                let uri = format!("tcp:{}", door.local_addr()?);
-                let door = Inherited::new(door)?;
-                Ok((Receive::listen(&door.uri(), out)?, uri))
+                let listener = TcpListener::bind("127.0.0.1:0")?;
+                let uri = format!("tcp:{}", listener.local_addr()?);
+                let listener = Inherited::new(listener)?;
+                Ok((Receive::listen(&listener.uri(), out)?, uri))
             }
             Link::Relay => {
-                let door = Receive::listen("tcp:127.0.0.1:0", out)?;
-                let relay = relay(door.uri())?;
-                Ok((door, relay))
+                let listener = Receive::listen("tcp:127.0.0.1:0", out)?;
+                let relay = relay(listener.uri())?;
+                Ok((listener, relay))
             }
         }
     }

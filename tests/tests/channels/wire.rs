@@ -11,10 +11,10 @@ use multifd_tests::{Failure, Inherited, Outcome, Scratch};
 use multifd_transports::{Arrival, Channel, DialOptions, Endpoint, Listener};
 use rustix::pipe::pipe;
 
-/// The silence limit of the ends under test.
-pub(crate) const PATIENCE: Duration = Duration::from_millis(300);
+/// The timeout of the ends under test.
+pub(crate) const TIMEOUT: Duration = Duration::from_millis(300);
 
-/// Nothing that fails may take longer: two waits of a silence limit each may come one after the other, a command has a
+/// Nothing that fails may take longer: two waits of a timeout each may come one after the other, a command has a
 /// second to end, and the machine may be busy with others.
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -47,9 +47,9 @@ impl Kind {
     /// Those that work on this machine.
     pub(crate) fn all() -> Vec<Self> {
         let vsock = || {
-            let door = Listener::bind(&Endpoint::Vsock { cid: 1, port: 0 }).ok()?;
-            let options = DialOptions { deadline: PATIENCE, ..DialOptions::default() };
-            multifd_transports::dial(&door.endpoint(), &options).ok()
+            let listener = Listener::bind(&Endpoint::Vsock { cid: 1, port: 0 }).ok()?;
+            let options = DialOptions { deadline: TIMEOUT, ..DialOptions::default() };
+            multifd_transports::dial(&listener.endpoint(), &options).ok()
         };
         let mut all = vec![Self::Pipe, Self::SocketPair, Self::Tcp, Self::Unix];
         all.extend(vsock().map(|_| Self::Vsock));

@@ -5,7 +5,7 @@ use std::time::Duration;
 use multifd_tests::peer::{Codec, Lane, Memory, PAGE, PageAt, Recorder, Recording, Step, Style, Trial};
 use multifd_tests::{Outcome, ZeroPages};
 
-use crate::fixture::{PATIENCE, arrives};
+use crate::fixture::{TIMEOUT, arrives};
 
 const MOMENT: Duration = Duration::from_millis(60);
 
@@ -83,7 +83,7 @@ fn numbers_of_channels_have_no_order() -> Outcome {
 #[test]
 fn the_largest_number_of_channels() -> Outcome {
     for trial in [Trial::unix()?, Trial::tcp()?] {
-        let trial = trial.patient(PATIENCE);
+        let trial = trial.patient(TIMEOUT);
         let mut memory = Memory::small(13);
         let recording = Recorder::migration(Style { packet_pages: 1, ..Style::multifd(255) }, &mut memory);
         let main_first = recording.clone().connecting([Lane::Main]);

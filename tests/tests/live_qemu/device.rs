@@ -65,14 +65,14 @@ impl Device {
         const SOON: Duration = Duration::from_secs(60);
         let deadline = Instant::now() + SOON;
         while work.done + left < work.wanted {
-            let patience = deadline.saturating_duration_since(Instant::now());
-            if patience.is_zero() {
+            let timeout = deadline.saturating_duration_since(Instant::now());
+            if timeout.is_zero() {
                 return Err(Failure::new(format!(
                     "device: {} of {} writes in {SOON:?}",
                     work.done, work.wanted
                 )));
             }
-            work = self.work.1.wait_timeout(work, patience).unwrap_or_else(PoisonError::into_inner).0;
+            work = self.work.1.wait_timeout(work, timeout).unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(())
     }

@@ -10,4 +10,4 @@ mod cuts;
 #[cfg(test)]
 mod fixture;
 #[cfg(test)]
-mod silence;
+mod timeout;

@@ -42,7 +42,7 @@ impl Vm {
 }
 
 /// `settings` with QEMU's parameters for credentials that are called `tls0`.
-pub(crate) fn sealed(settings: &Settings, unix: bool) -> Settings {
+pub(crate) fn encrypted(settings: &Settings, unix: bool) -> Settings {
     let mut settings = settings.clone();
     settings.parameters.insert("tls-creds".into(), "tls0".into());
     if unix {

@@ -8,7 +8,7 @@ use multifd_tests::{
     skip_without_qemu,
 };
 
-use crate::fixture::{Credentials, SOON, Vm, sealed};
+use crate::fixture::{Credentials, SOON, Vm, encrypted};
 
 /// What GnuTLS says of an alert, whatever it was.
 const ALERT: &str = "A TLS fatal alert has been received";
@@ -36,7 +36,7 @@ fn from_qemu(their_object: Option<&str>, flags: &[&str]) -> Outcome<Said> {
     let vm = Vm::new()?;
     let mut source = vm.source(their_object)?;
     let settings = Settings { return_path: true, ..Settings::default() };
-    let settings = if their_object.is_some() { sealed(&settings, false) } else { settings };
+    let settings = if their_object.is_some() { encrypted(&settings, false) } else { settings };
     let mut receive = Receive::listen_with("tcp:127.0.0.1:0", &vm.scratch.path("out"), flags)?;
     source.set_up(&settings, Side::Source)?;
     source.migrate(receive.uri())?;
@@ -79,7 +79,7 @@ impl Stored {
         let mut destination = self.vm.destination(their_objects)?;
         let settings = Settings { channels: Some(2), return_path: true, ..Settings::default() };
         let mut theirs_set =
-            if their_objects.is_empty() { settings.clone() } else { sealed(&settings, false) };
+            if their_objects.is_empty() { settings.clone() } else { encrypted(&settings, false) };
         if authz {
             theirs_set.parameters.insert("tls-authz".into(), "auth0".into());
         }

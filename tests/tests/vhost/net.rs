@@ -60,8 +60,8 @@ fn guest() -> Option<Guest> {
         .stdin(Stdio::null())
         .stdout(Stdio::null());
     let testpmd = Process::spawn("testpmd", &mut command).unwrap();
-    let patience = Timespec::try_from(SOON).unwrap();
-    let connected = poll(&mut [PollFd::new(&listener, PollFlags::IN)], Some(&patience)).unwrap();
+    let timeout = Timespec::try_from(SOON).unwrap();
+    let connected = poll(&mut [PollFd::new(&listener, PollFlags::IN)], Some(&timeout)).unwrap();
     assert_eq!(connected, 1, "{:?}", testpmd.explain("does not connect"));
     let (socket, _) = listener.accept().unwrap();
     let Attached { user, .. } = attach(socket, wanted());

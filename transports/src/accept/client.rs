@@ -1,4 +1,4 @@
-//! A listening socket and its clients of any family, without blocking calls.
+//! A listening socket and its clients, of any family, without blocking calls.
 
 use std::io::{self, ErrorKind, Read};
 use std::sync::Arc;
@@ -10,11 +10,11 @@ use crate::SocketOptions;
 use crate::os::event_loop::when_ready;
 use crate::os::socket;
 
-/// Where clients come in.
+/// A listening socket.
 #[derive(Debug)]
-pub(crate) struct Door(Arc<Socket>);
+pub(crate) struct ListeningSocket(Arc<Socket>);
 
-impl Door {
+impl ListeningSocket {
     /// Takes a duplicate of a non-blocking listening socket.
     pub(crate) fn new(socket: &Socket) -> io::Result<Self> {
         Ok(Self(Arc::new(socket.try_clone()?)))
@@ -25,7 +25,7 @@ impl Door {
         when_ready(&self.0, PollFlags::IN, accept).await
     }
 
-    /// The same, if one is in the queue.
+    /// The next client if one is in the queue, else `None`.
     pub(crate) fn accept_now(&self) -> io::Result<Option<(Client, Option<String>)>> {
         match accept(&self.0) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
@@ -43,7 +43,7 @@ fn accept(socket: &Socket) -> io::Result<(Client, Option<String>)> {
     Ok((Client::new(client)?, name))
 }
 
-/// Who came in.
+/// An accepted client.
 #[derive(Debug)]
 pub(crate) struct Client(Arc<Socket>);
 

@@ -1,6 +1,7 @@
-//! The first bytes of a connection, by which it is told what it is.
+//! The first bytes of a connection, which identify it as main or as a channel.
 
-/// The length of a connection's whole opening message, given its first four bytes; less than four is four.
+/// The length of a connection's whole opening message, given its first four bytes; less than four
+/// is four.
 pub type OpeningLen = fn([u8; FirstBytes::MOST]) -> usize;
 
 /// What a connection has sent before anything is known of it. `received <= bytes.len()`
@@ -14,7 +15,7 @@ impl FirstBytes {
     /// Bytes that tell the main channel from the others. Spec: docs/wire.md §12.
     pub(crate) const MOST: usize = 4;
 
-    /// `wanted`: at most [`Self::MOST`]; `opening` is asked when there are so many.
+    /// `wanted`: at most [`Self::MOST`]; `opening` is called when that many have been received.
     pub(crate) fn new(wanted: usize, opening: OpeningLen) -> Self {
         Self { bytes: vec![0; wanted], received: 0, opening }
     }

@@ -13,7 +13,7 @@ use socket2::Socket;
 use crate::accept::first_bytes::OpeningLen;
 use crate::accept::ready;
 use crate::accept::socket_file::SocketFile;
-use crate::accept::{Arrival, Lobby, serve};
+use crate::accept::{Arrival, Terms, Unidentified, serve};
 use crate::dial::command;
 use crate::dial::descriptor;
 use crate::dial::vsock;
@@ -21,7 +21,8 @@ use crate::file::FileStream;
 use crate::os::event_loop;
 use crate::{Channel, Endpoint, SocketOptions, Stopper, TlsServer, TransportError};
 
-/// A bound socket that takes connections. Dropping it frees the address, and removes a unix socket's file.
+/// A bound socket that takes connections. Dropping it frees the address, and removes a unix
+/// socket's file.
 #[derive(Debug)]
 pub struct Listener {
     endpoint: Endpoint,
@@ -30,7 +31,7 @@ pub struct Listener {
     stopper: Stopper,
     /// Stopped when no more clients are to come in.
     closing: Stopper,
-    /// Nothing listens any more, for whoever waits for that.
+    /// Whether nothing listens any more, for threads that wait for that.
     closed: (Mutex<bool>, Condvar),
     opening: OpeningLen,
     /// The number that the next connection gets, over all calls of `serve`.
@@ -41,7 +42,8 @@ pub struct Listener {
 /// Where connections come from.
 #[derive(Debug)]
 enum Origin {
-    /// One that is there already: a connected socket, a pipe, a command or a file. Taken by the first `serve`.
+    /// One that is there already: a connected socket, a pipe, a command or a file. Taken by the
+    /// first `serve`.
     Ready(Mutex<Option<Channel>>),
     /// `None` when the listener is closed.
     Socket(Mutex<Option<Listening>>),
@@ -57,16 +59,16 @@ impl Listener {
     /// Binds and listens; clients can connect from now on, and wait in the queue until
     /// [`serve`](Self::serve).
     ///
-    /// A descriptor or a command is one channel that is there already, unless the descriptor is a listening socket;
-    /// [`serve`](Self::serve) reports it as the only arrival.
+    /// A descriptor or a command is one channel that is there already, unless the descriptor is a
+    /// listening socket; [`serve`](Self::serve) reports it as the only arrival.
     ///
-    /// Of a name with several addresses, the first that works is taken. An empty host or `[::]` is any
-    /// address, v4 and v6; `0` and `0.0.0.0` are any v4 address. A unix socket file that nobody listens on
-    /// any more is replaced. A file is opened to be read: it is the one channel that arrives.
+    /// Of a name with several addresses, the first that works is taken. An empty host or `[::]` is
+    /// any address, v4 and v6; `0` and `0.0.0.0` are any v4 address. A unix socket file without a
+    /// listener is replaced. A file is opened to be read: it is the one channel that arrives.
     ///
     /// # Errors
-    /// [`Io`](TransportError::Io): the address is taken or not of this machine, the name is unknown, the path
-    /// is too long or not a socket.
+    /// [`Io`](TransportError::Io): the address is taken or not of this machine, the name is
+    /// unknown, the path is too long or not a socket.
     pub fn bind(endpoint: &Endpoint) -> Result<Self, TransportError> {
         Self::bind_with(endpoint, &SocketOptions::default())
     }
@@ -85,17 +87,18 @@ impl Listener {
         })
     }
 
-    /// Takes sealed connections only: [`serve`](Self::serve) shakes hands before it waits for the first bytes, within the same
-    /// silence. Default: plain ones only.
+    /// Accepts encrypted connections only: [`serve`](Self::serve) does the handshake before it
+    /// waits for the first bytes, within the same timeout. Default: plain ones only.
     #[must_use]
     pub fn tls(mut self, tls: Option<TlsServer>) -> Self {
         self.tls = tls;
         self
     }
 
-    /// How long a connection's whole opening message is, told by its first four bytes: [`serve`](Self::serve) with four first
-    /// bytes waits for all of it, within the same silence, before the connection counts as identified. Default: those four are
-    /// all. Sockets only: of a descriptor, a command or a file never more than the first bytes are waited for.
+    /// The length of a connection's whole opening message, given its first four bytes:
+    /// [`serve`](Self::serve) with four first bytes waits for all of it, within the same timeout,
+    /// before the connection counts as identified. Default: those four are all. Sockets only: of a
+    /// descriptor, a command or a file never more than the first bytes are waited for.
     #[must_use]
     pub fn opening_len(mut self, opening: OpeningLen) -> Self {
         self.opening = opening;
@@ -124,9 +127,10 @@ impl Listener {
         self.stopper.clone()
     }
 
-    /// Listens no more: [`serve`](Self::serve) accepts the clients that wait in the system's queue, lets the system refuse all
-    /// others, goes on with those that it has accepted, and returns when none is left to be identified. A unix socket's file goes.
-    /// A descriptor, a command or a file cannot be closed: its channel has come.
+    /// Listens no more: [`serve`](Self::serve) accepts the clients that wait in the system's queue,
+    /// lets the system refuse all others, goes on with those that it has accepted, and returns when
+    /// none is left to be identified. A unix socket's file goes. A descriptor, a command or a file
+    /// cannot be closed: its channel has come.
     pub fn close(&self) {
         if let Origin::Socket(listening) = &self.origin {
             drop(listening.lock().unwrap_or_else(PoisonError::into_inner).take());
@@ -134,8 +138,8 @@ impl Listener {
         }
     }
 
-    /// Waits until a closed listener, or one whose [`serve`](Self::serve) has ended, has accepted its last client. False: it has
-    /// not within `limit`.
+    /// Waits until a closed listener, or one whose [`serve`](Self::serve) has ended, has accepted
+    /// its last client. False: it has not within `limit`.
     pub fn wait_closed(&self, limit: Duration) -> bool {
         if !self.takes_several() {
             return true;
@@ -154,22 +158,23 @@ impl Listener {
         self.closing.clone()
     }
 
-    /// Accepts connections and reports what becomes of each, until stopped. Blocks the calling thread, and
-    /// calls `on_arrival` on it.
+    /// Accepts connections and reports what becomes of each, until stopped. Blocks the calling
+    /// thread, and calls `on_arrival` on it.
     ///
-    /// Waits for the first `first_bytes` bytes of all connections side by side, for at most `silence` each:
-    /// one that says nothing delays no other (docs/wire.md §12). `first_bytes` is 0..=4; with fewer than 4
-    /// the rest of [`Arrival::Identified`]'s `first` is zero. When more than 256 connections have not spoken
-    /// yet, the one that has been silent longest is dropped. While `on_arrival` runs nobody is accepted: it
-    /// should hand the channel over and return.
+    /// Waits for the first `first_bytes` bytes of all connections side by side, for at most
+    /// `timeout` each: one that sends nothing delays no other (docs/wire.md §12). `first_bytes` is
+    /// 0..=4; with fewer than 4 the rest of [`Arrival::Identified`]'s `first` is zero. When more
+    /// than 256 connections are unidentified, the one that has waited longest is dropped. While
+    /// `on_arrival` runs nothing is accepted: it should hand the channel over and return.
     ///
     /// # Errors
-    /// [`Io`](TransportError::Io) if the listening socket itself is broken, or `first_bytes` is out of range.
-    /// Clients cannot cause it, and neither can a lack of descriptors: then it pauses and tries again.
+    /// [`Io`](TransportError::Io) if the listening socket itself is broken, or `first_bytes` is out
+    /// of range. Clients cannot cause it, and neither can a lack of descriptors: then it pauses and
+    /// tries again.
     pub fn serve(
         &self,
         first_bytes: usize,
-        silence: Duration,
+        timeout: Duration,
         on_arrival: &mut dyn FnMut(Arrival),
     ) -> Result<(), TransportError> {
         let begun = Instant::now();
@@ -177,17 +182,22 @@ impl Listener {
             Origin::Socket(listening) => self.duplicate(listening).and_then(|duplicate| {
                 // Closed before it was served.
                 let Some((socket, path)) = duplicate else { return Ok(()) };
-                let settings = (&self.options, self.tls.clone());
-                let first = (first_bytes, self.opening);
-                let lobby = Lobby::new(first, silence, path.as_deref(), settings, on_arrival)?;
-                event_loop::block_on(serve(self, socket, lobby)).flatten()
+                let terms = Terms {
+                    first_bytes,
+                    opening: self.opening,
+                    timeout,
+                    options: self.options.clone(),
+                    tls: self.tls.clone(),
+                };
+                let unidentified = Unidentified::new(terms, path.as_deref(), on_arrival)?;
+                event_loop::block_on(serve(self, socket, unidentified)).flatten()
             }),
             Origin::Ready(_) if self.tls.is_some() => {
                 Err(io::Error::new(ErrorKind::Unsupported, "TLS goes over tcp, unix or vsock"))
             }
             Origin::Ready(channel) => {
                 let channel = channel.lock().unwrap_or_else(PoisonError::into_inner).take();
-                let served = ready::serve(self, channel, (first_bytes, silence), on_arrival);
+                let served = ready::serve(self, channel, first_bytes, timeout, on_arrival);
                 event_loop::block_on(served).flatten()
             }
         };
@@ -200,7 +210,8 @@ impl Listener {
         })
     }
 
-    /// The listening socket once more, and its path if it has one: whoever serves it must not keep the listener from closing it.
+    /// A duplicate of the listening socket, and its path if it has one: serving must not keep the
+    /// listener from closing it.
     fn duplicate(
         &self,
         listening: &Mutex<Option<Listening>>,
@@ -219,7 +230,7 @@ impl Listener {
             Endpoint::Exec(_) => Origin::Ready(Mutex::new(Some(command(endpoint)?))),
             Endpoint::Fd(number) => Origin::descriptor(descriptor::take(*number)?, endpoint, options)?,
             Endpoint::FdFrom(path) => {
-                Origin::descriptor(descriptor::fetch(path, HAND_OVER)?, endpoint, options)?
+                Origin::descriptor(descriptor::fetch(path, HAND_OVER_TIMEOUT)?, endpoint, options)?
             }
             Endpoint::File { path, offset } => {
                 let channel = Channel::of_file(FileStream::open(path, *offset)?, endpoint.to_string());
@@ -306,16 +317,17 @@ fn bind_address(address: SocketAddr, options: &SocketOptions) -> io::Result<Sock
         socket.set_only_v6(false)?;
     }
     socket.bind(&address.into())?;
-    // Another socket of the same address may be listening: only this tells, and it is to be the next address then.
+    // Another socket of the same address may be listening: only this tells, and it is to be the
+    // next address then.
     socket.listen(BACKLOG)?;
     Ok(socket)
 }
 
-/// How long whoever hands over a descriptor may take: he was asked for nothing else.
-const HAND_OVER: Duration = Duration::from_secs(10);
+/// Timeout for receiving a descriptor over SCM_RIGHTS.
+const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Connections that the kernel holds until they are accepted: as many channels as a source may have (the
-/// channel number is one byte).
+/// Connections that the kernel holds until they are accepted: as many channels as a source may have
+/// (the channel number is one byte).
 pub(crate) const BACKLOG: i32 = 256;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Serving a descriptor, a command or a file: one channel is there already, and no other can come.
+//! Serving a channel that is ready from the start: a descriptor, a command or a file.
 
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
@@ -10,11 +10,12 @@ use crate::accept::{Arrival, check_first_bytes};
 use crate::os::event_loop::{First, first, ready, within};
 use crate::{Channel, FileStream, Listener};
 
-/// Reports what becomes of the channel, and then waits until the listener is stopped.
+/// Reports the outcome of the channel, and then waits until the listener is stopped.
 pub(crate) async fn serve(
     listener: &Listener,
     channel: Option<Channel>,
-    (first_bytes, silence): (usize, Duration),
+    first_bytes: usize,
+    timeout: Duration,
     on_arrival: &mut dyn FnMut(Arrival),
 ) -> io::Result<()> {
     check_first_bytes(first_bytes)?;
@@ -22,7 +23,7 @@ pub(crate) async fn serve(
     if let Some(channel) = channel {
         let number = listener.next_number();
         on_arrival(Arrival::Opened { number, peer: channel.peer().to_owned() });
-        match first(stopper.stopped(), hear(number, channel, first_bytes, silence)).await {
+        match first(stopper.stopped(), identify(number, channel, first_bytes, timeout)).await {
             First::One(stopped) => return stopped,
             First::Other(arrival) => on_arrival(arrival),
         }
@@ -30,13 +31,13 @@ pub(crate) async fn serve(
     stopper.stopped().await
 }
 
-async fn hear(number: u64, channel: Channel, wanted: usize, silence: Duration) -> Arrival {
+async fn identify(number: u64, channel: Channel, wanted: usize, timeout: Duration) -> Arrival {
     let (begun, peer) = (Instant::now(), channel.peer().to_owned());
     let (mut first, mut received) = ([0; 4], 0);
-    let heard =
-        within(silence, first_bytes(&channel, first.get_mut(..wanted).unwrap_or_default(), &mut received));
-    match heard.await {
-        None => Arrival::Silent { number, peer, waited: begun.elapsed() },
+    let outcome =
+        within(timeout, first_bytes(&channel, first.get_mut(..wanted).unwrap_or_default(), &mut received));
+    match outcome.await {
+        None => Arrival::TimedOut { number, peer, waited: begun.elapsed() },
         Some(Err(error)) => Arrival::Failed { number, peer, error },
         Some(Ok(())) if received < wanted => Arrival::Closed { number, peer, received },
         Some(Ok(())) => {

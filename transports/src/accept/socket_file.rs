@@ -17,8 +17,8 @@ pub(crate) struct SocketFile {
 }
 
 impl SocketFile {
-    /// Binds a stream socket to `path`. A socket file that nobody is bound to any more is replaced; a live
-    /// one and anything else stays untouched, and is an error.
+    /// Binds a stream socket to `path`. A socket file that no socket is bound to is replaced; a
+    /// live one and anything else stays untouched, and is an error.
     pub(crate) fn bind(path: &Path) -> io::Result<(Socket, Self)> {
         let address = unix_address(path)?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
@@ -63,7 +63,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 
 /// Whether any socket is still bound to the file.
 ///
-/// Asked with a datagram socket: a live stream socket turns that down for its type and never hears of it,
+/// Asked with a datagram socket: a live stream socket refuses it for its type and accepts nothing,
 /// where a stream connection that is opened and dropped would end the incoming migration of a QEMU.
 fn is_alive(path: &Path) -> io::Result<bool> {
     let probe = Socket::new(Domain::UNIX, Type::DGRAM, None)?;

@@ -1,4 +1,4 @@
-//! Whether the peer has read what was said to it last.
+//! Confirmation that the peer has read the last bytes sent.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd as _;
@@ -11,14 +11,17 @@ use crate::Channel;
 use crate::channel::stream::Stream;
 use crate::os::sys;
 
-/// How often a connection that is about to end is looked at. Nothing wakes who waits for an acknowledgement of TCP.
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// Interval at which a connection that is about to end is polled: the kernel reports no event for
+/// TCP's acknowledgements.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 impl Channel {
-    /// Checks that the peer has not ended the connection, without waiting. Always well for what is no socket.
+    /// Checks that the peer has not ended the connection, without waiting. Always `Ok` for pipes
+    /// and files.
     ///
     /// # Errors
-    /// `ConnectionAborted` if the peer has ended what it sends, otherwise the system's word for a connection that broke.
+    /// `ConnectionAborted` if the peer has ended what it sends, otherwise the system's error for a
+    /// connection that broke.
     pub fn check_peer_is_there(&self) -> io::Result<()> {
         let Some(socket) = self.socket() else { return Ok(()) };
         let mut byte = [std::mem::MaybeUninit::uninit()];
@@ -33,28 +36,31 @@ impl Channel {
         }
     }
 
-    /// Waits until the peer ends the connection, and checks that it had read all that was sent. Well, too, if it does not end it
-    /// within `limit`, and always for what is no socket. Bytes that it still sends are dropped.
+    /// Waits until the peer ends the connection, and checks that it had read all that was sent.
+    /// Also `Ok` if it does not end it within `limit`, and always for pipes and files. Bytes that
+    /// it still sends are dropped.
     ///
     /// # Errors
-    /// The system's word for a connection that was ended with unread bytes, `ConnectionReset` if the bytes were not taken.
-    pub fn confirm_heard(&self, limit: Duration) -> io::Result<()> {
+    /// The system's error for a connection that was ended with unread bytes, `ConnectionReset` if
+    /// the bytes were not taken.
+    pub fn confirm_received(&self, limit: Duration) -> io::Result<()> {
         let Some(socket) = self.socket() else { return Ok(()) };
         let deadline = Instant::now() + limit;
-        let before = self.silence_limit()?;
+        let before = self.timeout()?;
         let ended = self.drop_until_end(deadline);
-        self.set_silence_limit(before)?;
+        self.set_timeout(before)?;
         if !ended? {
             return Ok(());
         }
-        // Its end may have been on the way before our last bytes: then the answer to them is a reset.
+        // The peer may have ended the connection before our last bytes arrived: then a reset
+        // answers them.
         loop {
             if let Some(error) = socket.take_error()? {
                 return Err(error);
             }
             // A kind of socket that does not know has nothing more to say.
             let Ok(left @ 1..) = sys::unread(socket.as_fd()) else { return Ok(()) };
-            let remaining = deadline.saturating_duration_since(Instant::now()).min(LOOK_AGAIN);
+            let remaining = deadline.saturating_duration_since(Instant::now()).min(POLL_INTERVAL);
             if remaining.is_zero() || socket.local_addr()?.is_unix() {
                 let text = format!("{left} bytes were not read");
                 return Err(io::Error::new(ErrorKind::ConnectionReset, text));
@@ -72,7 +78,7 @@ impl Channel {
             if remaining.is_zero() {
                 return Ok(false);
             }
-            self.set_silence_limit(Some(remaining))?;
+            self.set_timeout(Some(remaining))?;
             match self.recv(&mut dropped) {
                 Ok(0) => return Ok(true),
                 Ok(_) => {}
@@ -123,13 +129,13 @@ mod tests {
         ours.check_peer_is_there().unwrap();
         theirs.read_exact(&mut [0; 4]).unwrap();
         drop(theirs);
-        ours.confirm_heard(SOON).unwrap();
+        ours.confirm_received(SOON).unwrap();
         let (ours, mut theirs) = tcp();
         ours.send_all(b"word").unwrap();
         ours.check_peer_is_there().unwrap();
         theirs.read_exact(&mut [0; 4]).unwrap();
         drop(theirs);
-        ours.confirm_heard(SOON).unwrap();
+        ours.confirm_received(SOON).unwrap();
     }
 
     #[test]
@@ -137,17 +143,17 @@ mod tests {
         let (ours, theirs) = unix();
         ours.send_all(b"word").unwrap();
         drop(theirs);
-        ours.confirm_heard(SOON).unwrap_err();
+        ours.confirm_received(SOON).unwrap_err();
         let (ours, theirs) = unix();
         ours.send_all(b"word").unwrap();
         theirs.shutdown(Shutdown::Both).unwrap();
-        ours.confirm_heard(SOON).unwrap_err();
+        ours.confirm_received(SOON).unwrap_err();
         let (ours, theirs) = tcp();
         ours.send_all(b"word").unwrap();
         // In its queue, and left there.
         theirs.peek(&mut [0; 1]).unwrap();
         drop(theirs);
-        ours.confirm_heard(SOON).unwrap_err();
+        ours.confirm_received(SOON).unwrap_err();
     }
 
     #[test]
@@ -158,13 +164,13 @@ mod tests {
         assert_eq!(ours.recv(&mut [0; 1]).unwrap(), 0);
         assert_eq!(ours.check_peer_is_there().unwrap_err().kind(), ErrorKind::ConnectionAborted);
         ours.send_all(b"word").unwrap();
-        ours.confirm_heard(SOON).unwrap_err();
+        ours.confirm_received(SOON).unwrap_err();
     }
 
     #[test]
     fn a_peer_that_stays_is_waited_for_no_longer_than_the_limit() {
         let (ours, _theirs) = unix();
         ours.send_all(b"word").unwrap();
-        ours.confirm_heard(Duration::from_millis(10)).unwrap();
+        ours.confirm_received(Duration::from_millis(10)).unwrap();
     }
 }

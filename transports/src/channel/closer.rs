@@ -1,15 +1,15 @@
-//! The wake for whoever is blocked on a channel.
+//! Closes a channel from another thread.
 
 use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::channel::stream::Stream;
 
-/// Ends a [`Channel`](crate::Channel) from any thread: both directions are shut down, and whoever is blocked
-/// in a call on it returns at once.
+/// Ends a [`Channel`](crate::Channel) from any thread: both directions are shut down, and calls
+/// that are blocked on it return at once.
 ///
-/// It does not keep the channel open: when the channel is dropped the peer sees the end, however many closers
-/// are left, and they have nothing more to do.
+/// It does not keep the channel open: when the channel is dropped the peer sees the end, however
+/// many closers are left, and they have nothing more to do.
 #[derive(Clone, Debug)]
 pub struct Closer {
     link: Weak<Link>,
@@ -20,7 +20,8 @@ impl Closer {
         Self { link }
     }
 
-    /// Closes the channel; a second time does nothing. Never blocks, but for a command to die that is killed: 2 s at most.
+    /// Closes the channel; a second time does nothing. Never blocks, but for a command to die that
+    /// is killed: 2 s at most.
     pub fn close(&self) {
         if let Some(link) = self.link.upgrade() {
             link.closed.store(true, Ordering::Relaxed);
@@ -33,8 +34,8 @@ impl Closer {
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) stream: Stream,
-    /// Set before the stream is shut down. `Relaxed`: whoever sees the shutdown got it through the kernel's
-    /// socket lock, after this store.
+    /// Set before the stream is shut down. `Relaxed`: a thread that sees the shutdown got it
+    /// through the kernel's socket lock, after this store.
     closed: AtomicBool,
 }
 

@@ -14,22 +14,23 @@ use rustix::process::{
 
 use crate::os::wake::Wake;
 
-/// How long a command that was killed may take to be gone. Longer takes only one that hangs in the kernel.
-const DEATH: Duration = Duration::from_secs(2);
+/// Timeout for a killed command to end. Only one that hangs in the kernel takes longer.
+const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A running `/bin/sh -c`, the leader of a process group of its own; dropping it ends the whole group.
+/// A running `/bin/sh -c`, the leader of a process group of its own; dropping it ends the whole
+/// group.
 #[derive(Debug)]
-pub(crate) struct Shell {
+pub(crate) struct RunningCommand {
     command: String,
     pid: Pid,
-    /// Becomes readable when the shell ends.
+    /// A pidfd, readable when the command has ended.
     ended: OwnedFd,
-    /// Taken by whoever ends it. Until then it is not reaped, so that its number stays its own.
+    /// Taken when the command is ended. Until then it is not reaped, so that its pid is not reused.
     child: Mutex<Option<Child>>,
 }
 
-impl Shell {
-    /// Starts it; its standard error is ours.
+impl RunningCommand {
+    /// Starts a command; it inherits the standard error.
     pub(crate) fn spawn(command: &str) -> io::Result<(Self, ChildStdin, ChildStdout)> {
         let mut child = Command::new("/bin/sh")
             .args(["-c", command])
@@ -44,11 +45,11 @@ impl Shell {
             let _ = child.kill().and_then(|()| child.wait());
             return Err(io::Error::new(ErrorKind::Unsupported, "no descriptor of the command's process"));
         };
-        let shell = Self { command: command.to_owned(), pid, ended, child: Mutex::new(Some(child)) };
-        Ok((shell, stdin, stdout))
+        let running = Self { command: command.to_owned(), pid, ended, child: Mutex::new(Some(child)) };
+        Ok((running, stdin, stdout))
     }
 
-    /// Waits until it has ended, for at most `limit`. `None`: it runs on, or `wake` came first.
+    /// Waits for the command to end, at most `limit`. `None`: it still runs, or `wake` came first.
     pub(crate) fn wait(&self, wake: &Wake, limit: Duration) -> io::Result<Option<ExitStatus>> {
         match wake.wait(self.ended.as_fd(), PollFlags::IN, Some(limit)) {
             Ok(true) => self.status().map(Some),
@@ -58,7 +59,7 @@ impl Shell {
         }
     }
 
-    /// What its end means for the stream, if it was not a good one.
+    /// The error of a command that ended with a status other than 0.
     pub(crate) fn failure(&self, status: ExitStatus) -> Option<io::Error> {
         (!status.success()).then(|| io::Error::other(self.ended_with(status)))
     }
@@ -73,26 +74,26 @@ impl Shell {
         io::Error::new(ErrorKind::TimedOut, text)
     }
 
-    /// Kills whatever is left of the process group, and reaps the shell.
+    /// Kills the process group, and reaps the command.
     pub(crate) fn end(&self) {
         let Some(mut child) = self.child.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return;
         };
-        // Somebody else in this process has reaped it: its number may be another's by now.
+        // Other code of this process has reaped it: its pid may have been reused.
         if self.status().is_err() {
             return;
         }
         // Fails only if the whole group is gone already.
         let _ = kill_process_group(self.pid, Signal::KILL);
-        let gone = Wake::new().and_then(|wake| self.wait(&wake, DEATH));
+        let gone = Wake::new().and_then(|wake| self.wait(&wake, KILL_TIMEOUT));
         match gone {
             Ok(Some(_)) => drop(child.wait()),
             _ => tracing::warn!(command = self.command, "the command was killed, but is not gone yet"),
         }
     }
 
-    /// The status of a shell that has ended. It stays to be reaped, unless this process ignores SIGCHLD or reaps whatever
-    /// ends.
+    /// The status of a command that has ended. It is not reaped by this, unless this process
+    /// ignores SIGCHLD or reaps all of its children.
     fn status(&self) -> io::Result<ExitStatus> {
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         let taken =
@@ -109,7 +110,7 @@ impl Shell {
     }
 }
 
-impl Drop for Shell {
+impl Drop for RunningCommand {
     fn drop(&mut self) {
         self.end();
     }

@@ -26,9 +26,9 @@ pub(crate) mod zero_copy;
 
 /// A connected, blocking byte channel, in both directions unless it is a [pipe](Self::is_two_way).
 ///
-/// All methods take `&self`: one thread may send while another receives, and any thread may hold the
-/// [`closer`](Self::closer). Two threads that send at the same time get their bytes mixed, and so do two that
-/// receive. Dropping the channel closes it.
+/// All methods take `&self`: one thread may send while another receives, and any thread may hold
+/// the [`closer`](Self::closer). Two threads that send at the same time get their bytes mixed, and
+/// so do two that receive. Dropping the channel closes it.
 #[derive(Debug)]
 pub struct Channel {
     peer: String,
@@ -79,7 +79,8 @@ impl Channel {
         Ok((Self::try_from(one)?, Self::try_from(other)?))
     }
 
-    /// A channel that writes to the regular file `fd` from `offset` on; what is after that is cut off now. See [`FileStream`].
+    /// A channel that writes to the regular file `fd` from `offset` on; what is after that is cut
+    /// off now. See [`FileStream`].
     ///
     /// # Errors
     /// `InvalidInput` for anything but a regular file that is open for writing.
@@ -90,12 +91,13 @@ impl Channel {
     /// A channel that reads the regular file `fd` from `offset` on.
     ///
     /// # Errors
-    /// `InvalidInput` for anything but a regular file that is open for reading, and has `offset` bytes.
+    /// `InvalidInput` for anything but a regular file that is open for reading, and has `offset`
+    /// bytes.
     pub fn reading_file(fd: OwnedFd, offset: u64, peer: String) -> io::Result<Self> {
         Ok(Self::of_file(FileStream::reading_from(fd, offset)?, peer))
     }
 
-    /// Who is at the other end: `tcp:10.0.0.7:51234`, `unix:/run/x.sock`.
+    /// The other end: `tcp:10.0.0.7:51234`, `unix:/run/x.sock`.
     pub fn peer(&self) -> &str {
         &self.peer
     }
@@ -103,20 +105,20 @@ impl Channel {
     /// Sends all of `bytes`.
     ///
     /// # Errors
-    /// `TimedOut` after the silence limit, `ConnectionAborted` after [`Closer::close`], otherwise the
-    /// system's word. How much was sent is unknown then, so the channel is of no more use.
+    /// `TimedOut` after the timeout, `ConnectionAborted` after [`Closer::close`], otherwise the
+    /// system's word. How much was sent is unknown then, so the channel must not be used any more.
     pub fn send_all(&self, bytes: &[u8]) -> io::Result<()> {
         self.send_vectored(&mut [IoSlice::new(bytes)])
     }
 
-    /// Sends all bytes of all `bufs`, in order; there may be any number of them. The slices are used up: what
-    /// they hold afterwards is unspecified.
+    /// Sends all bytes of all `bufs`, in order; there may be any number of them. The slices are
+    /// used up: what they hold afterwards is unspecified.
     ///
     /// # Errors
     /// As [`send_all`](Self::send_all).
     pub fn send_vectored(&self, mut bufs: &mut [IoSlice<'_>]) -> io::Result<()> {
-        // Advancing drops empty slices from the front, so a batch always begins with a byte to send and 0
-        // means that nothing goes any more.
+        // Advancing drops empty slices from the front, so a batch always begins with a byte to send
+        // and 0 means that nothing can be sent.
         IoSlice::advance_slices(&mut bufs, 0);
         while !bufs.is_empty() {
             let batch = bufs.get(..Stream::MAX_SLICES).unwrap_or(bufs);
@@ -136,7 +138,7 @@ impl Channel {
     /// Receives what is there, at least one byte; 0 is the end of what the peer sends.
     ///
     /// # Errors
-    /// `TimedOut` after the silence limit, `ConnectionAborted` after [`Closer::close`], otherwise the
+    /// `TimedOut` after the timeout, `ConnectionAborted` after [`Closer::close`], otherwise the
     /// system's word.
     pub fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
         if buf.is_empty() {
@@ -167,14 +169,14 @@ impl Channel {
         Ok(())
     }
 
-    /// The bare socket, for `sendmsg` and `recvmsg` with iovecs over guest memory; what goes that way is to
-    /// be noted by [`note_direct_sent`](Self::note_direct_sent) and
+    /// The bare socket, for `sendmsg` and `recvmsg` with iovecs over guest memory; bytes sent or
+    /// received on it are to be counted by [`note_direct_sent`](Self::note_direct_sent) and
     /// [`note_direct_received`](Self::note_direct_received).
     ///
-    /// `None` while bytes that [`Listener::serve`](crate::Listener::serve) received are still to come out of
-    /// [`recv`](Self::recv), and always `None` if the channel's bytes are not the socket's. It blocks as the
-    /// channel does: the silence limit gives `EAGAIN`; after [`Closer::close`] it receives 0 bytes, which
-    /// [`is_closed`](Self::is_closed) tells from the peer's end.
+    /// `None` while bytes that [`Listener::serve`](crate::Listener::serve) received are still to
+    /// come out of [`recv`](Self::recv), and always `None` if the channel's bytes are not the
+    /// socket's. It blocks as the channel does: the timeout gives `EAGAIN`; after [`Closer::close`]
+    /// it receives 0 bytes, which [`is_closed`](Self::is_closed) tells from the peer's end.
     pub fn direct(&self) -> Option<BorrowedFd<'_>> {
         if self.pushed_back.is_empty() { self.link.stream.direct() } else { None }
     }
@@ -189,25 +191,26 @@ impl Channel {
         self.link.stream.file().cloned()
     }
 
-    /// Limits how long one call may wait without a byte moving; `None`, the default, is for ever. A call that
-    /// is blocked already keeps its limit; one that sent a part before it fell silent may take twice as long.
+    /// Sets the timeout: how long one call may wait without a byte moving. `None`, the default, is
+    /// for ever. A call that is blocked already keeps its limit; one that sent a part before the
+    /// peer stalled may take twice as long.
     ///
     /// # Errors
-    /// `InvalidInput` if the limit is zero.
-    pub fn set_silence_limit(&self, limit: Option<Duration>) -> io::Result<()> {
+    /// `InvalidInput` if the timeout is zero.
+    pub fn set_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
         if limit == Some(Duration::ZERO) {
-            return Err(io::Error::new(ErrorKind::InvalidInput, "silence limit of 0s, expected more"));
+            return Err(io::Error::new(ErrorKind::InvalidInput, "timeout of 0s, expected more"));
         }
         // The kernel counts microseconds, and takes 0 of them for "no limit".
-        self.link.stream.set_silence_limit(limit.map(|limit| limit.max(Duration::from_micros(1))))
+        self.link.stream.set_timeout(limit.map(|limit| limit.max(Duration::from_micros(1))))
     }
 
     pub(crate) fn stream(&self) -> &Stream {
         &self.link.stream
     }
 
-    pub(crate) fn silence_limit(&self) -> io::Result<Option<Duration>> {
-        self.link.stream.silence_limit()
+    pub(crate) fn timeout(&self) -> io::Result<Option<Duration>> {
+        self.link.stream.timeout()
     }
 
     /// Ends the channel from any thread.
@@ -220,16 +223,16 @@ impl Channel {
         self.link.is_closed()
     }
 
-    /// Tells the peer that nothing more will be sent; receiving goes on. With TLS, by a `close_notify` first. A file lies on the
-    /// disk when this returns.
+    /// Ends sending; receiving goes on. With TLS, sends a `close_notify` first. A file is durable
+    /// when this returns.
     ///
     /// # Errors
-    /// `NotConnected` if the connection is gone; for a file the system's word.
+    /// `NotConnected` if the connection is gone; for a file the system's error.
     pub fn finish_sending(&self) -> io::Result<()> {
         self.link.stream.finish_sending().map_err(|error| self.explain(error))
     }
 
-    /// Whether the other end can answer. A pipe leads one way, and so does a file; a command can be answered for, but few commands do.
+    /// Whether bytes can come back: not over a pipe or a file. A command can answer, but few do.
     pub fn is_two_way(&self) -> bool {
         self.link.stream.is_two_way()
     }
@@ -239,24 +242,25 @@ impl Channel {
         self.link.stream.is_connection()
     }
 
-    /// Ends what is sent to a command, and waits until the command has ended well. Channels without one have nothing to
-    /// wait for.
+    /// Ends what is sent to a command, and waits until the command has ended well. Channels without
+    /// one have nothing to wait for.
     ///
     /// # Errors
-    /// Names the command, and the exit status if that is not 0; `TimedOut` if it runs on for longer than `limit`.
+    /// Names the command, and the exit status if that is not 0; `TimedOut` if it runs on for longer
+    /// than `limit`.
     pub fn settle(&self, limit: Duration) -> io::Result<()> {
         let settled = self.link.stream.settle(limit);
         if self.is_closed() { Err(closed()) } else { settled }
     }
 
-    /// Bytes sent so far, those by [`direct`](Self::direct) included. A blocked call counts when the system
-    /// lets go of it: when all is sent, or the silence limit has passed.
+    /// Bytes sent so far, those by [`direct`](Self::direct) included. A blocked call counts when
+    /// the system lets go of it: when all is sent, or the timeout has passed.
     pub fn bytes_sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Bytes received so far, those by [`direct`](Self::direct) included; pushed-back bytes count when
-    /// [`recv`](Self::recv) gives them.
+    /// Bytes received so far, those by [`direct`](Self::direct) included; pushed-back bytes count
+    /// when [`recv`](Self::recv) gives them.
     pub fn bytes_received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
@@ -290,19 +294,21 @@ impl Channel {
         }
     }
 
-    /// What an error of a call on [`direct`](Self::direct) means, as [`recv`](Self::recv) would say it.
+    /// What an error of a call on [`direct`](Self::direct) means, as [`recv`](Self::recv) would say
+    /// it.
     pub fn explain(&self, error: io::Error) -> io::Error {
         if self.is_closed() {
             return closed();
         }
-        // The kernel's own word for a peer that is gone must not look like a silence, after which one may try again.
+        // The kernel's own error for a peer that is gone must not look like a timeout, after which
+        // the call may be repeated.
         if let Some(libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH) = error.raw_os_error() {
             let text = format!("the peer has vanished, it acknowledges nothing any more: {error}");
             return io::Error::new(ErrorKind::ConnectionReset, text);
         }
-        match (error.kind(), self.link.stream.silence_limit()) {
+        match (error.kind(), self.link.stream.timeout()) {
             (ErrorKind::WouldBlock, Ok(Some(limit))) => {
-                io::Error::new(ErrorKind::TimedOut, format!("no byte moved for {limit:?}, the silence limit"))
+                io::Error::new(ErrorKind::TimedOut, format!("no byte moved for {limit:?}, the timeout"))
             }
             (ErrorKind::WouldBlock, _) => ErrorKind::TimedOut.into(),
             _ => error,
@@ -313,8 +319,8 @@ impl Channel {
 impl TryFrom<TcpStream> for Channel {
     type Error = io::Error;
 
-    /// Takes a connected socket from elsewhere and makes it what [`dial`](crate::dial) gives: blocking, no
-    /// delay, keepalive.
+    /// Takes a connected socket from elsewhere and makes it what [`dial`](crate::dial) gives:
+    /// blocking, no delay, keepalive.
     fn try_from(stream: TcpStream) -> io::Result<Self> {
         adopt(stream.into())
     }
@@ -329,7 +335,8 @@ impl TryFrom<UnixStream> for Channel {
     }
 }
 
-/// Bytes that were received before the channel was, to be received again. 0 <= taken <= bytes.len().
+/// Bytes that were received before the channel was, to be received again. 0 <= taken <=
+/// bytes.len().
 #[derive(Debug)]
 struct PushedBack {
     bytes: Box<[u8]>,

@@ -1,7 +1,7 @@
-//! A channel over pipes: one way, or there and back through a command.
+//! A channel over pipes: in one direction, or in both through a command.
 //!
-//! A pipe has no timeouts and nobody can shut it down, so our ends are non-blocking, and whoever waits waits for the
-//! pipe and for a [`Wake`].
+//! A pipe has no timeouts and nobody can shut it down, so our ends are non-blocking, and whoever
+//! waits waits for the pipe and for a [`Wake`].
 
 use std::io::{self, ErrorKind, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -13,15 +13,16 @@ use rustix::event::PollFlags;
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl, open};
 use rustix::io::Errno;
 
-use crate::channel::command::Shell;
+use crate::channel::command::RunningCommand;
 use crate::os::broken_pipe;
 use crate::os::wake::Wake;
 
-/// Bytes that a pipe should hold, where the kernel lets it: 1 MiB, the most that it lets everybody have.
+/// Bytes that a pipe should hold, where the kernel lets it: 1 MiB, the most that it allows without
+/// privileges.
 const CAPACITY: usize = 1 << 20;
 
-/// How long a command may take to end after it has closed its end of a pipe: then its status tells why it did.
-const LAST_BREATH: Duration = Duration::from_secs(1);
+/// Timeout for a command to end after it closed its end of a pipe; its status tells why it did.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(crate) struct Pipe {
@@ -29,12 +30,12 @@ pub(crate) struct Pipe {
     outgoing: End,
     closed: AtomicBool,
     wake: Wake,
-    silence: Mutex<Option<Duration>>,
+    timeout: Mutex<Option<Duration>>,
     /// Last, so that its pipes are closed before it is ended.
-    shell: Option<Shell>,
+    command: Option<RunningCommand>,
 }
 
-/// An end of a pipe, until it is closed; whoever uses it holds the lock.
+/// An end of a pipe, until it is closed; the thread that uses it holds the lock.
 #[derive(Debug, Default)]
 struct End(Mutex<Option<OwnedFd>>);
 
@@ -51,21 +52,21 @@ impl Pipe {
 
     /// Sends to the command, and receives what it prints.
     pub(crate) fn through(command: &str) -> io::Result<Self> {
-        let (shell, stdin, stdout) = Shell::spawn(command)?;
+        let (command, stdin, stdout) = RunningCommand::spawn(command)?;
         Self::new(
             End::new(stdout.into(), OFlags::RDONLY)?,
             End::new(stdin.into(), OFlags::WRONLY)?,
-            Some(shell),
+            Some(command),
         )
     }
 
-    fn new(incoming: End, outgoing: End, shell: Option<Shell>) -> io::Result<Self> {
-        let (closed, silence) = (AtomicBool::new(false), Mutex::new(None));
-        Ok(Self { incoming, outgoing, closed, wake: Wake::new()?, silence, shell })
+    fn new(incoming: End, outgoing: End, command: Option<RunningCommand>) -> io::Result<Self> {
+        let (closed, timeout) = (AtomicBool::new(false), Mutex::new(None));
+        Ok(Self { incoming, outgoing, closed, wake: Wake::new()?, timeout, command })
     }
 
     pub(crate) fn is_two_way(&self) -> bool {
-        self.shell.is_some()
+        self.command.is_some()
     }
 
     /// A duplicate of the end on which bytes come in.
@@ -113,59 +114,60 @@ impl Pipe {
         }
     }
 
-    /// Closes both ends, now or as soon as whoever uses one has woken up; kills the command.
+    /// Closes both ends, now or as soon as the thread that uses one has woken up; kills the
+    /// command.
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
         self.wake.fire();
         self.outgoing.close();
         self.incoming.close();
-        self.shell.iter().for_each(Shell::end);
+        self.command.iter().for_each(RunningCommand::end);
     }
 
     pub(crate) fn finish_sending(&self) {
         self.outgoing.lock().take();
     }
 
-    /// Ends what the command reads, and waits for its end; its failure is ours. Without one there is nothing to wait for.
+    /// Ends what the command reads, and waits for its end; its failure is ours. Without one there
+    /// is nothing to wait for.
     pub(crate) fn settle(&self, limit: Duration) -> io::Result<()> {
-        let Some(shell) = &self.shell else { return Ok(()) };
+        let Some(command) = &self.command else { return Ok(()) };
         self.finish_sending();
-        match shell.wait(&self.wake, limit)? {
-            Some(status) => shell.failure(status).map_or(Ok(()), Err),
-            None => Err(shell.runs_on(limit)),
+        match command.wait(&self.wake, limit)? {
+            Some(status) => command.failure(status).map_or(Ok(()), Err),
+            None => Err(command.runs_on(limit)),
         }
     }
 
-    pub(crate) fn set_silence_limit(&self, limit: Option<Duration>) {
-        *self.silence.lock().unwrap_or_else(PoisonError::into_inner) = limit;
+    pub(crate) fn set_timeout(&self, limit: Option<Duration>) {
+        *self.timeout.lock().unwrap_or_else(PoisonError::into_inner) = limit;
     }
 
-    pub(crate) fn silence_limit(&self) -> Option<Duration> {
-        *self.silence.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn timeout(&self) -> Option<Duration> {
+        *self.timeout.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until it is worth trying again, be it to find the pipe closed.
     fn wait(&self, end: &OwnedFd, ready: PollFlags) -> io::Result<()> {
-        self.wake.wait(end.as_fd(), ready, self.silence_limit()).map(drop)
+        self.wake.wait(end.as_fd(), ready, self.timeout()).map(drop)
     }
 
-    /// The other end is closed: is that all, or did the command break off?
+    /// The end of a pipe whose other end is closed: an error if the command failed.
     fn at_end(&self) -> io::Result<usize> {
-        let Some(shell) = &self.shell else { return Ok(0) };
-        match shell.wait(&self.wake, LAST_BREATH)? {
-            Some(status) => shell.failure(status).map_or(Ok(0), Err),
+        let Some(command) = &self.command else { return Ok(0) };
+        match command.wait(&self.wake, EXIT_TIMEOUT)? {
+            Some(status) => command.failure(status).map_or(Ok(0), Err),
             None => Ok(0),
         }
     }
 
-    /// Why nobody reads what is sent.
+    /// The error of a pipe whose reading end is closed.
     fn not_read(&self) -> io::Error {
-        let status = self
-            .shell
-            .as_ref()
-            .and_then(|shell| Some(shell.ended_with(shell.wait(&self.wake, LAST_BREATH).ok().flatten()?)));
-        let who = status.unwrap_or_else(|| "the other end of the pipe was closed".to_owned());
-        io::Error::new(ErrorKind::BrokenPipe, format!("{who}, and not everything was read"))
+        let status = self.command.as_ref().and_then(|command| {
+            Some(command.ended_with(command.wait(&self.wake, EXIT_TIMEOUT).ok().flatten()?))
+        });
+        let cause = status.unwrap_or_else(|| "the other end of the pipe was closed".to_owned());
+        io::Error::new(ErrorKind::BrokenPipe, format!("{cause}, and not everything was read"))
     }
 }
 
@@ -182,7 +184,7 @@ impl End {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Never waits: whoever has the lock is woken, and closes it.
+    /// Never blocks: a thread that holds the lock has been woken, and closes the end itself.
     fn close(&self) {
         if let Ok(mut end) = self.0.try_lock() {
             end.take();
@@ -190,13 +192,14 @@ impl End {
     }
 }
 
-/// Makes an end non-blocking, without changing that for others who inherited it too: non-blocking is the open file
-/// description, which they share.
+/// Makes an end non-blocking, without changing that for others who inherited it too: non-blocking
+/// is the open file description, which they share.
 fn own_description(end: OwnedFd, access: OFlags) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", end.as_raw_fd());
     match open(path, access | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()) {
         Ok(own) => Ok(own),
-        // No /proc, another user's pipe, or nobody reads it (which the first write tells better): do without.
+        // No /proc, another user's pipe, or one without a reader (which the first write reports
+        // better): do without.
         Err(_) => {
             fcntl_setfl(&end, fcntl_getfl(&end)? | OFlags::NONBLOCK)?;
             Ok(end)

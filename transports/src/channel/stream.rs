@@ -19,14 +19,16 @@ pub(crate) enum Stream {
     File(Arc<FileStream>),
     /// Pipes, with or without a command behind them.
     Pipe(Pipe),
-    /// A connected, blocking stream socket: the bytes on it are the channel's bytes, nothing in between.
+    /// A connected, blocking stream socket: the bytes on it are the channel's bytes, nothing in
+    /// between.
     Socket(Socket),
     /// The same, with TLS in between.
     Tls(Box<TlsStream>),
 }
 
 impl Stream {
-    /// Sends some of `bufs`, at least one byte unless all are empty. At most [`Self::MAX_SLICES`] of them.
+    /// Sends some of `bufs`, at least one byte unless all are empty. At most [`Self::MAX_SLICES`]
+    /// of them.
     pub(crate) fn send_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
             Self::File(file) => file.send_vectored(bufs),
@@ -69,28 +71,28 @@ impl Stream {
         }
     }
 
-    pub(crate) fn set_silence_limit(&self, limit: Option<Duration>) -> io::Result<()> {
+    pub(crate) fn set_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
         match self {
             // The kernel waits for a disk, not for a peer.
             Self::File(_) => Ok(()),
             Self::Pipe(pipe) => {
-                pipe.set_silence_limit(limit);
+                pipe.set_timeout(limit);
                 Ok(())
             }
             Self::Socket(socket) => {
                 socket.set_read_timeout(limit)?;
                 socket.set_write_timeout(limit)
             }
-            Self::Tls(tls) => tls.set_silence_limit(limit),
+            Self::Tls(tls) => tls.set_timeout(limit),
         }
     }
 
-    pub(crate) fn silence_limit(&self) -> io::Result<Option<Duration>> {
+    pub(crate) fn timeout(&self) -> io::Result<Option<Duration>> {
         match self {
             Self::File(_) => Ok(None),
-            Self::Pipe(pipe) => Ok(pipe.silence_limit()),
+            Self::Pipe(pipe) => Ok(pipe.timeout()),
             Self::Socket(socket) => socket.read_timeout(),
-            Self::Tls(tls) => tls.silence_limit(),
+            Self::Tls(tls) => tls.timeout(),
         }
     }
 

@@ -10,8 +10,8 @@ use rustix::net::sockopt::socket_error;
 use crate::Channel;
 use crate::os::sys;
 
-/// The account of one channel's sends with `MSG_ZEROCOPY`: the kernel says on the socket's error queue when it has let go
-/// of the memory of each, and whether it has copied it after all.
+/// The account of one channel's sends with `MSG_ZEROCOPY`: the kernel says on the socket's error
+/// queue when it has let go of the memory of each, and whether it has copied it after all.
 ///
 /// Used by the one thread that sends on the channel.
 #[derive(Debug)]
@@ -25,7 +25,8 @@ impl Channel {
     /// Has the channel's socket take `MSG_ZEROCOPY` on [`direct`](Self::direct).
     ///
     /// # Errors
-    /// `Unsupported` unless the channel is plain TCP: other sockets cannot, and TLS would send what is not encrypted.
+    /// `Unsupported` unless the channel is plain TCP: other sockets cannot, and TLS would send what
+    /// is not encrypted.
     pub fn zero_copy(&self) -> io::Result<ZeroCopy> {
         let refused = |why: &str| io::Error::new(ErrorKind::Unsupported, format!("no zero-copy send: {why}"));
         let socket = self.direct().ok_or_else(|| refused("the channel is not a plain socket"))?;
@@ -68,7 +69,7 @@ impl ZeroCopy {
     /// Waits until the kernel has let go of all memory.
     ///
     /// # Errors
-    /// `TimedOut` if nothing is let go of for the channel's silence limit, `ConnectionAborted` after a
+    /// `TimedOut` if nothing is let go of for the channel's timeout, `ConnectionAborted` after a
     /// [`Closer`](crate::Closer), else what ended the connection.
     pub fn wait(&mut self, channel: &Channel) -> io::Result<()> {
         let Some(socket) = channel.direct() else { return Ok(()) };
@@ -78,7 +79,7 @@ impl ZeroCopy {
             if self.outstanding() == 0 {
                 return Ok(());
             }
-            let limit = channel.silence_limit()?.and_then(|limit| Timespec::try_from(limit).ok());
+            let limit = channel.timeout()?.and_then(|limit| Timespec::try_from(limit).ok());
             let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::empty())];
             match poll(&mut fds, limit.as_ref()) {
                 Ok(0) => return Err(self.explain(channel, ErrorKind::WouldBlock.into())),
@@ -167,7 +168,7 @@ mod tests {
     #[test]
     fn every_send_is_done_in_the_end_and_loopback_copies() {
         let (channel, peer) = pair();
-        channel.set_silence_limit(Some(LONG)).unwrap();
+        channel.set_timeout(Some(LONG)).unwrap();
         let reading = spawn("zero-copy-peer", move || io::copy(&mut &peer, &mut io::sink()).unwrap());
         let mut account = channel.zero_copy().unwrap();
         for _ in 0..200 {
@@ -182,17 +183,17 @@ mod tests {
     }
 
     #[test]
-    fn the_wait_ends_by_silence_by_a_closer_and_by_the_peer() {
+    fn the_wait_ends_by_the_timeout_by_a_closer_and_by_the_peer() {
         let (channel, _peer) = pair();
         let mut account = channel.zero_copy().unwrap();
-        channel.set_silence_limit(Some(Duration::from_millis(20))).unwrap();
+        channel.set_timeout(Some(Duration::from_millis(20))).unwrap();
         // Nothing was sent, so nothing will ever be done.
         account.note_send();
         let error = account.wait(&channel).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
         assert!(error.to_string().contains("1 zero-copy sends are not done"), "{error}");
 
-        channel.set_silence_limit(None).unwrap();
+        channel.set_timeout(None).unwrap();
         let closer = channel.closer();
         let waiting = spawn("zero-copy-wait", move || account.wait(&channel).unwrap_err().kind());
         waiting.until_asleep();

@@ -1,4 +1,4 @@
-//! Descriptors that somebody else opened: inherited, or handed over on a unix socket.
+//! Descriptors that another process opened: inherited, or handed over on a unix socket.
 
 use std::io::{self, ErrorKind, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -33,12 +33,13 @@ pub(crate) enum Found {
     Writable(OwnedFd),
 }
 
-/// Receives one descriptor that the other side sends on the socket with `SCM_RIGHTS`, beside at least one byte, which is
-/// dropped: as QEMU's `getfd` and libvirt send them. Waits for as long as the socket's read timeout says.
+/// Receives one descriptor that the other side sends on the socket with `SCM_RIGHTS`, beside at
+/// least one byte, which is dropped: as QEMU's `getfd` and libvirt send them. Waits for as long as
+/// the socket's read timeout says.
 ///
 /// # Errors
-/// `UnexpectedEof` if the other side closed, `InvalidData` if it sent bytes without a descriptor or with several; else
-/// what the system says.
+/// `UnexpectedEof` if the other side closed, `InvalidData` if it sent bytes without a descriptor or
+/// with several; else what the system says.
 pub fn receive_descriptor(socket: &UnixStream) -> io::Result<OwnedFd> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_AT_ONCE))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -124,8 +125,8 @@ pub(crate) fn arrived(
 
 /// Takes over an inherited descriptor.
 ///
-/// What this process has opened itself is close-on-exec, as a rule without exceptions in Rust; what it inherited cannot
-/// be. So the flag tells them apart, and setting it marks what was taken.
+/// What this process has opened itself is close-on-exec, as a rule without exceptions in Rust; what
+/// it inherited cannot be. So the flag tells them apart, and setting it marks what was taken.
 pub(crate) fn take(number: i32) -> io::Result<OwnedFd> {
     static TAKING: Mutex<()> = Mutex::new(());
     let _one_at_a_time = TAKING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -141,7 +142,7 @@ pub(crate) fn take(number: i32) -> io::Result<OwnedFd> {
         Ok(flags) => Ok(fcntl_setfd(descriptor, flags | FdFlags::CLOEXEC).map(|()| None)?),
     })?;
     match inherited {
-        // Whoever opens a file next must not get the number of standard input.
+        // The next file that is opened must not get the number of standard input.
         Some(stdin) => {
             rustix::stdio::dup2_stdin(std::fs::File::open("/dev/null")?)?;
             Ok(stdin)
@@ -150,7 +151,7 @@ pub(crate) fn take(number: i32) -> io::Result<OwnedFd> {
     }
 }
 
-/// Takes over a descriptor that is handed over by whoever listens at `path`, within `limit`.
+/// Receives a descriptor from the process that listens at `path`, within `limit`.
 pub(crate) fn fetch(path: &Path, limit: Duration) -> io::Result<OwnedFd> {
     let late = |error: io::Error| match error.kind() {
         ErrorKind::WouldBlock => {
@@ -169,7 +170,7 @@ pub(crate) fn fetch(path: &Path, limit: Duration) -> io::Result<OwnedFd> {
     receive_descriptor(&stream).map_err(late)
 }
 
-/// Looks at what a descriptor is.
+/// Classifies a descriptor by its type.
 fn classify(descriptor: OwnedFd) -> io::Result<Found> {
     match FileType::from_raw_mode(fstat(&descriptor)?.st_mode) {
         FileType::Socket => stream_socket(descriptor),

@@ -11,7 +11,7 @@ use crate::os::event_loop::ready;
 use crate::os::wake::Wake;
 
 /// The addresses of a host. The system's resolver cannot be interrupted, so a name is looked up on
-/// a thread of its own: when nobody waits for it any more, the thread ends when the resolver lets
+/// a thread of its own: when the wait for it has ended, the thread ends when the resolver lets
 /// go of it.
 pub(crate) async fn lookup(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     if let Ok(address) = host.parse::<IpAddr>() {

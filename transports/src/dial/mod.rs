@@ -27,16 +27,17 @@ pub(crate) mod descriptor;
 mod lookup;
 pub(crate) mod vsock;
 
-/// How long to try, and what ends it early. More fields will come: write `..DialOptions::default()`.
+/// How long to try, and what ends it early. More fields will come: write
+/// `..DialOptions::default()`.
 #[derive(Clone, Debug)]
 pub struct DialOptions {
     /// For everything together: the name look-up and every attempt. Default: 10 s.
     pub deadline: Duration,
-    /// Ends the dialling at once. Default: one that nobody else has.
+    /// Ends the dialling at once. Default: a stopper of its own.
     pub stopper: Stopper,
     /// How the socket is tuned. Default: [`SocketOptions::default`].
     pub socket: SocketOptions,
-    /// Seals the channel. Default: no.
+    /// Encrypts the channel. Default: no.
     pub tls: Option<TlsClient>,
 }
 
@@ -47,17 +48,17 @@ impl Default for DialOptions {
     }
 }
 
-/// Connects, and tries again for as long as nobody listens there yet, until the deadline. A file is opened to be written:
-/// see [`FileStream`](crate::FileStream).
+/// Connects, and tries again while nothing listens there yet, until the deadline. A file is opened
+/// to be written: see [`FileStream`](crate::FileStream).
 ///
-/// All addresses of a name are tried, one after the other and never two at a time: a connection that is
-/// opened and dropped again ends the incoming migration of a QEMU. Blocks the calling thread; a name is
-/// looked up on another.
+/// All addresses of a name are tried, one after the other and never two at a time: a connection
+/// that is opened and dropped again ends the incoming migration of a QEMU. Blocks the calling
+/// thread; a name is looked up on another.
 ///
 /// # Errors
 /// [`DeadlinePassed`](TransportError::DeadlinePassed) with the last attempt's error,
-/// [`Cancelled`](TransportError::Cancelled), or [`Io`](TransportError::Io) if trying again would not help:
-/// unknown name, no route, no permission, no agreement on TLS.
+/// [`Cancelled`](TransportError::Cancelled), or [`Io`](TransportError::Io) if trying again would
+/// not help: unknown name, no route, no permission, no agreement on TLS.
 pub fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel, TransportError> {
     let mut dialling = Dialling {
         endpoint,
@@ -147,8 +148,8 @@ impl Dialling<'_> {
         let addresses = lookup(host, port).await?;
         let mut failure = io::Error::new(ErrorKind::AddrNotAvailable, "the name has no address");
         for (tried, address) in addresses.iter().enumerate() {
-            let patience = self.patience(addresses.len() - tried);
-            match within(patience, tcp_address(*address, self.options))
+            let timeout = self.attempt_timeout(addresses.len() - tried);
+            match within(timeout, tcp_address(*address, self.options))
                 .await
                 .unwrap_or_else(|| Err(ErrorKind::TimedOut.into()))
             {
@@ -168,7 +169,7 @@ impl Dialling<'_> {
         connect(socket, &address).await
     }
 
-    /// What needs no connecting: a descriptor, or a command.
+    /// The channel of a descriptor or a command, which needs no connecting.
     async fn ready_made(&self) -> io::Result<Channel> {
         let descriptor = match self.endpoint {
             Endpoint::Fd(number) => descriptor::take(*number)?,
@@ -182,8 +183,9 @@ impl Dialling<'_> {
         descriptor::dialled(descriptor, self.endpoint, self.options)
     }
 
-    /// How long one of `left` addresses may take: a silent one must leave time for the others.
-    fn patience(&self, left: usize) -> Duration {
+    /// Timeout for one of `left` addresses: one that does not answer must leave time for the
+    /// others.
+    fn attempt_timeout(&self, left: usize) -> Duration {
         let rest = self.limit.saturating_sub(self.begun.elapsed());
         match u32::try_from(left) {
             Ok(left) if left > 1 => (rest / left).min(Duration::from_secs(5)),
@@ -229,8 +231,8 @@ pub(crate) fn command(endpoint: &Endpoint) -> io::Result<Channel> {
     Ok(Channel::over(Stream::Pipe(Pipe::through(command)?), endpoint.to_string()))
 }
 
-/// Whether the same attempt may succeed later: nobody listens yet, a relay hung up at once (`NotConnected`),
-/// or the listener's queue is full (`WouldBlock`, on unix sockets).
+/// Whether the same attempt may succeed later: nothing listens yet, a relay hung up at once
+/// (`NotConnected`), or the listener's queue is full (`WouldBlock`, on unix sockets).
 fn may_pass(error: &io::Error) -> bool {
     use ErrorKind::{
         ConnectionAborted, ConnectionRefused, ConnectionReset, NotConnected, NotFound, TimedOut, WouldBlock,

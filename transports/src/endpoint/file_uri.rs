@@ -25,7 +25,8 @@ pub(crate) fn print(path: &Path, offset: u64) -> String {
     }
 }
 
-/// QEMU's sizes: `4096`, `0x1000`, or a whole number and one of B, K, M, G, T, P, E in powers of 1024.
+/// QEMU's sizes: `4096`, `0x1000`, or a whole number and one of B, K, M, G, T, P, E in powers of
+/// 1024.
 fn parse_size(text: &str) -> Option<u64> {
     let hex = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
     let digits = hex.unwrap_or_else(|| text.trim_end_matches(|c: char| c.is_ascii_alphabetic()));

@@ -15,29 +15,32 @@ const GRAMMAR: &str = "tcp:HOST:PORT (a v6 address in [brackets]; no HOST: any a
 
 /// The address of a listener, or a file, in QEMU's URI form. Spec: docs/wire.md §12.
 ///
-/// `tcp:HOST:PORT`, `tcp:[V6]:PORT`, `tcp::PORT`, `unix:PATH`, `file:PATH[,offset=N]`, `fd:N`, `fd:unix:PATH`,
-/// `exec:COMMAND`, `vsock:CID:PORT`. [`Display`](fmt::Display) gives the URI back.
+/// `tcp:HOST:PORT`, `tcp:[V6]:PORT`, `tcp::PORT`, `unix:PATH`, `file:PATH[,offset=N]`, `fd:N`,
+/// `fd:unix:PATH`, `exec:COMMAND`, `vsock:CID:PORT`. [`Display`](fmt::Display) gives the URI back.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Endpoint {
-    /// A command for `/bin/sh -c`: what is sent goes to its standard input, what it prints is received. It is killed when the
-    /// channel is dropped: [`Channel::settle`](crate::Channel::settle) waits for its end.
+    /// A command for `/bin/sh -c`: what is sent goes to its standard input, what it prints is
+    /// received. It is killed when the channel is dropped:
+    /// [`Channel::settle`](crate::Channel::settle) waits for its end.
     Exec(String),
-    /// A descriptor that this process inherited: a stream socket, connected or listening, an end of a pipe, or a file.
+    /// A descriptor that this process inherited: a stream socket, connected or listening, an end of
+    /// a pipe, or a file.
     Fd(i32),
-    /// The path of a unix socket on which somebody hands over such a descriptor (`SCM_RIGHTS`).
+    /// The path of a unix socket on which another process hands over such a descriptor
+    /// (`SCM_RIGHTS`).
     FdFrom(PathBuf),
     /// A regular file: the stream is written to it or read from it.
     File {
-        /// Where it is. With `,offset=` in it, it cannot be said as a URI.
+        /// Where it is. With `,offset=` in it, it cannot be written as a URI.
         path: PathBuf,
         /// Where in the file the stream begins, in bytes.
         offset: u64,
     },
     /// A name or an address, and a port.
     Tcp {
-        /// Name, v4 address, or v6 address without brackets. Empty: any address when listening, this machine
-        /// when dialling.
+        /// Name, v4 address, or v6 address without brackets. Empty: any address when listening,
+        /// this machine when dialling.
         host: String,
         /// Port; 0 is for listening only, and asks for any free one.
         port: u16,
@@ -46,7 +49,8 @@ pub enum Endpoint {
     Unix(PathBuf),
     /// A stream socket between a virtual machine and its host.
     Vsock {
-        /// Which machine: 1 is this one (local), 2 the host. [`VSOCK_ANY`]: any, for listening only.
+        /// Which machine: 1 is this one (local), 2 the host. [`VSOCK_ANY`]: any, for listening
+        /// only.
         cid: u32,
         /// Port; not 2^32 - 1, which stands for any.
         port: u32,
@@ -57,7 +61,8 @@ pub enum Endpoint {
 pub const VSOCK_ANY: u32 = u32::MAX;
 
 impl Endpoint {
-    /// Whether several channels can be opened to it: a descriptor or a command is one channel. Spec: docs/wire.md §12.
+    /// Whether several channels can be opened to it: a descriptor or a command is one channel.
+    /// Spec: docs/wire.md §12.
     pub fn takes_several(&self) -> bool {
         matches!(self, Self::Tcp { .. } | Self::Unix(_) | Self::Vsock { .. })
     }

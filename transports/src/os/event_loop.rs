@@ -42,7 +42,7 @@ thread_local! {
 /// Runs a future of this module to its end, on this thread.
 ///
 /// # Errors
-/// The system's word, when it cannot wait.
+/// The system's error, when it cannot wait.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> io::Result<T> {
     let mut future = pin!(future);
     let mut context = Context::from_waker(Waker::noop());
@@ -65,7 +65,7 @@ impl Waits {
         let mut fds: Vec<_> =
             open.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(fd.as_fd(), *flags)).collect();
         let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        // A time too long for the kernel is no limit.
+        // A time too long for the kernel counts as none.
         let left = left.and_then(|left| Timespec::try_from(left).ok());
         match poll(&mut fds, left.as_ref()) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
@@ -132,7 +132,7 @@ pub(crate) async fn sleep_until(time: Instant) {
 
 /// What `work` comes to; `None` when `limit` has passed before.
 pub(crate) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
-    // A time that the clock does not have is no limit.
+    // A time beyond the clock's range counts as none.
     let Some(end) = Instant::now().checked_add(limit) else { return Some(work.await) };
     match first(work, sleep_until(end)).await {
         First::One(output) => Some(output),

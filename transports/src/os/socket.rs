@@ -67,8 +67,8 @@ pub(crate) fn unix_address(path: &Path) -> io::Result<SockAddr> {
     SockAddr::unix(path)
 }
 
-/// Whether a TCP socket is connected to itself: dialling a free local port of the ephemeral range can choose
-/// that very port as its own.
+/// Whether a TCP socket is connected to itself: dialling a free local port of the ephemeral range
+/// can choose that very port as its own.
 pub(crate) fn is_connected_to_itself(socket: &Socket) -> io::Result<bool> {
     let (own, peer) = (socket.local_addr()?, socket.peer_addr()?);
     Ok(own.as_socket().is_some() && own.as_socket() == peer.as_socket())

@@ -7,39 +7,42 @@ use std::time::Duration;
 use serde::Serialize;
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 
-/// Settings of the sockets of a migration; those of TCP do nothing on other kinds. More fields will come: write
-/// `..SocketOptions::default()`.
+/// Settings of the sockets of a migration; those of TCP do nothing on other kinds. More fields will
+/// come: write `..SocketOptions::default()`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SocketOptions {
     /// TCP_NODELAY: what was sent leaves at once. Default: true.
     pub no_delay: bool,
-    /// Asks a silent peer for a sign of life. Default: after 30 s, every 10 s, 3 times: a peer that has vanished is
-    /// noticed after 60 s. `None`: never.
+    /// Asks a silent peer for a sign of life. Default: after 30 s, every 10 s, 3 times: a peer that
+    /// has vanished is noticed after 60 s. `None`: never.
     pub keepalive: Option<Keepalive>,
-    /// TCP_USER_TIMEOUT: how long what was sent may stay unacknowledged, or the peer without room for more, until it is
-    /// taken for vanished. Default: `None`, the system's own patience, which is about 15 minutes; the engine sets its
-    /// timeout. When it is longer than `keepalive` takes it holds for a silent peer, too.
+    /// TCP_USER_TIMEOUT: how long what was sent may stay unacknowledged, or the peer without room
+    /// for more, until it is taken for vanished. Default: `None`, the system's own, which is about
+    /// 15 minutes; the engine sets its timeout. When it is longer than `keepalive` takes it holds
+    /// for a silent peer, too.
     pub user_timeout: Option<Duration>,
-    /// SO_SNDBUF in bytes. Default: `None`, the kernel's own tuning, which is hard to beat. The kernel gives no more than
-    /// `net.core.wmem_max`.
+    /// SO_SNDBUF in bytes. Default: `None`, the kernel's own tuning, which is hard to beat. The
+    /// kernel gives no more than `net.core.wmem_max`.
     pub send_buffer: Option<usize>,
-    /// SO_RCVBUF in bytes. Default: `None`, the kernel's own tuning. No more than `net.core.rmem_max`.
+    /// SO_RCVBUF in bytes. Default: `None`, the kernel's own tuning. No more than
+    /// `net.core.rmem_max`.
     pub receive_buffer: Option<usize>,
-    /// Multipath TCP: one connection over several networks, where both ends can; plain TCP with those that cannot, and
-    /// on a kernel without it. Default: false.
+    /// Multipath TCP: one connection over several networks, where both ends can; plain TCP with
+    /// those that cannot, and on a kernel without it. Default: false.
     pub mptcp: bool,
-    /// The address of this machine from which a source dials, which chooses the network. Default: the system chooses.
+    /// The address of this machine from which a source dials, which chooses the network. Default:
+    /// the system chooses.
     pub bind: Option<IpAddr>,
 }
 
-/// When a silent connection is asked for a sign of life, and how often.
+/// TCP keepalive: when an idle connection is probed, and how often.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Keepalive {
-    /// Silence until the first question; whole seconds, 1 s ..= 9 h.
+    /// Idle time until the first probe; whole seconds, 1 s ..= 9 h.
     pub time: Duration,
-    /// Between two questions; whole seconds, 1 s ..= 9 h.
+    /// Time between two probes; whole seconds, 1 s ..= 9 h.
     pub interval: Duration,
-    /// Questions without an answer after which the peer is gone: 1..=127.
+    /// Probes without an answer after which the peer is gone: 1..=127.
     pub retries: u32,
 }
 
@@ -64,8 +67,8 @@ impl Default for Keepalive {
 }
 
 impl Keepalive {
-    /// After how long a peer that has vanished in a silence is noticed.
-    pub fn patience(&self) -> Duration {
+    /// Time until a dead peer is detected on an idle connection.
+    pub fn timeout(&self) -> Duration {
         self.time + self.interval * self.retries
     }
 }
@@ -134,7 +137,7 @@ impl SocketOptions {
     }
 }
 
-/// The kernel doubles what was asked for, and cuts it without a word.
+/// The kernel doubles the size asked for, and cuts it silently.
 fn warn_if_less(what: &str, asked: usize, given: usize, limit: &str) {
     if given < asked {
         tracing::warn!("{what} of {asked} bytes asked for, {given} given: {limit} is the limit");
@@ -147,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_vanished_peer_is_noticed_after_a_minute_by_default() {
-        assert_eq!(Keepalive::default().patience(), Duration::from_secs(60));
+        assert_eq!(Keepalive::default().timeout(), Duration::from_secs(60));
     }
 
     #[test]

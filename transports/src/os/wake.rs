@@ -28,7 +28,8 @@ impl Wake {
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
     }
 
-    /// Waits until `fd` is `ready`. False: woken. `WouldBlock`, as a socket says it, when `limit` has passed.
+    /// Waits until `fd` is `ready`. False: woken. `WouldBlock`, as a socket says it, when `limit`
+    /// has passed.
     pub(crate) fn wait(
         &self,
         fd: BorrowedFd<'_>,
@@ -38,7 +39,7 @@ impl Wake {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            // A time too long for the kernel is no limit.
+            // A time too long for the kernel counts as none.
             let left = left.and_then(|left| Timespec::try_from(left).ok());
             let mut fds = [PollFd::from_borrowed_fd(fd, ready), PollFd::new(&self.0, PollFlags::IN)];
             match poll(&mut fds, left.as_ref()) {

@@ -80,11 +80,11 @@ impl TlsStream {
         match *self {}
     }
 
-    pub(crate) fn set_silence_limit(&self, _: Option<Duration>) -> io::Result<()> {
+    pub(crate) fn set_timeout(&self, _: Option<Duration>) -> io::Result<()> {
         match *self {}
     }
 
-    pub(crate) fn silence_limit(&self) -> io::Result<Option<Duration>> {
+    pub(crate) fn timeout(&self) -> io::Result<Option<Duration>> {
         match *self {}
     }
 

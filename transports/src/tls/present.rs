@@ -22,7 +22,7 @@ pub(crate) fn expected_name(tls: &TlsClient, endpoint: &Endpoint) -> io::Result<
     tls.expected_name(host, endpoint)
 }
 
-/// Makes a connected socket a sealed stream.
+/// Makes a connected socket an encrypted stream.
 pub(crate) async fn connect(tls: &TlsClient, socket: Socket, name: ExpectedName) -> io::Result<TlsStream> {
     tls.connect(Client::new(socket)?, name).await
 }

@@ -7,7 +7,7 @@ use multifd_tune::{Advice, Prediction};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::guest::PATIENCE;
+use crate::guest::TIMEOUT;
 
 /// The part of `multifd_tune::Findings` that is compared with moves.
 #[derive(Debug, Deserialize)]
@@ -27,7 +27,7 @@ impl Said {
         arguments.extend(["--channels".to_owned(), channels.to_string()]);
         arguments.extend(links.into_iter().flat_map(|link| ["--link".to_owned(), link.to_owned()]));
         let mut tune = Multifd::spawn("tune", arguments)?;
-        tune.wait_success(PATIENCE)?;
+        tune.wait_success(TIMEOUT)?;
         Self::deserialize(CommandReport::by(&tune)?.object()).during("what tune printed")
     }
 

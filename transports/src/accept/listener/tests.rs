@@ -209,7 +209,7 @@ fn silent_and_leaving_clients_are_told_and_delay_nobody() {
     serving.opened();
     speaking.send_all(b"QEVM").unwrap();
     serving.identified();
-    let Arrival::Silent { number, peer, waited } = serving.next() else { panic!("not silent") };
+    let Arrival::TimedOut { number, peer, waited } = serving.next() else { panic!("not silent") };
     assert_eq!((number, peer), (silent, silent_peer));
     assert!(waited >= Duration::from_millis(300) && waited <= begun.elapsed(), "{waited:?}");
     serving.stop();
@@ -223,7 +223,7 @@ fn a_crowd_of_silent_clients_leaves_room_for_one_that_speaks() {
     for number in 1..=300 {
         crowd.push(UnixStream::connect(dir.path().join("x.sock")).unwrap());
         if number > 256 {
-            let Arrival::Silent { number: evicted, .. } = serving.next() else { panic!("not silent") };
+            let Arrival::TimedOut { number: evicted, .. } = serving.next() else { panic!("not silent") };
             assert_eq!(evicted, number - 256);
         }
         assert_eq!(serving.opened().0, number);

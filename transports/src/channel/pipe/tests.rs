@@ -92,16 +92,13 @@ fn close_wakes_whoever_waits_and_the_other_end_sees_it() {
 }
 
 #[test]
-fn the_silence_limit_ends_both_directions() {
+fn the_timeout_ends_both_directions() {
     let (one, other) = pair();
     for channel in [&one, &other] {
-        channel.set_silence_limit(Some(Duration::from_millis(20))).unwrap();
+        channel.set_timeout(Some(Duration::from_millis(20))).unwrap();
     }
     let error = other.recv(&mut [0; 8]).unwrap_err();
-    assert!(
-        error.kind() == ErrorKind::TimedOut && error.to_string().contains("the silence limit"),
-        "{error}"
-    );
+    assert!(error.kind() == ErrorKind::TimedOut && error.to_string().contains("the timeout"), "{error}");
     assert_eq!(one.send_all(&vec![0; 64 << 20]).unwrap_err().kind(), ErrorKind::TimedOut);
 }
 
@@ -191,6 +188,6 @@ fn a_grandchild_that_holds_the_pipe_does_not_hold_up_the_end() {
     channel.settle(LONG).unwrap();
 
     let silent = through("sleep 1000 & exit 0");
-    silent.set_silence_limit(Some(Duration::from_millis(50))).unwrap();
+    silent.set_timeout(Some(Duration::from_millis(50))).unwrap();
     assert_eq!(silent.recv(&mut [0]).unwrap_err().kind(), ErrorKind::TimedOut);
 }

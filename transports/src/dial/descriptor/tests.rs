@@ -14,7 +14,8 @@ use super::*;
 use crate::testing::{LONG, spawn};
 use crate::{Arrival, DialOptions, Listener, TransportError};
 
-/// What a descriptor looks like that came from the parent process: nobody owns it, and it would outlive an exec.
+/// What a descriptor looks like that came from the parent process: nobody owns it, and it would
+/// outlive an exec.
 fn inherited(descriptor: impl Into<OwnedFd>) -> Endpoint {
     let descriptor = descriptor.into();
     fcntl_setfd(&descriptor, FdFlags::empty()).unwrap();
@@ -137,7 +138,7 @@ fn a_silent_one_is_dropped_and_a_stop_comes_through() {
     let serving = spawn("silent-command", move || {
         let mut seen = Vec::new();
         let mut on_arrival = |arrival| {
-            seen.push(matches!(arrival, Arrival::Silent { .. }));
+            seen.push(matches!(arrival, Arrival::TimedOut { .. }));
             if seen.len() == 2 {
                 stopper.stop();
             }

@@ -7,7 +7,7 @@ use multifd_tests::peer::{Sink, Stage};
 use multifd_tests::{Failure, Outcome, Scratch};
 use multifd_transports::Endpoint;
 
-use crate::fixture::{PATIENCE, Way, cancel_after};
+use crate::fixture::{TIMEOUT, Way, cancel_after};
 
 const BOTH: [usize; 2] = [0, 2];
 
@@ -17,8 +17,8 @@ fn nobody_listens() -> Outcome {
     let free_port = Sink::tcp()?.endpoint().clone();
     for endpoint in [Endpoint::Unix(scratch.path("nobody")), free_port] {
         for channels in BOTH {
-            let ended = Way::channels(channels).patience(PATIENCE).send_to(&endpoint)?;
-            assert!(ended.took >= PATIENCE && ended.took < PATIENCE * 10, "{:?}", ended.took);
+            let ended = Way::channels(channels).timeout(TIMEOUT).send_to(&endpoint)?;
+            assert!(ended.took >= TIMEOUT && ended.took < TIMEOUT * 10, "{:?}", ended.took);
             let uri = endpoint.to_string();
             let error =
                 ended.failed(true, &["connect, main: no connection", &uri, "gave up after", "limit is 400"]);
@@ -33,10 +33,10 @@ fn somebody_accepts_and_never_reads() -> Outcome {
     for (channels, codec, place) in
         [(0, "none", "active, main (unix:"), (2, "none", "active, channel "), (2, "zstd", "active, channel ")]
     {
-        let way = Way { codec, ..Way::channels(channels) }.patience(PATIENCE);
+        let way = Way { codec, ..Way::channels(channels) }.timeout(TIMEOUT);
         let ended = way.send(|destination| destination.wait_for_the_end())?;
-        assert!(ended.took < PATIENCE * 10, "{:?}", ended.took);
-        let error = ended.failed(true, &[place, "no byte moved for 400ms, the silence limit"]);
+        assert!(ended.took < TIMEOUT * 10, "{:?}", ended.took);
+        let error = ended.failed(true, &[place, "no byte moved for 400ms, the timeout"]);
         assert_eq!(error.kind(), ErrorKind::Deadline);
     }
     Ok(())
@@ -46,7 +46,7 @@ fn somebody_accepts_and_never_reads() -> Outcome {
 fn somebody_reads_and_never_answers() -> Outcome {
     for channels in BOTH {
         // All is in its hands, and it says nothing: nobody knows who has the guest.
-        let way = Way::channels(channels).patience(PATIENCE);
+        let way = Way::channels(channels).timeout(TIMEOUT);
         let ended = way.send(|destination| {
             destination.read_to(Stage::Finished)?;
             destination.wait_for_the_end()
@@ -69,7 +69,7 @@ fn somebody_reads_and_never_answers() -> Outcome {
 fn a_cancel_wakes_a_source_wherever_it_is() -> Outcome {
     let moment = Duration::from_millis(80);
     for channels in BOTH {
-        let way = Way::channels(channels).patience(Duration::from_secs(60));
+        let way = Way::channels(channels).timeout(Duration::from_secs(60));
         let nowhere = Endpoint::Unix(Scratch::new()?.path("nobody"));
         let deaf = Sink::unix()?;
         for endpoint in [&nowhere, deaf.endpoint()] {
