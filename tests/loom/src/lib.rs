@@ -1,6 +1,8 @@
-//! The engine's claim cursor, stop switch and set of open channels, run under every interleaving that loom finds.
+//! The engine's claim cursor, stop switch and set of open channels, run under every interleaving
+//! that loom finds.
 //!
-//! The files are the engine's own, compiled here with loom's primitives in the place of `crate::sync`.
+//! The files are the engine's own, compiled here with loom's primitives in the place of
+//! `crate::sync`.
 #![cfg(test)]
 #![expect(dead_code, reason = "only what is checked here is used here")]
 
@@ -47,11 +49,13 @@ mod error {
     pub(crate) struct Error(pub(crate) u32);
 }
 
-#[path = "../../../engine/src/run/stop.rs"]
-mod stop;
-
-#[path = "../../../engine/src/run/open_set.rs"]
-mod open_set;
+#[path = "."]
+mod run {
+    #[path = "../../../engine/src/run/open_set.rs"]
+    pub(crate) mod open_set;
+    #[path = "../../../engine/src/run/stop.rs"]
+    pub(crate) mod stop;
+}
 
 #[path = "."]
 mod guest {
@@ -79,8 +83,8 @@ use loom::thread;
 
 use error::Error;
 use guest::DirtyBitmap;
-use open_set::OpenSet;
-use stop::{Monitor, StopSwitch};
+use run::open_set::OpenSet;
+use run::stop::{Monitor, StopSwitch};
 use sync::Arc;
 use work::{Batch, Claim, Next, Place, Requested, Round, UrgentPages, WantedPage};
 
