@@ -1,5 +1,6 @@
-//! What TLS costs: the provider's cipher alone, the records around it in memory, one channel over loopback; all in turns, so that
-//! a busy machine is one for all. A second argument of the form `long` sends 16 GiB through one channel, across new keys.
+//! What TLS costs: the provider's cipher alone, the records around it in memory, one channel over
+//! loopback; all in turns, so that a busy machine is one for all. A second argument of the form
+//! `long` sends 16 GiB through one channel, across new keys.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -105,7 +106,8 @@ fn rate(len: usize, call: &mut dyn FnMut()) -> f64 {
     giga(done, begun.elapsed())
 }
 
-/// Only the opening is timed; what is opened was encrypted just before, and is in the cache as from a socket.
+/// Only the opening is timed; what is opened was encrypted just before, and is in the cache as from
+/// a socket.
 fn opening(seal: &mut Seal, open: &mut Open, text: &[u8]) -> f64 {
     let (mut spent, mut done) = (Duration::ZERO, 0_u64);
     while spent < TURN {

@@ -9,8 +9,8 @@
 //!   our source (the engine, or the command) ──sockets──> Sink: reads, cuts, stalls, answers as it likes
 //! ```
 //!
-//! The compressed payloads come from the libraries themselves and the deltas from plain loops, so that no mistake of
-//! our codecs can hide behind its twin.
+//! The compressed payloads come from the libraries themselves and the deltas from plain loops, so
+//! that no mistake of our codecs can hide behind its twin.
 
 mod codec;
 pub mod command;

@@ -1,7 +1,8 @@
-//! A guest that runs while it moves: a working set that it rewrites again and again, the same at both.
+//! A guest that runs while it moves: a working set that it rewrites again and again, the same at
+//! both.
 //!
-//! QEMU's guest is a boot sector. Ours is a thread of this process that writes the same pages at the same pace, with the engine as a
-//! VMM would embed it; its destination is `multifd receive`.
+//! QEMU's guest is a boot sector. Ours is a thread of this process that writes the same pages at
+//! the same pace, with the engine as a VMM would embed it; its destination is `multifd receive`.
 
 use std::fs::{self, File};
 use std::path::Path;

@@ -18,16 +18,17 @@ use crate::scenario::{Scenario, Transport, Way};
 /// What one move cost. The pump has a time only.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Cost {
-    /// From the command to the source's word that the guest has arrived.
+    /// From the command to the source's report that the guest has arrived.
     pub(crate) total: Duration,
     /// Time on a core at the source and at the destination.
     pub(crate) cpu: [Duration; 2],
     pub(crate) wire_bytes: u64,
-    /// How long a live guest stood still.
+    /// How long a live guest was paused.
     pub(crate) downtime: Duration,
     /// How often a live guest's dirty pages were collected.
     pub(crate) rounds: u64,
-    /// The most private memory at the source and at the destination, in bytes: what was there before the move is not counted.
+    /// The most private memory at the source and at the destination, in bytes: what was there
+    /// before the move is not counted.
     pub(crate) private_bytes: [u64; 2],
 }
 
@@ -161,7 +162,8 @@ fn incoming(scenario: &Scenario, stage: &Stage, set_up: SetUp<'_>) -> Outcome<(Q
 
 /// QEMU's own time, and the bytes that it counted.
 fn send_by_qemu(qemu: &mut Qemu, uri: &str, set_up: SetUp<'_>) -> Outcome<(Duration, u64)> {
-    // A guest that has moved away once may only move again after it has run; this one is halted, and stays as it is.
+    // A guest that has moved away once may only move again after it has run; this one is halted,
+    // and stays as it is.
     qemu.resume()?;
     qemu.stop()?;
     set_up(qemu, Side::Source)?;
@@ -202,7 +204,7 @@ fn check_arrived(stage: &Stage, out: &Path) -> Outcome {
     Ok(fs::remove_dir_all(out)?)
 }
 
-/// Two processes, source and destination, at one moment.
+/// Two processes, source and destination, at one time.
 struct Snapshot {
     cpu: [Duration; 2],
     private_bytes: [u64; 2],

@@ -1,4 +1,5 @@
-//! A scripted destination: reads what a source sends as far as the test likes, and answers what the test likes.
+//! A scripted destination: reads what a source sends as far as the test likes, and answers what the
+//! test likes.
 
 use std::io::{Read, Write};
 
@@ -90,7 +91,7 @@ impl Incoming {
         while self.read_some().is_ok() {}
     }
 
-    /// Reads all lanes until the channels have brought so many bytes.
+    /// Reads all lanes until the channels have brought that many bytes.
     ///
     /// # Errors
     /// When main ends before that.

@@ -18,8 +18,8 @@ use crate::{Failure, Outcome, Scratch};
 /// The timeout of destinations that should fail.
 pub const TIMEOUT: Duration = Duration::from_millis(300);
 
-/// Nothing that fails may take longer: every wait of a destination ends with its timeout, two of them may come
-/// one after the other, and the machine may be busy with others.
+/// Nothing that fails may take longer: every wait of a destination ends with its timeout, two of
+/// them may come one after the other, and the machine may be busy with others.
 const LIMIT: Duration = Duration::from_secs(8);
 
 /// A place for a destination: a folder with its socket, and with its checkpoint if it makes one.
@@ -61,7 +61,8 @@ impl Trial {
         Ok(Self { scratch: Scratch::new()?, endpoint, timeout: TIMEOUT })
     }
 
-    /// Gives the destination another timeout, for a peer that does no wrong on a machine that is slow.
+    /// Gives the destination another timeout, for a peer that does no wrong on a machine that is
+    /// slow.
     #[must_use]
     pub fn patient(self, timeout: Duration) -> Self {
         Self { timeout, ..self }
@@ -110,7 +111,8 @@ impl Trial {
         }
     }
 
-    /// Plays `recording` to a destination with memory of its own, full of garbage; gives the memory, too.
+    /// Plays `recording` to a destination with memory of its own, full of garbage; gives the
+    /// memory, too.
     ///
     /// # Errors
     /// As [`Trial::run`].

@@ -8,8 +8,8 @@ use crate::fixture::{multifd, refused, single};
 
 const CHANNEL_1: Lane = Lane::Channel(1);
 
-/// As `refused`, by a destination that insists on two channels: a connection that proves nothing is no channel, and the
-/// one that it was to be is missed.
+/// As `refused`, by a destination that insists on two channels: a connection that proves nothing is
+/// no channel, and the one that it was to be is missed.
 fn missed<const N: usize>(cases: [(&str, Recording, &[&str]); N]) -> Outcome {
     for (done, recording, says) in cases {
         let refused = Trial::unix()?.refuses_with(&recording, says, |it| it.channels(2));

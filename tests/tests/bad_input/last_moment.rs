@@ -1,4 +1,4 @@
-//! Between the last byte and the word that the guest has arrived: both ends must believe the same.
+//! Between the last byte and the SHUT that confirms the guest: both ends must believe the same.
 
 use std::io::Write;
 use std::sync::mpsc::channel;
@@ -116,7 +116,8 @@ fn a_stranger_who_knocks_after_the_last_byte_changes_nothing() -> Outcome {
     Ok(())
 }
 
-/// A source that asks and asks and never listens: the answers fill its socket, and the destination blocks on the next.
+/// A source that asks and asks and never listens: the answers fill its socket, and the destination
+/// blocks on the next.
 fn deaf() -> Recording {
     let mut recorder = Recorder::new(Style::default());
     recorder.header();
@@ -144,7 +145,8 @@ fn a_source_that_never_listens_does_not_hold_up_a_cancel() -> Outcome {
             let bytes = deaf().bytes(multifd_tests::peer::Lane::Main);
             let mut pings = Vec::new();
             (0..50_000).for_each(|value| Item::Command(Command::Ping(value)).encode(&mut pings));
-            // How much goes into the sockets and buffers is the machine's to say: more and more, until they are full.
+            // How much goes into the sockets and buffers is the machine's to say: more and more,
+            // until they are full.
             let full =
                 socket.write_all(&bytes).is_err() || (0..1000).any(|_| socket.write_all(&pings).is_err());
             assert!(full, "the destination never stopped reading");

@@ -1,4 +1,5 @@
-//! Sound migrations with a few bytes changed anywhere: they arrive or they are refused, and nothing panics or hangs.
+//! Sound migrations with a few bytes changed anywhere: they arrive or they are refused, and nothing
+//! panics or hangs.
 
 use multifd_engine::Destination;
 use multifd_tests::peer::{Codec, Recording, Style, TIMEOUT, Trial};

@@ -1,4 +1,5 @@
-//! Connections that are not of the migration: none of them ends it, whenever they come, over plain and encrypted connections.
+//! Connections that are not of the migration: none of them ends it, whenever they come, over plain
+//! and encrypted connections.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -80,7 +81,8 @@ impl Stranger {
         Self::LateChannel,
     ];
 
-    /// Over plain connections, main's header is main's, and a channel that comes before the source is one of its channels.
+    /// Over plain connections, main's header is main's, and a channel that comes before the source
+    /// is one of its channels.
     fn is_one(self, way: Way, when: When) -> bool {
         match self {
             Self::PlainHeader => way.encrypted || when != When::Before,
@@ -90,7 +92,8 @@ impl Stranger {
         }
     }
 
-    /// Comes, says its piece, and gives what is to stay open. A listener that is closed refuses it, which is as good.
+    /// Comes, says its piece, and gives what is to stay open. A listener that is closed refuses it,
+    /// which is as good.
     fn send_strangers(self, endpoint: &Endpoint, certificates: &Path) -> io::Result<Vec<TcpStream>> {
         let Endpoint::Tcp { host, port } = endpoint else { return Err(io::Error::other("not TCP")) };
         let connect = || TcpStream::connect((host.as_str(), *port));

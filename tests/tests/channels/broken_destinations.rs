@@ -1,4 +1,4 @@
-//! A source whose destination is cut, stands still, or never begins, over every kind of channel.
+//! A source whose destination is cut, stalls, or never begins, over every kind of channel.
 
 use multifd_engine::{DeviceState, Error, ErrorKind, Report, Source, ZeroPages};
 use multifd_tests::Outcome;
@@ -37,7 +37,7 @@ fn send(source: Source, endpoint: &Endpoint) -> Result<Report, Error> {
     precopy.stop_copy()?.commit(&state)
 }
 
-/// What the source says when its destination reads so many bytes and no more.
+/// What the source says when its destination reads that many bytes and no more.
 fn sent(kind: Kind, read: usize, then: Then) -> Outcome<Error> {
     let mut wire = kind.wire(true)?;
     let (source, arriving) = (source(None)?, wire.accept()?);

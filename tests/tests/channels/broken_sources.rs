@@ -1,4 +1,4 @@
-//! A destination whose source is cut, stands still, or never begins, over every kind of channel.
+//! A destination whose source is cut, stalls, or never begins, over every kind of channel.
 
 use multifd_engine::{Destination, Error, ErrorKind};
 use multifd_tests::peer::{Lane, Memory, Recorder, Style};
@@ -153,7 +153,8 @@ fn parallel_channels_are_refused_where_there_can_be_none() -> Outcome {
         assert_eq!(error.kind(), ErrorKind::ApiMisuse);
         says(&error, &["2 parallel channels over fd:", "which is one channel"]);
     }
-    // The command has not been started for it: it would say so in a file, before it is heard to say nothing.
+    // The command has not been started for it: it would say so in a file, before it is heard to say
+    // nothing.
     let scratch = Scratch::new()?;
     let trace = scratch.path("trace");
     let command = Endpoint::Exec(format!("echo started > {}", trace.display()));

@@ -14,8 +14,8 @@ use rustix::pipe::pipe;
 /// The timeout of the ends under test.
 pub(crate) const TIMEOUT: Duration = Duration::from_millis(300);
 
-/// Nothing that fails may take longer: two waits of a timeout each may come one after the other, a command has a
-/// second to end, and the machine may be busy with others.
+/// Nothing that fails may take longer: two waits of a timeout each may come one after the other, a
+/// command has a second to end, and the machine may be busy with others.
 const LIMIT: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -124,8 +124,8 @@ impl Wire {
     }
 }
 
-/// Runs `ours` while `peer` breaks the connection, and gives the error. The peer's value lives until `ours` has ended;
-/// whoever hangs is cancelled, and that is a failure.
+/// Runs `ours` while `peer` breaks the connection, and gives the error. The peer's value lives
+/// until `ours` has ended; an end that hangs is cancelled, and that is a failure.
 pub(crate) fn broken<K: Send>(
     canceller: Canceller,
     ours: impl FnOnce() -> Result<(), Error>,

@@ -21,7 +21,7 @@ enum Fault {
 enum When {
     /// In the first round, part of which is on the wire.
     InRound,
-    /// The guest stands still, its last RAM is to follow.
+    /// The guest is paused, its last RAM is to follow.
     BeforeStop,
     /// All RAM is over, the devices are to follow.
     BeforeCommit,
@@ -57,7 +57,8 @@ impl Fault {
 
 /// Moves the guest until the fault strikes.
 fn break_off(fault: Fault, when: When, guest: &Guest, way: &Way, device: &Device) -> Outcome<Error> {
-    // Over TCP, the kernel takes bytes for a dead destination for a while: whether they were read is unknown.
+    // Over TCP, the kernel takes bytes for a dead destination for a while: whether they were read
+    // is unknown.
     let unix = when != When::InRound;
     // Slow enough for a round to have a middle.
     let slow = Way { max_bandwidth: NonZeroU64::new(8 * MIB), unix, ..way.clone() };

@@ -21,7 +21,7 @@ pub(crate) struct Way {
     pub(crate) codec: &'static str,
     pub(crate) return_path: bool,
     pub(crate) timeout: Duration,
-    /// Pages of RAM; a socket takes some 50 before anybody reads.
+    /// Pages of RAM; a socket takes some 50 before anything is read.
     pub(crate) pages: usize,
     /// Bytes of device state.
     pub(crate) device_state: usize,
@@ -74,7 +74,7 @@ impl Way {
         Ok(DeviceState::from_tail([devices::padding(self.device_state), devices::tail()].concat())?)
     }
 
-    /// Moves a guest to where nobody or somebody listens.
+    /// Moves a guest to an endpoint with or without a listener.
     pub(crate) fn send_to(&self, endpoint: &Endpoint) -> Outcome<Ended> {
         let (source, state) = (self.source()?, self.device_state()?);
         let begun = Instant::now();
@@ -86,7 +86,8 @@ impl Way {
         Ok(Ended { result, took: begun.elapsed() })
     }
 
-    /// Moves a guest to a scripted destination. The script's connections stay until the source has ended.
+    /// Moves a guest to a scripted destination. The script's connections stay until the source has
+    /// ended.
     pub(crate) fn send(&self, script: impl FnOnce(&mut Incoming) -> Outcome + Send) -> Outcome<Ended> {
         let sink = Sink::unix()?;
         thread::scope(|scope| {

@@ -45,7 +45,7 @@ fn somebody_accepts_and_never_reads() -> Outcome {
 #[test]
 fn somebody_reads_and_never_answers() -> Outcome {
     for channels in BOTH {
-        // All is in its hands, and it says nothing: nobody knows who has the guest.
+        // All is in its hands, and it says nothing: which end has the guest is unknown.
         let way = Way::channels(channels).timeout(TIMEOUT);
         let ended = way.send(|destination| {
             destination.read_to(Stage::Finished)?;

@@ -85,7 +85,8 @@ impl Credentials {
         Ok(self)
     }
 
-    /// QEMU's object for one end. It is not asked whether its own certificates are any good: some are to be bad.
+    /// QEMU's object for one end. It is not asked whether its own certificates are any good: some
+    /// are to be bad.
     pub(crate) fn object(&self, endpoint: &str, priority: Option<&str>) -> String {
         let priority = priority.map_or_else(String::new, |words| format!(",priority={words}"));
         format!(

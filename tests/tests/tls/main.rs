@@ -1,5 +1,5 @@
-//! Encrypted migrations from and to the real QEMU: a running guest comes in, lies on disk, and goes out; and whoever is not to take
-//! part in it is told why.
+//! Encrypted migrations from and to the real QEMU: a running guest comes in, is stored on disk, and
+//! goes out; and an end that may not take part in it is told why.
 #![allow(clippy::indexing_slicing, clippy::unwrap_used, reason = "test code may panic")]
 
 mod fixture;
@@ -112,7 +112,8 @@ fn tls_1_2_and_chacha20() -> Outcome {
     Ok(())
 }
 
-/// A recording relay has seen TLS records from the first byte on, and nothing of the guest or of the stream.
+/// A recording relay has seen TLS records from the first byte on, and nothing of the guest or of
+/// the stream.
 #[test]
 fn nothing_is_in_the_clear() -> Outcome {
     skip_without_qemu!();

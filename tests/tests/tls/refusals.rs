@@ -1,4 +1,5 @@
-//! Whoever is refused, and whoever refuses, says which and why; QEMU at one end and we at the other.
+//! Both the end that is refused and the one that refuses report what and why; QEMU at one end and
+//! we at the other.
 
 use std::fs;
 
@@ -30,8 +31,8 @@ impl Said {
     }
 }
 
-/// A QEMU with `their_object` moves to ours, with these flags. It is refused with a warning, and ours goes on waiting for its
-/// source.
+/// A QEMU with `their_object` moves to ours, with these flags. It is refused with a warning, and
+/// ours goes on waiting for its source.
 fn from_qemu(their_object: Option<&str>, flags: &[&str]) -> Outcome<Said> {
     let vm = Vm::new()?;
     let mut source = vm.source(their_object)?;
@@ -51,7 +52,7 @@ fn from_qemu(their_object: Option<&str>, flags: &[&str]) -> Outcome<Said> {
     Ok(Said { ours: receive.process().stderr().text(), theirs: report.error.unwrap_or_default() })
 }
 
-/// A guest that lies on disk, to be sent to QEMUs.
+/// A guest that is stored on disk, to be sent to QEMUs.
 struct Stored {
     vm: Vm,
 }

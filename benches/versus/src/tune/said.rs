@@ -17,7 +17,7 @@ pub(super) struct Said {
 }
 
 impl Said {
-    /// Of the guest in this checkpoint, for moves with so many channels over these links.
+    /// Of the guest in this checkpoint, for moves with that many channels over these links.
     pub(super) fn of<'l>(
         checkpoint: &Path,
         channels: u8,
@@ -73,7 +73,7 @@ pub(super) fn compression(prediction: &Prediction) -> Outcome<Compression> {
     prediction.codec.to_string().parse()
 }
 
-/// How a QEMU is set up that nobody has told anything.
+/// The default settings of a QEMU.
 #[derive(Debug)]
 pub(super) struct Fresh {
     parameters: Value,
