@@ -15,7 +15,7 @@
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io::{self, ErrorKind};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::{Arc, Weak};
@@ -61,7 +61,11 @@ pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> io::Result<T> {
 impl Waits {
     fn wait(&self) -> io::Result<()> {
         let open = self.descriptors.iter().filter_map(|(fd, flags)| Some((fd.upgrade()?, *flags)));
-        let open: Vec<_> = open.collect();
+        let mut open: Vec<_> = open.collect();
+        // A future that was polled again in this turn has noted its descriptor again, and poll(2)
+        // refuses more entries than the process may have descriptors.
+        open.sort_by_key(|(fd, flags)| (fd.as_fd().as_raw_fd(), flags.bits()));
+        open.dedup_by_key(|(fd, flags)| (fd.as_fd().as_raw_fd(), flags.bits()));
         let mut fds: Vec<_> =
             open.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(fd.as_fd(), *flags)).collect();
         let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
@@ -290,6 +294,23 @@ mod tests {
             assert!(within(LONG, ready(&end, PollFlags::IN)).await.is_some());
             assert_eq!(within(Duration::MAX, byte(&end)).await, Some(b'x'));
             assert_eq!(within(Duration::ZERO, byte(&end)).await, Some(b'y'));
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn a_task_that_is_polled_again_and_again_waits_for_one_descriptor() {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let (end, mut peer) = pair();
+        let mut tasks = Tasks::new();
+        tasks.spawn(async move { byte(&end).await });
+        block_on(async {
+            for _ in 0..=limit.unwrap_or(1 << 20) {
+                tasks.turn().await;
+            }
+            assert!(within(Duration::from_millis(1), tasks.next()).await.is_none());
+            peer.write_all(b"x").unwrap();
+            assert_eq!(tasks.next().await, b'x');
         })
         .unwrap();
     }

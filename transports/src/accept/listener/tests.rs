@@ -307,7 +307,8 @@ fn a_whole_opening_message_is_waited_for() {
     let listener = Listener::bind(&unix_uri(&dir).parse().unwrap()).unwrap().opening_len(opening);
     let serving = Serving::over(listener, 4, LONG);
     let (long, short) = (serving.dial(), serving.dial());
-    (serving.opened(), serving.opened());
+    serving.opened();
+    serving.opened();
     long.send_all(b"longest").unwrap();
     short.send_all(b"shor").unwrap();
     assert_eq!(serving.identified().2, *b"shor");
