@@ -51,8 +51,10 @@ pub(crate) fn install() -> io::Result<()> {
     // nohup is there so that this does not end the process.
     handled.extend(Some(SIGHUP).filter(|signal| (ignored() >> (signal - 1)) & 1 == 0));
     let mut signals = Signals::new(handled)?;
-    let watch = move || signals.forever().for_each(on_signal);
-    thread::Builder::new().name("signals".to_owned()).spawn(watch).map(drop)
+    thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || signals.forever().for_each(on_signal))
+        .map(drop)
 }
 
 /// The first signal, which may have come already, cancels by `canceller`.

@@ -2,7 +2,7 @@
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
+    use std::path::{Path, PathBuf};
     use std::time::Duration;
 
     use multifd_tests::{
@@ -23,7 +23,7 @@ mod tests {
     }
 
     /// Moves the guest of a running source into a checkpoint, with the same RAM.
-    fn received(source: &mut Qemu, settings: &Settings, out: &PathBuf) -> Outcome<CheckpointFiles> {
+    fn received(source: &mut Qemu, settings: &Settings, out: &Path) -> Outcome<CheckpointFiles> {
         let mut receive = Receive::listen("tcp:127.0.0.1:0", out)?;
         source.set_up(settings, Side::Source)?;
         source.migrate(receive.uri())?;

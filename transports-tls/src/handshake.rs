@@ -182,8 +182,12 @@ impl<S: AsyncSocket> Line<S> {
 
     async fn flush(&mut self) -> io::Result<()> {
         while !self.outgoing.is_empty() {
-            let send = |socket: &Socket| socket.send_with_flags(&self.outgoing, libc::MSG_NOSIGNAL);
-            let sent = self.socket.when_ready(Ready::Writable, send).await?;
+            let sent = self
+                .socket
+                .when_ready(Ready::Writable, |socket| {
+                    socket.send_with_flags(&self.outgoing, libc::MSG_NOSIGNAL)
+                })
+                .await?;
             self.outgoing.drain(..sent);
         }
         Ok(())
@@ -224,8 +228,7 @@ impl<S: AsyncSocket> Line<S> {
     async fn part(&mut self) {
         let delivered = S::within(ALERT_TIMEOUT, async {
             self.flush().await?;
-            let end = |socket: &Socket| socket.shutdown(Shutdown::Write);
-            self.socket.when_ready(Ready::Writable, end).await?;
+            self.socket.when_ready(Ready::Writable, |socket| socket.shutdown(Shutdown::Write)).await?;
             let mut bytes = [0; 4096];
             while self.receive(&mut bytes).await? > 0 {}
             Ok::<_, io::Error>(())

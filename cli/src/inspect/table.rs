@@ -83,8 +83,8 @@ fn blocks(out: &mut String, findings: &Findings) {
 
 fn pages(out: &mut String, pages: &Pages) {
     // Cut off, not rounded: 100 % means all of it.
-    let percent = |share: f64| format!(" ({:.2} %)", (share * 1e4).floor() / 1e2);
-    let share = pages.zero_share.map(percent).unwrap_or_default();
+    let share =
+        pages.zero_share.map(|share| format!(" ({:.2} %)", (share * 1e4).floor() / 1e2)).unwrap_or_default();
     let absent = match pages.absent {
         0 => String::new(),
         absent => format!("{absent} absent, "),
@@ -92,8 +92,8 @@ fn pages(out: &mut String, pages: &Pages) {
     let text = format!("{}: {absent}{} zero{share}, {} data", pages.total, pages.zero, pages.data);
     line(out, "pages", &text);
     if !pages.compression.is_empty() {
-        let ratio = |by: &super::findings::Compression| format!("{:.2}x by {}", by.ratio, by.codec);
-        let ratios: Vec<_> = pages.compression.iter().map(ratio).collect();
+        let ratios: Vec<_> =
+            pages.compression.iter().map(|by| format!("{:.2}x by {}", by.ratio, by.codec)).collect();
         let text = format!("{}, measured on {} data pages", ratios.join(", "), pages.sampled);
         line(out, "compressible", &text);
     }

@@ -47,8 +47,8 @@ impl SoftwareLog {
     /// A log for the blocks of `ram`. They may be some of those that migrate: the rest is left to
     /// other logs.
     pub fn new(ram: &[RamBlock]) -> Self {
-        let noted = |block: &RamBlock| (block.name().clone(), DirtyBitmap::new(block.pages()));
-        let blocks = ram.iter().map(noted).collect();
+        let blocks =
+            ram.iter().map(|block| (block.name().clone(), DirtyBitmap::new(block.pages()))).collect();
         Self {
             noted: Arc::new(Noted { blocks, stray: AtomicBool::new(false) }),
             places: (0..ram.len()).collect(),

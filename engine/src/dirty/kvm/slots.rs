@@ -193,8 +193,11 @@ impl Slots {
     /// Whether KVM has the slot, where it has no bitmap that would tell. It is probed through
     /// another slot of the same address space; with none, the slot counts as there.
     pub(super) fn is_there(&self, vm: &VmFd, slot: &KvmSlot) -> Result<bool, DirtyLogError> {
-        let is_other = |other: &&KvmSlot| other.id != slot.id && other.id >> 16 == slot.id >> 16;
-        let other = self.slots.iter().map(|known| &known.slot).find(is_other);
+        let other = self
+            .slots
+            .iter()
+            .map(|known| &known.slot)
+            .find(|other| other.id != slot.id && other.id >> 16 == slot.id >> 16);
         let Some(other) = other.filter(|_| slot.pages() > 1) else { return Ok(true) };
         let memory_size = PAGE as u64;
         let guest_phys_addr = other.guest_address.raw_value();
