@@ -60,8 +60,8 @@ fn sync_and_claim(c: &mut Criterion) {
     }
 }
 
-/// What workers pay for looking at the queue of wanted pages before each batch: nothing is wanted, and
-/// every hundredth page is.
+/// What workers pay for looking at the queue of wanted pages before each batch: nothing is wanted,
+/// and every hundredth page is.
 fn urgent(c: &mut Criterion) {
     let mut group = c.benchmark_group("per million pages");
     group.throughput(Throughput::Elements(MILLION as u64)).sample_size(20);
@@ -84,7 +84,8 @@ fn urgent(c: &mut Criterion) {
     group.finish();
 }
 
-/// A clean guest of 1 TiB: 268 million pages, 32 MiB of bitmap. Printed, as one number is what people ask for.
+/// A clean guest of 1 TiB: 268 million pages, 32 MiB of bitmap. Printed, as one number is what
+/// people ask for.
 fn terabyte(c: &mut Criterion) {
     let pages = 256 * MILLION;
     let (log, bitmaps) = (DirtyBitmap::new(pages), only(DirtyBitmap::new(pages)));

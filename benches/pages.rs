@@ -43,8 +43,8 @@ fn differences(c: &mut Criterion) {
     group.finish();
 }
 
-/// Batches that follow each other in a stream: together more than any codec's window at these levels, so that none is found
-/// in the history of the stream.
+/// Batches that follow each other in a stream: together more than any codec's window at these
+/// levels, so that none is found in the history of the stream.
 const BATCHES: usize = 32;
 
 fn codecs(c: &mut Criterion) {

@@ -1,5 +1,5 @@
-//! A guest to a mapped-ram file and back, ours against QEMU's: the same RAM, turn by turn, in a file system in memory: a disk
-//! would be all that is measured.
+//! A guest to a mapped-ram file and back, ours against QEMU's: the same RAM, turn by turn, in a
+//! file system in memory: a disk would be all that is measured.
 
 use std::fs::File;
 use std::path::Path;

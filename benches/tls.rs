@@ -1,5 +1,6 @@
-//! What TLS costs: the provider's cipher alone, the records around it in memory, one channel over loopback; all in turns, so that
-//! a busy machine is one for all. A second argument of the form `long` sends 16 GiB through one channel, across new keys.
+//! What TLS costs: the provider's cipher alone, the records around it in memory, one channel over
+//! loopback; all in turns, so that a busy machine is one for all. A second argument of the form
+//! `long` sends 16 GiB through one channel, across new keys.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -39,7 +40,7 @@ fn compare(provider: TlsProvider, dir: &Path) {
     let mut cipher = cipher(provider);
     let mut seal = Seal::new(provider);
     // Each opener wants all records of its sealer, in order.
-    let (mut sealed, mut open) = (Seal::new(provider), Open::new(provider));
+    let (mut encrypted, mut open) = (Seal::new(provider), Open::new(provider));
     let (mut rates, text) = ([(); 6].map(|()| Vec::new()), vec![0x5a; RECORD]);
     let plain = pair(None);
     let tls = pair(Some((dir, provider)));
@@ -55,7 +56,7 @@ fn compare(provider: TlsProvider, dir: &Path) {
         of_copy.push(rate(MAX_BATCH_TEXT, &mut || {
             black_box(seal.batch(MAX_BATCH_TEXT, &mut |into| into.copy_from_slice(&text)));
         }));
-        of_open.push(opening(&mut sealed, &mut open, &text));
+        of_open.push(opening(&mut encrypted, &mut open, &text));
         of_plain.push(loopback(&plain));
         of_tls.push(loopback(&tls));
     }
@@ -105,18 +106,19 @@ fn rate(len: usize, call: &mut dyn FnMut()) -> f64 {
     giga(done, begun.elapsed())
 }
 
-/// Only the opening is timed; what is opened was sealed just before, and is in the cache as from a socket.
+/// Only the opening is timed; what is opened was encrypted just before, and is in the cache as from
+/// a socket.
 fn opening(seal: &mut Seal, open: &mut Open, text: &[u8]) -> f64 {
     let (mut spent, mut done) = (Duration::ZERO, 0_u64);
     while spent < TURN {
         // As much as one read of a channel takes.
         let len = MAX_BATCH_TEXT - RECORD;
-        let sealed = seal.batch(len, &mut |into| into.copy_from_slice(text)).to_vec();
+        let encrypted = seal.batch(len, &mut |into| into.copy_from_slice(text)).to_vec();
         let mut begun = Instant::now();
         let opened = open.batch(&mut |room| {
-            room[..sealed.len()].copy_from_slice(&sealed);
+            room[..encrypted.len()].copy_from_slice(&encrypted);
             begun = Instant::now();
-            sealed.len()
+            encrypted.len()
         });
         spent += begun.elapsed();
         assert_eq!(opened, len);

@@ -1,5 +1,5 @@
-//! Merging the log of vhost back-ends into the dirty bitmap, for a guest of 1 TiB: 256 Mi pages, 32 MiB of log. Beside it,
-//! the loop that looks at every byte of the log.
+//! Merging the log of vhost back-ends into the dirty bitmap, for a guest of 1 TiB: 256 Mi pages, 32
+//! MiB of log. Beside it, the loop that looks at every byte of the log.
 
 use std::fs::File;
 use std::hint::black_box;

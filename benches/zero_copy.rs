@@ -1,8 +1,9 @@
-//! When zero-copy send pays: packets of 128 pages, copied by the kernel or sent from where they are, over loopback and over
-//! a virtual cable between two network namespaces (root only).
+//! When zero-copy send pays: packets of 128 pages, copied by the kernel or sent from where they
+//! are, over loopback and over a virtual cable between two network namespaces (root only).
 //!
-//! It says how many of the sends the kernel has copied all the same. Where that is all of them, as on every network without
-//! a card, only the costs are measured. For a real card, compare `multifd send` with and without `--zero-copy-send`.
+//! It says how many of the sends the kernel has copied nevertheless. Where that is all of them, as
+//! on every network without a card, only the costs are measured. For a real card, compare `multifd
+//! send` with and without `--zero-copy-send`.
 
 use std::io::{Read, copy, sink};
 use std::net::{TcpListener, TcpStream};

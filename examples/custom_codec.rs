@@ -1,4 +1,5 @@
-//! A compression method of your own, plugged in without touching our crates: between two multifd ends that both know it.
+//! A compression method of your own, plugged in without touching our crates: between two multifd
+//! ends that both know it.
 //!
 //! `cargo run --release --example custom_codec`
 

@@ -1,4 +1,5 @@
-//! A dirty log of your own: a device model that writes guest memory notes what it wrote, and the migration asks it.
+//! A dirty log of your own: a device model that writes guest memory notes what it wrote, and the
+//! migration asks it.
 //!
 //! `cargo run --release --example custom_dirty_log`
 
@@ -35,7 +36,8 @@ impl DirtyLog for Journal {
         Ok(())
     }
 
-    /// All of the one block that there is: nothing but the device writes to this guest. Beside vCPUs it would be `Nothing`.
+    /// All of the one block that there is: nothing but the device writes to this guest. Beside
+    /// vCPUs it would be `Nothing`.
     fn covers(&self, block: &RamBlock) -> Coverage {
         if block.name().as_str() == "ram" { Coverage::Whole } else { Coverage::Nothing }
     }

@@ -63,7 +63,8 @@ struct Vm {
 }
 
 impl Vm {
-    /// Returns when no vCPU writes any more: a pause that only asks for it would lose the last write.
+    /// Returns when no vCPU writes any more: a pause that only asks for it would lose the last
+    /// write.
     fn pause(&self) {
         *self.paused.lock().expect("no vCPU panics") = true;
     }

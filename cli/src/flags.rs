@@ -1,4 +1,4 @@
-//! What can be typed. Values are checked here, and mean nothing yet.
+//! The command line's flags. Values are checked here, and applied elsewhere.
 
 use std::num::NonZeroU64;
 use std::path::PathBuf;
@@ -19,7 +19,8 @@ const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the source may run on; 2
     URIs: tcp:HOST:PORT (port 0: any free port), unix:PATH, file:PATH[,offset=N], fd:N (an inherited socket, pipe or file; \
     0 is standard input), fd:unix:PATH (a descriptor that is handed over there), exec:COMMAND, vsock:CID:PORT.";
 
-/// Moves live guests between hosts, to and from disk; speaks QEMU's migration stream in both directions.
+/// Moves live guests between hosts, to and from disk; speaks QEMU's migration stream in both
+/// directions.
 #[derive(Debug, Parser)]
 #[command(name = "multifd", version, after_help = EXIT_CODES)]
 pub(crate) struct Flags {
@@ -49,7 +50,7 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// Whether it has a guest in its hands, which a signal must not leave half moved.
+    /// Whether the command moves a guest, which a signal must not leave half moved.
     pub(crate) fn migrates(&self) -> bool {
         match self {
             Self::Demo(_) | Self::Receive(_) | Self::Send(_) => true,
@@ -61,26 +62,29 @@ impl Command {
 /// Flags of every command.
 #[derive(Debug, Args)]
 pub(crate) struct Common {
-    /// Parallel channels, 1 to 255; of a mapped-ram file: threads. Default: none for send, whatever comes for receive
+    /// Parallel channels, 1 to 255; of a mapped-ram file: threads. Default: none for send, any
+    /// number for receive
     #[arg(long, global = true, value_name = "N", value_parser = human::channels)]
     pub(crate) channels: Option<usize>,
-    /// none, zlib or zstd, with a level as in zstd:3, on the parallel channels. For receive: refuse any other. For tune: only this and none
+    /// none, zlib or zstd, with a level as in zstd:3, on the parallel channels. For receive: refuse
+    /// any other. For tune: only this and none
     #[arg(long, global = true, value_name = "CODEC", value_parser = codec)]
     pub(crate) codec: Option<CodecChoice>,
-    /// Limit over all channels, such as 1Gbit/s, 100MiB/s or 512K; 0 is no limit
+    /// Limit over all channels, such as 1Gbit/s, 100MiB/s or 512K; 0: unlimited
     #[arg(long, global = true, value_name = "RATE", value_parser = human::rate)]
     pub(crate) max_bandwidth: Option<Rate>,
-    /// Longest time for which a live guest may stand still, such as 300ms. A checkpoint stands still anyway
+    /// Longest time for which a live guest may be paused, such as 300ms. No effect on a checkpoint
     #[arg(long, global = true, value_name = "TIME", default_value = "300ms", value_parser = human::duration)]
     pub(crate) downtime_limit: Duration,
-    /// Longest silence of the other end, the wait for its connection included
+    /// Abort if the peer sends or takes nothing for this long; also the limit for connecting
     #[arg(long, global = true, value_name = "TIME", default_value = "60s", value_parser = human::duration)]
     pub(crate) timeout: Duration,
-    /// Seal all channels by TLS, with ca-cert.pem, server-cert.pem, server-key.pem (receive), client-cert.pem, client-key.pem
-    /// (send) of this directory
+    /// Encrypt all channels by TLS, with ca-cert.pem, server-cert.pem, server-key.pem (receive),
+    /// client-cert.pem, client-key.pem (send) of this directory
     #[arg(long, global = true, value_name = "DIR")]
     pub(crate) tls_dir: Option<PathBuf>,
-    /// For send: the name that the destination's certificate must have. Default: the host of the URI
+    /// For send: the name that the destination's certificate must have. Default: the host of the
+    /// URI
     #[arg(long, global = true, value_name = "NAME", requires = "tls_dir")]
     pub(crate) tls_hostname: Option<String>,
     /// One JSON object on stdout instead of a table
@@ -89,7 +93,7 @@ pub(crate) struct Common {
     /// No progress
     #[arg(short, long, global = true)]
     pub(crate) quiet: bool,
-    /// More about what happens, on stderr; twice for still more
+    /// Log more to stderr; twice for still more
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
 }
@@ -101,18 +105,19 @@ pub(crate) struct Receive {
     /// The checkpoint to write; must not exist
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Read the pages of a mapped-ram file past the page cache
+    /// Read the pages of a mapped-ram file with direct I/O, without the page cache
     #[arg(long)]
     pub(crate) direct_io: bool,
-    /// When to acknowledge the switch-over; auto: at once to machine types 8.1 to 11.0, to others when the source has nothing left
-    /// to send and waits
+    /// When to acknowledge the switch-over; auto: at once to machine types 8.1 to 11.0, to others
+    /// when the source has nothing left to send and waits
     #[arg(long, value_enum, default_value_t = Ack::Auto)]
     pub(crate) switchover_ack: Ack,
-    /// With TLS: let a source in whose certificate has this subject (CN=host,O=Example) or alternative name (host.example); * is
-    /// any text. May be repeated. Default: every source with a certificate of the CA
+    /// With TLS: accept a source whose certificate has this subject (CN=host,O=Example) or
+    /// alternative name (host.example); * is any text. May be repeated. Default: every source with
+    /// a certificate of the CA
     #[arg(long, value_name = "NAME", requires = "tls_dir")]
     pub(crate) tls_authz: Vec<String>,
-    /// With TLS: let sources in that have no certificate
+    /// With TLS: accept sources without a certificate
     #[arg(long, requires = "tls_dir", conflicts_with = "tls_authz")]
     pub(crate) tls_no_client_auth: bool,
     #[command(flatten)]
@@ -125,7 +130,8 @@ pub(crate) struct Send {
     pub(crate) dir: PathBuf,
     /// Where the destination listens, or the file to write
     pub(crate) uri: Endpoint,
-    /// Do not ask the destination to confirm that the guest has arrived. Default for exec:, pipes and files
+    /// Do not ask the destination to confirm that the guest has arrived. Default for exec:, pipes
+    /// and files
     #[arg(long)]
     pub(crate) no_return_path: bool,
     /// Ask the destination to confirm also behind exec:, whose command must pass on what it answers
@@ -146,8 +152,9 @@ pub(crate) struct Send {
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
-    /// A checkpoint's directory, or a file with a stream that QEMU wrote to exec: or file:, with mapped-ram or without. As
-    /// file:PATH,offset=N: a stream within a file. -v adds the fields of every device
+    /// A checkpoint's directory, or a file with a stream that QEMU wrote to exec: or file:, with
+    /// mapped-ram or without. As file:PATH,offset=N: a stream within a file. -v adds the fields of
+    /// every device
     pub(crate) path: PathBuf,
 }
 
@@ -169,7 +176,8 @@ pub(crate) struct Tune {
     /// Cores available per end. Default: those of this machine
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) cores: Option<u16>,
-    /// Distinct bytes of pages that the guest writes per second. Default: measured in a live process, otherwise 0
+    /// Distinct bytes of pages that the guest writes per second. Default: measured in a live
+    /// process, otherwise 0
     #[arg(long, value_name = "RATE", value_parser = human::rate)]
     pub(crate) dirty_rate: Option<Rate>,
     /// Write a page with plots for a browser
@@ -219,7 +227,8 @@ pub(crate) struct Demo {
 /// When a live source gives up, or stops its guest although that takes longer than it should.
 #[derive(Debug, Args)]
 pub(crate) struct Convergence {
-    /// When rounds no longer shrink: continue, abort, or switch over at a minimum within --stall-limit
+    /// When rounds no longer shrink: continue, abort, or switch over at a minimum within
+    /// --stall-limit
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = Stall::Continue)]
     pub(crate) on_stall: Stall,
     /// The second downtime limit, for --on-stall switch
@@ -248,7 +257,7 @@ impl Convergence {
     }
 }
 
-/// Bytes per second; `Rate(None)` is no limit.
+/// Bytes per second; `Rate(None)`: unlimited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rate(pub(crate) Option<NonZeroU64>);
 
@@ -267,7 +276,7 @@ pub(crate) enum ZeroPageDetection {
 }
 
 impl Common {
-    /// Bytes per second over all channels; `None` is no limit.
+    /// Bytes per second over all channels; `None`: unlimited.
     pub(crate) fn max_bandwidth(&self) -> Option<NonZeroU64> {
         self.max_bandwidth.and_then(|Rate(limit)| limit)
     }
@@ -337,7 +346,7 @@ mod tests {
         let Command::Send(send) = flags.command else { panic!("{flags:?}") };
         let options = send.sockets.options();
         assert_eq!(options.bind, Some([10, 0, 0, 1].into()));
-        assert_eq!(options.keepalive.map(|keepalive| keepalive.patience()), Some(Duration::from_secs(11)));
+        assert_eq!(options.keepalive.map(|keepalive| keepalive.timeout()), Some(Duration::from_secs(11)));
         assert_eq!(options.user_timeout, Some(Duration::from_secs(9)));
         assert_eq!((options.send_buffer, options.receive_buffer), (Some(1 << 20), Some(64 << 10)));
         assert!(options.mptcp && options.no_delay && send.return_path);

@@ -10,7 +10,8 @@ pub(crate) use multifd_tune::show_bytes;
 
 use crate::flags::Rate;
 
-/// Says a line to the user. A terminal that is gone, as after a dropped ssh, is no reason to fail.
+/// Prints a line for the user. A terminal that is gone, as after a dropped ssh, does not make the
+/// command fail.
 pub(crate) fn tell(text: impl Display) {
     use std::io::Write;
     let _ = writeln!(std::io::stderr(), "{text}");
@@ -21,7 +22,7 @@ const RATE_GRAMMAR: &str =
 const SIZE_GRAMMAR: &str = "NUMBER with K, M, G, T or KiB.. (times 1024), KB.. (times 1000)";
 const DURATION_GRAMMAR: &str = "NUMBER with us, ms, s, m or h";
 
-/// `1Gbit/s`, `100MiB/s`, `512K`; 0 is no limit.
+/// `1Gbit/s`, `100MiB/s`, `512K`; 0: unlimited.
 pub(crate) fn rate(text: &str) -> Result<Rate, String> {
     let unit = |unit: &str| {
         let unit = unit.strip_suffix("/s").or_else(|| unit.strip_suffix("ps")).unwrap_or(unit);
@@ -120,7 +121,7 @@ fn bytes(unit: &str) -> Option<f64> {
     Some(f64::powi(base, power))
 }
 
-/// A number and its unit; `None` for anything that is no finite, non-negative number that fits.
+/// A number and its unit; `None` for anything but a finite, non-negative number in range.
 fn scaled(text: &str, unit: impl Fn(&str) -> Option<f64>) -> Option<u64> {
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, rest) = text.split_at(digits);

@@ -1,4 +1,5 @@
-//! The `multifd` command: moves, stores and inspects live guests, with QEMU or another multifd at the other end.
+//! The `multifd` command: moves, stores and inspects live guests, with QEMU or another multifd at
+//! the other end.
 //!
 //! ```text
 //!  flags (what was typed) ─> one function a command ─> engine ─> Outcome (stdout, exit code)

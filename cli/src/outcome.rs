@@ -45,7 +45,7 @@ impl Outcome {
         Self { status: Status::Completed, error: None, code: DONE, table, keys: object(keys) }
     }
 
-    /// Nothing to say: the result went another way.
+    /// An empty result: the output was written elsewhere.
     pub(crate) fn silent() -> Self {
         Self::shown(String::new(), json!({}))
     }
@@ -53,7 +53,7 @@ impl Outcome {
     /// A migration, or its preparation, that failed. The counters stand where they stood.
     pub(crate) fn failed(error: &Error, progress: Option<Progress>) -> Self {
         let (status, code) = match error.kind() {
-            // Also when somebody cancelled: whoever reads the code must not run the guest on.
+            // Also after a cancel: the exit code must say that the source's guest may not run on.
             _ if !error.source_may_resume() => (Status::Failed, FAILED_AFTER_COMMIT),
             ErrorKind::Cancelled => (Status::Cancelled, CANCELLED),
             ErrorKind::ApiMisuse => (Status::Failed, USAGE),
@@ -112,7 +112,7 @@ fn with_remedy(error: &Error) -> String {
     }
 }
 
-/// A reader that has seen enough and closed its end is no failure.
+/// Prints; a reader that has closed its end is not a failure.
 fn print(text: &str) {
     use std::io::Write;
     let _ = std::io::stdout().write_all(text.as_bytes());

@@ -14,7 +14,7 @@ use crate::human::{show_bytes, tell};
 /// Between two looks at the counters.
 const INTERVAL: Duration = Duration::from_millis(200);
 
-/// Who writes the line a round where there is no terminal.
+/// Where one line a round goes if there is no terminal.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Lines {
     /// The counters are watched for new rounds.
@@ -48,7 +48,7 @@ pub(crate) fn shown<T>(
     })
 }
 
-/// For work that is no migration: on a terminal only, as there are no rounds that other readers could want a line of.
+/// Progress of work that is not a migration: on a terminal only, as there are no rounds to report.
 pub(crate) fn bar(common: &Common, template: &str) -> ProgressBar {
     if common.quiet || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
@@ -64,7 +64,7 @@ fn drawn(template: &str) -> ProgressBar {
     bar
 }
 
-/// A finished round of a live source, where there is no live line to be disturbed.
+/// Reports a finished round of a live source, where there is no live line.
 pub(crate) fn line(round: &RoundRecord) {
     if !std::io::stderr().is_terminal() {
         tell(round);

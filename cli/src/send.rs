@@ -13,12 +13,12 @@ pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
     let mut reached = None;
     match send(flags, common, &mut reached) {
         Ok(report) => {
-            let word = match (&flags.uri, report.confirmed) {
+            let status = match (&flags.uri, report.confirmed) {
                 (Endpoint::File { .. }, _) => "no: a file, written and synced",
                 (_, true) => "by the destination",
                 (_, false) => "no: sent without a return path",
             };
-            let outcome = Outcome::migrated(&report, &format!("confirmed    {word}\n"))
+            let outcome = Outcome::migrated(&report, &format!("confirmed    {status}\n"))
                 .with("confirmed", json!(report.confirmed));
             match report.zero_copy {
                 Some(ZeroCopyStats { sends, copied, refused, .. }) => outcome

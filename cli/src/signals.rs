@@ -18,10 +18,11 @@ use signal_hook::low_level::emulate_default_handler;
 use crate::human::tell;
 use crate::outcome::{CANCELLED, DONE, FAILED_AFTER_COMMIT};
 
-/// How long the command may take to end by itself after the second signal, which has closed all that it could wait for.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long the command may take to end by itself after the second signal, which has closed all
+/// that it could wait for.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What signals are for now.
+/// What a signal does now.
 enum Target {
     /// Flags are read, files are opened: the first signal is kept for the migration.
     Starting,
@@ -41,17 +42,19 @@ static WATCHED: Mutex<Watched> = Mutex::new(Watched { target: Target::Starting, 
 /// Handles signals from now to the end of the process.
 ///
 /// # Errors
-/// The system lets us have no handler, or no thread.
+/// The system refuses a handler or a thread.
 pub(crate) fn install() -> io::Result<()> {
-    // Handled, so that a file that grows past the limit of the process is an error of the write, as on a full disk. Not
-    // ignored, which commands behind exec: would inherit.
+    // Handled, so that a file that grows past the limit of the process is an error of the write, as
+    // on a full disk. Not ignored, which commands behind exec: would inherit.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
     let mut handled = vec![SIGINT, SIGQUIT, SIGTERM];
     // nohup is there so that this does not end the process.
     handled.extend(Some(SIGHUP).filter(|signal| (ignored() >> (signal - 1)) & 1 == 0));
     let mut signals = Signals::new(handled)?;
-    let watch = move || signals.forever().for_each(on_signal);
-    thread::Builder::new().name("signals".to_owned()).spawn(watch).map(drop)
+    thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || signals.forever().for_each(on_signal))
+        .map(drop)
 }
 
 /// The first signal, which may have come already, cancels by `canceller`.
@@ -110,11 +113,12 @@ fn on_signal(signal: i32) {
     }
 }
 
-/// Ends the process: by its regular way if that is not far, with the code that says where the guest may run.
+/// Ends the process: regularly if that is soon, else with the code that says where the guest may
+/// run.
 fn end(canceller: &Canceller) -> ! {
     canceller.close_channels();
     // The event that is waited for is the end of the process.
-    let deadline = Instant::now() + LAST_WORDS;
+    let deadline = Instant::now() + EXIT_TIMEOUT;
     while let Some(left) = deadline.checked_duration_since(Instant::now()) {
         thread::park_timeout(left);
     }
@@ -126,7 +130,8 @@ fn end(canceller: &Canceller) -> ! {
     std::process::exit(code.into());
 }
 
-/// Signals that were ignored when the process started, a bit each; none where the system does not tell.
+/// Signals that were ignored when the process started, a bit each; none where the system does not
+/// tell.
 fn ignored() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

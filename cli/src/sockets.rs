@@ -18,11 +18,13 @@ const KEEPALIVE_GRAMMAR: &str =
 /// Settings of TCP connections; unix sockets take the buffers only, others nothing.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Sockets {
-    /// Ask a silent peer for a sign of life after TIME, then every INTERVAL, RETRIES times; off: never
+    /// Ask a silent peer for a sign of life after TIME, then every INTERVAL, RETRIES times; off:
+    /// never
     #[arg(long, help_heading = HEADING, value_name = "TIME[,INTERVAL[,RETRIES]]", default_value = "30s,10s,3",
         value_parser = keepalive)]
     keepalive: KeepaliveChoice,
-    /// How long what was sent may stay unacknowledged until the peer has vanished. Default: 10s more than --timeout
+    /// How long what was sent may stay unacknowledged until the peer has vanished. Default: 10s
+    /// more than --timeout
     #[arg(long, help_heading = HEADING, value_name = "TIME", value_parser = human::duration)]
     user_timeout: Option<Duration>,
     /// Size of a socket's send buffer, at most net.core.wmem_max. Default: the kernel tunes it
@@ -44,11 +46,12 @@ pub(crate) struct SourceSockets {
     /// The address of this machine to connect from, which chooses the network
     #[arg(long, help_heading = HEADING, value_name = "ADDRESS")]
     bind: Option<IpAddr>,
-    /// Where parallel channels connect to: another address of the destination. Several are taken in turn. Default: URI
+    /// Where parallel channels connect to: another address of the destination. Several are taken in
+    /// turn. Default: URI
     #[arg(long, help_heading = HEADING, value_name = "URI")]
     pub(crate) channel_uri: Vec<Endpoint>,
-    /// Have the kernel send pages straight from the guest's memory, for as long as that pays; always: even if not. For
-    /// parallel channels over TCP, without a codec
+    /// Have the kernel send pages straight from the guest's memory, for as long as that pays;
+    /// always: even if not. For parallel channels over TCP, without a codec
     #[arg(long, help_heading = HEADING, value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true,
         default_missing_value = "auto")]
     zero_copy_send: Option<When>,

@@ -1,4 +1,5 @@
-//! `multifd tls-init DIR --host NAME...`: a CA of one's own, and what both ends of a migration need of it.
+//! `multifd tls-init DIR --host NAME...`: a test CA, with certificates and keys for both ends of a
+//! migration.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};

@@ -1,5 +1,5 @@
-//! `multifd tune SOURCE`: what a move of this memory will cost over a link, and what to set. Flags and outcome;
-//! the rest is `multifd-tune`.
+//! `multifd tune SOURCE`: what a move of this memory will cost over a link, and what to set. Flags
+//! and outcome; the rest is `multifd-tune`.
 
 use std::fs::File;
 use std::io::{self, Write};

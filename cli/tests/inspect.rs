@@ -1,5 +1,5 @@
-//! `multifd inspect` as people run it: on streams recorded from QEMU, on streams and checkpoints put together here, and on what is
-//! neither.
+//! `multifd inspect` as people run it: on streams recorded from QEMU, on streams and checkpoints
+//! put together here, and on what is neither.
 #![expect(
     clippy::indexing_slicing,
     clippy::unwrap_used,

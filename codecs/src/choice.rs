@@ -14,8 +14,8 @@ use crate::zlib::Zlib;
 #[cfg(feature = "zstd")]
 use crate::zstd::Zstd;
 
-/// A codec that this build has, and its level. Text, and with feature `serde` serialised form: `none`,
-/// `zlib:1`, `zstd:3`.
+/// A codec that this build has, and its level. Text, and with feature `serde` serialised form:
+/// `none`, `zlib:1`, `zstd:3`.
 ///
 /// Ordered by family, then by level.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]

@@ -9,16 +9,20 @@ use crate::error::{CodecError, DecodeFailed, EncodeFailed};
 /// Pages that one packet carries at most, in bytes: 512 KiB (docs/wire.md §7.2).
 pub const MAX_BATCH_LEN: usize = 512 << 10;
 
-/// Payload of one packet at most, in bytes: 1 MiB, the size of QEMU's receive buffer (docs/wire.md §8).
+/// Payload of one packet at most, in bytes: 1 MiB, the size of QEMU's receive buffer (docs/wire.md
+/// §8).
 pub const MAX_PAYLOAD_LEN: usize = 1 << 20;
 
-/// A compression method for page batches: the shared factory of encoders and decoders, one per migration.
+/// A compression method for page batches: the shared factory of encoders and decoders, one per
+/// migration.
 ///
-/// In QEMU's words this is `MultiFDMethods`: `encoder()` is send_setup, [`Encoder::prepare`] is send_prepare,
-/// `decoder()` is recv_setup, [`Decoder::recv_pages`] is recv_pages, and dropping one of them is the cleanup.
+/// In QEMU's words this is `MultiFDMethods`: `encoder()` is send_setup, [`Encoder::prepare`] is
+/// send_prepare, `decoder()` is recv_setup, [`Decoder::recv_pages`] is recv_pages, and dropping one
+/// of them is the cleanup.
 ///
-/// A codec of your own needs these three traits and an id; [`conformance::check`](crate::conformance::check)
-/// tells whether it keeps the rules. Here is one that packs runs of a byte into pairs:
+/// A codec of your own needs these three traits and an id;
+/// [`conformance::check`](crate::conformance::check) tells whether it keeps the rules. Here is one
+/// that packs runs of a byte into pairs:
 ///
 /// ```
 /// use multifd_codecs::{Codec, CodecError, CodecId, DecodeFailed, Decoder, EncodeFailed, Encoder};
@@ -73,8 +77,9 @@ pub const MAX_PAYLOAD_LEN: usize = 1 << 20;
 /// conformance::check(&RunLength);
 /// ```
 pub trait Codec: Debug + Send + Sync + 'static {
-    /// The value of the packet's codec field. Both ends have to mean the same by it. A codec of your own takes one from 0x18 on
-    /// with several bits; both ends refuse a [reserved](CodecId::is_reserved) one.
+    /// The value of the packet's codec field. Both ends have to mean the same by it. A codec of
+    /// your own takes one from 0x18 on with several bits; both ends refuse a
+    /// [reserved](CodecId::is_reserved) one.
     fn id(&self) -> CodecId;
 
     /// Short name for people: lower case, no spaces, e.g. `zstd`.
@@ -92,7 +97,7 @@ pub trait Codec: Debug + Send + Sync + 'static {
     /// The library below has no memory or no such mode.
     fn decoder(&self) -> Result<Box<dyn Decoder>, CodecError>;
 
-    /// Name and settings for people: `zstd:1`. Where there are no settings, the name.
+    /// Name and settings, for display: `zstd:1`. Without settings, the name.
     fn describe(&self) -> String {
         self.name().to_owned()
     }
@@ -100,33 +105,35 @@ pub trait Codec: Debug + Send + Sync + 'static {
 
 /// The sending half of a codec on one channel, with its history of that channel.
 ///
-/// Called by the channel's worker thread only, so it need not be `Sync`. It must not block, and must not
-/// panic whatever the pages hold. It should not allocate per packet, but for the growth of `out`.
+/// Called by the channel's worker thread only, so it need not be `Sync`. It must not block, and
+/// must not panic whatever the pages hold. It should not allocate per packet, but for the growth of
+/// `out`.
 pub trait Encoder: Send {
     /// Appends the payload of one packet to `out`, and never touches what is there already.
     ///
-    /// `pages` are whole pages back to back in private memory: nobody writes to them meanwhile. At most
-    /// [`MAX_PAYLOAD_LEN`] bytes come out of at most [`MAX_BATCH_LEN`] bytes of pages; no pages give no
-    /// payload. The peer can decode the payload without seeing the next one.
+    /// `pages` are whole pages back to back in private memory, which does not change meanwhile. At
+    /// most [`MAX_PAYLOAD_LEN`] bytes come out of at most [`MAX_BATCH_LEN`] bytes of pages; no
+    /// pages give no payload. The peer can decode the payload without seeing the next one.
     ///
     /// # Errors
-    /// The library below refused. `out` is as before, and each later call is an error, too: the history is
-    /// out of step.
+    /// The library below refused. `out` is as before, and each later call is an error, too: the
+    /// history is out of step.
     fn prepare(&mut self, pages: &[u8], out: &mut Vec<u8>) -> Result<(), EncodeFailed>;
 }
 
 /// The receiving half of a codec on one channel, with its history of that channel.
 ///
-/// Called by the channel's worker thread only, so it need not be `Sync`. It must not block, must not panic
-/// whatever the peer sends, and must not allocate by a length that the peer chose without a limit.
+/// Called by the channel's worker thread only, so it need not be `Sync`. It must not block, must
+/// not panic whatever the peer sends, and must not allocate by a length that the peer chose without
+/// a limit.
 pub trait Decoder: Send {
     /// Consumes all of `payload` and fills `pages` exactly, or fails.
     ///
     /// The payloads of a channel come in the order in which its encoder made them.
     ///
     /// # Errors
-    /// The payload is corrupt, yields fewer or more bytes than `pages` has, or has bytes left over. `pages`
-    /// may be partly written. The decoder is dead then: each later call fails.
+    /// The payload is corrupt, yields fewer or more bytes than `pages` has, or has bytes left over.
+    /// `pages` may be partly written. The decoder is dead then: each later call fails.
     fn recv_pages(&mut self, payload: &[u8], pages: &mut [u8]) -> Result<(), DecodeFailed>;
 }
 

@@ -1,5 +1,5 @@
-//! The rules of a codec, as a function that tries them. The codecs of this crate and foreign ones go through
-//! the same.
+//! The rules of a codec, as a function that tries them. The codecs of this crate and foreign ones
+//! go through the same.
 //!
 //! Call it from a test of your codec:
 //!
@@ -15,8 +15,8 @@ use crate::codec::{Codec, Decoder, Encoder, MAX_BATCH_LEN, MAX_PAYLOAD_LEN};
 use crate::conformance::batches::{Fill, PAGE_LEN};
 use crate::error::DecodeFailed;
 
-/// Tries every rule that [`Codec`], [`Encoder`] and [`Decoder`] state. It takes about a second in an
-/// optimised build.
+/// Tries every rule that [`Codec`], [`Encoder`] and [`Decoder`] state. It takes about a second in
+/// an optimised build.
 ///
 /// # Panics
 /// At the first rule that `codec` breaks, with the rule and what was seen instead.
@@ -96,7 +96,8 @@ fn wrong_lengths_are_refused(codec: &dyn Codec) {
     for (fill, history) in Fill::ALL.into_iter().flat_map(|fill| [(fill, 0), (fill, 2)]) {
         let batch = fill.batch(2, 6);
         let len = Channel::with_history(codec, history, &batch).1.len();
-        // The ends in full, as that is where headers and flushes are, and samples of what lies between.
+        // The ends in full, as that is where headers and flushes are, and samples of what is
+        // between.
         let cuts = (0..len).filter(|&cut| cut < 24 || len - cut < 24 || cut % 509 == 0);
         for cut in cuts {
             let (mut channel, payload) = Channel::with_history(codec, history, &batch);
@@ -113,8 +114,8 @@ fn wrong_lengths_are_refused(codec: &dyn Codec) {
     }
 }
 
-/// A codec need not see that a bit has flipped, but it must neither panic nor write elsewhere, nor go on
-/// after an error.
+/// A codec need not see that a bit has flipped, but it must neither panic nor write elsewhere, nor
+/// go on after an error.
 fn damage_is_contained(codec: &dyn Codec) {
     for fill in Fill::ALL {
         let batch = fill.batch(2, 8);
@@ -146,7 +147,8 @@ impl Channel {
         Self { encoder, decoder }
     }
 
-    /// A channel that `packets` packets have gone through, and the payload of the next one, of `batch`.
+    /// A channel that `packets` packets have gone through, and the payload of the next one, of
+    /// `batch`.
     fn with_history(codec: &dyn Codec, packets: u64, batch: &[u8]) -> (Self, Vec<u8>) {
         let mut channel = Self::open(codec);
         for packet in 0..packets {

@@ -1,6 +1,7 @@
 //! What a codec can answer instead of bytes.
 //!
-//! The texts are for the log. None of them goes to the peer: it learns only that the migration failed.
+//! The texts are for the log. None of them goes to the peer: it learns only that the migration
+//! failed.
 
 use std::error::Error;
 
@@ -89,7 +90,7 @@ pub enum DecodeFailed {
     /// All pages are there, and the codec would not read the rest of the payload.
     #[error("{unread} of {payload} payload bytes left over")]
     Unread {
-        /// Bytes that nobody asked for.
+        /// Bytes beyond the end of the pages.
         unread: usize,
         /// Length of the payload in bytes.
         payload: usize,

@@ -44,8 +44,9 @@ impl Default for ZlibLevel {
     }
 }
 
-/// Level of the zstd codec, 0..=20: 1 is fastest, 20 is smallest, 0 is the library's own choice (3). Default
-/// 1, as in QEMU, whose range this is. For the memory that a level costs see [`Zstd`](crate::Zstd).
+/// Level of the zstd codec, 0..=20: 1 is fastest, 20 is smallest, 0 is the library's own choice
+/// (3). Default 1, as in QEMU, whose range this is. For the memory that a level costs see
+/// [`Zstd`](crate::Zstd).
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct ZstdLevel(u8);
 

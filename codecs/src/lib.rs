@@ -1,5 +1,5 @@
-//! Page batches in, packet payloads out: the codecs of the parallel channels, and two tools of the page path
-//! beside them.
+//! Page batches in, packet payloads out: the codecs of the parallel channels, and two tools of the
+//! page path beside them.
 //!
 //! ```text
 //!   up to 128 pages,      Encoder::prepare      payload of        Decoder::recv_pages      the same pages
@@ -17,8 +17,8 @@
 //! | `Zstd` (feature `zstd`, needs a C compiler) | 4 | a piece of one zstd frame per channel, ended by a flush |
 //! | your own | any | see [`Codec`] for an example, [`conformance::check`] for the rules |
 //!
-//! No I/O, no threads, no clock. Codecs see private memory only, never guest memory: a guest writes while we
-//! read, and a compressor that reads a byte twice is broken by that.
+//! No I/O, no threads, no clock. Codecs see private memory only, never guest memory: a guest writes
+//! while we read, and a compressor that reads a byte twice is broken by that.
 
 pub mod conformance;
 pub mod xbzrle;

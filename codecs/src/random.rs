@@ -1,20 +1,23 @@
 //! Pages that no codec makes shorter: encrypted, compressed already, or random.
 
-/// Bytes that are looked at: 16 neighbours in each 512 of a page, so that a header or a table does not decide for the rest.
+/// Bytes that are looked at: 16 neighbours in each 512 of a page, so that a header or a table does
+/// not decide for the rest.
 const SAMPLE: usize = 128;
 
 /// Where among 512 bytes the sample is taken from.
 const STRIDE: usize = 512;
 const NEIGHBOURS: usize = SAMPLE / (4096 / STRIDE);
 
-/// Different values that make the sample look random. 128 random bytes have 101 in the mean, 85 or fewer in one of 10^5 samples;
-/// machine code and text have 30 to 70.
+/// Different values that make the sample look random. 128 random bytes have 101 in the mean, 85 or
+/// fewer in one of 10^5 samples; machine code and text have 30 to 70.
 const DIFFERENT: u32 = 85;
 
-/// True if compressing the page is most likely in vain. Costs 0.16 µs where a compressor would take 5 to 40.
+/// True if compressing the page is most likely in vain. Costs 0.16 µs where a compressor would take
+/// 5 to 40.
 ///
-/// On the RAM of a Linux guest that had worked with compressed files it found 93 % of the pages that zstd level 1 left at 93 %
-/// of their size or more, and took 0.2 % of the others for such pages.
+/// On the RAM of a Linux guest that had worked with compressed files it found 93 % of the pages
+/// that zstd level 1 left at 93 % of their size or more, and took 0.2 % of the others for such
+/// pages.
 #[must_use]
 pub fn looks_random(page: &[u8]) -> bool {
     let mut seen = [0_u64; 4];

@@ -12,8 +12,8 @@ use crate::zstd::Zstd;
 
 /// The set of codecs that a destination can decode, by the id that packets carry.
 ///
-/// The default knows what every QEMU knows: none, zlib, zstd, as far as the crate was built with them. The levels of these
-/// do not matter to a destination.
+/// The default knows what every QEMU knows: none, zlib, zstd, as far as the crate was built with
+/// them. The levels of these do not matter to a destination.
 #[derive(Clone, Debug)]
 pub struct Codecs(BTreeMap<CodecId, Arc<dyn Codec>>);
 

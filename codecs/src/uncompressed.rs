@@ -5,8 +5,8 @@ use crate::error::{CodecError, DecodeFailed, EncodeFailed};
 
 /// The codec `none`: the payload is the pages (docs/wire.md §8).
 ///
-/// The engine does not call it for guest memory, which the kernel reads and writes in place. It is here as
-/// the plainest example of a codec, and for whoever handles packets in private memory.
+/// The engine does not call it for guest memory, which the kernel reads and writes in place. It is
+/// here as the plainest example of a codec, and for callers that handle packets in private memory.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Uncompressed;
 

@@ -22,10 +22,10 @@ pub enum Outcome {
 
 /// Writes into `out` what turns `old` into `new`.
 ///
-/// The limit for the delta is the page length, or the length of `out` if that is less. The bytes are those
-/// that QEMU's scalar encoder writes: a changed run ends at the first equal byte. [`Outcome::Overflow`] is
-/// also the answer for pages longer than [`MAX_PAGE_LEN`] and for two pages of different lengths, so that
-/// sending `new` as it is is always right.
+/// The limit for the delta is the page length, or the length of `out` if that is less. The bytes
+/// are those that QEMU's scalar encoder writes: a changed run ends at the first equal byte.
+/// [`Outcome::Overflow`] is also the answer for pages longer than [`MAX_PAGE_LEN`] and for two
+/// pages of different lengths, so that sending `new` as it is is always right.
 pub fn encode(old: &[u8], new: &[u8], out: &mut [u8]) -> Outcome {
     if old.len() != new.len() || new.len() > MAX_PAGE_LEN {
         return Outcome::Overflow;
@@ -42,8 +42,8 @@ pub fn encode(old: &[u8], new: &[u8], out: &mut [u8]) -> Outcome {
 /// Applies a delta to `page`, the copy that it was made against.
 ///
 /// # Errors
-/// The delta breaks the grammar or reaches out of the page. `page` may be partly changed then, never anything
-/// beyond it.
+/// The delta breaks the grammar or reaches out of the page. `page` may be partly changed then,
+/// never anything beyond it.
 pub fn decode(delta: &[u8], page: &mut [u8]) -> Result<(), XbzrleError> {
     let mut reader = Reader { delta, at: 0 };
     let mut rest = page;
@@ -104,8 +104,8 @@ struct Delta<'a> {
 }
 
 impl Delta<'_> {
-    /// `None` at overflow. The checks stand where QEMU has them, before each run and not before each byte: a
-    /// page is an overflow here if and only if it is one there.
+    /// `None` at overflow. The checks stand where QEMU has them, before each run and not before
+    /// each byte: a page is an overflow here if and only if it is one there.
     fn write(&mut self, old: &[u8], new: &[u8]) -> Option<()> {
         let mut at = 0;
         while at < new.len() {
@@ -152,7 +152,8 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// A run length. At least one byte has to come after its first one, whatever it is the length of.
+    /// A run length. At least one byte has to come after its first one, whatever it is the length
+    /// of.
     #[inline]
     fn run(&mut self) -> Result<usize, XbzrleError> {
         let Some(&[low, high]) = self.delta.get(self.at..).and_then(<[u8]>::first_chunk) else {
@@ -193,8 +194,9 @@ fn changed_run(old: &[u8], new: &[u8]) -> usize {
     run_until(old, new, zero_bytes, |difference| difference == 0)
 }
 
-/// Index of the first byte where `old ^ new` ends the run, or the length. `ends_in` gives a word whose lowest
-/// set bit lies in the byte that ends the run (0: none), `ends` says the same of a single byte.
+/// Index of the first byte where `old ^ new` ends the run, or the length. `ends_in` gives a word
+/// whose lowest set bit lies in the byte that ends the run (0: none), `ends` says the same of a
+/// single byte.
 #[inline(always)]
 fn run_until(old: &[u8], new: &[u8], ends_in: impl Fn(u64) -> u64, ends: impl Fn(u8) -> bool) -> usize {
     let (old_words, old_tail) = old.as_chunks::<8>();
@@ -209,8 +211,8 @@ fn run_until(old: &[u8], new: &[u8], ends_in: impl Fn(u64) -> u64, ends: impl Fn
     old_words.len() * 8 + tail
 }
 
-/// The top bit of the lowest byte that is zero. (Above that byte the bits mean nothing: borrows run through
-/// them.)
+/// The top bit of the lowest byte that is zero. (Above that byte the bits mean nothing: borrows run
+/// through them.)
 #[inline]
 const fn zero_bytes(word: u64) -> u64 {
     const ONES: u64 = u64::from_le_bytes([0x01; 8]);

@@ -1,9 +1,11 @@
-//! Is a page all zeros? Asked of every page that a guest has, so it has to run at the speed of memory.
+//! Is a page all zeros? Asked of every page that a guest has, so it has to run at the speed of
+//! memory.
 
 /// Whether every byte of `page` is zero. Any length; an empty page is zero.
 ///
-/// Most pages that are not zero show it in their first bytes, so these are looked at first. The rest goes in
-/// blocks of 256 bytes, each OR-ed together without a branch, in AVX2 registers where the processor has them.
+/// Most pages that are not zero show it in their first bytes, so these are looked at first. The
+/// rest goes in blocks of 256 bytes, each OR-ed together without a branch, in AVX2 registers where
+/// the processor has them.
 #[inline]
 pub fn is_zero(page: &[u8]) -> bool {
     page.first_chunk::<64>().is_none_or(|first| or(first) == 0) && scan(page)
@@ -49,8 +51,8 @@ fn scan_blocks(page: &[u8]) -> bool {
     tail.iter().fold(0, |bits, byte| bits | byte) == 0
 }
 
-/// All bytes OR-ed into one word. A loop without branches over a fixed length, which compiles to vector
-/// instructions.
+/// All bytes OR-ed into one word. A loop without branches over a fixed length, which compiles to
+/// vector instructions.
 #[inline(always)]
 fn or<const LEN: usize>(block: &[u8; LEN]) -> u64 {
     let (words, tail) = block.as_chunks::<8>();

@@ -1,6 +1,8 @@
-//! The codec `zlib`: one continuous zlib stream per channel, a sync flush at the end of each packet.
+//! The codec `zlib`: one continuous zlib stream per channel, a sync flush at the end of each
+//! packet.
 //!
-//! Pages that would not become shorter are not given to the compressor: they go as stored blocks of the same stream.
+//! Pages that would not become shorter are not given to the compressor: they go as stored blocks of
+//! the same stream.
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 
@@ -51,7 +53,8 @@ impl Codec for Zlib {
     }
 }
 
-/// What a sync or full flush leaves at the end of each packet: the lengths of an empty stored block.
+/// What a sync or full flush leaves at the end of each packet: the lengths of an empty stored
+/// block.
 const FLUSH_MARK: [u8; 4] = [0x00, 0x00, 0xff, 0xff];
 
 /// A stored block's first byte, in a block that is not the last.
@@ -64,7 +67,8 @@ const PAGE: usize = 4096;
 
 /// Writes the zlib header itself: what the compressor starts over with must not have one.
 struct Deflater {
-    /// Raw deflate. Its window never reaches over a stored block of ours, of which it knows nothing.
+    /// Raw deflate. Its window never reaches over a stored block of ours, of which it knows
+    /// nothing.
     stream: Compress,
     header: Option<[u8; 2]>,
     dead: bool,
@@ -72,7 +76,8 @@ struct Deflater {
 
 impl Deflater {
     fn new(level: ZlibLevel) -> Self {
-        // Deflate with a window of 15 bits; the other byte tells the level, roughly, and makes a multiple of 31.
+        // Deflate with a window of 15 bits; the other byte tells the level, roughly, and makes a
+        // multiple of 31.
         let level_hint = match level.value() {
             0 | 1 => 0x01,
             2..=5 => 0x5e,
@@ -89,10 +94,12 @@ impl Deflater {
         for (random, run) in runs(pages) {
             if random {
                 store(run, out);
-                // The decoder's window moves on by these pages, the compressor's does not: it has to forget what it has seen.
+                // The decoder's window moves on by these pages, the compressor's does not: it has
+                // to forget what it has seen.
                 self.stream.reset();
             } else {
-                // Bytes that do not compress cost 9 bits each in static Huffman codes, and less otherwise.
+                // Bytes that do not compress cost 9 bits each in static Huffman codes, and less
+                // otherwise.
                 self.deflate(run, out, run.len() + run.len() / 8 + 64)?;
             }
             stored_last = random;
@@ -175,8 +182,8 @@ impl Inflater {
         if produced < expected {
             return Err(DecodeFailed::TooShort { produced, expected });
         }
-        // The page bytes are there, but not all of the input need be read: the flush block at least comes
-        // after them.
+        // The page bytes are there, but not all of the input need be read: the flush block at least
+        // comes after them.
         let mut beyond = [0];
         let (unread, excess) = self.fill(unread, &mut beyond)?;
         if excess > 0 {
@@ -192,7 +199,8 @@ impl Inflater {
         Ok(())
     }
 
-    /// Inflates until `payload` is used up or `pages` is full; what is unread, and the bytes written.
+    /// Inflates until `payload` is used up or `pages` is full; what is unread, and the bytes
+    /// written.
     fn fill<'a>(
         &mut self,
         mut payload: &'a [u8],

@@ -9,13 +9,14 @@ use crate::level::{LevelOutOfRange, ZstdLevel};
 
 /// The codec `zstd` (docs/wire.md §8).
 ///
-/// Memory per channel to send: 1.3 MiB at level 1, 15 MiB at 9, 90 MiB at 19, 200 MiB at 20. To receive: 0.5
-/// MiB and the window that the sender's frame asks for (0.5 MiB at level 1, 32 MiB at 20), at most
-/// 2^[`WINDOW_LOG_MAX`] bytes.
+/// Memory per channel to send: 1.3 MiB at level 1, 15 MiB at 9, 90 MiB at 19, 200 MiB at 20. To
+/// receive: 0.5 MiB and the window that the sender's frame asks for (0.5 MiB at level 1, 32 MiB at
+/// 20), at most 2^[`WINDOW_LOG_MAX`] bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Zstd(ZstdLevel);
 
-/// Largest window that is accepted, as a power of two: 128 MiB, zstd's own default limit, so QEMU's as well.
+/// Largest window that is accepted, as a power of two: 128 MiB, zstd's own default limit, so QEMU's
+/// as well.
 pub const WINDOW_LOG_MAX: u32 = 27;
 
 impl Zstd {
@@ -109,9 +110,9 @@ impl Encoder for Compressor {
     }
 }
 
-/// What the library wants next when a payload ended at a block boundary of an open frame: a block header of 3
-/// bytes. (Within a frame header it wants at least 4, within a block the rest of it and the next block
-/// header.)
+/// What the library wants next when a payload ended at a block boundary of an open frame: a block
+/// header of 3 bytes. (Within a frame header it wants at least 4, within a block the rest of it and
+/// the next block header.)
 const NEXT_BLOCK: usize = 3;
 
 struct Decompressor {
@@ -130,8 +131,8 @@ impl Decompressor {
         if produced < expected {
             return Err(DecodeFailed::TooShort { produced, expected });
         }
-        // The library may hold back output for which there was no space, unless it has just completed a
-        // frame.
+        // The library may hold back output for which there was no space, unless it has just
+        // completed a frame.
         if wanted != 0 || input.pos() < payload.len() {
             let (excess, then_wanted) = self.fill(&mut input, &mut [0])?;
             if excess > 0 {
@@ -148,8 +149,8 @@ impl Decompressor {
         Ok(())
     }
 
-    /// Decompresses until `input` is used up or `pages` is full; the bytes written, and what the library
-    /// wants next (0 at the end of a frame).
+    /// Decompresses until `input` is used up or `pages` is full; the bytes written, and what the
+    /// library wants next (0 at the end of a frame).
     fn fill(&mut self, input: &mut InBuffer<'_>, pages: &mut [u8]) -> Result<(usize, usize), DecodeFailed> {
         let mut output = OutBuffer::around(pages);
         loop {

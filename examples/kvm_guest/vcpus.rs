@@ -21,7 +21,8 @@ pub(crate) struct VcpuState {
 
 impl VcpuState {
     fn save(vcpu: &mut VcpuFd) -> Result<Self> {
-        // The vCPU left in the middle of an OUT: KVM completes it on the next entry, which this makes a short one.
+        // The vCPU left in the middle of an OUT: KVM completes it on the next entry, which this
+        // makes a short one.
         vcpu.set_kvm_immediate_exit(1);
         let entered = guest::run(vcpu);
         vcpu.set_kvm_immediate_exit(0);
@@ -62,7 +63,7 @@ impl Vcpus {
         self.threads.into_iter().map(|thread| thread.join().map_err(|_| "a vCPU thread panicked")?).collect()
     }
 
-    /// Waits until each vCPU has done so many more laps.
+    /// Waits until each vCPU has done that many more laps.
     pub(crate) fn wait_for_laps(&self, more: u64) {
         for laps in &self.laps {
             let enough = laps.load(Ordering::Relaxed) + more;

@@ -1,5 +1,5 @@
-//! A guest's disk in another process: qemu-storage-daemon serves a virtio-blk ring while the guest's memory moves, and a
-//! second daemon goes on serving the same ring at the destination.
+//! A guest's disk in another process: qemu-storage-daemon serves a virtio-blk ring while the
+//! guest's memory moves, and a second daemon goes on serving the same ring at the destination.
 //!
 //! `cargo run --release --example vhost_user_blk`
 //!

@@ -61,8 +61,8 @@ impl Authority {
         Ok(Self(CertifiedIssuer::self_signed(params, key).map_err(failure)?))
     }
 
-    /// Makes the directory, or adds to it: this CA, and the server's and client's certificates and keys. Without a member, that
-    /// end has none.
+    /// Makes the directory, or adds to it: this CA, and the server's and client's certificates and
+    /// keys. Without a member, that end has none.
     ///
     /// # Errors
     /// When it cannot be written.

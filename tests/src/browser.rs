@@ -1,4 +1,5 @@
-//! Chromium without a window, driven over its DevTools protocol: one JSON object and a zero byte a message.
+//! Chromium without a window, driven over its DevTools protocol: one JSON object and a zero byte a
+//! message.
 
 use std::{
     collections::VecDeque,
@@ -20,8 +21,8 @@ const PROGRAM: &str = "chromium";
 /// How long the browser may take for one thing: it takes a second to start on an idle machine.
 const ANSWER: Duration = Duration::from_secs(60);
 
-/// Nothing of a user's, nothing that goes out by itself. Tests run as root in containers, where Chromium's own sandbox
-/// does not start; it only opens pages that the tests have made.
+/// Nothing of a user's, nothing that goes out by itself. Tests run as root in containers, where
+/// Chromium's own sandbox does not start; it only opens pages that the tests have made.
 const FLAGS: [&str; 14] = [
     "--headless",
     "--no-sandbox",
@@ -125,7 +126,8 @@ impl Browser {
         Ok(answer.pointer_mut("/result/value").map(Value::take).unwrap_or_default())
     }
 
-    /// What went wrong in the page since it was opened: messages of its console, exceptions, and what the browser itself said.
+    /// What went wrong in the page since it was opened: messages of its console, exceptions, and
+    /// what the browser itself said.
     pub fn complaints(&self) -> Vec<String> {
         let complains = |event: &&Value| {
             ["Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"].contains(&method(event))
@@ -209,7 +211,8 @@ impl Browser {
 }
 
 impl Drop for Browser {
-    /// Killed, it would leave processes behind that still write into its user's folder, which is about to be removed.
+    /// Killed, it would leave processes behind that still write into its user's folder, which is
+    /// about to be removed.
     fn drop(&mut self) {
         self.session.clear();
         if self.execute("Browser.close", json!({})).is_ok() {

@@ -51,7 +51,8 @@ impl CheckpointFiles {
         self.entries()?.iter().map(|block| name(block).ok_or_else(|| self.lacks("idstr"))).collect()
     }
 
-    /// Fails unless the guest in `other` is the same, byte for byte: RAM, devices and their description.
+    /// Fails unless the guest in `other` is the same, byte for byte: RAM, devices and their
+    /// description.
     ///
     /// # Errors
     /// Naming the first file that differs.

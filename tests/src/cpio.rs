@@ -38,8 +38,8 @@ impl Archive {
         let name_len = u32::try_from(name.len() + 1)?;
         let content_len = u32::try_from(content.len())?;
         let mut head = String::from("070701");
-        // inode, mode, uid, gid, links, mtime, length, device (2), special device (2), name's length,
-        // checksum
+        // inode, mode, uid, gid, links, mtime, length, device (2), special device (2), name's
+        // length, checksum
         for field in [self.entries, mode, 0, 0, 1, 0, content_len, 0, 0, 0, 0, name_len, 0] {
             write!(head, "{field:08X}")?;
         }

@@ -19,7 +19,8 @@ impl fmt::Display for Failure {
     }
 }
 
-/// The test runner prints a returned error with `{:?}`: the plain text is more use there than a quoted one.
+/// The test runner prints a returned error with `{:?}`: the plain text is more use there than a
+/// quoted one.
 impl fmt::Debug for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

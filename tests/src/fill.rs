@@ -6,8 +6,8 @@ use crate::{During, Outcome};
 
 const PAGE: usize = 4096;
 
-/// Memory of an ordinary machine, the same for the same seed: of 16 pages 6 are zero, 4 text, 3 repeat a
-/// short pattern and 3 are random, in runs of up to 8 pages of a kind.
+/// Memory of an ordinary machine, the same for the same seed: of 16 pages 6 are zero, 4 text, 3
+/// repeat a short pattern and 3 are random, in runs of up to 8 pages of a kind.
 #[derive(Clone, Copy, Debug)]
 pub struct Fill {
     seed: u64,
@@ -35,9 +35,9 @@ impl Fill {
         Self { seed }
     }
 
-    /// Fills the RAM file at `path` from 1 MiB to its end, and makes it `len` bytes long. For a guest that
-    /// has not started yet, or one that is stopped and not migrating: QEMU does not see that these pages
-    /// change.
+    /// Fills the RAM file at `path` from 1 MiB to its end, and makes it `len` bytes long. For a
+    /// guest that has not started yet, or one that is stopped and not migrating: QEMU does not see
+    /// that these pages change.
     ///
     /// # Errors
     /// When the file cannot be written.

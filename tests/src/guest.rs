@@ -4,10 +4,11 @@ use std::{fmt::Write as _, fs::File, io::Write as _, path::Path};
 
 use crate::{Failure, Outcome};
 
-/// A boot sector of 512 bytes. Each lap writes the lap's number (32 bits, little-endian) to bytes 0 and 0x800
-/// of every page of its range; each Nth lap it sends a 16-bit counter to COM1 as four hex digits and a
-/// newline: 0000, 0001 ... ffff, 0000 ... It waits for the serial port before each byte, so no byte is lost,
-/// and the lines of a guest that moved continue where it left off ([`check_sequence`]).
+/// A boot sector of 512 bytes. Each lap writes the lap's number (32 bits, little-endian) to bytes 0
+/// and 0x800 of every page of its range; each Nth lap it sends a 16-bit counter to COM1 as four hex
+/// digits and a newline: 0000, 0001 ... ffff, 0000 ... It waits for the serial port before each
+/// byte, so no byte is lost, and the lines of a guest that moved continue where it left off
+/// ([`check_sequence`]).
 #[derive(Clone, Copy, Debug)]
 pub struct BootSector {
     first_page: u32,
@@ -17,13 +18,14 @@ pub struct BootSector {
 }
 
 impl BootSector {
-    /// 128 pages from 0x10000 on, as fast as the CPU can (a core of the host is busy), a line each 4096 laps.
+    /// 128 pages from 0x10000 on, as fast as the CPU can (a core of the host is busy), a line each
+    /// 4096 laps.
     pub fn new() -> Self {
         Self { first_page: 0x10, pages: 128, laps_per_line: 4096, laps_per_second: None }
     }
 
-    /// Which pages are rewritten: `count` of them, at least one, from page number `first` on. Below page 0x10
-    /// is the boot sector; pages 0x9f to 0xff are the BIOS's; any other RAM will do.
+    /// Which pages are rewritten: `count` of them, at least one, from page number `first` on. Below
+    /// page 0x10 is the boot sector; pages 0x9f to 0xff are the BIOS's; any other RAM will do.
     #[must_use]
     pub fn pages(mut self, first: u32, count: u32) -> Self {
         self.first_page = first.max(0x10);
@@ -38,8 +40,8 @@ impl BootSector {
         self
     }
 
-    /// One lap per timer interrupt, 19 to 1000 a second, and idle in between: the host's cores stay free. A
-    /// line each lap, unless [`BootSector::laps_per_line`] is called afterwards.
+    /// One lap per timer interrupt, 19 to 1000 a second, and idle in between: the host's cores stay
+    /// free. A line each lap, unless [`BootSector::laps_per_line`] is called afterwards.
     #[must_use]
     pub fn laps_per_second(mut self, laps: u16) -> Self {
         self.laps_per_second = Some(laps.clamp(19, 1000));
@@ -101,8 +103,9 @@ impl Default for BootSector {
     }
 }
 
-/// Checks that serial output is the guest's counter without a gap or a repetition, from 0000 or from wherever
-/// the text begins. The text may start and end within a line. Gives the number of whole lines.
+/// Checks that serial output is the guest's counter without a gap or a repetition, from 0000 or
+/// from wherever the text begins. The text may start and end within a line. Gives the number of
+/// whole lines.
 ///
 /// # Errors
 /// At the first line that is not the one before it plus one.
@@ -135,9 +138,9 @@ pub fn check_sequence(text: &str) -> Outcome<usize> {
 /// The rate of the PC's interval timer, in Hz.
 const TIMER_HZ: u32 = 1_193_182;
 
-/// The program: bytes and what they mean, one instruction a line. It is loaded at 0000:7C00 in real mode.
-/// Data is reached through a flat 4 GiB segment, so that the pages may lie anywhere below 4 GiB. `ebp` is the
-/// lap, `si` the line's counter.
+/// The program: bytes and what they mean, one instruction a line. It is loaded at 0000:7C00 in real
+/// mode. Data is reached through a flat 4 GiB segment, so that the pages may lie anywhere below 4
+/// GiB. `ebp` is the lap, `si` the line's counter.
 const LISTING: &str = "
     EA 05 7C 00 00          | jmp 0:7C05         a known code segment, whatever the BIOS chose
     FA                      | cli

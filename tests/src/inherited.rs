@@ -7,7 +7,8 @@ use rustix::io::{FdFlags, fcntl_setfd};
 
 use crate::Outcome;
 
-/// A descriptor that every process inherits which is started while this lives: drop it when the right one is.
+/// A descriptor that every process inherits which is started while this lives: drop it when the
+/// right one is.
 #[derive(Debug)]
 pub struct Inherited(OwnedFd);
 
@@ -27,7 +28,7 @@ impl Inherited {
         format!("fd:{}", self.0.as_raw_fd())
     }
 
-    /// Leaves it to whoever takes it in this process, by its number.
+    /// Leaves it to the code of this process that takes it, by its number.
     pub fn give_away(self) -> Endpoint {
         Endpoint::Fd(self.0.into_raw_fd())
     }

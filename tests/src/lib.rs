@@ -16,9 +16,10 @@
 //! The page that `multifd tune` writes is looked at in a [`browser`].
 //! For what QEMU never does, legal or not, there are the scripted ends in [`peer`].
 //!
-//! Everything has a deadline, nothing sleeps, and no process outlives its test: each is killed and reaped on
-//! drop, and by the kernel if the test itself is killed. A test returns [`Outcome`], and says `skipped: why`
-//! (see [`skip!`]) on a machine that lacks what it needs; with `MULTIFD_NO_SKIP` set it fails instead.
+//! Everything has a deadline, nothing sleeps, and no process outlives its test: each is killed and
+//! reaped on drop, and by the kernel if the test itself is killed. A test returns [`Outcome`], and
+//! says `skipped: why` (see [`skip!`]) on a machine that lacks what it needs; with
+//! `MULTIFD_NO_SKIP` set it fails instead.
 //!
 //! ```no_run
 //! use std::time::Duration; use multifd_tests::{BootSector, Fill, Outcome, Qemu, Scratch, Settings,

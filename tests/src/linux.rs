@@ -1,7 +1,7 @@
 //! A real guest: Linux with busybox, on a serial console, with virtio devices.
 //!
-//! The kernel, its modules and busybox are what `tests/peers/install` unpacked. Under TCG it is at its prompt
-//! in about 5 s.
+//! The kernel, its modules and busybox are what `tests/peers/install` unpacked. Under TCG it is at
+//! its prompt in about 5 s.
 
 use std::{
     collections::HashMap,
@@ -33,8 +33,8 @@ impl Linux {
         Self { modules, files: Vec::new() }
     }
 
-    /// One more module, `virtio_rng` for example; what it depends on comes with it. A module that the kernel
-    /// does not have is taken to be built in.
+    /// One more module, `virtio_rng` for example; what it depends on comes with it. A module that
+    /// the kernel does not have is taken to be built in.
     #[must_use]
     pub fn module(mut self, name: &str) -> Self {
         self.modules.push(name.to_owned());
@@ -91,8 +91,8 @@ impl QemuBuilder {
         builder.argument("-append").argument(KERNEL_ARGUMENTS)
     }
 
-    /// A virtio-blk disk with this raw image. Both sides of a migration may have the same image: QEMU hands
-    /// it over.
+    /// A virtio-blk disk with this raw image. Both sides of a migration may have the same image:
+    /// QEMU hands it over.
     #[must_use]
     pub fn disk(self, image: &Path) -> Self {
         let drive = format!("if=none,id=disk,format=raw,file={}", image.display());
@@ -115,8 +115,8 @@ impl Qemu {
         self.serial().wait_for(READY, 0, within).map(drop)
     }
 
-    /// Runs a shell command on the Linux guest's console and gives what it printed, stderr included, without
-    /// the last newline.
+    /// Runs a shell command on the Linux guest's console and gives what it printed, stderr
+    /// included, without the last newline.
     ///
     /// # Errors
     /// When the command reports a failure or does not end in time.
@@ -137,8 +137,8 @@ impl Qemu {
     }
 }
 
-/// `panic=-1`: reboot at once, which ends QEMU. `no_timer_check`: on a busy host the kernel may see no timer
-/// tick in time and give up.
+/// `panic=-1`: reboot at once, which ends QEMU. `no_timer_check`: on a busy host the kernel may see
+/// no timer tick in time and give up.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check";
 
 /// What the guest prints when its shell is about to start.
@@ -147,7 +147,8 @@ const READY: &str = "multifd-guest: ready\n";
 /// Stands between the output of a command and its exit status.
 const MARK: &str = "multifd-guest: status ";
 
-/// The guest's first process. `dmesg -n 1`: the kernel must not write between the lines of a command.
+/// The guest's first process. `dmesg -n 1`: the kernel must not write between the lines of a
+/// command.
 const INIT: &str = "#!/bin/sh
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
@@ -202,7 +203,8 @@ fn add_module(
     Ok(())
 }
 
-/// The modules that a module says it depends on, in its `.modinfo` section: strings with a NUL after each.
+/// The modules that a module says it depends on, in its `.modinfo` section: strings with a NUL
+/// after each.
 fn dependencies(module: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"depends=";
     let entry = module.split(|byte| *byte == 0).find_map(|entry| entry.strip_prefix(KEY)).unwrap_or_default();

@@ -27,8 +27,8 @@ pub enum ZeroPages {
     None,
 }
 
-/// What is set before a migration. The defaults are a plain migration over one connection without a bandwidth
-/// limit.
+/// What is set before a migration. The defaults are a plain migration over one connection without a
+/// bandwidth limit.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Number of multifd channels; none = no multifd.
@@ -43,15 +43,16 @@ pub struct Settings {
     pub xbzrle: bool,
     /// Bytes a second, 0 = no limit.
     pub max_bandwidth: u64,
-    /// How long the guest may stand still.
+    /// How long the guest may be paused.
     pub downtime_limit: Duration,
-    /// The source stays in its rounds until it began this many, and only then may switch over. Needs a guest
-    /// that keeps writing. 0 and 1 ask for nothing.
+    /// The source stays in its rounds until it began this many, and only then may switch over.
+    /// Needs a guest that keeps writing. 0 and 1 ask for nothing.
     pub min_rounds: u32,
-    /// Fewer rounds than `min_rounds` are no failure: QEMU switches over when a guest that got no CPU wrote nothing
-    /// between two syncs.
+    /// Fewer rounds than `min_rounds` are no failure: QEMU switches over when a guest that got no
+    /// CPU wrote nothing between two syncs.
     pub fewer_rounds_allowed: bool,
-    /// More capabilities that are on, for both sides: `validate-uuid`, `postcopy-ram`, `mapped-ram` ...
+    /// More capabilities that are on, for both sides: `validate-uuid`, `postcopy-ram`, `mapped-ram`
+    /// ...
     pub capabilities: Vec<&'static str>,
     /// More parameters, for both sides.
     pub parameters: Map<String, Value>,
@@ -118,17 +119,18 @@ impl Settings {
     }
 }
 
-/// Bytes a second in the first 100 ms of a migration that is to stay in its rounds. QEMU has no threshold
-/// before these have passed and switches over if the first round is done by then; at this rate it never is.
+/// Bytes a second in the first 100 ms of a migration that is to stay in its rounds. QEMU has no
+/// threshold before these have passed and switches over if the first round is done by then; at this
+/// rate it never is.
 const HOLD_BANDWIDTH: u64 = 1 << 20;
 
-/// Bytes a second that QEMU is told to expect of the switchover while it is to stay in its rounds. With a
-/// downtime limit of 1 ms this makes a threshold of 1000 bytes: less than a page, but not nothing (QEMU
-/// collects the dirty pages anew only below the threshold).
+/// Bytes a second that QEMU is told to expect of the switchover while it is to stay in its rounds.
+/// With a downtime limit of 1 ms this makes a threshold of 1000 bytes: less than a page, but not
+/// nothing (QEMU collects the dirty pages anew only below the threshold).
 const HOLD_SWITCHOVER_BANDWIDTH: u64 = 1_000_000;
 
-/// Bytes a second that QEMU is told to expect of the switchover when it may end: any number of dirty pages is
-/// few enough.
+/// Bytes a second that QEMU is told to expect of the switchover when it may end: any number of
+/// dirty pages is few enough.
 const RELEASE_SWITCHOVER_BANDWIDTH: u64 = 1 << 40;
 
 /// How long a QEMU may take to put away a migration that has failed.
@@ -157,7 +159,7 @@ pub struct Report {
     pub error: Option<String>,
     /// From the command to the end.
     pub total: Duration,
-    /// How long the guest stood still. The source's estimate.
+    /// How long the guest was paused. The source's estimate.
     pub downtime: Duration,
     /// Number of times the dirty pages were collected.
     pub rounds: u64,
@@ -212,8 +214,8 @@ impl Report {
 const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];
 
 impl Qemu {
-    /// Sets capabilities and parameters. On a destination before [`Qemu::listen`], on a source before
-    /// [`Qemu::migrate`].
+    /// Sets capabilities and parameters. On a destination before [`Qemu::listen`], on a source
+    /// before [`Qemu::migrate`].
     ///
     /// # Errors
     /// When QEMU refuses one of them.
@@ -228,9 +230,9 @@ impl Qemu {
         self.execute("migrate-set-parameters", Value::Object(settings.parameters(side))).map(drop)
     }
 
-    /// Listens for a source (QEMU was started with `-incoming defer`). Gives the URI to connect to: for
-    /// `tcp:127.0.0.1:0` with the port that was free. A migration that fails leaves QEMU running, so that the
-    /// reason can be asked for.
+    /// Listens for a source (QEMU was started with `-incoming defer`). Gives the URI to connect to:
+    /// for `tcp:127.0.0.1:0` with the port that was free. A migration that fails leaves QEMU
+    /// running, so that the reason can be asked for.
     ///
     /// # Errors
     /// When QEMU cannot listen there.
@@ -248,15 +250,16 @@ impl Qemu {
     /// Starts to migrate to `uri`.
     ///
     /// # Errors
-    /// When QEMU refuses; a peer that cannot be reached is a migration that fails, see [`Qemu::wait_end`].
+    /// When QEMU refuses; a peer that cannot be reached is a migration that fails, see
+    /// [`Qemu::wait_end`].
     pub fn migrate(&mut self, uri: &str) -> Outcome {
         self.wait_cleaned_up(CLEANED_UP)?;
         self.forget_events();
         self.execute("migrate", json!({ "uri": uri })).map(drop)
     }
 
-    /// Waits until the migration before is put away. QEMU reports that it has failed a moment earlier, and a
-    /// `migrate` in that moment is refused, and all later ones too.
+    /// Waits until the migration before is put away. QEMU reports that it has failed a moment
+    /// earlier, and a `migrate` in that moment is refused, and all later ones too.
     fn wait_cleaned_up(&mut self, within: Duration) -> Outcome {
         let deadline = Instant::now() + within;
         let of_a_migration = |entry: &Value| entry.get("type").is_some_and(|kind| kind == "migration");
@@ -272,12 +275,12 @@ impl Qemu {
         }
     }
 
-    /// Lets a migration run to its end: keeps it in its rounds until there were `min_rounds` of them, then
-    /// allows the switchover.
+    /// Lets a migration run to its end: keeps it in its rounds until there were `min_rounds` of
+    /// them, then allows the switchover.
     ///
     /// # Errors
-    /// When it does not end in time, completes in fewer rounds, or QEMU is gone. A migration that fails or is
-    /// cancelled is no error here: see [`Report::check_completed`].
+    /// When it does not end in time, completes in fewer rounds, or QEMU is gone. A migration that
+    /// fails or is cancelled is no error here: see [`Report::check_completed`].
     pub fn settle(&mut self, settings: &Settings, within: Duration) -> Outcome<Report> {
         if settings.min_rounds > 1 {
             self.wait_first_window(within)?;
@@ -295,7 +298,8 @@ impl Qemu {
         Ok(report)
     }
 
-    /// Waits until the source collected dirty pages for the `rounds`th time, or the migration ended.
+    /// Waits until the source collected dirty pages for the `rounds`th time, or the migration
+    /// ended.
     ///
     /// # Errors
     /// When there are fewer after `within` or QEMU is gone.
@@ -305,7 +309,7 @@ impl Qemu {
         })
     }
 
-    /// Waits until so many bytes were sent, or the migration ended.
+    /// Waits until that many bytes were sent, or the migration ended.
     ///
     /// # Errors
     /// When there are fewer after `within` or QEMU is gone.
@@ -395,8 +399,8 @@ impl Qemu {
     /// Waits until the migration completed.
     ///
     /// # Errors
-    /// When it failed or was cancelled (the failure quotes QEMU's reason and its stderr, where the details
-    /// are), or the time is over.
+    /// When it failed or was cancelled (the failure quotes QEMU's reason and its stderr, where the
+    /// details are), or the time is over.
     pub fn wait_completed(&mut self, within: Duration) -> Outcome<Report> {
         let report = self.wait_end(within)?;
         report.check_completed().map_err(|failure| self.explain(failure))
@@ -419,8 +423,8 @@ impl Qemu {
     }
 }
 
-/// Moves a guest from one QEMU to another over `uri`, which both can reach. The destination was started with
-/// `-incoming defer`; with `-S` its guest stays paused. Gives the source's figures.
+/// Moves a guest from one QEMU to another over `uri`, which both can reach. The destination was
+/// started with `-incoming defer`; with `-S` its guest stays paused. Gives the source's figures.
 ///
 /// # Errors
 /// When one of the two fails or it does not end in time.

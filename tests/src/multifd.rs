@@ -21,7 +21,8 @@ const BINARY: &str = "MULTIFD_BIN";
 pub enum Multifd {}
 
 impl Multifd {
-    /// Starts `multifd` with these arguments; stdout and stderr are kept. `name` is what failures call it.
+    /// Starts `multifd` with these arguments; stdout and stderr are kept. `name` is what failures
+    /// call it.
     ///
     /// # Errors
     /// When it cannot be built or started.
@@ -90,8 +91,8 @@ impl Multifd {
         Process::spawn("send", command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()))
     }
 
-    /// The program. Built once per test program, in the profile of the test, so that it is never older than
-    /// the sources.
+    /// The program. Built once per test program, in the profile of the test, so that it is never
+    /// older than the sources.
     ///
     /// # Errors
     /// When it cannot be built.
@@ -168,7 +169,7 @@ impl Receive {
         &mut self.process
     }
 
-    /// Waits until the guest has arrived and lies on disk.
+    /// Waits until the guest has arrived and is stored on disk.
     ///
     /// # Errors
     /// When it has not in time.

@@ -77,7 +77,8 @@ impl Network {
         Ok(this)
     }
 
-    /// Moves the calling thread to a host; what it and the threads that it makes open from now on is there.
+    /// Moves the calling thread to a host; what it and the threads that it makes open from now on
+    /// is there.
     ///
     /// # Errors
     /// When the system cannot.
@@ -86,12 +87,13 @@ impl Network {
         Ok(move_into_link_name_space(there.as_fd(), Some(LinkNameSpaceType::Network))?)
     }
 
-    /// What a command begins with to run at a host, where it has the host's `lo`, too. It becomes the command.
+    /// What a command begins with to run at a host, where it has the host's `lo`, too. It becomes
+    /// the command.
     pub fn inside(&self, host: Host) -> [&str; 4] {
         ["ip", "netns", "exec", self.name(host)]
     }
 
-    /// From now on the cable takes so many Mbit/s in each direction, whatever it took before.
+    /// From now on the cable takes that many Mbit/s in each direction, whatever it took before.
     ///
     /// # Errors
     /// When the system cannot.
@@ -104,7 +106,8 @@ impl Network {
         Ok(())
     }
 
-    /// From now on nothing arrives at either end, and nobody is told: both send to a card that does not exist.
+    /// From now on nothing arrives at either end, and neither end is told: both send to a card that
+    /// does not exist.
     ///
     /// # Errors
     /// When the system cannot.

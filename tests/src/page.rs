@@ -11,7 +11,8 @@ use crate::{During, Failure, Outcome};
 const SCREENS: [(u32, u32, bool); 4] =
     [(360, 740, true), (412, 915, true), (720, 1000, false), (1280, 800, false)];
 
-/// Looks at a page on all screens, light and dark, and gives everything that is wrong with it. `plots` is how many it has.
+/// Looks at a page on all screens, light and dark, and gives everything that is wrong with it.
+/// `plots` is how many it has.
 ///
 /// # Errors
 /// Naming what is wrong, and on which screen.

@@ -9,8 +9,8 @@
 //!   our source (the engine, or the command) ──sockets──> Sink: reads, cuts, stalls, answers as it likes
 //! ```
 //!
-//! The compressed payloads come from the libraries themselves and the deltas from plain loops, so that no mistake of
-//! our codecs can hide behind its twin.
+//! The compressed payloads come from the libraries themselves and the deltas from plain loops, so
+//! that no mistake of our codecs can hide behind its twin.
 
 mod codec;
 pub mod command;
@@ -36,4 +36,4 @@ pub use recording::{Ending, Lane, Recording, Step};
 pub use sink::{Incoming, Sink};
 pub use socket::Socket;
 pub use style::{Style, SyncPackets, SyncPoints};
-pub use trial::{PATIENCE, Received, Trial, Verdict};
+pub use trial::{Received, TIMEOUT, Trial, Verdict};

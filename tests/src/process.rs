@@ -20,8 +20,9 @@ pub use rustix::process::Signal;
 
 use crate::{During, Failure, Outcome, Transcript, Usage};
 
-/// A running program. Killed and reaped on drop; killed by the kernel when the thread that made it ends,
-/// which for a test's own thread is the end of the test: do not make one on a thread that ends earlier.
+/// A running program. Killed and reaped on drop; killed by the kernel when the thread that made it
+/// ends, which for a test's own thread is the end of the test: do not make one on a thread that
+/// ends earlier.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -32,8 +33,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command`. What it says on stderr is kept; what it says on stdout too if the command's stdout
-    /// is piped.
+    /// Starts `command`. What it says on stderr is kept; what it says on stdout too if the
+    /// command's stdout is piped.
     ///
     /// # Errors
     /// When the program cannot be started.
@@ -80,7 +81,8 @@ impl Process {
         if status.success() { Ok(usage) } else { Err(self.explain_end(status)) }
     }
 
-    /// Waits for the process to end by itself, however it ends, and gives the kernel's account of it, too.
+    /// Waits for the process to end by itself, however it ends, and gives the kernel's account of
+    /// it, too.
     ///
     /// # Errors
     /// When it still runs after `within`; the failure quotes its stderr.
@@ -131,7 +133,7 @@ impl Process {
         Failure::new(format!("{}: {what}{stderr}", self.name))
     }
 
-    /// As [`Process::explain`], for a process that is ending: waits a moment for its last words.
+    /// As [`Process::explain`], for a process that is ending: waits briefly for its last output.
     pub fn explain_end(&self, what: impl std::fmt::Display) -> Failure {
         const LAST_WORDS: Duration = Duration::from_secs(1);
         if self.ends(LAST_WORDS).unwrap_or(false) {
@@ -176,8 +178,8 @@ fn die_with_parent(command: &mut Command) {
         // The parent may have died before the request was made.
         if getppid() == Some(parent) { Ok(()) } else { Err(Errno::CHILD.into()) }
     };
-    // SAFETY: the closure runs in the forked child; it makes two system calls, allocates nothing and takes no
-    // lock.
+    // SAFETY: the closure runs in the forked child; it makes two system calls, allocates nothing
+    // and takes no lock.
     unsafe { command.pre_exec(ask) };
 }
 

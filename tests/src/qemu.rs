@@ -1,7 +1,7 @@
 //! One QEMU process: how it is started, its RAM file, its serial port and its control connection.
 //!
-//! The control connection and the guest's serial port are socket pairs on QEMU's stdin and stdout: no socket
-//! files, no waiting for QEMU to listen, and the end of the process is the end of both.
+//! The control connection and the guest's serial port are socket pairs on QEMU's stdin and stdout:
+//! no socket files, no waiting for QEMU to listen, and the end of the process is the end of both.
 
 use std::{
     io::Write as _,
@@ -27,8 +27,8 @@ const START: Duration = Duration::from_secs(30);
 /// How long a QEMU may take to quit.
 const QUIT: Duration = Duration::from_secs(30);
 
-/// What to start. Cloned for the two sides of a migration, which must agree on everything that the guest can
-/// see.
+/// What to start. Cloned for the two sides of a migration, which must agree on everything that the
+/// guest can see.
 #[derive(Clone, Debug)]
 pub struct QemuBuilder {
     program: PathBuf,
@@ -69,8 +69,8 @@ impl QemuBuilder {
         self
     }
 
-    /// Boots from this floppy image, which is only read. Call it after [`QemuBuilder::machine`]: q35 has no
-    /// floppy controller and gets one.
+    /// Boots from this floppy image, which is only read. Call it after [`QemuBuilder::machine`]:
+    /// q35 has no floppy controller and gets one.
     #[must_use]
     pub fn floppy(self, image: &Path) -> Self {
         let drive = format!("format=raw,read-only=on,file={}", image.display());
@@ -82,8 +82,8 @@ impl QemuBuilder {
         }
     }
 
-    /// Content of the guest's RAM above 1 MiB before it starts. For the source side only: a destination
-    /// starts with zeros.
+    /// Content of the guest's RAM above 1 MiB before it starts. For the source side only: a
+    /// destination starts with zeros.
     #[must_use]
     pub fn fill(mut self, fill: Fill) -> Self {
         self.fill = Some(fill);
@@ -96,7 +96,8 @@ impl QemuBuilder {
         self.argument("-incoming").argument(uri)
     }
 
-    /// Starts with stopped vCPUs; the destination of a migration then stays stopped until [`Qemu::resume`].
+    /// Starts with stopped vCPUs; the destination of a migration then stays stopped until
+    /// [`Qemu::resume`].
     #[must_use]
     pub fn paused(self) -> Self {
         self.argument("-S")
@@ -108,7 +109,8 @@ impl QemuBuilder {
         self.argument("-uuid").argument(uuid)
     }
 
-    /// Runs QEMU by this command: `ip netns exec NAME`, for example. It must become QEMU, not start it.
+    /// Runs QEMU by this command: `ip netns exec NAME`, for example. It must become QEMU, not start
+    /// it.
     #[must_use]
     pub fn inside(mut self, wrapper: &[&str]) -> Self {
         self.wrapper = wrapper.iter().map(|word| (*word).to_owned()).collect();
@@ -143,7 +145,8 @@ impl QemuBuilder {
         let mut command = self.command(&ram);
         command.stdin(OwnedFd::from(their_control)).stdout(OwnedFd::from(their_serial));
         let process = Process::spawn(name, &mut command)?;
-        // The command holds QEMU's ends of the two socket pairs: while it lives they never look closed.
+        // The command holds QEMU's ends of the two socket pairs: while it lives they never look
+        // closed.
         drop(command);
         let qmp = Qmp::greet(control, START).map_err(|failure| process.explain_end(failure))?;
         let transcript = Transcript::follow(format!("{name}'s serial port"), serial.try_clone()?)?;
@@ -286,13 +289,13 @@ impl Qemu {
         self.serial.write_all(text.as_bytes()).during("serial port")
     }
 
-    /// The file that is the guest's RAM. Its content stands still only while the vCPUs do.
+    /// The file that is the guest's RAM. Its content is stable only while the vCPUs are paused.
     pub fn ram(&self) -> &Path {
         &self.ram
     }
 
-    /// Writes `len` bytes of what the guest sees from this physical address on to a file: its RAM as well as
-    /// its firmware.
+    /// Writes `len` bytes of what the guest sees from this physical address on to a file: its RAM
+    /// as well as its firmware.
     ///
     /// # Errors
     /// When QEMU refuses or cannot write the file.
@@ -323,7 +326,7 @@ impl Qemu {
 
     /// A failure of this QEMU: its name, the failure, and what it said on stderr.
     pub fn explain(&self, failure: Failure) -> Failure {
-        // A QEMU that closed its control connection is ending: its last words are on their way.
+        // A QEMU that closed its control connection is ending: its last output may still arrive.
         if self.qmp.closed() { self.process.explain_end(failure) } else { self.process.explain(failure) }
     }
 }

@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 
 use crate::{Failure, Outcome};
 
-/// How long QEMU may take to answer a command. It answers in milliseconds; on a machine that is busy with
-/// many QEMUs it may wait for a core.
+/// How long QEMU may take to answer a command. It answers in milliseconds; on a machine that is
+/// busy with many QEMUs it may wait for a core.
 const ANSWER: Duration = Duration::from_secs(30);
 
 /// A control connection: commands out, answers and events in.
@@ -70,7 +70,8 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::execute`].
     pub fn getfd(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> Outcome {
-        // QEMU keeps it until the next command that wants one. It comes with the first byte of that command's line.
+        // QEMU keeps it until the next command that wants one. It comes with the first byte of that
+        // command's line.
         send_descriptor(&self.stream, b" ", descriptor)?;
         self.execute("getfd", json!({ "fdname": name })).map(drop)
     }
@@ -96,8 +97,8 @@ impl Qmp {
         }
     }
 
-    /// Waits for one more event and keeps it; or only for the time to pass: something to do between two looks
-    /// at a state that has no event.
+    /// Waits for one more event and keeps it; or only for the time to pass: something to do between
+    /// two looks at a state that has no event.
     ///
     /// # Errors
     /// When the connection ends.
@@ -110,7 +111,7 @@ impl Qmp {
         Ok(())
     }
 
-    /// Forgets the events that nobody asked for.
+    /// Forgets the unsolicited events.
     pub fn forget_events(&mut self) {
         self.events.clear();
     }

@@ -34,7 +34,8 @@ impl fmt::Display for Difference {
     }
 }
 
-/// Compares two RAM files of equal length. Holes are zeros and cost nothing where both files have them.
+/// Compares two RAM files of equal length. Holes are zeros and cost nothing where both files have
+/// them.
 ///
 /// # Errors
 /// When a file cannot be read or the lengths differ.
@@ -66,8 +67,8 @@ pub fn compare(left: &Path, right: &Path) -> Outcome<Option<Difference>> {
     Ok(found)
 }
 
-/// Fails unless two RAM files are equal; the failure names the first byte that differs and the number of
-/// pages.
+/// Fails unless two RAM files are equal; the failure names the first byte that differs and the
+/// number of pages.
 ///
 /// # Errors
 /// When they differ, or [`compare`] fails.

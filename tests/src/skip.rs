@@ -4,11 +4,12 @@ use std::{fs::OpenOptions, io::Write as _, path::PathBuf, process::Command, sync
 
 use crate::{Failure, Outcome, qemu::PROGRAM};
 
-/// When this variable is set, a test that lacks what it needs fails: where everything is installed, nothing
-/// may be skipped unnoticed.
+/// When this variable is set, a test that lacks what it needs fails: where everything is installed,
+/// nothing may be skipped unnoticed.
 const NO_SKIP: &str = "MULTIFD_NO_SKIP";
 
-/// A file that gets a line for every test that was skipped: test runners hide what a passing test prints.
+/// A file that gets a line for every test that was skipped: test runners hide what a passing test
+/// prints.
 const SKIP_LOG: &str = "MULTIFD_SKIP_LOG";
 
 /// Says `skipped: why` and returns from the test, which must return [`Outcome`].
@@ -50,7 +51,8 @@ macro_rules! skip_without_browser {
     };
 }
 
-/// Says why a test does nothing, on the real stderr: the test runner hides what a passing test prints.
+/// Says why a test does nothing, on the real stderr: the test runner hides what a passing test
+/// prints.
 ///
 /// # Errors
 /// When `MULTIFD_NO_SKIP` is set.
@@ -76,7 +78,8 @@ pub fn missing_qemu() -> Option<&'static str> {
     MISSING.get_or_init(look).as_deref()
 }
 
-/// The QEMU whose own machine types are 11.1 or later, which `tests/peers/install` unpacks; or why there is none.
+/// The QEMU whose own machine types are 11.1 or later, which `tests/peers/install` unpacks; or why
+/// there is none.
 ///
 /// # Errors
 /// What is missing, and how to get it.

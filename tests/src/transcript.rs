@@ -69,8 +69,8 @@ impl Transcript {
         self.shared.caught_up().bytes.len()
     }
 
-    /// Waits until `needle` was said at or after `from` (see [`Transcript::mark`]); gives the place behind
-    /// it.
+    /// Waits until `needle` was said at or after `from` (see [`Transcript::mark`]); gives the place
+    /// behind it.
     ///
     /// # Errors
     /// When the time is over or the stream ends without it.
@@ -90,7 +90,8 @@ impl Transcript {
         })
     }
 
-    /// Waits until `accept` finds what it looks for in all that was said; `what` is its name in failures.
+    /// Waits until `accept` finds what it looks for in all that was said; `what` is its name in
+    /// failures.
     ///
     /// # Errors
     /// When the time is over or the stream ends without it.
@@ -145,13 +146,14 @@ impl Transcript {
 }
 
 impl Shared {
-    /// The state after reading all that is there, without waiting. The reader's thread does the same, but on
-    /// a busy machine it may lag behind, and what a process said before it answered must not be missed.
+    /// The state after reading all that is there, without waiting. The reader's thread does the
+    /// same, but on a busy machine it may lag behind, and what a process said before it answered
+    /// must not be missed.
     fn caught_up(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let mut piece = [0; 4096];
         let before = state.bytes.len();
-        // The bound lets others have the lock when somebody never stops talking.
+        // The bound lets others have the lock when the other end never stops sending.
         while !state.ended
             && state.bytes.len() < before + (1 << 20)
             && wait_readable(self.stream.as_fd(), Some(&Timespec::default()))
@@ -167,8 +169,8 @@ impl Shared {
     }
 }
 
-/// Whether a read would not wait, within this time or (none) for ever. The end of the stream and an error are
-/// readable too.
+/// Whether a read would not wait, within this time or (none) for ever. The end of the stream and an
+/// error are readable too.
 fn wait_readable(stream: BorrowedFd<'_>, within: Option<&Timespec>) -> bool {
     loop {
         match poll(&mut [PollFd::from_borrowed_fd(stream, PollFlags::IN)], within) {

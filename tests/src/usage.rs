@@ -12,22 +12,25 @@ use std::{
 pub struct Usage {
     /// Time on a core, its own and the kernel's on its behalf, all threads.
     pub cpu: Duration,
-    /// Page faults that found their page in memory, or made one: every page of a file or of fresh memory that
-    /// was looked at through a mapping, for the first time, is one, unless the kernel mapped several at once.
+    /// Page faults that found their page in memory, or made one: every page of a file or of fresh
+    /// memory that was looked at through a mapping, for the first time, is one, unless the kernel
+    /// mapped several at once.
     pub minor_faults: u64,
     /// Most memory that it ever had mapped and present, in bytes, pages of mapped files included.
     pub peak_resident_bytes: u64,
 }
 
 impl Usage {
-    /// The account of the process behind `pidfd`, which has ended and was not reaped. Does not reap it.
+    /// The account of the process behind `pidfd`, which has ended and was not reaped. Does not reap
+    /// it.
     #[expect(unsafe_code, reason = "std and rustix know no rusage")]
     pub(crate) fn of(pidfd: BorrowedFd<'_>) -> io::Result<Self> {
         let no_info = ptr::null_mut::<libc::siginfo_t>();
         // SAFETY: all-zero bytes are a rusage: it consists of integers.
         let mut usage: libc::rusage = unsafe { mem::zeroed() };
-        // The library's waitid lacks the last parameter; the kernel's fills in a rusage also with WNOWAIT.
-        // SAFETY: the kernel writes one rusage to the last address, and nothing to a null siginfo_t.
+        // The library's waitid lacks the last parameter; the kernel's fills in a rusage also with
+        // WNOWAIT. SAFETY: the kernel writes one rusage to the last address, and nothing to a null
+        // siginfo_t.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_waitid,

@@ -1,5 +1,5 @@
-//! What a guest's drivers do: a split virtqueue in guest memory, and disk requests over it. The example `vhost_user_blk`
-//! has this file, too.
+//! What a guest's drivers do: a split virtqueue in guest memory, and disk requests over it. The
+//! example `vhost_user_blk` has this file, too.
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -70,7 +70,8 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// A ring of `size` entries (a power of two up to 128) in the three pages from `at` on: descriptors, available, used.
+    /// A ring of `size` entries (a power of two up to 128) in the three pages from `at` on:
+    /// descriptors, available, used.
     ///
     /// # Errors
     /// There are no more descriptors of this process to be had.

@@ -1,4 +1,5 @@
-//! Directories that only look like a checkpoint are refused before anything is sent, by the file and what is wrong with it.
+//! Directories that only look like a checkpoint are refused before anything is sent, by the file
+//! and what is wrong with it.
 
 use std::fs;
 use std::os::unix::fs::symlink;

@@ -1,4 +1,5 @@
-//! Somebody changes their mind while a guest moves: the guest runs on where it was, and nothing is left behind.
+//! Somebody changes their mind while a guest moves: the guest runs on where it was, and nothing is
+//! left behind.
 
 use std::fs;
 use std::path::PathBuf;
@@ -154,7 +155,8 @@ fn receive_is_killed() -> Outcome {
     receive.process().kill();
     assert_eq!(source.wait_end(SOON)?.status, "failed");
     check_runs(&mut source)?;
-    // Nobody could clean up, but nothing that looks like a checkpoint is there, and the next one has its place.
+    // Nobody could clean up, but nothing that looks like a checkpoint is there, and the next one
+    // has its place.
     assert!(!machine.checkpoint().exists());
     machine.complete(&mut source)?;
     // The guest's RAM that the first one left is gone.

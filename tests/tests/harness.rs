@@ -1,5 +1,5 @@
-//! The harness against itself: QEMU to QEMU, so that a later failure with `multifd` on one side is not the
-//! harness's.
+//! The harness against itself: QEMU to QEMU, so that a later failure with `multifd` on one side is
+//! not the harness's.
 
 use std::{fs::File, time::Duration};
 

@@ -1,5 +1,5 @@
-//! A booted Linux guest comes in from QEMU, lies on disk, and goes on in another QEMU as if nothing had happened: its files,
-//! its clock, its disk and its network.
+//! A booted Linux guest comes in from QEMU, is stored on disk, and goes on in another QEMU as if
+//! nothing had happened: its files, its clock, its disk and its network.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -97,7 +97,8 @@ impl Machine {
     }
 }
 
-/// A file in tmpfs that nothing compresses, a line on the disk, a network, and a counter that never stops.
+/// A file in tmpfs that nothing compresses, a line on the disk, a network, and a counter that never
+/// stops.
 const PREPARE: [&str; 5] = [
     "mkdir /mnt; mount -t tmpfs tmpfs /mnt && dd if=/dev/urandom of=/mnt/data bs=1M count=24",
     "echo on disk >/dev/vda; sync",

@@ -1,4 +1,5 @@
-//! The real QEMU on both sides of us: a running guest comes in, lies on disk, and goes out, in every way that a stream can be.
+//! The real QEMU on both sides of us: a running guest comes in, is stored on disk, and goes out, in
+//! every way that a stream can be.
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
@@ -44,7 +45,8 @@ impl Journey {
         Ok(Self { scratch, vm, settings, transport })
     }
 
-    /// In: the checkpoint's RAM is the paused guest's. Out: so is the destination's, and the guest's count goes on.
+    /// In: the checkpoint's RAM is the paused guest's. Out: so is the destination's, and the
+    /// guest's count goes on.
     fn run(&self) -> Outcome {
         let mut source = self.vm.clone().fill(Fill::new(1)).spawn("source")?;
         source.serial().wait_lines(2, 0, SOON)?;
@@ -110,8 +112,8 @@ fn cell(
     Journey::new("pc", settings, transport)?.run()
 }
 
-/// A test for each return path and zero-page detection over one transport, number of channels and codec:
-/// `tcp_2_channels::zlib::return_path::legacy`.
+/// A test for each return path and zero-page detection over one transport, number of channels and
+/// codec: `tcp_2_channels::zlib::return_path::legacy`.
 macro_rules! cells {
     ($($name:ident: $transport:ident, $channels:expr, [$($codec:ident: $compression:expr),+];)*) => {
         $(mod $name {
@@ -153,7 +155,8 @@ cells! {
 #[test]
 fn xbzrle_in_several_rounds() -> Outcome {
     skip_without_qemu!();
-    // Slow enough for the guest to write its pages again in every round: a difference needs an older copy.
+    // Slow enough for the guest to write its pages again in every round: a difference needs an
+    // older copy.
     let max_bandwidth = 48 << 20;
     let settings = Settings {
         xbzrle: true,
@@ -166,8 +169,8 @@ fn xbzrle_in_several_rounds() -> Outcome {
     Journey::new("pc", settings, Transport::Unix)?.run()
 }
 
-/// Older machine types bring older rules: sync points at section ends up to 8.0, zero pages on main up to 8.2, no
-/// SWITCHOVER_START up to 9.2.
+/// Older machine types bring older rules: sync points at section ends up to 8.0, zero pages on main
+/// up to 8.2, no SWITCHOVER_START up to 9.2.
 fn older_machine(machine: &str, channels: Option<u8>) -> Outcome {
     skip_without_qemu!();
     let settings = Settings { channels, return_path: true, min_rounds: 2, ..Settings::default() };
@@ -226,8 +229,8 @@ fn check_memory(
 }
 
 impl Journey {
-    /// In, out, and in again. What the guest sees of its firmware and low memory is in the checkpoint, and every block of the
-    /// destination is the source's.
+    /// In, out, and in again. What the guest sees of its firmware and low memory is in the
+    /// checkpoint, and every block of the destination is the source's.
     fn firmware(&self, mut source: Qemu, destination: Qemu, block: &str) -> Outcome<CheckpointFiles> {
         source.serial().wait_lines(2, 0, SOON)?;
         let checkpoint = self.receive(&mut source, "checkpoint")?;
@@ -249,8 +252,8 @@ impl Journey {
     }
 }
 
-/// Firmware is a RAM block like any other. One in flash is also in a destination's memory before ours arrives, and has to go,
-/// zero pages included: here it has set bytes everywhere.
+/// Firmware is a RAM block like any other. One in flash is also in a destination's memory before
+/// ours arrives, and has to go, zero pages included: here it has set bytes everywhere.
 fn firmware(channels: Option<u8>) -> Outcome {
     skip_without_qemu!();
     let settings = Settings { channels, return_path: true, ..Settings::default() };

@@ -1,4 +1,5 @@
-//! A guest whose RAM is mostly untouched costs what it has touched: on disk, on the wire, and in the sender's memory.
+//! A guest whose RAM is mostly untouched costs what it has touched: on disk, on the wire, and in
+//! the sender's memory.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -23,10 +24,12 @@ const TOUCHED: u64 = (TOUCHED_PAGES as u64) << 12;
 /// What the firmware and the other blocks come to, at most.
 const FIRMWARE: u64 = 4 << 20;
 
-/// A zero page costs 8 bytes in its packet, and its share of the packet's header, or 9 bytes on the main channel.
+/// A zero page costs 8 bytes in its packet, and its share of the packet's header, or 9 bytes on the
+/// main channel.
 const ZERO_PAGE: u64 = 11;
 
-/// A QEMU that migrates looks at all of its RAM, which gives memory to every page of a file in memory.
+/// A QEMU that migrates looks at all of its RAM, which gives memory to every page of a file in
+/// memory.
 const MEMORY_NEEDED: u64 = 6 << 30;
 
 fn settings(channels: Option<u8>) -> Settings {

@@ -1,4 +1,4 @@
-//! Alerts, in words. RFC 8446 §6.
+//! Messages for alerts. RFC 8446 §6.
 
 use super::opener::Bad;
 use super::record::MAX_TEXT;
@@ -12,7 +12,7 @@ pub(crate) enum Role {
 
 /// Description of `close_notify`.
 pub(crate) const CLOSE: u8 = 0;
-/// The peer's goodbye, with its level.
+/// The alert `close_notify`, with its level.
 pub(crate) const CLOSE_NOTIFY: [u8; 2] = [1, CLOSE];
 /// Level of an alert that ends the connection.
 pub(crate) const FATAL: u8 = 2;
@@ -52,12 +52,12 @@ pub(super) fn for_bad(bad: &Bad) -> (u8, String) {
         Bad::Overflow(len) => (
             22,
             format!(
-                "a TLS record of {len} bytes is too long, expected at most {MAX_TEXT} and what sealing adds"
+                "a TLS record of {len} bytes is too long, expected at most {MAX_TEXT} and what encryption adds"
             ),
         ),
         Bad::Idle => (10, "too many TLS records in a row without data".to_owned()),
         Bad::Message(kind) => (10, format!("handshake message {kind} after the TLS handshake")),
-        Bad::Sealed => {
+        Bad::Undecryptable => {
             (20, "a TLS record does not decrypt: it was changed on the way, or is not the peer's".to_owned())
         }
     }

@@ -21,10 +21,10 @@ use super::socket::AsyncSocket;
 use super::stream::{Settings, TlsStream};
 use super::verify::{Circumstances, Seen, Witness};
 
-/// How to dial by TLS: whom to trust, who we are. Cheap to clone.
+/// TLS settings of the connecting end: trusted CA, own certificate. Cheap to clone.
 ///
-/// TLS 1.3 and 1.2. The server's certificate must be signed by a CA of `ca-cert.pem`, be valid now, and be for the host
-/// that is dialled: its subject alternative names count, not its common name.
+/// TLS 1.3 and 1.2. The server's certificate must be signed by a CA of `ca-cert.pem`, be valid now,
+/// and be for the host that is dialled: its subject alternative names count, not its common name.
 #[derive(Clone, Debug)]
 pub struct TlsClient {
     directory: Directory,
@@ -40,8 +40,9 @@ pub struct TlsClient {
 pub struct ExpectedName(ServerName<'static>);
 
 impl TlsClient {
-    /// Reads `ca-cert.pem`, and if they are there `ca-crl.pem`, `client-cert.pem` and `client-key.pem` of a directory. Without
-    /// a certificate, a server that demands one refuses us.
+    /// Reads `ca-cert.pem`, and if they are there `ca-crl.pem`, `client-cert.pem` and
+    /// `client-key.pem` of a directory. Without a certificate, a server that demands one refuses
+    /// us.
     ///
     /// # Errors
     /// A file that is missing, cannot be read or does not fit the others, by its name.
@@ -69,8 +70,8 @@ impl TlsClient {
         Ok(Self { directory, verifier, identity, crypto, hostname: None, settings })
     }
 
-    /// The name or address that the server's certificate must have. Default: the host that is dialled; without one, on a
-    /// unix socket, it must be set.
+    /// The name or address that the server's certificate must have. Default: the host that is
+    /// dialled; without one, on a unix socket, it must be set.
     ///
     /// # Errors
     /// When it is neither a DNS name nor an address.
@@ -85,8 +86,9 @@ impl TlsClient {
         Ok(self)
     }
 
-    /// Goes on with a new key after so many bytes sent, to the next 256 KiB. Default: when the cipher demands it, after 2^24
-    /// records of 16 KiB or 256 GiB on one channel with AES-GCM. No effect in TLS 1.2. Not towards a QEMU: see docs/tls.md.
+    /// Changes the key after this many bytes sent, rounded up to 256 KiB. Default: when the cipher
+    /// demands it, after 2^24 records of 16 KiB or 256 GiB on one channel with AES-GCM. No effect
+    /// in TLS 1.2. Not towards a QEMU: see docs/tls.md.
     #[must_use]
     pub fn refresh_keys_after(mut self, bytes: NonZeroU64) -> Self {
         self.settings.refresh_after = Some(bytes);
@@ -98,8 +100,8 @@ impl TlsClient {
         self.identity.is_some()
     }
 
-    /// The name to expect of the server: the one that was [set](Self::hostname), or else the `host` that is dialled, if there
-    /// is one. `endpoint` is for the error.
+    /// The name to expect of the server: the one that was [set](Self::hostname), or else the `host`
+    /// that is dialled, if there is one. `endpoint` is for the error.
     ///
     /// # Errors
     /// `InvalidInput`: there is none, or it is no name that a certificate may have.
@@ -111,7 +113,7 @@ impl TlsClient {
             let text = format!("TLS over {endpoint}: no host name to expect in the certificate, set one");
             return Err(io::Error::new(ErrorKind::InvalidInput, text));
         };
-        // Which interface it is said to be behind is nobody else's business.
+        // The scope (interface) of an address has a meaning on this host only.
         let host = host.split('%').next().unwrap_or(host);
         ServerName::try_from(host.to_owned()).map(ExpectedName).map_err(|_| {
             let text = format!("{host:?} is no name that a certificate may have, set the one to expect");
@@ -119,25 +121,27 @@ impl TlsClient {
         })
     }
 
-    /// Makes a connected socket a sealed stream. `name` is that of [`expected_name`](Self::expected_name).
+    /// Makes a connected socket an encrypted stream. `name` is that of
+    /// [`expected_name`](Self::expected_name).
     ///
     /// # Errors
-    /// `InvalidData`: there is no agreement with the peer, and why.
+    /// `InvalidData`: the handshake failed, with the reason.
     pub async fn connect<S: AsyncSocket>(&self, socket: S, name: ExpectedName) -> io::Result<TlsStream> {
         let seen = Seen::default();
-        let outcome = self.shake_hands(socket, name.0, &seen).await;
+        let outcome = self.handshake(socket, name.0, &seen).await;
         match outcome {
             Ok(stream) => Ok(stream),
             Err(failure) => {
                 let ca = self.directory.ca_path();
                 let circumstances = Circumstances { role: Role::Client, seen: &seen, ca: &ca, allowed: &[] };
-                // Never one of the kinds that dialling tries again after: the peer has seen a connection.
+                // Never one of the kinds that dialling tries again after: the peer has seen a
+                // connection.
                 Err(io::Error::new(ErrorKind::InvalidData, circumstances.explain(&failure)))
             }
         }
     }
 
-    async fn shake_hands<S: AsyncSocket>(
+    async fn handshake<S: AsyncSocket>(
         &self,
         socket: S,
         name: ServerName<'static>,
@@ -146,7 +150,7 @@ impl TlsClient {
         let config = self.config(seen).map_err(Failure::Tls)?;
         let connection = UnbufferedClientConnection::new(Arc::new(config), name).map_err(Failure::Tls)?;
         let mut line = Line::new(socket);
-        let connection = line.shake_hands(connection, &mut |_| {}).await?;
+        let connection = line.handshake(connection, &mut |_| {}).await?;
         let parts = line.into_parts(connection, self.settings.provider)?;
         TlsStream::new(parts, self.settings).into_blocking().map_err(Failure::Broken)
     }

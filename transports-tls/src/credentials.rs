@@ -59,7 +59,8 @@ impl Directory {
         Ok(Arc::new(roots))
     }
 
-    /// The lists of revoked certificates that decide; none without `ca-crl.pem`. Those that are out of date are warned of.
+    /// The lists of revoked certificates that decide; none without `ca-crl.pem`. Those that are out
+    /// of date are warned of.
     pub(crate) fn revoked(&self) -> Result<Vec<CertificateRevocationListDer<'static>>> {
         let path = self.revoked_path();
         if !is_there(&path)? {
@@ -75,7 +76,8 @@ impl Directory {
         Ok(revocation.lists)
     }
 
-    /// What rustls says against the roots or the lists of the revoked, by the file that is to blame.
+    /// What rustls says against the roots or the lists of the revoked, by the file that is to
+    /// blame.
     pub(crate) fn blame(&self, error: &VerifierBuilderError) -> InvalidCredentials {
         match error {
             VerifierBuilderError::InvalidCrl(why) => {
@@ -115,8 +117,8 @@ impl Directory {
     }
 }
 
-/// Whether there is something of that name, though it may lead nowhere. What may be there and is not to be seen is an error:
-/// to go on without it would be to trust what it revokes.
+/// Whether there is something of that name, though it may lead nowhere. What may be there and is
+/// not to be seen is an error: to go on without it would be to trust what it revokes.
 fn is_there(path: &Path) -> Result<bool> {
     match fs::symlink_metadata(path) {
         Ok(_) => Ok(true),
@@ -149,7 +151,8 @@ fn pem_problem(error: PemError, what: &str) -> String {
     }
 }
 
-/// A CA that has expired signs for rustls as before: a root is a name and a key to it. QEMU refuses the file.
+/// A CA that has expired signs for rustls as before: a root is a name and a key to it. QEMU refuses
+/// the file.
 fn warn_if_expired(path: &Path, certificate: &[u8]) {
     let Ok((_, certificate)) = X509Certificate::from_der(certificate) else { return };
     let end = certificate.validity().not_after;

@@ -17,8 +17,8 @@ use super::socket::{AsyncSocket, Ready};
 /// Bytes of a handshake that may be waiting to be understood; a chain of certificates is some KiB.
 const MAX_WAITING: usize = 128 << 10;
 
-/// How long a peer that was refused may take to hear of it.
-const GOODBYE: Duration = Duration::from_secs(1);
+/// Timeout for a refused peer to receive the alert.
+const ALERT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A fatal alert in the clear, as a record of its own.
 const UNEXPECTED_MESSAGE: [u8; 7] = [content::ALERT, 3, 3, 0, 2, 2, 10];
@@ -31,24 +31,24 @@ pub(crate) struct Line<S> {
     /// How much of it rustls has been shown: whole records.
     shown: usize,
     outgoing: Vec<u8>,
-    /// Bytes received, all told.
+    /// Bytes received in total.
     received: usize,
 }
 
-/// Why there is no connection.
+/// Why a handshake failed.
 #[derive(Debug)]
 pub(crate) enum Failure {
     /// The connection broke.
     Broken(io::Error),
-    /// The peer ended it after so many bytes.
+    /// The peer ended it; the number of bytes that it had sent.
     Ended(usize),
     /// The first byte is not that of a TLS record; these are the first ones.
     NotTls(Vec<u8>),
-    /// TLS says no: a certificate, an alert, a fault.
+    /// TLS failed: a certificate, an alert, a fault.
     Tls(rustls::Error),
 }
 
-/// What a handshake has made.
+/// The outcome of a handshake.
 pub(crate) struct Parts {
     pub(crate) socket: Socket,
     pub(crate) sealer: Sealer,
@@ -69,9 +69,9 @@ impl<S: AsyncSocket> Line<S> {
         Self { socket, incoming: Vec::new(), shown: 0, outgoing: Vec::new(), received: 0 }
     }
 
-    /// Shakes hands. When that fails, the peer has been told why, if it listens. `on_received` hears how many bytes the peer
-    /// has sent so far.
-    pub(crate) async fn shake_hands<C: Handshaking>(
+    /// Runs the handshake. When it fails, the peer has been sent an alert with the reason.
+    /// `on_received` is called with the bytes that the peer has sent so far.
+    pub(crate) async fn handshake<C: Handshaking>(
         &mut self,
         mut connection: C,
         on_received: &mut dyn FnMut(usize),
@@ -86,14 +86,14 @@ impl<S: AsyncSocket> Line<S> {
                 Ok(Next::Read) if self.show_record() => {}
                 Ok(Next::Read) => {
                     if let Err(failure) = self.read().await {
-                        self.turn_away(&failure).await;
+                        self.refuse_plaintext(&failure).await;
                         return Err(failure);
                     }
                     on_received(self.received);
                 }
                 Ok(Next::Write) => self.flush().await.map_err(Failure::Broken)?,
                 Err(error) => {
-                    self.say_goodbye(&mut connection).await;
+                    self.send_alert(&mut connection).await;
                     return Err(Failure::Tls(error));
                 }
             }
@@ -139,8 +139,9 @@ impl<S: AsyncSocket> Line<S> {
         next
     }
 
-    /// Shows rustls one more record, if one is here as a whole. Never more, and only when it waits for it: what the peer sends
-    /// right behind its part of the handshake is for the [`Opener`]. rustls would follow a key, and queue an answer to it.
+    /// Shows rustls one more record, if one is here as a whole. Never more, and only when it waits
+    /// for it: what the peer sends right behind its part of the handshake is for the [`Opener`].
+    /// rustls would follow a key, and queue an answer to it.
     fn show_record(&mut self) -> bool {
         let hidden = self.incoming.get(self.shown..).unwrap_or_default();
         let Some([_, major, _, high, low]) = hidden.first_chunk::<HEADER_LEN>() else { return false };
@@ -181,8 +182,12 @@ impl<S: AsyncSocket> Line<S> {
 
     async fn flush(&mut self) -> io::Result<()> {
         while !self.outgoing.is_empty() {
-            let send = |socket: &Socket| socket.send_with_flags(&self.outgoing, libc::MSG_NOSIGNAL);
-            let sent = self.socket.when_ready(Ready::Writable, send).await?;
+            let sent = self
+                .socket
+                .when_ready(Ready::Writable, |socket| {
+                    socket.send_with_flags(&self.outgoing, libc::MSG_NOSIGNAL)
+                })
+                .await?;
             self.outgoing.drain(..sent);
         }
         Ok(())
@@ -194,8 +199,9 @@ impl<S: AsyncSocket> Line<S> {
     }
 
     /// Sends the alert.
-    async fn say_goodbye<C: Handshaking>(&mut self, connection: &mut C) {
-        // No further: rustls looks for more of what it has refused, and panics if that is not there.
+    async fn send_alert<C: Handshaking>(&mut self, connection: &mut C) {
+        // No further: rustls looks for more of what it has refused, and panics if that is not
+        // there.
         while connection.has_to_send() {
             match connection.process(&mut []).state {
                 Ok(ConnectionState::EncodeTlsData(data)) => {
@@ -209,27 +215,26 @@ impl<S: AsyncSocket> Line<S> {
         self.part().await;
     }
 
-    /// Who does not speak TLS may know an alert when it sees one: a multifd source does.
-    async fn turn_away(&mut self, failure: &Failure) {
+    /// Sends an alert to a peer that does not speak TLS: a multifd source recognises it.
+    async fn refuse_plaintext(&mut self, failure: &Failure) {
         if let Failure::NotTls(_) = failure {
             self.outgoing = UNEXPECTED_MESSAGE.to_vec();
             self.part().await;
         }
     }
 
-    /// Sends what is left, and waits for the peer to hang up: to close with bytes unread would reset the connection, and the
-    /// alert might be lost with it.
+    /// Sends what is left, and waits for the peer to hang up: to close with bytes unread would
+    /// reset the connection, and the alert might be lost with it.
     async fn part(&mut self) {
-        let heard = S::within(GOODBYE, async {
+        let delivered = S::within(ALERT_TIMEOUT, async {
             self.flush().await?;
-            let end = |socket: &Socket| socket.shutdown(Shutdown::Write);
-            self.socket.when_ready(Ready::Writable, end).await?;
+            self.socket.when_ready(Ready::Writable, |socket| socket.shutdown(Shutdown::Write)).await?;
             let mut bytes = [0; 4096];
             while self.receive(&mut bytes).await? > 0 {}
             Ok::<_, io::Error>(())
         });
-        // There is nothing more to be done for it.
-        let _ = heard.await;
+        // Best effort: the connection ends either way.
+        let _ = delivered.await;
     }
 }
 

@@ -5,15 +5,16 @@
 //!                                                  | connect, accept
 //!  verify, names ── whose certificate it is ──> handshake: rustls, on a socket that does not block
 //!                                                  | keys
-//!  record: one record, sealed or opened in place   v
+//!  record: one record, encrypted or decrypted in place  v
 //!    sealer: several to one write ──────────── stream: blocking, one thread sends, one receives
 //!    opener: several from one read ─────────────+
 //!    secrets: the next keys ────────────────────+
-//!  provider: whose AES it is      alert: what the peer's last word means      socket: the caller's event loop
+//!  provider: whose AES it is      alert: what the peer's alert means      socket: the caller's event loop
 //! ```
 //!
-//! rustls shakes hands, checks certificates and derives keys. The records are our own, because its are copied three times
-//! and locked for both directions: see docs/tls.md.
+//! rustls does the handshake, checks certificates and derives keys. The record layer is our own,
+//! because that of rustls copies data three times and locks both directions together: see
+//! docs/tls.md.
 
 mod alert;
 mod client;

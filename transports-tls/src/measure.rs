@@ -26,16 +26,16 @@ impl Seal {
     /// Seals `len` bytes that `fill` writes, at most [`MAX_BATCH_TEXT`], and gives the records.
     pub fn batch(&mut self, len: usize, fill: &mut dyn FnMut(&mut [u8])) -> &[u8] {
         self.0.clear();
-        let sealed = self.0.data(len, fill);
-        debug_assert_eq!(sealed, Ok(len));
-        self.0.sealed()
+        let encrypted = self.0.data(len, fill);
+        debug_assert_eq!(encrypted, Ok(len));
+        self.0.encrypted()
     }
 
     /// Seals one record that carries any `content`; `None` where the text is too long for it.
     pub fn record(&mut self, content: u8, text: &[u8]) -> Option<&[u8]> {
         self.0.clear();
         self.0.control(content, text).ok()?;
-        Some(self.0.sealed())
+        Some(self.0.encrypted())
     }
 
     /// Begins anew, with the key of [`Seal::new`].

@@ -11,10 +11,10 @@ use x509_parser::x509::{RelativeDistinguishedName, X509Name};
 /// The names and dates of a certificate. Nothing in them is verified by having been read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Names {
-    /// `CN=host,O=Example`: the way GnuTLS and QEMU write it. For people.
+    /// `CN=host,O=Example`, as GnuTLS and QEMU write it. For messages.
     subject: String,
-    /// The whole subject, in this order and in the other, in which others write it. For a list; none if it cannot be written
-    /// without doubt.
+    /// The whole subject, in this order and in the other, in which others write it. For a list;
+    /// none if it cannot be written without doubt.
     exact: Vec<String>,
     pub(crate) issuer: String,
     /// DNS names, addresses, URIs, mail addresses of the subject.
@@ -40,7 +40,8 @@ enum Kind {
 }
 
 impl Kind {
-    /// Whether a pattern can be meant for names of this kind: a URI must not pass for a DNS name that it ends like.
+    /// Whether a pattern can be meant for names of this kind: a URI must not pass for a DNS name
+    /// that it ends like.
     fn is_meant_by(self, pattern: &str) -> bool {
         let of_address = |character: char| character.is_ascii_hexdigit() || ":.*".contains(character);
         match self {
@@ -83,8 +84,9 @@ impl Names {
         }
     }
 
-    /// Whether `pattern` is one of the names; a `*` in it stands for any text. With a `=` it is for subjects, with a `:` for
-    /// URIs and addresses, with an `@` for mail addresses, and otherwise for DNS names and addresses.
+    /// Whether `pattern` is one of the names; a `*` in it stands for any text. With a `=` it is for
+    /// subjects, with a `:` for URIs and addresses, with an `@` for mail addresses, and otherwise
+    /// for DNS names and addresses.
     pub(crate) fn match_pattern(&self, pattern: &str) -> bool {
         let of_subject = pattern == "*" || pattern.contains('=');
         let subject = rewritten(pattern);
@@ -111,7 +113,8 @@ impl fmt::Display for Names {
     }
 }
 
-/// The parts of a name, in order. `value` writes the value of an attribute that is text, and gets none of one that is not.
+/// The parts of a name, in order. `value` writes the value of an attribute that is text, and gets
+/// none of one that is not.
 fn parts(name: &X509Name<'_>, value: impl Fn(Option<&str>) -> Option<String>) -> Option<Vec<String>> {
     let part = |rdn: &RelativeDistinguishedName<'_>| {
         let attributes = rdn.iter().map(|attribute| {
@@ -134,7 +137,8 @@ pub(super) fn shown_subject(name: &X509Name<'_>) -> String {
     parts(name, value).unwrap_or_default().join(",")
 }
 
-/// In both orders. None, if it is empty or a value cannot be told.
+/// The distinguished name in both orders. `None` if it is empty or has a value that cannot be
+/// decoded.
 fn exact_subjects(name: &X509Name<'_>) -> Option<Vec<String>> {
     let value = |value: Option<&str>| {
         value.filter(|value| is_sound(value)).map(|value| value.chars().map(exact).collect())
@@ -145,7 +149,8 @@ fn exact_subjects(name: &X509Name<'_>) -> Option<Vec<String>> {
     Some(vec![forward, parts.join(",")])
 }
 
-/// For a list: no character of a value is left that a boundary of the subject has, so none can be made up.
+/// For a list: no character of a value is left that a boundary of the subject has, so none can be
+/// made up.
 fn exact(character: char) -> String {
     match SPECIAL.contains(character) {
         true => format!("\\{:02X}", u32::from(character)),

@@ -1,4 +1,4 @@
-//! Records on their way in: opened where they lie.
+//! Incoming records, decrypted in place.
 
 use std::ops::Range;
 
@@ -7,7 +7,8 @@ use super::record::{HEADER_LEN, MAX_PAYLOAD, Protection, Unopened, content};
 /// Bytes that one read takes at most: as much as the other end writes at a time.
 const BUFFER: usize = 256 << 10;
 
-/// Records without data between two with data: key updates, tickets, empty ones. More is an attack on our time.
+/// Records without data between two with data: key updates, tickets, empty ones. More is an attack
+/// on our time.
 const MAX_IDLE_RECORDS: u32 = 64;
 
 /// Bytes of a message of the handshake protocol. Only session tickets come in after the handshake.
@@ -24,50 +25,60 @@ pub(crate) enum Opened {
     KeyUpdate(bool),
     /// There is no whole record: more bytes are needed.
     Nothing,
-    /// Something that is of no use to us.
+    /// A record without meaning here: empty data, a session ticket.
     Other,
 }
 
 /// What a peer may not send.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Bad {
-    /// A handshake message in pieces, of which one is empty, or between which another record has come.
+    /// A handshake message in pieces, of which one is empty, or between which another record has
+    /// come.
     Fragment,
     /// A record's version or type. The first bytes of it.
     Header([u8; HEADER_LEN]),
     /// A handshake message that may not come now, by its type.
     Message(u8),
-    /// A record that is too long, or its text is: so many bytes after the header.
+    /// A record that is too long, or whose text is; its length after the header.
     Overflow(usize),
     /// Too many records that carry nothing.
     Idle,
-    /// A record that was not sealed by the peer, or not in this place.
-    Sealed,
+    /// A record that the peer did not encrypt, or not at this place of the stream.
+    Undecryptable,
 }
 
 /// Opens the records in one buffer. 0 <= data.start <= data.end <= start <= end <= buffer.len()
 pub(crate) struct Opener {
     protection: Protection,
     buffer: Box<[u8]>,
-    /// Opened, and not taken yet.
+    /// Decrypted, and not taken yet.
     data: Range<usize>,
-    /// Where the records begin that are still sealed, and where they end.
+    /// Where the records begin that are still encrypted, and where they end.
     start: usize,
     end: usize,
     /// The beginning of a handshake message that goes on in the next record.
     message: Vec<u8>,
     idle: u32,
     /// Whether there ever was a record with data.
-    heard: bool,
+    received_data: bool,
 }
 
 impl Opener {
-    /// `sealed` was received with the handshake.
-    pub(crate) fn new(protection: Protection, sealed: &[u8]) -> Self {
-        let end = sealed.len();
+    /// `encrypted` was received with the handshake.
+    pub(crate) fn new(protection: Protection, encrypted: &[u8]) -> Self {
+        let end = encrypted.len();
         let mut buffer = vec![0; end.max(BUFFER) + HEADER_LEN + MAX_PAYLOAD].into_boxed_slice();
-        buffer.split_at_mut(end).0.copy_from_slice(sealed);
-        Self { protection, buffer, data: 0..0, start: 0, end, message: Vec::new(), idle: 0, heard: false }
+        buffer.split_at_mut(end).0.copy_from_slice(encrypted);
+        Self {
+            protection,
+            buffer,
+            data: 0..0,
+            start: 0,
+            end,
+            message: Vec::new(),
+            idle: 0,
+            received_data: false,
+        }
     }
 
     /// Data that was opened and not taken yet.
@@ -81,8 +92,8 @@ impl Opener {
     }
 
     /// Whether the peer has sent data, ever.
-    pub(crate) fn has_heard(&self) -> bool {
-        self.heard
+    pub(crate) fn has_received_data(&self) -> bool {
+        self.received_data
     }
 
     /// Bytes of a record that is not whole yet.
@@ -90,8 +101,8 @@ impl Opener {
         self.end - self.start
     }
 
-    /// Where to put more bytes from the socket; never empty if there is no data and [`open`](Self::open) gave
-    /// [`Opened::Nothing`].
+    /// Where to put more bytes from the socket; never empty if there is no data and
+    /// [`open`](Self::open) gave [`Opened::Nothing`].
     pub(crate) fn room(&mut self) -> &mut [u8] {
         if self.data.is_empty() {
             if self.start == self.end {
@@ -105,7 +116,7 @@ impl Opener {
         self.buffer.get_mut(self.end..).unwrap_or_default()
     }
 
-    /// So many bytes were put into [`room`](Self::room).
+    /// Notes that `count` bytes were put into [`room`](Self::room).
     pub(crate) fn fill(&mut self, count: usize) {
         self.end = (self.end + count).min(self.buffer.len());
     }
@@ -114,10 +125,10 @@ impl Opener {
     pub(crate) fn open(&mut self) -> Result<Opened, Bad> {
         let Some(len) = self.record_len()? else { return Ok(Opened::Nothing) };
         let at = self.start;
-        let record = self.buffer.get_mut(at..at + len).ok_or(Bad::Sealed)?;
+        let record = self.buffer.get_mut(at..at + len).ok_or(Bad::Undecryptable)?;
         let (content, text) = self.protection.open(record).map_err(|why| match why {
             Unopened::Overflow => Bad::Overflow(len - HEADER_LEN),
-            Unopened::Unsound => Bad::Sealed,
+            Unopened::Unsound => Bad::Undecryptable,
         })?;
         self.start += len;
         let text = at + text.start..at + text.end;
@@ -127,7 +138,7 @@ impl Opener {
             return Err(Bad::Fragment);
         }
         if content == content::APPLICATION_DATA && !text.is_empty() {
-            (self.idle, self.heard, self.data) = (0, true, text);
+            (self.idle, self.received_data, self.data) = (0, true, text);
             return Ok(Opened::Data);
         }
         self.idle += 1;
@@ -138,7 +149,7 @@ impl Opener {
             content::APPLICATION_DATA => Ok(Opened::Other),
             content::ALERT => match self.buffer.get(text) {
                 Some([level, description]) => Ok(Opened::Alert(*level, *description)),
-                _ => Err(Bad::Sealed),
+                _ => Err(Bad::Undecryptable),
             },
             content::HANDSHAKE => self.handshake(text),
             other => Err(Bad::Header([other, 0, 0, 0, 0])),
@@ -152,8 +163,8 @@ impl Opener {
 
     /// The length of the next record, header included, if it is here as a whole.
     fn record_len(&self) -> Result<Option<usize>, Bad> {
-        let sealed = self.buffer.get(self.start..self.end).unwrap_or_default();
-        let Some(header) = sealed.first_chunk::<HEADER_LEN>() else { return Ok(None) };
+        let encrypted = self.buffer.get(self.start..self.end).unwrap_or_default();
+        let Some(header) = encrypted.first_chunk::<HEADER_LEN>() else { return Ok(None) };
         let [kind, major, _, high, low] = *header;
         let payload = usize::from(u16::from_be_bytes([high, low]));
         if !(20..=23).contains(&kind) || major != 3 {
@@ -163,7 +174,7 @@ impl Opener {
             return Err(Bad::Overflow(payload));
         }
         let len = HEADER_LEN + payload;
-        Ok((sealed.len() >= len).then_some(len))
+        Ok((encrypted.len() >= len).then_some(len))
     }
 
     /// Messages of the handshake protocol that may come later: RFC 8446 §4.6.

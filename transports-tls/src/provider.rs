@@ -7,7 +7,8 @@ use rustls::crypto::CryptoProvider;
 #[cfg(not(any(feature = "aws-lc", feature = "ring")))]
 compile_error!("TLS needs one of the features aws-lc and ring");
 
-/// A library of cryptographic primitives. Which are there, the crate's features decide; docs/tls.md compares them.
+/// A library of cryptographic primitives. Which are there, the crate's features decide; docs/tls.md
+/// compares them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TlsProvider {
     /// aws-lc-rs.
@@ -61,7 +62,8 @@ pub(crate) enum Algorithm {
     Chacha20Poly1305,
 }
 
-/// The library would not take a key, or the bytes are not what was sealed. It does not say more, on purpose.
+/// The library would not take a key, or the bytes are not what was encrypted. It does not say more,
+/// on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Unsound;
 

@@ -1,5 +1,5 @@
-//! One TLS record, sealed and opened where it lies. Spec: RFC 8446 §5.2 (TLS 1.3), RFC 5246 §6.2.3, RFC 5288 and
-//! RFC 7905 (TLS 1.2).
+//! One TLS record, encrypted and decrypted in place. Spec: RFC 8446 §5.2 (TLS 1.3), RFC 5246
+//! §6.2.3, RFC 5288 and RFC 7905 (TLS 1.2).
 //!
 //! ```text
 //!  TLS 1.3           header(5) | text | inner type(1) | tag(16)      outer type: always application data
@@ -25,7 +25,7 @@ pub(crate) const HEADER_LEN: usize = 5;
 /// Most plaintext in a record: 2^14 bytes.
 pub(crate) const MAX_TEXT: usize = 1 << 14;
 /// Most bytes of a record that we write, header included.
-pub(crate) const MAX_SEALED: usize = HEADER_LEN + EXPLICIT_NONCE_LEN + MAX_TEXT + 1 + TAG_LEN;
+pub(crate) const MAX_ENCRYPTED: usize = HEADER_LEN + EXPLICIT_NONCE_LEN + MAX_TEXT + 1 + TAG_LEN;
 /// Most bytes after the header that any peer may send, in TLS 1.2: 2^14 and 2048.
 pub(crate) const MAX_PAYLOAD: usize = MAX_TEXT + 2048;
 
@@ -46,7 +46,7 @@ enum Layout {
 /// Why a record was not opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unopened {
-    /// It was sealed with more text than a record may have.
+    /// It was encrypted with more text than a record may have.
     Overflow,
     Unsound,
 }
@@ -108,8 +108,8 @@ impl Protection {
         }
     }
 
-    /// Length of a record with so much plaintext.
-    pub(crate) fn sealed_len(&self, text_len: usize) -> usize {
+    /// Length of a record, given the length of its plaintext.
+    pub(crate) fn encrypted_len(&self, text_len: usize) -> usize {
         self.text_at() + text_len + usize::from(self.layout == Layout::Tls13) + TAG_LEN
     }
 
@@ -121,7 +121,8 @@ impl Protection {
         }
     }
 
-    /// Seals a record of [`sealed_len`](Self::sealed_len), whose plaintext stands at [`text_at`](Self::text_at).
+    /// Encrypts a record of [`encrypted_len`](Self::encrypted_len), whose plaintext stands at
+    /// [`text_at`](Self::text_at).
     pub(crate) fn seal(&mut self, content: u8, record: &mut [u8]) -> Result<(), Unsound> {
         let text_at = self.text_at();
         let payload_len = u16::try_from(record.len().saturating_sub(HEADER_LEN)).map_err(|_| Unsound)?;

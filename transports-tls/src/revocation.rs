@@ -24,7 +24,7 @@ impl Revocation {
     /// the older one was on hold, and is no more.
     ///
     /// # Errors
-    /// One that is no revocation list.
+    /// A block that is not a revocation list.
     pub(super) fn of(all: &[CertificateRevocationListDer<'_>], now: ASN1Time) -> Result<Self, String> {
         let mut lists = all.iter().map(|list| parse(list)).collect::<Result<Vec<_>, _>>()?;
         lists.sort_by(|one, other| age(other).cmp(&age(one)));

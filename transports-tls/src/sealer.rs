@@ -1,9 +1,10 @@
-//! Records on their way out: sealed where they lie, several to one write.
+//! Outgoing records, encrypted in place, several to one write.
 
 use super::provider::Unsound;
-use super::record::{MAX_SEALED, MAX_TEXT, Protection, content};
+use super::record::{MAX_ENCRYPTED, MAX_TEXT, Protection, content};
 
-/// Data records to one write: 256 KiB of text. They stay in the L2 cache from the copy to the socket.
+/// Data records to one write: 256 KiB of text. They stay in the L2 cache from the copy to the
+/// socket.
 const BATCH: usize = 16;
 /// Before the data, a key update may have to go; after it, a close_notify or an alert.
 const CONTROL: usize = 2;
@@ -11,7 +12,7 @@ const CONTROL: usize = 2;
 /// Most plaintext that one write takes.
 pub(crate) const MAX_BATCH_TEXT: usize = BATCH * MAX_TEXT;
 
-/// Seals records into one buffer.
+/// Encrypts records into one buffer.
 pub(crate) struct Sealer {
     protection: Protection,
     /// Records that a key may protect.
@@ -20,13 +21,13 @@ pub(crate) struct Sealer {
     filled: usize,
     /// For each data record in the buffer, where it ends, and how much text there is up to there.
     ends: Vec<(usize, usize)>,
-    /// Bytes of text since the key is in use.
+    /// Bytes of text that this key has encrypted.
     text: u64,
 }
 
 impl Sealer {
     pub(crate) fn new(protection: Protection, limit: u64) -> Self {
-        let buffer = vec![0; (BATCH + CONTROL) * MAX_SEALED].into();
+        let buffer = vec![0; (BATCH + CONTROL) * MAX_ENCRYPTED].into();
         Self { protection, limit, buffer, filled: 0, ends: Vec::with_capacity(BATCH), text: 0 }
     }
 
@@ -36,7 +37,8 @@ impl Sealer {
         self.ends.clear();
     }
 
-    /// Adds up to `len` bytes of data, which `fill` writes in pieces, in order. Gives how many there was room for.
+    /// Adds up to `len` bytes of data, which `fill` writes in pieces, in order. Gives how many
+    /// there was room for.
     pub(crate) fn data(&mut self, len: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<usize, Unsound> {
         let mut taken = 0;
         while taken < len && self.ends.len() < BATCH {
@@ -49,22 +51,23 @@ impl Sealer {
         Ok(taken)
     }
 
-    /// Adds a record that is no data: an alert, a key update.
+    /// Adds a control record: an alert, a key update.
     pub(crate) fn control(&mut self, content: u8, message: &[u8]) -> Result<(), Unsound> {
         self.record(content, message.len(), &mut |into| into.copy_from_slice(message))
     }
 
-    /// What to write.
-    pub(crate) fn sealed(&self) -> &[u8] {
+    /// The bytes to write.
+    pub(crate) fn encrypted(&self) -> &[u8] {
         self.buffer.get(..self.filled).unwrap_or_default()
     }
 
-    /// How much text has gone when the first `sent` bytes of the batch have: only a whole record can be opened.
+    /// How much text has gone when the first `sent` bytes of the batch have: only a whole record
+    /// can be opened.
     pub(crate) fn text_in(&self, sent: usize) -> usize {
         self.ends.iter().take_while(|(end, _)| *end <= sent).last().map_or(0, |(_, text)| *text)
     }
 
-    /// Bytes of text since the key is in use.
+    /// Bytes of text that this key has encrypted.
     pub(crate) fn text_since_refresh(&self) -> u64 {
         self.text
     }
@@ -74,7 +77,7 @@ impl Sealer {
         self.protection.sequence() >= self.limit.saturating_sub(2 * (BATCH + CONTROL) as u64)
     }
 
-    /// Goes on with other keys.
+    /// Replaces the keys.
     pub(crate) fn rekey(&mut self, protection: Protection) {
         self.protection = protection;
         self.text = 0;
@@ -87,7 +90,7 @@ impl Sealer {
         fill: &mut dyn FnMut(&mut [u8]),
     ) -> Result<(), Unsound> {
         let text_at = self.protection.text_at();
-        let end = self.filled + self.protection.sealed_len(text_len);
+        let end = self.filled + self.protection.encrypted_len(text_len);
         let record = self.buffer.get_mut(self.filled..end).ok_or(Unsound)?;
         fill(record.get_mut(text_at..text_at + text_len).ok_or(Unsound)?);
         self.protection.seal(content, record)?;

@@ -19,7 +19,7 @@ use super::socket::{AsyncSocket, FirstBytes, Ready};
 use super::stream::{Settings, TlsStream};
 use super::verify::{Circumstances, Seen, Witness};
 
-/// How to accept by TLS: who we are, whom to let in. Cheap to clone.
+/// TLS settings of the accepting end: own certificate, authorised peers. Cheap to clone.
 ///
 /// TLS 1.3 and 1.2. Every client must show a certificate signed by a CA of `ca-cert.pem`, unless
 /// [`without_client_certificates`](Self::without_client_certificates) says otherwise.
@@ -38,14 +38,15 @@ pub struct TlsServer {
 /// How far a client has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// It has sent so many bytes of its handshake.
+    /// In its handshake; bytes received so far.
     Handshake(usize),
-    /// It has a sealed connection, and has sent so many bytes on it.
-    Sealed(usize),
+    /// Encrypted; bytes received on the connection so far.
+    Encrypted(usize),
 }
 
 impl TlsServer {
-    /// Reads `ca-cert.pem`, `server-cert.pem`, `server-key.pem`, and if it is there `ca-crl.pem` of a directory.
+    /// Reads `ca-cert.pem`, `server-cert.pem`, `server-key.pem`, and if it is there `ca-crl.pem` of
+    /// a directory.
     ///
     /// # Errors
     /// A file that is missing, cannot be read or does not fit the others, by its name.
@@ -75,18 +76,20 @@ impl TlsServer {
         Ok(Self { directory, verifier, anonymous: false, identity, crypto, allowed, settings })
     }
 
-    /// Lets everybody in. The stream is sealed, but nobody knows who sends it. With a list of
-    /// [`authorise`](Self::authorise) a certificate is demanded all the same.
+    /// Accepts clients without a certificate. The stream is encrypted, but the sender is not
+    /// authenticated. With a list of [`authorise`](Self::authorise) a certificate is demanded
+    /// nevertheless.
     #[must_use]
     pub fn without_client_certificates(mut self) -> Self {
         self.anonymous = true;
         self
     }
 
-    /// Lets only those in whose certificate has one of these names: a subject as QEMU writes it (`CN=host,O=Example`, in
-    /// either order), or a subject alternative name: with an `@` a mail address, with a `:` a URI or an address, otherwise a
-    /// DNS name or an address (`host.example`, `10.0.0.7`). A `*` stands for any text, and `\,` for a comma within a value.
-    /// An empty list, the default, is everybody with a certificate of the CA.
+    /// Lets only those in whose certificate has one of these names: a subject as QEMU writes it
+    /// (`CN=host,O=Example`, in either order), or a subject alternative name: with an `@` a mail
+    /// address, with a `:` a URI or an address, otherwise a DNS name or an address (`host.example`,
+    /// `10.0.0.7`). A `*` stands for any text, and `\,` for a comma within a value. An empty list,
+    /// the default, admits every certificate of the CA.
     #[must_use]
     pub fn authorise<N: Into<String>>(mut self, names: impl IntoIterator<Item = N>) -> Self {
         self.allowed = names.into_iter().map(Into::into).collect();
@@ -100,11 +103,13 @@ impl TlsServer {
         self
     }
 
-    /// Makes an accepted client a sealed stream, and receives its first bytes: they are in `first`, and come again. `stage` is
-    /// kept up to date for a caller that stops waiting. `None`: it hung up before its first byte.
+    /// Makes an accepted client an encrypted stream, and receives its first bytes: they are in
+    /// `first`, and come again. `stage` is kept up to date for a caller that stops waiting. `None`:
+    /// it hung up before its first byte.
     ///
     /// # Errors
-    /// `InvalidData`: there is no agreement with the client, and why; `UnexpectedEof`: it hung up behind the handshake.
+    /// `InvalidData`: the handshake failed, with the reason; `UnexpectedEof`: the client closed the
+    /// connection right after it.
     pub async fn accept<S: AsyncSocket>(
         &self,
         client: S,
@@ -112,10 +117,10 @@ impl TlsServer {
         stage: &mut Stage,
     ) -> io::Result<Option<TlsStream>> {
         let seen = Seen::default();
-        let parts = self.shake_hands(client, &seen, stage).await;
+        let parts = self.handshake(client, &seen, stage).await;
         let stream = match parts {
             Ok(parts) => TlsStream::new(parts, self.settings),
-            // Somebody who knocks and leaves.
+            // A connection that was opened and closed: a port scan, a health check.
             Err(Failure::Ended(0)) => return Ok(None),
             Err(failure) => {
                 let ca = self.directory.ca_path();
@@ -128,7 +133,7 @@ impl TlsServer {
         stream.into_blocking().map(Some)
     }
 
-    async fn shake_hands<S: AsyncSocket>(
+    async fn handshake<S: AsyncSocket>(
         &self,
         client: S,
         seen: &Seen,
@@ -138,7 +143,7 @@ impl TlsServer {
         let connection = UnbufferedServerConnection::new(Arc::new(config)).map_err(Failure::Tls)?;
         let mut line = Line::new(client);
         let connection = line
-            .shake_hands(connection, &mut |received| {
+            .handshake(connection, &mut |received| {
                 *stage = Stage::Handshake(received);
             })
             .await?;
@@ -157,7 +162,8 @@ impl TlsServer {
         let mut config =
             builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.identity))));
         config.enable_secret_extraction = true;
-        // Nobody would come back with them, and a client that does not read would leave them in the socket.
+        // No call would give them back, and a client that does not read would leave them in the
+        // socket.
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         Ok(config)
@@ -173,7 +179,7 @@ async fn first_bytes<S: AsyncSocket>(
     let client: S = stream.waiting()?;
     loop {
         let received = first.received();
-        *stage = Stage::Sealed(received);
+        *stage = Stage::Encrypted(received);
         let missing @ [_, ..] = first.missing() else { break };
         // Before the wait: something may have come with the handshake.
         let count = match stream.recv_now(missing) {

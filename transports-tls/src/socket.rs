@@ -21,7 +21,7 @@ pub trait AsyncSocket: Sized {
     /// Takes a connected socket.
     ///
     /// # Errors
-    /// The system's word.
+    /// The system's error.
     fn new(socket: Socket) -> io::Result<Self>;
 
     /// Makes a call that does not block, again and again until it does not have to wait: until it
@@ -38,7 +38,7 @@ pub trait AsyncSocket: Sized {
     /// Gives the socket back, which does not block yet.
     ///
     /// # Errors
-    /// The system's word.
+    /// The system's error.
     fn into_socket(self) -> io::Result<Socket>;
 }
 

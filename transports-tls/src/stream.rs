@@ -4,15 +4,17 @@
 //!  sending thread                                receiving thread
 //!   sending: Sealer ── records ──> socket ──> receiving: Opener
 //!      | before each batch: looks                | a key update: next key, `answer_due`
-//!      | what the peer has sent, without waiting | an alert, an end: `heard` tells the sender
+//!      | what the peer has sent, without waiting | an alert, an end: `received_end` tells the sender
 //!      +--------------- secrets: the next keys --+
 //! ```
 //!
-//! The directions have nothing in common but the secrets that the next keys come from, so a thread that is blocked in one
-//! never holds up the other. The receiver writes nothing: the answer to a key update has to go before the next data, and
-//! not before (RFC 8446 §4.6.3), so the next sender sends it. An alert goes at once if nobody sends, and otherwise when he
-//! is done. Nobody waits for one lock while he holds another of the
-//! first two.
+//! The directions have nothing in common but the secrets that the next keys come from, so a thread
+//! that is blocked in one never holds up the other. The receiver writes nothing: the answer to a
+//! key update has to go before the next data, and not before (RFC 8446 §4.6.3), so the next sender
+//! sends it.
+//!
+//! Lock order: never wait for `sending` while holding `receiving`, or the reverse. An alert is sent
+//! at once if `sending` is free, else by the thread that holds it.
 
 use std::fmt;
 use std::io::{self, ErrorKind, IoSlice};
@@ -34,10 +36,11 @@ use super::secrets::{Direction, Secrets};
 use super::socket::AsyncSocket;
 use super::{alert, alert::Role};
 
-/// How long a sender whose connection broke waits for the receiver to hear the peer's last words, which say why.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+/// Timeout of a sender whose connection broke, until the receiver has read the peer's alert, which
+/// gives the reason.
+const PEER_ALERT_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// A connection that is sealed, on a blocking socket. One thread may send while another receives.
+/// An encrypted connection on a blocking socket. One thread may send while another receives.
 pub struct TlsStream {
     socket: Socket,
     sending: Mutex<Sending>,
@@ -49,9 +52,9 @@ pub struct TlsStream {
     alert_due: AtomicU8,
     /// New keys for sending so far.
     refreshed: AtomicU64,
-    /// Why nothing will come any more, as soon as it is known.
-    heard: Mutex<Option<Ended>>,
-    hearing: Condvar,
+    /// Why the peer sends no more, as soon as it is known.
+    received_end: Mutex<Option<Ended>>,
+    end_received: Condvar,
     settings: Settings,
 }
 
@@ -59,7 +62,7 @@ pub struct TlsStream {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Settings {
     pub(crate) role: Role,
-    /// We have shown a certificate, or would.
+    /// Whether this end has shown a certificate, or would have.
     pub(crate) certified: bool,
     pub(crate) provider: TlsProvider,
     pub(crate) refresh_after: Option<NonZeroU64>,
@@ -67,7 +70,7 @@ pub(crate) struct Settings {
 
 struct Sending {
     sealer: Sealer,
-    /// Why nothing can be sent any more.
+    /// Why sending has ended.
     ended: Option<Ended>,
 }
 
@@ -77,10 +80,10 @@ struct Receiving {
     ended: Option<Ended>,
 }
 
-/// The end of a direction, which does not change any more.
+/// How a direction ended; final.
 #[derive(Clone, Debug)]
 enum Ended {
-    /// As it should: `close_notify`, or the end of the connection between two records.
+    /// Orderly: `close_notify`, or the end of the connection between two records.
     Well,
     Badly(ErrorKind, String),
 }
@@ -104,8 +107,8 @@ impl TlsStream {
             answer_due: AtomicBool::new(false),
             alert_due: AtomicU8::new(0),
             refreshed: AtomicU64::new(0),
-            heard: Mutex::default(),
-            hearing: Condvar::new(),
+            received_end: Mutex::default(),
+            end_received: Condvar::new(),
             settings,
         }
     }
@@ -126,17 +129,17 @@ impl TlsStream {
         Ok(self)
     }
 
-    /// Sends up to `len` bytes, which `fill` writes in pieces, in order. Gives how many went; `fill` may have been asked for
-    /// more than that, if the connection broke.
+    /// Sends up to `len` bytes, which `fill` writes in pieces, in order. Gives how many went;
+    /// `fill` may have been asked for more than that, if the connection broke.
     ///
     /// # Errors
-    /// The socket's own, or what the peer's last words say.
+    /// The socket's own, or what the peer's alert says.
     pub fn send_filled(&self, len: usize, fill: &mut dyn FnMut(&mut [u8])) -> io::Result<usize> {
         self.while_sending(|sending| {
             check(sending.ended.as_ref())?;
             self.listen()?;
-            let sealed = self.seal(sending, len, fill);
-            self.write(sending, sealed)
+            let encrypted = self.seal(sending, len, fill);
+            self.write(sending, encrypted)
         })
     }
 
@@ -175,8 +178,8 @@ impl TlsStream {
         })
     }
 
-    /// Shows `take` what is there, at least a byte and at most `most`, and forgets as much as it has taken. 0 is the peer's
-    /// end.
+    /// Shows `take` what is there, at least a byte and at most `most`, and forgets as much as it
+    /// has taken. 0 is the peer's end.
     ///
     /// # Errors
     /// As [`recv`](Self::recv).
@@ -192,25 +195,25 @@ impl TlsStream {
         })
     }
 
-    /// Says goodbye, and that nothing more will be sent.
+    /// Ends what is sent, with a `close_notify`.
     ///
     /// # Errors
     /// That of the first fault, if sending has ended badly before.
     pub fn finish_sending(&self) -> io::Result<()> {
-        self.while_sending(|sending| self.say_goodbye(sending))
+        self.while_sending(|sending| self.send_close_notify(sending))
     }
 
-    fn say_goodbye(&self, sending: &mut Sending) -> io::Result<()> {
+    fn send_close_notify(&self, sending: &mut Sending) -> io::Result<()> {
         match &sending.ended {
             Some(Ended::Well) => return Ok(()),
             ended => check(ended.as_ref())?,
         }
         sending.sealer.clear();
-        let sealed = sending.sealer.control(content::ALERT, &alert::CLOSE_NOTIFY);
-        // A peer that has all it wants may be gone already. What lies unread when the socket is closed would reset the
-        // connection, and the goodbye might not arrive.
-        if let Err(error) = self.write(sending, sealed).and_then(|_| self.listen()) {
-            tracing::debug!(%error, "the goodbye of a TLS connection");
+        let encrypted = sending.sealer.control(content::ALERT, &alert::CLOSE_NOTIFY);
+        // A peer that has all it wants may be gone already. Bytes left unread when the socket is
+        // closed would reset the connection, and the close_notify might not arrive.
+        if let Err(error) = self.write(sending, encrypted).and_then(|_| self.listen()) {
+            tracing::debug!(%error, "close_notify of a TLS connection");
         }
         sending.ended = Some(Ended::Well);
         self.socket.shutdown(Shutdown::Write)
@@ -222,20 +225,20 @@ impl TlsStream {
         drop(self.socket.shutdown(Shutdown::Both));
     }
 
-    /// How long a call may move no byte.
+    /// The timeout of one call in which no byte moves.
     ///
     /// # Errors
-    /// The system's word.
-    pub fn set_silence_limit(&self, limit: Option<Duration>) -> io::Result<()> {
+    /// The system's error.
+    pub fn set_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
         self.socket.set_read_timeout(limit)?;
         self.socket.set_write_timeout(limit)
     }
 
-    /// The limit that is set.
+    /// The timeout in force.
     ///
     /// # Errors
-    /// The system's word.
-    pub fn silence_limit(&self) -> io::Result<Option<Duration>> {
+    /// The system's error.
+    pub fn timeout(&self) -> io::Result<Option<Duration>> {
         self.socket.read_timeout()
     }
 
@@ -280,14 +283,14 @@ impl TlsStream {
     }
 
     /// Writes the batch. Gives how much data has gone with it.
-    fn write(&self, sending: &mut Sending, sealed: Result<(), Unsound>) -> io::Result<usize> {
-        if let Err(Unsound) = sealed {
+    fn write(&self, sending: &mut Sending, encrypted: Result<(), Unsound>) -> io::Result<usize> {
+        if let Err(Unsound) = encrypted {
             let text =
                 "the key has protected as many records as it may, and TLS 1.2 has no other: use TLS 1.3";
             return end(&mut sending.ended, Ended::Badly(ErrorKind::Other, text.to_owned()));
         }
         let Sending { sealer, ended } = sending;
-        let mut left = sealer.sealed();
+        let mut left = sealer.encrypted();
         let whole = left.len();
         while !left.is_empty() {
             match self.socket.send_with_flags(left, libc::MSG_NOSIGNAL) {
@@ -305,8 +308,8 @@ impl TlsStream {
         Ok(sealer.text_in(whole))
     }
 
-    /// Takes note of what the peer has sent, without waiting: its alert, its key, a ticket. Stops at data, which is for a
-    /// receiver.
+    /// Takes note of what the peer has sent, without waiting: its alert, its key, a ticket. Stops
+    /// at data, which is for a receiver.
     fn listen(&self) -> io::Result<()> {
         let mut receiving = match self.receiving.try_lock() {
             Ok(receiving) => receiving,
@@ -360,7 +363,7 @@ impl TlsStream {
                 Ok(())
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => Ok(()),
-            // Nothing for now, or for as long as the silence limit: more may come.
+            // Nothing for now, or for as long as the timeout: more may come.
             Err(error) if error.kind() == ErrorKind::WouldBlock => Err(error),
             Err(error) => {
                 let text = self.with_hint(&receiving.opener, &error.to_string());
@@ -372,10 +375,10 @@ impl TlsStream {
 
     fn end_of_connection(&self, opener: &Opener) -> Ended {
         match opener.partial() {
-            0 if opener.has_heard() || self.settings.role == Role::Server => Ended::Well,
+            0 if opener.has_received_data() || self.settings.role == Role::Server => Ended::Well,
             0 => Ended::Badly(
                 ErrorKind::UnexpectedEof,
-                self.with_hint(opener, "the peer closed the connection without a word"),
+                self.with_hint(opener, "the peer closed the connection without an alert"),
             ),
             partial => Ended::Badly(
                 ErrorKind::UnexpectedEof,
@@ -384,9 +387,10 @@ impl TlsStream {
         }
     }
 
-    /// A server of TLS 1.3 looks at the client's certificate when the client is through with its handshake.
+    /// A server of TLS 1.3 looks at the client's certificate when the client is through with its
+    /// handshake.
     fn with_hint(&self, opener: &Opener, text: &str) -> String {
-        if opener.has_heard() || self.settings.role == Role::Server {
+        if opener.has_received_data() || self.settings.role == Role::Server {
             return text.to_owned();
         }
         let maybe = match self.settings.certified {
@@ -406,7 +410,7 @@ impl TlsStream {
         }
     }
 
-    /// The peer has sent what no sound peer sends. It is told so if that costs no waiting.
+    /// Ends receiving for a protocol violation, and sends the alert if that does not block.
     fn refuse(&self, receiving: &mut Receiving, bad: &Bad) {
         let (description, text) = alert::for_bad(bad);
         self.note_end(receiving, Ended::Badly(ErrorKind::InvalidData, text));
@@ -414,7 +418,8 @@ impl TlsStream {
         self.send_alert();
     }
 
-    /// Does what a sender does, and then sends the alert that has come due meanwhile: whoever found the fault could not.
+    /// Does what a sender does, and then sends the alert that has come due meanwhile: the thread
+    /// that found the fault could not.
     fn while_sending<T>(&self, act: impl FnOnce(&mut Sending) -> T) -> T {
         let outcome = act(&mut lock(&self.sending));
         self.send_alert();
@@ -426,7 +431,7 @@ impl TlsStream {
         if self.alert_due.load(Ordering::SeqCst) == 0 {
             return;
         }
-        // Who holds it comes here when he is done.
+        // The thread that holds it comes here when it is done.
         let Ok(mut sending) = self.sending.try_lock() else { return };
         let description = self.alert_due.swap(0, Ordering::SeqCst);
         if description == 0 || sending.ended.is_some() {
@@ -435,19 +440,19 @@ impl TlsStream {
         sending.sealer.clear();
         if sending.sealer.control(content::ALERT, &[alert::FATAL, description]).is_ok() {
             let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-            // Nobody is left to be told of a failure.
-            let _ = self.socket.send_with_flags(sending.sealer.sealed(), flags);
+            // A failure has no one left to be reported to.
+            let _ = self.socket.send_with_flags(sending.sealer.encrypted(), flags);
         }
-        sending.ended.clone_from(&lock(&self.heard));
+        sending.ended.clone_from(&lock(&self.received_end));
     }
 
     fn note_end(&self, receiving: &mut Receiving, ended: Ended) {
-        *lock(&self.heard) = Some(ended.clone());
-        self.hearing.notify_all();
+        *lock(&self.received_end) = Some(ended.clone());
+        self.end_received.notify_all();
         receiving.ended = Some(ended);
     }
 
-    /// The peer's last words say more than "broken pipe".
+    /// The peer's alert says more than "broken pipe".
     fn explain_broken(&self, error: io::Error) -> io::Error {
         if !matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) {
             return error;
@@ -456,9 +461,10 @@ impl TlsStream {
         if let Err(said) = listened {
             return said;
         }
-        let heard = lock(&self.heard);
-        let heard = self.hearing.wait_timeout_while(heard, LAST_WORDS, |heard| heard.is_none());
-        match &*heard.unwrap_or_else(PoisonError::into_inner).0 {
+        let received_end = lock(&self.received_end);
+        let received_end =
+            self.end_received.wait_timeout_while(received_end, PEER_ALERT_TIMEOUT, |end| end.is_none());
+        match &*received_end.unwrap_or_else(PoisonError::into_inner).0 {
             Some(Ended::Badly(kind, text)) => io::Error::new(*kind, text.clone()),
             _ => error,
         }

@@ -1,4 +1,5 @@
-//! Checking the peer's certificate: rustls does it, we remember what it has seen, and look it up in the list.
+//! Checking the peer's certificate: rustls does it, we remember what it has seen, and look it up in
+//! the list.
 
 use std::fmt;
 use std::path::Path;
@@ -18,7 +19,7 @@ use super::names::Names;
 pub(crate) struct Witness<V: ?Sized> {
     inner: Arc<V>,
     seen: Seen,
-    /// Who may be the peer; empty: whoever has a certificate that verifies.
+    /// Names that a peer's certificate may have; empty: any certificate that verifies.
     allowed: Arc<[String]>,
 }
 
@@ -81,7 +82,8 @@ impl<V: ServerCertVerifier + ?Sized> ServerCertVerifier for Witness<V> {
 }
 
 impl<V: ClientCertVerifier + ?Sized> ClientCertVerifier for Witness<V> {
-    /// None: a client of another CA would show no certificate at all, and nobody could say what is wrong with it.
+    /// None: with hints, a client of another CA would send no certificate, and the error could not
+    /// say what is wrong with it.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }
@@ -132,7 +134,7 @@ pub(crate) struct Circumstances<'a> {
 }
 
 impl Circumstances<'_> {
-    /// Why there is no connection, in words.
+    /// The error text of a failed handshake.
     pub(crate) fn explain(&self, failure: &Failure) -> String {
         match failure {
             Failure::Broken(error) => {

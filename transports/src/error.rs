@@ -7,9 +7,9 @@ use thiserror::Error;
 
 use crate::Endpoint;
 
-/// Why there is no connection, or no listener.
+/// The error of a connection or a listener that could not be made.
 ///
-/// Once a [`Channel`](crate::Channel) stands, its calls fail with plain [`io::Error`]s.
+/// The calls of a connected [`Channel`](crate::Channel) fail with plain [`io::Error`]s.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TransportError {
@@ -39,7 +39,7 @@ pub enum TransportError {
         /// Why the last complete attempt failed.
         source: io::Error,
     },
-    /// The system said no, and asking again would not help.
+    /// The system refused, and repeating would not help.
     #[error("{action} {endpoint}, after {elapsed:.1?}")]
     Io {
         /// What was being done: "connect to", "listen on", "accept on".
@@ -54,7 +54,7 @@ pub enum TransportError {
 }
 
 impl TransportError {
-    /// Whether a [`Stopper`](crate::Stopper) caused it, so nobody is to blame.
+    /// Whether a [`Stopper`](crate::Stopper) caused it: a cancel, and no fault.
     pub fn is_cancelled(&self) -> bool {
         matches!(self, Self::Cancelled { .. })
     }

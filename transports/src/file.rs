@@ -1,4 +1,4 @@
-//! A regular file as a channel: one way, and its position can be moved.
+//! A regular file as a channel: in one direction, with a position that can be moved.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, IoSlice};
@@ -12,8 +12,9 @@ use rustix::fs::{OFlags, fcntl_getfl};
 
 /// The file behind a channel, which is written or read from one end to the other.
 ///
-/// A file that is written counts for nothing until [`Channel::finish_sending`](crate::Channel::finish_sending): closed or
-/// dropped before, it is cut off where the stream began, and removed if it was made for the stream.
+/// A file that is written counts for nothing until
+/// [`Channel::finish_sending`](crate::Channel::finish_sending): closed or dropped before, it is cut
+/// off where the stream began, and removed if it was made for the stream.
 #[derive(Debug)]
 pub struct FileStream {
     file: File,
@@ -35,15 +36,16 @@ struct Writing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Life {
     Open,
-    /// All is written, and lies on the disk.
+    /// All is written and durable.
     Finished,
     /// Closed by this side before that.
     Closed,
 }
 
 impl FileStream {
-    /// Opens a file to write a stream from `offset` on, and makes it if it is not there. What is after `offset` is cut off,
-    /// what is before it stays. Only its owner can read the file afterwards: it is a guest's RAM.
+    /// Opens a file to write a stream from `offset` on, and makes it if it is not there. What is
+    /// after `offset` is cut off, what is before it stays. Only its owner can read the file
+    /// afterwards: it is a guest's RAM.
     pub(crate) fn create(path: &Path, offset: u64) -> io::Result<Self> {
         check_kind_of(fs::symlink_metadata(path))?;
         let mut options = OpenOptions::new();
@@ -70,7 +72,7 @@ impl FileStream {
         Self::new(file, offset, None)
     }
 
-    /// Takes a file that somebody else has opened, to write to it.
+    /// Takes a file opened elsewhere, to write to it.
     pub(crate) fn writing_to(fd: OwnedFd, offset: u64) -> io::Result<Self> {
         check_mode(&fd, OFlags::RDONLY, "open for reading only, expected a file to write to")?;
         // The kernel would put every page at the file's end.
@@ -80,7 +82,7 @@ impl FileStream {
         Self::new(File::from(fd), offset, Some(Writing { start: offset, made: None }))
     }
 
-    /// Takes a file that somebody else has opened, to read from it.
+    /// Takes a file opened elsewhere, to read from it.
     pub(crate) fn reading_from(fd: OwnedFd, offset: u64) -> io::Result<Self> {
         check_mode(&fd, OFlags::WRONLY, "open for writing only, expected a file to read")?;
         Self::new(File::from(fd), offset, None)
@@ -113,7 +115,7 @@ impl FileStream {
     /// Bytes of the file now.
     ///
     /// # Errors
-    /// The system's word.
+    /// The system's error.
     pub fn file_len(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.len())
     }
@@ -121,7 +123,7 @@ impl FileStream {
     /// Writes all of `bytes` at a place of their own; the position stays.
     ///
     /// # Errors
-    /// The system's word.
+    /// The system's error.
     pub fn write_all_at(&self, bytes: &[u8], position: u64) -> io::Result<()> {
         self.file.write_all_at(bytes, position)
     }
@@ -129,16 +131,16 @@ impl FileStream {
     /// Fills `bytes` from a place of their own; the position stays.
     ///
     /// # Errors
-    /// `UnexpectedEof` if the file ends before, otherwise the system's word.
+    /// `UnexpectedEof` if the file ends before, otherwise the system's error.
     pub fn read_exact_at(&self, bytes: &mut [u8], position: u64) -> io::Result<()> {
         self.file.read_exact_at(bytes, position)
     }
 
-    /// A second descriptor of the same file, for pages: `direct` past the page cache (O_DIRECT), where addresses, lengths and
-    /// positions must be multiples of the disk's block.
+    /// A second descriptor of the same file, for pages: `direct` past the page cache (O_DIRECT),
+    /// where addresses, lengths and positions must be multiples of the disk's block.
     ///
     /// # Errors
-    /// A file system without direct I/O, otherwise the system's word.
+    /// A file system without direct I/O, otherwise the system's error.
     pub fn for_pages(&self, direct: bool) -> io::Result<File> {
         if !direct {
             return self.file.try_clone();
@@ -155,10 +157,10 @@ impl FileStream {
         })
     }
 
-    /// Waits until all that was written so far lies on the disk.
+    /// Waits until all that was written so far is durable.
     ///
     /// # Errors
-    /// The system's word.
+    /// The system's error.
     pub fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
@@ -199,7 +201,8 @@ impl FileStream {
         Ok(())
     }
 
-    /// Ends it. What is written and not finished is thrown away; once more, when a write was still under way the first time.
+    /// Ends it. What is written and not finished is thrown away; once more, when a write was still
+    /// under way the first time.
     pub(crate) fn close(&self) {
         let mut life = self.lock();
         if *life == Life::Finished {

@@ -1,78 +1,59 @@
-//! Connected byte channels for a migration: sockets, pipes and commands; dialling, accepting, pacing.
+//! Connected byte channels for a migration: sockets, pipes and commands; dialling, accepting,
+//! pacing.
 //!
 //! ```text
 //!  "tcp:10.0.0.7:4444"                      Listener::bind(&endpoint)
-//!        | parse                                  | serve: accepts for ever, waits for the
+//!        | parse                                  | serve: accepts for ever, reads the
 //!     Endpoint                                    | first bytes of all clients side by side
 //!        | dial: names, retries, deadline,        v
 //!        v       Stopper                    Arrival::Identified { channel, first, .. }
 //!     Channel <------------ bytes ------------> Channel
 //!        | send_all, send_vectored, recv, direct (the bare socket, for iovecs over guest memory)
 //!        | settle: how the command behind `exec:` has ended
-//!        | closer(): wakes whoever is blocked, from any thread
+//!        | closer(): ends blocked calls, from any thread
 //!        | Pacer::take before each packet: one rate over all channels
 //! ```
 //!
-//! With a [`TlsClient`] in [`DialOptions`] and a [`TlsServer`] at the [`Listener`], the bytes between the two channels are sealed.
+//! With a [`TlsClient`] in [`DialOptions`] and a [`TlsServer`] at the [`Listener`], the bytes
+//! between the two channels are encrypted.
 //!
-//! [`dial`] and [`Listener::serve`] block the thread that calls them, and wait for all they have to by poll(2): no runtime is
-//! needed, and none is in the way. What comes out is a connected channel with blocking calls, one worker thread each. Nothing
-//! here knows what the bytes mean.
+//! [`dial`] and [`Listener::serve`] block the thread that calls them, and wait for all they have to
+//! by poll(2): no runtime is needed. The result is a connected channel with blocking calls, for one
+//! worker thread each. Nothing here knows the meaning of the bytes.
 //!
-//! Every wait ends: [`dial`] by its deadline or a [`Stopper`], [`Listener::serve`] by its [`Stopper`], a
-//! blocked [`Channel`] by its [`Closer`] or the silence limit, [`Pacer::take`] by [`Pacer::stop`].
+//! Every wait ends: [`dial`] by its deadline or a [`Stopper`], [`Listener::serve`] by its
+//! [`Stopper`], a blocked [`Channel`] by its [`Closer`] or the timeout, [`Pacer::take`] by
+//! [`Pacer::stop`].
 
-mod backoff;
-mod broken_pipe;
+mod accept;
 mod channel;
-mod closer;
-mod connect;
-mod descriptor;
 mod dial;
-mod door;
 mod endpoint;
 mod error;
-mod event_loop;
 mod file;
-mod file_uri;
-mod first_bytes;
-mod heard;
-mod listener;
-mod lookup;
-mod only;
+mod os;
 mod pacer;
-mod pipe;
-mod serve;
-mod shell;
-mod socket;
-mod socket_file;
-mod socket_options;
 mod stopper;
-mod stream;
-mod sys;
 #[cfg(test)]
 mod testing;
 mod thread_hook;
 mod tls;
-mod vsock;
-mod wake;
-mod zero_copy;
 
+pub use accept::Arrival;
+pub use accept::first_bytes::OpeningLen;
+pub use accept::listener::Listener;
 pub use channel::Channel;
-pub use closer::Closer;
-pub use descriptor::receive_descriptor;
+pub use channel::closer::Closer;
+pub use channel::zero_copy::ZeroCopy;
+pub use dial::descriptor::receive_descriptor;
 pub use dial::{DialOptions, dial};
 pub use endpoint::{Endpoint, InvalidEndpoint, VSOCK_ANY};
 pub use error::TransportError;
 pub use file::FileStream;
-pub use first_bytes::OpeningLen;
-pub use listener::Listener;
+pub use os::socket_options::{Keepalive, SocketOptions};
 pub use pacer::{Pacer, Stopped};
-pub use serve::Arrival;
-pub use socket_options::{Keepalive, SocketOptions};
 pub use stopper::Stopper;
 pub use thread_hook::ThreadHook;
 #[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
 pub use tls::{InvalidCredentials, TlsProvider};
 pub use tls::{TlsClient, TlsServer};
-pub use zero_copy::ZeroCopy;

@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-/// A limit on bytes per second, shared by all who send, changeable while they do.
+/// A limit on bytes per second, shared by all sending threads, changeable meanwhile.
 ///
-/// Each [`take`](Self::take) reserves its bytes at the end of the line and returns when all bytes before its
-/// own are paid for by time: first come, first served, a large packet delays its followers and not itself.
-/// Time that nobody uses is kept for 20 ms at most, so no more than that and one packet goes out above the
-/// rate.
+/// Each [`take`](Self::take) reserves its bytes at the end of the line and returns when all bytes
+/// before its own are paid for by time: first come, first served, a large packet delays its
+/// followers and not itself. Unused time is kept for 20 ms at most, so no more than that and one
+/// packet goes out above the rate.
 #[derive(Debug)]
 pub struct Pacer {
     line: Mutex<Line>,
@@ -19,18 +19,18 @@ pub struct Pacer {
 }
 
 impl Pacer {
-    /// `None` is no limit.
+    /// `None`: unlimited.
     pub fn new(bytes_per_second: Option<NonZeroU64>) -> Self {
         Self { line: Mutex::new(Line::new(bytes_per_second, Instant::now())), changed: Condvar::new() }
     }
 
-    /// Changes the rate, for those who wait now too.
+    /// Changes the rate, for threads that wait now, too.
     pub fn set_rate(&self, bytes_per_second: Option<NonZeroU64>) {
         self.lock().change_rate(bytes_per_second, Instant::now());
         self.changed.notify_all();
     }
 
-    /// The rate in bytes per second; `None` is no limit.
+    /// The rate in bytes per second; `None`: unlimited.
     pub fn rate(&self) -> Option<NonZeroU64> {
         self.lock().rate
     }
@@ -131,8 +131,8 @@ impl Line {
         Some(time_of(missing, rate) + Duration::from_nanos(1))
     }
 
-    /// Bytes that idle time may pay in advance: 20 ms worth. It bridges the wake-up of a thread, and keeps
-    /// the average over any second within 3 %.
+    /// Bytes that idle time may pay in advance: 20 ms worth. It bridges the wake-up of a thread,
+    /// and keeps the average over any second within 3 %.
     fn credit(&self) -> u64 {
         self.rate.map_or(0, |rate| rate.get() / 50)
     }

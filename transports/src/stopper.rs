@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::PollFlags;
 
-use crate::event_loop::ready;
-use crate::wake::Wake;
+use crate::os::event_loop::ready;
+use crate::os::wake::Wake;
 
-/// Ends a [`dial`](crate::dial) or a [`Listener::serve`](crate::Listener::serve) at once, from any thread.
+/// Ends a [`dial`](crate::dial) or a [`Listener::serve`](crate::Listener::serve) at once, from any
+/// thread.
 ///
-/// A latch: once stopped it stays so, and what starts later ends at once too. Clones share the latch; one may
-/// serve any number of waits.
+/// A latch: once stopped it stays so, and what starts later ends at once too. Clones share the
+/// latch; one may serve any number of waits.
 #[derive(Clone, Debug, Default)]
 pub struct Stopper(Arc<Latch>);
 
@@ -24,7 +25,7 @@ struct Latch {
 }
 
 impl Stopper {
-    /// One that nobody has stopped yet.
+    /// A stopper that has not been stopped.
     pub fn new() -> Self {
         Self::default()
     }

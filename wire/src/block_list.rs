@@ -14,23 +14,25 @@ pub struct BlockEntry {
     pub name: BlockName,
     /// Bytes in use, a multiple of the target page.
     pub used_len: u64,
-    /// The block's host page size in bytes, where it is listed: see [`BlockListFormat::page_sizes`].
+    /// The block's host page size in bytes, where it is listed: see
+    /// [`BlockListFormat::page_sizes`].
     pub page_size: Option<u64>,
     /// Address within the block's container, with `x-ignore-shared`.
     pub guest_address: Option<u64>,
-    /// Where the block lies in the file, with `mapped-ram`; see [`MappedRamHeader::is_stored`].
+    /// Offset of the block in the file, with `mapped-ram`; see [`MappedRamHeader::is_stored`].
     pub mapped_ram: Option<MappedRamHeader>,
 }
 
 /// Which optional fields an entry has: nothing in the stream says so, the capabilities do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockListFormat {
-    /// `postcopy-ram` is on *and* this block's host page size differs from the larger of host page and target
-    /// page. So this one can change from entry to entry.
+    /// `postcopy-ram` is on *and* this block's host page size differs from the larger of host page
+    /// and target page. So this one can change from entry to entry.
     pub page_sizes: bool,
     /// `x-ignore-shared` is on.
     pub guest_addresses: bool,
-    /// `mapped-ram` is on. After a stored block the next entry is then at `pages_offset + used_len` of the file.
+    /// `mapped-ram` is on. After a stored block the next entry is then at `pages_offset + used_len`
+    /// of the file.
     pub mapped_ram: bool,
 }
 
@@ -61,7 +63,7 @@ impl BlockEntry {
     }
 }
 
-/// Where a block's pages lie in a `mapped-ram` file. Spec: docs/wire.md §17.
+/// Place of a block's pages in a `mapped-ram` file. Spec: docs/wire.md §17.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MappedRamHeader {
     /// Target page size in bytes.
@@ -85,7 +87,8 @@ const _: () = assert!(size_of::<RawMappedRamHeader>() == MappedRamHeader::LEN);
 impl MappedRamHeader {
     /// Bytes on the wire.
     pub const LEN: usize = 28;
-    /// Alignment of the pages in the file: 1 MiB, so that direct I/O of any block size can write them.
+    /// Alignment of the pages in the file: 1 MiB, so that direct I/O of any block size can write
+    /// them.
     pub const PAGES_ALIGN: u64 = 1 << 20;
     const VERSION: u32 = 1;
 
@@ -118,8 +121,8 @@ impl MappedRamHeader {
         out.extend(raw.as_bytes());
     }
 
-    /// Is the block in the file at all? With `x-ignore-shared`, shared blocks are not, and both places are 0 (QEMU
-    /// after 10.0).
+    /// Is the block in the file at all? With `x-ignore-shared`, shared blocks are not, and both
+    /// places are 0 (QEMU after 10.0).
     pub const fn is_stored(&self) -> bool {
         self.bitmap_offset != 0 || self.pages_offset != 0
     }
@@ -152,11 +155,12 @@ impl MappedRamHeader {
     }
 }
 
-/// Most blocks in one list. Large guests have some tens: one per memory device, per ROM and per video memory.
+/// Most blocks in one list. Large guests have some tens: one per memory device, per ROM and per
+/// video memory.
 pub const MAX_BLOCKS: usize = 4096;
 
-/// Collects the entries of a block list until they add up to the total of the `MemSize` record: the list has no
-/// count. Spec: docs/wire.md §5.1.
+/// Collects the entries of a block list until they add up to the total of the `MemSize` record: the
+/// list has no count. Spec: docs/wire.md §5.1.
 #[derive(Debug)]
 pub struct BlockListBuilder {
     left: u64,
@@ -174,8 +178,8 @@ impl BlockListBuilder {
     /// Adds the next entry; true if it was the last.
     ///
     /// # Errors
-    /// A length that is zero, not a multiple of the page size or more than what is left; a name for the second
-    /// time; more than [`MAX_BLOCKS`] blocks; a `mapped-ram` header that cannot be.
+    /// A length that is zero, not a multiple of the page size or more than what is left; a name for
+    /// the second time; more than [`MAX_BLOCKS`] blocks; a `mapped-ram` header that cannot be.
     pub fn push(&mut self, entry: BlockEntry) -> Result<bool, Invalid> {
         let used_len = entry.used_len;
         if self.blocks.len() == MAX_BLOCKS {

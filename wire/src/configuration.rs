@@ -10,7 +10,8 @@ use crate::{Invalid, ItemType, PageSize, Parsed};
 pub struct Configuration {
     /// Full name of the machine type, such as `pc-q35-10.0`: 1..=255 bytes.
     pub machine: String,
-    /// Base-two logarithm of the target page size, where the CPU family has more than one (ARM). 12..=16.
+    /// Base-two logarithm of the target page size, where the CPU family has more than one (ARM).
+    /// 12..=16.
     pub page_bits: Option<u32>,
     /// Capabilities that both sides must have alike, such as `mapped-ram`.
     pub capabilities: Vec<String>,
@@ -50,8 +51,8 @@ impl Configuration {
 
     /// Parses the section from its type byte 0x07 on.
     ///
-    /// Nothing counts the subsections: they end where the next thing is not one. So this needs the byte *after*
-    /// the section, too (not counted as used), and a few more where that byte is 0x05.
+    /// Nothing counts the subsections: they end where the next thing is not one. So this needs the
+    /// byte *after* the section, too (not counted as used), and a few more where that byte is 0x05.
     ///
     /// # Errors
     /// A name or a count beyond its limit, an unknown subsection, or one that comes twice.
@@ -116,8 +117,9 @@ impl Configuration {
         }
     }
 
-    /// Version of QEMU in the machine type's name: `pc-q35-8.0` gives (8, 0). `None` for names that carry none, such as those of
-    /// some distributions (`pc-q35-noble`), and for other VMMs' machines (`firecracker-1.14`), whose numbers are their own.
+    /// Version of QEMU in the machine type's name: `pc-q35-8.0` gives (8, 0). `None` for names that
+    /// carry none, such as those of some distributions (`pc-q35-noble`), and for other VMMs'
+    /// machines (`firecracker-1.14`), whose numbers are their own.
     ///
     /// What a source may send depends on it: see docs/wire.md §24.
     pub fn machine_version(&self) -> Option<(u16, u16)> {

@@ -2,11 +2,11 @@ use crate::reader::{Reader, Stop, whole};
 use crate::vmdesc::SUBSECTION;
 use crate::{DeviceDescription, FieldDescription, Invalid, StructDescription};
 
-/// Bytes with a layout of their own: the payload of a device section, a field of type `struct`, or a subsection.
-/// Spec: docs/wire.md §3.3.
+/// Bytes with a layout of their own: the payload of a device section, a field of type `struct`, or
+/// a subsection. Spec: docs/wire.md §3.3.
 ///
-/// Nothing is looked at before it is asked for, and arrays are never spelled out, so the cost is that of what the
-/// caller visits: a description can claim 2^60 elements in a few bytes.
+/// Nothing is looked at before it is asked for, and arrays are never spelled out, so the cost is
+/// that of what the caller visits: a description can claim 2^60 elements in a few bytes.
 ///
 /// ```
 /// use multifd_wire::{Structure, Value, VmDescription};
@@ -53,7 +53,7 @@ pub struct Subsection<'a> {
     pub structure: Structure<'a>,
 }
 
-/// Equal elements of an array that lie side by side.
+/// A run of equal elements of an array.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run<'a> {
     /// Index of the first of them.
@@ -73,7 +73,8 @@ pub enum Value<'a> {
     Bytes(&'a [u8]),
     /// An empty place in an array of pointers.
     Null,
-    /// A number of 1, 2, 4 or 8 bytes of an `int` type, or the expiry time of a `timer` in ns (-1: not armed).
+    /// A number of 1, 2, 4 or 8 bytes of an `int` type, or the expiry time of a `timer` in ns (-1:
+    /// not armed).
     Signed(i64),
     /// A number of 1, 2, 4 or 8 bytes.
     Unsigned(u64),
@@ -139,10 +140,11 @@ impl<'a> Field<'a> {
         self.bytes
     }
 
-    /// Its elements, neighbours that are equal together. A field that is no array is its own only element.
+    /// The elements of an array, in runs of equal ones. A scalar field is its own only element.
     pub fn runs(&self) -> impl Iterator<Item = Run<'a>> + use<'a> {
         let count = self.array_len().unwrap_or(1);
-        // The length is a multiple of the count; a count that does not fit is one of elements of no length.
+        // The length is a multiple of the count; a count that does not fit is one of elements of no
+        // length.
         let len = usize::try_from(count).ok().and_then(|count| self.bytes.len().checked_div(count));
         let mut rest = self.bytes;
         let mut first = 0;

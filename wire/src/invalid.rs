@@ -2,8 +2,8 @@ use std::fmt::Display;
 
 /// What a parser says of the front of a buffer.
 ///
-/// `Ok(None)`: well-formed so far, more bytes are needed. `Ok(Some((value, used)))`: parsed from the first `used`
-/// bytes. `Err`: no continuation of these bytes can be right.
+/// `Ok(None)`: well-formed so far, more bytes are needed. `Ok(Some((value, used)))`: parsed from
+/// the first `used` bytes. `Err`: no continuation of these bytes can be right.
 pub type Parsed<T> = Result<Option<(T, usize)>, Invalid>;
 
 /// Bytes that break the format: what was looked at, what was there, and what would have been right.

@@ -5,7 +5,8 @@ use crate::reader::{Reader, Stop, prefix};
 use crate::writer::put_cstr8;
 use crate::{Command, Invalid, Parsed};
 
-/// Head of one item of the main channel: a command, or the start of a section. Spec: docs/wire.md §1.
+/// Head of one item of the main channel: a command, or the start of a section. Spec: docs/wire.md
+/// §1.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Item {
     /// 0x08: a command, complete.
@@ -22,7 +23,8 @@ pub enum Item {
     SectionStart(SectionHead),
 }
 
-/// Number by which the pieces of a section are known in one stream; chosen by the source. Spec: docs/wire.md §3.1.
+/// Number by which the pieces of a section are known in one stream; chosen by the source. Spec:
+/// docs/wire.md §3.1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SectionId(pub u32);
 

@@ -1,4 +1,5 @@
-//! Bytes of the QEMU migration stream: layouts, limits, parse and encode. No I/O, no threads, no clock.
+//! Bytes of the QEMU migration stream: layouts, limits, parse and encode. No I/O, no threads, no
+//! clock.
 //!
 //! ```text
 //! main channel     StreamHeader  Configuration  Item Item Item ...  0x00  VmDescription
@@ -11,10 +12,11 @@
 //! return path      ReturnMessage ReturnMessage ...
 //! ```
 //!
-//! Things of variable length are parsed from the front of a buffer and give [`Parsed`]: more bytes needed, or the
-//! value and how many bytes it took. Things of fixed length are parsed from an array. Whatever a parser returns
-//! has passed every check that needs no other knowledge than the bytes; nothing is allocated before its length
-//! has been checked against a limit. Sections (§) are those of `docs/wire.md`.
+//! Things of variable length are parsed from the front of a buffer and give [`Parsed`]: more bytes
+//! needed, or the value and how many bytes it took. Things of fixed length are parsed from an
+//! array. Whatever a parser returns has passed every check that needs no other knowledge than the
+//! bytes; nothing is allocated before its length has been checked against a limit. Sections (§) are
+//! those of `docs/wire.md`.
 //!
 //! ```
 //! use multifd_wire::{Command, Item};

@@ -4,12 +4,14 @@ use std::sync::Arc;
 
 use crate::Invalid;
 
-/// Name of a RAM block (idstr): 1 to 255 bytes of UTF-8 without NUL, such as `pc.ram`. A clone costs no copy.
+/// Name of a RAM block (idstr): 1 to 255 bytes of UTF-8 without NUL, such as `pc.ram`. A clone
+/// costs no copy.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockName(Arc<str>);
 
 impl BlockName {
-    /// Longest name, in bytes: what a length byte can say, and what leaves room for the NUL in a packet header.
+    /// Longest name, in bytes: what a length byte can say, and what leaves room for the NUL in a
+    /// packet header.
     pub const MAX_LEN: usize = 255;
 
     /// The name as text.

@@ -4,29 +4,31 @@ use crate::{BlockName, Invalid, PageSize, Parsed};
 
 /// One record of the `ram` section (version 4). Spec: docs/wire.md §5.
 ///
-/// Page bytes and deltas are not part of the record: they follow it. Offsets are in bytes from the block's start
-/// and are multiples of the page size.
+/// Page bytes and deltas are not part of the record: they follow it. Offsets are in bytes from the
+/// block's start and are multiples of the page size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RamRecord {
     /// The payload of this section piece ends here.
     EndOfSection,
     /// A sync point: wait until each multifd channel has reached its SYNC. Spec: docs/wire.md §9.
     Flush,
-    /// The block list follows; `total` bytes is the sum of the blocks' used lengths. Spec: docs/wire.md §5.1.
+    /// The block list follows; `total` bytes is the sum of the blocks' used lengths. Spec:
+    /// docs/wire.md §5.1.
     MemSize {
         /// Bytes of all blocks.
         total: u64,
     },
     /// The page's bytes follow.
     Page {
-        /// Where the page lies in the block.
+        /// Offset of the page in the block.
         offset: u64,
         /// Which block.
         block: BlockRef,
     },
-    /// A delta of `len` bytes against the page as the destination has it follows. Spec: docs/wire.md §6.
+    /// A delta of `len` bytes against the page as the destination has it follows. Spec:
+    /// docs/wire.md §6.
     Xbzrle {
-        /// Where the page lies in the block.
+        /// Offset of the page in the block.
         offset: u64,
         /// Which block.
         block: BlockRef,
@@ -35,7 +37,7 @@ pub enum RamRecord {
     },
     /// The page is all zeros.
     Zero {
-        /// Where the page lies in the block.
+        /// Offset of the page in the block.
         offset: u64,
         /// Which block.
         block: BlockRef,
@@ -74,8 +76,8 @@ impl RamRecord {
     /// Parses one record, without the page bytes or the delta that may follow it.
     ///
     /// # Errors
-    /// Flags that are unknown, obsolete or do not go together, a fill byte other than 0, a delta of another
-    /// encoding or longer than a page, or a malformed name.
+    /// Flags that are unknown, obsolete or do not go together, a fill byte other than 0, a delta of
+    /// another encoding or longer than a page, or a malformed name.
     pub fn parse(buf: &[u8], page: PageSize) -> Parsed<Self> {
         prefix(buf, |r| {
             let word = r.be64()?;
@@ -101,7 +103,8 @@ impl RamRecord {
         })
     }
 
-    /// Appends the record, without the page bytes or the delta. Offsets must be multiples of the page size.
+    /// Appends the record, without the page bytes or the delta. Offsets must be multiples of the
+    /// page size.
     pub fn encode(&self, page: PageSize, out: &mut Vec<u8>) {
         let (address, kind, block) = match self {
             Self::EndOfSection => (0, EOS, None),

@@ -2,7 +2,8 @@ use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use crate::{Invalid, Parsed};
 
-/// Why a parser left early. `NeedMore` travels by `?` like an error and becomes `Ok(None)` in [`prefix`].
+/// Why a parser left early. `NeedMore` travels by `?` like an error and becomes `Ok(None)` in
+/// [`prefix`].
 pub(crate) enum Stop {
     NeedMore,
     Invalid(Invalid),
@@ -27,7 +28,8 @@ pub(crate) fn prefix<'a, T>(
     }
 }
 
-/// Parses a value that must fill `buf` exactly: the body of a message whose length is already known.
+/// Parses a value that must fill `buf` exactly: the body of a message whose length is already
+/// known.
 pub(crate) fn whole<'a, T>(
     what: &'static str,
     buf: &'a [u8],
@@ -40,7 +42,8 @@ pub(crate) fn whole<'a, T>(
     }
 }
 
-/// The bytes of a buffer that are not parsed yet. Each read takes from the front or stops with `NeedMore`.
+/// The bytes of a buffer that are not parsed yet. Each read takes from the front or stops with
+/// `NeedMore`.
 pub(crate) struct Reader<'a> {
     rest: &'a [u8],
 }

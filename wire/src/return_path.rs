@@ -5,7 +5,8 @@ use crate::{BlockName, Invalid, Parsed};
 /// What the destination sends back on the main connection. Spec: docs/wire.md §11.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReturnMessage {
-    /// 0x4d46: the destination is multifd, not QEMU. Only sent in answer to a PING of [`HELLO_PING`].
+    /// 0x4d46: the destination is multifd, not QEMU. Only sent in answer to a PING of
+    /// [`HELLO_PING`].
     Hello(Hello),
     /// 2: answer to a PING, with its value.
     Pong(u32),
@@ -37,8 +38,8 @@ pub struct Hello {
     pub features: u64,
 }
 
-/// Value of the PING with which a multifd source asks whether the other end is multifd, too: `mfd1`. QEMU just
-/// answers with a PONG.
+/// Value of the PING with which a multifd source asks whether the other end is multifd, too:
+/// `mfd1`. QEMU just answers with a PONG.
 pub const HELLO_PING: u32 = 0x6d66_6431;
 
 /// Longest body of a message, in bytes. Spec: docs/wire.md §11.
@@ -58,7 +59,8 @@ const RESUME_VALUE: u32 = 1;
 
 impl ReturnMessage {
     /// # Errors
-    /// An unknown type, a length that is wrong for the type or above [`MAX_RETURN_MESSAGE`], or a malformed name.
+    /// An unknown type, a length that is wrong for the type or above [`MAX_RETURN_MESSAGE`], or a
+    /// malformed name.
     pub fn parse(buf: &[u8]) -> Parsed<Self> {
         prefix(buf, |r| {
             let kind = r.be16()?;

@@ -8,21 +8,23 @@ use crate::{DeviceDescription, Footer, Invalid, ItemType, SectionHead, VmDescrip
 pub struct DeviceSection {
     /// Whose section it is.
     pub head: SectionHead,
-    /// Where the payload lies in the tail.
+    /// Range of the payload in the tail.
     pub payload: Range<usize>,
 }
 
 /// Most sections of a tail: as many devices as the widest PCI topology has functions.
 const MAX_SECTIONS: usize = 1 << 16;
 
-/// Splits the device sections of a tail, the bytes before the 0x00 that ends the items. Spec: docs/wire.md §16.3.
+/// Splits the device sections of a tail, the bytes before the 0x00 that ends the items. Spec:
+/// docs/wire.md §16.3.
 ///
-/// With a description the sections have the lengths it gives, and every footer must be where they say. Without one,
-/// or if some footer is not, a section ends at the first footer of its own that is followed by the next section or
-/// the end. That can go wrong only where a payload has the bytes of a footer and of a section head in it.
+/// With a description the sections have the lengths it gives, and every footer must be where they
+/// say. Without one, or if some footer is not, a section ends at the first footer of its own that
+/// is followed by the next section or the end. That can go wrong only where a payload has the bytes
+/// of a footer and of a section head in it.
 ///
 /// # Errors
-/// Bytes that are no section, a section that has no footer, or more than 65536 sections.
+/// Bytes that do not begin a section, a section without a footer, or more than 65536 sections.
 pub fn split_tail(tail: &[u8], description: Option<&VmDescription>) -> Result<Vec<DeviceSection>, Invalid> {
     match description.and_then(|description| split_by_description(tail, &description.devices)) {
         Some(sections) => Ok(sections),
@@ -82,8 +84,9 @@ fn split_by_footers(tail: &[u8]) -> Result<Vec<DeviceSection>, Invalid> {
     Ok(sections)
 }
 
-/// Where the footer of `head` begins in what follows it: the first that the end or a plausible head comes after.
-/// Numbers need not rise from section to section: PCI bridges come first, whenever they were created.
+/// Where the footer of `head` begins in what follows it: the first that the end or a plausible head
+/// comes after. Numbers need not rise from section to section: PCI bridges come first, whenever
+/// they were created.
 fn find_footer(body: &[u8], head: &SectionHead) -> Option<usize> {
     let footer = Footer(head.id).to_bytes();
     let follows = |at: &usize| {

@@ -6,7 +6,8 @@ use crate::{Invalid, Parsed};
 
 /// First word of the main channel, `QEVM`. Spec: docs/wire.md §1.
 pub const STREAM_MAGIC: u32 = 0x5145_564d;
-/// Version of the stream. 2 was an older format, and there has been no other since. Spec: docs/wire.md §1.
+/// Version of the stream. 2 was an older format, and there has been no other since. Spec:
+/// docs/wire.md §1.
 pub const STREAM_VERSION: u32 = 3;
 
 /// The first 8 bytes of the main channel: magic and version. Spec: docs/wire.md §1.

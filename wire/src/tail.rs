@@ -2,35 +2,41 @@ use std::ops::Range;
 
 use crate::{Footer, Invalid, ItemType, MAX_VMDESC, VmDescription};
 
-/// Finds the end of the device sections, whose lengths only the devices know. Spec: docs/wire.md §16.3.
+/// Finds the end of the device sections, whose lengths only the devices know. Spec: docs/wire.md
+/// §16.3.
 ///
-/// The stream ends in `0x00 0x06 be32-length json`. The scanner takes bytes as they arrive, from the first device
-/// section on, keeps them, and says when such an end is complete. Each byte is looked at once:
+/// The stream ends in `0x00 0x06 be32-length json`. The scanner takes bytes as they arrive, from
+/// the first device section on, keeps them, and says when such an end is complete. Each byte is
+/// looked at once:
 ///
 /// * a zero byte may be the 0x00 of an end, if what follows looks like one: then it is a candidate;
-/// * JSON has no zero byte, so the next zero byte in a candidate's text rules the candidate out. Hence a byte gets to
-///   a JSON parser at most three times, as often as candidates fit into six bytes.
+/// * JSON has no zero byte, so the next zero byte in a candidate's text rules the candidate out.
+///   Hence a byte gets to a JSON parser at most three times, as often as candidates fit into six
+///   bytes.
 #[derive(Debug, Default)]
 pub struct TailScanner {
     bytes: Vec<u8>,
     /// All before this has been looked at. `scanned <= bytes.len()`
     scanned: usize,
-    /// Zero bytes that are not ruled out yet, rising. They lie within `LEAD` bytes of each other.
+    /// Zero bytes that are not ruled out yet, ascending. They are within `LEAD` bytes of each
+    /// other.
     candidates: Vec<usize>,
 }
 
-/// Where the tail's parts lie in [`TailScanner::bytes`].
+/// The tail's parts, as ranges of [`TailScanner::bytes`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TailEnd {
     /// Bytes of the device sections, which is all before the 0x00 that ends the items.
     pub devices_len: usize,
     /// The text of the description.
     pub vmdesc: Range<usize>,
-    /// Bytes of the tail. Nothing follows in a stream: bytes after these show that the end is a false one.
+    /// Bytes of the tail. Nothing follows in a stream: bytes after these show that the end is a
+    /// false one.
     pub total: usize,
 }
 
-/// Most bytes of a tail: 256 MiB. Devices have some 100 KiB; what is large (VFIO) has sections of its own.
+/// Most bytes of a tail: 256 MiB. Devices have some 100 KiB; what is large (VFIO) has sections of
+/// its own.
 pub const MAX_TAIL: usize = 256 << 20;
 
 /// 0x00, 0x06 and the length.
@@ -43,7 +49,8 @@ impl TailScanner {
         Self::default()
     }
 
-    /// Takes the next bytes and tells the end of the tail, once it is there. Not to be called after that.
+    /// Takes the next bytes and tells the end of the tail, once it is there. Not to be called after
+    /// that.
     ///
     /// # Errors
     /// More than [`MAX_TAIL`] bytes and no end.
@@ -96,7 +103,8 @@ impl TailScanner {
         Some(self.scanned + at)
     }
 
-    /// The candidate whose text lies before `limit` and is a description. Candidates that fail are dropped.
+    /// The candidate whose text ends before `limit` and is a description. Candidates that fail are
+    /// dropped.
     fn complete_candidate(&mut self, limit: usize) -> Option<TailEnd> {
         let mut found = None;
         self.candidates.retain(|&start| {
@@ -189,8 +197,8 @@ mod tests {
 
     #[test]
     fn length_of_a_false_end_may_overlap_the_true_one() {
-        // The section number 6 before the end reads as an end whose length is 0x00060000, and whose first byte is
-        // a `{` from the length of the true end.
+        // The section number 6 before the end reads as an end whose length is 0x00060000, and whose
+        // first byte is a `{` from the length of the true end.
         let json = [JSON, &vec![b' '; 0x7b00 - JSON.len()]].concat();
         let tail = [&[0x7e, 0, 0, 0, 6][..], &end(&json)].concat();
         assert_eq!(tail[3..10], [0, 6, 0, 6, 0, 0, 0x7b]);

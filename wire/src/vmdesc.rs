@@ -70,7 +70,7 @@ pub struct FieldDescription {
     pub kind: String,
     /// Bytes of the field, or of one element where there is an `array_len`.
     pub size: u64,
-    /// This describes so many equal elements.
+    /// The number of equal elements that this describes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub array_len: Option<u64>,
     /// This is one element of an array, the one with this index.
@@ -81,12 +81,13 @@ pub struct FieldDescription {
     pub struct_: Option<Box<StructDescription>>,
 }
 
-/// Longest description in bytes: 64 MiB. A PC has some 50 KiB, each vCPU adds about 8 KiB. Parsed, a description
-/// takes up to ten times its length.
+/// Longest description in bytes: 64 MiB. A PC has some 50 KiB, each vCPU adds about 8 KiB. Parsed,
+/// a description takes up to ten times its length.
 pub const MAX_VMDESC: u32 = 64 << 20;
 
 impl VmDescription {
-    /// Parses the JSON text, without the type byte and the length before it. Nesting is limited to 128 levels.
+    /// Parses the JSON text, without the type byte and the length before it. Nesting is limited to
+    /// 128 levels.
     ///
     /// # Errors
     /// More than [`MAX_VMDESC`] bytes, or not the JSON of a description.
@@ -126,7 +127,7 @@ impl FieldDescription {
         one.checked_mul(self.array_len.unwrap_or(1))
     }
 
-    /// What the field consists of, unless nothing is said of that.
+    /// The parts of the field, if they are described.
     pub(crate) fn described_struct(&self) -> Option<&StructDescription> {
         self.struct_.as_deref().filter(|inner| !(inner.fields.is_empty() && inner.subsections.is_empty()))
     }
@@ -135,7 +136,8 @@ impl FieldDescription {
 /// Type byte of a subsection. Spec: docs/wire.md §1.
 pub(crate) const SUBSECTION: u8 = ItemType::Subsection.byte();
 
-/// A subsection has a type byte, a counted name and a version before its contents. Spec: docs/wire.md §3.3.
+/// A subsection has a type byte, a counted name and a version before its contents. Spec:
+/// docs/wire.md §3.3.
 fn contents_len(fields: &[FieldDescription], subsections: &[StructDescription]) -> Option<u64> {
     let fields = fields.iter().map(FieldDescription::len);
     let subsections = subsections.iter().map(|sub| {

@@ -1,4 +1,5 @@
-/// Appends a counted string: one length byte, then the bytes. Names in this crate are at most 255 bytes long.
+/// Appends a counted string: one length byte, then the bytes. Names in this crate are at most 255
+/// bytes long.
 pub(crate) fn put_cstr8(out: &mut Vec<u8>, text: &str) {
     debug_assert!(text.len() <= 255, "{} bytes in a counted string", text.len());
     let len = u8::try_from(text.len()).unwrap_or(u8::MAX);

@@ -1,4 +1,5 @@
-//! The guests that are moved. Each stands still in a QEMU that is paused, and lies in a checkpoint with the same content.
+//! The guests that are moved. Each stands still in a QEMU that is paused, and lies in a checkpoint
+//! with the same content.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -23,7 +24,8 @@ use crate::tls::Credentials;
 pub(crate) enum Guest {
     /// Synthetic: zero, text, pattern and random pages.
     Filled { ram_mib: u32 },
-    /// Linux that has worked with real files: text, libraries, compressed data, heap, page cache, zeros.
+    /// Linux that has worked with real files: text, libraries, compressed data, heap, page cache,
+    /// zeros.
     Linux { ram_mib: u32 },
     /// 8 GiB of which 256 MiB were ever touched.
     Sparse,
@@ -37,11 +39,13 @@ pub(crate) enum Guest {
 ///  that stays on its machine
 /// ```
 ///
-/// A QEMU cannot be taken to another network, and this one makes many moves: it is started at the left host, and the hosts live
-/// as long as it does. Only the cable between them is shaped anew for each link. The hosts' names are no other run's and their
-/// network is theirs alone, so that nothing of this machine's own is touched and runs do not meet.
+/// A QEMU cannot be taken to another network, and this one makes many moves: it is started at the
+/// left host, and the hosts live as long as it does. Only the cable between them is shaped anew for
+/// each link. The hosts' names are no other run's and their network is theirs alone, so that
+/// nothing of this machine's own is touched and runs do not meet.
 pub(crate) struct Stage {
-    /// Its only CPU is halted with interrupts off: nothing changes its RAM, whether it is paused or not.
+    /// Its only CPU is halted with interrupts off: nothing changes its RAM, whether it is paused or
+    /// not.
     pub(crate) qemu: Qemu,
     /// The same guest.
     pub(crate) checkpoint: PathBuf,
@@ -52,8 +56,9 @@ pub(crate) struct Stage {
     scratch: Scratch,
 }
 
-/// How long anything about a guest may take; a Linux that works through its files under emulation takes longest.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
+/// How long anything about a guest may take; a Linux that works through its files under emulation
+/// takes longest.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(600);
 
 impl Guest {
     pub(crate) fn ram_mib(self) -> u32 {
@@ -68,7 +73,8 @@ impl Guest {
         let scratch = Scratch::new()?;
         let builder = Qemu::builder().machine("q35").ram_mib(self.ram_mib());
         let builder = match self {
-            // What the machine has of the way it was booted must be at both ends, the files that it booted need not.
+            // What the machine has of the way it was booted must be at both ends, the files that it
+            // booted need not.
             Self::Linux { .. } => builder.argument("-kernel").argument(kernel().display().to_string()),
             Self::Filled { .. } | Self::Sparse => builder.floppy(&halting_floppy(&scratch)?),
         };
@@ -98,7 +104,7 @@ impl Stage {
         inside(&self.network, host)
     }
 
-    /// From now on there are so many Mbit/s between the hosts.
+    /// From now on there are that many Mbit/s between the hosts.
     pub(crate) fn shape(&self, mbit: u32) -> Outcome {
         match &self.network {
             Ok(network) => network.shape(mbit),
@@ -106,8 +112,8 @@ impl Stage {
         }
     }
 
-    /// Before each move: pages that hold nothing are no memory of the host, as in a guest that never touched them. A QEMU that
-    /// has looked at them has made them.
+    /// Before each move: pages that hold nothing are no memory of the host, as in a guest that
+    /// never touched them. A QEMU that has looked at them has made them.
     pub(crate) fn forget_untouched(&self) -> Outcome {
         let file = File::options().read(true).write(true).open(self.qemu.ram())?;
         let mut untouched = 0..0;
@@ -164,20 +170,21 @@ fn each_page(ram: &File, mut visit: impl FnMut(u64, bool, &[u8]) -> io::Result<(
 /// Bytes read at a time. Guests have whole MiB.
 const CHUNK: usize = 1 << 20;
 
-/// Saves what `qemu` holds as a checkpoint; `near` is what a command begins with to run at the same host.
+/// Saves what `qemu` holds as a checkpoint; `near` is what a command begins with to run at the same
+/// host.
 fn receive(qemu: &mut Qemu, checkpoint: &Path, near: &[&str]) -> Outcome {
     let settings = Settings { channels: Some(2), return_path: true, ..Settings::default() };
     let mut receive = Receive::listen_in(near, "tcp:127.0.0.1:0", checkpoint, &[])?;
     qemu.set_up(&settings, Side::Source)?;
     qemu.migrate(receive.uri())?;
-    receive.wait_success(PATIENCE)?;
-    qemu.wait_completed(PATIENCE).map(drop)
+    receive.wait_success(TIMEOUT)?;
+    qemu.wait_completed(TIMEOUT).map(drop)
 }
 
 /// A guest that has switched its only CPU off.
 fn halted(builder: &QemuBuilder) -> Outcome<Qemu> {
     let mut qemu = builder.spawn("source")?;
-    qemu.serial().wait_for("H", 0, PATIENCE)?;
+    qemu.serial().wait_for("H", 0, TIMEOUT)?;
     come_to_rest(&mut qemu)?;
     Ok(qemu)
 }
@@ -216,15 +223,15 @@ fn linux(builder: &QemuBuilder, ram_mib: u32, network: &Outcome<Network>) -> Out
     qemu.set_up(&settings, Side::Destination)?;
     let uri = qemu.listen("tcp:127.0.0.1:0")?;
     let near = inside(network, Host::Left);
-    Multifd::send_in(&near, &image, &uri, &settings, &[])?.wait_success(PATIENCE)?;
-    qemu.wait_completed(PATIENCE)?;
+    Multifd::send_in(&near, &image, &uri, &settings, &[])?.wait_success(TIMEOUT)?;
+    qemu.wait_completed(TIMEOUT)?;
     come_to_rest(&mut qemu)?;
     Ok(qemu)
 }
 
 /// Lets a guest that is about to halt do so, and stops it.
 fn come_to_rest(qemu: &mut Qemu) -> Outcome {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     qemu.resume()?;
     let registers = json!({ "command-line": "info registers" });
     while !qemu.execute("human-monitor-command", registers.clone())?.to_string().contains("HLT=1") {
@@ -245,12 +252,12 @@ fn work_and_save(ram_mib: u32, image: &Path) -> Outcome {
         system = system.file(&name, content);
     }
     let mut qemu = builder.linux(&system.build(&scratch)?).spawn("guest")?;
-    qemu.wait_linux(PATIENCE)?;
+    qemu.wait_linux(TIMEOUT)?;
     for step in WORK {
-        qemu.run_in_guest(step, PATIENCE)?;
+        qemu.run_in_guest(step, TIMEOUT)?;
     }
     qemu.type_text("halt -f\n")?;
-    qemu.serial().wait_for("System halted", 0, PATIENCE)?;
+    qemu.serial().wait_for("System halted", 0, TIMEOUT)?;
     qemu.stop()?;
     receive(&mut qemu, image, &[])
 }
@@ -263,7 +270,8 @@ const WORK: [&str; 4] = [
     "awk '{ seen[$2] += $1 } END { for (word in seen) print word, seen[word] }' words > counted && sync",
 ];
 
-/// Libraries and texts of this machine, at most 96 MiB: enough to fill the page cache, few enough for an emulated guest.
+/// Libraries and texts of this machine, at most 96 MiB: enough to fill the page cache, few enough
+/// for an emulated guest.
 fn real_files() -> Outcome<Vec<(String, Vec<u8>)>> {
     let (mut files, mut left) = (Vec::new(), 96 << 20);
     for folder in ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/share/perl5", "/usr/bin"]

@@ -1,7 +1,8 @@
-//! A guest that runs while it moves: a working set that it rewrites again and again, the same at both.
+//! A guest that runs while it moves: a working set that it rewrites again and again, the same at
+//! both.
 //!
-//! QEMU's guest is a boot sector. Ours is a thread of this process that writes the same pages at the same pace, with the engine as a
-//! VMM would embed it; its destination is `multifd receive`.
+//! QEMU's guest is a boot sector. Ours is a thread of this process that writes the same pages at
+//! the same pace, with the engine as a VMM would embed it; its destination is `multifd receive`.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -16,7 +17,7 @@ use multifd_tests::{
     BootSector, CheckpointFiles, Compression, Failure, Fill, Outcome, Qemu, Receive, Scratch, migration, ram,
 };
 
-use crate::guest::PATIENCE;
+use crate::guest::TIMEOUT;
 use crate::moves::Cost;
 use crate::scenario::Scenario;
 
@@ -48,10 +49,10 @@ pub(crate) fn by_qemu(scenario: &Scenario, set: WorkingSet) -> Outcome<Cost> {
     let builder = Qemu::builder().ram_mib(scenario.guest.ram_mib()).floppy(&floppy);
     let mut source = builder.clone().fill(Fill::new(1)).spawn("source")?;
     let mut destination = builder.incoming("defer").paused().spawn("destination")?;
-    source.serial().wait_lines(usize::try_from(WARM_UP)?, 0, PATIENCE)?;
+    source.serial().wait_lines(usize::try_from(WARM_UP)?, 0, TIMEOUT)?;
     let uri = scratch.unix_uri("socket");
     let uri = if scenario.over_tcp() { "tcp:127.0.0.1:0" } else { &uri };
-    let report = migration::run(&mut source, &mut destination, uri, &scenario.settings(), PATIENCE)?;
+    let report = migration::run(&mut source, &mut destination, uri, &scenario.settings(), TIMEOUT)?;
     ram::check_equal(source.ram(), destination.ram())?;
     Ok(Cost {
         total: report.total,
@@ -70,7 +71,7 @@ pub(crate) fn by_ours(scenario: &Scenario, set: WorkingSet) -> Outcome<Cost> {
     Fill::new(1).write(&memory, len)?;
     let mut receive = Receive::listen("tcp:127.0.0.1:0", &out)?;
     let report = run(scenario, set, &memory, len, receive.uri())?;
-    receive.wait_success(PATIENCE)?;
+    receive.wait_success(TIMEOUT)?;
     ram::check_equal(&memory, &CheckpointFiles::open(&out)?.block("pc.ram")?)?;
     fs::remove_dir_all(&out)?;
     Ok(Cost {

@@ -53,7 +53,8 @@ struct Flags {
     /// Draws each scenario into this folder, as SVG
     #[arg(long, value_name = "DIR")]
     plots: Option<PathBuf>,
-    /// Instead of the scenarios: what `multifd tune` says of the Linux guest, beside what is measured
+    /// Instead of the scenarios: what `multifd tune` says of the Linux guest, beside what is
+    /// measured
     #[arg(long, conflicts_with_all = ["scenarios", "list", "plots"])]
     tune: bool,
 }

@@ -11,23 +11,24 @@ use multifd_tests::{
 };
 
 use crate::account;
-use crate::guest::{PATIENCE, Stage};
+use crate::guest::{Stage, TIMEOUT};
 use crate::pump::{self, Landing};
 use crate::scenario::{Scenario, Transport, Way};
 
 /// What one move cost. The pump has a time only.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Cost {
-    /// From the command to the source's word that the guest has arrived.
+    /// From the command to the source's report that the guest has arrived.
     pub(crate) total: Duration,
     /// Time on a core at the source and at the destination.
     pub(crate) cpu: [Duration; 2],
     pub(crate) wire_bytes: u64,
-    /// How long a live guest stood still.
+    /// How long a live guest was paused.
     pub(crate) downtime: Duration,
     /// How often a live guest's dirty pages were collected.
     pub(crate) rounds: u64,
-    /// The most private memory at the source and at the destination, in bytes: what was there before the move is not counted.
+    /// The most private memory at the source and at the destination, in bytes: what was there
+    /// before the move is not counted.
     pub(crate) private_bytes: [u64; 2],
 }
 
@@ -72,7 +73,7 @@ fn qemu_to_qemu(scenario: &Scenario, stage: &mut Stage, set_up: SetUp<'_>) -> Ou
     let before = Snapshot::of(pids)?;
     let moved = watched(pids, || send_by_qemu(&mut stage.qemu, &uri, set_up));
     let (report, peak) = moved.map_err(|failure| destination.explain(failure))?;
-    destination.wait_completed(PATIENCE)?;
+    destination.wait_completed(TIMEOUT)?;
     let after = Snapshot::of(pids)?;
     ram::check_equal(stage.qemu.ram(), destination.ram())?;
     Ok(Cost {
@@ -91,8 +92,8 @@ fn ours_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let mut send = send(scenario, stage, receive.uri())?;
     let pids = [send.id(), receive.process().id()];
     let (usages, private_bytes) = watched(pids, || {
-        let source = send.wait_usage(PATIENCE)?;
-        Ok([source, receive.process().wait_usage(PATIENCE)?])
+        let source = send.wait_usage(TIMEOUT)?;
+        Ok([source, receive.process().wait_usage(TIMEOUT)?])
     })?;
     let report = CommandReport::by(&send)?;
     check_arrived(stage, &out)?;
@@ -114,7 +115,7 @@ fn qemu_to_ours(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let before = Snapshot::of(pids)?;
     let set_up: SetUp<'_> = &|qemu, side| as_said(scenario, qemu, side);
     let (report, peak) = watched(pids, || send_by_qemu(&mut stage.qemu, &target, set_up))?;
-    let destination = receive.process().wait_usage(PATIENCE)?.cpu;
+    let destination = receive.process().wait_usage(TIMEOUT)?.cpu;
     let [source, _] = before.cpu;
     let source = account::cpu(pids[0])?.saturating_sub(source);
     check_arrived(stage, &out)?;
@@ -133,8 +134,8 @@ fn ours_to_qemu(scenario: &Scenario, stage: &mut Stage) -> Outcome<Cost> {
     let id = destination.process().id();
     let before = Snapshot::of([id, id])?;
     let mut send = send(scenario, stage, &uri)?;
-    let (usage, peak) = watched([send.id(), id], || send.wait_usage(PATIENCE))?;
-    destination.wait_completed(PATIENCE)?;
+    let (usage, peak) = watched([send.id(), id], || send.wait_usage(TIMEOUT))?;
+    destination.wait_completed(TIMEOUT)?;
     let after = Snapshot::of([id, id])?;
     let report = CommandReport::by(&send)?;
     ram::check_equal(stage.qemu.ram(), destination.ram())?;
@@ -161,12 +162,13 @@ fn incoming(scenario: &Scenario, stage: &Stage, set_up: SetUp<'_>) -> Outcome<(Q
 
 /// QEMU's own time, and the bytes that it counted.
 fn send_by_qemu(qemu: &mut Qemu, uri: &str, set_up: SetUp<'_>) -> Outcome<(Duration, u64)> {
-    // A guest that has moved away once may only move again after it has run; this one is halted, and stays as it is.
+    // A guest that has moved away once may only move again after it has run; this one is halted,
+    // and stays as it is.
     qemu.resume()?;
     qemu.stop()?;
     set_up(qemu, Side::Source)?;
     qemu.migrate(uri)?;
-    let report = qemu.wait_completed(PATIENCE)?;
+    let report = qemu.wait_completed(TIMEOUT)?;
     Ok((report.total, report.transferred_bytes))
 }
 
@@ -202,7 +204,7 @@ fn check_arrived(stage: &Stage, out: &Path) -> Outcome {
     Ok(fs::remove_dir_all(out)?)
 }
 
-/// Two processes, source and destination, at one moment.
+/// Two processes, source and destination, at one time.
 struct Snapshot {
     cpu: [Duration; 2],
     private_bytes: [u64; 2],

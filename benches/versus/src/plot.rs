@@ -1,4 +1,5 @@
-//! A scenario as a picture: a bar for each way, from nothing to the median, and a line from the fastest run to the slowest.
+//! A scenario as a picture: a bar for each way, from nothing to the median, and a line from the
+//! fastest run to the slowest.
 
 use std::fmt::Write as _;
 

@@ -1,6 +1,8 @@
-//! The raw pump: as many threads and sockets as a move has channels, from one memory file into a fresh one. No protocol.
+//! The raw pump: as many threads and sockets as a move has channels, from one memory file into a
+//! fresh one. No protocol.
 //!
-//! It is the physical limit here for that number of threads: what is faster does less than move the bytes.
+//! It is the physical limit here for that number of threads: what is faster does less than move the
+//! bytes.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -24,7 +26,8 @@ const CHUNK: usize = 512 << 10;
 /// How the bytes get into the new memory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Landing {
-    /// The socket is read into a buffer, the buffer is written to the file: one more copy, but no page fault.
+    /// The socket is read into a buffer, the buffer is written to the file: one more copy, but no
+    /// page fault.
     File,
     /// The socket is read into the mapping: a page fault for each page.
     Mapping,

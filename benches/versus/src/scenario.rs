@@ -21,7 +21,8 @@ pub(crate) struct Scenario {
     pub(crate) tls: bool,
     /// Pages that are written again go as differences.
     pub(crate) xbzrle: bool,
-    /// QEMU has looked at all of its guest's RAM before: what was never touched is memory of zeros, no holes.
+    /// QEMU has looked at all of its guest's RAM before: what was never touched is memory of zeros,
+    /// no holes.
     pub(crate) looked_at: bool,
     /// Mbit/s of the link; none: this machine's own.
     pub(crate) link: Option<u32>,
@@ -92,7 +93,8 @@ impl Scenario {
         self.transport == Transport::Tcp
     }
 
-    /// The pump says nothing about compressed moves, and would need as much memory again for a large guest.
+    /// The pump says nothing about compressed moves, and would need as much memory again for a
+    /// large guest.
     pub(crate) fn ways(&self) -> Vec<Way> {
         if self.live.is_some() {
             return vec![Way::QemuToQemu, Way::OursToOurs];
@@ -112,7 +114,8 @@ impl Scenario {
             parameters,
             channels: self.channels,
             compression: self.codec,
-            // Both ends know that the guest has arrived: the time is that of a move that can be trusted.
+            // Both ends know that the guest has arrived: the time is that of a move that can be
+            // trusted.
             return_path: true,
             xbzrle: self.xbzrle,
             ..Settings::default()

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use multifd_tests::{Multifd, Outcome, Qemu, Scratch};
 use serde_json::json;
 
-use crate::guest::PATIENCE;
+use crate::guest::TIMEOUT;
 
 /// What QEMU knows its credentials by.
 pub(crate) const OBJECT: &str = "tls0";
@@ -17,7 +17,7 @@ impl Credentials {
     pub(crate) fn new(scratch: &Scratch) -> Outcome<Self> {
         let folder = scratch.path("tls");
         let text = folder.display().to_string();
-        Multifd::spawn("tls-init", ["tls-init", &text, "--host", "127.0.0.1"])?.wait_success(PATIENCE)?;
+        Multifd::spawn("tls-init", ["tls-init", &text, "--host", "127.0.0.1"])?.wait_success(TIMEOUT)?;
         Ok(Self(folder))
     }
 

@@ -7,7 +7,8 @@ use multifd_engine::PAGE;
 /// Pages of one kind in a row: guests allocate in runs, too.
 pub(super) const RUN_PAGES: usize = 64;
 
-/// Makes the content of a guest, the same at every run but for the machine code, which is this program's own.
+/// Makes the content of a guest, the same at every run but for the machine code, which is this
+/// program's own.
 pub(super) struct Content {
     random: Random,
     code: Vec<u8>,
@@ -26,7 +27,8 @@ impl Content {
         Self { random: Random::new(1), code }
     }
 
-    /// A run of pages of one kind: zero (40 %, empty here), text (20 %), code (10 %), heap-like (20 %), random (10 %).
+    /// A run of pages of one kind: zero (40 %, empty here), text (20 %), code (10 %), heap-like (20
+    /// %), random (10 %).
     pub(super) fn run(&mut self) -> Vec<u8> {
         let len = RUN_PAGES * PAGE;
         let random = &mut self.random;

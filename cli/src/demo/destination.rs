@@ -1,4 +1,5 @@
-//! The other process of the demo: receives the guest into memory of its own and tells the hash of every page.
+//! The other process of the demo: receives the guest into memory of its own and tells the hash of
+//! every page.
 //!
 //! ```text
 //!  demo ── starts ──> demo-destination

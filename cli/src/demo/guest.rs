@@ -22,7 +22,7 @@ const TICK: Duration = Duration::from_millis(2);
 /// Nine writes in ten go to a tenth of the pages.
 const HOT_SHARE: usize = 10;
 
-/// Writers that run or stand still.
+/// Writers that run or are paused.
 pub(super) struct Guest {
     pub(super) block: RamBlock,
     writers: Vec<JoinHandle<()>>,
@@ -34,12 +34,12 @@ struct Run {
     paused: bool,
     ended: bool,
     standing: usize,
-    /// Percent of their time for which the writers are held back.
+    /// Percent of their time for which the writers are throttled.
     throttle: u8,
 }
 
 impl Guest {
-    /// A guest with `ram` bytes, rounded down to whole pages, filled and standing still.
+    /// A guest with `ram` bytes, rounded down to whole pages, filled and paused.
     pub(super) fn new(ram: u64) -> io::Result<Self> {
         let pages = usize::try_from(ram).map_err(io::Error::other)? / PAGE;
         if pages == 0 {
@@ -60,7 +60,8 @@ impl Guest {
         Ok(Self { block, writers: Vec::new(), state: Arc::default() })
     }
 
-    /// Lets the guest write `dirty_rate` bytes per second, in whole pages. `marker`: where it has to note its writes itself.
+    /// Lets the guest write `dirty_rate` bytes per second, in whole pages. `marker`: where it has
+    /// to note its writes itself.
     pub(super) fn run(&mut self, dirty_rate: u64, marker: Option<&DirtyMarker>) -> io::Result<()> {
         let per_tick = dirty_rate as f64 / PAGE as f64 * TICK.as_secs_f64() / WRITERS as f64;
         for number in 0..WRITERS {
@@ -77,12 +78,12 @@ impl Guest {
         Ok(())
     }
 
-    /// Holds the writers back for so many percent of their time, as a VMM would its vCPUs.
+    /// Throttles the writers for this percentage of their time, as a VMM would its vCPUs.
     pub(super) fn throttle(&self, percent: u8) {
         lock(&self.state).throttle = percent;
     }
 
-    /// Returns when no writer writes any more.
+    /// Pauses the writers; returns when all have stopped writing.
     pub(super) fn pause(&self) {
         let mut run = lock(&self.state);
         run.paused = true;

@@ -1,4 +1,5 @@
-//! `multifd demo`: a guest that is being written moves from this process to another, and every page is compared.
+//! `multifd demo`: a guest that is being written moves from this process to another, and every page
+//! is compared.
 
 mod content;
 pub(crate) mod destination;

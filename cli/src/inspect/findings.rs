@@ -51,9 +51,9 @@ pub(super) struct Block {
     /// Bytes.
     pub(super) length: u64,
     pub(super) pages: u64,
-    /// Pages that are zero in the end, whatever way they came.
+    /// Pages that are zero at the end of the stream, whatever records gave them.
     pub(super) zero_pages: u64,
-    /// Pages that nothing is said of.
+    /// Pages without a record.
     pub(super) absent_pages: u64,
     #[serde(flatten)]
     pub(super) held: Held,
@@ -65,7 +65,7 @@ pub(super) struct Block {
 pub(super) enum Held {
     /// At their places.
     Stored { data: u64, holes: u64 },
-    /// As records: so many of each kind. `repeated` pages have more than one.
+    /// As records, counted by kind. `repeated` pages have more than one.
     Sent { normal: u64, zero: u64, xbzrle: u64, repeated: u64 },
 }
 
@@ -102,6 +102,6 @@ pub(super) struct Device {
     pub(super) live: bool,
     #[serde(flatten)]
     pub(super) layout: StructureView,
-    /// Why there are no fields, or not all.
+    /// The reason for missing fields.
     pub(super) note: Option<String>,
 }

@@ -143,8 +143,11 @@ fn absence(pages: &Pages, blocks: &[Block], capabilities: &[String]) -> Vec<Stri
     if pages.absent == 0 {
         return Vec::new();
     }
-    let whole = |block: &&Block| block.absent_pages == block.pages;
-    let names: Vec<_> = blocks.iter().filter(whole).map(|block| block.name.as_str()).collect();
+    let names: Vec<_> = blocks
+        .iter()
+        .filter(|block| block.absent_pages == block.pages)
+        .map(|block| block.name.as_str())
+        .collect();
     let why = if capabilities.iter().any(|name| name == "x-ignore-shared") {
         ": with x-ignore-shared, shared memory is not sent"
     } else if names.len() == blocks.len() {

@@ -79,7 +79,8 @@ impl Survey {
         match record.content {
             PageContent::Data(page) => {
                 counts.normal += 1;
-                // Once a page: a page that is written all the time should not weigh more than others.
+                // Once a page: a page that is written all the time should not weigh more than
+                // others.
                 if !is_zero && !before.seen {
                     self.sample.offer(record.block, page);
                 }
@@ -94,7 +95,7 @@ impl Survey {
         Ok(())
     }
 
-    /// What came of it. `held` says how the pages of a block are there.
+    /// The result. `held` gives the form in which a block's pages are stored.
     pub(super) fn finish(
         self,
         names: impl Iterator<Item = String>,

@@ -25,7 +25,7 @@ pub(super) fn of(findings: &Findings, fields: bool) -> String {
     out
 }
 
-/// A label, and what is to be said, in the columns of the reports.
+/// A label and its text, in the columns of the reports.
 fn line(out: &mut String, label: &str, text: &str) {
     // Writing to a string does not fail.
     let _ = writeln!(out, "{label:<12} {text}");
@@ -82,9 +82,9 @@ fn blocks(out: &mut String, findings: &Findings) {
 }
 
 fn pages(out: &mut String, pages: &Pages) {
-    // Cut off, not rounded: 100 % is said of nothing less.
-    let percent = |share: f64| format!(" ({:.2} %)", (share * 1e4).floor() / 1e2);
-    let share = pages.zero_share.map(percent).unwrap_or_default();
+    // Cut off, not rounded: 100 % means all of it.
+    let share =
+        pages.zero_share.map(|share| format!(" ({:.2} %)", (share * 1e4).floor() / 1e2)).unwrap_or_default();
     let absent = match pages.absent {
         0 => String::new(),
         absent => format!("{absent} absent, "),
@@ -92,8 +92,8 @@ fn pages(out: &mut String, pages: &Pages) {
     let text = format!("{}: {absent}{} zero{share}, {} data", pages.total, pages.zero, pages.data);
     line(out, "pages", &text);
     if !pages.compression.is_empty() {
-        let ratio = |by: &super::findings::Compression| format!("{:.2}x by {}", by.ratio, by.codec);
-        let ratios: Vec<_> = pages.compression.iter().map(ratio).collect();
+        let ratios: Vec<_> =
+            pages.compression.iter().map(|by| format!("{:.2}x by {}", by.ratio, by.codec)).collect();
         let text = format!("{}, measured on {} data pages", ratios.join(", "), pages.sampled);
         line(out, "compressible", &text);
     }
@@ -220,7 +220,8 @@ fn indented(depth: usize, name: &str) -> String {
     format!("{:1$}{name}", "", depth * 2)
 }
 
-/// Lines with their columns two blanks apart; `left` says which are aligned to the left. The last column of a row is not padded.
+/// Lines with their columns two blanks apart; `left` says which are aligned to the left. The last
+/// column of a row is not padded.
 fn columns(out: &mut String, indent: &str, rows: &[Vec<String>], left: impl Fn(usize) -> bool) {
     let mut widths = Vec::new();
     for row in rows {
@@ -241,7 +242,8 @@ fn columns(out: &mut String, indent: &str, rows: &[Vec<String>], left: impl Fn(u
 /// `2025-11-21 23:10:04 UTC`
 fn utc(unix_s: u64) -> String {
     let (days, second) = (unix_s / 86400, unix_s % 86400);
-    // Years that begin in March have the leap day last; an era is the 400 years after which the calendar repeats.
+    // Years that begin in March have the leap day last; an era is the 400 years after which the
+    // calendar repeats.
     let shifted = days + 719_468;
     let (era, day) = (shifted / 146_097, shifted % 146_097);
     let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;

@@ -123,7 +123,8 @@ fn delta_may_be_as_long_as_the_page_but_no_longer() {
     assert_eq!(check(&old, &altered(&old, 3..PAGE_LEN)), Outcome::Delta(PAGE_LEN));
     assert_eq!(check(&old, &altered(&old, 2..PAGE_LEN)), Outcome::Overflow);
     assert_eq!(check(&old, &altered(&old, 0..PAGE_LEN)), Outcome::Overflow);
-    // With unchanged bytes after it, these ask for room for 2 more, though they will not be written.
+    // With unchanged bytes after it, these ask for room for 2 more, though they will not be
+    // written.
     assert_eq!(check(&old, &altered(&old, 0..PAGE_LEN - 5)), Outcome::Delta(PAGE_LEN - 2));
     assert_eq!(check(&old, &altered(&old, 0..PAGE_LEN - 4)), Outcome::Overflow);
 }
@@ -197,8 +198,8 @@ fn decoder_takes_what_other_encoders_may_write() {
     let mut page = [0; 16];
     decode(&[], &mut page).unwrap();
     assert_eq!(page, [0; 16]);
-    // Literals that change nothing, adjacent runs split by one byte, a long form of a short length, the last
-    // byte.
+    // Literals that change nothing, adjacent runs split by one byte, a long form of a short length,
+    // the last byte.
     decode(&[0x80, 0, 0x82, 0, 0, 5, 1, 1, 6, 11, 1, 7], &mut page).unwrap();
     assert_eq!(page, [0, 5, 0, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7]);
 }

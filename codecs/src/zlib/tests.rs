@@ -134,8 +134,8 @@ fn pages_fed_one_by_one_decode() {
     }
 }
 
-/// Packets that any worker may compress: two header bytes once, then raw deflate with a full flush per
-/// packet.
+/// Packets that any worker may compress: two header bytes once, then raw deflate with a full flush
+/// per packet.
 #[test]
 fn packets_of_a_stateless_sender_decode() {
     let mut decoder = Zlib::default().decoder().unwrap();

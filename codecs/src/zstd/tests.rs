@@ -199,8 +199,8 @@ fn a_wrong_checksum_is_refused() {
     assert_eq!(error.source().unwrap().to_string(), "Restored data doesn't match checksum");
 }
 
-/// All pages are out before the checksum. With one byte of it the library's wish looks like that for a block
-/// header, so that the loss is only seen in the next packet.
+/// All pages are out before the checksum. With one byte of it the library's wish looks like that
+/// for a block header, so that the loss is only seen in the next packet.
 #[test]
 fn a_cut_checksum_is_refused_by_the_next_packet_at_the_latest() {
     let sent = batch(2, 1);

@@ -11,7 +11,7 @@ use super::throttle::{AutoConverge, Throttle};
 /// How far a migration may go. All of it can be changed while it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Limits {
-    /// Longest time for which the guest may stand still. Default: 300 ms.
+    /// Longest time for which the guest may be paused. Default: 300 ms.
     pub downtime_limit: Duration,
     /// Guest bytes per second to expect at the switch-over; `None`, the default: what was measured.
     pub avail_switchover_bandwidth: Option<NonZeroU64>,
@@ -40,8 +40,8 @@ pub enum OnStall {
 pub struct RoundFacts {
     /// Guest bytes dirty when the round began.
     pub dirty_bytes: u64,
-    /// Those of them that went with content. Zero pages cost next to nothing, and what a guest writes is
-    /// rarely zero: a rate that counts them promises too much for the switch-over.
+    /// Those of them that went with content. Zero pages cost next to nothing, and what a guest
+    /// writes is rarely zero: a rate that counts them promises too much for the switch-over.
     pub content_bytes: u64,
     /// Guest bytes dirty when the round ended: written while it ran.
     pub remaining_bytes: u64,
@@ -64,11 +64,13 @@ const PROGRESS_PERCENT: u64 = 95;
 /// Guest bytes below which a round's bandwidth says nothing: fixed costs are most of it. 256 pages.
 const MEASURABLE_BYTES: u64 = 1 << 20;
 
-/// Decides after each round whether to go on. No I/O, no clock: a model of a migration can run it, too.
+/// Decides after each round whether to go on. No I/O, no clock: a model of a migration can run it,
+/// too.
 #[derive(Debug)]
 pub struct Convergence {
     round: u64,
-    /// Guest bytes per second to expect at the switch-over, from the rounds that were large enough to tell.
+    /// Guest bytes per second to expect at the switch-over, from the rounds that were large enough
+    /// to tell.
     bandwidth: Option<u64>,
     best_remaining: u64,
     rounds_without_progress: u32,
@@ -178,7 +180,8 @@ fn expected_downtime(remaining: u64, bandwidth: u64, sync: Duration) -> Duration
     sync + Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX / 2))
 }
 
-/// Bad news is believed at once, good news by half: one fast round is no promise for the next.
+/// Bad news is believed at once, good news by half, min(measured, mean): one fast round does not
+/// predict the next.
 fn cautious(before: u64, measured: u64) -> u64 {
     measured.min(before.saturating_add(measured.saturating_sub(before) / 2))
 }

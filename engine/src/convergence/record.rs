@@ -42,9 +42,9 @@ pub struct RoundRecord {
     pub dirty_rate_bytes_per_s: u64,
     /// Guest bytes that are dirty after it.
     pub remaining_bytes: u64,
-    /// How long the guest would stand still if it were stopped now, in µs.
+    /// Expected downtime if the guest were paused now, in µs.
     pub expected_downtime_us: u64,
-    /// Share of its time that each vCPU should be held back from now on, in percent; 0: let it run.
+    /// Share of time for which each vCPU should be throttled from now on, in percent; 0: none.
     pub throttle_percent: u8,
     /// What follows.
     pub decision: Decision,
@@ -62,7 +62,7 @@ pub struct DowntimeLedger {
     pub last_ram_us: u64,
     /// From there to the last byte of device state: the embedder's saving of it is in here.
     pub device_state_us: u64,
-    /// Waiting for the destination's word that it has the guest.
+    /// Waiting for the destination's SHUT.
     pub acknowledgement_us: u64,
 }
 

@@ -1,4 +1,5 @@
-//! Auto-converge: how much to hold back vCPUs that write faster than we send. QEMU's rules (docs/wire.md §20).
+//! Auto-converge: how much to hold back vCPUs that write faster than we send. QEMU's rules
+//! (docs/wire.md §20).
 
 use std::time::Duration;
 
@@ -6,10 +7,12 @@ use serde::Serialize;
 
 use crate::config::parameter::{self, OutOfRange};
 
-/// Settings of the throttle, with QEMU's names and defaults. The engine says how much, the embedder holds its vCPUs back.
+/// Settings of the throttle, with QEMU's names and defaults. The engine says how much, the embedder
+/// holds its vCPUs back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct AutoConverge {
-    /// Dirty bytes in percent of sent bytes above which a period counts as not converging: 1..=100. Default 50.
+    /// Dirty bytes in percent of sent bytes above which a period counts as not converging: 1..=100.
+    /// Default 50.
     pub trigger_threshold: u8,
     /// The first step, in percent of a vCPU's time: 1..=99. Default 20 (cpu-throttle-initial).
     pub initial: u8,
@@ -58,7 +61,8 @@ impl Throttle {
         Self { settings, percent: 0, bad_periods: 0, time: Duration::ZERO, dirtied: 0, sent: 0 }
     }
 
-    /// A bitmap sync: so much was written and sent since the last one. Gives the throttle from now on.
+    /// Notes a bitmap sync, with the bytes written and sent since the last one. Returns the
+    /// throttle from now on.
     pub(super) fn on_sync(&mut self, elapsed: Duration, dirtied: u64, sent: u64) -> u8 {
         self.time += elapsed;
         self.dirtied += dirtied;
@@ -86,7 +90,8 @@ impl Throttle {
         let increment = match tailslow {
             false => increment,
             true => {
-                // What the guest may have of its time for the dirtied bytes to be as many as the threshold.
+                // What the guest may have of its time for the dirtied bytes to be as many as the
+                // threshold.
                 let now = u64::from(100 - self.percent);
                 let ideal = now.saturating_mul(threshold) / self.dirtied.max(1);
                 u8::try_from(now.saturating_sub(ideal)).unwrap_or(u8::MAX).min(increment)

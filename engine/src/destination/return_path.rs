@@ -126,7 +126,7 @@ impl ReturnPath {
         if *lock(&self.state) != State::Shut {
             return Ok(());
         }
-        self.channel.confirm_heard(limit).map_err(|error| {
+        self.channel.confirm_received(limit).map_err(|error| {
             let detail =
                 "the source hung up without having read that its guest has arrived: it may run it, too";
             Error::new(ErrorKind::Transport, Phase::Commit, detail)
@@ -141,10 +141,8 @@ impl ReturnPath {
     pub(crate) fn abort(&self) {
         // Somebody is sending, and the source does not take it: it would not take SHUT either.
         let Ok(mut state) = self.state.try_lock() else { return };
-        let told = self
-            .channel
-            .set_silence_limit(Some(LAST_MESSAGE))
-            .and_then(|()| self.finish(&mut state, SHUT_FAILED));
+        let told =
+            self.channel.set_timeout(Some(LAST_MESSAGE)).and_then(|()| self.finish(&mut state, SHUT_FAILED));
         if let Err(error) = told {
             tracing::debug!(%error, "the source could not be told of the failure");
         }

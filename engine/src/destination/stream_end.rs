@@ -44,7 +44,7 @@ fn goes_on(reader: &mut MainReader, timeout: Duration) -> Result<bool> {
     let channel = reader.channel().clone();
     let is_command = channel.is_two_way();
     let limit = if is_command { timeout } else { timeout.min(HELD_OPEN) };
-    channel.set_silence_limit(Some(limit)).map_err(|error| failed(reader, error))?;
+    channel.set_timeout(Some(limit)).map_err(|error| failed(reader, error))?;
     match reader.fill(Phase::Device, "the end of the stream") {
         Err(error) if error.kind() == ErrorKind::Deadline && is_command => {
             let detail = format!(

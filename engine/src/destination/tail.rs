@@ -43,7 +43,7 @@ pub(crate) fn read(reader: &mut MainReader, begun: &[u8], timeout: Duration) -> 
     let channel = reader.channel().clone();
     let limit = |duration| {
         channel
-            .set_silence_limit(Some(duration))
+            .set_timeout(Some(duration))
             .map_err(|error| Error::io(Phase::Device, "setting up the socket", error))
     };
     limit(quiet)?;

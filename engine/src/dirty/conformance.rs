@@ -1,5 +1,5 @@
-//! What a [`DirtyLog`] must do, as a function that tries it on real memory, under real writers. The logs of this crate and
-//! foreign ones go through the same.
+//! What a [`DirtyLog`] must do, as a function that tries it on real memory, under real writers. The
+//! logs of this crate and foreign ones go through the same.
 //!
 //! ```
 //! use multifd_engine::conformance::{check_dirty_log, scribble};
@@ -29,25 +29,29 @@ use super::coverage::pages_covered;
 use super::{Coverage, DirtyLog};
 use crate::guest::{DirtyBitmap, PAGE, RamBlock};
 
-/// Writes to the guest's memory on a thread of its own, at least once, and returns soon after `running` is false.
+/// Writes to the guest's memory on a thread of its own, at least once, and returns soon after
+/// `running` is false.
 pub type Writer<'a> = &'a (dyn Fn(&AtomicBool) + Sync);
 
 /// Writes of a writer between two pauses.
 const WRITES_AT_ONCE: usize = 4;
 
-/// Most turns of a spin loop between two groups of writes, some microseconds: a page should not be written many times
-/// between two syncs, since a write that is noted hides one to the same page that is lost.
+/// Most turns of a spin loop between two groups of writes, some microseconds: a page should not be
+/// written many times between two syncs, since a write that is noted hides one to the same page
+/// that is lost.
 const MOST_SPINS: usize = 400;
 
-/// Lets `writers` write to `ram` while the memory is copied in rounds, by what the log reports: when the writers have
-/// stopped, after one more `sync`, the copy must equal the memory byte for byte.
+/// Lets `writers` write to `ram` while the memory is copied in rounds, by what the log reports:
+/// when the writers have stopped, after one more `sync`, the copy must equal the memory byte for
+/// byte.
 ///
-/// Does so `runs` times with the log started before and again with a second start, and once with writers that write
-/// while the log starts. About a millisecond a run and MiB; with less than some MiB, writes to the same pages hide that one
-/// of them is lost.
+/// Does so `runs` times with the log started before and again with a second start, and once with
+/// writers that write while the log starts. About a millisecond a run and MiB; with less than some
+/// MiB, writes to the same pages hide that one of them is lost.
 ///
 /// # Panics
-/// When a page differs that was not reported: a lost write. When the log says that it covers what it cannot, gives an error, or the writers wrote nothing.
+/// When a page differs that was not reported: a lost write. When the log says that it covers what
+/// it cannot, gives an error, or the writers wrote nothing.
 pub fn check_dirty_log(log: &mut dyn DirtyLog, ram: &[RamBlock], runs: usize, writers: &[Writer<'_>]) {
     for start in 0..2 {
         let mut copy = None;
@@ -60,7 +64,8 @@ pub fn check_dirty_log(log: &mut dyn DirtyLog, ram: &[RamBlock], runs: usize, wr
                     check_coverage(log, ram, &what);
                     Copy::of(ram)
                 });
-                // A different number of rounds each time: writers are caught at every stage of their work.
+                // A different number of rounds each time: writers are caught at every stage of
+                // their work.
                 for _ in 0..run % 5 {
                     changed += copy.round(log, ram, &what);
                     thread::yield_now();
@@ -80,8 +85,8 @@ pub fn check_dirty_log(log: &mut dyn DirtyLog, ram: &[RamBlock], runs: usize, wr
     }
 }
 
-/// What a log covers lies in its blocks, and a block that it was not started for is not covered: a log that answers "all" to
-/// every question would hide that a block is in no log.
+/// What a log covers lies in its blocks, and a block that it was not started for is not covered: a
+/// log that answers "all" to every question would hide that a block is in no log.
 fn check_coverage(log: &dyn DirtyLog, ram: &[RamBlock], what: &str) {
     for block in ram {
         pages_covered(log, block).unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
@@ -95,8 +100,8 @@ fn check_coverage(log: &dyn DirtyLog, ram: &[RamBlock], what: &str) {
     );
 }
 
-/// Writes counted values to random pages until `running` is false: half of them to a few hot pages, the rest anywhere.
-/// `write` does it: block, offset in it, bytes.
+/// Writes counted values to random pages until `running` is false: half of them to a few hot pages,
+/// the rest anywhere. `write` does it: block, offset in it, bytes.
 pub fn scribble(
     ram: &[RamBlock],
     seed: u64,
@@ -238,7 +243,8 @@ mod tests {
                 marked(block, offset, bytes.len());
             });
         };
-        // Two seeds: a writer that follows the other from page to page notes the writes that the other loses.
+        // Two seeds: a writer that follows the other from page to page notes the writes that the
+        // other loses.
         check_dirty_log(log, ram, 20, &[&|running| write(7, running), &|running| write(8, running)]);
     }
 
@@ -260,7 +266,8 @@ mod tests {
 
     #[test]
     fn a_lost_write_is_found() {
-        // Enough of them to be found in a few runs, on a machine that is busy with other things, too.
+        // Enough of them to be found in a few runs, on a machine that is busy with other things,
+        // too.
         assert!(loses(5));
         assert!(!loses(usize::MAX));
     }

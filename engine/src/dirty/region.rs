@@ -10,8 +10,8 @@ use super::software::{bitmap_of, place_of};
 use super::{Coverage, DirtyLog, DirtyLogError};
 use crate::guest::{DirtyBitmap, PAGE, RamBlock};
 
-/// The bitmaps of a VMM whose guest memory is `GuestMemoryMmap<AtomicBitmap>`: whatever is written through vm-memory is
-/// noted there by vm-memory itself.
+/// The bitmaps of a VMM whose guest memory is `GuestMemoryMmap<AtomicBitmap>`: whatever is written
+/// through vm-memory is noted there by vm-memory itself.
 ///
 /// ```
 /// # use multifd_engine::{HostMemory, RamBlock, RegionLog, PAGE};
@@ -24,8 +24,9 @@ use crate::guest::{DirtyBitmap, PAGE, RamBlock};
 /// # }
 /// ```
 ///
-/// A migration takes the bits: nobody else may reset these bitmaps while it runs. Writes through raw pointers
-/// (`ptr_guard_mut`, vCPUs, read(2) into an iovec) are noted only if their author marks them.
+/// A migration takes the bits: no other code may reset these bitmaps while it runs. Writes through
+/// raw pointers (`ptr_guard_mut`, vCPUs, read(2) into an iovec) are noted only if their author
+/// marks them.
 #[derive(Debug, Default)]
 pub struct RegionLog {
     regions: Vec<Region>,
@@ -46,7 +47,8 @@ impl RegionLog {
         Self::default()
     }
 
-    /// A log of all regions of a VMM's guest memory, for the blocks of [`RamBlock::of_guest_memory`].
+    /// A log of all regions of a VMM's guest memory, for the blocks of
+    /// [`RamBlock::of_guest_memory`].
     ///
     /// # Errors
     /// As [`RamBlock::of_guest_memory`].
@@ -78,7 +80,8 @@ impl Region {
             )));
         }
         self.grain = grain(bitmap);
-        // Not `reset`, whose plain store could take the bit of a write that this thread does not see yet.
+        // Not `reset`, whose plain store could take the bit of a write that this thread does not
+        // see yet.
         drop(bitmap.get_and_reset());
         Ok(())
     }

@@ -13,7 +13,8 @@ pub(crate) struct LogSet {
 }
 
 impl LogSet {
-    /// Starts every log, and checks that they cover all that is written. An error stops those that were started.
+    /// Starts every log, and checks that they cover all that is written. An error stops those that
+    /// were started.
     pub(crate) fn start(
         logs: Vec<Box<dyn DirtyLog>>,
         ram: &[RamBlock],
@@ -38,7 +39,7 @@ impl LogSet {
         self.each(phase, |log| log.sync(bitmaps))
     }
 
-    /// The same for the last time: the guest stands still.
+    /// The last sync: the guest is paused.
     pub(crate) fn last_sync(&mut self, phase: Phase, bitmaps: &[Arc<DirtyBitmap>]) -> Result<()> {
         self.each(phase, |log| log.last_sync(bitmaps))
     }

@@ -8,8 +8,8 @@ use multifd_wire::BlockName;
 use super::{Coverage, DirtyLog, DirtyLogError};
 use crate::guest::{DirtyBitmap, PAGE, RamBlock};
 
-/// Bitmaps that the embedder marks: for device back-ends that write to guest memory from threads of the VMM, for
-/// interpreters, or for any memory that nothing else watches.
+/// Bitmaps that the embedder marks: for device back-ends that write to guest memory from threads of
+/// the VMM, for interpreters, or for any memory that nothing else watches.
 ///
 /// ```
 /// # use multifd_engine::{HostMemory, RamBlock, SoftwareLog, PAGE};
@@ -39,15 +39,16 @@ pub struct DirtyMarker(Arc<Noted>);
 #[derive(Debug)]
 struct Noted {
     blocks: Vec<(BlockName, DirtyBitmap)>,
-    /// A mark named a block that is not there: a write that nobody will report.
+    /// A mark named an unknown block: a write that is in no log.
     stray: AtomicBool,
 }
 
 impl SoftwareLog {
-    /// A log for the blocks of `ram`. They may be some of those that migrate: the rest is left to other logs.
+    /// A log for the blocks of `ram`. They may be some of those that migrate: the rest is left to
+    /// other logs.
     pub fn new(ram: &[RamBlock]) -> Self {
-        let noted = |block: &RamBlock| (block.name().clone(), DirtyBitmap::new(block.pages()));
-        let blocks = ram.iter().map(noted).collect();
+        let blocks =
+            ram.iter().map(|block| (block.name().clone(), DirtyBitmap::new(block.pages()))).collect();
         Self {
             noted: Arc::new(Noted { blocks, stray: AtomicBool::new(false) }),
             places: (0..ram.len()).collect(),
@@ -61,9 +62,9 @@ impl SoftwareLog {
 }
 
 impl DirtyMarker {
-    /// Notes that `len` bytes from `offset` of a block have been written: call it **after** the write. `block` counts the
-    /// blocks that [`SoftwareLog::new`] was given; a mark of another makes the migration fail at its next sync. What lies
-    /// past the end of the block is ignored.
+    /// Notes that `len` bytes from `offset` of a block have been written: call it **after** the
+    /// write. `block` counts the blocks that [`SoftwareLog::new`] was given; a mark of another
+    /// makes the migration fail at its next sync. What lies past the end of the block is ignored.
     ///
     /// A locked instruction for each 64 pages, whether or not a migration runs.
     pub fn mark(&self, block: usize, offset: u64, len: u64) {
@@ -87,7 +88,8 @@ impl DirtyLog for SoftwareLog {
     fn start(&mut self, ram: &[RamBlock]) -> Result<(), DirtyLogError> {
         for ((name, written), place) in self.noted.blocks.iter().zip(&mut self.places) {
             *place = place_of(name, written.pages(), ram)?;
-            // Old marks. Those of a write that goes on now are taken with what they mark (see `DirtyBitmap`).
+            // Old marks. Those of a write that goes on now are taken with what they mark (see
+            // `DirtyBitmap`).
             written.move_to(&DirtyBitmap::new(0));
         }
         Ok(())

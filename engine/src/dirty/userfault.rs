@@ -12,10 +12,12 @@ use crate::os::userfaultfd::{self, Features, Userfault};
 /// Runs of written pages fetched by one system call: 96 KiB of buffer.
 const RUNS: usize = 4096;
 
-/// Memory protected by one system call while others wait to change the address space: 1 GiB, the largest page there is.
+/// Memory protected by one system call while others wait to change the address space: 1 GiB, the
+/// largest page there is.
 const PROTECT_AT_ONCE: u64 = 1 << 30;
 
-/// userfaultfd write-protection, the asynchronous kind: any memory of this process, whoever in it writes.
+/// userfaultfd write-protection, the asynchronous kind: any memory of this process, whichever
+/// thread writes.
 ///
 /// ```text
 ///   start   all pages write-protected, also those that nothing has touched yet
@@ -23,18 +25,20 @@ const PROTECT_AT_ONCE: u64 = 1 << 30;
 ///   sync    one walk over the page tables fetches the unprotected pages and protects them again (PAGEMAP_SCAN)
 /// ```
 ///
-/// Memory may be anonymous or a shared file (memfd), of 4 KiB or huge pages; a write to a huge page reports all of it.
-/// Stores of this process's threads are noted, and what the kernel writes for them: read(2), io_uring, KVM's vCPUs
-/// (slower than KVM's own log).
+/// Memory may be anonymous or a shared file (memfd), of 4 KiB or huge pages; a write to a huge page
+/// reports all of it. Stores of this process's threads are noted, and what the kernel writes for
+/// them: read(2), io_uring, KVM's vCPUs (slower than KVM's own log).
 ///
 /// # What it does not see
-/// * **Another mapping of the same file.** A process that maps the memory on its own (a vhost-user back-end), or a second
-///   mapping here, has page tables of its own: it needs a log of its own. So does what writes to the file by write(2).
+/// * **Another mapping of the same file.** A process that maps the memory on its own (a vhost-user
+///   back-end), or a second mapping here, has page tables of its own: it needs a log of its own. So
+///   does what writes to the file by write(2).
 /// * Memory given back: MADV_DONTNEED and punched holes change what is read, and are not writes.
 ///
 /// # What it needs
-/// Linux 6.7 and /proc. No privilege: where seccomp forbids the system call, access to /dev/userfaultfd. A block that
-/// has a userfaultfd already (postcopy, a snapshot that is being taken) cannot have a second.
+/// Linux 6.7 and /proc. No privilege: where seccomp forbids the system call, access to
+/// /dev/userfaultfd. A block that has a userfaultfd already (postcopy, a snapshot that is being
+/// taken) cannot have a second.
 #[derive(Debug)]
 pub struct UserfaultLog {
     userfault: Userfault,
@@ -46,7 +50,7 @@ pub struct UserfaultLog {
 /// A block that is write-protected.
 #[derive(Debug)]
 struct Tracked {
-    /// Holds on to the memory, so that nothing else comes to lie at `start` while it is registered.
+    /// Keeps the memory mapped, so that nothing else is mapped at `start` while it is registered.
     block: RamBlock,
     start: u64,
     len: u64,
@@ -56,7 +60,8 @@ impl UserfaultLog {
     /// Asks the kernel for all that the log needs.
     ///
     /// # Errors
-    /// Names what this kernel or this process lacks. A [`SoftwareLog`](super::SoftwareLog) works everywhere.
+    /// Names what this kernel or this process lacks. A [`SoftwareLog`](super::SoftwareLog) works
+    /// everywhere.
     pub fn new() -> Result<Self, DirtyLogError> {
         let userfault = open()?;
         if let Err(cause) = userfault.enable(Features::NEEDED) {
@@ -122,7 +127,8 @@ impl DirtyLog for UserfaultLog {
     fn stop(&mut self) {
         for tracked in self.tracked.drain(..) {
             if let Err(error) = self.userfault.unregister(tracked.start, tracked.len) {
-                // The memory stays protected, which costs a fault a page and stops nobody; closing the descriptor ends it.
+                // The memory stays protected, which costs a fault a page and blocks no thread;
+                // closing the descriptor ends it.
                 tracing::warn!(block = %tracked.block.name(), %error, "userfaultfd does not let go");
             }
         }
@@ -136,7 +142,8 @@ impl Tracked {
             let (filled, walked) = userfaultfd::take_written(pagemap, at..end, runs)
                 .and_then(|step| if step.1 > at { Ok(step) } else { Err(io::ErrorKind::WriteZero.into()) })
                 .map_err(|cause| {
-                    // What was fetched before the error is protected again and not told: all of it counts as written.
+                    // What was fetched before the error is protected again and not reported: all of
+                    // it counts as written.
                     bitmap.set_range(self.page_of(at), bitmap.pages());
                     let name = self.block.name();
                     DirtyLogError::new(format!("fetching the written pages of RAM block {name}"))

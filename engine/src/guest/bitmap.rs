@@ -5,9 +5,11 @@ use crate::sync::{AtomicU64, Ordering};
 /// Pages in one word of a [`DirtyBitmap`].
 pub(crate) const PAGES_PER_WORD: usize = 64;
 
-/// One bit a page of one block. Any thread may set bits while others take them: a bit is never lost.
+/// One bit a page of one block. Any thread may set bits while others take them: a bit is never
+/// lost.
 ///
-/// A bit that is set after a write carries the write with it: who takes the bit sees what was written before.
+/// A bit that is set after a write carries the write with it: a thread that takes the bit sees what
+/// was written before.
 #[derive(Debug)]
 pub struct DirtyBitmap {
     words: Box<[AtomicU64]>,
@@ -44,7 +46,8 @@ impl DirtyBitmap {
         }
     }
 
-    /// Sets the bits of a log: bit `n` of `bits` is page `first + n`. What is past the end is left out.
+    /// Sets the bits of a log: bit `n` of `bits` is page `first + n`. What is past the end is left
+    /// out.
     pub fn set_bits(&self, first: usize, bits: u64) {
         let Some(left) = self.pages.checked_sub(first).filter(|pages| *pages > 0) else { return };
         let bits = if left < PAGES_PER_WORD { bits & ((1 << left) - 1) } else { bits };
@@ -69,7 +72,8 @@ impl DirtyBitmap {
 
     fn or_word(&self, word: usize, bits: u64) {
         match self.words.get(word) {
-            // Release, also when the bit is set already: the write before this call must be seen by whoever takes the bit.
+            // Release, also when the bit is set already: the write before this call must be seen by
+            // the thread that takes the bit.
             Some(word) if bits != 0 => _ = word.fetch_or(bits, Ordering::Release),
             _ => {}
         }
@@ -96,8 +100,8 @@ impl DirtyBitmap {
         })
     }
 
-    /// Takes one page's bit. True: it was set, and the page belongs to the caller. False: it was clear,
-    /// because the page is clean or another caller has taken it.
+    /// Takes one page's bit. True: it was set, and the page belongs to the caller. False: it was
+    /// clear, because the page is clean or another caller has taken it.
     pub fn take(&self, page: usize) -> bool {
         let Some((word, mask)) = self.bit(page) else { return false };
         // Acquire: what was written before the bit was set is read after it was taken.

@@ -18,7 +18,8 @@ pub const PAGE: usize = 4096;
 /// The same, as the wire wants it.
 pub(crate) const PAGE_SIZE: PageSize = PageSize::K4;
 
-/// How much of a page is looked at before the whole of it is copied to be scanned: most pages show a set bit here.
+/// How much of a page is looked at before the whole of it is copied to be scanned: most pages show
+/// a set bit here.
 const FIRST_LOOK: usize = 64;
 
 /// A RAMBlock: a name that both ends know, and the memory behind it.
@@ -30,12 +31,14 @@ pub struct RamBlock {
 }
 
 impl RamBlock {
-    /// A block over all of `memory`, whose length must be a whole number of pages: what is over is not migrated.
+    /// A block over all of `memory`, whose length must be a whole number of pages: what is over is
+    /// not migrated.
     pub fn new(name: BlockName, memory: HostMemory) -> Self {
         Self { name, memory, fresh: false }
     }
 
-    /// One block for each region of a VMM's guest memory, named by its guest physical address: `ram@0x100000000`.
+    /// One block for each region of a VMM's guest memory, named by its guest physical address:
+    /// `ram@0x100000000`.
     ///
     /// # Errors
     /// As [`HostMemory::from_region`].
@@ -51,8 +54,8 @@ impl RamBlock {
         memory.iter().map(block).collect()
     }
 
-    /// Says that the memory is known to be zero now (a new file, fresh anonymous memory), so that a destination need not
-    /// look at pages that are announced as zero.
+    /// Says that the memory is known to be zero now (a new file, fresh anonymous memory), so that a
+    /// destination need not look at pages that are announced as zero.
     #[must_use]
     pub fn fresh(mut self) -> Self {
         self.fresh = true;
@@ -83,7 +86,8 @@ impl RamBlock {
         self.fresh
     }
 
-    /// Firmware is in a destination's memory before anything arrives: its zero pages must be written, not assumed.
+    /// Firmware is in a destination's memory before anything arrives: its zero pages must be
+    /// written, not assumed.
     ///
     /// QEMU's names for such blocks: `pc.bios`, `pc.rom`, `vga.rom`, `/rom@etc/acpi/tables`, ...
     pub(crate) fn is_firmware(&self) -> bool {
@@ -105,7 +109,8 @@ impl RamBlock {
         self.memory.slice(first.checked_mul(PAGE)?, pages.checked_mul(PAGE)?)
     }
 
-    /// Copies a page out, as it is at this moment. False if it is not inside, cannot be read, or `into` is no page long.
+    /// Copies a page out as it is now. False if it is outside of the block, cannot be read, or
+    /// `into` is not exactly one page.
     #[must_use]
     pub fn read_page(&self, page: usize, into: &mut [u8]) -> bool {
         page < self.pages() && into.len() == PAGE && self.memory.read(page * PAGE, into).is_ok()
@@ -127,8 +132,8 @@ impl RamBlock {
         page < self.pages() && self.memory.load(page * PAGE, into)
     }
 
-    /// True if every byte of the page is zero. Looks at private copies: the guest may write meanwhile. Loads must be known not
-    /// to fault.
+    /// True if every byte of the page is zero. Looks at private copies: the guest may write
+    /// meanwhile. Loads must be known not to fault.
     pub(crate) fn is_zero(&self, page: usize) -> bool {
         let mut copy = [0_u8; PAGE];
         let (head, _) = copy.split_at_mut(FIRST_LOOK);

@@ -8,11 +8,13 @@ use std::os::fd::AsRawFd;
 use super::{DirtyBitmap, PAGE, RamBlock};
 
 impl RamBlock {
-    /// One bit for each page that may hold something else than zeros. `None`: not known, every page has to be looked at.
+    /// One bit for each page that may hold something else than zeros. `None`: not known, every page
+    /// has to be looked at.
     ///
-    /// Asks the file behind the block for its holes (SEEK_DATA, SEEK_HOLE). Memory without a file of its own, and file systems
-    /// that do not know their holes, give `None` or report everything as data: slower, never wrong. What was written to a
-    /// private mapping is not in its file, which says nothing then.
+    /// Asks the file behind the block for its holes (SEEK_DATA, SEEK_HOLE). Memory without a file
+    /// of its own, and file systems that do not know their holes, give `None` or report everything
+    /// as data: slower, never wrong. What was written to a private mapping is not in its file,
+    /// which says nothing then.
     ///
     /// # Errors
     /// When the file system refuses to answer.
@@ -25,8 +27,8 @@ impl RamBlock {
         Ok(Some(bitmap))
     }
 
-    /// Tells `each` of the runs among `pages` that are not holes of the file behind the block, in their order. Without a file,
-    /// that is all of them.
+    /// Tells `each` of the runs among `pages` that are not holes of the file behind the block, in
+    /// their order. Without a file, that is all of them.
     pub(super) fn each_data_run(
         &self,
         pages: Range<usize>,
@@ -81,7 +83,8 @@ fn seek(file: &File, from: u64, whence: i32) -> io::Result<Option<u64>> {
 
 #[expect(unsafe_code, reason = "std knows no SEEK_DATA")]
 fn lseek(file: &File, from: i64, whence: i32) -> io::Result<i64> {
-    // SAFETY: the descriptor is open; the call touches no memory. Nobody reads this file by position.
+    // SAFETY: the descriptor is open; the call touches no memory. Nobody reads this file by
+    // position.
     match unsafe { libc::lseek(file.as_raw_fd(), from, whence) } {
         -1 => Err(io::Error::last_os_error()),
         found => Ok(found),

@@ -1,4 +1,5 @@
-//! How guest memory is mapped in this process: its protection, what is behind it, and who makes its pages.
+//! How guest memory is mapped in this process: its protection, its file, and a userfaultfd that
+//! fills its pages.
 
 use std::io;
 use std::ops::Range;
@@ -52,7 +53,8 @@ impl Mappings {
         for line in text.lines() {
             if let Some(flags) = line.strip_prefix("VmFlags:") {
                 if let Some(last) = mappings.last_mut() {
-                    // Faults on pages that are missing, and on pages of a file that this mapping does not have yet.
+                    // Faults on pages that are missing, and on pages of a file that this mapping
+                    // does not have yet.
                     last.paged = flags.split(' ').any(|flag| matches!(flag, "um" | "ui"));
                 }
             } else if let Some(mapping) = Mapping::parse(line) {
@@ -62,7 +64,8 @@ impl Mappings {
         Self(mappings)
     }
 
-    /// The parts of a block and where in it they are, in bytes. Parts that are not mapped are left out.
+    /// The parts of a block and where in it they are, in bytes. Parts that are not mapped are left
+    /// out.
     fn parts<'m>(&'m self, block: &RamBlock) -> impl Iterator<Item = (Range<u64>, &'m Mapping)> + use<'m> {
         let start = block.memory().address();
         let end = start + block.used_len();

@@ -1,7 +1,7 @@
 //! Guest memory as this process has it mapped. The only module that knows pointers to it.
 //!
-//! The guest writes while we read, so no `&[u8]` over this memory ever exists: bytes are copied through
-//! [`VolatileSlice`], or the kernel moves them by iovec.
+//! The guest writes while we read, so no `&[u8]` over this memory ever exists: bytes are copied
+//! through [`VolatileSlice`], or the kernel moves them by iovec.
 #![expect(
     unsafe_code,
     reason = "guest memory is shared with vCPUs and devices: it can only be touched by pointer"
@@ -36,8 +36,8 @@ pub struct HostMemory {
     _owner: Arc<dyn Any + Send + Sync>,
 }
 
-// SAFETY: the memory behind `start` is only reached through volatile copies or system calls, which any thread may make;
-// `_owner` is Send + Sync and keeps the mapping in place.
+// SAFETY: the memory behind `start` is only reached through volatile copies or system calls, which
+// any thread may make; `_owner` is Send + Sync and keeps the mapping in place.
 unsafe impl Send for HostMemory {}
 // SAFETY: as above; there is no unsynchronised state beside the guest's own bytes.
 unsafe impl Sync for HostMemory {}
@@ -57,7 +57,8 @@ impl HostMemory {
         Ok(Self { start, len: region.size(), file, shared_file, huge, _owner: region })
     }
 
-    /// Maps the first `len` bytes of `file`, shared, for reading and writing. The file must be that long.
+    /// Maps the first `len` bytes of `file`, shared, for reading and writing. The file must be that
+    /// long.
     ///
     /// # Errors
     /// What mmap says; `InvalidInput` for a file shorter than `len`.
@@ -109,7 +110,8 @@ impl HostMemory {
         self.file.as_ref()
     }
 
-    /// The file behind the memory, if stores to the memory and writes to the file are the same thing.
+    /// The file behind the memory, if stores to the memory and writes to the file are the same
+    /// thing.
     pub(crate) fn shared_file(&self) -> Option<&FileOffset> {
         self.shared_file.as_ref()
     }
@@ -133,8 +135,8 @@ impl HostMemory {
         self.start.as_ptr() as u64
     }
 
-    /// Copies out by plain loads; false if the range is not inside. It must be known that they do not fault: see
-    /// [`PageTable`](super::PageTable).
+    /// Copies out by plain loads; false if the range is not inside. It must be known that they do
+    /// not fault: see [`PageTable`](super::PageTable).
     #[must_use]
     pub(super) fn load(&self, offset: usize, into: &mut [u8]) -> bool {
         let Some(slice) = self.slice(offset, into.len()) else { return false };
@@ -183,10 +185,11 @@ impl HostMemory {
         }
     }
 
-    /// Writes guest memory the way that costs least and fails cleanly.
+    /// Writes guest memory by the cheapest means that fails cleanly.
     ///
-    /// Shared file memory is written through its file: no page fault, and a full file system is an error where a store to
-    /// the mapping would kill the process by SIGBUS. Other memory is copied to, once its pages are there.
+    /// Shared file memory is written through its file: no page fault, and a full file system is an
+    /// error where a store to the mapping would kill the process by SIGBUS. Other memory is copied
+    /// to, once its pages are there.
     pub(crate) fn store(&self, offset: usize, from: &[u8]) -> io::Result<()> {
         if let Some(file) = &self.shared_file {
             if offset.checked_add(from.len()).is_none_or(|end| end > self.len) {
@@ -202,7 +205,8 @@ impl HostMemory {
         self.store_present(offset, from)
     }
 
-    /// As [`store`](Self::store), but through the mapping: for a file that somebody else writes to, whom a write would wait for.
+    /// As [`store`](Self::store), but through the mapping: for a file that another thread writes
+    /// to, which a write would wait for.
     pub(crate) fn store_mapped(&self, offset: usize, from: &[u8]) -> io::Result<()> {
         match self.populate_to_write(offset, from.len()) {
             Err(_) if self.shared_file.is_some() => self.store(offset, from),
@@ -217,8 +221,8 @@ impl HostMemory {
         Ok(())
     }
 
-    /// Makes pages so that loads do not fault. EFAULT: they are not mapped for reading, or there is no room for them;
-    /// EHWPOISON: the machine has lost them.
+    /// Makes pages so that loads do not fault. EFAULT: they are not mapped for reading, or there is
+    /// no room for them; EHWPOISON: the machine has lost them.
     pub(super) fn populate_to_read(&self, offset: usize, len: usize) -> io::Result<()> {
         self.populate(offset, len, libc::MADV_POPULATE_READ)
     }
@@ -251,7 +255,8 @@ impl HostMemory {
     }
 }
 
-/// Has the kernel read a byte of every page, or write it back: slower than to populate, and as safe.
+/// Has the kernel read a byte of every page, or write it back: slower than to populate, and as
+/// safe.
 fn probe(slice: &VolatileSlice<'_>, write: bool) -> io::Result<()> {
     let start = slice.ptr_guard_mut().as_ptr();
     for offset in (0..slice.len()).step_by(PAGE) {
@@ -260,10 +265,12 @@ fn probe(slice: &VolatileSlice<'_>, write: bool) -> io::Result<()> {
         let there = libc::iovec { iov_base: start.wrapping_add(offset).cast(), iov_len: 1 };
         // SAFETY: takes no pointer.
         let process = unsafe { libc::getpid() };
-        // SAFETY: `local` is one byte of ours; what `there` points to is read by the kernel, a fault is an error.
+        // SAFETY: `local` is one byte of ours; what `there` points to is read by the kernel, a
+        // fault is an error.
         retry(|| unsafe { libc::process_vm_readv(process, &raw const local, 1, &raw const there, 1, 0) })?;
         if write {
-            // SAFETY: as above; the byte is what it was. Only memory that nothing else writes yet is stored to.
+            // SAFETY: as above; the byte is what it was. Only memory that nothing else writes yet
+            // is stored to.
             retry(|| unsafe {
                 libc::process_vm_writev(process, &raw const local, 1, &raw const there, 1, 0)
             })?;

@@ -1,4 +1,5 @@
-//! Guest RAM: the memory, its named blocks, which of their pages hold data, which of them are dirty.
+//! Guest RAM: the memory, its named blocks, which of their pages hold data, which of them are
+//! dirty.
 
 mod bitmap;
 mod block;

@@ -10,7 +10,8 @@
 //!                                      data of the file                    faulted in by the kernel
 //! ```
 //!
-//! What remains is a mapping that is protected, or a file that is cut, between this look and the load: some microseconds.
+//! What remains is a mapping that is protected, or a file that is cut, between this look and the
+//! load: some microseconds.
 
 use std::fs::File;
 use std::io;
@@ -64,7 +65,7 @@ pub(crate) struct Unreadable {
     pub(crate) cause: io::Error,
 }
 
-/// Pages between two that are asked for which are looked at all the same: cheaper than a second call.
+/// Longest gap between two queried pages that is queried with them: cheaper than a second call.
 const WIDEST_GAP: usize = 64;
 
 impl Found {
@@ -117,8 +118,8 @@ impl PageTable {
         Self { files: files.ok(), no_scan: AtomicBool::default(), no_query: AtomicBool::default() }
     }
 
-    /// Finds out what `pages` of a block are; they are in ascending order. Afterwards, those that are not known to be zero can
-    /// be loaded from.
+    /// Finds out what `pages` of a block are; they are in ascending order. Afterwards, those that
+    /// are not known to be zero can be loaded from.
     pub(crate) fn look(
         &self,
         block: &RamBlock,
@@ -191,7 +192,8 @@ impl PageTable {
     ) -> io::Result<()> {
         if !self.no_scan.load(Ordering::Relaxed) {
             match scan(&files.pagemap, within.clone(), &mut each) {
-                // The former from a kernel without the request, the latter from one that knows it otherwise.
+                // The former from a kernel without the request, the latter from one that knows it
+                // otherwise.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
                     self.no_scan.store(true, Ordering::Relaxed);
                 }
@@ -260,7 +262,8 @@ fn scan(pagemap: &File, within: Range<u64>, each: &mut impl FnMut(Range<u64>, St
     Ok(())
 }
 
-/// An entry of 64 bits for each page: Documentation/admin-guide/mm/pagemap.rst. It does not tell zero pages apart.
+/// An entry of 64 bits for each page: Documentation/admin-guide/mm/pagemap.rst. It does not tell
+/// zero pages apart.
 fn read_entries(
     pagemap: &File,
     within: Range<u64>,
@@ -287,8 +290,9 @@ fn read_entries(
     Ok(())
 }
 
-/// A huge page is never swapped: what looks so is the mark of a userfaultfd on a page that is not there, or a page on its way to
-/// another place. To fault a mark in would take a huge page from the pool.
+/// A huge page is never swapped: what looks so is the mark of a userfaultfd on a page that is not
+/// there, or a page on its way to another place. To fault a mark in would take a huge page from the
+/// pool.
 fn drop_marks(block: &RamBlock, pages: &[usize], found: &mut Found) -> io::Result<()> {
     if !block.memory().is_huge() {
         return Ok(());
@@ -347,7 +351,8 @@ fn ask_file(block: &RamBlock, pages: Range<usize>, mut hole: impl FnMut(Range<us
     Ok(())
 }
 
-/// The mapping around an address that can be read. ENOENT: there is none; ENOTTY: the kernel does not know the request.
+/// The mapping around an address that can be read. ENOENT: there is none; ENOTTY: the kernel does
+/// not know the request.
 #[expect(unsafe_code, reason = "the request has no safe wrapper")]
 fn readable_mapping(maps: &File, address: u64) -> io::Result<Range<u64>> {
     let mut query = MappingQuery {
@@ -356,7 +361,8 @@ fn readable_mapping(maps: &File, address: u64) -> io::Result<Range<u64>> {
         address,
         ..MappingQuery::default()
     };
-    // SAFETY: the descriptor is open; the request reads and writes a MappingQuery, whose size it is told.
+    // SAFETY: the descriptor is open; the request reads and writes a MappingQuery, of the size
+    // given.
     match unsafe { libc::ioctl(maps.as_raw_fd(), PROCMAP_QUERY, &raw mut query) } {
         0 => Ok(query.start..query.end),
         _ => Err(io::Error::last_os_error()),

@@ -31,7 +31,8 @@ impl HostMemory {
         Ok(())
     }
 
-    /// Has the kernel fill a range of the memory from a file, from `position` of it on. `UnexpectedEof`: the file ends before.
+    /// Has the kernel fill a range of the memory from a file, from `position` of it on.
+    /// `UnexpectedEof`: the file ends before.
     pub(crate) fn fill_from(&self, range: Range<usize>, file: &File, position: u64) -> io::Result<()> {
         let slice = self.slice(range.start, range.len()).ok_or(io::ErrorKind::InvalidInput)?;
         let guard = slice.ptr_guard_mut();
@@ -39,8 +40,9 @@ impl HostMemory {
         while done < range.len() {
             let (start, left) = (guard.as_ptr().wrapping_add(done), range.len() - done);
             let at = file_offset(position + done as u64)?;
-            // SAFETY: [start, start + left) lies in `slice`, whose memory `self` keeps mapped and which is guest memory: the
-            // kernel may write to it at any time. Memory that is mapped for reading only is an error (EFAULT).
+            // SAFETY: [start, start + left) lies in `slice`, whose memory `self` keeps mapped and
+            // which is guest memory: the kernel may write to it at any time. Memory that is mapped
+            // for reading only is an error (EFAULT).
             let count = retry(|| unsafe { libc::pread(file.as_raw_fd(), start.cast(), left, at) })?;
             if count == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());

@@ -23,7 +23,8 @@ pub(crate) struct Ranges<'a> {
 #[derive(Default)]
 pub(crate) struct IoVecs(Vec<libc::iovec>);
 
-// SAFETY: the pointers in it are only used by the `Ranges` that wrote them, which clears the list first.
+// SAFETY: the pointers in it are only used by the `Ranges` that wrote them, which clears the list
+// first.
 unsafe impl Send for IoVecs {}
 
 /// Most ranges the kernel takes in one call (UIO_MAXIOV).
@@ -62,9 +63,10 @@ impl<'a> Ranges<'a> {
         send_ranges(channel, self.list, |left| retry(|| send_once(fd, left, 0)))
     }
 
-    /// Sends the bytes of `header`, then all of it without copying guest memory, which may change for as long as `account`
-    /// has sends outstanding: what arrives then is newer than the page that was asked for, and the page is dirty again.
-    /// Gives the calls that had to copy because the kernel had no room to keep track of more.
+    /// Sends the bytes of `header`, then all of it without copying guest memory, which may change
+    /// for as long as `account` has sends outstanding: what arrives then is newer than the page
+    /// that was asked for, and the page is dirty again. Gives the calls that had to copy because
+    /// the kernel had no room to keep track of more.
     pub(crate) fn send_zero_copy(
         self,
         header: &[u8],
@@ -124,7 +126,8 @@ impl<'a> Ranges<'a> {
         channel.recv_each(len, &mut |mut from| {
             while let (Some(range), false) = (left.first(), from.is_empty()) {
                 let (now, later) = from.split_at(range.iov_len.min(from.len()));
-                // SAFETY: as in `send_copied`; received ranges come from `guest` only, whose memory may be written.
+                // SAFETY: as in `send_copied`; received ranges come from `guest` only, whose memory
+                // may be written.
                 let slice = unsafe { VolatileSlice::new(range.iov_base.cast(), now.len()) };
                 slice.copy_from(now);
                 left = advance(std::mem::take(&mut left), now.len());
@@ -134,7 +137,7 @@ impl<'a> Ranges<'a> {
     }
 }
 
-/// Calls `send` until all of `left` is on its way.
+/// Calls `send` until all of `left` has been taken.
 fn send_ranges(
     channel: &Channel,
     mut left: &mut [libc::iovec],
@@ -165,7 +168,8 @@ fn send_once(fd: BorrowedFd<'_>, ranges: &mut [libc::iovec], flags: i32) -> isiz
 
 fn receive_once(fd: BorrowedFd<'_>, ranges: &mut [libc::iovec]) -> isize {
     let mut message = message(ranges);
-    // SAFETY: `message` points to valid, writable ranges. MSG_WAITALL: one call a packet instead of one a segment.
+    // SAFETY: `message` points to valid, writable ranges. MSG_WAITALL: one call a packet instead of
+    // one a segment.
     unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_WAITALL) }
 }
 

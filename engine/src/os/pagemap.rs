@@ -1,4 +1,5 @@
-//! Which pages of a process are in memory, or were written: the request PAGEMAP_SCAN on /proc/PID/pagemap (Linux 6.7).
+//! Which pages of a process are in memory, or were written: the request PAGEMAP_SCAN on
+//! /proc/PID/pagemap (Linux 6.7).
 
 use std::fs::File;
 use std::io;
@@ -13,7 +14,7 @@ pub struct PageQuery {
     pub all: u64,
     /// Bits of which one must be set; 0: none has to be.
     pub any: u64,
-    /// Bits that count the other way round, everywhere.
+    /// Bits whose meaning is inverted in every mask.
     pub inverted: u64,
     /// Bits that end a run of pages where they change.
     pub told: u64,
@@ -48,15 +49,17 @@ impl PageQuery {
     /// PAGE_IS_PFNZERO: the kernel's page of zeros.
     pub const ZERO: u64 = 1 << 5;
 
-    /// Fills `runs` with what matches `within`. Returns how many are filled, and the address up to which pages were looked at.
+    /// Fills `runs` with what matches `within`. Returns how many are filled, and the address up to
+    /// which pages were looked at.
     ///
     /// # Errors
-    /// The kernel's: `ENOTTY` before Linux 6.7, whatever it says of addresses that are no pages.
+    /// The kernel's: `ENOTTY` before Linux 6.7, otherwise its error for the addresses.
     pub fn scan(self, pagemap: &File, within: Range<u64>, runs: &mut [PageRun]) -> io::Result<(usize, u64)> {
         self.ask(0, pagemap, within, runs)
     }
 
-    /// The same, and protects what matches in one step with the look; fails on pages that no userfaultfd watches without faults.
+    /// The same, and protects what matches in one step with the look; fails on pages that no
+    /// userfaultfd watches without faults.
     pub(crate) fn scan_and_protect(
         self,
         pagemap: &File,
@@ -90,9 +93,10 @@ impl PageQuery {
         };
         // SAFETY:
         // * the descriptor is open;
-        // * the request reads and writes a ScanArgument, whose size it is told;
+        // * the request reads and writes a ScanArgument, of the size given;
         // * it writes at most `runs_len` runs to `runs`, which is borrowed for as long;
-        // * what memory holds, and who may write to it, stays as it is: protection only makes the kernel note writes.
+        // * the content and permissions of memory do not change: protection only makes the kernel
+        //   note writes.
         let filled = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
         let filled = usize::try_from(filled).map_err(|_| io::Error::last_os_error())?;
         Ok((filled, argument.walk_end))

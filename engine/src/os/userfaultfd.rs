@@ -1,5 +1,6 @@
-//! The kernel's side of [`UserfaultLog`](crate::UserfaultLog): a descriptor and its requests. Layouts are those of linux/userfaultfd.h;
-//! the `userfaultfd` crate does not know write-protection without faults.
+//! The kernel's side of [`UserfaultLog`](crate::UserfaultLog): a descriptor and its requests.
+//! Layouts are those of linux/userfaultfd.h; the `userfaultfd` crate does not know write-protection
+//! without faults.
 #![expect(unsafe_code, reason = "the requests have no safe wrapper")]
 
 use std::fs::File;
@@ -12,8 +13,8 @@ use crate::os::ioctl::request;
 use crate::os::pagemap::{PageQuery, PageRun};
 
 const UFFD_API: u64 = 0xaa;
-/// Faults of system calls and vCPUs are not delivered to us. None is with [`Features::WP_ASYNC`], and with this flag a
-/// process needs no privilege.
+/// Faults of system calls and vCPUs are not delivered to us. None is with [`Features::WP_ASYNC`],
+/// and with this flag a process needs no privilege.
 const UFFD_USER_MODE_ONLY: i32 = 1;
 const REGISTER_MODE_WP: u64 = 1 << 1;
 const WRITEPROTECT_MODE_WP: u64 = 1;
@@ -71,8 +72,8 @@ impl Features {
     const WP_UNPOPULATED: u64 = 1 << 13;
     const WP_ASYNC: u64 = 1 << 15;
 
-    /// What the log is built on: the kernel notes a write to a protected page by itself (WP_ASYNC, Linux 6.7), on files
-    /// and huge pages too, and on pages that nothing has touched.
+    /// What the log is built on: the kernel notes a write to a protected page by itself (WP_ASYNC,
+    /// Linux 6.7), on files and huge pages too, and on pages that nothing has touched.
     pub(crate) const NEEDED: Self =
         Self(Self::WP | Self::WP_HUGETLBFS_SHMEM | Self::WP_UNPOPULATED | Self::WP_ASYNC);
 
@@ -97,7 +98,7 @@ impl Userfault {
         // SAFETY: takes no pointer.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
         let refused = match i32::try_from(fd) {
-            // SAFETY: a new descriptor that nobody else owns.
+            // SAFETY: a new descriptor, owned here only.
             Ok(fd) if fd >= 0 => return Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) })),
             _ => io::Error::last_os_error(),
         };
@@ -109,12 +110,12 @@ impl Userfault {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: a new descriptor that nobody else owns.
+        // SAFETY: a new descriptor, owned here only.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Switches `wanted` on and returns what the kernel has. `InvalidInput`: it does not have all of `wanted`. Once a
-    /// descriptor.
+    /// Switches `wanted` on and returns what the kernel has. `InvalidInput`: it does not have all
+    /// of `wanted`. Once a descriptor.
     pub(crate) fn enable(&self, wanted: Features) -> io::Result<Features> {
         let mut api = Api { api: UFFD_API, features: wanted.0, ioctls: 0 };
         // SAFETY: the request reads and writes an Api.
@@ -125,8 +126,8 @@ impl Userfault {
     /// Lets pages of `len` bytes from `start` be write-protected.
     pub(crate) fn register(&self, start: u64, len: u64) -> io::Result<()> {
         let mut register = Register { range: Range { start, len }, mode: REGISTER_MODE_WP, ioctls: 0 };
-        // SAFETY: the request reads and writes a Register. It does not change what the memory holds, and with WP_ASYNC
-        // nobody who writes to it is stopped.
+        // SAFETY: the request reads and writes a Register. It does not change what the memory
+        // holds, and with WP_ASYNC no thread that writes to it is blocked.
         unsafe { ask(&self.0, UFFDIO_REGISTER, &raw mut register) }.map(drop)
     }
 
@@ -140,27 +141,29 @@ impl Userfault {
     /// Write-protects registered pages, also those that are not there yet.
     pub(crate) fn protect(&self, start: u64, len: u64) -> io::Result<()> {
         let mut protect = WriteProtect { range: Range { start, len }, mode: WRITEPROTECT_MODE_WP };
-        // SAFETY: the request reads a WriteProtect; as in `register`, nobody is stopped.
+        // SAFETY: the request reads a WriteProtect; as in `register`, no thread is blocked.
         unsafe { ask(&self.0, UFFDIO_WRITEPROTECT, &raw mut protect) }.map(drop)
     }
 }
 
-/// Finds the pages of `within` that were written and protects them again, each page in one step. Returns how many of `runs`
-/// are filled, and the address up to which pages were looked at. After an error, pages may have been protected that no run
-/// tells of.
+/// Finds the pages of `within` that were written and protects them again, each page in one step.
+/// Returns how many of `runs` are filled, and the address up to which pages were looked at. After
+/// an error, pages may have been protected that no run tells of.
 pub(crate) fn take_written(
     pagemap: &File,
     within: ops::Range<u64>,
     runs: &mut [PageRun],
 ) -> io::Result<(usize, u64)> {
-    // Asked for this category and no other, the kernel counts a page that has lost its mapping as written, as it must: reclaim
-    // takes the mapping of a written file page away, and the mark with it.
+    // Asked for this category and no other, the kernel counts a page that has lost its mapping as
+    // written, as it must: reclaim takes the mapping of a written file page away, and the mark with
+    // it.
     let written = PageQuery { all: PageQuery::WRITTEN, told: PageQuery::WRITTEN, ..PageQuery::default() };
     written.scan_and_protect(pagemap, within, runs)
 }
 
 /// # Safety
-/// `number` must be a request that reads or writes a `T`, and nothing beyond what `argument` describes.
+/// `number` must be a request that reads or writes a `T`, and nothing beyond what `argument`
+/// describes.
 unsafe fn ask<T>(fd: &impl AsRawFd, number: libc::Ioctl, argument: *mut T) -> io::Result<usize> {
     // SAFETY: the descriptor is open; the rest by the caller.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), number, argument) };

@@ -66,7 +66,7 @@ impl Session {
     /// `Cancelled` if the channels have been closed already: this one is closed, too.
     pub(crate) fn adopt(&self, channel: Channel, phase: Phase) -> Result<Arc<Channel>> {
         channel
-            .set_silence_limit(Some(self.timeout))
+            .set_timeout(Some(self.timeout))
             .map_err(|error| Error::io(phase, "setting up the socket", error).on(channel.peer()))?;
         let channel = Arc::new(channel);
         if self.channels.add(Arc::clone(&channel)) {

@@ -1,4 +1,4 @@
-//! One device: its rings, and what its back-end is told when the guest's memory migrates.
+//! One device: its rings, and the messages to its back-end when the guest's memory migrates.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ const RING_LOGS: u32 = 1;
 /// A device whose back-end reads and writes guest memory on its own.
 ///
 /// ```text
-///   new, load ──> standing ──start──> running ──stop──> standing: state() ──start──> running
+///   new, load ──> stopped ──start──> running ──stop──> stopped: state() ──start──> running
 ///                                        │ a migration: log on, log off
 /// ```
 #[derive(Debug)]
@@ -33,21 +33,25 @@ pub struct VhostDevice<F> {
     pub(super) features: u64,
     pub(super) rings: Vec<(Ring, RingEvents)>,
     pub(super) inflight: Option<Inflight>,
-    pub(super) phase: Phase,
-    /// The rings of a running device that stand still: not all of them could be stopped, or started.
+    pub(super) phase: DevicePhase,
+    /// The stopped rings of a running device: not all of them could be stopped, or started.
     pub(super) halted: BTreeSet<usize>,
     pub(super) finishes: bool,
     /// The back-end knows the guest's memory.
     pub(super) has_memory: bool,
-    /// Where the back-end logs, from when it is told until it has confirmed that it does not any more: the kernel writes there.
+    /// Where the back-end logs, from when it is told until it has confirmed that it does not any
+    /// more: the kernel writes there.
     pub(super) log: Option<Arc<SharedLog>>,
+    /// Logs from before a change that failed: the back-end may write to either, and the kernel's
+    /// vhost writes into this process. Behind `front_end`, which ends that when it is dropped.
+    pub(super) keep_alive: Vec<Arc<SharedLog>>,
 }
 
-/// What a device is at.
+/// The state of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Phase {
-    /// Its back-end writes nothing any more.
-    Standing,
+pub(super) enum DevicePhase {
+    /// Its back-end writes nothing.
+    Stopped,
     /// Its rings run, but for those that are halted.
     Running,
     /// Its rings are stopped, but it may not be done with what it took from them.
@@ -64,8 +68,8 @@ pub struct RingEvents {
 }
 
 impl<F: VhostFrontEnd> VhostDevice<F> {
-    /// A device without rings that stands still. `features`: what its guest's driver has acknowledged. `name` is in every
-    /// error.
+    /// A stopped device without rings. `features`: what its guest's driver has acknowledged. `name`
+    /// is in every error.
     pub fn new(name: impl Into<String>, front_end: F, features: u64) -> Self {
         let (rings, inflight) = (Vec::new(), None);
         Self {
@@ -75,15 +79,17 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
             features: features & !LOG_ALL,
             rings,
             inflight,
-            phase: Phase::Standing,
+            phase: DevicePhase::Stopped,
             halted: BTreeSet::new(),
             finishes: false,
             has_memory: false,
             log: None,
+            keep_alive: Vec::new(),
         }
     }
 
-    /// The device that `state` tells of, standing still, on a back-end that fits. `events`: for each ring of it.
+    /// The device of a saved `state`, stopped, on a back-end that fits. `events`: for each ring of
+    /// it.
     ///
     /// # Errors
     /// The state needs features that the back-end does not offer, or other rings than there are.
@@ -127,17 +133,19 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         self
     }
 
-    /// Says that the embedder has told the back-end features, memory and rings, and that the rings run.
+    /// Declares that the embedder has given the back-end features, memory and rings, and that the
+    /// rings run.
     #[must_use]
     pub fn running(mut self) -> Self {
-        (self.phase, self.has_memory) = (Phase::Running, true);
+        (self.phase, self.has_memory) = (DevicePhase::Running, true);
         self
     }
 
-    /// Says that the device does every request by itself, as disks and file systems do, and unlike the receive ring of a
-    /// network card. Then [`VhostDevices::stop`](super::VhostDevices::stop) waits for all requests that the guest has made,
-    /// before it stops the rings. There are back-ends that need it: qemu-storage-daemon 10.0 answers GET_VRING_BASE at
-    /// once, and never reports the requests as done that were in flight.
+    /// Says that the device does every request by itself, as disks and file systems do, and unlike
+    /// the receive ring of a network card. Then [`VhostDevices::stop`](super::VhostDevices::stop)
+    /// waits for all requests that the guest has made, before it stops the rings. There are
+    /// back-ends that need it: qemu-storage-daemon 10.0 answers GET_VRING_BASE at once, and never
+    /// reports the requests as done that were in flight.
     #[must_use]
     pub fn finishes_requests(mut self) -> Self {
         self.finishes = true;
@@ -170,7 +178,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         VhostError::of_device(&self.name, doing)
     }
 
-    /// What the back-end is told: the guest's features, and those that are between us and it.
+    /// The features that the back-end gets: the guest's, and those of the vhost protocol.
     fn all_features(&self) -> u64 {
         let protocol = if self.front_end.protocol_features() == 0 { 0 } else { PROTOCOL_FEATURES };
         let log = if self.log.is_some() { LOG_ALL } else { 0 };
@@ -189,7 +197,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         self.front_end.share_log(log).map_err(|cause| self.failed(text()).because(cause))
     }
 
-    /// The rings that stand still.
+    /// The stopped rings.
     pub(super) fn halted_rings(&self) -> impl Iterator<Item = (usize, &Ring)> {
         self.rings_by(move |index| self.halted.contains(&index))
     }
@@ -218,9 +226,13 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         Ok(())
     }
 
-    /// A ring that stands still is told when it starts.
+    /// Stopped rings get theirs when they start.
     pub(super) fn tell_running_addresses(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        if self.phase == Phase::Running { self.tell_addresses(self.live_rings(), regions) } else { Ok(()) }
+        if self.phase == DevicePhase::Running {
+            self.tell_addresses(self.live_rings(), regions)
+        } else {
+            Ok(())
+        }
     }
 
     fn config(
@@ -248,8 +260,8 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         })
     }
 
-    /// Bytes of a ring's three parts, by the virtio specification: descriptors, available, used. A packed ring has event
-    /// structures for the latter two.
+    /// Bytes of a ring's three parts, by the virtio specification: descriptors, available, used. A
+    /// packed ring has event structures for the latter two.
     pub(super) fn lens(&self, ring: &Ring) -> [u64; 3] {
         let size = u64::from(ring.size);
         let (available, used) =

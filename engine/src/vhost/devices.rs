@@ -17,15 +17,16 @@ use crate::dirty::DirtyLogError;
 use crate::guest::RamBlock;
 use crate::run::stop::lock;
 
-/// The vhost devices of a guest, and the memory that they all see. They share one log; devices that shall have one of their
-/// own go into a `VhostDevices` of their own. Cheap to clone: a handle, for any thread.
+/// The vhost devices of a guest, and the memory that they all see. They share one log; devices that
+/// shall have one of their own go into a `VhostDevices` of their own. Cheap to clone: a handle, for
+/// any thread.
 ///
 /// ```text
 ///   source                                            destination
 ///   start ... the guest runs
 ///   Source::connect with log(): blockers, log on      VhostDevice::load(state), add
 ///   Precopy::round: sync, sync, ...                   Arrived::accept
-///   vCPUs stand still                                 start: the rings go on
+///   vCPUs are paused                                  start: the rings go on
 ///   stop: GET_VRING_BASE, now nothing more is written announce
 ///   Precopy::stop_copy: the last sync
 ///   state, StopCopy::commit
@@ -46,9 +47,9 @@ pub(super) struct Group {
 pub(super) struct Logging {
     ram: Vec<RamBlock>,
     pub(super) log: RunLog,
-    /// Logs that no back-end writes any more, not read yet.
+    /// Logs that no back-end writes to, not read yet.
     pub(super) retired: Vec<RunLog>,
-    /// Why what back-ends write is not known any more.
+    /// Why the back-ends' writes are no longer known; `None`: they are.
     pub(super) lost: Option<String>,
 }
 
@@ -56,7 +57,7 @@ impl VhostDevices {
     /// No devices yet. `regions`: all guest memory that they may reach.
     ///
     /// # Errors
-    /// A region that is no part of its block, or overlaps another.
+    /// A region outside of its block, or overlaps another.
     pub fn new(regions: Vec<VhostRegion>) -> Result<Self, VhostError> {
         region::check(&regions).map_err(VhostError::of_memory)?;
         let group = Group { regions, devices: Vec::new(), log_event: None, migration: None };
@@ -79,56 +80,61 @@ impl VhostDevices {
     /// Stops a device and forgets it. What it has written stays in the log.
     ///
     /// # Errors
-    /// There is none of that name, or it does not stop; then it is forgotten all the same, and a migration that runs will
-    /// fail.
+    /// There is none of that name, or it does not stop; then it is removed nevertheless, and a
+    /// migration that runs will fail.
     pub fn remove(&self, name: &str) -> Result<(), VhostError> {
         self.group().remove(name)
     }
 
-    /// Lets every device that stands still go on, where its rings stopped: after the move at the destination, after a failure
-    /// at the source.
+    /// Starts every stopped device where its rings stopped: after the move at the destination,
+    /// after a failure at the source.
     ///
     /// # Errors
-    /// The first device that does not; the others run. It stands still again if it can be stopped. A migration that runs
-    /// will fail.
+    /// The first device that does not; the others run. It is stopped again if possible. A migration
+    /// that runs will fail.
     pub fn start(&self) -> Result<(), VhostError> {
         let mut group = self.group();
         group.each(|device, regions| device.start(regions)).or_else(|error| group.lose(error))
     }
 
-    /// Stops every ring. The vCPUs stand still already; when this has returned without an error, nothing writes guest memory
-    /// any more, and the last sync ([`Precopy::stop_copy`](crate::Precopy::stop_copy)) finds all of it. Takes as long as
-    /// the requests in flight, and is downtime.
+    /// Stops every ring. The vCPUs are paused already; when this has returned without an error,
+    /// nothing writes guest memory any more, and the last sync
+    /// ([`Precopy::stop_copy`](crate::Precopy::stop_copy)) finds all of it. Takes as long as the
+    /// requests in flight, and is downtime.
     ///
     /// # Errors
-    /// The first device that does not stop; the others stand still. Some of its own rings may, too: [`start`](Self::start)
-    /// lets them go on.
+    /// The first device that does not stop; the others are stopped. So may be some of its own
+    /// rings: [`start`](Self::start) lets them go on.
     pub fn stop(&self) -> Result<(), VhostError> {
         self.group().each(|device, regions| device.stop(regions))
     }
 
-    /// Changes the guest memory that devices reach: adds, removes, resizes regions, also while a migration runs. Tell
-    /// the guest of new memory after this has returned; memory that is removed must have been taken from the guest before.
+    /// Changes the guest memory that devices reach: adds, removes, resizes regions, also while a
+    /// migration runs. Tell the guest of new memory after this has returned; memory that is removed
+    /// must have been taken from the guest before.
     ///
     /// # Errors
-    /// Wrong regions: nothing is changed. A back-end that does not take a larger log: no memory is changed, and a migration
-    /// that runs will fail. A back-end that does not follow: a migration that runs will fail.
+    /// Wrong regions: nothing is changed. A back-end that does not take a larger log: no memory is
+    /// changed, and a migration that runs will fail. A back-end that does not follow: a migration
+    /// that runs will fail.
     pub fn change_regions(&self, regions: Vec<VhostRegion>) -> Result<(), VhostError> {
         region::check(&regions).map_err(VhostError::of_memory)?;
         self.group().change_regions(regions)
     }
 
-    /// The log of these devices, for one migration after the other: [`SourceBuilder::dirty_log`](crate::SourceBuilder).
+    /// The log of these devices, for one migration after the other:
+    /// [`SourceBuilder::dirty_log`](crate::SourceBuilder).
     pub fn log(&self) -> VhostLog {
         VhostLog::new(Arc::clone(&self.0))
     }
 
-    /// Why the guest cannot migrate now: devices whose back-ends cannot log. A migration asks this before anything is sent.
+    /// Why the guest cannot migrate now: devices whose back-ends cannot log. A migration asks this
+    /// before anything is sent.
     pub fn blockers(&self) -> Vec<VhostError> {
         self.group().devices.iter().filter_map(|device| device.blocker().err()).collect()
     }
 
-    /// What of a device goes with the guest, when it stands still.
+    /// The state of a stopped device, which goes with the guest.
     ///
     /// # Errors
     /// There is none of that name, or it runs.
@@ -136,7 +142,7 @@ impl VhostDevices {
         self.group().find(name)?.state()
     }
 
-    /// Announces a guest's network address after the move, or says who has to.
+    /// Announces a guest's network address after the move, or returns who has to.
     ///
     /// # Errors
     /// There is no device of that name, or its back-end refuses.
@@ -158,7 +164,7 @@ impl Group {
             let (log, event) = (&logging.log.log, self.log_event.as_deref());
             let logged = device.blocker().and_then(|()| device.log_on(log, event, &self.regions));
             if let Err(error) = logged {
-                return if device.standing() { Err(error) } else { self.lose(error) };
+                return if device.is_stopped() { Err(error) } else { self.lose(error) };
             }
         }
         self.devices.push(device);
@@ -172,7 +178,7 @@ impl Group {
         device.log_off(&self.regions)
     }
 
-    /// Something may write that is in no log any more: a migration that runs must not end well.
+    /// Notes that writes may be missing from every log: a running migration must fail.
     fn lose(&mut self, error: VhostError) -> Result<(), VhostError> {
         if let Some(logging) = &mut self.migration {
             logging.lost.get_or_insert_with(|| error.chain());
@@ -201,8 +207,9 @@ impl Group {
     fn change_regions(&mut self, new: Vec<VhostRegion>) -> Result<(), VhostError> {
         let old = self.regions.clone();
         let both = [&old[..], &new].concat();
-        // While a migration runs: a log that is long enough for both, then the memory, then a log that is read as the new
-        // memory lies. What was logged before each step is read as the memory lay then.
+        // While a migration runs: a log that is long enough for both, then the memory, then a log
+        // that is read as the new memory lies. What was logged before each step is read as the
+        // memory lay then.
         self.exchange_log(&old, &both).or_else(|error| self.lose(error))?;
         self.regions.clone_from(&new);
         self.each(|device, _| device.change_memory(&old, &new))
@@ -236,12 +243,12 @@ impl Group {
             .map_err(DirtyLogError::from)
     }
 
-    /// The guest runs on, or is elsewhere: nobody reads the log any more.
+    /// Ends the log: the guest runs on, or has moved.
     pub(super) fn stop_log(&mut self) {
         self.migration = None;
         for device in &mut self.devices {
             if let Err(error) = device.log_off(&self.regions) {
-                // It goes on logging, which costs time and hurts nobody; or it is gone.
+                // It goes on logging, which costs time and does no harm; or it is gone.
                 tracing::warn!(error = error.chain(), "the log stays on");
             }
         }
@@ -256,7 +263,7 @@ impl Group {
     }
 
     pub(super) fn check_stopped(&self) -> Result<(), DirtyLogError> {
-        match self.devices.iter().find(|device| !device.standing()) {
+        match self.devices.iter().find(|device| !device.is_stopped()) {
             Some(device) => Err(DirtyLogError::new(format!(
                 "vhost device {} still runs: it must be stopped before the last sync",
                 device.name()

@@ -9,8 +9,9 @@ use crate::run::stop::lock;
 
 /// The log of a [`VhostDevices`](super::VhostDevices), made by its `log`.
 ///
-/// Its `start` fails, before anything is sent, for a back-end that cannot log. Its `sync` fails when a back-end is gone: the
-/// migration fails, the guest can run on. Its `last_sync` fails while a device still runs.
+/// Its `start` fails, before anything is sent, for a back-end that cannot log. Its `sync` fails
+/// when a back-end is gone: the migration fails, the guest can run on. Its `last_sync` fails while
+/// a device still runs.
 pub struct VhostLog {
     group: Arc<Mutex<Group>>,
     /// The group's log is on for us, or half on.
@@ -50,7 +51,7 @@ impl DirtyLog for VhostLog {
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
         let mut group = self.group();
         if let Some(logging) = &mut group.migration {
-            // Nobody writes to these any more: read once, they are done with.
+            // No back-end writes to these: they are read once and dropped.
             logging.retired.drain(..).try_for_each(|log| log.drain(bitmaps))?;
             logging.log.drain(bitmaps)?;
         }

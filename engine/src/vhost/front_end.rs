@@ -11,15 +11,19 @@ use super::shared_log::SharedLog;
 /// The longest wait for a back-end. GET_VRING_BASE takes as long as the requests in flight.
 pub(super) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What vhost-user and the kernel's vhost do differently; everything else they share by the `vhost` crate's
-/// [`VhostBackend`]. [`VhostUser`](super::VhostUser) and [`VhostKernel`](super::VhostKernel) are such; yours may be.
+/// What vhost-user and the kernel's vhost do differently; everything else they share by the `vhost`
+/// crate's [`VhostBackend`]. [`VhostUser`](super::VhostUser) and
+/// [`VhostKernel`](super::VhostKernel) are such; yours may be.
 ///
 /// # Contract
-/// * Every call returns in bounded time. A setter returns when the back-end has done what it was told, and not before.
-/// * When `get_vring_base` has returned, the back-end writes nothing more for this ring, neither data nor used ring.
+/// * Every call returns in bounded time. A setter returns when the back-end has applied it, and not
+///   before.
+/// * When `get_vring_base` has returned, the back-end writes nothing more for this ring, neither
+///   data nor used ring.
 /// * A call that follows one that failed may fail at once.
 pub trait VhostFrontEnd: VhostBackend + Send {
-    /// The longest wait for the back-end: for an answer, and for requests to be done. Default: 10 s.
+    /// The longest wait for the back-end: for an answer, and for requests to be done. Default: 10
+    /// s.
     fn timeout(&self) -> Duration {
         DEFAULT_TIMEOUT
     }
@@ -54,12 +58,13 @@ pub trait VhostFrontEnd: VhostBackend + Send {
     /// It refuses.
     fn change_memory(&self, old: &[VhostRegion], new: &[VhostRegion]) -> Result<()>;
 
-    /// True if a ring must stand still while memory changes, since what is written meanwhile may not be logged.
+    /// True if a ring must be stopped while memory changes, since what is written meanwhile may not
+    /// be logged.
     fn stops_for_memory(&self) -> bool {
         false
     }
 
-    /// How the back-end is told an address in a ring: as the guest's, or as this process's.
+    /// The kind of address that the back-end expects for a ring: the guest's, or this process's.
     fn ring_address(&self, guest: GuestAddress, host: u64) -> u64;
 
     /// Lets a ring run that has all it needs, or halts it before `get_vring_base`.
@@ -95,7 +100,7 @@ pub trait VhostFrontEnd: VhostBackend + Send {
     /// Gives the back-end the region in which it finds the requests that were in flight.
     ///
     /// # Errors
-    /// It refuses, or there is no such thing.
+    /// The back-end refuses, or does not have it.
     fn share_inflight(&self, _inflight: &super::Inflight) -> Result<()> {
         Err(Error::InvalidOperation)
     }

@@ -16,10 +16,11 @@ use super::shared_log::SharedLog;
 /// Starts or stops one ring of a kernel device.
 type Switch<K> = Box<dyn Fn(&K, usize, bool) -> Result<()> + Send>;
 
-/// A back-end in the kernel. Its answers are those of system calls: there is nothing to wait for, and it cannot hang up.
+/// A back-end in the kernel. Its answers are those of system calls: there is nothing to wait for,
+/// and it cannot hang up.
 ///
-/// The kernel's VHOST_GET_VRING_BASE only reads a number. What stops a ring is a request of the device's kind, which the
-/// migration makes first: for vhost-net, taking the tap away.
+/// The kernel's VHOST_GET_VRING_BASE only reads a number. What stops a ring is a request of the
+/// device's kind, which the migration makes first: for vhost-net, taking the tap away.
 pub struct VhostKernel<K> {
     device: K,
     switch: Switch<K>,
@@ -36,7 +37,8 @@ where
 }
 
 impl<K: VhostKernBackend> VhostKernel<K> {
-    /// Any kernel device. `switch` starts (true) or stops one ring, and returns when nothing more is written for it.
+    /// Any kernel device. `switch` starts (true) or stops one ring, and returns when nothing more
+    /// is written for it.
     pub fn new(device: K, switch: impl Fn(&K, usize, bool) -> Result<()> + Send + 'static) -> Self {
         Self { device, switch: Box::new(switch) }
     }

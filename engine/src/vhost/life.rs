@@ -7,7 +7,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::announce::{Announcement, GUEST_ANNOUNCE};
-use super::device::{LOG_ALL, Phase, VhostDevice};
+use super::device::{DevicePhase, LOG_ALL, VhostDevice};
 use super::error::VhostError;
 use super::front_end::VhostFrontEnd;
 use super::region::{self, VhostRegion};
@@ -20,20 +20,20 @@ const POLL: Duration = Duration::from_micros(100);
 /// A device of any back-end, as the others need it.
 pub(super) trait Device: Send {
     fn name(&self) -> &str;
-    fn standing(&self) -> bool;
-    /// Why it cannot migrate.
+    fn is_stopped(&self) -> bool;
+    /// An error if the device cannot migrate.
     fn blocker(&self) -> Result<(), VhostError>;
     fn start(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError>;
-    /// Returns when the back-end writes nothing any more.
+    /// Returns when the back-end has stopped writing.
     fn stop(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError>;
-    /// Everything that is written after this is in `log`.
+    /// Turns the log on: all that is written after this is in `log`.
     fn log_on(
         &mut self,
         log: &Arc<SharedLog>,
         event: Option<&EventFd>,
         regions: &[VhostRegion],
     ) -> Result<(), VhostError>;
-    /// The same for a device that logs elsewhere.
+    /// Moves a device that logs already to another log.
     fn log_into(&mut self, log: &Arc<SharedLog>) -> Result<(), VhostError>;
     fn log_off(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError>;
     fn change_memory(&mut self, old: &[VhostRegion], new: &[VhostRegion]) -> Result<(), VhostError>;
@@ -47,8 +47,8 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
         &self.name
     }
 
-    fn standing(&self) -> bool {
-        self.phase == Phase::Standing
+    fn is_stopped(&self) -> bool {
+        self.phase == DevicePhase::Stopped
     }
 
     fn blocker(&self) -> Result<(), VhostError> {
@@ -68,28 +68,29 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
     }
 
     fn start(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        if self.phase != Phase::Running {
+        if self.phase != DevicePhase::Running {
             self.prepare(regions)?;
             self.halted = (0..self.rings.len()).collect();
         }
         self.prepare_rings(regions)?;
-        // From the first ring on, it is no device any more that writes nothing.
-        self.phase = Phase::Running;
+        // Once the first ring is enabled, the device may write guest memory.
+        self.phase = DevicePhase::Running;
         self.start_rings(regions)
     }
 
     fn stop(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
         let index = |area: GuestAddress| region::read_u16(regions, GuestAddress(area.0.saturating_add(2)));
         let done = |ring: &Ring| index(ring.used);
-        if self.phase == Phase::Running {
+        if self.phase == DevicePhase::Running {
             if self.finishes {
                 let left = |ring: &Ring| Some(index(ring.available)?.wrapping_sub(done(ring)?));
                 self.wait_for(self.live_rings(), "are not done", left)?;
             }
             self.halt_rings()?;
         }
-        if self.phase == Phase::Halted {
-            // A split ring's base is 16 bits. With an in-flight region, what is in flight may go along in it.
+        if self.phase == DevicePhase::Halted {
+            // A split ring's base is 16 bits. With an in-flight region, what is in flight may go
+            // along in it.
             let taken = |ring: &Ring| u16::try_from(ring.base).ok().filter(|_| self.inflight.is_none());
             let left = |ring: &Ring| Some(taken(ring)?.wrapping_sub(done(ring)?));
             self.wait_for(self.halted_rings(), "are in flight", left)?;
@@ -97,7 +98,7 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
                 // The index may be there before its page is in the log.
                 self.rings.iter().for_each(|(ring, _)| log.mark(ring.used, self.lens(ring)[2]));
             }
-            self.phase = Phase::Standing;
+            self.phase = DevicePhase::Stopped;
         }
         Ok(())
     }
@@ -120,8 +121,11 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
 
     fn log_into(&mut self, log: &Arc<SharedLog>) -> Result<(), VhostError> {
         let before = self.log.replace(Arc::clone(log));
-        // On an error, where it logs is not known: the one before must stay as well.
-        self.tell_log(log).inspect_err(|_| std::mem::forget(before))
+        let told = self.tell_log(log);
+        if told.is_err() {
+            self.keep_alive.extend(before);
+        }
+        told
     }
 
     fn log_off(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
@@ -134,7 +138,7 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
         if !self.has_memory {
             return Ok(());
         }
-        let halt = self.phase == Phase::Running && self.front_end.stops_for_memory();
+        let halt = self.phase == DevicePhase::Running && self.front_end.stops_for_memory();
         if halt {
             self.stop(old)?;
         }
@@ -153,7 +157,7 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
     }
 
     fn state(&self) -> Result<VhostState, VhostError> {
-        if self.phase != Phase::Standing {
+        if self.phase != DevicePhase::Stopped {
             return Err(self.failed("it still runs: its state is known when it is stopped"));
         }
         let inflight = self.inflight.as_ref().map(Inflight::save).transpose();
@@ -178,7 +182,7 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
 }
 
 impl<F: VhostFrontEnd> VhostDevice<F> {
-    /// What the back-end must know before any ring.
+    /// Tells the back-end what it must know before any ring.
     fn prepare(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
         self.tell_features()?;
         if !self.has_memory {
@@ -194,24 +198,26 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         Ok(())
     }
 
-    /// Waits until none of `rings` has requests left that `left` counts; of split rings, which alone tell.
+    /// Waits until none of `rings` has requests left that `left` counts; of split rings, which
+    /// alone tell.
     fn wait_for<'a>(
         &self,
         rings: impl Iterator<Item = (usize, &'a Ring)>,
         what: &str,
         left: impl Fn(&Ring) -> Option<u16>,
     ) -> Result<(), VhostError> {
-        let patience = self.front_end.timeout();
-        let deadline = Instant::now() + patience;
+        let timeout = self.front_end.timeout();
+        let deadline = Instant::now() + timeout;
         for (index, ring) in rings.filter(|_| self.features & RING_PACKED == 0) {
             while let Some(left) = left(ring).filter(|left| *left > 0) {
                 if Instant::now() >= deadline {
                     return Err(
-                        self.failed(format!("ring {index}: {left} requests {what} after {patience:?}"))
+                        self.failed(format!("ring {index}: {left} requests {what} after {timeout:?}"))
                     );
                 }
                 self.check_connected()?;
-                // A poll: back-ends that are being stopped do not signal, and the guest may have told them not to.
+                // A poll: back-ends that are being stopped do not signal, and the guest may have
+                // told them not to.
                 std::thread::park_timeout(POLL);
             }
         }
@@ -221,7 +227,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
     /// Stops every ring that may run.
     fn halt_rings(&mut self) -> Result<(), VhostError> {
         (0..self.rings.len()).try_for_each(|index| self.halt_ring(index))?;
-        self.phase = Phase::Halted;
+        self.phase = DevicePhase::Halted;
         Ok(())
     }
 
@@ -254,7 +260,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
     fn start_rings(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
         for index in self.halted.clone() {
             let Err(refusal) = self.start_ring(index) else { continue };
-            // First the one that may not run: nobody has to wait for its requests.
+            // First the ring that may not run: its requests need not be waited for.
             let stopped = self.halt_ring(index).and_then(|()| self.stop(regions));
             if let Err(error) = stopped {
                 tracing::warn!(error = error.chain(), "rings of a device that did not start may run");

@@ -1,5 +1,6 @@
-//! vhost-user messages with a deadline. The `vhost` crate's front-end waits for a reply for ever, and takes only replies to
-//! SET_LOG_BASE that are as long as its own back-ends': others send 0 or 8 bytes.
+//! vhost-user messages with a deadline. The `vhost` crate's front-end waits for a reply for ever,
+//! and takes only replies to SET_LOG_BASE that are as long as its own back-ends': others send 0 or
+//! 8 bytes.
 
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
@@ -18,7 +19,8 @@ const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
 const VERSION_MASK: u32 = 3;
-/// Request, flags, length of the body: 4 bytes each, in the machine's byte order as all of vhost-user.
+/// Request, flags, length of the body: 4 bytes each, in the machine's byte order as all of
+/// vhost-user.
 const HEADER: usize = 12;
 
 /// The socket of a back-end.
@@ -68,7 +70,8 @@ impl Connection {
             let deadline = Instant::now() + self.timeout;
             self.send(request, 0, body, fds, deadline)
                 .map_err(|error| self.fail(self.explain(request, error)))?;
-            // Messages are worked off in their order: the answer to the next says that this one is done.
+            // Messages are worked off in their order: the answer to the next says that this one is
+            // done.
             return self.ask_u64(FrontendReq::GET_FEATURES).map(drop);
         }
         let reply = self.exchange(request, NEED_REPLY, body, fds)?;
@@ -89,7 +92,7 @@ impl Connection {
         match SockRef::from(&self.socket).recv_with_flags(&mut byte, flags) {
             Ok(0) => Err(self.fail(closed())),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
-            // A message that nobody has asked for: the next reply's reader will say so.
+            // An unsolicited message: the reader of the next reply reports it.
             Ok(_) => Ok(()),
             Err(error) => Err(self.fail(error)),
         }
@@ -160,7 +163,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Nothing more can be said on this connection.
+    /// Whether the connection is broken for good.
     fn fail(&self, error: io::Error) -> io::Error {
         self.broken.store(true, Ordering::Relaxed);
         error

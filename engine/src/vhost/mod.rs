@@ -1,5 +1,6 @@
-//! Devices whose back-ends write guest memory behind the VMM's back, in a vhost-user process or in the kernel: their log,
-//! and their life around a migration. Needs the feature `vhost`. docs/vhost.md tells the rules and the order.
+//! Devices whose back-ends write guest memory behind the VMM's back, in a vhost-user process or in
+//! the kernel: their log, and their life around a migration. Needs the feature `vhost`.
+//! docs/vhost.md tells the rules and the order.
 //!
 //! ```text
 //!  VhostDevices ── the devices of a guest, the memory they see        the embedder's handle

@@ -10,8 +10,8 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Gues
 
 use crate::guest::{PAGE, RamBlock};
 
-/// The highest guest address that there can be, and one: x86 has 52 bits. A log for all of it is a file of 128 GiB, of which
-/// only what stands for memory is ever touched.
+/// The highest guest address that there can be, and one: x86 has 52 bits. A log for all of it is a
+/// file of 128 GiB, of which only what stands for memory is ever touched.
 const GUEST_END: u64 = 1 << 52;
 
 /// Guest memory that back-ends may reach: a piece of a RAM block, and where the guest sees it.
@@ -24,8 +24,8 @@ pub struct VhostRegion {
 }
 
 impl VhostRegion {
-    /// All of `block`, from `guest_address` on. A vhost-user back-end needs memory that it can share
-    /// ([`HostMemory::map_file`](crate::HostMemory::map_file)).
+    /// All of `block`, from `guest_address` on. A vhost-user back-end needs memory that it can
+    /// share ([`HostMemory::map_file`](crate::HostMemory::map_file)).
     pub fn new(guest_address: GuestAddress, block: &RamBlock) -> Self {
         Self { guest_address, block: block.clone(), range: 0..block.used_len() }
     }
@@ -80,14 +80,16 @@ impl VhostRegion {
         pages(self.len())
     }
 
-    /// Where the byte at a guest address is in this process, if `len` bytes from there are in this region.
+    /// Where the byte at a guest address is in this process, if `len` bytes from there are in this
+    /// region.
     pub(super) fn host_address(&self, at: GuestAddress, len: u64) -> Option<u64> {
         let offset = at.raw_value().checked_sub(self.guest_address.raw_value())?;
         offset.checked_add(len).filter(|end| *end <= self.len())?;
         Some(self.userspace_address()? + offset)
     }
 
-    /// What a back-end is told of it. The descriptor is -1 for memory that it cannot share: without a file, or private.
+    /// The region as a back-end gets it. The descriptor is -1 for memory that it cannot share:
+    /// without a file, or private.
     pub(super) fn info(&self) -> VhostUserMemoryRegionInfo {
         let file = self.block.memory().shared_file();
         VhostUserMemoryRegionInfo {
@@ -126,7 +128,7 @@ impl std::fmt::Display for VhostRegion {
     }
 }
 
-/// Tells what is wrong with `regions`: one that is no part of its block, or two that overlap.
+/// Refuses a region outside of its block, and two that overlap.
 pub(super) fn check(regions: &[VhostRegion]) -> Result<(), String> {
     if let Some(wrong) = regions.iter().find_map(VhostRegion::wrong) {
         return Err(wrong);

@@ -16,8 +16,8 @@ use crate::guest::{DirtyBitmap, HostMemory, PAGE, RamBlock};
 /// Pages in a word of the log.
 const PAGES: u64 = 64;
 
-/// One bit a page of guest physical memory, from address 0 on, in memory that back-ends share: bit `page % 8` of byte
-/// `page / 8`. They set bits, [`SharedLog::move_run`] takes them.
+/// One bit a page of guest physical memory, from address 0 on, in memory that back-ends share: bit
+/// `page % 8` of byte `page / 8`. They set bits, [`SharedLog::move_run`] takes them.
 ///
 /// 32 KiB for a GiB of guest addresses; holes between regions cost addresses, no memory.
 #[derive(Debug)]
@@ -54,24 +54,25 @@ impl SharedLog {
         self.memory.is_empty()
     }
 
-    /// Where it is mapped in this process: what the kernel's vhost is told.
+    /// Where it is mapped in this process: what the kernel's vhost gets.
     pub fn address(&self) -> u64 {
         self.memory.slice(0, 0).map_or(0, |slice| slice.ptr_guard().as_ptr() as u64)
     }
 
-    /// Sets the bits of `len` bytes from a guest address on, as a back-end does; as far as there are any.
+    /// Sets the bits of `len` bytes from a guest address on, as a back-end does; as far as there
+    /// are any.
     pub fn mark(&self, at: GuestAddress, len: u64) {
         let (first, end) = (at.0 / PAGE as u64, at.0.saturating_add(len).div_ceil(PAGE as u64));
         let words = sys::words(&self.memory).unwrap_or_default();
         for page in first..end.min(words.len() as u64 * PAGES) {
             let word = usize::try_from(page / PAGES).ok().and_then(|word| words.get(word));
-            // Release: who takes the bit sees what was written before.
+            // Release: a thread that takes the bit sees what was written before.
             _ = word.map(|word| word.fetch_or((1_u64 << (page % PAGES)).to_le(), Ordering::Release));
         }
     }
 
-    /// Takes the bits of `pages` pages from guest page `first` on, and sets those of the pages from `into_first` on in `into`.
-    /// Bits of other pages stay, also those that share a word with them.
+    /// Takes the bits of `pages` pages from guest page `first` on, and sets those of the pages from
+    /// `into_first` on in `into`. Bits of other pages stay, also those that share a word with them.
     ///
     /// # Errors
     /// The log is not as long as that: bits that a back-end may have set are out of reach.
@@ -105,7 +106,8 @@ impl SharedLog {
 
 /// Takes the bits of `mask` out of a word.
 fn take(word: &AtomicU64, mask: u64) -> u64 {
-    // A clean word costs a load: most words are clean in a late round. The log's order is that of its bytes.
+    // A clean word costs a load: most words are clean in a late round. The log's order is that of
+    // its bytes.
     if u64::from_le(word.load(Ordering::Relaxed)) & mask == 0 {
         return 0;
     }
@@ -137,7 +139,8 @@ struct Run {
 }
 
 impl RunLog {
-    /// A log for all of `regions`, whose blocks must be among those that migrate, and long enough for `sized_for`.
+    /// A log for all of `regions`, whose blocks must be among those that migrate, and long enough
+    /// for `sized_for`.
     pub(super) fn new(
         regions: &[VhostRegion],
         sized_for: &[VhostRegion],
@@ -172,7 +175,7 @@ mod tests {
 
     use super::*;
 
-    /// As a back-end does it, by way of the file.
+    /// As a back-end does it, through the file.
     fn mark(log: &SharedLog, page: u64) {
         let mut byte = [0];
         log.file.read_exact_at(&mut byte, page / 8).unwrap();

@@ -17,11 +17,12 @@ const VERSION: u16 = 1;
 const MAX_RINGS: usize = 1024;
 /// Most entries of a ring, by the virtio specification.
 const MAX_RING_SIZE: u16 = 1 << 15;
-/// Longest in-flight region: 1024 rings of 32768 entries of 16 bytes would be 512 MiB; what exists has some KiB.
+/// Longest in-flight region: 1024 rings of 32768 entries of 16 bytes would be 512 MiB; what exists
+/// has some KiB.
 const MAX_INFLIGHT: usize = 16 << 20;
 
-/// The protocol features that the guest, or what goes with it, depends on. The others are between a front-end and its
-/// back-end: the two hosts' may differ.
+/// The protocol features that the guest, or what goes with it, depends on. The others are between a
+/// front-end and its back-end: the two hosts' may differ.
 pub(super) const LASTING_PROTOCOL_FEATURES: u64 = VhostUserProtocolFeatures::MQ.bits()
     | VhostUserProtocolFeatures::MTU.bits()
     | VhostUserProtocolFeatures::CRYPTO_SESSION.bits()
@@ -39,11 +40,12 @@ pub struct Ring {
     pub available: GuestAddress,
     /// The used ring; of a packed ring, the device's event area.
     pub used: GuestAddress,
-    /// Where a ring that stands still goes on: what GET_VRING_BASE said. 0 for a new one.
+    /// Where a stopped ring continues: the reply to GET_VRING_BASE. 0 for a new one.
     pub base: u32,
 }
 
-/// The memory in which a vhost-user back-end keeps track of the requests that it has taken and not done.
+/// The memory in which a vhost-user back-end keeps track of the requests that it has taken and not
+/// done.
 #[derive(Debug)]
 pub struct Inflight {
     pub(super) file: File,
@@ -53,8 +55,8 @@ pub struct Inflight {
     pub(super) ring_size: u16,
 }
 
-/// A device that stands still: goes in the VMM's device state, by [`VhostState::encode`], and is loaded at the
-/// destination by [`VhostDevice::load`](super::VhostDevice::load).
+/// The state of a stopped device: goes in the VMM's device state, by [`VhostState::encode`], and is
+/// loaded at the destination by [`VhostDevice::load`](super::VhostDevice::load).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VhostState {
     /// The virtio features that guest and device have agreed on.
@@ -63,7 +65,7 @@ pub struct VhostState {
     pub protocol_features: u64,
     /// By index.
     pub rings: Vec<Ring>,
-    /// What the in-flight region held, if there is one.
+    /// The content of the in-flight region, if there is one.
     pub inflight: Option<InflightState>,
 }
 

@@ -9,14 +9,15 @@ use std::sync::atomic::AtomicU64;
 
 use crate::guest::HostMemory;
 
-/// A memfd of `len` bytes, all zero, that nobody can make shorter or longer: a back-end that cut it would kill us by SIGBUS.
+/// A memfd of `len` bytes, all zero, sealed against a change of size: a back-end that cut it would
+/// kill this process by SIGBUS.
 pub(super) fn sealed_memfd(name: &std::ffi::CStr, len: u64) -> io::Result<File> {
     // SAFETY: the name is a C string.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: a new descriptor that nobody else owns.
+    // SAFETY: a new descriptor, owned here only.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(len)?;
     let seals = libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
@@ -25,7 +26,8 @@ pub(super) fn sealed_memfd(name: &std::ffi::CStr, len: u64) -> io::Result<File> 
     if sealed < 0 { Err(io::Error::last_os_error()) } else { Ok(file) }
 }
 
-/// The whole words of memory that other processes change as well. `None` if it does not begin at a word's address.
+/// The whole words of memory that other processes change as well. `None` if it does not begin at a
+/// word's address.
 pub(super) fn words(memory: &HostMemory) -> Option<&[AtomicU64]> {
     let slice = memory.slice(0, memory.len())?;
     let start = slice.ptr_guard_mut().as_ptr().cast::<AtomicU64>();
@@ -33,9 +35,10 @@ pub(super) fn words(memory: &HostMemory) -> Option<&[AtomicU64]> {
         return None;
     }
     // SAFETY:
-    // * the range is mapped for reading and writing for as long as `memory` lives, which the result borrows;
+    // * the range is mapped for reading and writing for as long as `memory` lives, which the result
+    //   borrows;
     // * it is aligned, checked above, and any bytes are a valid word;
-    // * nobody in this process reaches it but by atomics: the log's mapping is private to `SharedLog`.
+    // * this process accesses it by atomics only: the log's mapping is private to `SharedLog`.
     Some(unsafe { slice::from_raw_parts(start, memory.len() / size_of::<AtomicU64>()) })
 }
 

@@ -24,9 +24,10 @@ const TABLE: usize = 8;
 
 /// A vhost-user back-end, over the connection of a [`Frontend`].
 ///
-/// The embedder has made the connection, and negotiated protocol features: that is what [`Frontend`] is for. This one says
-/// what a migration has to say, and waits for every answer, but not for ever. Only one of the two may be at it at a time.
-/// After a missing answer the connection cannot be used any more; every call says so.
+/// The embedder has made the connection, and negotiated protocol features: that is what
+/// [`Frontend`] is for. This one says what a migration has to say, and waits for every answer, but
+/// not for ever. Only one of the two may be at it at a time. After a missing answer the connection
+/// cannot be used any more; every call fails with that.
 #[derive(Debug)]
 pub struct VhostUser {
     connection: Connection,
@@ -34,18 +35,19 @@ pub struct VhostUser {
 }
 
 impl VhostUser {
-    /// Uses the connection of `front_end`, on which `features` have been negotiated: LOG_SHMFD for a log, REPLY_ACK
-    /// for errors that say what was refused, RARP, MQ, CONFIGURE_MEM_SLOTS, INFLIGHT_SHMFD as there are.
+    /// Uses the connection of `front_end`, on which `features` have been negotiated: LOG_SHMFD for
+    /// a log, REPLY_ACK for errors that say what was refused, RARP, MQ, CONFIGURE_MEM_SLOTS,
+    /// INFLIGHT_SHMFD as there are.
     ///
     /// # Errors
-    /// There are no more descriptors to be had.
+    /// The process has no descriptors left.
     pub fn new(front_end: &Frontend, features: VhostUserProtocolFeatures) -> io::Result<Self> {
         let acks = features.contains(VhostUserProtocolFeatures::REPLY_ACK);
         Ok(Self { connection: Connection::over(front_end, acks, DEFAULT_TIMEOUT)?, features })
     }
 
-    /// The longest wait for an answer. Default: 10 s. GET_VRING_BASE is answered only when the requests in flight are done,
-    /// and is part of the downtime.
+    /// The longest wait for an answer. Default: 10 s. GET_VRING_BASE is answered only when the
+    /// requests in flight are done, and is part of the downtime.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.connection = self.connection.with_timeout(timeout);
@@ -133,7 +135,7 @@ impl VhostFrontEnd for VhostUser {
     }
 
     fn switch_ring(&self, index: usize, on: bool) -> Result<()> {
-        // Without protocol features, the kick starts a ring. GET_VRING_BASE stops it either way.
+        // Without protocol features, the kick starts a ring. GET_VRING_BASE stops it in both cases.
         match on && !self.features.is_empty() {
             true => self.tell_ring(FrontendReq::SET_VRING_ENABLE, index, 1),
             false => Ok(()),
@@ -201,7 +203,8 @@ impl VhostBackend for VhostUser {
     fn set_log_base(&self, _: u64, region: Option<VhostUserDirtyLogRegion>) -> Result<()> {
         let region = region.ok_or(Error::LogAddress)?;
         let body = [region.mmap_size.to_ne_bytes(), region.mmap_offset.to_ne_bytes()].concat();
-        // Answered always, by a body of 0, 8 or 16 bytes that says nothing; a back-end that refuses hangs up.
+        // Answered always, by a body of 0, 8 or 16 bytes that says nothing; a back-end that refuses
+        // hangs up.
         self.connection.ask(FrontendReq::SET_LOG_BASE, &body, &[region.mmap_handle]).map(drop).map_err(failed)
     }
 

@@ -1,4 +1,4 @@
-//! The same, sealed: with keys that change all the time, and with an end that is refused.
+//! The same, encrypted: with keys that change all the time, and with an end that is refused.
 
 use std::fs;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ pub(super) fn credentials(ca: &str) -> TempDir {
 }
 
 #[test]
-fn a_guest_moves_sealed_across_new_keys() {
+fn a_guest_moves_encrypted_across_new_keys() {
     let dir = credentials("CA");
     let often = (1 << 20).try_into().unwrap();
     let codecs: [Arc<dyn Codec>; 2] = [Arc::new(Uncompressed), Arc::new(Zstd::level(1).unwrap())];

@@ -1,6 +1,8 @@
-//! The engine's claim cursor, stop switch and set of open channels, run under every interleaving that loom finds.
+//! The engine's claim cursor, stop switch and set of open channels, run under every interleaving
+//! that loom finds.
 //!
-//! The files are the engine's own, compiled here with loom's primitives in the place of `crate::sync`.
+//! The files are the engine's own, compiled here with loom's primitives in the place of
+//! `crate::sync`.
 #![cfg(test)]
 #![expect(dead_code, reason = "only what is checked here is used here")]
 

@@ -1,4 +1,5 @@
-//! Payloads as senders make them, ours and others: straight from the libraries, without our own codecs.
+//! Payloads as senders make them, ours and others: straight from the libraries, without our own
+//! codecs.
 
 use flate2::{Compress, Compression, FlushCompress};
 use multifd_wire::CodecId;
@@ -13,7 +14,8 @@ pub enum Codec {
     None,
     /// One zlib stream a channel, a sync flush after each packet.
     Zlib,
-    /// A deflate piece of its own for each packet, ended by a full flush; the two-byte zlib header once a channel.
+    /// A deflate piece of its own for each packet, ended by a full flush; the two-byte zlib header
+    /// once a channel.
     ZlibPieces,
     /// One zstd frame a channel, a flush after each packet.
     Zstd,
@@ -111,7 +113,8 @@ fn zstd(context: &mut CCtx<'_>, pages: &[u8], directive: ZSTD_EndDirective) -> V
     out
 }
 
-/// A delta that turns `old` into `new` (docs/wire.md §6); `None` if they are equal. Plain loops, no limit.
+/// A delta that turns `old` into `new` (docs/wire.md §6); `None` if they are equal. Plain loops, no
+/// limit.
 pub(super) fn xbzrle(old: &[u8], new: &[u8]) -> Option<Vec<u8>> {
     let mut delta = Vec::new();
     let mut pairs = old.iter().zip(new).peekable();

@@ -12,7 +12,7 @@ use super::{Heard, Player, Recording};
 use crate::process::Signal;
 use crate::{During, Failure, Multifd, Outcome, Process, Scratch, Usage};
 
-/// For what should take a moment.
+/// For what should be quick.
 const SOON: Duration = Duration::from_secs(20);
 
 /// `multifd receive`, listening.

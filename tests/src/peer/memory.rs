@@ -1,4 +1,4 @@
-//! RAM of a guest that nobody runs.
+//! RAM of a guest that does not run.
 
 use std::path::Path;
 

@@ -32,8 +32,8 @@ impl<'a> Player<'a> {
         Self { endpoint, lanes: Vec::new(), replies: Vec::new() }
     }
 
-    /// Does what the recording says, as far as the other side lets it. `over` says, by a message or its end, that
-    /// the other side is done.
+    /// Does what the recording says, as far as the other side lets it. `over` says, by a message or
+    /// its end, that the other side is done.
     pub fn play(mut self, recording: &Recording, over: &Receiver<()>) -> Heard {
         for step in &recording.steps {
             // A destination that has seen enough hangs up, and then nothing can be sent.

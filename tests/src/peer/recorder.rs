@@ -1,4 +1,5 @@
-//! Writes a source's script: the stream of main, piece by piece. What goes on the channels is in `packets.rs`.
+//! Writes a source's script: the stream of main, piece by piece. What goes on the channels is in
+//! `packets.rs`.
 
 use multifd_wire::{
     Advise, BlockRef, Command, Configuration, Footer, Item, PageSize, RamRecord, SectionHead, SectionId,
@@ -34,8 +35,8 @@ impl Recorder {
         Self { style, steps, packets, sent: None, last_block: None }
     }
 
-    /// The whole stream for a guest that writes its memory while it moves: all pages, two further rounds, the end.
-    /// `memory` is what the destination must have then.
+    /// The whole stream for a guest that writes its memory while it moves: all pages, two further
+    /// rounds, the end. `memory` is what the destination must have then.
     pub fn migration(style: Style, memory: &mut Memory) -> Recording {
         let mut recorder = Self::new(style);
         recorder.setup(memory);
@@ -151,7 +152,8 @@ impl Recorder {
         }
     }
 
-    /// SYNC on every channel and FLUSH on main; nothing in a style where ends of sections are sync points.
+    /// SYNC on every channel and FLUSH on main; nothing in a style where ends of sections are sync
+    /// points.
     pub fn sync_point(&mut self) {
         let per_round = self.style.sync == SyncPoints::PerRound;
         if per_round && self.style.channels > 0 {

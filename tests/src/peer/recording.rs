@@ -22,8 +22,8 @@ pub enum Step {
     HangUp(Lane),
     /// Does nothing for this long.
     Pause(Duration),
-    /// Sends `bytes` on main again and again until the other side has acknowledged the switch-over. A source that waits for
-    /// that does so.
+    /// Sends `bytes` on main again and again until the other side has acknowledged the switch-over.
+    /// A source that waits for that does so.
     UntilAcknowledged(Vec<u8>),
     /// Sends all of `bytes`; `what` names them.
     Send {
@@ -170,7 +170,7 @@ impl Recording {
             Step::Send { lane: of, what, mut bytes } if of == lane => {
                 bytes.truncate(left);
                 left -= bytes.len();
-                // A lane without a byte connects all the same.
+                // A lane without a byte connects nevertheless.
                 if bytes.is_empty() { Step::Connect(lane) } else { Step::Send { lane, what, bytes } }
             }
             other => other,

@@ -1,4 +1,5 @@
-//! A scripted destination: reads what a source sends as far as the test likes, and answers what the test likes.
+//! A scripted destination: reads what a source sends as far as the test likes, and answers what the
+//! test likes.
 
 use std::io::{Read, Write};
 
@@ -7,13 +8,13 @@ use multifd_wire::ReturnMessage;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::reading::{Reading, Stage};
-use super::socket::{Door, LONG, Socket};
+use super::socket::{LONG, Listening, Socket};
 use crate::{Failure, Outcome, Scratch};
 
 /// Waits for a source.
 #[derive(Debug)]
 pub struct Sink {
-    door: Door,
+    listener: Listening,
     endpoint: Endpoint,
     _scratch: Scratch,
 }
@@ -49,8 +50,8 @@ impl Sink {
     }
 
     fn listen(endpoint: &Endpoint, scratch: Scratch) -> Outcome<Self> {
-        let door = Door::open(endpoint)?;
-        Ok(Self { endpoint: door.endpoint(endpoint)?, door, _scratch: scratch })
+        let listener = Listening::open(endpoint)?;
+        Ok(Self { endpoint: listener.endpoint(endpoint)?, listener, _scratch: scratch })
     }
 
     /// Where the source has to go.
@@ -64,8 +65,8 @@ impl Sink {
     /// When they do not come.
     pub fn accept(&self, channels: usize) -> Outcome<Incoming> {
         let accept = || {
-            wait(&mut [PollFd::new(&self.door, PollFlags::IN)], "a connection")?;
-            self.door.accept()
+            wait(&mut [PollFd::new(&self.listener, PollFlags::IN)], "a connection")?;
+            self.listener.accept()
         };
         let main = Some(accept()?);
         let channels = (0..channels).map(|_| Ok(Some(accept()?))).collect::<Outcome<_>>()?;
@@ -90,7 +91,7 @@ impl Incoming {
         while self.read_some().is_ok() {}
     }
 
-    /// Reads all lanes until the channels have brought so many bytes.
+    /// Reads all lanes until the channels have brought that many bytes.
     ///
     /// # Errors
     /// When main ends before that.

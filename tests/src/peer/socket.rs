@@ -21,7 +21,7 @@ pub enum Socket {
 
 /// What waits for connections.
 #[derive(Debug)]
-pub(super) enum Door {
+pub(super) enum Listening {
     Tcp(TcpListener),
     Unix(UnixListener),
 }
@@ -100,7 +100,7 @@ impl AsFd for Socket {
     }
 }
 
-impl Door {
+impl Listening {
     pub(super) fn open(endpoint: &Endpoint) -> Outcome<Self> {
         Ok(match endpoint {
             Endpoint::Tcp { host, port } => Self::Tcp(TcpListener::bind((host.as_str(), *port))?),
@@ -112,8 +112,8 @@ impl Door {
     /// Where it is.
     pub(super) fn endpoint(&self, asked: &Endpoint) -> Outcome<Endpoint> {
         Ok(match (self, asked) {
-            (Self::Tcp(door), Endpoint::Tcp { host, .. }) => {
-                Endpoint::Tcp { host: host.clone(), port: door.local_addr()?.port() }
+            (Self::Tcp(listener), Endpoint::Tcp { host, .. }) => {
+                Endpoint::Tcp { host: host.clone(), port: listener.local_addr()?.port() }
             }
             _ => asked.clone(),
         })
@@ -121,19 +121,19 @@ impl Door {
 
     pub(super) fn accept(&self) -> Outcome<Socket> {
         let socket = match self {
-            Self::Tcp(door) => Socket::Tcp(door.accept()?.0),
-            Self::Unix(door) => Socket::Unix(door.accept()?.0),
+            Self::Tcp(listener) => Socket::Tcp(listener.accept()?.0),
+            Self::Unix(listener) => Socket::Unix(listener.accept()?.0),
         };
         socket.limit(LONG)?;
         Ok(socket)
     }
 }
 
-impl AsFd for Door {
+impl AsFd for Listening {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Tcp(door) => door.as_fd(),
-            Self::Unix(door) => door.as_fd(),
+            Self::Tcp(listener) => listener.as_fd(),
+            Self::Unix(listener) => listener.as_fd(),
         }
     }
 }

@@ -3,7 +3,8 @@
 use super::Codec;
 use crate::ZeroPages;
 
-/// How a scripted source goes about it. The default is QEMU 10 on one connection, with a return path.
+/// How a scripted source goes about it. The default is QEMU 10 on one connection, with a return
+/// path.
 #[derive(Clone, Debug)]
 pub struct Style {
     /// The machine type.

@@ -15,11 +15,11 @@ use super::command::names;
 use super::{Memory, Player, Recording};
 use crate::{Failure, Outcome, Scratch};
 
-/// The silence limit of destinations that should fail.
-pub const PATIENCE: Duration = Duration::from_millis(300);
+/// The timeout of destinations that should fail.
+pub const TIMEOUT: Duration = Duration::from_millis(300);
 
-/// Nothing that fails may take longer: every wait of a destination ends with its silence limit, two of them may come
-/// one after the other, and the machine may be busy with others.
+/// Nothing that fails may take longer: every wait of a destination ends with its timeout, two of
+/// them may come one after the other, and the machine may be busy with others.
 const LIMIT: Duration = Duration::from_secs(8);
 
 /// A place for a destination: a folder with its socket, and with its checkpoint if it makes one.
@@ -27,7 +27,7 @@ const LIMIT: Duration = Duration::from_secs(8);
 pub struct Trial {
     scratch: Scratch,
     endpoint: Endpoint,
-    patience: Duration,
+    timeout: Duration,
 }
 
 /// How a destination ended.
@@ -49,7 +49,7 @@ impl Trial {
     pub fn unix() -> Outcome<Self> {
         let scratch = Scratch::new()?;
         let endpoint = Endpoint::Unix(scratch.path("socket"));
-        Ok(Self { scratch, endpoint, patience: PATIENCE })
+        Ok(Self { scratch, endpoint, timeout: TIMEOUT })
     }
 
     /// A destination on a local TCP port.
@@ -58,13 +58,14 @@ impl Trial {
     /// When there is no room for its folder.
     pub fn tcp() -> Outcome<Self> {
         let endpoint = Endpoint::Tcp { host: "127.0.0.1".to_owned(), port: 0 };
-        Ok(Self { scratch: Scratch::new()?, endpoint, patience: PATIENCE })
+        Ok(Self { scratch: Scratch::new()?, endpoint, timeout: TIMEOUT })
     }
 
-    /// Gives the destination another silence limit, for a peer that does no wrong on a machine that is slow.
+    /// Gives the destination another timeout, for a peer that does no wrong on a machine that is
+    /// slow.
     #[must_use]
-    pub fn patient(self, patience: Duration) -> Self {
-        Self { patience, ..self }
+    pub fn patient(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
     }
 
     /// Where the checkpoint will be.
@@ -110,13 +111,14 @@ impl Trial {
         }
     }
 
-    /// Plays `recording` to a destination with memory of its own, full of garbage; gives the memory, too.
+    /// Plays `recording` to a destination with memory of its own, full of garbage; gives the
+    /// memory, too.
     ///
     /// # Errors
     /// As [`Trial::run`].
     pub fn receive(&self, recording: &Recording, memory: &Memory) -> Outcome<(Verdict, Received)> {
         let blocks = memory.provide(0xa5)?;
-        let destination = Destination::builder(blocks.clone()).timeout(self.patience);
+        let destination = Destination::builder(blocks.clone()).timeout(self.timeout);
         let mut received = Received {
             blocks,
             early: EarlySections::default(),
@@ -152,7 +154,7 @@ impl Trial {
         settings: impl FnOnce(DestinationBuilder) -> DestinationBuilder,
     ) -> Outcome<Verdict> {
         let writer = CheckpointWriter::create(&self.checkpoint())?;
-        let destination = settings(Destination::builder(writer.ram()).timeout(self.patience));
+        let destination = settings(Destination::builder(writer.ram()).timeout(self.timeout));
         let mut writer = Some(writer);
         let verdict = self.run(recording, destination, |arrived| {
             if let Some(writer) = writer.take() {

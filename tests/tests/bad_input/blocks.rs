@@ -3,7 +3,7 @@
 use multifd_engine::{Destination, RamBlock};
 use multifd_tests::Outcome;
 use multifd_tests::peer::command::ReceiveTrial;
-use multifd_tests::peer::{Lane, Memory, PATIENCE, Recording, Trial};
+use multifd_tests::peer::{Lane, Memory, Recording, TIMEOUT, Trial};
 use multifd_wire::{BlockEntry, BlockName};
 
 use crate::fixture::{memory, refused, single};
@@ -102,7 +102,7 @@ fn more_blocks_than_any_machine_has() -> Outcome {
 
 /// Refused by a destination whose memory is there already.
 fn unfit(here: Vec<RamBlock>, says: &str) -> Outcome {
-    let destination = Destination::builder(here).timeout(PATIENCE);
+    let destination = Destination::builder(here).timeout(TIMEOUT);
     let verdict = Trial::unix()?.run(&single(), destination, |arrived| arrived.accept())?;
     let error = verdict.result.unwrap_err().chain();
     assert!(error.contains(says) && error.contains("setup, main (unix:"), "{error}");

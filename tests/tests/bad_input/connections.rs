@@ -8,8 +8,8 @@ use crate::fixture::{multifd, refused, single};
 
 const CHANNEL_1: Lane = Lane::Channel(1);
 
-/// As `refused`, by a destination that insists on two channels: a connection that proves nothing is no channel, and the
-/// one that it was to be is missed.
+/// As `refused`, by a destination that insists on two channels: a connection that proves nothing is
+/// no channel, and the one that it was to be is missed.
 fn missed<const N: usize>(cases: [(&str, Recording, &[&str]); N]) -> Outcome {
     for (done, recording, says) in cases {
         let refused = Trial::unix()?.refuses_with(&recording, says, |it| it.channels(2));
@@ -44,7 +44,7 @@ fn first_bytes_that_belong_to_nobody() -> Outcome {
 
 #[test]
 fn connections_that_fall_silent() -> Outcome {
-    let silence = "no byte moved for 300ms, the silence limit";
+    let silence = "no byte moved for 300ms, the timeout";
     refused([
         ("main without a byte", single().stopped(Lane::Main, 0), &["main channel on unix:", "within 300ms"]),
         (

@@ -122,13 +122,9 @@ fn a_channel_that_falls_silent_is_named_with_what_is_missing() -> Outcome {
         (
             "in the first word",
             silent(sync + 3),
-            &["channel 1 (unix:", "rest of a packet header (9 bytes)", "silence limit"],
+            &["channel 1 (unix:", "rest of a packet header (9 bytes)", "timeout"],
         ),
-        (
-            "in a header",
-            silent(sync + 100),
-            &["channel 1 (unix:", "rest of a packet header", "silence limit"],
-        ),
+        ("in a header", silent(sync + 100), &["channel 1 (unix:", "rest of a packet header", "timeout"]),
         ("between packets", silent(sync), &["active, main", missing]),
     ])
 }

@@ -6,7 +6,8 @@ use multifd_wire::{BlockName, CodecId, Command, HELLO_PING, PacketFlags, PageSiz
 
 use crate::fixture::{memory, refused};
 
-/// Pages 3 and 5 of `pc.ram` are to be changed by what is in `payload`. The source has asked for a HELLO, or not.
+/// Pages 3 and 5 of `pc.ram` are to be changed by what is in `payload`. The source has asked for a
+/// HELLO, or not.
 fn with(asked: bool, payload: &[u8]) -> Recording {
     let memory = memory();
     let mut recorder = Recorder::new(Style::multifd(1));

@@ -1,4 +1,4 @@
-//! Between the last byte and the word that the guest has arrived: both ends must believe the same.
+//! Between the last byte and the SHUT that confirms the guest: both ends must believe the same.
 
 use std::io::Write;
 use std::sync::mpsc::channel;
@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use multifd_engine::{CheckpointWriter, Destination, ErrorKind};
-use multifd_tests::peer::{PATIENCE, Recorder, Recording, Socket, Style, Trial};
+use multifd_tests::peer::{Recorder, Recording, Socket, Style, TIMEOUT, Trial};
 use multifd_tests::{Outcome, Scratch};
 use multifd_transports::Endpoint;
 use multifd_wire::{Command, Item, ReturnMessage};
@@ -20,7 +20,7 @@ fn a_cancel_before_the_last_word_leaves_the_guest_at_the_source() -> Outcome {
             [Style::default(), Style::multifd(2)].map(|style| recording(&Style { return_path, ..style }))
         {
             let scratch = Scratch::new()?;
-            let destination = Destination::builder(memory().provide(0)?).timeout(PATIENCE);
+            let destination = Destination::builder(memory().provide(0)?).timeout(TIMEOUT);
             let destination = destination.listen(&Endpoint::Unix(scratch.path("socket")))?;
             let (endpoint, canceller) = (destination.endpoint(), destination.canceller());
             let (done, over) = channel();
@@ -49,7 +49,7 @@ fn a_cancel_before_the_checkpoint_has_its_name_leaves_nothing() -> Outcome {
         let scratch = Scratch::new()?;
         let target = scratch.path("checkpoint");
         let writer = CheckpointWriter::create(&target)?;
-        let destination = Destination::builder(writer.ram()).timeout(PATIENCE);
+        let destination = Destination::builder(writer.ram()).timeout(TIMEOUT);
         let destination = destination.listen(&Endpoint::Unix(scratch.path("socket")))?;
         let (endpoint, canceller) = (destination.endpoint(), destination.canceller());
         let (done, over) = channel();
@@ -83,7 +83,7 @@ fn a_cancel_before_the_checkpoint_has_its_name_leaves_nothing() -> Outcome {
 
 #[test]
 fn a_guest_that_is_not_accepted_runs_on_at_the_source() -> Outcome {
-    let destination = Destination::builder(memory().provide(0)?).timeout(PATIENCE);
+    let destination = Destination::builder(memory().provide(0)?).timeout(TIMEOUT);
     let verdict = Trial::unix()?.run(&multifd(), destination, |arrived| {
         drop(arrived);
         Ok(())
@@ -96,7 +96,7 @@ fn a_guest_that_is_not_accepted_runs_on_at_the_source() -> Outcome {
 #[test]
 fn a_stranger_who_knocks_after_the_last_byte_changes_nothing() -> Outcome {
     let scratch = Scratch::new()?;
-    let destination = Destination::builder(memory().provide(0)?).timeout(PATIENCE);
+    let destination = Destination::builder(memory().provide(0)?).timeout(TIMEOUT);
     let destination = destination.listen(&Endpoint::Unix(scratch.path("socket")))?;
     let endpoint = destination.endpoint();
     let (done, over) = channel();
@@ -116,7 +116,8 @@ fn a_stranger_who_knocks_after_the_last_byte_changes_nothing() -> Outcome {
     Ok(())
 }
 
-/// A source that asks and asks and never listens: the answers fill its socket, and the destination blocks on the next.
+/// A source that asks and asks and never listens: the answers fill its socket, and the destination
+/// blocks on the next.
 fn deaf() -> Recording {
     let mut recorder = Recorder::new(Style::default());
     recorder.header();
@@ -126,7 +127,7 @@ fn deaf() -> Recording {
 
 #[test]
 fn a_source_that_never_listens_runs_into_the_deadline() -> Outcome {
-    let error = Trial::unix()?.refuses(&deaf(), &["return path", "sending Pong(", "the silence limit"])?;
+    let error = Trial::unix()?.refuses(&deaf(), &["return path", "sending Pong(", "the timeout"])?;
     assert_eq!(error.kind(), ErrorKind::Deadline);
     Ok(())
 }
@@ -144,7 +145,8 @@ fn a_source_that_never_listens_does_not_hold_up_a_cancel() -> Outcome {
             let bytes = deaf().bytes(multifd_tests::peer::Lane::Main);
             let mut pings = Vec::new();
             (0..50_000).for_each(|value| Item::Command(Command::Ping(value)).encode(&mut pings));
-            // How much goes into the sockets and buffers is the machine's to say: more and more, until they are full.
+            // How much goes into the sockets and buffers is the machine's to say: more and more,
+            // until they are full.
             let full =
                 socket.write_all(&bytes).is_err() || (0..1000).any(|_| socket.write_all(&pings).is_err());
             assert!(full, "the destination never stopped reading");

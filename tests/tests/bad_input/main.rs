@@ -1,5 +1,5 @@
-//! What no sound source sends: each ends with an error that names channel, field, value and limit, in time, and nothing is
-//! left on disk that looks like a guest.
+//! What no sound source sends: each ends with an error that names channel, field, value and limit,
+//! in time, and nothing is left on disk that looks like a guest.
 
 #[cfg(test)]
 mod blocks;

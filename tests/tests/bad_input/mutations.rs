@@ -1,7 +1,8 @@
-//! Sound migrations with a few bytes changed anywhere: they arrive or they are refused, and nothing panics or hangs.
+//! Sound migrations with a few bytes changed anywhere: they arrive or they are refused, and nothing
+//! panics or hangs.
 
 use multifd_engine::Destination;
-use multifd_tests::peer::{Codec, PATIENCE, Recording, Style, Trial};
+use multifd_tests::peer::{Codec, Recording, Style, TIMEOUT, Trial};
 use multifd_tests::{Failure, Outcome};
 
 use crate::fixture::{memory, recording};
@@ -11,7 +12,7 @@ fn survives(recording: &Recording, seeds: std::ops::Range<u64>) -> Outcome<usize
     let trial = Trial::unix()?;
     let mut refused = 0;
     for seed in seeds {
-        let destination = Destination::builder(memory().provide(0x5a)?).timeout(PATIENCE);
+        let destination = Destination::builder(memory().provide(0x5a)?).timeout(TIMEOUT);
         let verdict = trial.run(&recording.clone().mutated(seed), destination, |arrived| arrived.accept());
         let verdict = verdict.map_err(|failure| Failure::new(format!("seed {seed}: {failure}")))?;
         refused += usize::from(verdict.result.is_err());

@@ -193,7 +193,7 @@ fn the_devices_part() -> Outcome {
     // A source without a return path, which hangs up at the end.
     let over = || recording(&Style { return_path: false, ..Style::default() });
     let says: &[&str] = &["device, main (unix:", "the stream ended within device state, after"];
-    let silence: &[&str] = &["device, main (unix:", "waiting for device state at byte", "the silence limit"];
+    let silence: &[&str] = &["device, main (unix:", "waiting for device state at byte", "the timeout"];
     let main = single();
     let boundaries = main.boundaries(Lane::Main);
     let (eof, end) = (boundaries[boundaries.len() - 2], boundaries[boundaries.len() - 1]);

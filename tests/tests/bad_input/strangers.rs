@@ -1,4 +1,5 @@
-//! Connections that are not of the migration: none of them ends it, whenever they come, over plain and sealed connections.
+//! Connections that are not of the migration: none of them ends it, whenever they come, over plain
+//! and encrypted connections.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -41,7 +42,7 @@ enum Stranger {
 
 /// When it comes.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Moment {
+enum When {
     /// Before the source.
     Before,
     /// The source has passed its first sync point, with all of its channels.
@@ -55,13 +56,13 @@ enum Moment {
 struct Way {
     channels: u8,
     announced: bool,
-    sealed: bool,
+    encrypted: bool,
 }
 
-const SINGLE: Way = Way { channels: 0, announced: false, sealed: false };
-const TWO: Way = Way { channels: 2, announced: false, sealed: false };
-const TWO_ANNOUNCED: Way = Way { channels: 2, announced: true, sealed: false };
-const SEALED: Way = Way { channels: 2, announced: false, sealed: true };
+const SINGLE: Way = Way { channels: 0, announced: false, encrypted: false };
+const TWO: Way = Way { channels: 2, announced: false, encrypted: false };
+const TWO_ANNOUNCED: Way = Way { channels: 2, announced: true, encrypted: false };
+const ENCRYPTED: Way = Way { channels: 2, announced: false, encrypted: true };
 
 impl Stranger {
     const ALL: [Self; 13] = [
@@ -80,18 +81,20 @@ impl Stranger {
         Self::LateChannel,
     ];
 
-    /// Over plain connections, main's header is main's, and a channel that comes before the source is one of its channels.
-    fn is_one(self, way: Way, moment: Moment) -> bool {
+    /// Over plain connections, main's header is main's, and a channel that comes before the source
+    /// is one of its channels.
+    fn is_one(self, way: Way, when: When) -> bool {
         match self {
-            Self::PlainHeader => way.sealed || moment != Moment::Before,
-            Self::SecondSource => moment != Moment::Before,
-            Self::LateChannel => moment != Moment::Before,
+            Self::PlainHeader => way.encrypted || when != When::Before,
+            Self::SecondSource => when != When::Before,
+            Self::LateChannel => when != When::Before,
             _ => true,
         }
     }
 
-    /// Comes, says its piece, and gives what is to stay open. A listener that is closed refuses it, which is as good.
-    fn knock(self, endpoint: &Endpoint, certificates: &Path) -> io::Result<Vec<TcpStream>> {
+    /// Comes, says its piece, and gives what is to stay open. A listener that is closed refuses it,
+    /// which is as good.
+    fn send_strangers(self, endpoint: &Endpoint, certificates: &Path) -> io::Result<Vec<TcpStream>> {
         let Endpoint::Tcp { host, port } = endpoint else { return Err(io::Error::other("not TCP")) };
         let connect = || TcpStream::connect((host.as_str(), *port));
         let say = |bytes: &[u8]| {
@@ -162,7 +165,7 @@ impl Sound<'_> {
             None => {
                 let options = DialOptions { tls: self.tls.clone(), ..DialOptions::default() };
                 let channel = dial(self.endpoint, &options)?;
-                channel.set_silence_limit(Some(TIMEOUT))?;
+                channel.set_timeout(Some(TIMEOUT))?;
                 self.lanes.push((lane, channel));
                 self.lanes.len() - 1
             }
@@ -206,7 +209,7 @@ fn recording(channels: u8) -> (Memory, Recording) {
 }
 
 /// The migration ends well, and its guest is whole.
-fn survives(way: Way, moment: Moment, strangers: &[Stranger]) -> Outcome {
+fn survives(way: Way, when: When, strangers: &[Stranger]) -> Outcome {
     let scratch = Scratch::new()?;
     let (good, without) = (scratch.path("good"), scratch.path("without"));
     let authority = Authority::new("test CA")?;
@@ -218,26 +221,28 @@ fn survives(way: Way, moment: Moment, strangers: &[Stranger]) -> Outcome {
     if way.announced {
         builder = builder.channels(usize::from(way.channels));
     }
-    if way.sealed {
+    if way.encrypted {
         builder = builder.tls(TlsServer::from_directory(&good)?);
     }
     let destination = builder.listen(&Endpoint::Tcp { host: "127.0.0.1".to_owned(), port: 0 })?;
     let endpoint = destination.endpoint();
-    let tls = way.sealed.then(|| TlsClient::from_directory(&good)).transpose()?;
+    let tls = way.encrypted.then(|| TlsClient::from_directory(&good)).transpose()?;
     let (begun, canceller) = (Instant::now(), destination.canceller());
     let (played, result) = thread::scope(|scope| {
         let source = scope.spawn(|| {
             let mut stay = Vec::new();
-            let mut knock = || {
-                strangers.iter().for_each(|it| stay.extend(it.knock(&endpoint, &without).unwrap_or_default()))
+            let mut send_strangers = || {
+                strangers
+                    .iter()
+                    .for_each(|it| stay.extend(it.send_strangers(&endpoint, &without).unwrap_or_default()))
             };
-            if moment == Moment::Before {
-                knock();
+            if when == When::Before {
+                send_strangers();
             }
             let mut sound = Sound { endpoint: &endpoint, tls, lanes: Vec::new(), heard: Vec::new() };
-            let played = sound.play(&recording, |number| match (number, moment) {
-                (number, Moment::Middle) if number == PINGS[0] => knock(),
-                (number, Moment::Complete) if number == PINGS[1] => knock(),
+            let played = sound.play(&recording, |number| match (number, when) {
+                (number, When::Middle) if number == PINGS[0] => send_strangers(),
+                (number, When::Complete) if number == PINGS[1] => send_strangers(),
                 _ => {}
             });
             if played.is_err() {
@@ -257,32 +262,32 @@ fn survives(way: Way, moment: Moment, strangers: &[Stranger]) -> Outcome {
 }
 
 /// Each stranger alone, side by side, and then all at once.
-fn all_survive(way: Way, moment: Moment) -> Outcome {
-    let strangers: Vec<_> = Stranger::ALL.into_iter().filter(|it| it.is_one(way, moment)).collect();
+fn all_survive(way: Way, when: When) -> Outcome {
+    let strangers: Vec<_> = Stranger::ALL.into_iter().filter(|it| it.is_one(way, when)).collect();
     let cells: Vec<_> = strangers.iter().map(std::slice::from_ref).collect();
     thread::scope(|scope| {
-        let running: Vec<_> = cells.iter().map(|cell| scope.spawn(|| survives(way, moment, cell))).collect();
+        let running: Vec<_> = cells.iter().map(|cell| scope.spawn(|| survives(way, when, cell))).collect();
         for (cell, run) in cells.iter().zip(running) {
             let outcome = run.join().unwrap();
-            outcome.unwrap_or_else(|failure| panic!("{way:?} {moment:?} {cell:?}: {failure}"));
+            outcome.unwrap_or_else(|failure| panic!("{way:?} {when:?} {cell:?}: {failure}"));
         }
     });
-    survives(way, moment, &strangers)
+    survives(way, when, &strangers)
 }
 
 #[test]
 fn strangers_before_the_source_do_not_end_its_migration() -> Outcome {
-    [SINGLE, TWO, TWO_ANNOUNCED, SEALED].into_iter().try_for_each(|way| all_survive(way, Moment::Before))
+    [SINGLE, TWO, TWO_ANNOUNCED, ENCRYPTED].into_iter().try_for_each(|way| all_survive(way, When::Before))
 }
 
 #[test]
 fn strangers_in_the_middle_do_not_end_the_migration() -> Outcome {
-    [SINGLE, TWO, TWO_ANNOUNCED, SEALED].into_iter().try_for_each(|way| all_survive(way, Moment::Middle))
+    [SINGLE, TWO, TWO_ANNOUNCED, ENCRYPTED].into_iter().try_for_each(|way| all_survive(way, When::Middle))
 }
 
 #[test]
 fn strangers_when_all_channels_are_there_do_not_end_the_migration() -> Outcome {
-    [SINGLE, TWO, TWO_ANNOUNCED, SEALED].into_iter().try_for_each(|way| all_survive(way, Moment::Complete))
+    [SINGLE, TWO, TWO_ANNOUNCED, ENCRYPTED].into_iter().try_for_each(|way| all_survive(way, When::Complete))
 }
 
 /// From the first sync point on the system refuses connections: nothing listens any more.
@@ -301,9 +306,9 @@ fn the_listener_is_closed_when_all_channels_are_there() -> Outcome {
                 let (mut sound, mut refused) =
                     (Sound { endpoint: &endpoint, tls: None, lanes: Vec::new(), heard: Vec::new() }, false);
                 let played = sound.play(&recording, |_| {
-                    let knocked = Stranger::Closes.knock(&endpoint, Path::new(""));
+                    let connected = Stranger::Closes.send_strangers(&endpoint, Path::new(""));
                     refused =
-                        matches!(knocked, Err(error) if error.kind() == io::ErrorKind::ConnectionRefused);
+                        matches!(connected, Err(error) if error.kind() == io::ErrorKind::ConnectionRefused);
                 });
                 played.map(|()| refused)
             });
@@ -394,7 +399,7 @@ fn pages_after_the_end_of_the_main_stream_are_thrown_away() -> Outcome {
             }
             let _ = gone.recv();
             let channel = sound.lane(Lane::Channel(0)).unwrap();
-            let _ = channel.set_silence_limit(Some(Duration::from_secs(10)));
+            let _ = channel.set_timeout(Some(Duration::from_secs(10)));
             let _ = channel.send_all(&packet);
             let outcome = channel.recv(&mut [0]);
             let silent = matches!(&outcome, Err(error) if error.kind() == io::ErrorKind::TimedOut);
@@ -424,7 +429,7 @@ fn a_destination_that_only_saw_strangers_says_what_the_last_one_was() -> Outcome
     ] {
         let destination = Destination::builder(memory().provide(0)?).timeout(Duration::from_secs(2));
         let destination = destination.listen(&Endpoint::Tcp { host: "127.0.0.1".to_owned(), port: 0 })?;
-        let stay = stranger.knock(&destination.endpoint(), Path::new(""))?;
+        let stay = stranger.send_strangers(&destination.endpoint(), Path::new(""))?;
         let error = destination.receive().err().ok_or_else(|| Failure::new("it succeeded"))?.chain();
         for part in [
             "no main channel on tcp:127.0.0.1:",

@@ -1,4 +1,4 @@
-//! A source whose destination is cut, stands still, or never begins, over every kind of channel.
+//! A source whose destination is cut, stalls, or never begins, over every kind of channel.
 
 use multifd_engine::{DeviceState, Error, ErrorKind, Report, Source, ZeroPages};
 use multifd_tests::Outcome;
@@ -6,7 +6,7 @@ use multifd_tests::peer::{Memory, devices};
 use multifd_transports::Endpoint;
 use multifd_wire::Configuration;
 
-use crate::wire::{Kind, PATIENCE, Then, broken, says};
+use crate::wire::{Kind, TIMEOUT, Then, broken, says};
 
 /// More pages than any channel holds.
 fn source(return_path: Option<bool>) -> Outcome<Source> {
@@ -16,7 +16,7 @@ fn source(return_path: Option<bool>) -> Outcome<Source> {
     let builder = Source::builder(memory.provide_content()?, configuration)
         .paused_guest()
         .zero_pages(ZeroPages::None)
-        .timeout(PATIENCE);
+        .timeout(TIMEOUT);
     let builder = match return_path {
         Some(return_path) => builder.return_path(return_path),
         None => builder,
@@ -32,7 +32,7 @@ fn send(source: Source, endpoint: &Endpoint) -> Result<Report, Error> {
     precopy.stop_copy()?.commit(&state)
 }
 
-/// What the source says when its destination reads so many bytes and no more.
+/// What the source says when its destination reads that many bytes and no more.
 fn sent(kind: Kind, read: usize, then: Then) -> Outcome<Error> {
     let mut wire = kind.wire(true)?;
     let (source, arriving) = (source(None)?, wire.accept()?);

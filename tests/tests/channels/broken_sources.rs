@@ -1,11 +1,11 @@
-//! A destination whose source is cut, stands still, or never begins, over every kind of channel.
+//! A destination whose source is cut, stalls, or never begins, over every kind of channel.
 
 use multifd_engine::{Destination, Error, ErrorKind};
 use multifd_tests::peer::{Lane, Memory, Recorder, Style};
 use multifd_tests::{Outcome, Scratch};
 use multifd_transports::{Channel, Endpoint};
 
-use crate::wire::{Kind, PATIENCE, Then, broken, says};
+use crate::wire::{Kind, TIMEOUT, Then, broken, says};
 
 /// A sound migration's bytes, 1.6 MB: more than any channel holds by itself.
 fn stream() -> (Memory, Vec<u8>) {
@@ -20,7 +20,7 @@ fn stream() -> (Memory, Vec<u8>) {
 /// What the destination says when its source sends `bytes` and no more.
 fn received(kind: Kind, memory: &Memory, bytes: &[u8], then: Then) -> Outcome<Error> {
     let mut wire = kind.wire(false)?;
-    let destination = Destination::builder(memory.provide(0)?).timeout(PATIENCE).listen(&wire.endpoint)?;
+    let destination = Destination::builder(memory.provide(0)?).timeout(TIMEOUT).listen(&wire.endpoint)?;
     let there = destination.endpoint();
     let send = move || {
         let peer: Channel = wire.connect(&there)?;
@@ -67,7 +67,7 @@ fn a_source_that_breaks_off_or_stands_still() -> Outcome {
 
             let error = received(kind, &memory, &bytes[..sent], Then::Stall)?;
             assert_eq!(error.kind(), ErrorKind::Deadline, "{kind:?} {sent}: {}", error.chain());
-            says(&error, &["main (", kind.name(), "no byte moved for 300ms, the silence limit"]);
+            says(&error, &["main (", kind.name(), "no byte moved for 300ms, the timeout"]);
         }
     }
     Ok(())
@@ -76,7 +76,7 @@ fn a_source_that_breaks_off_or_stands_still() -> Outcome {
 /// What the destination says of a command.
 fn printed(memory: &Memory, command: &str) -> Outcome<Error> {
     let endpoint = Endpoint::Exec(command.to_owned());
-    let destination = Destination::builder(memory.provide(0)?).timeout(PATIENCE).listen(&endpoint)?;
+    let destination = Destination::builder(memory.provide(0)?).timeout(TIMEOUT).listen(&endpoint)?;
     broken(destination.canceller(), || destination.receive().map(drop), || Ok(()))
 }
 
@@ -130,7 +130,7 @@ fn a_command_behind_a_sound_stream_must_end_well() -> Outcome {
 fn a_pipe_that_another_process_keeps_open_holds_nothing_up_for_ever() -> Outcome {
     let (memory, bytes) = stream();
     let mut wire = Kind::Pipe.wire(false)?;
-    let destination = Destination::builder(memory.provide(0)?).timeout(PATIENCE).listen(&wire.endpoint)?;
+    let destination = Destination::builder(memory.provide(0)?).timeout(TIMEOUT).listen(&wire.endpoint)?;
     let there = destination.endpoint();
     std::thread::scope(|scope| -> Outcome {
         let send = || -> Outcome<Channel> {
@@ -153,7 +153,8 @@ fn parallel_channels_are_refused_where_there_can_be_none() -> Outcome {
         assert_eq!(error.kind(), ErrorKind::ApiMisuse);
         says(&error, &["2 parallel channels over fd:", "which is one channel"]);
     }
-    // The command has not been started for it: it would say so in a file, before it is heard to say nothing.
+    // The command has not been started for it: it would say so in a file, before it is heard to say
+    // nothing.
     let scratch = Scratch::new()?;
     let trace = scratch.path("trace");
     let command = Endpoint::Exec(format!("echo started > {}", trace.display()));

@@ -1,4 +1,5 @@
-//! A running guest comes in from QEMU, lies on disk, and goes out to QEMU, over one kind of link.
+//! A running guest comes in from QEMU, is stored on disk, and goes out to QEMU, over one kind of
+//! link.
 
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,7 +28,8 @@ pub(crate) enum Link {
     InheritedDoor,
     /// A pipe, inherited; on the way in as standard input.
     Pipe,
-    /// A command of ours that connects, and passes on what both sides say. On the way in QEMU has it.
+    /// A command of ours that connects, and passes on what both sides say. On the way in QEMU has
+    /// it.
     Relay,
     /// One end of a socket pair, inherited.
     SocketPair,
@@ -49,7 +51,8 @@ impl Journey {
         Ok(Self { scratch, vm, settings, link })
     }
 
-    /// In: the checkpoint's RAM is the paused guest's. Out: so is the destination's, and the guest's count goes on.
+    /// In: the checkpoint's RAM is the paused guest's. Out: so is the destination's, and the
+    /// guest's count goes on.
     pub(crate) fn run(&self) -> Outcome {
         let mut source = self.vm.clone().fill(Fill::new(1)).spawn("source")?;
         source.serial().wait_lines(2, 0, SOON)?;
@@ -118,15 +121,15 @@ impl Journey {
                 Ok((Receive::listen(&format!("exec:cat {fifo}"), out)?, format!("exec:cat > {fifo}")))
             }
             Link::InheritedDoor => {
-                let door = TcpListener::bind("127.0.0.1:0")?;
-                let uri = format!("tcp:{}", door.local_addr()?);
-                let door = Inherited::new(door)?;
-                Ok((Receive::listen(&door.uri(), out)?, uri))
+                let listener = TcpListener::bind("127.0.0.1:0")?;
+                let uri = format!("tcp:{}", listener.local_addr()?);
+                let listener = Inherited::new(listener)?;
+                Ok((Receive::listen(&listener.uri(), out)?, uri))
             }
             Link::Relay => {
-                let door = Receive::listen("tcp:127.0.0.1:0", out)?;
-                let relay = relay(door.uri())?;
-                Ok((door, relay))
+                let listener = Receive::listen("tcp:127.0.0.1:0", out)?;
+                let relay = relay(listener.uri())?;
+                Ok((listener, relay))
             }
         }
     }
@@ -170,7 +173,7 @@ impl Journey {
         }
     }
 
-    /// Gives a descriptor to whoever `start` starts, on a socket whose URI it gets.
+    /// Gives a descriptor to the process that `start` starts, on a socket whose URI it gets.
     fn hand_over<T>(
         &self,
         descriptor: impl Into<OwnedFd>,

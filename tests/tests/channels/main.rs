@@ -1,4 +1,5 @@
-//! Every kind of channel: the real QEMU at the other end, and peers that break off, stand still or never begin.
+//! Every kind of channel: the real QEMU at the other end, and peers that break off, stall or never
+//! begin.
 
 mod broken_destinations;
 mod broken_sources;

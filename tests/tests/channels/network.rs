@@ -1,4 +1,4 @@
-//! Between two hosts: a peer that vanishes without a word, addresses to choose from, and a cable of a given rate.
+//! Between two hosts: a peer that vanishes, addresses to choose from, and a cable of a given rate.
 
 use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -18,7 +18,7 @@ use crate::wire::says;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A peer that has vanished is found within 3 s, a silence is allowed to last for a minute.
+/// A peer that has vanished is found within 3 s, the timeout is a minute.
 fn attentive() -> SocketOptions {
     let keepalive = Some(Keepalive { time: SECOND, interval: SECOND, retries: 2 });
     SocketOptions { keepalive, user_timeout: Some(2 * SECOND), ..SocketOptions::default() }
@@ -64,7 +64,8 @@ fn at(address: &str, endpoint: &Endpoint) -> Endpoint {
     Endpoint::Tcp { host: address.to_owned(), port: *port }
 }
 
-/// Runs both ends, and cuts the cable when `when` says so of the source's progress; gives both errors.
+/// Runs both ends, and cuts the cable when `when` says so of the source's progress; gives both
+/// errors.
 fn vanish(channels: usize, rounds: bool, when: impl Fn(&ProgressReader) -> bool) -> Outcome<[Error; 2]> {
     let (network, meeting) = (Network::new()?, Meeting { endpoint: channel(), progress: channel() });
     let (cut, is_cut) = channel::<Instant>();
@@ -160,7 +161,8 @@ fn channels_take_the_addresses_in_turn_from_the_one_that_is_bound() -> Outcome {
         });
         let connections = source.join().map_err(|_| Failure::new("the source panicked"))??;
         destination.join().map_err(|_| Failure::new("the destination panicked"))???;
-        // Local address 10.77.0.11, remote 10.77.0.x, in the byte order of this machine, established.
+        // Local address 10.77.0.11, remote 10.77.0.x, in the byte order of this machine,
+        // established.
         let of = |last: u8| {
             let hex = |last: u8| format!("{:08X}", u32::from_ne_bytes([10, 77, 0, last]));
             let established = connections.lines().filter(|line| line.contains(" 01 "));

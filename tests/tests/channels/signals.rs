@@ -1,4 +1,4 @@
-//! Signals at any moment, and limits of the process: what ends cleanly, and with which exit code.
+//! Signals at any time, and limits of the process: what ends cleanly, and with which exit code.
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -113,7 +113,7 @@ fn a_standard_error_that_takes_nothing_is_no_reason_to_fail() -> Outcome {
     received(&place)
 }
 
-/// Reads the return path up to the word that the guest has arrived.
+/// Reads the return path up to the SHUT that confirms the guest.
 fn read_to_success(main: &mut UnixStream) -> Outcome {
     let mut success = Vec::new();
     ReturnMessage::Shut(0).encode(&mut success);
@@ -168,7 +168,8 @@ fn two_signals_while_a_command_passes_on_the_answer_end_it_with_exit_code_3() ->
     receive.stderr().wait_for("multifd: the guest is handed over already", 0, SOON)?;
     receive.signal(Signal::INT)?;
     let ended = ended(&mut receive)?;
-    // On a slow machine the command may have been given up before the second signal: it was not needed any more.
+    // On a slow machine the command may have been given up before the second signal: it was not
+    // needed any more.
     let given_up = ended.stderr.contains("did not end within");
     assert_eq!(ended.code, if given_up { 0 } else { 3 }, "{}", ended.stderr);
     check_gone(&shell)?;

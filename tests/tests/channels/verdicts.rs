@@ -1,5 +1,5 @@
-//! What is said only behind the last byte of a stream: how the command has ended that it came from, and whether it was the
-//! last byte.
+//! What is said only behind the last byte of a stream: how the command has ended that it came from,
+//! and whether it was the last byte.
 
 use std::fs::{self, File};
 use std::io::Write as _;

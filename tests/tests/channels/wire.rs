@@ -11,11 +11,11 @@ use multifd_tests::{Failure, Inherited, Outcome, Scratch};
 use multifd_transports::{Arrival, Channel, DialOptions, Endpoint, Listener};
 use rustix::pipe::pipe;
 
-/// The silence limit of the ends under test.
-pub(crate) const PATIENCE: Duration = Duration::from_millis(300);
+/// The timeout of the ends under test.
+pub(crate) const TIMEOUT: Duration = Duration::from_millis(300);
 
-/// Nothing that fails may take longer: two waits of a silence limit each may come one after the other, a command has a
-/// second to end, and the machine may be busy with others.
+/// Nothing that fails may take longer: two waits of a timeout each may come one after the other, a
+/// command has a second to end, and the machine may be busy with others.
 const LIMIT: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,9 +47,9 @@ impl Kind {
     /// Those that work on this machine.
     pub(crate) fn all() -> Vec<Self> {
         let vsock = || {
-            let door = Listener::bind(&Endpoint::Vsock { cid: 1, port: 0 }).ok()?;
-            let options = DialOptions { deadline: PATIENCE, ..DialOptions::default() };
-            multifd_transports::dial(&door.endpoint(), &options).ok()
+            let listener = Listener::bind(&Endpoint::Vsock { cid: 1, port: 0 }).ok()?;
+            let options = DialOptions { deadline: TIMEOUT, ..DialOptions::default() };
+            multifd_transports::dial(&listener.endpoint(), &options).ok()
         };
         let mut all = vec![Self::Pipe, Self::SocketPair, Self::Tcp, Self::Unix];
         all.extend(vsock().map(|_| Self::Vsock));
@@ -124,8 +124,8 @@ impl Wire {
     }
 }
 
-/// Runs `ours` while `peer` breaks the connection, and gives the error. The peer's value lives until `ours` has ended;
-/// whoever hangs is cancelled, and that is a failure.
+/// Runs `ours` while `peer` breaks the connection, and gives the error. The peer's value lives
+/// until `ours` has ended; an end that hangs is cancelled, and that is a failure.
 pub(crate) fn broken<K: Send>(
     canceller: Canceller,
     ours: impl FnOnce() -> Result<(), Error>,

@@ -1,4 +1,5 @@
-//! Files that are cut, changed, or shrink while they are read: each ends in an error at once, and none in a panic.
+//! Files that are cut, changed, or shrink while they are read: each ends in an error at once, and
+//! none in a panic.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;

@@ -54,7 +54,8 @@ impl Way {
         }
     }
 
-    /// Makes the file when somebody else has something before the stream, and more than the stream will have.
+    /// Makes the file when another program has a header before the stream, and more than the stream
+    /// will have.
     pub(crate) fn prepare(self, path: &Path) -> Outcome {
         if self.offset > 0 {
             let mut file = File::create(path)?;

@@ -1,5 +1,5 @@
-//! A running guest goes to a file from QEMU, comes in, goes out to another file, and is loaded by QEMU: in every way that both
-//! know.
+//! A running guest goes to a file from QEMU, comes in, goes out to another file, and is loaded by
+//! QEMU: in every way that both know.
 
 use multifd_tests::{
     BootSector, Fill, Multifd, Outcome, Qemu, QemuBuilder, Scratch, Settings, Side, guest, ram, skip,
@@ -107,7 +107,8 @@ ways! {
     mapped_direct_by_4: true, 4, true;
 }
 
-/// Written from memory that the guest still writes, page by page as it was at one moment; no END, devices last.
+/// Written from memory that the guest still writes, page by page as it was at one time; no END,
+/// devices last.
 #[test]
 fn a_background_snapshot_comes_in() -> Outcome {
     skip_without_qemu!();
@@ -127,7 +128,8 @@ fn a_background_snapshot_comes_in() -> Outcome {
     }
     let checkpoint = way.received(&file, &journey.disk.path("checkpoint"))?;
     drop(source.quit()?);
-    // The snapshot's guest is another than the one that ran on: it must run, and count on from where it was.
+    // The snapshot's guest is another than the one that ran on: it must run, and count on from
+    // where it was.
     let again = journey.disk.path("again");
     way.sent(checkpoint.directory(), &again)?;
     let mut destination = journey.vm.clone().incoming("defer").paused().spawn("destination")?;

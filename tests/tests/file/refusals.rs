@@ -1,4 +1,5 @@
-//! What cannot be written or read, as a user meets it: an error that says why, exit code 1, and nothing left behind.
+//! What cannot be written or read, as a user meets it: an error that says why, exit code 1, and
+//! nothing left behind.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

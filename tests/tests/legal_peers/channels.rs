@@ -4,7 +4,7 @@ use multifd_tests::peer::{Codec, Memory, Recorder, Style, SyncPackets, SyncPoint
 use multifd_tests::{Outcome, ZeroPages};
 use multifd_wire::{CodecId, PacketFlags, PageSize, RamPacketHeader};
 
-use crate::fixture::{PATIENCE, arrives, style_arrives};
+use crate::fixture::{TIMEOUT, arrives, style_arrives};
 
 #[test]
 fn every_way_to_pack_pages() -> Outcome {
@@ -21,7 +21,7 @@ fn the_same_over_tcp() -> Outcome {
     for (channels, codec) in [(0, Codec::None), (1, Codec::None), (3, Codec::Zlib), (3, Codec::Zstd)] {
         let mut memory = Memory::small(16);
         let recording = Recorder::migration(Style { codec, ..Style::multifd(channels) }, &mut memory);
-        let (verdict, received) = Trial::tcp()?.patient(PATIENCE).receive(&recording, &memory)?;
+        let (verdict, received) = Trial::tcp()?.patient(TIMEOUT).receive(&recording, &memory)?;
         verdict.result?;
         memory.check(&received.blocks)?;
     }

@@ -6,11 +6,11 @@ use multifd_tests::Outcome;
 use multifd_tests::peer::{Memory, Received, Recorder, Recording, Style, Trial, Verdict};
 
 /// No legal peer of these tests is silent for that long, however slow the machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A destination on a unix socket that takes its time.
 pub(crate) fn trial() -> Outcome<Trial> {
-    Ok(Trial::unix()?.patient(PATIENCE))
+    Ok(Trial::unix()?.patient(TIMEOUT))
 }
 
 /// A whole migration in this style arrives.

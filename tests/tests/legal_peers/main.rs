@@ -1,4 +1,5 @@
-//! Every source that docs/wire.md calls legal is served, and the RAM that arrives is the RAM that was sent, byte for byte.
+//! Every source that docs/wire.md calls legal is served, and the RAM that arrives is the RAM that
+//! was sent, byte for byte.
 
 #[cfg(test)]
 mod channels;

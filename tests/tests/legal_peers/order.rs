@@ -5,7 +5,7 @@ use std::time::Duration;
 use multifd_tests::peer::{Codec, Lane, Memory, PAGE, PageAt, Recorder, Recording, Step, Style, Trial};
 use multifd_tests::{Outcome, ZeroPages};
 
-use crate::fixture::{PATIENCE, arrives};
+use crate::fixture::{TIMEOUT, arrives};
 
 const MOMENT: Duration = Duration::from_millis(60);
 
@@ -35,7 +35,8 @@ fn main_connects_last() -> Outcome {
     Ok(())
 }
 
-/// Puts the hello and the first SYNC of a channel, which connects at once, after what main has sent up to `what`.
+/// Puts the hello and the first SYNC of a channel, which connects at once, after what main has sent
+/// up to `what`.
 fn hello_after(mut recording: Recording, channel: usize, what: &str) -> Recording {
     let sync = recording.steps.remove(recording.position("sync", channel));
     let hello = recording.steps.remove(recording.position("hello", channel));
@@ -56,7 +57,8 @@ fn a_hello_is_late() -> Outcome {
 
 #[test]
 fn the_list_of_blocks_is_overtaken_by_pages() -> Outcome {
-    // The first sync point of the channels is held back with main, so that they are at their first page when it comes.
+    // The first sync point of the channels is held back with main, so that they are at their first
+    // page when it comes.
     let (recording, memory) = sample(2);
     arrives(&recording.preceded("block", 0, [Step::Pause(MOMENT)]), &memory)?;
     Ok(())
@@ -83,7 +85,7 @@ fn numbers_of_channels_have_no_order() -> Outcome {
 #[test]
 fn the_largest_number_of_channels() -> Outcome {
     for trial in [Trial::unix()?, Trial::tcp()?] {
-        let trial = trial.patient(PATIENCE);
+        let trial = trial.patient(TIMEOUT);
         let mut memory = Memory::small(13);
         let recording = Recorder::migration(Style { packet_pages: 1, ..Style::multifd(255) }, &mut memory);
         let main_first = recording.clone().connecting([Lane::Main]);
@@ -109,8 +111,8 @@ fn copies(style: Style, newer: [u8; PAGE]) -> Outcome {
     recorder.part(&memory, &[PAGE_0]);
     recorder.end(&memory, &[]);
     let mut recording = recorder.finish();
-    // The older copy's bytes, and all that its channel says later, come after everything that main and the other
-    // channel have to say in the meantime.
+    // The older copy's bytes, and all that its channel says later, come after everything that main
+    // and the other channel have to say in the meantime.
     let older = recording.position("payload", 0);
     let late = recording.steps.split_off(older);
     let of_channel_0 = |step: &Step| matches!(step, Step::Send { lane: Lane::Channel(0), .. });

@@ -113,7 +113,8 @@ fn a_page_again_and_again_without_a_sync_point() -> Outcome {
         memory.refill(&pages, seed);
         recorder.pages(&memory, &pages);
     }
-    // Without PART before them, the records are still in START: a place for pages that no QEMU uses.
+    // Without PART before them, the records are still in START: a place for pages that no QEMU
+    // uses.
     let recording = recorder.recording();
     let (before, records) = recording.steps.split_at(recording.position("footer", 0) + 1);
     let mut recorder = Recorder::new(Style::default());

@@ -47,7 +47,7 @@ impl Device {
         Log { block: self.block.clone(), index: 0, noted: Arc::clone(&self.log) }
     }
 
-    /// Has it write so many times; returns when half of that is done, and the other half goes on.
+    /// Has it write that many times; returns when half of that is done, and the other half goes on.
     pub(crate) fn write(&self, writes: u64) -> Outcome {
         let mut work = lock(&self.work.0);
         work.wanted += writes;
@@ -55,7 +55,7 @@ impl Device {
         self.wait(work, writes / 2)
     }
 
-    /// Returns when it has written everything, and stands still.
+    /// Returns when it has written everything, and stops.
     pub(crate) fn stand_still(&self) -> Outcome {
         self.wait(lock(&self.work.0), 0)
     }
@@ -65,14 +65,14 @@ impl Device {
         const SOON: Duration = Duration::from_secs(60);
         let deadline = Instant::now() + SOON;
         while work.done + left < work.wanted {
-            let patience = deadline.saturating_duration_since(Instant::now());
-            if patience.is_zero() {
+            let timeout = deadline.saturating_duration_since(Instant::now());
+            if timeout.is_zero() {
                 return Err(Failure::new(format!(
                     "device: {} of {} writes in {SOON:?}",
                     work.done, work.wanted
                 )));
             }
-            work = self.work.1.wait_timeout(work, patience).unwrap_or_else(PoisonError::into_inner).0;
+            work = self.work.1.wait_timeout(work, timeout).unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(())
     }
@@ -96,7 +96,8 @@ fn wait_for_work(work: &(Mutex<Work>, Condvar)) -> bool {
     !work.unwrap_or_else(PoisonError::into_inner).end
 }
 
-/// One write: mostly a few bytes of a page that was written before, sometimes a whole page of something else, or of zeros.
+/// One write: mostly a few bytes of a page that was written before, sometimes a whole page of
+/// something else, or of zeros.
 fn write(block: &RamBlock, log: &DirtyBitmap, pages: &Range<usize>, random: &mut u64) {
     let value = next(random);
     let page = pages.start + below(value >> 8, pages.len());
@@ -112,7 +113,7 @@ fn write(block: &RamBlock, log: &DirtyBitmap, pages: &Range<usize>, random: &mut
     };
     let written = block.memory().slice(page * PAGE + offset, bytes.len());
     written.expect("the page is in the block").write_slice(bytes, 0).expect("so are the bytes");
-    // After the write: whoever takes the bit sees what was written.
+    // After the write: a thread that takes the bit sees what was written.
     log.set(page);
 }
 

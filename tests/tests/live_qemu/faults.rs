@@ -18,10 +18,10 @@ enum Fault {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Moment {
+enum When {
     /// In the first round, part of which is on the wire.
     InRound,
-    /// The guest stands still, its last RAM is to follow.
+    /// The guest is paused, its last RAM is to follow.
     BeforeStop,
     /// All RAM is over, the devices are to follow.
     BeforeCommit,
@@ -56,21 +56,22 @@ impl Fault {
 }
 
 /// Moves the guest until the fault strikes.
-fn break_off(fault: Fault, moment: Moment, guest: &Guest, way: &Way, device: &Device) -> Outcome<Error> {
-    // Over TCP, the kernel takes bytes for a dead destination for a moment: nobody could say whether they were read.
-    let unix = moment != Moment::InRound;
+fn break_off(fault: Fault, when: When, guest: &Guest, way: &Way, device: &Device) -> Outcome<Error> {
+    // Over TCP, the kernel takes bytes for a dead destination for a while: whether they were read
+    // is unknown.
+    let unix = when != When::InRound;
     // Slow enough for a round to have a middle.
     let slow = Way { max_bandwidth: NonZeroU64::new(8 * MIB), unix, ..way.clone() };
     let (mut destination, uri) = guest.destination(&slow)?;
     let mut precopy = guest.source(&slow, device, &uri).map_err(text)?;
     let control = precopy.control();
-    let result = if moment == Moment::InRound {
+    let result = if when == When::InRound {
         in_the_middle(&mut precopy, device, |control| fault.strike(control, &mut destination))?
     } else {
         control.set_max_bandwidth(None);
         precopy.round().map_err(text)?;
         device.stand_still()?;
-        break_off_at_the_end(fault, moment, precopy, &mut destination)
+        break_off_at_the_end(fault, when, precopy, &mut destination)
     };
     assert_eq!(control.state(), fault.state());
     if let Fault::Cancel = fault {
@@ -81,26 +82,26 @@ fn break_off(fault: Fault, moment: Moment, guest: &Guest, way: &Way, device: &De
 
 fn break_off_at_the_end(
     fault: Fault,
-    moment: Moment,
+    when: When,
     precopy: Precopy,
     destination: &mut Qemu,
 ) -> Result<(), Error> {
     let control = precopy.control();
-    if moment == Moment::BeforeStop {
+    if when == When::BeforeStop {
         fault.strike(&control, destination);
     }
     let last = precopy.stop_copy()?;
-    if moment == Moment::BeforeCommit {
+    if when == When::BeforeCommit {
         fault.strike(&control, destination);
     }
     // Without devices, the first byte to go is the one that decides.
     last.commit(&DeviceState::none()).map(drop)
 }
 
-fn survives(fault: Fault, moment: Moment, way: &Way) -> Outcome {
+fn survives(fault: Fault, when: When, way: &Way) -> Outcome {
     let guest = Guest::new()?;
     let device = guest.device()?;
-    let error = break_off(fault, moment, &guest, way, &device)?;
+    let error = break_off(fault, when, &guest, way, &device)?;
     // It says what broke and where, not only that something did.
     assert!(error.source_may_resume(), "{}", error.chain());
     assert_eq!(error.kind(), fault.kind(), "{}", error.chain());
@@ -117,10 +118,10 @@ fn survives(fault: Fault, moment: Moment, way: &Way) -> Outcome {
 }
 
 macro_rules! second_attempts {
-    ($($name:ident: $fault:ident, $moment:ident;)*) => {
+    ($($name:ident: $fault:ident, $when:ident;)*) => {
         $(#[test] fn $name() -> Outcome {
             skip_without_qemu!();
-            ways().iter().try_for_each(|way| survives(Fault::$fault, Moment::$moment, way))
+            ways().iter().try_for_each(|way| survives(Fault::$fault, When::$when, way))
         })*
     };
 }

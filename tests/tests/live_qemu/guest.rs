@@ -1,5 +1,5 @@
-//! A QEMU guest that was stopped and taken into a checkpoint, with its RAM mapped here: our own source moves it on, while a
-//! device still writes to it.
+//! A QEMU guest that was stopped and taken into a checkpoint, with its RAM mapped here: our own
+//! source moves it on, while a device still writes to it.
 
 use std::fs::File;
 use std::num::NonZeroU64;
@@ -42,7 +42,8 @@ pub(crate) struct Way {
     pub(crate) channels: Option<u8>,
     pub(crate) compression: Compression,
     pub(crate) xbzrle: bool,
-    /// Over a socket file, where whoever sends learns at once that the other end is gone. Default: TCP.
+    /// Over a socket file, where the sender learns at once that the other end is gone. Default:
+    /// TCP.
     pub(crate) unix: bool,
     pub(crate) zero_copy: ZeroCopySend,
     /// Bytes per second.
@@ -104,7 +105,7 @@ impl Guest {
         builder.build()?.connect(to)
     }
 
-    /// So many rounds while the device writes; it stands still, and the guest goes over.
+    /// So many rounds while the device writes; it stops, and the guest goes over.
     pub(crate) fn move_over(&self, mut precopy: Precopy, device: &Device, rounds: u64) -> Outcome<Report> {
         for _ in 0..rounds {
             device.write(WRITES)?;

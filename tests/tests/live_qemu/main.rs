@@ -1,4 +1,5 @@
-//! A live source of ours into a real QEMU: pages change while they are sent, and nothing may be lost.
+//! A live source of ours into a real QEMU: pages change while they are sent, and nothing may be
+//! lost.
 
 mod device;
 mod faults;
@@ -75,7 +76,7 @@ fn parallel_channels_with_zstd() -> Outcome {
     moves(&parallel(Compression::Zstd(1))).map(drop)
 }
 
-/// A local network copies all the same: one goes on regardless, the other gives it up.
+/// A local network copies nevertheless: one goes on regardless, the other gives it up.
 #[test]
 fn parallel_channels_without_a_copy_on_our_side() -> Outcome {
     skip_without_qemu!();
@@ -114,7 +115,7 @@ fn in_the_middle(
     }))
 }
 
-/// Returns when so many bytes are on the wire, or never will be.
+/// Returns when that many bytes are on the wire, or never will be.
 fn wait_for_wire(control: &Control, bytes: u64) {
     let deadline = Instant::now() + SOON;
     while control.progress().wire_bytes < bytes && !control.state().is_final() && Instant::now() < deadline {
@@ -156,7 +157,8 @@ fn bandwidth_changes(way: &Way) -> Outcome {
     guest.check_arrived(destination)
 }
 
-/// Fails if so many bytes went faster than 1 MiB/s: within 3 %, 20 ms of idle time, and one packet.
+/// Fails if that many bytes went faster than 1 MiB/s: within 3 %, 20 ms of idle time, and one
+/// packet.
 fn check_slow(bytes: u64, time: Duration) {
     const PACKET: f64 = 132.0 * 4096.0;
     let allowed = MIB as f64 * (time.as_secs_f64() * 1.03 + 0.02) + PACKET;

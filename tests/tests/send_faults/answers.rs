@@ -10,7 +10,8 @@ use crate::fixture::Way;
 const STAGES: [Stage; 5] =
     [Stage::Configured, Stage::Started, Stage::Moving, Stage::RamSent, Stage::Finished];
 
-/// Says `what` when the stream has come to `stage`, then keeps reading as long as there is something.
+/// Says `what` when the stream has come to `stage`, then keeps reading as long as there is
+/// something.
 fn says(destination: &mut Incoming, stage: Stage, what: &ReturnMessage) -> Outcome {
     destination.read_to(stage)?;
     destination.say(what);

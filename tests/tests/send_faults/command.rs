@@ -36,8 +36,8 @@ fn what_leaves_the_guest_here_ends_with_exit_code_1() -> Outcome {
     assert!(nobody.stderr.contains("gave up after"), "{}", nobody.stderr);
 
     for (channels, done, says) in [
-        ("0", "stall", "no byte moved for 500ms, the silence limit"),
-        ("2", "stall", "no byte moved for 500ms, the silence limit"),
+        ("0", "stall", "no byte moved for 500ms, the timeout"),
+        ("2", "stall", "no byte moved for 500ms, the timeout"),
         ("2", "cut", "channel 0 (unix:"),
         ("0", "refuse", "status 1"),
     ] {

@@ -11,8 +11,8 @@ use multifd_tests::{Failure, Outcome};
 use multifd_transports::Endpoint;
 use multifd_wire::Configuration;
 
-/// The silence limit of sources under test.
-pub(crate) const PATIENCE: Duration = Duration::from_millis(400);
+/// The timeout of sources under test.
+pub(crate) const TIMEOUT: Duration = Duration::from_millis(400);
 
 /// How the source goes about it.
 #[derive(Clone)]
@@ -20,8 +20,8 @@ pub(crate) struct Way {
     pub(crate) channels: usize,
     pub(crate) codec: &'static str,
     pub(crate) return_path: bool,
-    pub(crate) patience: Duration,
-    /// Pages of RAM; a socket takes some 50 before anybody reads.
+    pub(crate) timeout: Duration,
+    /// Pages of RAM; a socket takes some 50 before anything is read.
     pub(crate) pages: usize,
     /// Bytes of device state.
     pub(crate) device_state: usize,
@@ -29,8 +29,8 @@ pub(crate) struct Way {
 
 impl Default for Way {
     fn default() -> Self {
-        let patience = Duration::from_secs(20);
-        Self { channels: 0, codec: "none", return_path: true, patience, pages: 2000, device_state: 100 }
+        let timeout = Duration::from_secs(20);
+        Self { channels: 0, codec: "none", return_path: true, timeout, pages: 2000, device_state: 100 }
     }
 }
 
@@ -45,8 +45,8 @@ impl Way {
         Self { channels, ..Self::default() }
     }
 
-    pub(crate) fn patience(self, patience: Duration) -> Self {
-        Self { patience, ..self }
+    pub(crate) fn timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
     }
 
     pub(crate) fn source(&self) -> Outcome<Source> {
@@ -66,7 +66,7 @@ impl Way {
             .codec(parse_codec(self.codec)?)
             .zero_pages(ZeroPages::None)
             .return_path(self.return_path)
-            .timeout(self.patience);
+            .timeout(self.timeout);
         Ok(builder.build()?)
     }
 
@@ -74,7 +74,7 @@ impl Way {
         Ok(DeviceState::from_tail([devices::padding(self.device_state), devices::tail()].concat())?)
     }
 
-    /// Moves a guest to where nobody or somebody listens.
+    /// Moves a guest to an endpoint with or without a listener.
     pub(crate) fn send_to(&self, endpoint: &Endpoint) -> Outcome<Ended> {
         let (source, state) = (self.source()?, self.device_state()?);
         let begun = Instant::now();
@@ -86,7 +86,8 @@ impl Way {
         Ok(Ended { result, took: begun.elapsed() })
     }
 
-    /// Moves a guest to a scripted destination. The script's connections stay until the source has ended.
+    /// Moves a guest to a scripted destination. The script's connections stay until the source has
+    /// ended.
     pub(crate) fn send(&self, script: impl FnOnce(&mut Incoming) -> Outcome + Send) -> Outcome<Ended> {
         let sink = Sink::unix()?;
         thread::scope(|scope| {

@@ -1,5 +1,5 @@
-//! Our source against destinations that are not there, stall, cut, refuse or talk nonsense: it ends in time, says what
-//! happened where, and knows whether its guest may run on.
+//! Our source against destinations that are not there, stall, cut, refuse or talk nonsense: it ends
+//! in time, says what happened where, and knows whether its guest may run on.
 
 #[cfg(test)]
 mod answers;
@@ -10,4 +10,4 @@ mod cuts;
 #[cfg(test)]
 mod fixture;
 #[cfg(test)]
-mod silence;
+mod timeout;

@@ -42,7 +42,7 @@ impl Vm {
 }
 
 /// `settings` with QEMU's parameters for credentials that are called `tls0`.
-pub(crate) fn sealed(settings: &Settings, unix: bool) -> Settings {
+pub(crate) fn encrypted(settings: &Settings, unix: bool) -> Settings {
     let mut settings = settings.clone();
     settings.parameters.insert("tls-creds".into(), "tls0".into());
     if unix {
@@ -85,7 +85,8 @@ impl Credentials {
         Ok(self)
     }
 
-    /// QEMU's object for one end. It is not asked whether its own certificates are any good: some are to be bad.
+    /// QEMU's object for one end. It is not asked whether its own certificates are any good: some
+    /// are to be bad.
     pub(crate) fn object(&self, endpoint: &str, priority: Option<&str>) -> String {
         let priority = priority.map_or_else(String::new, |words| format!(",priority={words}"));
         format!(

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 
 use multifd_tests::{Multifd, Outcome, Receive, Settings, Side, ram, skip_without_qemu};
 
-use crate::fixture::{SOON, Vm, sealed};
+use crate::fixture::{SOON, Vm, encrypted};
 
 #[test]
 fn qemu_takes_what_tls_init_makes() -> Outcome {
@@ -25,7 +25,8 @@ fn qemu_takes_what_tls_init_makes() -> Outcome {
 
     // With all of QEMU's own checks of them.
     let object = |end| format!("tls-creds-x509,id=tls0,dir={text},endpoint={end},verify-peer=on");
-    let settings = sealed(&Settings { channels: Some(2), return_path: true, ..Settings::default() }, false);
+    let settings =
+        encrypted(&Settings { channels: Some(2), return_path: true, ..Settings::default() }, false);
     let mut source = vm.source(Some(&object("client")))?;
     let out = vm.scratch.path("checkpoint");
     let flags = ["--tls-dir", text, "--tls-authz", "CN=client,O=multifd"];

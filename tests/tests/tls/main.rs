@@ -1,5 +1,5 @@
-//! Sealed migrations from and to the real QEMU: a running guest comes in, lies on disk, and goes out; and whoever is not to take
-//! part in it is told why.
+//! Encrypted migrations from and to the real QEMU: a running guest comes in, is stored on disk, and
+//! goes out; and an end that may not take part in it is told why.
 #![allow(clippy::indexing_slicing, clippy::unwrap_used, reason = "test code may panic")]
 
 mod fixture;
@@ -7,7 +7,7 @@ mod init;
 mod refusals;
 mod relay;
 
-use fixture::{Credentials, SOON, Vm, sealed};
+use fixture::{Credentials, SOON, Vm, encrypted};
 use multifd_tests::{
     CommandReport, Compression, Failure, Multifd, Outcome, Receive, Settings, Side, guest, ram,
     skip_without_qemu,
@@ -31,7 +31,7 @@ const TCP_CHACHA: Way = Way { unix: false, priority: Some("NORMAL:-AES-256-GCM:-
 fn journey(way: Way, settings: &Settings) -> Outcome {
     let vm = Vm::new()?;
     let credentials = Credentials::new(&vm.scratch)?;
-    let settings = &sealed(settings, way.unix);
+    let settings = &encrypted(settings, way.unix);
     let uri = |name: &str| if way.unix { vm.scratch.unix_uri(name) } else { "tcp:127.0.0.1:0".to_owned() };
 
     let mut source = vm.source(Some(&credentials.object("client", way.priority)))?;
@@ -112,13 +112,15 @@ fn tls_1_2_and_chacha20() -> Outcome {
     Ok(())
 }
 
-/// A recording relay has seen TLS records from the first byte on, and nothing of the guest or of the stream.
+/// A recording relay has seen TLS records from the first byte on, and nothing of the guest or of
+/// the stream.
 #[test]
 fn nothing_is_in_the_clear() -> Outcome {
     skip_without_qemu!();
     let vm = Vm::new()?;
     let credentials = Credentials::new(&vm.scratch)?;
-    let settings = sealed(&Settings { channels: Some(2), return_path: true, ..Settings::default() }, false);
+    let settings =
+        encrypted(&Settings { channels: Some(2), return_path: true, ..Settings::default() }, false);
     let mut source = vm.source(Some(&credentials.object("client", None)))?;
     let out = vm.scratch.path("checkpoint");
     let mut receive = Receive::listen_with("tcp:127.0.0.1:0", &out, &["--tls-dir", credentials.text()])?;

@@ -1,4 +1,5 @@
-//! Whoever is refused, and whoever refuses, says which and why; QEMU at one end and we at the other.
+//! Both the end that is refused and the one that refuses report what and why; QEMU at one end and
+//! we at the other.
 
 use std::fs;
 
@@ -8,7 +9,7 @@ use multifd_tests::{
     skip_without_qemu,
 };
 
-use crate::fixture::{Credentials, SOON, Vm, sealed};
+use crate::fixture::{Credentials, SOON, Vm, encrypted};
 
 /// What GnuTLS says of an alert, whatever it was.
 const ALERT: &str = "A TLS fatal alert has been received";
@@ -30,13 +31,13 @@ impl Said {
     }
 }
 
-/// A QEMU with `their_object` moves to ours, with these flags. It is refused with a warning, and ours goes on waiting for its
-/// source.
+/// A QEMU with `their_object` moves to ours, with these flags. It is refused with a warning, and
+/// ours goes on waiting for its source.
 fn from_qemu(their_object: Option<&str>, flags: &[&str]) -> Outcome<Said> {
     let vm = Vm::new()?;
     let mut source = vm.source(their_object)?;
     let settings = Settings { return_path: true, ..Settings::default() };
-    let settings = if their_object.is_some() { sealed(&settings, false) } else { settings };
+    let settings = if their_object.is_some() { encrypted(&settings, false) } else { settings };
     let mut receive = Receive::listen_with("tcp:127.0.0.1:0", &vm.scratch.path("out"), flags)?;
     source.set_up(&settings, Side::Source)?;
     source.migrate(receive.uri())?;
@@ -51,7 +52,7 @@ fn from_qemu(their_object: Option<&str>, flags: &[&str]) -> Outcome<Said> {
     Ok(Said { ours: receive.process().stderr().text(), theirs: report.error.unwrap_or_default() })
 }
 
-/// A guest that lies on disk, to be sent to QEMUs.
+/// A guest that is stored on disk, to be sent to QEMUs.
 struct Stored {
     vm: Vm,
 }
@@ -79,7 +80,7 @@ impl Stored {
         let mut destination = self.vm.destination(their_objects)?;
         let settings = Settings { channels: Some(2), return_path: true, ..Settings::default() };
         let mut theirs_set =
-            if their_objects.is_empty() { settings.clone() } else { sealed(&settings, false) };
+            if their_objects.is_empty() { settings.clone() } else { encrypted(&settings, false) };
         if authz {
             theirs_set.parameters.insert("tls-authz".into(), "auth0".into());
         }

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 
 use crate::fixture::{SOON, Still, of, prediction, tune};
 
-/// Bytes on the wire may differ from what was predicted by this share. (Times are for `benches/versus`.)
+/// Bytes on the wire may differ from what was predicted by this share. (Times are for
+/// `benches/versus`.)
 const WITHIN: f64 = 0.03;
 
 #[test]

@@ -41,7 +41,8 @@ fn a_guest_that_runs_is_sampled_and_runs_on() -> Outcome {
     let dirty = &found["dirty"];
     assert_eq!(dirty["origin"], "measured");
     let set = dirty["working_set_bytes"].as_u64().unwrap_or_default();
-    // It writes a byte of each page 9 times a second: within the second of the measurement nearly all of them.
+    // It writes a byte of each page 9 times a second: within the second of the measurement nearly
+    // all of them.
     assert!((WORKING_SET / 2..WORKING_SET * 2).contains(&set), "{dirty}");
     assert!(dirty["bytes_per_s"].as_u64() >= Some(WORKING_SET), "{dirty}");
     let xbzrle = &found["xbzrle"];

@@ -1,5 +1,5 @@
-//! A back-end of our own, on the crate `vhost-user-backend`: it fills what it is given, and can hold requests back until its
-//! ring is stopped, as a slow disk does.
+//! A back-end of our own, on the crate `vhost-user-backend`: it fills what it is given, and can
+//! hold requests back until its ring is stopped, as a slow disk does.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -257,7 +257,8 @@ impl Driver {
     }
 }
 
-/// Has everything done, also what is held back: that is done when its ring stops, once it was taken.
+/// Has everything done, also what is held back: that is done when its ring stops, once it was
+/// taken.
 pub fn drain(devices: &VhostDevices, drivers: &mut [Driver], within: Duration) {
     let deadline = Instant::now() + within;
     loop {

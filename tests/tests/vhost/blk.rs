@@ -81,7 +81,7 @@ fn no_write_is_lost_in_a_thousand_rounds() {
     let mut replica = Replica::of(&ram);
     for round in 1..=1000 {
         guest.disk.work(4).unwrap();
-        // Some are always on their way, but never so many that no new ones are made.
+        // Some are always on their way, but never that many that no new ones are made.
         guest.disk.wait(8, SOON).unwrap();
         if round % 50 == 0 {
             guest.devices.stop().unwrap();

@@ -143,7 +143,7 @@ fn replies_that_are_none_are_named() {
     }
 }
 
-/// The back-end has more memory than the log was made for: somebody told it behind our back.
+/// The back-end has more memory than the log was made for: it was added without a call.
 #[test]
 fn a_log_that_is_too_small_is_refused() {
     let memory = memory();
@@ -254,7 +254,7 @@ fn the_guest_the_back_end_or_the_embedder_announces() {
     }
 }
 
-/// What cannot be stopped may go on writing when nobody reads its log.
+/// What cannot be stopped may go on writing when its log is no longer read.
 #[test]
 fn a_device_that_is_removed_and_does_not_stop_fails_the_migration() {
     let memory = memory();
@@ -273,7 +273,8 @@ fn a_device_that_is_removed_and_does_not_stop_fails_the_migration() {
     log.stop();
 }
 
-/// A device that comes while a migration runs is logged like the others; one that cannot be is refused.
+/// A device that comes while a migration runs is logged like the others; one that cannot be is
+/// refused.
 #[test]
 fn a_device_may_come_and_go_while_the_guest_moves() {
     let memory = memory();

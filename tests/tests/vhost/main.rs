@@ -1,4 +1,5 @@
-//! Devices whose back-ends write guest memory on their own: their logs, their life around a migration.
+//! Devices whose back-ends write guest memory on their own: their logs, their life around a
+//! migration.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::indexing_slicing,

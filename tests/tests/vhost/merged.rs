@@ -1,4 +1,5 @@
-//! Several writers, each with a log of its own, in one bitmap: back-ends, the VMM's own threads, vCPUs.
+//! Several writers, each with a log of its own, in one bitmap: back-ends, the VMM's own threads,
+//! vCPUs.
 #![expect(unsafe_code, reason = "the slot given to KVM's log must be true")]
 
 use std::sync::Arc;
@@ -64,7 +65,7 @@ impl Three {
     }
 }
 
-/// Follows all writers for some rounds, and compares whenever they stand still.
+/// Follows all writers for some rounds, and compares whenever they are paused.
 fn nothing_is_lost(memory: &Memory, own_log: &mut dyn DirtyLog, mut more: impl FnMut(usize)) {
     let ram = blocks(memory);
     let mut three = Three::new(memory);

@@ -1,4 +1,5 @@
-//! DPDK's testpmd as the back-end of a network card that sends every packet back: its log, and SEND_RARP.
+//! DPDK's testpmd as the back-end of a network card that sends every packet back: its log, and
+//! SEND_RARP.
 
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -42,7 +43,8 @@ fn guest() -> Option<Guest> {
     let scratch = Scratch::new().unwrap();
     let listener = std::os::unix::net::UnixListener::bind(scratch.path("net.sock")).unwrap();
     let libraries = dpdk.join("lib/x86_64-linux-gnu");
-    // What the driver and the memory pool are in: named by the version, and not loaded by themselves.
+    // What the driver and the memory pool are in: named by the version, and not loaded by
+    // themselves.
     let library = |name: &str| {
         let all = std::fs::read_dir(&libraries).unwrap().map(|entry| entry.unwrap().path());
         let mut named = all.filter(|path| path.to_string_lossy().contains(name));
@@ -60,8 +62,8 @@ fn guest() -> Option<Guest> {
         .stdin(Stdio::null())
         .stdout(Stdio::null());
     let testpmd = Process::spawn("testpmd", &mut command).unwrap();
-    let patience = Timespec::try_from(SOON).unwrap();
-    let connected = poll(&mut [PollFd::new(&listener, PollFlags::IN)], Some(&patience)).unwrap();
+    let timeout = Timespec::try_from(SOON).unwrap();
+    let connected = poll(&mut [PollFd::new(&listener, PollFlags::IN)], Some(&timeout)).unwrap();
     assert_eq!(connected, 1, "{:?}", testpmd.explain("does not connect"));
     let (socket, _) = listener.accept().unwrap();
     let Attached { user, .. } = attach(socket, wanted());
@@ -78,7 +80,8 @@ fn guest() -> Option<Guest> {
 }
 
 impl Guest {
-    /// Gives the card a buffer, and sends `frame`, until it comes back: the first ones are lost while testpmd starts.
+    /// Gives the card a buffer, and sends `frame`, until it comes back: the first ones are lost
+    /// while testpmd starts.
     fn echo(&mut self, frame: &[u8], into: GuestAddress, from: GuestAddress) -> Vec<u8> {
         self.receive.add(&[Buffer { at: into, len: 2048, device_writes: true }]).unwrap();
         self.memory.write_slice(&[&[0; HEADER], frame].concat(), from).unwrap();
@@ -132,7 +135,8 @@ fn testpmd_logs_what_it_writes_and_announces_the_guest() {
     written.sort_unstable();
     assert_eq!(set(&reported), written);
 
-    // The next packet that comes in is its announcement: a broadcast from the guest's address, RARP.
+    // The next packet that comes in is its announcement: a broadcast from the guest's address,
+    // RARP.
     guest.receive.add(&[Buffer { at: into, len: 2048, device_writes: true }]).unwrap();
     assert_eq!(guest.devices.announce("nic", MAC).unwrap(), Announcement::ByBackEnd);
     let deadline = Instant::now() + SOON;

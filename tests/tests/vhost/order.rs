@@ -12,7 +12,8 @@ use multifd_tests::virtio::Memory;
 use crate::backend::{Driver, Filler, own};
 use crate::guest::{HIGH, SOON, blocks, devices, different, memory, place, source};
 
-/// A log that does not mind when its last sync is: what an embedder gets that reads a log with its own code.
+/// A log that does not mind when its last sync is: what an embedder gets that reads a log with its
+/// own code.
 struct Careless(VhostLog);
 
 impl DirtyLog for Careless {
@@ -39,8 +40,8 @@ impl DirtyLog for Careless {
 
 const SLOW: GuestAddress = GuestAddress(HIGH.0 + 0x5000);
 
-/// Moves a guest with a request in flight that the back-end does when its ring is stopped, which is before or after the last
-/// sync. What is lost?
+/// Moves a guest with a request in flight that the back-end does when its ring is stopped, which is
+/// before or after the last sync. What is lost?
 fn moves(stop_first: bool) -> (Memory, Vec<(usize, usize)>, (usize, usize)) {
     let (here, there) = (memory(), memory());
     let destination = Destination::builder(blocks(&there)).timeout(SOON);

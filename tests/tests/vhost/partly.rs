@@ -11,7 +11,8 @@ use crate::faults::SHORT;
 use crate::guest::{Attached, HIGH, attach, bitmaps, blocks, devices, memory, wanted};
 use crate::script::{self, Answer, Journal};
 
-/// A device of two rings that stands still, whose back-end does as `script` says. The journal begins after the negotiation.
+/// A device of two rings, stopped, whose back-end does as `script` says. The journal begins after
+/// the negotiation.
 fn two_rings(script: impl FnMut(u32) -> Answer + Send + 'static) -> (Memory, VhostDevices, Journal) {
     let memory = memory();
     let (socket, journal) = script::start(script);

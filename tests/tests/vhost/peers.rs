@@ -24,8 +24,8 @@ pub fn disk_image(path: &Path) {
     File::create(path).unwrap().set_len(Disk::LEN as u64).unwrap();
 }
 
-/// A qemu-storage-daemon that serves `image`, and a connection to it. It inherits the socket that it listens on: nothing is
-/// waited for.
+/// A qemu-storage-daemon that serves `image`, and a connection to it. It inherits the socket that
+/// it listens on: nothing is waited for.
 pub fn storage_daemon(name: &str, image: &Path, socket: &Path) -> (Process, UnixStream) {
     let listener = UnixListener::bind(socket).unwrap();
     let stream = UnixStream::connect(socket).unwrap();

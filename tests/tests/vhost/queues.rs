@@ -15,7 +15,8 @@ const QUEUES: usize = 4;
 const RINGS: u64 = 0x4000;
 const FAR: u64 = 1 << 40;
 
-/// Regions over the same two blocks: all of the low one, and each half of the high one where it is said.
+/// Regions over the same two blocks: all of the low one, and each half of the high one where it is
+/// said.
 fn regions(all: &[multifd_engine::RamBlock], high: Option<u64>, far: Option<u64>) -> Vec<VhostRegion> {
     let half = all[1].used_len() / 2;
     let part = |at: u64, range| VhostRegion::new(GuestAddress(at), &all[1]).part(range);
@@ -45,7 +46,8 @@ fn every_write_arrives(protocol: VhostUserProtocolFeatures) {
     for round in 0..1000_u64 {
         for (queue, driver) in drivers.iter_mut().enumerate() {
             driver.take_done();
-            // Each ring has its own part of what is filled: low memory first, then the half that is always there.
+            // Each ring has its own part of what is filled: low memory first, then the half that is
+            // always there.
             let part = 0x10_0000 * queue as u64;
             let offset = round * 64 % 0x2000;
             let at = match round % 3 {
@@ -96,7 +98,8 @@ fn a_back_end_without_acknowledgements_is_waited_for_all_the_same() {
     every_write_arrives(!VhostUserProtocolFeatures::REPLY_ACK);
 }
 
-/// Memory that comes while the log is on is logged, at the place that it has then; what was written before is told as it lay.
+/// Memory that comes while the log is on is logged, at the place that it has then; what was written
+/// before is told as it lay.
 #[test]
 fn new_memory_is_logged_and_old_logs_are_read() {
     let memory = memory();

@@ -13,7 +13,7 @@ impl Peer {
     }
 
     fn sends(mut self, content: u8, text: &[u8]) -> Self {
-        let mut record = vec![0; self.0.sealed_len(text.len())];
+        let mut record = vec![0; self.0.encrypted_len(text.len())];
         let at = self.0.text_at();
         record[at..at + text.len()].copy_from_slice(text);
         self.0.seal(content, &mut record).unwrap();

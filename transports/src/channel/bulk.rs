@@ -1,18 +1,18 @@
-//! Bytes that are nobody's slice: copied out of and into memory that may change meanwhile.
+//! Bulk copies out of and into memory that may change meanwhile, of which no slice may exist.
 
 use std::io::{self, ErrorKind};
 
 use super::Channel;
-use crate::stream::Stream;
+use crate::channel::stream::Stream;
 
 /// Bytes that are copied at a time where the channel has no better buffer of its own: 64 KiB.
 const PIECE: usize = 64 << 10;
 
 impl Channel {
-    /// Sends `len` bytes that `fill` writes, in order, in pieces of any size. With TLS they are sealed and sent from where it
-    /// writes them.
+    /// Sends `len` bytes that `fill` writes, in order, in pieces of any size. With TLS they are
+    /// encrypted and sent from where it writes them.
     ///
-    /// For memory of which no slice may exist, if there is no [`direct`](Self::direct) way.
+    /// For memory of which no slice may exist, when [`direct`](Self::direct) gives `None`.
     ///
     /// # Errors
     /// As [`send_all`](Self::send_all).
@@ -36,8 +36,8 @@ impl Channel {
         Ok(())
     }
 
-    /// Receives `len` bytes and shows them to `take`, in order, in pieces of any size. With TLS they are shown where they were
-    /// opened.
+    /// Receives `len` bytes and shows them to `take`, in order, in pieces of any size. With TLS
+    /// they are shown where they were opened.
     ///
     /// # Errors
     /// As [`recv_exact`](Self::recv_exact).

@@ -142,16 +142,16 @@ fn a_send_to_nobody_is_an_error_and_no_signal() {
 }
 
 #[test]
-fn the_silence_limit_ends_recv_and_send() {
+fn the_timeout_ends_recv_and_send() {
     for (one, other) in pairs() {
-        one.set_silence_limit(Some(Duration::from_millis(20))).unwrap();
+        one.set_timeout(Some(Duration::from_millis(20))).unwrap();
         let error = one.recv(&mut [0; 8]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
-        assert!(error.to_string().contains("the silence limit"), "{error}");
+        assert!(error.to_string().contains("the timeout"), "{error}");
         let endless = vec![0; 64 << 20 /* bytes */];
         assert_eq!(one.send_all(&endless).unwrap_err().kind(), ErrorKind::TimedOut);
         // The channel still works, and without a limit it waits again.
-        one.set_silence_limit(None).unwrap();
+        one.set_timeout(None).unwrap();
         let waiting = spawn("no-limit", move || one.recv(&mut [0; 8]).unwrap());
         waiting.until_asleep();
         other.send_all(b"x").unwrap();
@@ -160,11 +160,11 @@ fn the_silence_limit_ends_recv_and_send() {
 }
 
 #[test]
-fn the_smallest_silence_limit_is_a_limit_and_zero_is_refused() {
+fn the_smallest_timeout_is_a_limit_and_zero_is_refused() {
     let (one, _other) = Channel::pair().unwrap();
-    one.set_silence_limit(Some(Duration::from_nanos(1))).unwrap();
+    one.set_timeout(Some(Duration::from_nanos(1))).unwrap();
     assert_eq!(one.recv(&mut [0; 8]).unwrap_err().kind(), ErrorKind::TimedOut);
-    assert_eq!(one.set_silence_limit(Some(Duration::ZERO)).unwrap_err().kind(), ErrorKind::InvalidInput);
+    assert_eq!(one.set_timeout(Some(Duration::ZERO)).unwrap_err().kind(), ErrorKind::InvalidInput);
 }
 
 #[test]

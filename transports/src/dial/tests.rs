@@ -145,10 +145,13 @@ fn a_silent_address_leaves_time_for_the_others() {
         last: None,
     };
     let short = dialling(Duration::from_secs(4));
-    assert!(short.patience(4) <= Duration::from_secs(1) && short.patience(4) > Duration::from_millis(500));
-    assert!(short.patience(1) > Duration::from_secs(3));
-    assert_eq!(dialling(Duration::from_secs(60)).patience(2), Duration::from_secs(5));
-    assert!(dialling(Duration::MAX).patience(1) > Duration::from_secs(60));
+    assert!(
+        short.attempt_timeout(4) <= Duration::from_secs(1)
+            && short.attempt_timeout(4) > Duration::from_millis(500)
+    );
+    assert!(short.attempt_timeout(1) > Duration::from_secs(3));
+    assert_eq!(dialling(Duration::from_secs(60)).attempt_timeout(2), Duration::from_secs(5));
+    assert!(dialling(Duration::MAX).attempt_timeout(1) > Duration::from_secs(60));
 }
 
 #[test]
@@ -245,11 +248,11 @@ fn multipath_tcp_and_plain_tcp_understand_each_other() {
 #[test]
 fn machines_are_dialled_by_number_and_say_who_does_not_answer() {
     let vsock = |cid, port| Endpoint::Vsock { cid, port };
-    let door = match Listener::bind(&vsock(crate::VSOCK_ANY, 0)) {
-        Ok(door) => door,
+    let listener = match Listener::bind(&vsock(crate::VSOCK_ANY, 0)) {
+        Ok(listener) => listener,
         Err(error) => return eprintln!("skipped: no vsock: {error:?}"),
     };
-    let Endpoint::Vsock { port, .. } = door.endpoint() else { panic!("{:?}", door.endpoint()) };
+    let Endpoint::Vsock { port, .. } = listener.endpoint() else { panic!("{:?}", listener.endpoint()) };
     assert_ne!(port, 0);
     for endpoint in [vsock(crate::VSOCK_ANY, 7), vsock(1, 0)] {
         let TransportError::Io { source, .. } = dial_with(&endpoint, patient()).unwrap_err() else {

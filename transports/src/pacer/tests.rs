@@ -9,7 +9,8 @@ fn rate(bytes_per_second: u64) -> Option<NonZeroU64> {
     NonZeroU64::new(bytes_per_second)
 }
 
-/// Lets one sender take packets back to back for `span` of virtual time; gives the bytes that it got.
+/// Lets one sender take packets back to back for `span` of virtual time; gives the bytes that it
+/// got.
 fn taken_in(line: &mut Line, now: &mut Instant, span: Duration, packet: usize) -> u64 {
     let (end, mut taken) = (*now + span, 0);
     loop {

@@ -6,8 +6,8 @@ use std::time::Duration;
 use socket2::Socket;
 
 use crate::Endpoint;
-use crate::door::Client;
-use crate::first_bytes::FirstBytes;
+use crate::accept::client::Client;
+use crate::accept::first_bytes::FirstBytes;
 
 /// How to dial by TLS. This build has none, and no value of this type: see the features
 /// `tls-aws-lc` and `tls-ring`.
@@ -80,11 +80,11 @@ impl TlsStream {
         match *self {}
     }
 
-    pub(crate) fn set_silence_limit(&self, _: Option<Duration>) -> io::Result<()> {
+    pub(crate) fn set_timeout(&self, _: Option<Duration>) -> io::Result<()> {
         match *self {}
     }
 
-    pub(crate) fn silence_limit(&self) -> io::Result<Option<Duration>> {
+    pub(crate) fn timeout(&self) -> io::Result<Option<Duration>> {
         match *self {}
     }
 

@@ -8,9 +8,9 @@ use rustix::event::PollFlags;
 use socket2::Socket;
 
 use crate::Endpoint;
-use crate::door::Client;
-use crate::event_loop::within;
-use crate::first_bytes::FirstBytes;
+use crate::accept::client::Client;
+use crate::accept::first_bytes::FirstBytes;
+use crate::os::event_loop::within;
 
 /// The name to expect at `endpoint`.
 pub(crate) fn expected_name(tls: &TlsClient, endpoint: &Endpoint) -> io::Result<ExpectedName> {
@@ -22,7 +22,7 @@ pub(crate) fn expected_name(tls: &TlsClient, endpoint: &Endpoint) -> io::Result<
     tls.expected_name(host, endpoint)
 }
 
-/// Makes a connected socket a sealed stream.
+/// Makes a connected socket an encrypted stream.
 pub(crate) async fn connect(tls: &TlsClient, socket: Socket, name: ExpectedName) -> io::Result<TlsStream> {
     tls.connect(Client::new(socket)?, name).await
 }

@@ -120,7 +120,7 @@ fn dial(endpoint: &Endpoint, tls: TlsClient) -> Result<Channel, TransportError> 
 fn encrypted(client: &TlsClient, socket: &TcpStream, endpoint: &Endpoint) -> TlsStream {
     let name = expected_name(client, endpoint).unwrap();
     let copy = socket.try_clone().unwrap().into();
-    crate::event_loop::block_on(connect(client, copy, name)).unwrap().unwrap()
+    crate::os::event_loop::block_on(connect(client, copy, name)).unwrap().unwrap()
 }
 
 fn dial_within(endpoint: &Endpoint, tls: TlsClient, deadline: Duration) -> Result<Channel, TransportError> {

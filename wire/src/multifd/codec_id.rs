@@ -1,6 +1,7 @@
 use std::fmt::{self, Debug, Display};
 
-/// A codec as packets name it: the value of bits 1..=5 of the packet flags, in place (docs/wire.md §7.3).
+/// A codec as packets name it: the value of bits 1..=5 of the packet flags, in place (docs/wire.md
+/// §7.3).
 ///
 /// | ids | belong to |
 /// | --- | --- |
@@ -19,7 +20,7 @@ impl CodecId {
     pub const ZLIB: Self = Self(0x02);
     /// One continuous zstd frame per channel.
     pub const ZSTD: Self = Self(0x04);
-    /// The dialect's packets of differences, which are no codec of a migration (docs/wire.md §27.2).
+    /// The dialect's xbzrle packets; not a codec of a migration (docs/wire.md §27.2).
     pub const DIALECT_DELTA: Self = Self(0x06);
     /// Intel QPL: QEMU's, not implemented here.
     pub const QPL: Self = Self(0x08);
@@ -46,8 +47,8 @@ impl CodecId {
         self.0
     }
 
-    /// True for the ids of multifd's dialect, present and to come: no codec may have one, since the other end takes packets
-    /// with such an id for what the dialect says they are.
+    /// True for the ids of multifd's dialect, present and to come: no codec may have one, since the
+    /// other end takes packets with such an id for what the dialect says they are.
     pub const fn is_reserved(self) -> bool {
         self.0.count_ones() > 1 && self.0 < Self::FIRST_OWN.0
     }

@@ -36,7 +36,8 @@ impl DeviceStatePacket {
     pub const LEN: usize = 276;
 
     /// # Errors
-    /// Another magic or version, flags other than DEVICE_STATE, a malformed name, or a length out of its range.
+    /// Another magic or version, flags other than DEVICE_STATE, a malformed name, or a length out
+    /// of its range.
     pub fn parse(buf: &[u8; Self::LEN]) -> Result<Self, Invalid> {
         let raw: &RawDeviceStatePacket = transmute_ref!(buf);
         check_start(raw.magic, raw.version)?;

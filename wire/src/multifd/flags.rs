@@ -19,7 +19,7 @@ impl PacketFlags {
         Self(codec.value() as u32)
     }
 
-    /// The word on the wire.
+    /// The 32-bit value on the wire.
     pub const fn bits(self) -> u32 {
         self.0
     }

@@ -4,12 +4,14 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned, transmut
 use super::{MULTIFD_MAGIC, MULTIFD_VERSION, check_start};
 use crate::Invalid;
 
-/// First packet on every multifd channel: who sends, and which channel this is. Spec: docs/wire.md §7.1.
+/// First packet on every multifd channel: the source's uuid, and the channel's number. Spec:
+/// docs/wire.md §7.1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InitialPacket {
     /// The source VM's uuid; zeros if it has none.
     pub uuid: [u8; 16],
-    /// Number of the channel, from 0. Whether it is below the number of channels is for the caller to say.
+    /// Number of the channel, from 0. Whether it is below the number of channels is for the caller
+    /// to say.
     pub channel: u8,
 }
 

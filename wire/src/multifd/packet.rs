@@ -8,8 +8,8 @@ use crate::{BlockName, CodecId, Invalid, PageSize};
 /// Bytes of a packet that tell its kind. Spec: docs/wire.md §10.
 pub const PACKET_PREFIX_LEN: usize = 12;
 
-/// Most payload bytes of a RAM packet: 1 MiB, twice the pages, which is QEMU's receive buffer for compressed
-/// pages. Spec: docs/wire.md §8.
+/// Most payload bytes of a RAM packet: 1 MiB, twice the pages, which is QEMU's receive buffer for
+/// compressed pages. Spec: docs/wire.md §8.
 pub const MAX_PAYLOAD: usize = 1 << 20;
 
 /// Most pages of a packet: 512 KiB of them. Spec: docs/wire.md §7.2.
@@ -17,7 +17,8 @@ pub const fn pages_per_packet(page: PageSize) -> usize {
     (512 << 10) / page.bytes()
 }
 
-/// Bytes of a RAM packet's header. All offsets are always there, however few are used. Spec: docs/wire.md §7.2.
+/// Bytes of a RAM packet's header. All offsets are always there, however few are used. Spec:
+/// docs/wire.md §7.2.
 pub const fn header_len(page: PageSize) -> usize {
     FIXED_LEN + 8 * pages_per_packet(page)
 }
@@ -46,8 +47,9 @@ impl PacketKind {
 
 /// A checked view of a received RAM packet header. Spec: docs/wire.md §7.2.
 ///
-/// Invariants: `normal + zero <= pages_per_packet`, every offset is a multiple of the page size, the block has a
-/// valid name if there are pages. Whether offsets lie inside the block is for the caller to say.
+/// Invariants: `normal + zero <= pages_per_packet`, every offset is a multiple of the page size,
+/// the block has a valid name if there are pages. Whether offsets are inside the block is for the
+/// caller to check.
 #[derive(Clone, Copy, Debug)]
 pub struct RamPacket<'a> {
     flags: PacketFlags,
@@ -76,15 +78,16 @@ struct RawRamPacket {
 const FIXED_LEN: usize = 320;
 const _: () = assert!(size_of::<RawRamPacket>() == FIXED_LEN);
 
-/// QEMU 7.2 to 8.2 let `pages_alloc` be this many times the pages of a packet. Spec: docs/wire.md §7.2.
+/// QEMU 7.2 to 8.2 let `pages_alloc` be this many times the pages of a packet. Spec: docs/wire.md
+/// §7.2.
 const MAX_PAGES_ALLOC_FACTOR: usize = 100;
 
 impl<'a> RamPacket<'a> {
     /// Checks a header of exactly [`header_len`] bytes.
     ///
     /// # Errors
-    /// Another length, magic or version, unknown flags, counts or a payload beyond their limits, an offset inside
-    /// a page, or a malformed block name.
+    /// Another length, magic or version, unknown flags, counts or a payload beyond their limits, an
+    /// offset inside a page, or a malformed block name.
     pub fn parse(buf: &'a [u8], page: PageSize) -> Result<Self, Invalid> {
         let wrong_len =
             || Invalid::new("packet header", format_args!("{} bytes", buf.len()), header_len(page));
@@ -127,7 +130,8 @@ impl<'a> RamPacket<'a> {
         self.zero.len()
     }
 
-    /// Bytes that follow the header: 0 without normal pages, their bytes without a codec, else 1..=[`MAX_PAYLOAD`].
+    /// Bytes that follow the header: 0 without normal pages, their bytes without a codec, else
+    /// 1..=[`MAX_PAYLOAD`].
     pub fn payload_len(&self) -> usize {
         self.payload_len
     }
@@ -173,8 +177,8 @@ impl RawRamPacket {
         Ok((normal, zero))
     }
 
-    /// The payload's true length. Without normal pages there is none, and the field may hold a stale value:
-    /// senders before 9.0 do not clear it. Spec: docs/wire.md §7.3.
+    /// The payload's true length. Without normal pages there is none, and the field may hold a
+    /// stale value: senders before 9.0 do not clear it. Spec: docs/wire.md §7.3.
     fn payload_len(&self, flags: PacketFlags, normal: usize, page: PageSize) -> Result<usize, Invalid> {
         let seen = self.payload_len.get() as usize;
         let raw_len = normal * page.bytes();
@@ -224,7 +228,8 @@ impl RamPacketHeader<'_> {
     pub fn encode(&self, page: PageSize, out: &mut Vec<u8>) {
         let pages = pages_per_packet(page);
         let count = self.normal.len() + self.zero.len();
-        // Were this broken, the counts would be written as they are, and the destination refuses the packet.
+        // Were this broken, the counts would be written as they are, and the destination refuses
+        // the packet.
         debug_assert!(count <= pages, "{count} pages in a packet of {pages}");
         let mut raw = RawRamPacket {
             magic: MULTIFD_MAGIC.into(),

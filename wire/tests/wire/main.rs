@@ -1,5 +1,5 @@
-//! The public parsers and encoders against bytes spelled out by hand, against recorded streams, against each other
-//! and against noise.
+//! The public parsers and encoders against bytes spelled out by hand, against recorded streams,
+//! against each other and against noise.
 
 #[cfg(test)]
 mod golden;

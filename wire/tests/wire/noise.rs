@@ -1,4 +1,4 @@
-//! Whatever arrives, a parser returns, and what it returns lies within what it was given.
+//! Random input: every parser returns, and its result is within its input.
 
 use multifd_wire::*;
 use proptest::collection::vec;
@@ -138,7 +138,8 @@ fn description() -> impl Strategy<Value = DeviceDescription> {
     })
 }
 
-/// The bytes that were seen. Arrays are visited run by run, so this ends however many elements they claim.
+/// The bytes that were seen. Arrays are visited run by run, so this ends however many elements they
+/// claim.
 fn visit(structure: Structure<'_>) -> usize {
     let Ok(contents) = structure.contents() else { return 0 };
     let mut seen = 0;

@@ -1,5 +1,5 @@
-//! Streams recorded from QEMU 10.0.2: a guest of 1 MiB and a firmware of zeros, stopped before its first
-//! instruction, `migrate exec:`. One stream a file in `tests/golden`.
+//! Streams recorded from QEMU 10.0.2: a guest of 1 MiB and a firmware of zeros, stopped before its
+//! first instruction, `migrate exec:`. One stream a file in `tests/golden`.
 
 use std::fs;
 use std::path::Path;
@@ -26,8 +26,8 @@ fn take<T>(rest: &mut &[u8], parse: impl FnOnce(&[u8]) -> Parsed<T>) -> T {
     value
 }
 
-/// Walks one piece of the ram section, footer included. Returns the blocks, if it lists them, and the bytes of RAM
-/// that its pages cover.
+/// Walks one piece of the ram section, footer included. Returns the blocks, if it lists them, and
+/// the bytes of RAM that its pages cover.
 fn walk_ram(rest: &mut &[u8], id: SectionId) -> (Vec<BlockEntry>, u64) {
     let (mut blocks, mut covered) = (Vec::new(), 0);
     loop {

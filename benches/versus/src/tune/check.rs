@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use crate::moves::Cost;
 use crate::table;
 
-/// How far a prediction may be from what is measured: bytes on the wire, time of our move, time of QEMU's. As the tuner aims at.
+/// How far a prediction may be from what is measured: bytes on the wire, time of our move, time of
+/// QEMU's. As the tuner aims at.
 const WIRE: f64 = 0.03;
 const TIME: f64 = 0.20;
 const QEMU_TIME: f64 = 0.25;

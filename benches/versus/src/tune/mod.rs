@@ -67,7 +67,8 @@ struct Bench {
 }
 
 impl Bench {
-    /// Makes every move over one link, and then all of them again: what else the machine does hits all of them alike.
+    /// Makes every move over one link, and then all of them again: what else the machine does hits
+    /// all of them alike.
     fn check<'s>(
         &mut self,
         stage: &mut Stage,

@@ -7,7 +7,7 @@ use multifd_tune::{Advice, Prediction};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::guest::PATIENCE;
+use crate::guest::TIMEOUT;
 
 /// The part of `multifd_tune::Findings` that is compared with moves.
 #[derive(Debug, Deserialize)]
@@ -17,7 +17,7 @@ pub(super) struct Said {
 }
 
 impl Said {
-    /// Of the guest in this checkpoint, for moves with so many channels over these links.
+    /// Of the guest in this checkpoint, for moves with that many channels over these links.
     pub(super) fn of<'l>(
         checkpoint: &Path,
         channels: u8,
@@ -27,7 +27,7 @@ impl Said {
         arguments.extend(["--channels".to_owned(), channels.to_string()]);
         arguments.extend(links.into_iter().flat_map(|link| ["--link".to_owned(), link.to_owned()]));
         let mut tune = Multifd::spawn("tune", arguments)?;
-        tune.wait_success(PATIENCE)?;
+        tune.wait_success(TIMEOUT)?;
         Self::deserialize(CommandReport::by(&tune)?.object()).during("what tune printed")
     }
 
@@ -73,7 +73,7 @@ pub(super) fn compression(prediction: &Prediction) -> Outcome<Compression> {
     prediction.codec.to_string().parse()
 }
 
-/// How a QEMU is set up that nobody has told anything.
+/// The default settings of a QEMU.
 #[derive(Debug)]
 pub(super) struct Fresh {
     parameters: Value,

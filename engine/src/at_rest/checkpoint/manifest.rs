@@ -19,7 +19,7 @@ pub struct Manifest {
     pub format: u32,
     /// The machine type's full name: `pc-q35-10.0`.
     pub machine: String,
-    /// The guest's uuid, 32 hexadecimal digits, if the source said one.
+    /// The guest's uuid, 32 hexadecimal digits, if the source sent one.
     pub uuid: Option<String>,
     /// The source announced the switch-over; a destination of this machine type wants that, too.
     pub switchover_start: bool,

@@ -8,7 +8,8 @@
 //!  DIR/vmdesc.json        the source's description of its device sections, if it sent one
 //! ```
 //!
-//! A checkpoint appears whole or not at all: it is written under a temporary name beside `DIR`, made durable, and renamed.
+//! A checkpoint appears whole or not at all: it is written under a temporary name beside `DIR`,
+//! made durable, and renamed.
 
 mod manifest;
 mod partial;

@@ -1,12 +1,14 @@
-//! The directory of a checkpoint in the making, `.NAME.partial-PID`, and what became of those that were never finished.
+//! The directory of a checkpoint in the making, `.NAME.partial-PID`, and what became of those that
+//! were never finished.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
-/// Locked for as long as its process makes a checkpoint in the directory. The kernel lets go of the lock when the process is
-/// gone, however it ended; its number says less, since it means another process in another container, and later.
+/// Locked for as long as its process makes a checkpoint in the directory. The kernel lets go of the
+/// lock when the process is gone, however it ended; its number says less, since it means another
+/// process in another container, and later.
 #[derive(Debug)]
 pub(super) struct Partial(#[expect(dead_code, reason = "held for its lock")] File);
 
@@ -14,7 +16,8 @@ impl Partial {
     pub(super) fn make(path: &Path) -> io::Result<Self> {
         private_dir(path)?;
         let directory = open(path)?;
-        // A file system without locks: no other process can lock the directory in order to sweep it, either.
+        // A file system without locks: no other process can lock the directory in order to sweep
+        // it, either.
         if let Err(error) = directory.try_lock() {
             tracing::debug!(%error, path = %path.display(), "no lock on the checkpoint in the making");
         }
@@ -32,7 +35,8 @@ pub(super) fn private_dir(path: &Path) -> io::Result<()> {
     DirBuilder::new().mode(0o700).create(path)
 }
 
-/// Removes what processes that were killed have left of a checkpoint at `target`. A guest's RAM is in it.
+/// Removes what processes that were killed have left of a checkpoint at `target`. A guest's RAM is
+/// in it.
 pub(super) fn sweep(target: &Path, file_name: &str) {
     let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let Ok(entries) = fs::read_dir(parent) else { return };
@@ -64,7 +68,7 @@ fn remove_abandoned(path: &Path) -> io::Result<bool> {
     }
 }
 
-/// Never follows a link that somebody has put there.
+/// Never follows a symbolic link.
 fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(path)
 }

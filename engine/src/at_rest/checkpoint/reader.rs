@@ -93,7 +93,8 @@ impl Checkpoint {
         self.manifest.blocks.iter().map(block).collect()
     }
 
-    /// A source that sends this guest on, which nothing runs meanwhile. Its settings can still be changed.
+    /// A source that sends this guest on, which nothing runs meanwhile. Its settings can still be
+    /// changed.
     ///
     /// # Errors
     /// As [`Checkpoint::ram`].

@@ -18,7 +18,8 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{HostMemory, PAGE, RamBlock};
 use crate::run::stop::lock;
 
-/// A checkpoint in the making, under a temporary name beside the final one. Dropped unfinished, it is removed.
+/// A checkpoint in the making, under a temporary name beside the final one. Dropped unfinished, it
+/// is removed.
 #[derive(Debug)]
 pub struct CheckpointWriter {
     target: PathBuf,
@@ -74,11 +75,12 @@ impl CheckpointWriter {
         CheckpointRam { partial: self.partial.clone(), blocks: Arc::clone(&self.blocks) }
     }
 
-    /// Writes what came beside RAM, makes everything durable, and gives the checkpoint its name. The source may be told that
-    /// its guest has arrived when this has returned.
+    /// Writes everything but RAM, makes all of it durable, and gives the checkpoint its name. The
+    /// source may then be told that its guest has arrived when this has returned.
     ///
     /// # Errors
-    /// `Storage`; `Incompatible` for device state that cannot be replayed. Nothing is left at the target then.
+    /// `Storage`; `Incompatible` for device state that cannot be replayed. Nothing is left at the
+    /// target then.
     pub fn finish(mut self, arrived: &Arrived) -> Result<PathBuf> {
         if let Some(packet) = arrived.device_packets().first() {
             let detail = format!(
@@ -110,7 +112,8 @@ impl CheckpointWriter {
         arrived.seal()?;
         fs::rename(&self.partial, &self.target).map_err(|error| storage("naming", &self.target, error))?;
         if let Err(error) = self.sync_parent() {
-            // The source is told of a failure and runs on: its guest must not be here as well. Dropping this removes it.
+            // The source gets a failure and runs on, so its guest must not be here as well.
+            // Dropping this removes it.
             fs::rename(&self.target, &self.partial)
                 .map_err(|error| storage("taking back the name of", &self.target, error))?;
             return Err(error);

@@ -99,7 +99,7 @@ impl Accepting {
             |kind, peer, detail| Err(JoinError::Late(Error::new(kind, Phase::Accept, detail).on(peer)));
         match arrival {
             Arrival::Identified { channel, first, .. } => self.identify(channel, first, several),
-            Arrival::Silent { peer, waited, .. } => {
+            Arrival::TimedOut { peer, waited, .. } => {
                 let detail = format!("the connection said nothing for {waited:?}, or not enough");
                 refused(ErrorKind::Deadline, peer, detail)
             }

@@ -13,31 +13,33 @@ use crate::dirty::software::bitmap_of;
 use crate::dirty::{Coverage, DirtyLog, DirtyLogError};
 use crate::guest::{DirtyBitmap, RamBlock};
 
-/// Words of a bitmap whose pages are protected in one call, during which KVM holds a lock that vCPUs' faults take: 1 GiB.
+/// Words of a bitmap whose pages are protected in one call, during which KVM holds a lock that
+/// vCPUs' faults take: 1 GiB.
 const CLEAR_AT_ONCE: usize = 4096;
 
-/// KVM_GET_DIRTY_LOG: writes of vCPUs, and of KVM for them. What the VMM's own threads write it does not see: give the
-/// migration a second log for them, as [`SoftwareLog`](crate::SoftwareLog).
+/// KVM_GET_DIRTY_LOG: writes of vCPUs, and of KVM for them. What the VMM's own threads write it
+/// does not see: give the migration a second log for them, as [`SoftwareLog`](crate::SoftwareLog).
 ///
-/// Where KVM can, pages are protected again by KVM_CLEAR_DIRTY_LOG, in pieces, so that vCPUs are not held up for long;
-/// otherwise KVM does it for a whole slot at each fetch. A VM with dirty rings ([`KvmDirtyRings`](crate::KvmDirtyRings))
-/// has no such bitmaps.
+/// Where KVM can, pages are protected again by KVM_CLEAR_DIRTY_LOG, in pieces, so that vCPUs are
+/// not blocked for long; otherwise KVM does it for a whole slot at each fetch. A VM with dirty
+/// rings ([`KvmDirtyRings`](crate::KvmDirtyRings)) has no such bitmaps.
 #[derive(Debug)]
 pub struct KvmDirtyLog {
     slots: KvmSlots,
     manual_protect: bool,
-    /// Whether KVM clears only what it is told to.
+    /// Whether KVM clears only the pages of KVM_CLEAR_DIRTY_LOG (manual protection).
     clears: bool,
 }
 
 impl KvmDirtyLog {
-    /// A log of these slots of `vm`. Their logging is on while a migration runs; when the first begins,
-    /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is switched on for the VM, and stays on.
+    /// A log of these slots of `vm`. Their logging is on while a migration runs; when the first
+    /// begins, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is switched on for the VM, and stays on.
     ///
     /// # Safety
-    /// When a migration starts, the VM must have every one of `slots` exactly as it says: with this guest address, this length,
-    /// and this memory. A slot that is removed or changed later is told to [`slots`](Self::slots) before. (KVM is told all of it
-    /// to change a flag. It would map the memory of a slot that is not there, and keep the mapping when the memory is gone.)
+    /// When a migration starts, the VM must have every one of `slots` exactly as it says: with this
+    /// guest address, this length, and this memory. A slot that is removed or changed later is
+    /// reported to [`slots`](Self::slots) before. (KVM is told all of it to change a flag. It would
+    /// map the memory of a slot that is not there, and keep the mapping when the memory is gone.)
     #[expect(unsafe_code, reason = "the slots must be true")]
     pub unsafe fn new(vm: Arc<VmFd>, slots: Vec<KvmSlot>) -> Self {
         Self { slots: KvmSlots::new(vm, slots), manual_protect: true, clears: false }
@@ -48,16 +50,17 @@ impl KvmDirtyLog {
         self.slots.clone()
     }
 
-    /// Says that slots over `block` may come and go, and that [`slots`](Self::slots) is told of all of them: so all of the block
-    /// counts as covered, and not only what has a slot when the migration begins.
+    /// Declares that slots over `block` may come and go, and that all changes are reported to
+    /// [`slots`](Self::slots): so all of the block counts as covered, and not only what has a slot
+    /// when the migration begins.
     #[must_use]
     pub fn hotplug(self, block: &RamBlock) -> Self {
         self.slots.hotplug(block);
         self
     }
 
-    /// Has KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 off instead: for a VM whose own code fetches the dirty logs of other slots, a
-    /// display's perhaps, and counts on KVM to clear them.
+    /// Has KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 off instead: for a VM whose own code fetches the dirty
+    /// logs of other slots, a display's perhaps, and counts on KVM to clear them.
     #[must_use]
     pub fn without_manual_protect(mut self) -> Self {
         self.manual_protect = false;
@@ -87,8 +90,8 @@ impl KvmDirtyLog {
         for known in slots.iter() {
             let slot = &known.slot;
             let bitmap = fetch(self.slots.vm(), slot).map_err(|cause| not_fetched(slot, cause))?;
-            // Before they are cleared: what KVM forgets must be known here. A write that comes in between is to a page that
-            // is reported, and happens before the page is read.
+            // Before they are cleared: what KVM forgets must be known here. A write that comes in
+            // between is to a page that is reported, and happens before the page is read.
             report(known, bitmap.words())?;
             if self.clears {
                 clear(self.slots.vm(), slot, bitmap.words())?;
@@ -106,7 +109,8 @@ impl DirtyLog for KvmDirtyLog {
     fn start(&mut self, ram: &[RamBlock]) -> Result<(), DirtyLogError> {
         self.choose_who_clears()?;
         self.slots.log_on(ram)?;
-        // What a slot that was logging before has noted, which may be all its pages, none of them protected.
+        // What a slot that was logging before has noted, which may be all its pages, none of them
+        // protected.
         self.take(&self.slots.lock(), |_, _| Ok(()))
     }
 
@@ -115,7 +119,8 @@ impl DirtyLog for KvmDirtyLog {
     }
 
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
-        // Locked to the end: a slot that is fetched here must not be removed or made anew meanwhile.
+        // Locked to the end: a slot that is fetched here must not be removed or made anew
+        // meanwhile.
         let mut slots = self.slots.lock();
         slots.follow(bitmaps)?;
         self.take(&slots, |known, words| {
@@ -151,8 +156,8 @@ fn not_fetched(slot: &KvmSlot, cause: io::Error) -> DirtyLogError {
     DirtyLogError::new(format!("fetching the dirty log of {slot}{why}")).because(cause)
 }
 
-/// Has KVM clear what is set in `bitmap` and protect those pages: at most [`CLEAR_AT_ONCE`] words a call, from the first set
-/// one on.
+/// Has KVM clear what is set in `bitmap` and protect those pages: at most [`CLEAR_AT_ONCE`] words a
+/// call, from the first set one on.
 fn clear(vm: &VmFd, slot: &KvmSlot, bitmap: &[u64]) -> Result<(), DirtyLogError> {
     for (piece, words) in bitmap.chunks(CLEAR_AT_ONCE).enumerate() {
         let Some(clean) = words.iter().position(|bits| *bits != 0) else { continue };

@@ -13,7 +13,8 @@ use crate::dirty::{Coverage, DirtyLog, DirtyLogError};
 use crate::guest::{DirtyBitmap, RamBlock};
 use crate::run::stop::lock;
 
-/// The dirty rings of a VM: each vCPU lists the pages that it dirties. Cheap to clone; lives as long as the VM.
+/// The dirty rings of a VM: each vCPU lists the pages that it dirties. Cheap to clone; lives as
+/// long as the VM.
 ///
 /// ```text
 ///   create_vm ── KvmDirtyRings::enable ── create_vcpu ── add_vcpu ── ...
@@ -21,7 +22,8 @@ use crate::run::stop::lock;
 ///   a migration:   builder.dirty_log(unsafe { rings.log(slots) })
 /// ```
 ///
-/// A sync has KVM look at the pages that were written and no other, where bitmaps are fetched as large as the guest is.
+/// A sync has KVM look at the pages that were written and no other, where bitmaps are fetched as
+/// large as the guest is.
 #[derive(Clone, Debug)]
 pub struct KvmDirtyRings {
     vm: Arc<VmFd>,
@@ -54,8 +56,9 @@ impl Written {
 }
 
 impl KvmDirtyRings {
-    /// Gives every vCPU that is made from now on a ring of `entries`: a power of two, 1024..=65536 on most hosts. A vCPU
-    /// leaves its guest each time its ring is full; 4096 entries (64 KiB) are 16 MiB of written memory.
+    /// Gives every vCPU that is made from now on a ring of `entries`: a power of two, 1024..=65536
+    /// on most hosts. A vCPU leaves its guest each time its ring is full; 4096 entries (64 KiB) are
+    /// 16 MiB of written memory.
     ///
     /// # Errors
     /// KVM has no rings, or not of this size; or the VM has vCPUs already.
@@ -76,7 +79,7 @@ impl KvmDirtyRings {
         Ok(Self { vm, entries, collected: Arc::default() })
     }
 
-    /// Takes over the ring of a new vCPU, before it runs: nobody else may map and harvest it.
+    /// Takes over the ring of a new vCPU, before it runs. Only this log may map and harvest it.
     ///
     /// # Errors
     /// The ring cannot be mapped: a vCPU of a VM that has no rings.
@@ -87,9 +90,9 @@ impl KvmDirtyRings {
         Ok(())
     }
 
-    /// Empties all rings. A vCPU's thread calls it when KVM_RUN returned KVM_EXIT_DIRTY_RING_FULL (31; kvm-ioctls gives
-    /// `VcpuExit::Unsupported(31)`), whether or not a migration runs. What was written is kept for the migration's next
-    /// sync. May wait for a sync that is under way.
+    /// Empties all rings. A vCPU's thread calls it when KVM_RUN returned KVM_EXIT_DIRTY_RING_FULL
+    /// (31; kvm-ioctls gives `VcpuExit::Unsupported(31)`), whether or not a migration runs. What
+    /// was written is kept for the migration's next sync. May wait for a sync that is under way.
     ///
     /// # Errors
     /// KVM does not take the entries back.
@@ -111,10 +114,12 @@ impl KvmDirtyRings {
     }
 }
 
-/// The dirty rings as the log of one migration. Writes of vCPUs only, as [`KvmDirtyLog`](super::KvmDirtyLog).
+/// The dirty rings as the log of one migration. Writes of vCPUs only, as
+/// [`KvmDirtyLog`](super::KvmDirtyLog).
 ///
-/// On CPUs that buffer the log of writes themselves (Intel's PML), KVM lists what a running vCPU wrote when it next leaves
-/// the guest: a sync may report such a page one sync late. None is lost: the last sync comes when all vCPUs have left.
+/// On CPUs that buffer the log of writes themselves (Intel's PML), KVM lists what a running vCPU
+/// wrote when it next leaves the guest: a sync may report such a page one sync late. None is lost:
+/// the last sync comes when all vCPUs have left.
 #[derive(Debug)]
 pub struct KvmDirtyRing {
     rings: KvmDirtyRings,
@@ -164,11 +169,13 @@ impl DirtyLog for KvmDirtyRing {
     }
 
     fn sync(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
-        // Locked to the end: between the taking of an entry and its page's protection, another thread's `collect` must not
-        // leave a bit here for a page whose next write would not be noted.
+        // Locked to the end: between the taking of an entry and its page's protection, another
+        // thread's `collect` must not leave a bit here for a page whose next write would not be
+        // noted.
         let mut slots = self.slots.lock();
         let mut collected = lock(&self.rings.collected);
-        // Entries of a slot that was added since the last sync were let go, its pages all count as written now.
+        // Entries of a slot that was added since the last sync were let go, its pages all count as
+        // written now.
         collected.follow(slots.iter().map(|known| &known.slot));
         slots.follow(bitmaps)?;
         for known in slots.iter() {

@@ -10,8 +10,9 @@ use crate::guest::{PAGE, RamBlock};
 
 /// A memory slot of a VM: a piece of a RAM block, and where the guest sees it.
 ///
-/// It says what the VMM told KVM by KVM_SET_USER_MEMORY_REGION. A slot that is read-only for the guest has KVM_MEM_READONLY among its
-/// [`flags`](Self::flags), and needs no log if nothing else writes there, either.
+/// The values that the VMM gave KVM by KVM_SET_USER_MEMORY_REGION. A slot that is read-only for the
+/// guest has KVM_MEM_READONLY among its [`flags`](Self::flags), and needs no log if nothing else
+/// writes there, either.
 #[derive(Clone, Debug)]
 pub struct KvmSlot {
     pub(super) id: u32,
@@ -23,7 +24,8 @@ pub struct KvmSlot {
 }
 
 impl KvmSlot {
-    /// Slot `id` (the address space in the upper 16 bits), that shows all of `block` from `guest_address` on.
+    /// Slot `id` (the address space in the upper 16 bits), that shows all of `block` from
+    /// `guest_address` on.
     pub fn new(id: u32, guest_address: GuestAddress, block: &RamBlock) -> Self {
         Self { id, flags: 0, guest_address, block: block.clone(), range: 0..block.used_len() }
     }

@@ -14,10 +14,12 @@ use crate::dirty::{Coverage, DirtyLogError};
 use crate::guest::{DirtyBitmap, PAGE, RamBlock};
 use crate::run::stop::lock;
 
-/// Tells a KVM log which memory slots come and go, from any thread, also while a migration runs. Cheap to clone.
+/// Tells a KVM log which memory slots come and go, from any thread, also while a migration runs.
+/// Cheap to clone.
 ///
-/// KVM does not say which slots there are, and its logs see those only that they were told of. So a VMM that plugs or unplugs
-/// memory (virtio-mem, a DIMM), moves a slot or makes it anew calls this around it:
+/// KVM does not list its slots, and its logs cover only those that were added here. So a VMM that
+/// plugs or unplugs memory (virtio-mem, a DIMM), moves a slot or makes it anew calls this around
+/// it:
 ///
 /// ```text
 ///   plug     KVM_SET_USER_MEMORY_REGION, then added(slot)
@@ -25,11 +27,13 @@ use crate::run::stop::lock;
 ///   change   removing(id), the change, added(slot)
 /// ```
 ///
-/// `added` comes before the vCPUs are paused for the switch-over. A call waits for a sync that is under way.
+/// `added` comes before the vCPUs are paused for the switch-over. A call waits for a sync that is
+/// under way.
 ///
-/// A slot that is removed without a word is noticed at the next sync, and fails the migration; by rings only if the log has
-/// another slot. One that is made anew without a word is noticed by bitmaps ([`KvmDirtyLog`](super::KvmDirtyLog)), not by rings.
-/// Nothing can notice a slot that is added without a word: then what the guest writes there is lost.
+/// A slot that is removed without a call is noticed at the next sync, and fails the migration; by
+/// rings only if the log has another slot. One that is replaced without a call is noticed by
+/// bitmaps ([`KvmDirtyLog`](super::KvmDirtyLog)), not by rings. A slot that is added without a call
+/// cannot be noticed: what the guest writes there is lost.
 #[derive(Clone, Debug)]
 pub struct KvmSlots {
     vm: Arc<VmFd>,
@@ -46,7 +50,7 @@ pub(super) struct Slots {
     ram: Option<Vec<RamBlock>>,
     /// Pages of the blocks that count as written: of slots that came or went since the last sync.
     written: Vec<(KvmSlot, usize)>,
-    /// Why the log is not complete any more.
+    /// Why the log is incomplete; `None`: it is complete.
     broken: Option<String>,
 }
 
@@ -65,11 +69,13 @@ impl KvmSlots {
         Self { vm, state: Arc::new(Mutex::new(Slots { slots, ..Slots::default() })) }
     }
 
-    /// A slot was added to the VM. While a migration runs, its logging is switched on and all its pages are sent again; if its
-    /// block does not migrate, the migration fails at its next sync, and the slot stays as it is.
+    /// A slot was added to the VM. While a migration runs, its logging is switched on and all its
+    /// pages are sent again; if its block does not migrate, the migration fails at its next sync,
+    /// and the slot stays as it is.
     ///
     /// # Errors
-    /// KVM refuses to switch its logging on, or the log has a slot of this id already. A migration that runs fails, too.
+    /// KVM refuses to switch its logging on, or the log has a slot of this id already. A migration
+    /// that runs fails, too.
     ///
     /// # Safety
     /// As for [`KvmDirtyLog::new`](super::KvmDirtyLog::new), until [`removing`](Self::removing).
@@ -83,8 +89,9 @@ impl KvmSlots {
         result
     }
 
-    /// A slot is about to be removed from the VM, or changed: after this, the log leaves it alone. What vCPUs wrote there is
-    /// sent as it is when the next round comes. False: the log does not have it.
+    /// A slot is about to be removed from the VM, or changed: after this, the log leaves it alone.
+    /// What vCPUs wrote there is sent as it is when the next round comes. False: the log does not
+    /// have it.
     pub fn removing(&self, id: u32) -> bool {
         let mut state = self.lock();
         let Some(index) = state.slots.iter().position(|known| known.slot.id == id) else { return false };
@@ -127,8 +134,8 @@ impl KvmSlots {
         slots.iter_mut().try_for_each(|known| known.log_on(&self.vm, ram))
     }
 
-    /// Gives the slots that `is_there` finds their flags back. KVM would make the others anew, with memory that the VMM may have
-    /// unmapped.
+    /// Gives the slots that `is_there` finds their flags back. KVM would make the others anew, with
+    /// memory that the VMM may have unmapped.
     pub(super) fn log_off(&self, is_there: impl Fn(&Slots, &KvmSlot) -> bool) {
         let mut state = self.lock();
         let gone: Vec<u32> = state
@@ -183,11 +190,14 @@ impl Slots {
         self.slots.iter().filter(|known| known.logging)
     }
 
-    /// Whether KVM has the slot, where it has no bitmap that would tell. It is asked by way of another slot of the same address
-    /// space; with none, the slot counts as there.
+    /// Whether KVM has the slot, where it has no bitmap that would tell. It is probed through
+    /// another slot of the same address space; with none, the slot counts as there.
     pub(super) fn is_there(&self, vm: &VmFd, slot: &KvmSlot) -> Result<bool, DirtyLogError> {
-        let is_other = |other: &&KvmSlot| other.id != slot.id && other.id >> 16 == slot.id >> 16;
-        let other = self.slots.iter().map(|known| &known.slot).find(is_other);
+        let other = self
+            .slots
+            .iter()
+            .map(|known| &known.slot)
+            .find(|other| other.id != slot.id && other.id >> 16 == slot.id >> 16);
         let Some(other) = other.filter(|_| slot.pages() > 1) else { return Ok(true) };
         let memory_size = PAGE as u64;
         let guest_phys_addr = other.guest_address.raw_value();

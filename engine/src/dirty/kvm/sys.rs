@@ -25,18 +25,20 @@ const KVM_RESET_DIRTY_RINGS: libc::Ioctl = request(0, KIND, 0xc7, 0);
 const _: () = assert!(KVM_GET_DIRTY_LOG == 0x4010_ae42 && KVM_CLEAR_DIRTY_LOG == 0xc018_aec0);
 const _: () = assert!(KVM_RESET_DIRTY_RINGS == 0xaec7);
 
-/// Changes the flags of a slot. What else `region` says must be what the slot has: KVM makes a slot that is not there, and moves
-/// one that is at another guest address.
+/// Changes the flags of a slot. What else `region` says must be what the slot has: KVM makes a slot
+/// that is not there, and moves one that is at another guest address.
 pub(super) fn set_region(vm: &VmFd, region: Region) -> io::Result<()> {
-    // SAFETY: who made the log vouched that the VM has this slot, with this memory: it is not mapped anew.
+    // SAFETY: the caller that made the log guaranteed that the VM has this slot, with this memory:
+    // it is not mapped anew.
     unsafe { vm.set_user_memory_region(region) }.map_err(io::Error::from)
 }
 
-/// Whether the slot of `probe` is there. `probe` has another length than it, and the guest address of another slot: KVM refuses
-/// to resize a slot that is there (EINVAL), and to make one over another (EEXIST).
+/// Whether the slot of `probe` is there. `probe` has another length than it, and the guest address
+/// of another slot: KVM refuses to resize a slot that is there (EINVAL), and to make one over
+/// another (EEXIST).
 pub(super) fn slot_is_there(vm: &VmFd, probe: Region) -> bool {
-    // SAFETY: refused, unless both slots are gone; then what is made here is taken away at once, and its memory lives as long as
-    // the log's RAM block does.
+    // SAFETY: refused, unless both slots are gone; then what is made here is taken away at once,
+    // and its memory lives as long as the log's RAM block does.
     match unsafe { vm.set_user_memory_region(probe) } {
         Err(error) => error.errno() != libc::EEXIST,
         Ok(()) => {
@@ -50,14 +52,14 @@ pub(super) fn slot_is_there(vm: &VmFd, probe: Region) -> bool {
     }
 }
 
-/// Fetches one bit a page of a slot that logs. `NotFound`: there is no such slot, or it does not log. `EFAULT`: it is longer
-/// than `bitmap`. Of a shorter one, the rest of `bitmap` is set.
+/// Fetches one bit a page of a slot that logs. `NotFound`: there is no such slot, or it does not
+/// log. `EFAULT`: it is longer than `bitmap`. Of a shorter one, the rest of `bitmap` is set.
 pub(super) fn get_dirty_log(vm: &VmFd, slot: u32, bitmap: &mut SlotBitmap) -> io::Result<()> {
     bitmap.words_mut().fill(u64::MAX);
     let into = kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: bitmap.start.as_ptr().cast() };
     let log = kvm_dirty_log { slot, padding1: 0, __bindgen_anon_1: into };
-    // SAFETY: the kernel fills `bitmap` from its start, and fails at its end, behind which nothing can be written: the slot may
-    // have become longer in the meantime.
+    // SAFETY: the kernel fills `bitmap` from its start, and fails at its end, behind which nothing
+    // can be written: the slot may have become longer in the meantime.
     let result = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_GET_DIRTY_LOG, &raw const log) };
     answer(result).map(drop)
 }
@@ -117,8 +119,8 @@ impl Drop for SlotBitmap {
     }
 }
 
-/// Clears the bits that are set in `bitmap`, and protects their pages again. Bit 0 is the slot's page `first`, which is a
-/// multiple of 64; so is `pages` unless the slot ends there.
+/// Clears the bits that are set in `bitmap`, and protects their pages again. Bit 0 is the slot's
+/// page `first`, which is a multiple of 64; so is `pages` unless the slot ends there.
 pub(super) fn clear_dirty_log(
     vm: &VmFd,
     slot: u32,
@@ -151,7 +153,8 @@ fn answer(result: i32) -> io::Result<i32> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// The ring of one vCPU. The kernel puts in pages that become dirty, we give the entries back in the same order.
+/// The ring of one vCPU. The kernel puts in pages that become dirty, we give the entries back in
+/// the same order.
 ///
 /// ```text
 ///   flags 0 ── kernel: DIRTY ── we: RESET ── kernel, at KVM_RESET_DIRTY_RINGS: page protected, flags 0
@@ -199,7 +202,8 @@ impl Ring {
         if flags.load(Ordering::Acquire) & DIRTY == 0 {
             return None;
         }
-        // SAFETY: inside the mapping. The kernel wrote the entry before its flag and leaves it alone until it is reset.
+        // SAFETY: inside the mapping. The kernel wrote the entry before its flag and leaves it
+        // alone until it is reset.
         let kvm_dirty_gfn { slot, offset, .. } = unsafe { entry.read_volatile() };
         flags.store(RESET, Ordering::Release);
         self.next = self.next.wrapping_add(1);
@@ -210,7 +214,7 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         let bytes = self.len as usize * size_of::<kvm_dirty_gfn>();
-        // SAFETY: exactly what `map` mapped, which nobody else knows.
+        // SAFETY: exactly what `map` mapped, known here only.
         unsafe { libc::munmap(self.entries.as_ptr().cast(), bytes) };
     }
 }

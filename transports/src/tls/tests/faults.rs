@@ -63,7 +63,7 @@ fn a_handshake_that_stalls_anywhere_ends_at_both_ends() {
             Err(TransportError::DeadlinePassed { source, .. }) => {
                 assert!(source.to_string().contains("did not finish the TLS handshake"), "{source}");
             }
-            // The server loses patience first, and hangs up.
+            // The server loses timeout first, and hangs up.
             Err(TransportError::Io { source, .. }) => {
                 assert!(source.to_string().contains("hung up in the TLS handshake"), "{source}");
             }
@@ -87,7 +87,7 @@ fn a_silent_client_holds_up_nobody() {
     let _sealed_and_silent = dial(&serving.endpoint(), credentials.client()).unwrap();
     let (_one, _other) = say_hello(dial(&serving.endpoint(), credentials.client()).unwrap(), &serving);
     for _ in 0..2 {
-        assert!(matches!(serving.next(), Arrival::Silent { .. }));
+        assert!(matches!(serving.next(), Arrival::TimedOut { .. }));
     }
     serving.stop();
 }
@@ -152,7 +152,8 @@ fn a_server_that_leaves_after_the_handshake_is_reported() {
     serving.stop();
 }
 
-/// A relay that does `fault` to what the client sends, so many bytes into the first record after its hello.
+/// A relay that does `fault` to what the client sends, so many bytes into the first record after
+/// its hello.
 fn faulty(credentials: &Credentials, at: usize, fault: fn(usize) -> Fault) -> (Channel, Channel) {
     let (there, _) = handshake_lengths(credentials);
     let serving = Serving::tcp(credentials.server());
@@ -178,17 +179,17 @@ fn a_record_that_is_cut_is_an_error() {
 }
 
 #[test]
-fn a_record_that_stalls_is_silence() {
+fn a_record_that_stalls_times_out() {
     let credentials = Credentials::new();
     let (one, other) = faulty(&credentials, 500, Fault::Stall);
-    other.set_silence_limit(Some(BRIEF)).unwrap();
+    other.set_timeout(Some(BRIEF)).unwrap();
     one.send_all(&[1; 1000]).unwrap();
     let error = other.recv_exact(&mut [0; 1000]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut);
-    assert!(error.to_string().contains("the silence limit"), "{error}");
+    assert!(error.to_string().contains("the timeout"), "{error}");
     // Nobody takes what we send: it ends, too.
     let (one, _other) = pair(credentials.client(), credentials.server());
-    one.set_silence_limit(Some(BRIEF)).unwrap();
+    one.set_timeout(Some(BRIEF)).unwrap();
     let error = one.send_all(&vec![0; 64 << 20 /* bytes */]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     assert!(one.send_all(b"x").is_err(), "half a record went, nothing can follow it");
@@ -296,8 +297,8 @@ fn a_peer_that_is_gone_is_an_error_for_a_sender() {
     let _ = one.finish_sending();
 }
 
-/// Tickets and key updates that nobody reads must not be in the socket when it is closed: the reset would destroy what is under
-/// way.
+/// Tickets and key updates that nobody reads must not be in the socket when it is closed: the reset
+/// would destroy what is under way.
 #[test]
 fn a_sender_that_never_receives_does_not_reset_the_connection() {
     let credentials = Credentials::new();

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use super::*;
 
-/// Both ends of a connection that a client's certificate must end: the client is through with its own handshake by then.
+/// Both ends of a connection that a client's certificate must end: the client is through with its
+/// own handshake by then.
 pub(super) fn refused_client(client: TlsClient, server: TlsServer) -> (String, String) {
     let serving = Serving::tcp(server);
     let one = dial(&serving.endpoint(), client).unwrap();

@@ -222,7 +222,8 @@ where
     assert_eq!(foreign.read(&mut hello).unwrap(), 0);
 }
 
-/// A peer that demands our next key gets it with the next data, not before: a receiver never writes.
+/// A peer that demands our next key gets it with the next data, not before: a receiver never
+/// writes.
 #[test]
 fn a_demanded_key_comes_with_the_next_data() {
     let credentials = Credentials::new();
@@ -252,7 +253,8 @@ fn a_demanded_key_comes_with_the_next_data() {
     serving.stop();
 }
 
-/// All in one segment: the end of the client's handshake, a demand for our next key, data under the client's own next one.
+/// All in one segment: the end of the client's handshake, a demand for our next key, data under the
+/// client's own next one.
 #[test]
 fn what_comes_right_behind_the_handshake_is_followed() {
     let credentials = Credentials::new();

@@ -1,0 +1,91 @@
+//! Destinations that are not there, or do nothing.
+
+use std::time::{Duration, Instant};
+
+use multifd_engine::ErrorKind;
+use multifd_tests::peer::{Sink, Stage};
+use multifd_tests::{Failure, Outcome, Scratch};
+use multifd_transports::Endpoint;
+
+use crate::fixture::{TIMEOUT, Way, cancel_after};
+
+const BOTH: [usize; 2] = [0, 2];
+
+#[test]
+fn nobody_listens() -> Outcome {
+    let scratch = Scratch::new()?;
+    let free_port = Sink::tcp()?.endpoint().clone();
+    for endpoint in [Endpoint::Unix(scratch.path("nobody")), free_port] {
+        for channels in BOTH {
+            let ended = Way::channels(channels).timeout(TIMEOUT).send_to(&endpoint)?;
+            assert!(ended.took >= TIMEOUT && ended.took < TIMEOUT * 10, "{:?}", ended.took);
+            let uri = endpoint.to_string();
+            let error =
+                ended.failed(true, &["connect, main: no connection", &uri, "gave up after", "limit is 400"]);
+            assert_eq!(error.kind(), ErrorKind::Transport);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn somebody_accepts_and_never_reads() -> Outcome {
+    for (channels, codec, place) in
+        [(0, "none", "active, main (unix:"), (2, "none", "active, channel "), (2, "zstd", "active, channel ")]
+    {
+        let way = Way { codec, ..Way::channels(channels) }.timeout(TIMEOUT);
+        let ended = way.send(|destination| destination.wait_for_the_end())?;
+        assert!(ended.took < TIMEOUT * 10, "{:?}", ended.took);
+        let error = ended.failed(true, &[place, "no byte moved for 400ms, the timeout"]);
+        assert_eq!(error.kind(), ErrorKind::Deadline);
+    }
+    Ok(())
+}
+
+#[test]
+fn somebody_reads_and_never_answers() -> Outcome {
+    for channels in BOTH {
+        // All is in its hands, and it says nothing: which end has the guest is unknown.
+        let way = Way::channels(channels).timeout(TIMEOUT);
+        let ended = way.send(|destination| {
+            destination.read_to(Stage::Finished)?;
+            destination.wait_for_the_end()
+        })?;
+        let error = ended.failed(false, &["commit, return path", "did not confirm within 400ms"]);
+        assert_eq!(error.kind(), ErrorKind::Deadline);
+        // The same, a round earlier.
+        let ended = way.send(|destination| {
+            destination.polite = false;
+            destination.read_to(Stage::Moving)?;
+            while destination.read_to(Stage::RamSent).is_ok() {}
+            Ok(())
+        })?;
+        assert_eq!(ended.failed(true, &["return path"]).kind(), ErrorKind::Deadline);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_cancel_wakes_a_source_wherever_it_is() -> Outcome {
+    let moment = Duration::from_millis(80);
+    for channels in BOTH {
+        let way = Way::channels(channels).timeout(Duration::from_secs(60));
+        let nowhere = Endpoint::Unix(Scratch::new()?.path("nobody"));
+        let deaf = Sink::unix()?;
+        for endpoint in [&nowhere, deaf.endpoint()] {
+            let source = way.source()?;
+            let canceller = source.canceller();
+            let (result, woken) = std::thread::scope(|scope| {
+                let cancel = scope.spawn(|| cancel_after(moment, &canceller));
+                let result = source.connect(endpoint).and_then(|mut precopy| precopy.round().map(|_| ()));
+                (result, cancel.join())
+            });
+            let error = result.expect_err("nobody reads");
+            assert_eq!(error.kind(), ErrorKind::Cancelled, "{}", error.chain());
+            assert!(error.source_may_resume());
+            let begun = woken.map_err(|_| Failure::new("the canceller panicked"))?;
+            assert!(Instant::now() - begun < Duration::from_secs(8));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,52 @@
+//! System calls that no crate wraps.
+#![expect(unsafe_code, reason = "a descriptor's number and a socket option's bytes are bare integers")]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// Looks at a descriptor by its number, and gives it to `look`.
+pub(crate) fn borrow<T>(number: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> T) -> T {
+    // SAFETY:
+    // - `number` is not -1: endpoints take 0..=i32::MAX only;
+    // - a number that is not open is an error of the calls that `look` makes, which read flags and
+    //   nothing else.
+    look(unsafe { BorrowedFd::borrow_raw(number) })
+}
+
+/// Takes over a descriptor by its number.
+///
+/// The caller has made sure that it was inherited and that nothing in this process owns it: see
+/// `descriptor::take`.
+pub(crate) fn own(number: RawFd) -> OwnedFd {
+    // SAFETY: it is open, and without an owner: what this process opens is close-on-exec, and this
+    // one was not.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+/// Lets a socket send without copying (`SO_ZEROCOPY`).
+pub(crate) fn allow_zero_copy(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: `on` is read, as the int that the option is, before the call returns.
+    let outcome = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ZEROCOPY,
+            (&raw const on).cast(),
+            INT_LEN,
+        )
+    };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Bytes that were sent on a socket and that the peer has not taken: not read, on a unix socket;
+/// not acknowledged, by TCP.
+pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: the call writes one int, to `count`.
+    let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut count) };
+    if outcome == 0 { Ok(usize::try_from(count).unwrap_or(0)) } else { Err(io::Error::last_os_error()) }
+}
+
+const INT_LEN: libc::socklen_t = 4;
+const _: () = assert!(size_of::<libc::c_int>() == INT_LEN as usize);
