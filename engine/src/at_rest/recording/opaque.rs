@@ -78,5 +78,5 @@ fn footer_is_at(reader: &FileReader<'_>, len: u64, id: SectionId) -> Result<bool
 /// items, this section is whole.
 fn plausible(next: &[u8], known: &Known<'_>, at_end: bool) -> Option<bool> {
     let seen = |id| known.sections.iter().any(|section| section.head.id == id);
-    goes_on(next, known.ram, seen).or_else(|| at_end.then(|| matches!(next, [] | [0])))
+    goes_on(next, known.ram, seen).or_else(|| at_end.then_some(matches!(next, [] | [0])))
 }

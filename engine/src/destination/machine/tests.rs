@@ -84,8 +84,11 @@ impl Session {
     }
 
     fn answers(&self) -> Vec<&ReturnMessage> {
-        let answer = |effect| if let &Effect::Answer(_, ref message) = effect { Some(message) } else { None };
-        self.done.iter().filter_map(answer).collect()
+        let answers = self.done.iter().filter_map(|effect| match effect {
+            Effect::Answer(_, message) => Some(message),
+            _ => None,
+        });
+        answers.collect()
     }
 }
 
@@ -236,15 +239,15 @@ fn an_input_that_was_not_expected_is_a_bug_and_the_last_one() {
         for input in &kinds {
             let mut session = Session::new(true);
             session.run(whole[..len].to_vec()).unwrap();
-            let fits = match (session.machine.expects().unwrap(), input) {
+            let fits = matches!(
+                (session.machine.expects().unwrap(), input),
                 (Expected::Records { .. }, Input::EndOfRecords | Input::Flush)
-                | (Expected::Blocks { .. }, Input::Blocks)
-                | (Expected::Configuration, Input::Configuration(_))
-                | (Expected::Device { .. }, Input::Device(_))
-                | (Expected::Footer, Input::Footer(_))
-                | (Expected::Item, Input::Item(_)) => true,
-                _ => false,
-            };
+                    | (Expected::Blocks { .. }, Input::Blocks)
+                    | (Expected::Configuration, Input::Configuration(_))
+                    | (Expected::Device { .. }, Input::Device(_))
+                    | (Expected::Footer, Input::Footer(_))
+                    | (Expected::Item, Input::Item(_))
+            );
             let Err(error) = session.main(input.clone()) else {
                 assert!(fits, "{input:?} after {len} inputs");
                 continue;
