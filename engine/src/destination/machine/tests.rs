@@ -84,13 +84,11 @@ impl Session {
     }
 
     fn answers(&self) -> Vec<&ReturnMessage> {
-        let effects = self.done.iter();
-        effects
-            .filter_map(|effect| match effect {
-                Effect::Answer(_, message) => Some(message),
-                _ => None,
-            })
-            .collect()
+        let answers = self.done.iter().filter_map(|effect| match effect {
+            Effect::Answer(_, message) => Some(message),
+            _ => None,
+        });
+        answers.collect()
     }
 }
 
