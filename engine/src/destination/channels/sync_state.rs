@@ -21,6 +21,8 @@ const LAST_TO_JOIN: u64 = 2;
 pub(in crate::destination) struct SyncState {
     /// Connections that have not said yet what they are: any of them may be a channel.
     unidentified: usize,
+    /// Those among them for which a sync point was held up in vain: the next one is not.
+    given_up: usize,
     channels: BTreeMap<u8, Arrivals>,
     /// How many channels there are, if that is known beforehand.
     expected: Option<usize>,
@@ -85,6 +87,7 @@ impl SyncState {
     /// A connection has said what it is, or will never.
     pub(in crate::destination) fn identified(&mut self) {
         self.unidentified = self.unidentified.saturating_sub(1);
+        self.given_up = self.given_up.min(self.unidentified);
     }
 
     /// A channel said its number.
@@ -203,9 +206,10 @@ impl SyncState {
         if let Some(end) = wait.hearing {
             // Those that have not been heard by then are strangers, or will find themselves closed
             // and fail the source.
-            if self.unidentified > 0 && !self.all_joined() && now < end {
+            if self.unidentified > self.given_up && !self.all_joined() && now < end {
                 return None;
             }
+            self.given_up = self.unidentified;
             wait.hearing = None;
             wait.deadline = later(now, wait.timeout);
         }
