@@ -58,13 +58,19 @@ impl MainWait {
     /// Main has reached a sync point. It fails when nothing moves on any channel for `timeout`.
     pub(in crate::destination) fn new(state: &SyncState, timeout: Duration, now: Instant) -> Self {
         let hearing = Some(later(now, timeout.min(HEARING)));
-        Self { timeout, hearing, deadline: later(now, timeout), packets: state.packets() }
+        Self { timeout, hearing, deadline: later(now, grace(timeout)), packets: state.packets() }
     }
 
     /// When to ask again, if no channel moves before.
     pub(in crate::destination) fn until(&self) -> Instant {
         self.hearing.unwrap_or(self.deadline)
     }
+}
+
+/// Half of `timeout` more: a channel that stalls within a packet fails after `timeout` by itself, and
+/// knows better what is missing.
+fn grace(timeout: Duration) -> Duration {
+    timeout.saturating_add(timeout / 2)
 }
 
 /// A time that cannot be told is a long time away.
@@ -211,7 +217,7 @@ impl SyncState {
             }
             self.given_up = self.unidentified;
             wait.hearing = None;
-            wait.deadline = later(now, wait.timeout);
+            wait.deadline = later(now, grace(wait.timeout));
         }
         if let Some(outcome) = self.try_release() {
             return Some(outcome);
@@ -224,7 +230,7 @@ impl SyncState {
             let detail = format!("no SYNC within {:?} from {}", wait.timeout, self.missing());
             return Some(Err(Error::new(ErrorKind::Deadline, Phase::Active, detail).on("main")));
         }
-        (wait.packets, wait.deadline) = (packets, later(now, wait.timeout));
+        (wait.packets, wait.deadline) = (packets, later(now, grace(wait.timeout)));
         None
     }
 
