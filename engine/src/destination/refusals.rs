@@ -1,10 +1,11 @@
 //! Connections that were refused: each has a warning, and the last of them explains why nothing
 //! came.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Remedy};
+use crate::run::stop::lock;
 
 /// What was refused so far.
 #[derive(Default)]
@@ -29,7 +30,7 @@ impl Refusals {
     /// and why.
     pub(crate) fn note(&self, error: &Error) {
         let said = error.chain();
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.0);
         state.count += 1;
         let second = state.second.get_or_insert_with(|| (Instant::now(), 0));
         if second.0.elapsed() > Duration::from_secs(1) {
@@ -52,7 +53,7 @@ impl Refusals {
     /// An error of a peer that did not come or went away, with the last refusal: it may have been
     /// the one that was missed.
     pub(crate) fn explain(&self, error: Error) -> Error {
-        let state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = lock(&self.0);
         match (&state.last, error.kind()) {
             (Some(last), ErrorKind::Cancelled | ErrorKind::Deadline | ErrorKind::Transport) => {
                 let (count, s) = (state.count, if state.count == 1 { "" } else { "s" });

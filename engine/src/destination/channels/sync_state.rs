@@ -48,14 +48,15 @@ pub(in crate::destination) struct MainWait {
     timeout: Duration,
     /// Until when connections that are not identified hold it up; `None` from then on.
     hearing: Option<Instant>,
-    /// When nothing has moved for the whole timeout.
+    /// When nothing has moved for too long.
     deadline: Instant,
     /// Packets of all channels when the deadline was set.
     packets: u64,
 }
 
 impl MainWait {
-    /// Main has reached a sync point. It fails when nothing moves on any channel for `timeout`.
+    /// Main has reached a sync point. It fails when nothing moves on any channel for one and a half
+    /// times `timeout`.
     pub(in crate::destination) fn new(state: &SyncState, timeout: Duration, now: Instant) -> Self {
         let hearing = Some(later(now, timeout.min(HEARING)));
         Self { timeout, hearing, deadline: later(now, grace(timeout)), packets: state.packets() }
@@ -207,7 +208,7 @@ impl SyncState {
     /// or at [`MainWait::until`].
     ///
     /// # Errors
-    /// A channel ended before its SYNC, or nothing moved on any channel for the timeout.
+    /// A channel ended before its SYNC, or nothing moved on any channel for too long.
     pub(in crate::destination) fn poll(&mut self, wait: &mut MainWait, now: Instant) -> Option<Result<()>> {
         if let Some(end) = wait.hearing {
             // Those that have not been heard by then are strangers, or will find themselves closed
