@@ -80,6 +80,13 @@ impl Found {
         self.0.resize(count, State::Zero);
     }
 
+    /// Among what was found, each page for which `zero` says so is zero: what was found is of the
+    /// others.
+    pub(crate) fn insert_zeros(&mut self, zero: impl Iterator<Item = bool>) {
+        let mut others = std::mem::take(&mut self.0).into_iter();
+        self.0.extend(zero.map_while(|zero| if zero { Some(State::Zero) } else { others.next() }));
+    }
+
     /// Neighbouring pages in one state, as indices.
     fn runs(&self, pages: &[usize], wanted: State) -> Vec<Range<usize>> {
         let mut runs: Vec<Range<usize>> = Vec::new();
