@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use multifd_codecs::{Zlib, Zstd};
 use multifd_engine::{
-    Arrived, Destination, DeviceState, Error, PAGE, Precopy, RamBlock, Report, Source, SourceBuilder,
+    Arrived, Destination, DeviceState, Error, ErrorKind, PAGE, Precopy, RamBlock, Report, Source, SourceBuilder,
     UserfaultLog, ZeroPages,
 };
 use multifd_wire::Configuration;
@@ -102,8 +102,8 @@ fn go_with(
         before_round();
         finish(precopy)
     });
-    if moved.is_err() {
-        // A source that has not connected leaves the destination waiting.
+    // A source that has not connected leaves the destination waiting; of another's end it hears.
+    if moved.as_ref().is_err_and(|error| error.kind() == ErrorKind::GuestMemory) {
         canceller.cancel();
     }
     Outcome { source: moved, destination: receiver.join().unwrap() }
