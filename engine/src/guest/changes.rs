@@ -18,7 +18,8 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 ///   unplug, protect, unmap        unplug(block, pages), then MADV_DONTNEED, MADV_REMOVE, PROT_NONE, munmap
 ///   plug again                    the memory is mapped and accessible, then plug(block, pages)
 ///   balloon, free page reporting  MADV_DONTNEED, MADV_REMOVE, FALLOC_FL_PUNCH_HOLE, then emptied(block, pages)
-///   resize                        resized(block, bytes), then the change if it is shorter
+///   resize, remove                resized(block, bytes or 0), then the change if it is shorter
+///   a block more                  added(block)
 /// ```
 ///
 /// What is unplugged arrives as zero, whatever the memory holds, and is not touched from the moment
@@ -37,13 +38,17 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 /// ```
 #[derive(Clone, Debug)]
 pub struct RamChanges {
-    blocks: Arc<[Arc<BlockChanges>]>,
+    blocks: Arc<RwLock<Vec<Arc<BlockChanges>>>>,
     in_use: Arc<AtomicBool>,
 }
 
 /// Makes the changes serve one migration, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Attached(RamChanges);
+pub(crate) struct Attached {
+    changes: RamChanges,
+    /// Blocks that were known when it began.
+    known: usize,
+}
 
 /// What is known of one block.
 #[derive(Debug)]
@@ -65,18 +70,23 @@ pub(crate) struct Parts {
 impl RamChanges {
     /// For these blocks, all of which are plugged and as long as they are now.
     pub fn new(ram: &[RamBlock]) -> Self {
-        let block = |block: &RamBlock| {
-            let pages = block.pages();
-            Arc::new(BlockChanges {
-                name: block.name().clone(),
-                parts: RwLock::new(Parts {
-                    bytes: block.used_len(),
-                    unplugged: DirtyBitmap::new(pages),
-                    changed: DirtyBitmap::new(pages),
-                }),
-            })
-        };
-        Self { blocks: ram.iter().map(block).collect(), in_use: Arc::default() }
+        let blocks = ram.iter().map(BlockChanges::new).collect();
+        Self { blocks: Arc::new(RwLock::new(blocks)), in_use: Arc::default() }
+    }
+
+    /// The guest has a block more. A migration that runs ends with an error that names it, since it has
+    /// announced its blocks; the next one is given this block, too.
+    ///
+    /// # Errors
+    /// `ApiMisuse`: there is a block of this name.
+    pub fn added(&self, block: &RamBlock) -> Result<()> {
+        let mut blocks = self.blocks.write().unwrap_or_else(PoisonError::into_inner);
+        if blocks.iter().any(|known| known.name == *block.name()) {
+            let detail = format!("RAM block {} was added, and there is one of that name", block.name());
+            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Active, detail));
+        }
+        blocks.push(BlockChanges::new(block));
+        Ok(())
     }
 
     /// These pages are about to be taken away: before they are, protected or unmapped. Returns when no
@@ -86,7 +96,8 @@ impl RamChanges {
     /// # Errors
     /// `ApiMisuse`: there is no such block, or it is shorter.
     pub fn unplug(&self, block: &BlockName, pages: Range<usize>) -> Result<()> {
-        let parts = self.find(block)?.write();
+        let known = self.find(block)?;
+        let parts = known.write();
         parts.check(block, &pages)?;
         parts.unplugged.set_range(pages.start, pages.len());
         parts.changed.set_range(pages.start, pages.len());
@@ -98,7 +109,8 @@ impl RamChanges {
     /// # Errors
     /// As [`unplug`](Self::unplug).
     pub fn plug(&self, block: &BlockName, pages: Range<usize>) -> Result<()> {
-        let parts = self.find(block)?.write();
+        let known = self.find(block)?;
+        let parts = known.write();
         parts.check(block, &pages)?;
         parts.changed.set_range(pages.start, pages.len());
         pages.for_each(|page| _ = parts.unplugged.take(page));
@@ -111,20 +123,22 @@ impl RamChanges {
     /// # Errors
     /// As [`unplug`](Self::unplug).
     pub fn emptied(&self, block: &BlockName, pages: Range<usize>) -> Result<()> {
-        let parts = self.find(block)?.read();
+        let known = self.find(block)?;
+        let parts = known.read();
         parts.check(block, &pages)?;
         parts.changed.set_range(pages.start, pages.len());
         Ok(())
     }
 
-    /// The block is `bytes` long from now on; to be called before it is made shorter. A migration that
-    /// runs ends with an error that names the block and both sizes: what it has announced does not
+    /// The block is `bytes` long from now on, 0 if it goes; to be called before it is made shorter, or
+    /// unmapped. A migration that runs ends with an error that names the block and both sizes: what it has announced does not
     /// exist any more. The next one is of the block as it is then.
     ///
     /// # Errors
     /// `ApiMisuse`: there is no such block.
     pub fn resized(&self, block: &BlockName, bytes: u64) -> Result<()> {
-        let mut parts = self.find(block)?.write();
+        let known = self.find(block)?;
+        let mut parts = known.write();
         let pages = usize::try_from(bytes / PAGE as u64).unwrap_or(usize::MAX);
         // A migration of the longer block still asks for what is behind the new end.
         let all = pages.max(parts.unplugged.pages());
@@ -138,11 +152,19 @@ impl RamChanges {
         Ok(())
     }
 
-    fn find(&self, name: &BlockName) -> Result<&Arc<BlockChanges>> {
-        let found = self.blocks.iter().find(|block| block.name == *name);
+    fn find(&self, name: &BlockName) -> Result<Arc<BlockChanges>> {
+        let found = self.blocks().iter().find(|block| block.name == *name).cloned();
         found.ok_or_else(|| {
-            Error::new(ErrorKind::ApiMisuse, Phase::Active, format!("changes of RAM block {name}: it is unknown"))
+            Error::new(
+                ErrorKind::ApiMisuse,
+                Phase::Active,
+                format!("changes of RAM block {name}: it is unknown"),
+            )
         })
+    }
+
+    fn blocks(&self) -> RwLockReadGuard<'_, Vec<Arc<BlockChanges>>> {
+        self.blocks.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has them serve a migration of `ram`.
@@ -151,7 +173,7 @@ impl RamChanges {
         if self.in_use.swap(true, Ordering::Relaxed) {
             return Err(misuse("the changes of RAM serve another migration".to_owned()));
         }
-        let attached = Attached(self.clone());
+        let attached = Attached { changes: self.clone(), known: self.blocks().len() };
         for block in ram {
             let Some(changes) = attached.of(block) else { continue };
             let parts = changes.read();
@@ -169,17 +191,32 @@ impl RamChanges {
 impl Attached {
     /// Those of a block. `None`: it does not change.
     pub(crate) fn of(&self, block: &RamBlock) -> Option<Arc<BlockChanges>> {
-        self.0.blocks.iter().find(|changes| changes.name == *block.name()).cloned()
+        self.changes.blocks().iter().find(|changes| changes.name == *block.name()).cloned()
+    }
+
+    /// An error if there is a block that the migration has not announced.
+    pub(crate) fn check(&self) -> Result<()> {
+        let blocks = self.changes.blocks();
+        let Some(added) = blocks.get(self.known) else { return Ok(()) };
+        let detail = format!("RAM block {} was added while the guest migrates", added.name);
+        Err(Error::new(ErrorKind::GuestMemory, Phase::Active, detail))
     }
 }
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        self.0.in_use.store(false, Ordering::Relaxed);
+        self.changes.in_use.store(false, Ordering::Relaxed);
     }
 }
 
 impl BlockChanges {
+    fn new(block: &RamBlock) -> Arc<Self> {
+        let pages = block.pages();
+        let (unplugged, changed) = (DirtyBitmap::new(pages), DirtyBitmap::new(pages));
+        let parts = Parts { bytes: block.used_len(), unplugged, changed };
+        Arc::new(Self { name: block.name().clone(), parts: RwLock::new(parts) })
+    }
+
     /// Keeps the block as it is for as long as its pages are read.
     pub(crate) fn read(&self) -> RwLockReadGuard<'_, Parts> {
         self.parts.read().unwrap_or_else(PoisonError::into_inner)
@@ -194,7 +231,8 @@ impl BlockChanges {
         let parts = self.read();
         if parts.bytes != block.used_len() {
             let (name, before, now) = (&self.name, block.used_len(), parts.bytes);
-            let detail = format!("RAM block {name} was resized from {before} to {now} bytes while it migrates");
+            let detail =
+                format!("RAM block {name} was resized from {before} to {now} bytes while it migrates");
             return Err(Error::new(ErrorKind::GuestMemory, Phase::Active, detail));
         }
         parts.changed.move_to(dirty);
@@ -242,13 +280,17 @@ mod tests {
         let attached = changes.attach(&ram).unwrap();
         let block = attached.of(&ram[0]).unwrap();
         assert_eq!(dirty(&block, &ram[0]), [0; 0], "of before the start, when all pages are sent");
-        assert!(block.read().is_unplugged(60) && block.read().is_unplugged(69) && !block.read().is_unplugged(70));
+        assert!(
+            block.read().is_unplugged(60) && block.read().is_unplugged(69) && !block.read().is_unplugged(70)
+        );
         changes.plug(name, 60..62).unwrap();
         changes.unplug(name, 127..128).unwrap();
         changes.emptied(name, 3..5).unwrap();
         assert_eq!(dirty(&block, &ram[0]), [3, 4, 60, 61, 127]);
         assert_eq!(dirty(&block, &ram[0]), [0; 0]);
-        assert!(!block.read().is_unplugged(60) && block.read().is_unplugged(127) && !block.read().is_unplugged(3));
+        assert!(
+            !block.read().is_unplugged(60) && block.read().is_unplugged(127) && !block.read().is_unplugged(3)
+        );
     }
 
     #[test]
@@ -262,6 +304,23 @@ mod tests {
         assert!(says(changes.unplug(ram[0].name(), 127..129)).contains(text));
         changes.resized(ram[0].name(), 64 * PAGE as u64).unwrap();
         assert!(says(changes.plug(ram[0].name(), 63..65)).contains("it has 64"));
+    }
+
+    #[test]
+    fn a_block_that_is_added_ends_the_migration_and_belongs_to_the_next() {
+        let ram = ram();
+        let changes = RamChanges::new(&ram);
+        let attached = changes.attach(&ram).unwrap();
+        attached.check().unwrap();
+        let dimm = RamBlock::new("dimm".try_into().unwrap(), HostMemory::anonymous(PAGE).unwrap());
+        changes.added(&dimm).unwrap();
+        let error = attached.check().unwrap_err();
+        assert!(error.to_string().contains("RAM block dimm was added while"), "{error}");
+        changes.added(&dimm).unwrap_err();
+        drop(attached);
+        let attached = changes.attach(&ram).unwrap();
+        attached.check().unwrap();
+        assert!(attached.of(&dimm).is_some());
     }
 
     #[test]

@@ -140,7 +140,7 @@ impl PageTable {
             Some(files) => {
                 found.0.resize(pages.len(), State::Absent);
                 self.find_held(files, block, pages, found)
-                    .and_then(|()| drop_marks(block, pages, found))
+                    .and_then(|()| drop_marks(files, block, pages, found))
                     .map_err(|cause| Unreadable { page: pages.first().copied().unwrap_or(0), cause })?;
                 self.check_protection(files, block, pages, found)?;
             }
@@ -298,20 +298,29 @@ fn read_entries(
 }
 
 /// A huge page is never swapped: what looks so is the mark of a userfaultfd on a page that is not
-/// there, or a page on its way to another place. To fault a mark in would take a huge page from the
-/// pool.
-fn drop_marks(block: &RamBlock, pages: &[usize], found: &mut Found) -> io::Result<()> {
+/// there, a page that was poisoned, or one on its way to another place. To fault in the mark of a
+/// write-protected page would take a huge page from the pool.
+fn drop_marks(files: &Files, block: &RamBlock, pages: &[usize], found: &mut Found) -> io::Result<()> {
     if !block.memory().is_huge() {
         return Ok(());
     }
     for run in found.runs(pages, State::Fault) {
         let first = pages.get(run.start).copied().unwrap_or(0);
         let resident = block.memory().resident(first * PAGE, run.len())?;
-        for (index, _) in run.zip(resident).filter(|(_, resident)| !resident) {
-            found.set(index..index + 1, State::Absent);
+        for (index, page) in run.zip(first..).zip(resident).filter_map(|(at, there)| (!there).then_some(at)) {
+            if is_protected(&files.pagemap, block.memory().address() + (page * PAGE) as u64)? {
+                found.set(index..index + 1, State::Absent);
+            }
         }
     }
     Ok(())
+}
+
+/// Whether a userfaultfd has write-protected the page (bit 57 of its entry).
+fn is_protected(pagemap: &File, address: u64) -> io::Result<bool> {
+    let mut entry = [0; size_of::<u64>()];
+    pagemap.read_exact_at(&mut entry, address / PAGE as u64 * size_of::<u64>() as u64)?;
+    Ok(u64::from_ne_bytes(entry) >> 57 & 1 == 1)
 }
 
 /// Has the kernel make the pages that loads would fault on.

@@ -129,7 +129,10 @@ impl OutgoingRam {
             for (page, zero) in batch.pages.iter().zip(found.zeros()) {
                 let mut content = [0; PAGE];
                 if !zero && !block.block.load_page(*page, &mut content) {
-                    return Err(Error::bug(Phase::Active, format_args!("page {page} is outside of its block")));
+                    return Err(Error::bug(
+                        Phase::Active,
+                        format_args!("page {page} is outside of its block"),
+                    ));
                 }
                 if digests.at(*page)?.load(Ordering::Relaxed) != digest(&content) {
                     missed.push((batch.block, *page));
@@ -160,7 +163,7 @@ impl fmt::Display for MissedPages {
         let mut room = NAMED;
         for (block, pages) in &self.blocks {
             let ranges = ranges(pages);
-            let named: Vec<_> = ranges.iter().take(room).map(|range| named(range)).collect();
+            let named: Vec<_> = ranges.iter().take(room).map(named).collect();
             if named.is_empty() {
                 return f.write_str("; and more blocks");
             }

@@ -46,14 +46,14 @@ impl Guest {
     fn check(&self) -> Result<(), String> {
         RamBlock::check_all(&self.ram)?;
         self.unwritten.check_names(&self.ram)?;
-        if let Some(name) = self.notes.paged.iter().find(|name| self.ram.iter().all(|block| block.name() != *name)) {
+        if let Some(name) =
+            self.notes.paged.iter().find(|name| self.ram.iter().all(|block| block.name() != *name))
+        {
             return Err(format!("paged block {name}, which is none of the RAM blocks"));
         }
         match self.configuration.machine.len() {
             1..=BlockName::MAX_LEN => Ok(()),
-            len => {
-                Err(format!("the machine's name has {len} bytes, expected 1..={}", BlockName::MAX_LEN))
-            }
+            len => Err(format!("the machine's name has {len} bytes, expected 1..={}", BlockName::MAX_LEN)),
         }
     }
 }

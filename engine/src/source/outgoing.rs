@@ -9,7 +9,8 @@ use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{
-    Absent, Attached, BlockChanges, DirtyBitmap, Found, Mappings, PageTable, Parts, READING, RamBlock, RamChanges,
+    Absent, Attached, BlockChanges, DirtyBitmap, Found, Mappings, PageTable, Parts, READING, RamBlock,
+    RamChanges,
 };
 use crate::source::audit::Digests;
 use crate::work::{BlockIndex, PerBlock, Round};
@@ -97,7 +98,7 @@ pub(super) struct OutgoingRam {
     /// is in a dirty log, and goes out again.
     holes_hold: AtomicBool,
     page_table: PageTable,
-    _attached: Option<Attached>,
+    attached: Option<Attached>,
 }
 
 impl OutgoingRam {
@@ -136,7 +137,7 @@ impl OutgoingRam {
             dirty.set_range(0, dirty.pages());
             Arc::new(dirty)
         });
-        Ok(Self { blocks, dirty, holes_hold: AtomicBool::new(true), page_table, _attached: attached })
+        Ok(Self { blocks, dirty, holes_hold: AtomicBool::new(true), page_table, attached })
     }
 
     /// The block with this name.
@@ -153,8 +154,9 @@ impl OutgoingRam {
     /// Pages that have changed without a write are dirty.
     ///
     /// # Errors
-    /// A block has another length than was announced.
+    /// A block has another length than was announced, or there is one more.
     pub(super) fn take_changes(&self) -> Result<()> {
+        self.attached.as_ref().map_or(Ok(()), Attached::check)?;
         self.blocks.iter().zip(self.dirty.iter()).try_for_each(|(outgoing, dirty)| {
             outgoing.changes.as_ref().map_or(Ok(()), |changes| changes.sync(&outgoing.block, dirty))
         })

@@ -119,8 +119,7 @@ fn a_marker_from_before_a_failed_attempt_is_heard_in_the_next() {
 #[test]
 fn bits_of_a_region_are_there_again_after_a_failed_attempt() {
     for ending in ENDINGS {
-        let region =
-            GuestRegionMmap::<AtomicBitmap>::from_range(GuestAddress(0), 64 * PAGE, None).unwrap();
+        let region = GuestRegionMmap::<AtomicBitmap>::from_range(GuestAddress(0), 64 * PAGE, None).unwrap();
         let ram = [block("ram", HostMemory::from_region(region.get_mmap()).unwrap())];
         let log = RegionLog::new().region(ram[0].name().clone(), region.get_mmap());
         let write =
@@ -158,7 +157,10 @@ fn pages_that_a_failed_attempt_took_from_kvm_are_offered_to_the_vmm() {
         let changed: Vec<_> = (0..LEN / PAGE).filter(|page| before[*page] != after[*page]).collect();
         assert!(!changed.is_empty());
         for page in changed {
-            assert!(bits[page / 64] >> (page % 64) & 1 == 1, "{manual} {ending:?}: page {page} is in no bitmap");
+            assert!(
+                bits[page / 64] >> (page % 64) & 1 == 1,
+                "{manual} {ending:?}: page {page} is in no bitmap"
+            );
         }
         assert_eq!(pages_lost(&guest.ram, log, || guest.lap(1)), [0; 0], "{manual} {ending:?}");
     }

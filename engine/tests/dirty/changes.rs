@@ -32,7 +32,8 @@ fn protect(memory: &HostMemory, pages: &Range<usize>, protection: i32) {
 
 fn fill(ram: &[RamBlock], pages: Range<usize>, seed: usize) {
     for page in pages {
-        let content: Vec<u8> = (0..PAGE).map(|at| ((page * 31 + at + seed) % 255 + 1) as u8).collect();
+        let content: Vec<u8> =
+            (0..PAGE).map(|at| u8::try_from((page * 31 + at + seed) % 255 + 1).unwrap()).collect();
         store(ram, 0, page * PAGE, &content);
     }
 }
@@ -47,9 +48,8 @@ fn moved(
     let destination =
         Destination::builder(there.to_vec()).listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     let to = destination.endpoint();
-    let receiving = std::thread::Builder::new()
-        .spawn(move || destination.receive().and_then(Arrived::accept))
-        .unwrap();
+    let receiving =
+        std::thread::Builder::new().spawn(move || destination.receive().and_then(Arrived::accept)).unwrap();
     let source = set(Source::builder(ram.to_vec(), Configuration::new("test-10.0")));
     let mut precopy = source.build()?.connect(&to)?;
     let result = precopy.round().map(drop).and_then(|()| {
@@ -119,7 +119,11 @@ fn check(
         },
         |precopy| {
             let wrote = |page: usize| {
-                marker.get().into_iter().flatten().for_each(|marker| marker.mark(0, (page * PAGE) as u64, PAGE as u64));
+                marker
+                    .get()
+                    .into_iter()
+                    .flatten()
+                    .for_each(|marker| marker.mark(0, (page * PAGE) as u64, PAGE as u64));
             };
             change(&ram, &changes, give_back, wrote);
             precopy.round().unwrap();
@@ -289,8 +293,7 @@ fn a_block_that_is_resized_ends_the_migration_with_both_sizes() {
         fill(&ram, 0..PAGES, 3);
         let changes = RamChanges::new(&ram);
         let mut seen = None;
-        let set =
-            |builder: SourceBuilder| builder.dirty_log(SoftwareLog::new(&ram)).ram_changes(&changes);
+        let set = |builder: SourceBuilder| builder.dirty_log(SoftwareLog::new(&ram)).ram_changes(&changes);
         let result = moved(&ram, set, |precopy| {
             changes.resized(ram[0].name(), bytes as u64).unwrap();
             if bytes < PAGES * PAGE {

@@ -62,16 +62,15 @@ fn audited(
     written: &[usize],
     set: impl FnOnce(SourceBuilder) -> SourceBuilder,
 ) -> Result<Report, Error> {
-    let destination = Destination::builder(vec![block(here.pages())])
-        .listen(&"tcp:127.0.0.1:0".parse().unwrap())
-        .unwrap();
+    let destination =
+        Destination::builder(vec![block(here.pages())]).listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     let to = destination.endpoint();
-    let receiving = std::thread::Builder::new()
-        .spawn(move || destination.receive().and_then(Arrived::accept))
-        .unwrap();
+    let receiving =
+        std::thread::Builder::new().spawn(move || destination.receive().and_then(Arrived::accept)).unwrap();
     let active = Arc::new(AtomicBool::new(false));
     let log = Forgetful { forgets: forgets.to_vec(), active: Arc::clone(&active) };
-    let source = Source::builder(vec![here.clone()], Configuration::new("test-10.0")).dirty_log(log).audit(true);
+    let source =
+        Source::builder(vec![here.clone()], Configuration::new("test-10.0")).dirty_log(log).audit(true);
     let mut precopy = set(source).build()?.connect(&to)?;
     precopy.round()?;
     written.iter().for_each(|page| write(here, *page, u64::MAX));

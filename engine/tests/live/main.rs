@@ -316,7 +316,10 @@ fn a_block_or_name_that_no_destination_takes_is_refused_at_build() {
     };
     let ram = block("ram", 16 * PAGE);
     let partial = refused(&[ram.clone(), block("blob", 16 * PAGE + 100)], "my-vmm");
-    assert!(partial.contains("RAM block blob has 65636 bytes") && partial.contains("the last 100"), "{partial}");
+    assert!(
+        partial.contains("RAM block blob has 65636 bytes") && partial.contains("the last 100"),
+        "{partial}"
+    );
     let small = refused(&[block("small", 100), ram.clone()], "my-vmm");
     assert!(small.contains("RAM block small has 100 bytes, expected at least one page"), "{small}");
     let twice = refused(&[ram.clone(), block("ram", PAGE)], "my-vmm");

@@ -2,9 +2,7 @@
 
 use multifd_engine::{ErrorKind, PAGE};
 
-use crate::kinds::{
-    PRIVATE, READ_WRITE, advise, anonymous, block, file, map, memfd, populated, protect,
-};
+use crate::kinds::{PRIVATE, READ_WRITE, advise, anonymous, block, file, map, memfd, populated, protect};
 use crate::{PAGES, WAYS, Way, fill, go, page};
 
 #[test]

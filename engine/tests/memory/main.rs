@@ -22,8 +22,8 @@ use std::time::Duration;
 
 use multifd_codecs::{Zlib, Zstd};
 use multifd_engine::{
-    Arrived, Destination, DeviceState, Error, ErrorKind, PAGE, Precopy, RamBlock, Report, Source, SourceBuilder,
-    UserfaultLog, ZeroPages,
+    Arrived, Destination, DeviceState, Error, ErrorKind, PAGE, Precopy, RamBlock, Report, Source,
+    SourceBuilder, UserfaultLog, ZeroPages,
 };
 use multifd_wire::Configuration;
 
@@ -44,8 +44,7 @@ enum Way {
     Logged,
 }
 
-const WAYS: [Way; 6] =
-    [Way::Single, Way::None, Way::Zlib, Way::Zstd, Way::NoZeros, Way::SingleNoZeros];
+const WAYS: [Way; 6] = [Way::Single, Way::None, Way::Zlib, Way::Zstd, Way::NoZeros, Way::SingleNoZeros];
 
 impl Way {
     fn set(self, source: SourceBuilder) -> SourceBuilder {

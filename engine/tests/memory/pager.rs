@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use multifd_engine::{PAGE, RamBlock};
 
-use crate::kinds::{anonymous, start};
+use crate::kinds::{PRIVATE, READ_WRITE, anonymous, block, map, start};
 use crate::skip::skipped;
 use crate::source::check_error;
 use crate::{PAGES, WAYS, Way, fill, go, go_with, page};
@@ -91,7 +91,9 @@ fn memory_that_is_filled_on_demand_is_read_through_its_handler() {
     for way in WAYS {
         let (here, there) = (anonymous(), anonymous());
         fill(&here, 3..4);
-        let Some(pager) = Pager::of(&here, 0, 0) else { return skipped("no userfaultfd for the kernel's faults") };
+        let Some(pager) = Pager::of(&here, 0, 0) else {
+            return skipped("no userfaultfd for the kernel's faults");
+        };
         let end = AtomicBool::new(false);
         let served = std::thread::scope(|scope| {
             let handler = scope.spawn(|| pager.serve(&here, &stored, &end));
@@ -138,6 +140,25 @@ fn a_poisoned_page_is_an_error_that_names_it() {
         let outcome = go(way, &here, &anonymous(), || ());
         let error = outcome.source.unwrap_err();
         check_error(&error, way, "page 30");
+        assert!(error.to_string().contains("poisoned"), "{way:?}: {error}");
+    }
+}
+
+/// Also where the page table has nothing but the mark, as for the marks that a log leaves.
+#[test]
+fn a_poisoned_huge_page_is_an_error_that_names_it() {
+    const HUGE: usize = (2 << 20) / PAGE;
+    for way in WAYS {
+        let here = block(map(READ_WRITE, PRIVATE | libc::MAP_HUGETLB, None, 2 * HUGE).unwrap());
+        let there = block(map(READ_WRITE, PRIVATE, None, 2 * HUGE).unwrap());
+        let Some(pager) = Pager::of(&here, USER_MODE_ONLY, FEATURE_POISON) else {
+            return skipped("no userfaultfd that poisons huge pages");
+        };
+        let at = start(&here, &(HUGE..HUGE + 1)) as u64;
+        pager.ask(POISON, &mut [at, (HUGE * PAGE) as u64, 0, 0]).unwrap();
+        drop(pager);
+        let error = go(way, &here, &there, || ()).source.unwrap_err();
+        check_error(&error, way, "page 512");
         assert!(error.to_string().contains("poisoned"), "{way:?}: {error}");
     }
 }

@@ -4,9 +4,7 @@ use std::os::unix::fs::FileExt;
 
 use multifd_engine::{Error, ErrorKind, PAGE, UserfaultLog};
 
-use crate::kinds::{
-    PRIVATE, READ_WRITE, advise, anonymous, block, file, map, memfd, populated, protect,
-};
+use crate::kinds::{PRIVATE, READ_WRITE, advise, anonymous, block, file, map, memfd, populated, protect};
 use crate::skip::skipped;
 use crate::{PAGES, WAYS, Way, fill, go, page};
 

@@ -173,9 +173,8 @@ mod tests {
 
     #[test]
     fn a_block_that_the_source_does_not_have_or_that_is_there_twice_is_refused() {
-        let block = |name: &str| {
-            RamBlock::new(name.try_into().unwrap(), HostMemory::anonymous(4 * PAGE).unwrap())
-        };
+        let block =
+            |name: &str| RamBlock::new(name.try_into().unwrap(), HostMemory::anonymous(4 * PAGE).unwrap());
         let entry = |block: &RamBlock| BlockEntry {
             name: block.name().clone(),
             used_len: block.used_len(),
