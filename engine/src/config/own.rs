@@ -14,7 +14,7 @@ pub(crate) fn count(
     main: &Channel,
     channels: &[Channel],
 ) -> Result<Option<usize>, String> {
-    if main.file().is_some() && channels.is_empty() {
+    if main.file_handle().is_some() && channels.is_empty() {
         // To a file they are threads.
         return Ok(configured);
     }

@@ -131,7 +131,7 @@ impl DestinationBuilder {
         if self.tls.is_some() {
             return Err(misuse(own::NO_TLS.to_owned()));
         }
-        let is_file = main.file().is_some();
+        let is_file = main.file_handle().is_some();
         self.config.channels = own::count(self.config.channels, &main, &channels).map_err(misuse)?;
         let endpoint = Endpoint::Fd(main.descriptor_number().unwrap_or(-1));
         self.check(&endpoint, !channels.is_empty(), is_file)?;

@@ -20,6 +20,7 @@ use crate::config::{Opened, Surroundings, own};
 use crate::convergence::Convergence;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::io::MainFile;
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::mapped_layout::CAPABILITY;
@@ -111,8 +112,7 @@ impl Source {
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
         let main = self.next_connection(&mut connections, None)?;
         self.session.counters.main.count_bytes_of(&main);
-        // The one place that asks whether main is a file.
-        let file = main.file_handle();
+        let file = MainFile::of(&main);
         let opened = Opened { file: file.is_some(), two_way: main.is_two_way() };
         self.check(endpoint, Some(opened)).map_err(|error| error.on(main.peer()))?;
         let config = &self.config;
@@ -134,16 +134,15 @@ impl Source {
         } else {
             None
         };
-        let carrier = match file {
+        let carrier = match file.clone() {
             Some(file) if config.mapped_ram => {
-                let main = Arc::clone(&main);
-                Carrier::File(File::mapped(file, main, config.direct_io, config.channels, &shared, crew)?)
+                Carrier::File(File::mapped(file, config.direct_io, config.channels, &shared, crew)?)
             }
-            Some(file) => Carrier::File(File::plain(file, Arc::clone(&main))),
+            Some(file) => Carrier::File(File::plain(file)),
             None if config.channels == 0 => Carrier::Main,
             None => Carrier::Channels(self.connect_channels(&mut connections, &shared, crew)?),
         };
-        Ok(Parts { main: MainWriter::new(main, opened.file), carrier, shared, return_path, logs })
+        Ok(Parts { main: MainWriter::new(main, file), carrier, shared, return_path, logs })
     }
 
     fn connect_channels(

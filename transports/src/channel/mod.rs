@@ -187,11 +187,12 @@ impl Channel {
     }
 
     /// The file behind the channel, if it is one.
-    pub fn file(&self) -> Option<&FileStream> {
+    pub(crate) fn file(&self) -> Option<&FileStream> {
         self.link.stream.file().map(AsRef::as_ref)
     }
 
-    /// The same file, which stays open for as long as the channel or this handle is there.
+    /// The file behind the channel, if it is one; it stays open for as long as the channel or this
+    /// handle is there.
     pub fn file_handle(&self) -> Option<Arc<FileStream>> {
         self.link.stream.file().cloned()
     }
