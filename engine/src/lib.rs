@@ -73,7 +73,9 @@ pub use multifd_codecs::Zlib;
 #[cfg(feature = "zstd")]
 pub use multifd_codecs::Zstd;
 pub use multifd_codecs::{Codec, Codecs, Uncompressed};
-pub use multifd_transports::{Channel, Endpoint, SocketOptions, TlsClient, TlsServer};
+pub use multifd_transports::{
+    ByteStream, Channel, Endpoint, SocketOptions, ThreadHook, TlsClient, TlsServer,
+};
 pub use multifd_wire::{BlockName, Configuration};
 
 pub use multifd_codecs as codecs;
