@@ -118,7 +118,7 @@ impl Channel {
         channel.copying = Some(Arc::clone(&copying));
         let pump = Arc::new(Pump { stream: Box::new(stream), socket: theirs.into(), copying });
         // First the one that closes the stream, whatever becomes of the others.
-        let threads: [(&str, fn(&Pump)); 3] = [
+        let threads: [(&str, Body); 3] = [
             ("mig-stream-end", Pump::close_when_done),
             ("mig-stream-out", Pump::copy_out),
             ("mig-stream-in", Pump::copy_in),
@@ -138,6 +138,9 @@ impl Channel {
         Ok(channel)
     }
 }
+
+/// What a thread does.
+type Body = fn(&Pump);
 
 /// The stream, and the end of the pair that is not the channel's.
 struct Pump {
