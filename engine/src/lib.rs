@@ -15,6 +15,7 @@
 //! engine's own, one a channel, and end with the migration, whatever ends it. Nothing asks for an async runtime, and nothing
 //! panics on the threads of one.
 
+#[cfg(feature = "at-rest")]
 mod at_rest;
 mod config;
 mod convergence;
@@ -33,7 +34,9 @@ mod sync;
 pub mod vhost;
 mod work;
 
+#[cfg(feature = "at-rest")]
 pub use at_rest::checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, EarlyState, Manifest};
+#[cfg(feature = "at-rest")]
 pub use at_rest::recording::{
     Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,
 };
