@@ -31,15 +31,19 @@ const ENDINGS: [Ending; 4] = [Ending::Dropped, Ending::Cancelled, Ending::Failed
 
 struct There {
     to: Endpoint,
-    receiving: JoinHandle<Result<Report, Error>>,
+    receiving: JoinHandle<Result<Report, String>>,
 }
 
-fn listen(there: &[RamBlock], end: impl FnOnce(Arrived) -> Result<Report, Error> + Send + 'static) -> There {
+fn listen(there: &[RamBlock], end: impl FnOnce(Arrived) -> Result<Report, String> + Send + 'static) -> There {
     let destination =
         Destination::builder(there.to_vec()).listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     let to = destination.endpoint();
-    let receiving = std::thread::Builder::new().spawn(move || destination.receive().and_then(end));
+    let receiving = std::thread::Builder::new().spawn(move || destination.receive().map_err(said).and_then(end));
     There { to, receiving: receiving.unwrap() }
+}
+
+fn said(error: Error) -> String {
+    error.chain().to_string()
 }
 
 fn connect(ram: &[RamBlock], log: impl DirtyLog + 'static, to: &Endpoint) -> Precopy {
@@ -55,7 +59,7 @@ fn empty_copies(ram: &[RamBlock]) -> Vec<RamBlock> {
 fn fail(ending: Ending, ram: &[RamBlock], log: impl DirtyLog + 'static, write: impl Fn()) {
     let there = listen(&empty_copies(ram), |arrived| {
         drop(arrived);
-        Err(Error::new(multifd_engine::ErrorKind::Cancelled, multifd_engine::Phase::Device, "refused"))
+        Err("refused".to_owned())
     });
     let mut precopy = connect(ram, log, &there.to);
     precopy.round().unwrap();
@@ -84,7 +88,7 @@ fn fail(ending: Ending, ram: &[RamBlock], log: impl DirtyLog + 'static, write: i
 /// Moves `ram`, lets `write` write between rounds; gives the pages that differ.
 fn pages_lost(ram: &[RamBlock], log: impl DirtyLog + 'static, write: impl Fn()) -> Vec<usize> {
     let copies = empty_copies(ram);
-    let there = listen(&copies, Arrived::accept);
+    let there = listen(&copies, |arrived| arrived.accept().map_err(said));
     let mut precopy = connect(ram, log, &there.to);
     precopy.round().unwrap();
     write();
