@@ -38,7 +38,8 @@ fn listen(there: &[RamBlock], end: impl FnOnce(Arrived) -> Result<Report, String
     let destination =
         Destination::builder(there.to_vec()).listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     let to = destination.endpoint();
-    let receiving = std::thread::Builder::new().spawn(move || destination.receive().map_err(said).and_then(end));
+    let receiving =
+        std::thread::Builder::new().spawn(move || destination.receive().map_err(said).and_then(end));
     There { to, receiving: receiving.unwrap() }
 }
 
