@@ -49,14 +49,14 @@ pub use dirty::{
 #[cfg(feature = "kvm")]
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use error::{Error, ErrorKind, Phase, Remedy, Result};
-pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock};
+pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock, RamChanges};
 pub use report::{Figures, Report};
 pub use run::counters::{ChannelProgress, Progress};
 pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, ProgressReader};
 pub use run::state::MigrationState;
 pub use source::{
-    Control, DeviceState, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats,
-    ZeroPages,
+    AuditReport, Control, DeviceState, MissedPages, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats,
+    ZeroCopySend, ZeroCopyStats, ZeroPages,
 };
 pub use stream::sections::EarlySections;
 

@@ -86,6 +86,13 @@ impl DestinationBuilder {
         self
     }
 
+    /// Most bytes of devices' sections: see [`DestinationConfig::max_device_state`].
+    #[must_use]
+    pub fn max_device_state(mut self, bytes: usize) -> Self {
+        self.config.max_device_state = Some(bytes);
+        self
+    }
+
     /// How long to wait for the source: see [`DestinationConfig::timeout`].
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {

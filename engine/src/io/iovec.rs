@@ -115,7 +115,8 @@ impl<'a> Ranges<'a> {
         while !left.is_empty() {
             let received = retry(|| receive_once(fd, left)).map_err(|error| channel.explain(error))?;
             if received == 0 {
-                return Err(channel.explain(io::ErrorKind::UnexpectedEof.into()));
+                channel.check_end()?;
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
             channel.note_direct_received(received as u64);
             left = advance(left, received);

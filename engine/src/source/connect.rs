@@ -94,6 +94,7 @@ impl Source {
             logs,
             setup: Duration::ZERO,
             rounds: 0,
+            audit: None,
         }
     }
 
@@ -108,7 +109,8 @@ impl Source {
         let logs =
             LogSet::start(std::mem::take(&mut self.guest.logs), &self.guest.ram, &self.guest.unwritten)?;
         let parallel = self.config.channels > 0;
-        let ram = OutgoingRam::new(std::mem::take(&mut self.guest.ram), zero_pages, parallel)?;
+        let ram =
+            OutgoingRam::new(std::mem::take(&mut self.guest.ram), &self.guest.notes, zero_pages, parallel)?;
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
         let main = self.next_connection(&mut connections, None)?;
         self.session.counters.main.count_bytes_of(&main);

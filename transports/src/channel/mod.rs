@@ -18,6 +18,7 @@ use crate::file::FileStream;
 use crate::os::socket;
 
 mod acknowledged;
+mod broken;
 mod bulk;
 pub(crate) mod byte_stream;
 pub(crate) mod closer;
@@ -192,7 +193,7 @@ impl Channel {
     /// `None` while bytes that [`Listener::serve`](crate::Listener::serve) received are still to
     /// come out of [`recv`](Self::recv), and always `None` if the channel's bytes are not the
     /// socket's. It blocks as the channel does: the timeout gives `EAGAIN`; after [`Closer::close`]
-    /// it receives 0 bytes, which [`is_closed`](Self::is_closed) tells from the peer's end.
+    /// it receives 0 bytes, which [`check_end`](Self::check_end) tells from the peer's end.
     pub fn direct(&self) -> Option<BorrowedFd<'_>> {
         if self.pushed_back.is_empty() { self.link.stream.direct() } else { None }
     }
@@ -312,9 +313,7 @@ impl Channel {
     fn recv_from_stream(&self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
             match self.link.stream.recv(buf) {
-                // Our own shutdown looks like the peer's end, and must not be taken for it.
-                Ok(0) if self.is_closed() => return Err(closed()),
-                Ok(0) => return self.failure_below().map_or(Ok(0), Err),
+                Ok(0) => return self.check_end().map(|()| 0),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 outcome => return outcome.map_err(|error| self.explain(error)),
             }
@@ -324,32 +323,6 @@ impl Channel {
     /// Why the stream that is copied has failed.
     fn failure_below(&self) -> Option<io::Error> {
         self.copying.as_ref()?.failure()
-    }
-
-    /// What an error of a call on [`direct`](Self::direct) means, as [`recv`](Self::recv) would say
-    /// it.
-    pub fn explain(&self, error: io::Error) -> io::Error {
-        if self.is_closed() {
-            return closed();
-        }
-        if let ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof = error.kind()
-            && let Some(failure) = self.failure_below()
-        {
-            return failure;
-        }
-        // The kernel's own error for a peer that is gone must not look like a timeout, after which
-        // the call may be repeated.
-        if let Some(libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH) = error.raw_os_error() {
-            let text = format!("the peer has vanished, it acknowledges nothing any more: {error}");
-            return io::Error::new(ErrorKind::ConnectionReset, text);
-        }
-        match (error.kind(), self.link.stream.timeout()) {
-            (ErrorKind::WouldBlock, Ok(Some(limit))) => {
-                io::Error::new(ErrorKind::TimedOut, format!("no byte moved for {limit:?}, the timeout"))
-            }
-            (ErrorKind::WouldBlock, _) => ErrorKind::TimedOut.into(),
-            _ => error,
-        }
     }
 }
 
