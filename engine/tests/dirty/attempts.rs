@@ -9,8 +9,8 @@ use multifd_engine::vm_memory::bitmap::AtomicBitmap;
 use multifd_engine::vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
-    Arrived, Destination, DeviceState, DirtyLog, Endpoint, Error, HostMemory, KvmDirtyLog, PAGE, Precopy,
-    RamBlock, RegionLog, Report, SoftwareLog, Source,
+    Arrived, Destination, DeviceState, DirtyLog, Endpoint, HostMemory, KvmDirtyLog, PAGE, Precopy, RamBlock,
+    RegionLog, Report, SoftwareLog, Source,
 };
 
 use crate::kvm::{Guest, LEN};
@@ -38,13 +38,9 @@ fn listen(there: &[RamBlock], end: impl FnOnce(Arrived) -> Result<Report, String
     let destination =
         Destination::builder(there.to_vec()).listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     let to = destination.endpoint();
-    let receiving =
-        std::thread::Builder::new().spawn(move || destination.receive().map_err(said).and_then(end));
+    let receive = move || destination.receive().map_err(|error| error.chain()).and_then(end);
+    let receiving = std::thread::Builder::new().spawn(receive);
     There { to, receiving: receiving.unwrap() }
-}
-
-fn said(error: Error) -> String {
-    error.chain().to_string()
 }
 
 fn connect(ram: &[RamBlock], log: impl DirtyLog + 'static, to: &Endpoint) -> Precopy {
@@ -60,7 +56,7 @@ fn empty_copies(ram: &[RamBlock]) -> Vec<RamBlock> {
 fn fail(ending: Ending, ram: &[RamBlock], log: impl DirtyLog + 'static, write: impl Fn()) {
     let there = listen(&empty_copies(ram), |arrived| {
         drop(arrived);
-        Err("refused".to_owned())
+        Err("refused".into())
     });
     let mut precopy = connect(ram, log, &there.to);
     precopy.round().unwrap();
@@ -89,7 +85,7 @@ fn fail(ending: Ending, ram: &[RamBlock], log: impl DirtyLog + 'static, write: i
 /// Moves `ram`, lets `write` write between rounds; gives the pages that differ.
 fn pages_lost(ram: &[RamBlock], log: impl DirtyLog + 'static, write: impl Fn()) -> Vec<usize> {
     let copies = empty_copies(ram);
-    let there = listen(&copies, |arrived| arrived.accept().map_err(said));
+    let there = listen(&copies, |arrived| arrived.accept().map_err(|error| error.chain()));
     let mut precopy = connect(ram, log, &there.to);
     precopy.round().unwrap();
     write();
