@@ -1,10 +1,11 @@
 //! Device sections before the end of RAM. Spec: docs/wire.md §16.4.
 
-use multifd_wire::{Item, MAX_TAIL, SectionHead, SectionId, TailScanner};
+use multifd_wire::{Footer, Item, MAX_TAIL, SectionHead, SectionId, TailScanner};
 
 use super::machine::DeviceEnd;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::stream::MainReader;
+use crate::stream::vm_state::VmState;
 use crate::stream::sections::{EarlySections, Found, find_footer, goes_on};
 
 const WHAT: &str = "a device section before the end of RAM";
@@ -17,6 +18,8 @@ pub(super) struct EarlyDevices {
     /// Sections behind the last live item.
     open: Vec<u8>,
     seen: Vec<SectionId>,
+    /// What the source's embedder says of its VM, if that was read and not taken yet.
+    vm: Option<VmState>,
 }
 
 impl EarlyDevices {
@@ -29,9 +32,21 @@ impl EarlyDevices {
         ram: Option<SectionId>,
     ) -> Result<DeviceEnd> {
         let id = head.id;
-        Item::SectionFull(head).encode(&mut self.open);
+        Item::SectionFull(head.clone()).encode(&mut self.open);
         self.seen.push(id);
-        self.payload(reader, id, ram)
+        let begin = self.open.len();
+        let end = self.payload(reader, id, ram)?;
+        if end == DeviceEnd::Footer {
+            let payload = self.open.get(begin..self.open.len().saturating_sub(Footer::LEN));
+            let payload = payload.ok_or_else(|| Error::bug(Phase::Active, "a device section without a footer"))?;
+            self.vm = VmState::parse(&head, payload)?;
+        }
+        Ok(end)
+    }
+
+    /// What the source's embedder says of its VM, once.
+    pub(super) fn take_vm(&mut self) -> Option<VmState> {
+        self.vm.take()
     }
 
     /// Reads to the footer of section `id`. What looks like a footer, and is none, may hide the

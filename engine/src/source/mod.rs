@@ -12,9 +12,11 @@
 //!    rounds ─────── hands a round to the workers, collects SYNCs
 //!    page_cache ─── what the destination holds of hot pages (xbzrle)
 //!    zero_copy ──── pages without a copy by the kernel, while it pays
+//!    alive ──────── says that this end is alive while the embedder has it     one thread, `mig-alive`
 //!    return_path ── what the destination says, as events                    one thread, `mig-return`
 //! ```
 
+mod alive;
 mod builder;
 mod carrier;
 mod connect;
