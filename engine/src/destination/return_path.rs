@@ -1,8 +1,8 @@
 //! The return path, from our end: what the destination tells the source.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
 
 use multifd_transports::Channel;
 use multifd_wire::{Failure, ReturnMessage};
@@ -160,12 +160,25 @@ impl ReturnPath {
     /// Tells the source that its guest did not arrive, and why, if it still listens; never waits for it.
     /// An error of this has no one left to be told.
     pub(crate) fn abort(&self, why: Option<Failure>) {
-        // Somebody is sending, and the source does not take it: it would not take SHUT either.
-        let Ok(mut state) = self.state.try_lock() else { return };
+        let Some(mut state) = self.lock_within(LAST_MESSAGE) else { return };
         let told =
             self.channel.set_timeout(Some(LAST_MESSAGE)).and_then(|()| self.finish(&mut state, SHUT_FAILED, why.map(ReturnMessage::Failure)));
         if let Err(error) = told {
             tracing::debug!(%error, "the source could not be told of the failure");
+        }
+    }
+
+    /// A message that is being sent is out at once, unless the source takes nothing: then it would not take SHUT either.
+    fn lock_within(&self, limit: Duration) -> Option<MutexGuard<'_, State>> {
+        const POLL: Duration = Duration::from_micros(100);
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.state.try_lock() {
+                Ok(state) => return Some(state),
+                Err(TryLockError::Poisoned(state)) => return Some(state.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return None,
+                Err(TryLockError::WouldBlock) => std::thread::park_timeout(POLL),
+            }
         }
     }
 
