@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::thread;
 
 use multifd_engine::{
-    Configuration, Destination, DeviceState, Endpoint, HostMemory, PAGE, RamBlock, Report, SoftwareLog, Source,
-    Zstd,
+    Configuration, Destination, DeviceState, Endpoint, HostMemory, PAGE, RamBlock, Report, SoftwareLog,
+    Source, Zstd,
 };
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 
@@ -111,7 +111,8 @@ impl Filters {
         let filter = |(name, calls): &(&'static str, &[i64])| {
             let started = if *name == INHERITED.0 { INHERITED.1 } else { &[] };
             let theirs = THREADS.iter().filter(|(other, _)| started.contains(other));
-            let theirs = theirs.flat_map(|(_, calls)| *calls).chain(started.iter().map(|_| &libc::SYS_seccomp));
+            let theirs =
+                theirs.flat_map(|(_, calls)| *calls).chain(started.iter().map(|_| &libc::SYS_seccomp));
             let rules = ALWAYS.iter().chain(*calls).chain(theirs).map(|call| (*call, Vec::new())).collect();
             let (refused, let_through) = (SeccompAction::KillProcess, SeccompAction::Allow);
             let filter = SeccompFilter::new(rules, refused, let_through, std::env::consts::ARCH.try_into()?)?;

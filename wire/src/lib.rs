@@ -68,7 +68,7 @@ pub use return_path::{
 };
 pub use split::{DeviceSection, split_tail};
 pub use stream::{STREAM_MAGIC, STREAM_VERSION, StreamHeader};
-pub use tail::{MAX_TAIL, TailEnd, TailScanner};
+pub use tail::{TailEnd, TailScanner};
 pub use vmdesc::{DeviceDescription, FieldDescription, MAX_VMDESC, StructDescription, VmDescription};
 
 /// The first lines that the package shows.

@@ -61,12 +61,15 @@ pub(crate) fn hop<G: Guest>(mut guest: G, random: &mut Random, tally: &mut Tally
                 arrived.wait_for_writes()?;
                 return Ok(arrived);
             }
-            (Err(error), None) if fate != Fate::Arrives && error.source_may_resume() => {
+            (Err(error), None) if fate != Fate::Arrives && may_resume(error.as_ref()) => {
                 tally.failed += 1;
                 guest.run()?;
                 guest.wait_for_writes()?;
             }
-            (Err(error), _) => return Err(format!("move {}, {fate:?}: {error}", tally.moves).into()),
+            (Err(error), _) => {
+                let error = error.map_or_else(|| "dropped".to_owned(), |error| error.to_string());
+                return Err(format!("move {}, {fate:?}: {error}", tally.moves).into());
+            }
             (Ok(_), None) => {
                 return Err(format!("move {}, {fate:?}: only the source succeeded", tally.moves).into());
             }
@@ -74,7 +77,11 @@ pub(crate) fn hop<G: Guest>(mut guest: G, random: &mut Random, tally: &mut Tally
     }
 }
 
-type Ended = (Result<Report, Error>, Option<Vec<u8>>);
+fn may_resume(error: Option<&Error>) -> bool {
+    error.is_none_or(Error::source_may_resume)
+}
+
+type Ended = (Result<Report, Failed>, Option<Vec<u8>>);
 
 /// Gives the source's result and the state that the destination has accepted. The guest is paused.
 fn attempt<G: Guest>(guest: &mut G, there: &[RamBlock], fate: Fate, random: &mut Random) -> Result<Ended> {
@@ -127,6 +134,9 @@ fn source<G: Guest>(guest: &mut G, random: &mut Random) -> Result<Source> {
     Ok(guest.log_into(builder, random)?.build()?)
 }
 
+/// Why an attempt failed; `None`: the soak has dropped it.
+type Failed = Option<Error>;
+
 /// The outer error is the soak's, the inner one the migration's.
 fn send<G: Guest>(
     guest: &mut G,
@@ -136,7 +146,7 @@ fn send<G: Guest>(
     random: &mut Random,
     control: &Control,
     there: &Canceller,
-) -> Result<Result<Report, Error>> {
+) -> Result<Result<Report, Failed>> {
     let (rounds, in_the_middle) = (1 + random.below(5), random.one_in(2));
     let result = source.connect(to).and_then(|mut precopy| {
         for round in 0..rounds {
@@ -153,21 +163,17 @@ fn send<G: Guest>(
     guest.pause()?;
     let precopy = match result {
         Ok(precopy) => precopy,
-        Err(error) => return Ok(Err(error)),
+        Err(error) => return Ok(Err(Some(error))),
     };
     let stopped = match precopy.stop_copy() {
         Ok(stopped) => stopped,
-        Err(error) => return Ok(Err(error)),
+        Err(error) => return Ok(Err(Some(error))),
     };
     if fate == Fate::DroppedHere {
         drop(stopped);
-        return Ok(Err(Error::new(
-            multifd_engine::ErrorKind::Cancelled,
-            multifd_engine::Phase::Device,
-            "dropped, as the seed has it",
-        )));
+        return Ok(Err(None));
     }
-    Ok(stopped.commit(&DeviceState::opaque(STATE, 1, &guest.state()?)))
+    Ok(stopped.commit(&DeviceState::opaque(STATE, 1, &guest.state()?)).map_err(Some))
 }
 
 /// Between two rounds, or at some moment of one.

@@ -44,9 +44,12 @@ struct Run {
 impl Threads {
     /// `ram` MiB, and half as much that can be plugged.
     pub(crate) fn new(ram: usize, random: &mut Random) -> Result<Self> {
-        let block = |name: &str, len| Ok::<_, Box<dyn std::error::Error + Send + Sync>>(
-            RamBlock::new(name.try_into()?, HostMemory::anonymous(len)?),
-        );
+        let block = |name: &str, len| {
+            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(RamBlock::new(
+                name.try_into()?,
+                HostMemory::anonymous(len)?,
+            ))
+        };
         let blocks = vec![block("ram", ram << 20)?, block("dimm0", ram << 19)?];
         let mut guest = Self::with(blocks, random.next());
         guest.run()?;
@@ -202,9 +205,8 @@ impl Shared {
         let memory = self.blocks.get(block).and_then(|ram| ram.memory().slice(first * PAGE, pages * PAGE));
         let Some(memory) = memory else { return };
         // SAFETY: the range is mapped, private and anonymous: it reads as zero afterwards.
-        let done = unsafe {
-            madvise(memory.ptr_guard_mut().as_ptr().cast(), memory.len(), Advice::LinuxDontNeed)
-        };
+        let done =
+            unsafe { madvise(memory.ptr_guard_mut().as_ptr().cast(), memory.len(), Advice::LinuxDontNeed) };
         if done.is_ok() {
             self.note(block, first, pages);
         }

@@ -290,8 +290,14 @@ mod tests {
         };
         let default = Limits::default().stall_limit;
         assert_eq!(last(default, OnStall::Continue), Some(Decision::AbortStalled));
-        assert_eq!(last(default, OnStall::SwitchBelow(Duration::from_millis(800))), Some(Decision::AbortStalled));
-        assert_eq!(last(default, OnStall::SwitchBelow(Duration::from_secs(1))), Some(Decision::SwitchOverStalled));
+        assert_eq!(
+            last(default, OnStall::SwitchBelow(Duration::from_millis(800))),
+            Some(Decision::AbortStalled)
+        );
+        assert_eq!(
+            last(default, OnStall::SwitchBelow(Duration::from_secs(1))),
+            Some(Decision::SwitchOverStalled)
+        );
         assert_eq!(last(None, OnStall::Continue), None);
     }
 

@@ -161,8 +161,10 @@ impl ReturnPath {
     /// An error of this has no one left to be told.
     pub(crate) fn abort(&self, why: Option<Failure>) {
         let Some(mut state) = self.lock_within(LAST_MESSAGE) else { return };
-        let told =
-            self.channel.set_timeout(Some(LAST_MESSAGE)).and_then(|()| self.finish(&mut state, SHUT_FAILED, why.map(ReturnMessage::Failure)));
+        let told = self
+            .channel
+            .set_timeout(Some(LAST_MESSAGE))
+            .and_then(|()| self.finish(&mut state, SHUT_FAILED, why.map(ReturnMessage::Failure)));
         if let Err(error) = told {
             tracing::debug!(%error, "the source could not be told of the failure");
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use multifd_wire::{Command, Configuration, HELLO_PING, RAM_PING, SETUP_PING};
 
 use super::alive::{Busy, KeepAlive};
+use super::audit::AuditReport;
 use super::carrier::Carrier;
 use super::control::Control;
 use super::device_state::DeviceState;
@@ -52,6 +53,8 @@ pub(super) struct Migration {
     pub(super) setup: Duration,
     /// Rounds begun.
     pub(super) rounds: u64,
+    /// What the audit found, if one was asked for.
+    pub(super) audit: Option<AuditReport>,
     /// The last field: what is dropped before it ends the threads.
     pub(super) _note_end: NoteEnd,
 }
@@ -82,6 +85,7 @@ impl Migration {
     pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger, busy: &Busy) -> Result<()> {
         let begun = Instant::now();
         self.logs.last_sync(Phase::Active, &self.shared.ram.dirty)?;
+        self.shared.ram.take_changes()?;
         ledger.bitmap_sync_us = micros(begun.elapsed());
         if self.pause_before_switchover {
             self.enter(MigrationState::PreSwitchover)?;
@@ -99,6 +103,7 @@ impl Migration {
         self.section(Section::End)?;
         self.ask_how_far(RAM_PING)?;
         ledger.last_ram_us = micros(begun.elapsed());
+        self.audit = busy.rest(|| self.shared.ram.audit(&self.shared, &self.crew))?;
         Ok(())
     }
 
@@ -141,6 +146,7 @@ impl Migration {
     pub(super) fn sync_logs(&mut self) -> Result<Duration> {
         let begun = Instant::now();
         self.logs.sync(Phase::Active, &self.shared.ram.dirty)?;
+        self.shared.ram.take_changes()?;
         Ok(begun.elapsed())
     }
 
@@ -151,6 +157,7 @@ impl Migration {
         last_ram_sent: Instant,
         ledger: &mut DowntimeLedger,
     ) -> Result<()> {
+        state.check()?;
         let begun = Instant::now();
         ledger.state_save_us = micros(begun.duration_since(last_ram_sent));
         self.main.raw(state.sections())?;
@@ -179,6 +186,7 @@ impl Migration {
         report.ledger = ledger;
         report.xbzrle = self.shared.cache.as_ref().map(|cache| cache.stats());
         report.confirmed = self.return_path.is_some();
+        report.audit = self.audit;
         report.zero_copy = self.shared.zero_copy_stats(&report.progress);
         report
     }

@@ -40,8 +40,7 @@ impl VmState {
             format!("the VM's state has a name of {} bytes, expected 1..=255", self.name.len())
         })?;
         let mut out = Vec::with_capacity(self.bytes.len() + 64);
-        let head =
-            SectionHead { id: ID, idstr: SECTION.to_owned(), instance_id: 0, version_id: VERSION };
+        let head = SectionHead { id: ID, idstr: SECTION.to_owned(), instance_id: 0, version_id: VERSION };
         Item::SectionFull(head).encode(&mut out);
         let plain = [&[len], self.name.as_bytes(), &self.version.to_be_bytes()].concat();
         for byte in plain.iter().chain(&self.bytes) {
@@ -125,7 +124,9 @@ mod tests {
     #[test]
     fn a_section_that_no_source_writes_is_refused() {
         let head = SectionHead { id: ID, idstr: SECTION.to_owned(), instance_id: 0, version_id: 1 };
-        for payload in [&b""[..], b"\x05ab", b"\x01a\0\0\0", b"\0\0\0\0\x01", b"\x01a\0\0\0\x7d", b"\x01a\0\0\0\x7d\x41"] {
+        for payload in
+            [&b""[..], b"\x05ab", b"\x01a\0\0\0", b"\0\0\0\0\x01", b"\x01a\0\0\0\x7d", b"\x01a\0\0\0\x7d\x41"]
+        {
             assert!(VmState::parse(&head, payload).is_err(), "{payload:?}");
         }
         let later = SectionHead { version_id: 2, ..head.clone() };

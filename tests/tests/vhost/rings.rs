@@ -28,7 +28,8 @@ fn told(journal: &Journal) -> BTreeSet<u8> {
         SET_VRING_NUM,
     ];
     let all = std::mem::take(&mut *journal.lock().unwrap());
-    let of_rings = all.into_iter().filter(|(request, _)| about.iter().any(|kind| u32::from(*kind) == *request));
+    let of_rings =
+        all.into_iter().filter(|(request, _)| about.iter().any(|kind| u32::from(*kind) == *request));
     of_rings.map(|(_, body)| body[0]).collect()
 }
 
@@ -87,8 +88,7 @@ fn a_back_end_hears_of_the_rings_that_the_guest_uses_and_of_no_others() {
 #[test]
 fn a_guest_with_some_of_its_rings_goes_on_at_another_back_end_and_enables_more() {
     let memory = memory();
-    let mut drivers: Vec<_> =
-        (0..4).map(|ring| Driver::new(&memory, GuestAddress(ring * 0x4000))).collect();
+    let mut drivers: Vec<_> = (0..4).map(|ring| Driver::new(&memory, GuestAddress(ring * 0x4000))).collect();
     // As firmware leaves a device: the last ring alone is set up; a driver has set up one more, which it does not use yet.
     let build = |user| {
         let mut unused = drivers[2].queue.ring();

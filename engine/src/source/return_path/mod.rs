@@ -91,7 +91,8 @@ impl Received {
                 (phase, format!("the destination failed: {}", printable(&failure.reason)))
             }
             None => {
-                let detail = format!("the destination failed and reported status {status}; why, it says there");
+                let detail =
+                    format!("the destination failed and reported status {status}; why, it says there");
                 (self.phase_there(), detail)
             }
         };
@@ -118,11 +119,10 @@ impl ReturnPathReader {
     /// Waits for the answer to PING(`value`), or to a later one with a larger value: the destination has done all that came
     /// before it.
     pub(super) fn wait_for_pong(&self, value: u32, timeout: Duration) -> Result<()> {
-        self.wait_while_alive(timeout, |received| (received.pong >= value).then_some(()))
-            .ok_or_else(|| {
-                let detail = format!("no PONG({value:#x}) within {timeout:?}");
-                Error::new(ErrorKind::Deadline, Phase::Active, detail).on(self.name.clone())
-            })
+        self.wait_while_alive(timeout, |received| (received.pong >= value).then_some(())).ok_or_else(|| {
+            let detail = format!("no PONG({value:#x}) within {timeout:?}");
+            Error::new(ErrorKind::Deadline, Phase::Active, detail).on(self.name.clone())
+        })
     }
 
     /// From here on the destination may say that it has the guest.
@@ -161,14 +161,11 @@ impl ReturnPathReader {
 
     /// Waits for SHUT(0). An error if something else ends the migration, or nothing comes within `timeout`, no sign of life either.
     pub(super) fn wait_for_shut(&self, timeout: Duration) -> Result<()> {
-        self.wait_while_alive(timeout, |received| received.arrived.then_some(())).ok_or_else(
-            || {
-                let detail = format!(
-                    "the destination did not confirm within {timeout:?}; it may run the guest or not"
-                );
-                Error::new(ErrorKind::Deadline, Phase::Commit, detail).on(self.name.clone())
-            },
-        )
+        self.wait_while_alive(timeout, |received| received.arrived.then_some(())).ok_or_else(|| {
+            let detail =
+                format!("the destination did not confirm within {timeout:?}; it may run the guest or not");
+            Error::new(ErrorKind::Deadline, Phase::Commit, detail).on(self.name.clone())
+        })
     }
 }
 
