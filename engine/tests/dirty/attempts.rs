@@ -9,8 +9,8 @@ use multifd_engine::vm_memory::bitmap::AtomicBitmap;
 use multifd_engine::vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
-    Arrived, Destination, DeviceState, DirtyLog, Endpoint, Error, HostMemory, KvmDirtyLog, PAGE, Precopy,
-    RamBlock, RegionLog, Report, SoftwareLog, Source,
+    Arrived, Destination, DeviceState, DirtyLog, Endpoint, HostMemory, KvmDirtyLog, PAGE, Precopy, RamBlock,
+    RegionLog, Report, SoftwareLog, Source,
 };
 
 use crate::kvm::{Guest, LEN};
@@ -31,14 +31,15 @@ const ENDINGS: [Ending; 4] = [Ending::Dropped, Ending::Cancelled, Ending::Failed
 
 struct There {
     to: Endpoint,
-    receiving: JoinHandle<Result<Report, Error>>,
+    receiving: JoinHandle<Result<Report, String>>,
 }
 
-fn listen(there: &[RamBlock], end: impl FnOnce(Arrived) -> Result<Report, Error> + Send + 'static) -> There {
+fn listen(there: &[RamBlock], end: impl FnOnce(Arrived) -> Result<Report, String> + Send + 'static) -> There {
     let destination =
         Destination::builder(there.to_vec()).listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     let to = destination.endpoint();
-    let receiving = std::thread::Builder::new().spawn(move || destination.receive().and_then(end));
+    let receive = move || destination.receive().map_err(|error| error.chain()).and_then(end);
+    let receiving = std::thread::Builder::new().spawn(receive);
     There { to, receiving: receiving.unwrap() }
 }
 
@@ -55,7 +56,7 @@ fn empty_copies(ram: &[RamBlock]) -> Vec<RamBlock> {
 fn fail(ending: Ending, ram: &[RamBlock], log: impl DirtyLog + 'static, write: impl Fn()) {
     let there = listen(&empty_copies(ram), |arrived| {
         drop(arrived);
-        Err(Error::new(multifd_engine::ErrorKind::Cancelled, multifd_engine::Phase::Device, "refused"))
+        Err("refused".into())
     });
     let mut precopy = connect(ram, log, &there.to);
     precopy.round().unwrap();
@@ -84,7 +85,7 @@ fn fail(ending: Ending, ram: &[RamBlock], log: impl DirtyLog + 'static, write: i
 /// Moves `ram`, lets `write` write between rounds; gives the pages that differ.
 fn pages_lost(ram: &[RamBlock], log: impl DirtyLog + 'static, write: impl Fn()) -> Vec<usize> {
     let copies = empty_copies(ram);
-    let there = listen(&copies, Arrived::accept);
+    let there = listen(&copies, |arrived| arrived.accept().map_err(|error| error.chain()));
     let mut precopy = connect(ram, log, &there.to);
     precopy.round().unwrap();
     write();
