@@ -25,7 +25,7 @@ pub struct Limits {
     pub on_stall: OnStall,
     /// Gives up when rounds have not shrunk for this long, if `on_stall` has not ended it before. `None`: never, as QEMU. Default: 10
     /// minutes.
-    pub stall_limit: Option<Duration>,
+    pub stall_deadline: Option<Duration>,
     /// Total time after which to give up. Default: none.
     pub deadline: Option<Duration>,
 }
@@ -168,7 +168,7 @@ impl Convergence {
         }
         let stalled = format!("{over}, {} rounds without progress", self.rounds_without_progress);
         let for_so_long = facts.elapsed.saturating_sub(self.progress_at);
-        let gives_up = limits.stall_limit.is_some_and(|limit| for_so_long >= limit);
+        let gives_up = limits.stall_deadline.is_some_and(|limit| for_so_long >= limit);
         match limits.on_stall {
             OnStall::Abort => (Decision::AbortStalled, format!("give up: {stalled}")),
             OnStall::SwitchBelow(second) if self.at_minimum(facts) && expected <= second => (
@@ -221,7 +221,7 @@ impl Default for Limits {
             max_switchover_bandwidth: None,
             device_downtime: Duration::ZERO,
             on_stall: OnStall::Continue,
-            stall_limit: Some(Duration::from_secs(600)),
+            stall_deadline: Some(Duration::from_secs(600)),
             deadline: None,
         }
     }
@@ -280,15 +280,15 @@ mod tests {
 
     #[test]
     fn rounds_that_never_shrink_end_by_the_default_and_not_with_qemus_policy() {
-        let last = |stall_limit, on_stall| {
-            let limits = Limits { stall_limit, on_stall, ..Limits::default() };
+        let last = |stall_deadline, on_stall| {
+            let limits = Limits { stall_deadline, on_stall, ..Limits::default() };
             let mut convergence = Convergence::new(None);
             (1..=700)
                 .map(|second| RoundFacts { elapsed: Duration::from_secs(second), ..facts(1000, 900) })
                 .map(|facts| convergence.on_round(facts, &limits).decision)
                 .find(|decision| *decision != Decision::Continue)
         };
-        let default = Limits::default().stall_limit;
+        let default = Limits::default().stall_deadline;
         assert_eq!(last(default, OnStall::Continue), Some(Decision::AbortStalled));
         assert_eq!(
             last(default, OnStall::SwitchBelow(Duration::from_millis(800))),
