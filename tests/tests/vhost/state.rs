@@ -19,8 +19,14 @@ fn events(drivers: &[Driver]) -> Vec<RingEvents> {
 fn a_state_that_does_not_fit_is_refused_with_both_values() {
     let memory = memory();
     let drivers: Vec<_> = (0..4).map(|ring| Driver::new(&memory, GuestAddress(ring * 0x4000))).collect();
-    let rings = drivers.iter().map(|driver| driver.queue.ring()).collect();
-    let state = VhostState { features: VERSION_1 | 1 << 5, protocol_features: 0x2003, rings, inflight: None };
+    let rings = drivers.iter().map(|driver| Some(driver.queue.ring())).collect();
+    let state = VhostState {
+        features: VERSION_1 | 1 << 5,
+        protocol_features: 0x2003,
+        rings,
+        inflight: None,
+        back_end: None,
+    };
     let refused = |state: &VhostState, queues: usize, here: usize| {
         let (_own, socket) = Own::start(Filler::new(queues));
         let user = attach(socket, wanted()).user;
