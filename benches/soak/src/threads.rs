@@ -87,7 +87,7 @@ impl Guest for Threads {
 
     fn run(&mut self) -> Result<()> {
         for number in 0..=WRITERS {
-            if self.threads.len() > WRITERS as usize {
+            if self.threads.len() as u64 > WRITERS {
                 break;
             }
             let (shared, mut random) = (Arc::clone(&self.shared), Random::new(self.seed + number));
