@@ -100,39 +100,44 @@ fn memory_is_fresh_for_one_attempt() {
 #[test]
 fn huge_pages_arrive_from_and_in_huge_pages() {
     const HUGE: usize = (2 << 20) / PAGE;
-    let pool = match crate::huge_pages::HugePages::reserve(8) {
+    let pool = match crate::huge_pages::HugePages::reserve(64) {
         Ok(pool) => pool,
         Err(why) => return crate::skip::skipped(&why),
     };
     // Reserved, unlike those of a VMM that overcommits: other tests may use the pool, too.
     let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
-    let huge = || block(map(READ_WRITE, private, None, 3 * HUGE).unwrap());
+    let huge = || map(READ_WRITE, private, None, 3 * HUGE).map(block);
     let shared = || {
-        let file = memfd(libc::MFD_HUGETLB, 3 * HUGE * PAGE).unwrap();
-        block(map(READ_WRITE, libc::MAP_SHARED, Some(file), 3 * HUGE).unwrap())
+        let file = memfd(libc::MFD_HUGETLB, 3 * HUGE * PAGE)?;
+        map(READ_WRITE, libc::MAP_SHARED, Some(file), 3 * HUGE).map(block)
     };
-    let small = || block(map(READ_WRITE, PRIVATE, None, 3 * HUGE).unwrap());
+    let small = || map(READ_WRITE, PRIVATE, None, 3 * HUGE).map(block);
     for way in WAYS {
         for kind in ["from", "in", "both"] {
-            let (here, there) = match kind {
+            let pair = match kind {
                 "from" => (huge(), small()),
                 "in" => (small(), huge()),
                 _ => (shared(), shared()),
             };
+            let (Ok(here), Ok(there)) = pair else {
+                return crate::skip::skipped("other programs use up the pool of huge pages");
+            };
             // One huge page is in use, of which a part holds data; the others stay as they are.
             fill(&here, HUGE + 5..HUGE + 40);
             go(way, &here, &there, || ()).success(&way);
+            if kind == "both" {
+                let content = way == Way::NoZeros || way == Way::SingleNoZeros;
+                assert_eq!(
+                    populated(&here),
+                    HUGE,
+                    "{way:?}: what was never touched is not made at the source"
+                );
+                assert!(content || populated(&there) == HUGE, "{way:?}: nor at the destination");
+            }
             for number in [0, HUGE, HUGE + 5, HUGE + 39, HUGE + 40, 3 * HUGE - 1] {
                 assert_eq!(page(&there, number), page(&here, number), "{way:?} {kind} {number}");
             }
         }
-        let here = shared();
-        fill(&here, HUGE + 5..HUGE + 40);
-        let there = shared();
-        go(way, &here, &there, || ()).success(&way);
-        let content = way == Way::NoZeros || way == Way::SingleNoZeros;
-        assert_eq!(populated(&here), HUGE, "{way:?}: what was never touched is not made at the source");
-        assert!(content || populated(&there) == HUGE, "{way:?}: nor at the destination");
     }
     drop(pool);
 }
