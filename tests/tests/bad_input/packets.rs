@@ -171,7 +171,7 @@ fn device_state() -> Outcome {
     refused([
         ("empty", packet(0, b"vfio"), &["channel 0 (unix:", "device state payload: 0, expected 1..="]),
         ("huge", packet(u32::MAX, b"vfio"), &["device state payload: 4294967295"]),
-        ("of nobody", packet(1, b""), &["device name: 0 bytes"]),
+        ("of no device", packet(1, b""), &["device name: 0 bytes"]),
     ])
 }
 

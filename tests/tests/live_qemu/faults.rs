@@ -148,13 +148,13 @@ fn what_qemu_refuses_has_the_phase_in_which_it_did() -> Outcome {
         assert_eq!((error.kind(), error.phase()), (ErrorKind::PeerAborted(1), phase), "{error}");
         assert!(error.source_may_resume() && error.to_string().contains("reported status 1"), "{error}");
     };
-    let mut connected = guest.still_source(Some(stranger), &uri);
-    let error = loop {
-        match connected.as_mut().map(|precopy| precopy.round().map(drop)) {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => break error,
-            Err(_) => break connected.err().ok_or("no error")?,
-        }
+    let error = match guest.still_source(Some(stranger), &uri) {
+        Ok(mut precopy) => loop {
+            if let Err(error) = precopy.round() {
+                break error;
+            }
+        },
+        Err(error) => error,
     };
     refused(error, Phase::Setup);
 
@@ -163,6 +163,6 @@ fn what_qemu_refuses_has_the_phase_in_which_it_did() -> Outcome {
     precopy.round().map_err(text)?;
     let stopped = precopy.stop_copy().map_err(text)?;
     let unknown = stopped.commit(&DeviceState::opaque("no-device-of-qemu", 1, b"state"));
-    refused(unknown.err().ok_or("it was taken")?, Phase::Device);
+    refused(unknown.expect_err("QEMU has no such device"), Phase::Device);
     Ok(())
 }
