@@ -1,6 +1,7 @@
 //! Reading a checkpoint, to look at it or to send it on.
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use multifd_wire::{BlockName, Configuration};
@@ -9,6 +10,7 @@ use super::{DEVICE_STATE, EARLY_STATE, EarlyState, MANIFEST, Manifest, storage};
 use crate::error::Result;
 use crate::guest::{HostMemory, RamBlock};
 use crate::source::{DeviceState, Source, SourceBuilder};
+use crate::stream::foreign;
 use crate::stream::sections::EarlySections;
 
 /// A checkpoint that was opened and found whole.
@@ -27,6 +29,9 @@ impl Checkpoint {
     /// # Errors
     /// `Storage`, naming the file and what is wrong with it.
     pub fn open(directory: &Path) -> Result<Self> {
+        if directory.is_file() {
+            return Err(storage("reading", directory, is_no_checkpoint(directory)));
+        }
         let path = directory.join(MANIFEST);
         let json = read_file(&path)?;
         let manifest: Manifest =
@@ -119,6 +124,19 @@ fn read_early(path: &Path, parts: &EarlyState) -> Result<EarlySections> {
     let split = usize::try_from(parts.before_ram).map_err(|error| storage("reading", path, error))?;
     let within_ram = before_ram.split_off(split);
     Ok(EarlySections { before_ram, within_ram })
+}
+
+/// What a file is that was taken for a checkpoint.
+fn is_no_checkpoint(path: &Path) -> String {
+    let mut first = [0; foreign::LEN];
+    let read = File::open(path).and_then(|mut file| file.read(&mut first));
+    let first = first.get(..read.unwrap_or(0)).unwrap_or_default();
+    let found = foreign::what_it_is(first);
+    let found = found.or_else(|| first.starts_with(b"QEVM").then(|| "a recorded stream".to_owned()));
+    let found = found.unwrap_or_else(|| "a file".to_owned());
+    format!(
+        "it is {found}; expected a checkpoint's directory, which receive makes of a stream: receive file:FILE --out DIR"
+    )
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>> {
