@@ -42,6 +42,8 @@ impl CheckpointWriter {
     /// # Errors
     /// `Storage` if there is something at `target`, or nothing can be written there.
     pub fn create(target: &Path) -> Result<Self> {
+        // Without `.` and `/` at its end, where a directory cannot get its name by a rename.
+        let target = &target.components().collect::<PathBuf>();
         if target.symlink_metadata().is_ok() {
             let detail = format!("{} exists, a checkpoint needs a new name", target.display());
             return Err(Error::new(ErrorKind::Storage, Phase::Setup, detail));
@@ -102,6 +104,7 @@ impl CheckpointWriter {
         }
         for block in &manifest.blocks {
             self.sync(&block.file)?;
+            self.check_len(block)?;
         }
         let json = serde_json::to_vec_pretty(&manifest)
             .map_err(|error| storage("writing", &self.partial.join(MANIFEST), error))?;
@@ -167,6 +170,21 @@ impl CheckpointWriter {
             .map_err(|error| storage("writing", &path, error))
     }
 
+    /// What was stored behind the end of a file that another process has cut is lost.
+    fn check_len(&self, block: &CheckpointBlock) -> Result<()> {
+        let path = self.partial.join(&block.file);
+        let found = fs::metadata(&path).map_err(|error| storage("checking", &path, error))?.len();
+        if found == block.length {
+            return Ok(());
+        }
+        let problem = format!(
+            "{found} bytes, expected the {} of RAM block {}: another process has changed the file",
+            block.length,
+            block.idstr.escape_default()
+        );
+        Err(storage("checking", &path, problem))
+    }
+
     fn sync(&self, name: &str) -> Result<()> {
         let path = self.partial.join(name);
         File::open(&path).and_then(|file| file.sync_all()).map_err(|error| storage("syncing", &path, error))
@@ -218,4 +236,44 @@ fn sparse(path: &Path, len: u64) -> std::io::Result<HostMemory> {
     let file = private_file().read(true).write(true).open(path)?;
     file.set_len(len)?;
     HostMemory::map_file(file, usize::try_from(len).map_err(std::io::Error::other)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder() -> tempfile::TempDir {
+        tempfile::tempdir().unwrap()
+    }
+
+    #[test]
+    fn a_block_that_another_process_has_cut_is_noticed() {
+        let folder = folder();
+        let writer = CheckpointWriter::create(&folder.path().join("ck")).unwrap();
+        let entry = BlockEntry {
+            name: "pc.ram".try_into().unwrap(),
+            used_len: 8 * PAGE as u64,
+            page_size: None,
+            guest_address: None,
+            mapped_ram: None,
+        };
+        let _blocks = writer.ram().open(&Configuration::new("pc"), &[entry]).unwrap();
+        let block = lock(&writer.blocks).first().cloned().unwrap();
+        writer.check_len(&block).unwrap();
+        let file = OpenOptions::new().write(true).open(writer.partial.join(&block.file)).unwrap();
+        file.set_len(PAGE as u64).unwrap();
+        let error = writer.check_len(&block).unwrap_err().chain();
+        assert!(error.contains("00.img: 4096 bytes, expected the 32768 of RAM block pc.ram"), "{error}");
+    }
+
+    #[test]
+    fn a_name_that_ends_in_a_dot_or_a_slash_is_that_of_the_directory() {
+        let folder = folder();
+        for name in ["ck/.", "ck/", "ck/./"] {
+            let writer = CheckpointWriter::create(&folder.path().join(name)).unwrap();
+            assert_eq!(writer.target, folder.path().join("ck"));
+            assert_eq!(writer.target.as_os_str(), folder.path().join("ck").as_os_str());
+        }
+        CheckpointWriter::create(&folder.path().join("ck/..")).unwrap_err();
+    }
 }
