@@ -43,6 +43,7 @@ pub use accept::Arrival;
 pub use accept::first_bytes::OpeningLen;
 pub use accept::listener::Listener;
 pub use channel::Channel;
+pub use channel::broken::PeerVanished;
 pub use channel::closer::Closer;
 pub use channel::zero_copy::ZeroCopy;
 pub use dial::descriptor::receive_descriptor;

@@ -19,7 +19,7 @@ use super::shared::SourceShared;
 use crate::config::{Opened, Surroundings, own};
 use crate::convergence::Convergence;
 use crate::dirty::LogSet;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, ErrorKind, Phase, Remedy, Result};
 use crate::io::MainFile;
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
@@ -224,7 +224,10 @@ impl Source {
             thread_hook: self.hook.clone(),
         };
         self.session.stop.on_trip(move || stopper.stop());
-        dial(endpoint, &options).map_err(|error| Error::transport(Phase::Connect, error).on(name))
+        let channel =
+            dial(endpoint, &options).map_err(|error| Error::transport(Phase::Connect, error).on(name));
+        // Main was taken: a destination that takes no more is set up for fewer.
+        channel.map_err(|error| error.remedied_by((name != "main").then_some(Remedy::CompareSettings)))
     }
 }
 
