@@ -90,6 +90,14 @@ pub(crate) struct Common {
     /// One JSON object on stdout instead of a table
     #[arg(long, global = true)]
     pub(crate) json: bool,
+    /// How progress is told on stderr; auto: a line that is rewritten on a terminal, else a line
+    /// every few seconds; json: an event a second, one a line
+    #[arg(long, global = true, value_enum, value_name = "HOW", default_value_t = ProgressKind::Auto)]
+    pub(crate) progress: ProgressKind,
+    /// Do not let the system write this process into a core dump, nor others of this user look into
+    /// it: it holds the guest's RAM and keys. The RAM itself is never in one
+    #[arg(long, global = true)]
+    pub(crate) no_core_dump: bool,
     /// No progress
     #[arg(short, long, global = true)]
     pub(crate) quiet: bool,
@@ -237,6 +245,14 @@ pub(crate) struct Convergence {
     /// Total time after which to give up
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) deadline: Option<Duration>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProgressKind {
+    Auto,
+    Json,
+    Lines,
+    None,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
