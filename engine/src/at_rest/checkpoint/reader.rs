@@ -1,10 +1,11 @@
 //! Reading a checkpoint, to look at it or to send it on.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use multifd_wire::{BlockName, Configuration};
+use multifd_wire::{BlockName, Configuration, MAX_TAIL, MAX_VMDESC};
 
 use super::{DEVICE_STATE, EARLY_STATE, EarlyState, MANIFEST, Manifest, storage};
 use crate::error::Result;
@@ -90,7 +91,8 @@ impl Checkpoint {
             let name = BlockName::try_from(block.idstr.as_str())
                 .map_err(|invalid| storage("naming", &path, invalid))?;
             let len = usize::try_from(block.length).map_err(|error| storage("mapping", &path, error))?;
-            let file = File::open(&path).map_err(|error| storage("opening", &path, error))?;
+            let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path);
+            let file = opened.map_err(|error| storage("opening", &path, error))?;
             let memory = HostMemory::map_file_read_only(file, len)
                 .map_err(|error| storage("mapping", &path, error))?;
             Ok(RamBlock::new(name, memory))
@@ -140,12 +142,23 @@ fn is_no_checkpoint(path: &Path) -> String {
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>> {
-    file_len(path)?;
+    let (len, most) = (file_len(path)?, MAX_FILE);
+    if len > most {
+        return Err(storage("reading", path, format!("{len} bytes, expected at most {most}")));
+    }
     fs::read(path).map_err(|error| storage("reading", path, error))
 }
 
-/// Bytes in a regular file; anything else could keep its reader waiting for ever.
+/// Longest file of a checkpoint, RAM apart: the end of device state and its description.
+const MAX_FILE: u64 = MAX_TAIL as u64 + MAX_VMDESC as u64;
+
+/// Bytes in a regular file; anything else could keep its reader waiting for ever, and a symbolic link
+/// could make a file of this machine part of a guest.
 fn file_len(path: &Path) -> Result<u64> {
-    let found = fs::metadata(path).map_err(|error| storage("reading", path, error))?;
-    if found.is_file() { Ok(found.len()) } else { Err(storage("reading", path, "this is no file")) }
+    let found = fs::symlink_metadata(path).map_err(|error| storage("reading", path, error))?;
+    if found.is_file() {
+        Ok(found.len())
+    } else {
+        Err(storage("reading", path, "this is no file (a link, a directory, a device?)"))
+    }
 }
