@@ -145,6 +145,7 @@ fn status_and_code(error: &Error) -> (Status, u8) {
 /// The error, and the flag that may help.
 fn with_remedy(error: &Error) -> String {
     match error.remedy() {
+        Some(Remedy::RaiseMaxRam) => format!("{} (see --max-ram)", error.chain()),
         Some(Remedy::SetUpTls) => format!("{} (see --tls-dir)", error.chain()),
         _ => error.chain(),
     }

@@ -60,6 +60,9 @@ impl TailScanner {
             let expected = format!("at most {MAX_TAIL}");
             return Err(Invalid::new("device state without an end", format_args!("{len} bytes"), expected));
         }
+        if self.bytes.try_reserve(bytes.len()).is_err() {
+            return Err(Invalid::new("device state", format_args!("{len} bytes"), "memory for as many"));
+        }
         self.bytes.extend_from_slice(bytes);
         while let Some(zero) = self.next_zero() {
             if let Some(end) = self.complete_candidate(zero) {

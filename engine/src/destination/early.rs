@@ -4,6 +4,7 @@ use multifd_wire::{Item, MAX_TAIL, SectionHead, SectionId, TailScanner};
 
 use super::machine::DeviceEnd;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::run::budget::Share;
 use crate::stream::MainReader;
 use crate::stream::sections::{EarlySections, Found, find_footer, goes_on};
 
@@ -11,15 +12,21 @@ const WHAT: &str = "a device section before the end of RAM";
 
 /// Reads and keeps them. Whether a section is early shows only behind it: if RAM goes on, it was;
 /// if the stream ends, it belongs to the devices' part of a stream without an END of RAM.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct EarlyDevices {
     kept: EarlySections,
     /// Sections behind the last live item.
     open: Vec<u8>,
     seen: Vec<SectionId>,
+    memory: Share,
 }
 
 impl EarlyDevices {
+    /// `memory` holds what is kept.
+    pub(super) fn new(memory: Share) -> Self {
+        Self { kept: EarlySections::default(), open: Vec::new(), seen: Vec::new(), memory }
+    }
+
     /// Reads one FULL section behind its `head`, its footer included. `ram`: the RAM section, if it
     /// has begun.
     pub(super) fn read(
@@ -58,7 +65,9 @@ impl EarlyDevices {
             self.open.extend_from_slice(reader.buffered().get(..taken).unwrap_or_default());
             reader.consume(taken);
             scanned -= taken.min(scanned);
-            if self.kept.before_ram.len() + self.kept.within_ram.len() + self.open.len() > MAX_TAIL {
+            let kept = self.kept.before_ram.len() + self.kept.within_ram.len() + self.open.len();
+            self.memory.grow_to(kept, Phase::Active, "device state before the end of RAM")?;
+            if kept > MAX_TAIL {
                 let detail = format!("more than {MAX_TAIL} bytes of device state before the end of RAM");
                 return Err(Error::misbehaved(Phase::Active, detail));
             }

@@ -17,6 +17,7 @@ mod arrival;
 mod arrived;
 mod builder;
 mod channels;
+mod deadline;
 mod driver;
 mod early;
 mod machine;
@@ -48,6 +49,7 @@ use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::MainReader;
 use channels::accept::{Accepting, Main};
+use deadline::Deadline;
 use driver::{Driver, ReceivedMain};
 use mapped::PageReaders;
 use return_path::ReturnPath;
@@ -89,8 +91,7 @@ impl Destination {
     pub fn receive(mut self) -> Result<Arrived> {
         self.session.enter(MigrationState::Setup)?;
         let crew = Arc::new(Crew::new(self.session.stop.clone()).with_hook(self.hook.clone()));
-        let shared =
-            DestinationShared::new(&self.session, self.codecs.clone(), self.config.channels, &self.listener);
+        let shared = DestinationShared::new(&self.session, self.codecs.clone(), &self.config, &self.listener);
         let accepting = Accepting::new(&shared, &crew);
         let main = accepting.main();
         let listener = Arc::clone(&self.listener);
@@ -143,6 +144,7 @@ impl Destination {
         crew: &Arc<Crew>,
     ) -> Result<(ReceivedMain, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
+        let deadline = Deadline::start(self.config.deadline, crew)?;
         self.session.counters.main.count_bytes_of(&channel);
         self.session.enter(MigrationState::Active)?;
         self.session.begin();
@@ -156,6 +158,8 @@ impl Destination {
         let readers = PageReaders { crew: Arc::clone(crew), count: self.config.channels, direct };
         let reader = MainReader::of_main(channel, &self.session);
         let driver = Driver::new(reader, shared, return_path.clone(), ack, readers, &mut *self.ram);
-        Ok((driver.run()?, return_path))
+        let received = driver.run()?;
+        drop(deadline);
+        Ok((received, return_path))
     }
 }

@@ -10,7 +10,9 @@ use multifd_wire::{DeviceStatePacket, PacketFlags};
 use super::channels::sync::ChannelSync;
 use super::place::BlockSinks;
 use super::refusals::Refusals;
+use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::run::budget::{Budget, Share};
 use crate::run::session::Session;
 use crate::run::stop::{Monitor, StopSwitch};
 
@@ -29,10 +31,31 @@ pub(crate) struct DestinationShared {
     pub(crate) channels: ChannelSync,
     pub(crate) refusals: Refusals,
     pub(crate) codecs: Codecs,
+    pub(crate) limits: ReceiveLimits,
     listener: Arc<Listener>,
     /// HELLO was said: the source may send packets of the multifd dialect.
     dialect: AtomicBool,
     facts: Monitor<Facts>,
+}
+
+/// What a source may make this end use.
+pub(crate) struct ReceiveLimits {
+    /// Bytes of guest RAM.
+    pub(crate) ram: Option<u64>,
+    /// Memory beside it.
+    pub(crate) memory: Budget,
+    /// Device state over parallel channels is taken.
+    pub(crate) device_packets: bool,
+}
+
+impl ReceiveLimits {
+    pub(crate) fn of(config: &DestinationConfig) -> Self {
+        Self {
+            ram: config.max_ram,
+            memory: Budget::new(config.max_memory),
+            device_packets: config.device_packets,
+        }
+    }
 }
 
 /// What is learnt while the stream comes in.
@@ -42,7 +65,9 @@ struct Facts {
     codec: Option<Arc<dyn Codec>>,
     uuid: Option<[u8; 16]>,
     device_packets: Vec<DevicePacket>,
+    /// Bytes of all that were announced.
     device_bytes: usize,
+    device_memory: Vec<Share>,
 }
 
 /// Device state over parallel channels is kept in memory: at most 1 GiB of it.
@@ -52,12 +77,13 @@ impl DestinationShared {
     pub(crate) fn new(
         session: &Arc<Session>,
         codecs: Codecs,
-        expected_channels: Option<usize>,
+        config: &DestinationConfig,
         listener: &Arc<Listener>,
     ) -> Arc<Self> {
         Arc::new(Self {
             session: Arc::clone(session),
-            channels: ChannelSync::new(&session.stop, expected_channels),
+            channels: ChannelSync::new(&session.stop, config.channels),
+            limits: ReceiveLimits::of(config),
             refusals: Refusals::default(),
             codecs,
             listener: Arc::clone(listener),
@@ -169,9 +195,20 @@ impl DestinationShared {
     /// A packet of device state is about to come, on any channel: asked before there is memory for
     /// it.
     pub(crate) fn expect_device_packet(&self, device: &DeviceStatePacket) -> Result<()> {
+        if !self.limits.device_packets {
+            let detail = format!(
+                "device {} sends state over parallel channels, which is not taken here (a checkpoint cannot hold it)",
+                device.idstr.escape_default()
+            );
+            return Err(Error::incompatible(Phase::Device, detail));
+        }
+        let len = DeviceStatePacket::LEN + device.payload_len as usize;
+        let mut share = self.limits.memory.share();
+        share.grow_to(len, Phase::Device, "device state on channels")?;
         self.facts.modify_silently(|facts| {
             // Small packets cost more than what is in them.
-            facts.device_bytes += DeviceStatePacket::LEN + device.payload_len as usize;
+            facts.device_bytes += len;
+            facts.device_memory.push(share);
             if facts.device_bytes <= MAX_DEVICE_BYTES {
                 return Ok(());
             }

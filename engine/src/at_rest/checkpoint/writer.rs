@@ -17,6 +17,7 @@ use crate::destination::{Arrived, IncomingRam};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{HostMemory, PAGE, RamBlock};
 use crate::run::stop::lock;
+use crate::stream::sections::EarlySections;
 
 /// A checkpoint in the making, under a temporary name beside the final one. Dropped unfinished, it
 /// is removed.
@@ -92,15 +93,15 @@ impl CheckpointWriter {
             return Err(Error::new(ErrorKind::Incompatible, Phase::Device, detail));
         }
         let manifest = self.manifest(arrived);
-        let mut state = Vec::new();
-        arrived.configuration().encode(&mut state);
-        state.extend_from_slice(arrived.device_state());
-        self.write(DEVICE_STATE, &state)?;
+        let mut configuration = Vec::new();
+        arrived.configuration().encode(&mut configuration);
+        self.write(DEVICE_STATE, &[&configuration, arrived.device_state()])?;
         if manifest.early_state.is_some() {
-            self.write(EARLY_STATE, &arrived.early_sections().concat())?;
+            let EarlySections { before_ram, within_ram, .. } = arrived.early_sections();
+            self.write(EARLY_STATE, &[before_ram, within_ram])?;
         }
         if let Some(json) = arrived.description_text() {
-            self.write(DESCRIPTION, json)?;
+            self.write(DESCRIPTION, &[json])?;
         }
         for block in &manifest.blocks {
             self.sync(&block.file)?;
@@ -108,7 +109,7 @@ impl CheckpointWriter {
         }
         let json = serde_json::to_vec_pretty(&manifest)
             .map_err(|error| storage("writing", &self.partial.join(MANIFEST), error))?;
-        self.write(MANIFEST, &json)?;
+        self.write(MANIFEST, &[&json])?;
         self.sync("ram")?;
         self.sync("")?;
         // What has its name may be sent on: no cancel may tell the source to run on after that.
@@ -158,13 +159,13 @@ impl CheckpointWriter {
         }
     }
 
-    fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+    fn write(&self, name: &str, parts: &[&[u8]]) -> Result<()> {
         let path = self.partial.join(name);
         private_file()
             .write(true)
             .open(&path)
             .and_then(|mut file| {
-                file.write_all(bytes)?;
+                parts.iter().try_for_each(|part| file.write_all(part))?;
                 file.sync_all()
             })
             .map_err(|error| storage("writing", &path, error))

@@ -48,7 +48,7 @@ pub(crate) fn opening_len(first: [u8; 4]) -> usize {
 /// Of a file, as much as it takes to say what it is; of anything else, what there is already.
 fn beginning(channel: &Channel, first: [u8; 4]) -> Vec<u8> {
     let mut beginning = first.to_vec();
-    if channel.file().is_some() {
+    if channel.file_handle().is_some() {
         beginning.resize(foreign::LEN, 0);
         // Once more from the first byte on; a shorter file, or one that cannot be read, says less.
         if channel.recv_exact(&mut beginning).is_err() {
