@@ -1,7 +1,7 @@
 //! The same for `multifd send`: exit codes and texts.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use multifd_tests::peer::command::{ended, interrupt};
 use multifd_tests::peer::{Memory, Recorder, Sink, Stage, Style, Trial};
@@ -83,7 +83,11 @@ fn a_destination_that_ends_it_brings_up_the_settings_to_compare() -> Outcome {
         match done {
             "cut" => destination.cut_main(),
             // Takes everything, and does not answer: it has not all of its channels.
-            "stall" => drop(destination.read_to(Stage::Finished)),
+            "stall" => {
+                destination.polite = false;
+                destination.read_to(Stage::Moving)?;
+                while destination.read_to(Stage::RamSent).is_ok() {}
+            }
             _ => {
                 destination.read_to(Stage::Started)?;
                 destination.say(&ReturnMessage::Shut(1));
@@ -156,11 +160,10 @@ fn ctrl_c_ends_a_send_at_once() -> Outcome {
         let mut send = send(&trial.checkpoint(), &uri, &["--channels", &count])?;
         let mut destination = sink.accept(channels)?;
         destination.read_to(Stage::Started)?;
-        let begun = Instant::now();
         interrupt(&send)?;
+        // Waits for less time than the command's timeout is.
         let ended = ended(&mut send)?;
         assert_eq!((ended.code, &ended.json["status"]), (130, &"cancelled".into()), "{}", ended.stderr);
-        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     }
     Ok(())
 }
