@@ -1,7 +1,7 @@
 //! A dirty log of your own: a device model that writes guest memory notes what it wrote, and the
 //! migration asks it.
 //!
-//! `cargo run --release --example custom_dirty_log`
+//! `cargo run --release -p multifd-examples --example custom_dirty_log`
 
 use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +23,7 @@ struct Journal(Arc<Mutex<Vec<usize>>>);
 impl Journal {
     /// The device calls this *after* each write: then a write is never missed, at worst sent twice.
     fn note(&self, page: usize) {
-        self.0.lock().expect("nobody panics with the lock").push(page);
+        self.0.lock().expect("no thread panics with the lock").push(page);
     }
 }
 

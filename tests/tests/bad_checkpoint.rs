@@ -123,7 +123,7 @@ fn files_outside_of_the_checkpoint() -> Outcome {
         refused(file, "a link", |directory| {
             let (path, elsewhere) = (directory.join(file), directory.join("elsewhere"));
             fs::rename(&path, &elsewhere)?;
-            Ok(std::os::unix::fs::symlink(&elsewhere, &path)?)
+            Ok(symlink(&elsewhere, &path)?)
         })?;
     }
     refused("ram/.", "no file", block("file", json!("ram/.")))?;

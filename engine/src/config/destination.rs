@@ -22,6 +22,9 @@ pub struct DestinationConfig {
     pub direct_io: bool,
     /// When to acknowledge the switch-over unasked. Default: [`SwitchoverAck::Auto`].
     pub switchover_ack: SwitchoverAck,
+    /// Most bytes of devices' sections, which are kept in memory until the guest is loaded. Default: `None`, half of the
+    /// machine's memory. A VMM that knows its devices may well set less, on a port that others can reach above all.
+    pub max_device_state: Option<usize>,
     /// How long to wait for the source: to connect, for the next byte of the main stream, for the rest of a packet. Default:
     /// 60 s. A source that was paused by hand sends nothing.
     pub timeout: Duration,
@@ -29,8 +32,9 @@ pub struct DestinationConfig {
     /// takes.
     pub max_ram: Option<u64>,
     /// Bytes of memory that the source can make this end use beside guest RAM: buffers and windows of all channels, device
-    /// state, its description. Default: 1 GiB. A channel takes up to 2 MiB, with zstd and a window of the highest level 34 MiB.
-    pub max_memory: u64,
+    /// state, its description. A channel takes up to 2 MiB, with zstd and a window of the highest level 34 MiB. Default: half
+    /// of the machine's memory.
+    pub max_memory: Option<u64>,
     /// Time from the first byte of the main channel until everything has come, however slowly it comes. Default: none; a peer
     /// that sends a byte per `timeout` is patiently served.
     pub deadline: Option<Duration>,
@@ -41,18 +45,16 @@ pub struct DestinationConfig {
     pub socket: SocketOptions,
 }
 
-/// Enough for 255 channels without large windows, and for 30 with the largest.
-const DEFAULT_MAX_MEMORY: u64 = 1 << 30;
-
 impl Default for DestinationConfig {
     fn default() -> Self {
         Self {
             channels: None,
             direct_io: false,
             switchover_ack: SwitchoverAck::Auto,
+            max_device_state: None,
             timeout: DEFAULT_TIMEOUT,
             max_ram: None,
-            max_memory: DEFAULT_MAX_MEMORY,
+            max_memory: None,
             deadline: None,
             device_packets: false,
             socket: SocketOptions::default(),

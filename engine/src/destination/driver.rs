@@ -61,7 +61,7 @@ impl<'a> Driver<'a> {
         incoming: &'a mut dyn IncomingRam,
     ) -> Self {
         let machine = Machine::new(return_path.leads_back(), ack);
-        let early = EarlyDevices::new(shared.limits.memory.share());
+        let early = EarlyDevices::new(shared.limits.device_state, shared.limits.memory.share());
         Self { reader, shared, return_path, machine, readers, incoming, ram: None, early }
     }
 
@@ -159,7 +159,8 @@ impl<'a> Driver<'a> {
         let timeout = self.shared.session.timeout;
         let mut memory = self.shared.limits.memory.share();
         memory.grow_to(begun.len(), Phase::Device, "device state")?;
-        let tail = tail::read(&mut self.reader, &begun, timeout, &mut memory)?;
+        let most = self.shared.limits.device_state;
+        let tail = tail::read(&mut self.reader, &begun, timeout, most, &mut memory)?;
         arrival::check_all_came(ram.sinks(), &early, &tail)?;
         stream_end::wait(&mut self.reader, &self.return_path, timeout)?;
         let Facts { configuration, switchover_start, guest_stopped } = self.machine.facts().clone();

@@ -1,6 +1,6 @@
 //! Device sections before the end of RAM. Spec: docs/wire.md §16.4.
 
-use multifd_wire::{Item, MAX_TAIL, SectionHead, SectionId, TailScanner};
+use multifd_wire::{Item, SectionHead, SectionId, TailScanner};
 
 use super::machine::DeviceEnd;
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -18,13 +18,15 @@ pub(super) struct EarlyDevices {
     /// Sections behind the last live item.
     open: Vec<u8>,
     seen: Vec<SectionId>,
+    /// Most bytes that are kept.
+    limit: usize,
     memory: Share,
 }
 
 impl EarlyDevices {
-    /// `memory` holds what is kept.
-    pub(super) fn new(memory: Share) -> Self {
-        Self { kept: EarlySections::default(), open: Vec::new(), seen: Vec::new(), memory }
+    /// None yet, and no more than so many bytes. `memory` holds what is kept.
+    pub(super) fn new(limit: usize, memory: Share) -> Self {
+        Self { kept: EarlySections::default(), open: Vec::new(), seen: Vec::new(), limit, memory }
     }
 
     /// Reads one FULL section behind its `head`, its footer included. `ram`: the RAM section, if it
@@ -49,7 +51,7 @@ impl EarlyDevices {
         id: SectionId,
         ram: Option<SectionId>,
     ) -> Result<DeviceEnd> {
-        let (mut tail, mut scanned) = (TailScanner::new(), 0);
+        let (mut tail, mut scanned) = (TailScanner::with_limit(self.limit), 0);
         loop {
             let follows = |next: &[u8]| goes_on(next, ram, |other| self.seen.contains(&other));
             let found = find_footer(reader.buffered(), id, follows);
@@ -67,8 +69,8 @@ impl EarlyDevices {
             scanned -= taken.min(scanned);
             let kept = self.kept.before_ram.len() + self.kept.within_ram.len() + self.open.len();
             self.memory.grow_to(kept, Phase::Active, "device state before the end of RAM")?;
-            if kept > MAX_TAIL {
-                let detail = format!("more than {MAX_TAIL} bytes of device state before the end of RAM");
+            if kept > self.limit {
+                let detail = format!("more than {} bytes of device state before the end of RAM", self.limit);
                 return Err(Error::misbehaved(Phase::Active, detail));
             }
             if matches!(found, Found::Whole(_)) {

@@ -12,6 +12,7 @@ use super::place::BlockSinks;
 use super::refusals::Refusals;
 use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::os::memory::most_kept;
 use crate::run::budget::{Budget, Share};
 use crate::run::session::Session;
 use crate::run::stop::{Monitor, StopSwitch};
@@ -44,6 +45,8 @@ pub(crate) struct ReceiveLimits {
     pub(crate) ram: Option<u64>,
     /// Memory beside it.
     pub(crate) memory: Budget,
+    /// Most bytes of the devices' sections that are kept.
+    pub(crate) device_state: usize,
     /// Device state over parallel channels is taken.
     pub(crate) device_packets: bool,
 }
@@ -52,7 +55,8 @@ impl ReceiveLimits {
     pub(crate) fn of(config: &DestinationConfig) -> Self {
         Self {
             ram: config.max_ram,
-            memory: Budget::new(config.max_memory),
+            memory: Budget::new(config.max_memory.unwrap_or_else(|| most_kept() as u64)),
+            device_state: config.max_device_state.unwrap_or_else(most_kept),
             device_packets: config.device_packets,
         }
     }

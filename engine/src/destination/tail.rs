@@ -40,11 +40,12 @@ impl Tail {
 /// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3). `begun`: its
 /// first sections, if they were read already.
 ///
-/// `memory` holds what it takes, also afterwards.
+/// `most`: bytes that are kept of it. `memory` holds what it takes, also afterwards.
 pub(crate) fn read(
     reader: &mut MainReader,
     begun: &[u8],
     timeout: Duration,
+    most: usize,
     memory: &mut Share,
 ) -> Result<Tail> {
     let quiet = QUIET.min(timeout);
@@ -55,14 +56,19 @@ pub(crate) fn read(
             .map_err(|error| Error::io(Phase::Device, "setting up the socket", error))
     };
     limit(quiet)?;
-    let result = scan(reader, begun, timeout, memory);
+    let result = scan(reader, begun, timeout, TailScanner::with_limit(most), memory);
     limit(timeout)?;
     result.map_err(|error| error.on(reader.name()))
 }
 
-fn scan(reader: &mut MainReader, begun: &[u8], timeout: Duration, memory: &mut Share) -> Result<Tail> {
+fn scan(
+    reader: &mut MainReader,
+    begun: &[u8],
+    timeout: Duration,
+    mut scanner: TailScanner,
+    memory: &mut Share,
+) -> Result<Tail> {
     let refused = |invalid| Error::invalid(Phase::Device, invalid);
-    let mut scanner = TailScanner::new();
     let mut end = scanner.push(begun).map_err(refused)?;
     let mut last_byte = Instant::now();
     loop {

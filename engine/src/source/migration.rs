@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use multifd_transports::PeerVanished;
 use multifd_wire::{Command, Configuration, HELLO_PING};
 
+use super::audit::AuditReport;
 use super::carrier::Carrier;
 use super::control::Control;
 use super::device_state::DeviceState;
@@ -51,6 +52,8 @@ pub(super) struct Migration {
     pub(super) setup: Duration,
     /// Rounds begun.
     pub(super) rounds: u64,
+    /// What the audit found, if one was asked for.
+    pub(super) audit: Option<AuditReport>,
 }
 
 impl Migration {
@@ -73,6 +76,7 @@ impl Migration {
     pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger) -> Result<()> {
         let begun = Instant::now();
         self.logs.last_sync(Phase::Active, &self.shared.ram.dirty)?;
+        self.shared.ram.take_changes()?;
         ledger.bitmap_sync_us = micros(begun.elapsed());
         if self.pause_before_switchover {
             self.enter(MigrationState::PreSwitchover)?;
@@ -85,6 +89,7 @@ impl Migration {
         }
         self.section(Section::End)?;
         ledger.last_ram_us = micros(begun.elapsed());
+        self.audit = self.shared.ram.audit(&self.shared, &self.crew)?;
         Ok(())
     }
 
@@ -127,6 +132,7 @@ impl Migration {
     pub(super) fn sync_logs(&mut self) -> Result<Duration> {
         let begun = Instant::now();
         self.logs.sync(Phase::Active, &self.shared.ram.dirty)?;
+        self.shared.ram.take_changes()?;
         Ok(begun.elapsed())
     }
 
@@ -137,6 +143,7 @@ impl Migration {
         last_ram_sent: Instant,
         ledger: &mut DowntimeLedger,
     ) -> Result<()> {
+        state.check()?;
         self.main.raw(state.sections())?;
         let return_path = self.return_path.as_ref();
         let sent = self.carrier.finish(state.end(), &mut self.main, return_path, &self.shared)?;
@@ -159,6 +166,7 @@ impl Migration {
         report.ledger = ledger;
         report.xbzrle = self.shared.cache.as_ref().map(|cache| cache.stats());
         report.confirmed = self.return_path.is_some();
+        report.audit = self.audit;
         report.zero_copy = self.shared.zero_copy_stats(&report.progress);
         report
     }

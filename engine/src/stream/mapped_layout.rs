@@ -58,6 +58,7 @@ impl StoredBits {
     }
 
     /// Whether the page is stored; not if it is outside.
+    #[cfg(feature = "at-rest")]
     pub(crate) fn test(&self, page: u64) -> bool {
         let bit = page.saturating_sub(self.first);
         let word = usize::try_from(bit / PAGES_PER_WORD).ok().and_then(|word| self.words.get(word));

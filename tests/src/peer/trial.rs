@@ -91,7 +91,7 @@ impl Trial {
             let endpoint = &endpoint;
             let player = scope.spawn(move || {
                 let heard = Player::new(endpoint).play(recording, &over);
-                // Whoever waits for a destination that hangs has to be woken to say so.
+                // A thread that waits for a destination that hangs has to be woken to say so.
                 canceller.cancel();
                 heard
             });

@@ -171,7 +171,7 @@ fn device_state() -> Outcome {
     refused([
         ("empty", packet(0, b"vfio"), &["channel 0 (unix:", "device state payload: 0, expected 1..="]),
         ("huge", packet(u32::MAX, b"vfio"), &["device state payload: 4294967295"]),
-        ("of nobody", packet(1, b""), &["device name: 0 bytes"]),
+        ("of no device", packet(1, b""), &["device name: 0 bytes"]),
     ])
 }
 
@@ -188,7 +188,8 @@ fn more_device_state_than_fits_is_refused_before_it_comes() -> Outcome {
     };
     let steps = (0..17).map(|id| announced(Lane::Channel(id)));
     recording = recording.preceded("packet", 0, steps.chain([Step::Pause(Duration::from_millis(200))]));
-    let taken = |builder: multifd_engine::DestinationBuilder| builder.device_packets(true);
+    let taken =
+        |builder: multifd_engine::DestinationBuilder| builder.device_packets(true).max_memory(1 << 30);
     Trial::unix()?.refuses_with(
         &recording,
         &["device state on channels would take", "limit is 1073741824"],

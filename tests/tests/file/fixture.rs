@@ -44,7 +44,7 @@ pub(crate) struct Way {
 }
 
 /// What is before a stream that does not begin at the file's begin.
-const BEFORE: &[u8] = b"somebody else's header";
+const BEFORE: &[u8] = b"another program's header";
 
 impl Way {
     pub(crate) fn uri(self, path: &Path) -> String {

@@ -243,7 +243,7 @@ fn the_guest_the_back_end_or_the_embedder_announces() {
     assert_eq!(sent, (19, [&MAC[..], &[0, 0]].concat()));
     for (name, features, protocol, by) in [
         ("guest", VERSION_1 | 1 << 21, wanted(), Announcement::ByGuest),
-        ("nobody", VERSION_1, wanted() - VhostUserProtocolFeatures::RARP, Announcement::ByEmbedder),
+        ("neither", VERSION_1, wanted() - VhostUserProtocolFeatures::RARP, Announcement::ByEmbedder),
     ] {
         let (socket, journal) = script::start(|_| Answer::Usual);
         devices.add(VhostDevice::new(name, attach(socket, protocol).user, features)).unwrap();

@@ -65,6 +65,11 @@ impl Channel {
         if self.is_closed() {
             return super::closed();
         }
+        if let ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof = error.kind()
+            && let Some(failure) = self.failure_below()
+        {
+            return failure;
+        }
         if let Some(broken) = Broken::of(&error) {
             return self.link.broken.get_or_init(|| broken).error();
         }
@@ -86,7 +91,8 @@ impl Channel {
         if self.is_closed() {
             return Err(super::closed());
         }
-        self.broken().map_or(Ok(()), |broken| Err(broken.error()))
+        let failure = self.failure_below().or_else(|| self.broken().map(Broken::error));
+        failure.map_or(Ok(()), Err)
     }
 
     /// The error that another call was given, or one that the state of the socket tells.

@@ -11,6 +11,7 @@ use std::time::Duration;
 use socket2::Socket;
 
 use crate::SocketOptions;
+use crate::channel::byte_stream::Copying;
 use crate::channel::closer::{Closer, Link};
 use crate::channel::stream::Stream;
 use crate::file::FileStream;
@@ -19,6 +20,7 @@ use crate::os::socket;
 mod acknowledged;
 pub(crate) mod broken;
 mod bulk;
+pub(crate) mod byte_stream;
 pub(crate) mod closer;
 mod command;
 pub(crate) mod pipe;
@@ -34,6 +36,8 @@ pub(crate) mod zero_copy;
 pub struct Channel {
     peer: String,
     link: Arc<Link>,
+    /// Of a stream that is no descriptor: threads that copy.
+    copying: Option<Arc<Copying>>,
     pushed_back: PushedBack,
     sent: AtomicU64,
     received: AtomicU64,
@@ -55,6 +59,7 @@ impl Channel {
         Self {
             peer,
             link: Arc::new(Link::new(stream)),
+            copying: None,
             pushed_back: PushedBack::new(&[]),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
@@ -64,6 +69,17 @@ impl Channel {
     /// Lets `first`, all that was received so far, be received again.
     pub(crate) fn push_back(self, first: &[u8]) -> Self {
         Self { pushed_back: PushedBack::new(first), received: AtomicU64::new(0), ..self }
+    }
+
+    /// The plain socket of a channel on which nothing was received that is still to be read, and
+    /// the peer's name.
+    pub(crate) fn into_socket(self) -> io::Result<(Socket, String)> {
+        match &self.link.stream {
+            Stream::Socket(socket) if self.pushed_back.is_empty() && self.copying.is_none() => {
+                Ok((socket.try_clone()?, self.peer))
+            }
+            _ => Err(io::Error::new(ErrorKind::Unsupported, "TLS goes over plain sockets")),
+        }
     }
 
     /// A duplicate of the descriptor that becomes readable when bytes have come.
@@ -249,14 +265,18 @@ impl Channel {
         self.link.stream.is_connection()
     }
 
-    /// Ends what is sent to a command, and waits until the command has ended well. Channels without
-    /// one have nothing to wait for.
+    /// Ends what is sent to a command, and waits until the command has ended well; or waits until a
+    /// [`ByteStream`](crate::ByteStream) has sent all that was sent before
+    /// [`finish_sending`](Self::finish_sending). Other channels have nothing to wait for.
     ///
     /// # Errors
-    /// Names the command, and the exit status if that is not 0; `TimedOut` if it runs on for longer
-    /// than `limit`.
+    /// Names the command, and the exit status if that is not 0; the stream's error; `TimedOut` if it
+    /// takes longer than `limit`.
     pub fn settle(&self, limit: Duration) -> io::Result<()> {
-        let settled = self.link.stream.settle(limit);
+        let settled = match &self.copying {
+            Some(copying) => copying.settle(limit),
+            None => self.link.stream.settle(limit),
+        };
         if self.is_closed() { Err(closed()) } else { settled }
     }
 
@@ -307,6 +327,11 @@ impl Channel {
                 outcome => return outcome.map_err(|error| self.explain(error)),
             }
         }
+    }
+
+    /// Why the stream that is copied has failed.
+    fn failure_below(&self) -> Option<io::Error> {
+        self.copying.as_ref()?.failure()
     }
 }
 

@@ -5,11 +5,12 @@ use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use multifd_wire::{BlockName, Configuration, MAX_TAIL, MAX_VMDESC};
+use multifd_wire::{BlockName, Configuration};
 
 use super::{DEVICE_STATE, EARLY_STATE, EarlyState, MANIFEST, Manifest, storage};
 use crate::error::Result;
 use crate::guest::{HostMemory, RamBlock};
+use crate::os::memory::most_kept;
 use crate::source::{DeviceState, Source, SourceBuilder};
 use crate::stream::foreign;
 use crate::stream::sections::EarlySections;
@@ -142,15 +143,12 @@ fn is_no_checkpoint(path: &Path) -> String {
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>> {
-    let (len, most) = (file_len(path)?, MAX_FILE);
+    let (len, most) = (file_len(path)?, most_kept() as u64);
     if len > most {
         return Err(storage("reading", path, format!("{len} bytes, expected at most {most}")));
     }
     fs::read(path).map_err(|error| storage("reading", path, error))
 }
-
-/// Longest file of a checkpoint, RAM apart: the end of device state and its description.
-const MAX_FILE: u64 = MAX_TAIL as u64 + MAX_VMDESC as u64;
 
 /// Bytes in a regular file; anything else could keep its reader waiting for ever, and a symbolic link
 /// could make a file of this machine part of a guest.

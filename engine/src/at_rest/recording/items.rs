@@ -175,7 +175,7 @@ impl<'f> Items<'f> {
     }
 }
 
-/// Lets pass what means nothing to somebody who only reads.
+/// Lets pass commands that mean nothing to a reader of a file.
 fn check_command(command: &Command, position: u64) -> Result<()> {
     match command {
         Command::OpenReturnPath

@@ -44,7 +44,7 @@ fn send_batch(
     packet: &mut Packet,
     ranges: &mut IoVecs,
 ) -> Result<()> {
-    let block = shared.ram.blocks.at(batch.block);
+    let block = &shared.ram.hold(batch.block);
     packet.clear();
     match shared.deltas_for_main(context) {
         Some(cache) => packet.copy_in(&shared.ram, block, batch.pages, Some((cache, context)))?,

@@ -99,7 +99,7 @@ impl MappedFile {
         shared: &SourceShared,
         counters: &ChannelCounters,
     ) -> Result<()> {
-        let (outgoing, block) = (shared.ram.blocks.at(batch.block), self.blocks.at(batch.block));
+        let (outgoing, block) = (&shared.ram.hold(batch.block), self.blocks.at(batch.block));
         let (mut run, mut zero) = (0..0, 0_usize);
         let mut found = Found::default();
         shared.ram.look(outgoing, batch.pages, &mut found)?;
