@@ -61,6 +61,11 @@ pub enum ErrorKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Remedy {
+    /// The destination ended the migration, or waits for something else: its own log says why. Number of channels, codec,
+    /// machine type, sizes of RAM and ROM, or TLS may be set differently at the two ends.
+    CompareSettings,
+    /// The guest has more RAM than this end was told to take: allow more, or find room for it.
+    RaiseMaxRam,
     /// The peer speaks TLS: give this end credentials, too.
     SetUpTls,
 }

@@ -19,6 +19,7 @@ mod arrival;
 mod arrived;
 mod builder;
 mod channels;
+mod deadline;
 mod driver;
 mod early;
 mod machine;
@@ -51,6 +52,7 @@ use crate::run::workers::Crew;
 use crate::stream::{MainReader, dialect};
 use alive::Alive;
 use channels::accept::{Accepting, Main};
+use deadline::Deadline;
 use driver::{Driver, ReceivedMain};
 use mapped::PageReaders;
 use return_path::ReturnPath;
@@ -149,6 +151,7 @@ impl Destination {
         crew: &Arc<Crew>,
     ) -> Result<(ReceivedMain, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
+        let deadline = Deadline::start(self.config.deadline, crew)?;
         self.session.counters.main.count_bytes_of(&channel);
         self.session.enter(MigrationState::Active)?;
         self.session.begin();
@@ -163,6 +166,8 @@ impl Destination {
         let readers = PageReaders { crew: Arc::clone(crew), count: self.config.channels, direct };
         let reader = MainReader::of_main(channel, &self.session);
         let driver = Driver::new(reader, shared, return_path.clone(), ack, readers, &mut *self.ram);
-        Ok((driver.run()?, return_path))
+        let received = driver.run()?;
+        drop(deadline);
+        Ok((received, return_path))
     }
 }

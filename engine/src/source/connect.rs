@@ -20,7 +20,7 @@ use super::shared::SourceShared;
 use crate::config::{Opened, Surroundings, own};
 use crate::convergence::Convergence;
 use crate::dirty::LogSet;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, ErrorKind, Phase, Remedy, Result};
 use crate::io::MainFile;
 use crate::run::counters::Estimate;
 use crate::run::session::NoteEnd;
@@ -229,7 +229,11 @@ impl Source {
     }
 
     fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Channel> {
-        dial(endpoint, &self.dial_options()).map_err(|error| Error::transport(Phase::Connect, error).on(name))
+        dial(endpoint, &self.dial_options()).map_err(|error| {
+            // Main was taken: a destination that takes no more is set up for fewer.
+            let remedy = (name != "main").then_some(Remedy::CompareSettings);
+            Error::transport(Phase::Connect, error).on(name).remedied_by(remedy)
+        })
     }
 
     /// What ends with the migration, if it waits until then.

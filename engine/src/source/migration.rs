@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use multifd_transports::PeerVanished;
 use multifd_wire::{Command, Configuration, HELLO_PING, RAM_PING, SETUP_PING};
 
 use super::alive::{Busy, KeepAlive};
@@ -16,7 +17,7 @@ use super::rounds::RoundContext;
 use super::shared::SourceShared;
 use crate::convergence::DowntimeLedger;
 use crate::dirty::LogSet;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, ErrorKind, Phase, Remedy, Result};
 use crate::report::Report;
 use crate::run::counters::Counters;
 use crate::run::session::{HandOver, NoteEnd};
@@ -223,7 +224,20 @@ impl Migration {
             return cause.after_hand_over();
         }
         self.shared.session.set_hand_over(HandOver::Before);
-        cause
+        let remedy = ended_by_destination(&cause).then_some(Remedy::CompareSettings);
+        cause.remedied_by(remedy)
+    }
+}
+
+/// Whether the destination refused, hung up, or did not do what was waited for. One that has vanished is none of that.
+fn ended_by_destination(cause: &Error) -> bool {
+    let vanished = std::error::Error::source(cause)
+        .and_then(|source| source.downcast_ref::<std::io::Error>())
+        .is_some_and(PeerVanished::is_in);
+    match cause.kind() {
+        ErrorKind::PeerAborted(_) => true,
+        ErrorKind::Transport | ErrorKind::Deadline => !vanished,
+        _ => false,
     }
 }
 
