@@ -1,7 +1,7 @@
 //! A compression method of your own, plugged in without touching our crates: between two multifd
 //! ends that both know it.
 //!
-//! `cargo run --release -p multifd-examples --example custom_codec`
+//! `cargo run --release --example custom_codec`
 
 use std::error::Error;
 use std::sync::Arc;

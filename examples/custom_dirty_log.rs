@@ -1,7 +1,7 @@
 //! A dirty log of your own: a device model that writes guest memory notes what it wrote, and the
 //! migration asks it.
 //!
-//! `cargo run --release -p multifd-examples --example custom_dirty_log`
+//! `cargo run --release --example custom_dirty_log`
 
 use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,6 +1,6 @@
 //! The first lines of a VMM on vm-memory: its guest's RAM moves to another host while vCPUs write.
 //!
-//! `cargo run --release -p multifd-examples --example embed`
+//! `cargo run --release --example embed`
 
 use std::error::Error;
 use std::sync::{Arc, Mutex};

@@ -1,13 +1,14 @@
 //! Small programs that a VMM author would copy from. Each proves itself and says so in its last
 //! line:
 //!
-//! * `cargo run --release -p multifd-examples --example embed`: the 15 lines, for a VMM on vm-memory
-//! * `cargo run --release -p multifd-examples --example kvm_guest`: a real KVM guest moves between two processes and
+//! * `cargo run --release --example embed`: the 15 lines, for a VMM on vm-memory
+//! * `cargo run --release --example kvm_guest`: a real KVM guest moves between two processes and
 //!   counts on
-//! * `cargo run --release -p multifd-examples --example custom_codec`: a compression method of your own
-//! * `cargo run --release -p multifd-examples --example custom_dirty_log`: a dirty log of your own
+//! * `cargo run --release --example custom_codec`: a compression method of your own
+//! * `cargo run --release --example custom_dirty_log`: a dirty log of your own
 //! * `cargo run --release --package multifd-unix-pair`: socket pairs of your own, and an engine without codecs
-//! * `cargo run --release -p multifd-examples --example vhost_user_blk`: a disk in another process, before, during and after the move
+//! * `cargo run --release --example seccomp`: each thread of a migration has a filter of system calls
+//! * `cargo run --release --example vhost_user_blk`: a disk in another process, before, during and after the move
 
 /// What the book for embedders shows compiles as it stands.
 #[cfg(doctest)]

@@ -1,6 +1,6 @@
 //! A real guest under KVM moves to another process while it writes, and counts on there.
 //!
-//! `cargo run --release -p multifd-examples --example kvm_guest [TIMES]`
+//! `cargo run --release --example kvm_guest [TIMES]`
 //!
 //! ```text
 //!  this process                                    the other one

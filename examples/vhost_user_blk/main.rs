@@ -1,7 +1,7 @@
 //! A guest's disk in another process: qemu-storage-daemon serves a virtio-blk ring while the
 //! guest's memory moves, and a second daemon goes on serving the same ring at the destination.
 //!
-//! `cargo run --release -p multifd-examples --example vhost_user_blk`
+//! `cargo run --release --example vhost_user_blk`
 //!
 //! ```text
 //!  source                                             destination

@@ -26,7 +26,7 @@ pub struct DestinationConfig {
     /// machine's memory. A VMM that knows its devices may well set less, on a port that others can reach above all.
     pub max_device_state: Option<usize>,
     /// How long to wait for the source: to connect, for the next byte of the main stream, for the rest of a packet. Default:
-    /// 60 s. A source that was paused by hand sends nothing.
+    /// 60 s. A multifd source that is held says that it is alive; a QEMU that was paused by hand sends nothing.
     pub timeout: Duration,
     /// Bytes of guest RAM, all blocks together, that a source may announce. Default: any number that the memory's provider
     /// takes.

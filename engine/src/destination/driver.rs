@@ -21,6 +21,7 @@ use crate::run::budget::Share;
 use crate::run::counters::Counters;
 use crate::stream::MainReader;
 use crate::stream::sections::EarlySections;
+use crate::stream::vm_state::VmState;
 
 /// What came in on the main channel, RAM apart.
 #[derive(Debug)]
@@ -118,7 +119,16 @@ impl<'a> Driver<'a> {
                 let Footer(id) = reader.next(Phase::Active, "a section footer", Footer::parse)?;
                 Input::Footer(id)
             }
-            Expected::Device { head, ram } => Input::Device(self.early.read(reader, head, ram)?),
+            Expected::Device { head, ram } => {
+                let end = self.early.read(reader, head, ram)?;
+                if let Some(VmState { name, version, bytes }) = self.early.take_vm() {
+                    self.incoming.configure(&name, version, &bytes).map_err(|cause| {
+                        let detail = format!("the state of the source's VM, {name} version {version}");
+                        Error::incompatible(Phase::Setup, detail).because(cause)
+                    })?;
+                }
+                Input::Device(end)
+            }
             Expected::Tail { .. } => return Err(Error::bug(Phase::Device, "the devices' part is no input")),
         })
     }
@@ -141,6 +151,7 @@ impl<'a> Driver<'a> {
             }
             Effect::SpeakDialect => {
                 self.shared.speak_dialect();
+                self.return_path.speak_dialect();
                 Ok(())
             }
             Effect::SyncPoint => self.shared.sync_point(),

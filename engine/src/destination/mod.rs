@@ -10,9 +10,11 @@
 //!    ram_reader ──── pages on main
 //!    early, tail ─── device sections before the end of RAM, and behind it
 //!  mapped ×N ─────── pages at fixed places of a file              one thread each, `mig-recv-N`
+//!  alive ─────────── says that this end is alive while the embedder has the guest   `mig-alive`
 //!  place/ ────────── the blocks, and how a page is written or cleared
 //! ```
 
+mod alive;
 mod arrival;
 mod arrived;
 mod builder;
@@ -47,7 +49,8 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::session::{Canceller, ProgressReader, Session};
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
-use crate::stream::MainReader;
+use crate::stream::{MainReader, dialect};
+use alive::Alive;
 use channels::accept::{Accepting, Main};
 use deadline::Deadline;
 use driver::{Driver, ReceivedMain};
@@ -100,14 +103,18 @@ impl Destination {
         crew.spawn("mig-accept", Phase::Accept, move || accepting.run(&listener))?;
 
         let result = self.wait_for_main(&main, &shared).and_then(|main| self.run_main(main, &shared, &crew));
+        let result = result.and_then(|(stream, return_path)| {
+            let alive = Alive::start(&return_path, &crew)?;
+            Ok((stream, return_path, alive))
+        });
         // Nothing that comes now can be of use: no channel may join, and no page be stored, once
         // this has returned.
         shared.stop_accepting();
         let over = main.wait(&self.session.stop, None, |main| main.over.then_some(()));
         match result {
-            Ok((stream, return_path)) if over.is_some() => {
+            Ok((stream, return_path, alive)) if over.is_some() => {
                 shared.channels.finish();
-                Ok(Arrived::new(stream, return_path, shared, crew))
+                Ok(Arrived::new(stream, return_path, shared, crew, alive))
             }
             ended => {
                 let error = ended.err().unwrap_or_else(|| Error::stopped(Phase::Active));
@@ -150,8 +157,9 @@ impl Destination {
         self.session.begin();
         let return_path = ReturnPath::new(Arc::clone(&channel));
         let (last_message, closer) = (return_path.clone(), channel.closer());
+        let stop = self.session.stop.clone();
         self.session.stop.on_trip(move || {
-            last_message.abort();
+            last_message.abort(stop.look_at_cause(dialect::failure));
             closer.close();
         });
         let (ack, direct) = (self.config.switchover_ack, self.config.direct_io);

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crossbeam_utils::CachePadded;
 use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, dial, encrypt};
 
+use super::alive::KeepAlive;
 use super::builder::Source;
 use super::carrier::{Carrier, Channels, File, SyncPoints};
 use super::main_writer::MainWriter;
@@ -21,6 +22,8 @@ use crate::convergence::Convergence;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Remedy, Result};
 use crate::io::MainFile;
+use crate::run::counters::Estimate;
+use crate::run::session::NoteEnd;
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::mapped_layout::CAPABILITY;
@@ -70,18 +73,28 @@ impl Source {
         let convergence = Convergence::new(self.config.auto_converge);
         match self.open(connections, &crew) {
             Ok(parts) => {
-                let mut migration = self.migration(parts, crew);
+                let mut migration = match self.migration(parts, crew) {
+                    Ok(migration) => migration,
+                    Err((error, crew)) => return Err(self.session.fail(error, &crew)),
+                };
+                let busy = migration.alive.busy();
                 let result = migration.set_up(&self.guest.configuration);
                 migration.caused(result)?;
+                drop(busy);
                 Ok(Precopy::new(migration, convergence))
             }
             Err(error) => Err(self.session.fail(error, &crew)),
         }
     }
 
-    fn migration(&self, parts: Parts, crew: Crew) -> Migration {
+    fn migration(&self, parts: Parts, crew: Crew) -> Result<Migration, (Error, Crew)> {
         let Parts { main, carrier, shared, return_path, logs } = parts;
-        Migration {
+        let piece_of_ram = carrier.takes_empty_pieces().then(MainWriter::empty_piece_of_ram);
+        let alive = match KeepAlive::start(main.channel(), return_path.is_some(), piece_of_ram, &crew) {
+            Ok(alive) => alive,
+            Err(error) => return Err((error, crew)),
+        };
+        Ok(Migration {
             main,
             carrier,
             shared,
@@ -95,7 +108,9 @@ impl Source {
             setup: Duration::ZERO,
             rounds: 0,
             audit: None,
-        }
+            alive,
+            _note_end: NoteEnd(Arc::clone(&self.session)),
+        })
     }
 
     fn open(&mut self, mut connections: Connections<'_>, crew: &Crew) -> Result<Parts> {
@@ -112,6 +127,7 @@ impl Source {
         let ram =
             OutgoingRam::new(std::mem::take(&mut self.guest.ram), &self.guest.notes, zero_pages, parallel)?;
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
+        self.session.counters.expect(Estimate { remaining_bytes: ram.total_bytes(), ..Estimate::default() });
         let main = self.next_connection(&mut connections, None)?;
         self.session.counters.main.count_bytes_of(&main);
         let file = MainFile::of(&main);

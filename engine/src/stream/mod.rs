@@ -7,6 +7,7 @@ mod main_source;
 pub(crate) mod mapped_layout;
 mod reader;
 pub(crate) mod sections;
+pub(crate) mod vm_state;
 
 pub(crate) use main_source::MainReader;
 #[cfg(feature = "at-rest")]

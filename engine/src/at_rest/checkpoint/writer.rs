@@ -204,6 +204,16 @@ impl Drop for CheckpointWriter {
 }
 
 impl IncomingRam for CheckpointRam {
+    /// It stays among the early sections, with which it is sent on.
+    fn configure(
+        &mut self,
+        _name: &str,
+        _version: u32,
+        _state: &[u8],
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(())
+    }
+
     fn open(
         &mut self,
         _configuration: &Configuration,
