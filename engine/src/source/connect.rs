@@ -45,6 +45,13 @@ struct Parts {
     logs: LogSet,
 }
 
+impl Parts {
+    fn keep_alive(&self, crew: &Crew) -> Result<KeepAlive> {
+        let piece_of_ram = self.carrier.takes_empty_pieces().then(MainWriter::empty_piece_of_ram);
+        KeepAlive::start(self.main.channel(), self.return_path.is_some(), piece_of_ram, crew)
+    }
+}
+
 impl Source {
     /// Starts the dirty logs, connects main and every channel, announces the RAM blocks. The destination may not be listening
     /// yet: dialling goes on for the timeout.
@@ -71,12 +78,13 @@ impl Source {
         self.session.enter(MigrationState::Setup)?;
         let crew = Crew::new(self.session.stop.clone()).with_hook(self.hook.clone());
         let convergence = Convergence::new(self.config.auto_converge);
-        match self.open(connections, &crew) {
-            Ok(parts) => {
-                let mut migration = match self.migration(parts, crew) {
-                    Ok(migration) => migration,
-                    Err((error, crew)) => return Err(self.session.fail(error, &crew)),
-                };
+        let opened = self.open(connections, &crew).and_then(|parts| {
+            let alive = parts.keep_alive(&crew)?;
+            Ok((parts, alive))
+        });
+        match opened {
+            Ok((parts, alive)) => {
+                let mut migration = self.migration(parts, alive, crew);
                 let busy = migration.alive.busy();
                 let result = migration.set_up(&self.guest.configuration);
                 migration.caused(result)?;
@@ -87,14 +95,9 @@ impl Source {
         }
     }
 
-    fn migration(&self, parts: Parts, crew: Crew) -> Result<Migration, (Error, Crew)> {
+    fn migration(&self, parts: Parts, alive: KeepAlive, crew: Crew) -> Migration {
         let Parts { main, carrier, shared, return_path, logs } = parts;
-        let piece_of_ram = carrier.takes_empty_pieces().then(MainWriter::empty_piece_of_ram);
-        let alive = match KeepAlive::start(main.channel(), return_path.is_some(), piece_of_ram, &crew) {
-            Ok(alive) => alive,
-            Err(error) => return Err((error, crew)),
-        };
-        Ok(Migration {
+        Migration {
             main,
             carrier,
             shared,
@@ -110,7 +113,7 @@ impl Source {
             audit: None,
             alive,
             _note_end: NoteEnd(Arc::clone(&self.session)),
-        })
+        }
     }
 
     fn open(&mut self, mut connections: Connections<'_>, crew: &Crew) -> Result<Parts> {
