@@ -46,6 +46,13 @@ struct Parts {
     logs: LogSet,
 }
 
+impl Parts {
+    fn keep_alive(&self, crew: &Crew) -> Result<KeepAlive> {
+        let piece_of_ram = self.carrier.takes_empty_pieces().then(MainWriter::empty_piece_of_ram);
+        KeepAlive::start(self.main.channel(), self.return_path.is_some(), piece_of_ram, crew)
+    }
+}
+
 impl Source {
     /// Starts the dirty logs, connects main and every channel, announces the RAM blocks. The destination may not be listening
     /// yet: dialling goes on for the timeout.
