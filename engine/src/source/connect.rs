@@ -44,6 +44,7 @@ struct Parts {
     return_path: Option<ReturnPathReader>,
     alive: KeepAlive,
     logs: LogSet,
+    alive: KeepAlive,
 }
 
 impl Parts {
