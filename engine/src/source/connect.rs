@@ -44,14 +44,6 @@ struct Parts {
     return_path: Option<ReturnPathReader>,
     alive: KeepAlive,
     logs: LogSet,
-    alive: KeepAlive,
-}
-
-impl Parts {
-    fn keep_alive(&self, crew: &Crew) -> Result<KeepAlive> {
-        let piece_of_ram = self.carrier.takes_empty_pieces().then(MainWriter::empty_piece_of_ram);
-        KeepAlive::start(self.main.channel(), self.return_path.is_some(), piece_of_ram, crew)
-    }
 }
 
 impl Source {
