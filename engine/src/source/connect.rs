@@ -42,6 +42,7 @@ struct Parts {
     carrier: Carrier,
     shared: Arc<SourceShared>,
     return_path: Option<ReturnPathReader>,
+    alive: KeepAlive,
     logs: LogSet,
 }
 
@@ -73,10 +74,7 @@ impl Source {
         let convergence = Convergence::new(self.config.auto_converge);
         match self.open(connections, &crew) {
             Ok(parts) => {
-                let mut migration = match self.migration(parts, crew) {
-                    Ok(migration) => migration,
-                    Err((error, crew)) => return Err(self.session.fail(error, &crew)),
-                };
+                let mut migration = self.migration(parts, crew);
                 let busy = migration.alive.busy();
                 let result = migration.set_up(&self.guest.configuration);
                 migration.caused(result)?;
@@ -87,14 +85,9 @@ impl Source {
         }
     }
 
-    fn migration(&self, parts: Parts, crew: Crew) -> Result<Migration, (Error, Crew)> {
-        let Parts { main, carrier, shared, return_path, logs } = parts;
-        let piece_of_ram = carrier.takes_empty_pieces().then(MainWriter::empty_piece_of_ram);
-        let alive = match KeepAlive::start(main.channel(), return_path.is_some(), piece_of_ram, &crew) {
-            Ok(alive) => alive,
-            Err(error) => return Err((error, crew)),
-        };
-        Ok(Migration {
+    fn migration(&self, parts: Parts, crew: Crew) -> Migration {
+        let Parts { main, carrier, shared, return_path, alive, logs } = parts;
+        Migration {
             main,
             carrier,
             shared,
@@ -110,7 +103,7 @@ impl Source {
             audit: None,
             alive,
             _note_end: NoteEnd(Arc::clone(&self.session)),
-        })
+        }
     }
 
     fn open(&mut self, mut connections: Connections<'_>, crew: &Crew) -> Result<Parts> {
@@ -160,7 +153,9 @@ impl Source {
             None if config.channels == 0 => Carrier::Main,
             None => Carrier::Channels(self.connect_channels(&mut connections, &shared, crew)?),
         };
-        Ok(Parts { main: MainWriter::new(main, file), carrier, shared, return_path, logs })
+        let piece_of_ram = carrier.takes_empty_pieces().then(MainWriter::empty_piece_of_ram);
+        let alive = KeepAlive::start(&main, return_path.is_some(), piece_of_ram, crew)?;
+        Ok(Parts { main: MainWriter::new(main, file), carrier, shared, return_path, alive, logs })
     }
 
     fn connect_channels(

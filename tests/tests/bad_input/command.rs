@@ -95,8 +95,8 @@ fn progress_is_told_without_a_terminal_while_the_source_has_stopped() -> Outcome
             interrupt(process)
         })?;
         assert_eq!(ended.code, 130, "{how}: {}", ended.stderr);
-        let events = ended.stderr.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let last = events.last().map(|event| (event["event"].clone(), event["ram_bytes"].clone()));
+        let mut events = ended.stderr.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let last = events.next_back().map(|event| (event["event"].clone(), event["ram_bytes"].clone()));
         assert_eq!(last, (how == "json").then(|| ("end".into(), 40_960.into())), "{how}: {}", ended.stderr);
     }
     Ok(())
