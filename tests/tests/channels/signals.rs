@@ -154,11 +154,14 @@ fn two_signals_after_the_source_was_told_of_success_end_with_exit_code_0() -> Ou
     // They stay open: the destination waits for their end.
     let mut sockets = Vec::new();
     thread::scope(|scope| -> Outcome {
-        for lane in [Lane::Main, Lane::Channel(0), Lane::Channel(1)] {
-            let socket = UnixStream::connect(scratch.path("socket"))?;
-            sockets.push(socket.try_clone()?);
-            let bytes = recording.bytes(lane);
-            scope.spawn(move || (&socket).write_all(&bytes));
+        let lanes = [Lane::Main, Lane::Channel(0), Lane::Channel(1)];
+        // All of them first, as a source does: from the first sync point on nothing listens.
+        for _ in lanes {
+            sockets.push(UnixStream::connect(scratch.path("socket"))?);
+        }
+        for (lane, socket) in lanes.into_iter().zip(&sockets) {
+            let (mut socket, bytes) = (socket.try_clone()?, recording.bytes(lane));
+            scope.spawn(move || socket.write_all(&bytes));
         }
         read_to_success(&mut sockets[0])
     })?;
