@@ -112,6 +112,10 @@ pub(crate) struct Receive {
     /// when the source has nothing left to send and waits
     #[arg(long, value_enum, default_value_t = Ack::Auto)]
     pub(crate) switchover_ack: Ack,
+    /// When the link breaks after the source has switched to post-copy, listen again at the same
+    /// address, for this long each time. Default: fail, and leave the rest of the guest at the source
+    #[arg(long, value_name = "TIME", value_parser = human::duration)]
+    pub(crate) recover: Option<Duration>,
     /// With TLS: accept a source whose certificate has this subject (CN=host,O=Example) or
     /// alternative name (host.example); * is any text. May be repeated. Default: every source with
     /// a certificate of the CA

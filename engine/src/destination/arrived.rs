@@ -29,18 +29,20 @@ const SETTLE: Duration = Duration::from_secs(5);
 /// and runs on.
 #[must_use = "the source waits to be told whether its guest has arrived"]
 pub struct Arrived {
-    stream: ReceivedMain,
+    stream: Arc<ReceivedMain>,
     device_packets: Vec<DevicePacket>,
     return_path: ReturnPath,
     shared: Arc<DestinationShared>,
     crew: Arc<Crew>,
     sealed: AtomicBool,
+    /// The source has let go of the guest before this: nothing that fails here gives it back.
+    switched: bool,
     ended: bool,
 }
 
 impl Arrived {
     pub(super) fn new(
-        stream: ReceivedMain,
+        stream: Arc<ReceivedMain>,
         return_path: ReturnPath,
         shared: Arc<DestinationShared>,
         crew: Arc<Crew>,
@@ -53,8 +55,15 @@ impl Arrived {
             shared,
             crew,
             sealed: AtomicBool::new(false),
+            switched: false,
             ended: false,
         }
+    }
+
+    /// A guest that came by post-copy.
+    pub(super) fn switched(mut self) -> Self {
+        self.switched = true;
+        self
     }
 
     /// Machine type, and what else the source said of itself.
@@ -170,14 +179,19 @@ impl Arrived {
         if self.sealed.load(Ordering::Relaxed) {
             return Ok(());
         }
-        self.return_path.check_source_listens()?;
+        self.return_path.check_source_listens().map_err(|error| self.marked(error))?;
         let stop = &self.shared.session.stop;
         if stop.seal() {
             self.shared.session.set_hand_over(HandOver::Begun);
             self.sealed.store(true, Ordering::Relaxed);
             return Ok(());
         }
-        Err(stop.cause_or(Error::stopped(Phase::Device)))
+        Err(self.marked(stop.cause_or(Error::stopped(Phase::Device))))
+    }
+
+    /// An error of a guest that the source has let go of says so.
+    fn marked(&self, error: Error) -> Error {
+        if self.switched { error.after_hand_over() } else { error }
     }
 
     fn wind_up(&self) {
@@ -189,7 +203,11 @@ impl Arrived {
 
 impl Drop for Arrived {
     fn drop(&mut self) {
-        if !self.ended {
+        if !self.ended && self.switched {
+            // The source keeps its memory as long as it is not told that the guest is gone.
+            self.return_path.hang_up();
+            self.wind_up();
+        } else if !self.ended {
             self.return_path.abort();
             self.shared.session.note_end_of_failed();
             self.wind_up();

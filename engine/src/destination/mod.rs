@@ -9,6 +9,7 @@
 //!    machine ─────── what each thing on main means: no I/O, no thread, no clock
 //!    ram_reader ──── pages on main
 //!    early, tail ─── device sections before the end of RAM, and behind it
+//!  postcopy/ ─────── a guest that runs here before its RAM is here
 //!  mapped ×N ─────── pages at fixed places of a file              one thread each, `mig-recv-N`
 //!  place/ ────────── the blocks, and how a page is written or cleared
 //! ```
@@ -22,6 +23,7 @@ mod early;
 mod machine;
 mod mapped;
 mod place;
+mod postcopy;
 mod ram_reader;
 mod refusals;
 mod return_path;
@@ -33,7 +35,7 @@ mod tail;
 use std::sync::Arc;
 
 use multifd_codecs::Codecs;
-use multifd_transports::{Channel, Endpoint, Listener, ThreadHook};
+use multifd_transports::{Channel, Endpoint, Listener, ThreadHook, TlsServer};
 
 pub use arrived::Arrived;
 pub use builder::DestinationBuilder;
@@ -43,13 +45,16 @@ pub use switchover::SwitchoverAck;
 
 use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::run::session::{Canceller, ProgressReader, Session};
+use crate::run::session::{Canceller, HandOver, ProgressReader, Session};
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::MainReader;
 use channels::accept::{Accepting, Main};
-use driver::{Driver, ReceivedMain};
+use driver::{Driver, Switched};
 use mapped::PageReaders;
+use postcopy::Guest;
+use postcopy::at_rest::{AtRest, Recovering};
+use postcopy::recover::Relisten;
 use return_path::ReturnPath;
 use shared::DestinationShared;
 
@@ -58,9 +63,17 @@ pub struct Destination {
     listener: Arc<Listener>,
     session: Arc<Session>,
     config: DestinationConfig,
-    ram: Box<dyn IncomingRam>,
+    /// Taken when the source comes.
+    ram: Option<Box<dyn IncomingRam>>,
     codecs: Codecs,
+    tls: Option<TlsServer>,
     hook: ThreadHook,
+}
+
+/// What a source has sent while its guest could still run there.
+enum Begun {
+    Arrived(Arrived),
+    Running(AtRest),
 }
 
 impl Destination {
@@ -83,10 +96,23 @@ impl Destination {
     /// Waits for the source and receives the whole guest. All of RAM has landed when this returns;
     /// the source waits for [`Arrived::accept`].
     ///
+    /// With [`DestinationBuilder::postcopy`], also when the source switches to post-copy: then the
+    /// guest can no longer run at the source ([`Error::source_may_resume`] is false of all errors
+    /// from there on), and this returns when its last page is here.
+    ///
     /// # Errors
     /// Anything that keeps the guest from arriving whole. The source has been told then, if it
     /// listens.
-    pub fn receive(mut self) -> Result<Arrived> {
+    pub fn receive(self) -> Result<Arrived> {
+        let guest = if self.config.postcopy { Guest::AtRest } else { Guest::NoPostcopy };
+        let recover = Recovering { limit: self.config.recover, relisten: self.relisten(), at: self.endpoint() };
+        match self.begin(guest)? {
+            Begun::Arrived(arrived) => Ok(arrived),
+            Begun::Running(at_rest) => at_rest.receive(&recover),
+        }
+    }
+
+    fn begin(mut self, guest: Guest) -> Result<Begun> {
         self.session.enter(MigrationState::Setup)?;
         let crew = Arc::new(Crew::new(self.session.stop.clone()).with_hook(self.hook.clone()));
         let shared =
@@ -98,24 +124,55 @@ impl Destination {
         let listener = Arc::clone(&self.listener);
         crew.spawn("mig-accept", Phase::Accept, move || accepting.run(&listener))?;
 
-        let result = self.wait_for_main(&main, &shared).and_then(|main| self.run_main(main, &shared, &crew));
+        let result = self.wait_for_main(&main, &shared).and_then(|main| self.run_main(main, guest, &shared, &crew));
         // Nothing that comes now can be of use: no channel may join, and no page be stored, once
-        // this has returned.
-        shared.stop_accepting();
-        let over = main.wait(&self.session.stop, None, |main| main.over.then_some(()));
-        match result {
-            Ok((stream, return_path)) if over.is_some() => {
+        // this has returned. But the source of a post-copy may still connect for urgent pages.
+        let running = matches!(&result, Ok((Switched::Running(_), _)));
+        let over = || {
+            shared.stop_accepting();
+            main.wait(&self.session.stop, None, |main| main.over.then_some(())).is_some()
+        };
+        let goes_on = running || over();
+        let result = match result {
+            Ok(switched) if goes_on => {
                 shared.channels.finish();
-                Ok(Arrived::new(stream, return_path, shared, crew))
+                self.begun(switched, &shared, &crew)
             }
-            ended => {
-                let error = ended.err().unwrap_or_else(|| Error::stopped(Phase::Active));
-                let cause = self.session.fail(error, &crew);
-                // A main channel that came too late to be taken; a command behind it is ended now.
-                drop(main.modify_silently(|main| main.channel.take()));
-                Err(shared.refusals.explain(cause))
+            ended => Err(ended.err().unwrap_or_else(|| Error::stopped(Phase::Active))),
+        };
+        result.map_err(|error| {
+            let cause = self.session.fail(error, &crew);
+            // A main channel that came too late to be taken; a command behind it is ended now.
+            drop(main.modify_silently(|main| main.channel.take()));
+            shared.refusals.explain(cause)
+        })
+    }
+
+    fn begun(
+        &self,
+        (switched, return_path): (Switched, ReturnPath),
+        shared: &Arc<DestinationShared>,
+        crew: &Arc<Crew>,
+    ) -> Result<Begun> {
+        Ok(match switched {
+            Switched::Arrived(stream) => {
+                let (shared, crew) = (Arc::clone(shared), Arc::clone(crew));
+                Begun::Arrived(Arrived::new(Arc::new(stream), return_path, shared, crew))
             }
-        }
+            Switched::Running(driver) => {
+                // From here on, whatever ends a thread pauses the migration.
+                if !self.session.stop.seal() {
+                    return Err(Error::stopped(Phase::Device));
+                }
+                self.session.enter(MigrationState::PostcopyActive)?;
+                self.session.set_hand_over(HandOver::Begun);
+                Begun::Running(AtRest::start(driver, crew).map_err(Error::after_hand_over)?)
+            }
+        })
+    }
+
+    fn relisten(&self) -> Relisten {
+        Relisten { options: self.session.socket_options(&self.config.socket), tls: self.tls.clone() }
     }
 
     fn wait_for_main(
@@ -139,9 +196,10 @@ impl Destination {
     fn run_main(
         &mut self,
         channel: Channel,
+        guest: Guest,
         shared: &Arc<DestinationShared>,
         crew: &Arc<Crew>,
-    ) -> Result<(ReceivedMain, ReturnPath)> {
+    ) -> Result<(Switched, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
         self.session.counters.main.count_bytes_of(&channel);
         self.session.enter(MigrationState::Active)?;
@@ -155,7 +213,9 @@ impl Destination {
         let (ack, direct) = (self.config.switchover_ack, self.config.direct_io);
         let readers = PageReaders { crew: Arc::clone(crew), count: self.config.channels, direct };
         let reader = MainReader::of_main(channel, &self.session);
-        let driver = Driver::new(reader, shared, return_path.clone(), ack, readers, &mut *self.ram);
+        let none = || Error::bug(Phase::Setup, "memory is provided twice");
+        let ram = self.ram.take().ok_or_else(none)?;
+        let driver = Driver::new(reader, shared, return_path.clone(), ack, readers, ram, guest);
         Ok((driver.run()?, return_path))
     }
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use multifd_transports::Channel;
-use multifd_wire::ReturnMessage;
+use multifd_wire::{BlockName, ReturnMessage};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::lock;
@@ -13,6 +13,9 @@ use crate::run::stop::lock;
 const SHUT_SUCCESS: u32 = 0;
 /// Status in SHUT: it has not, and never will on this connection.
 const SHUT_FAILED: u32 = 1;
+
+/// What closes the bitmap of a block. Spec: docs/wire.md §11.
+const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
 
 /// How long a SHUT of 8 bytes may wait for room in the socket, when everybody waits for the end.
 const LAST_MESSAGE: Duration = Duration::from_millis(100);
@@ -81,6 +84,24 @@ impl ReturnPath {
             .map_err(|error| Error::io(phase, format_args!("sending {message:?}"), error).on(self.name()))
     }
 
+    /// Tells the source which pages of the block are here. `received`: a bit a page, from the lowest
+    /// bit of each byte on.
+    pub(crate) fn send_bitmap(&self, block: &BlockName, received: &[u8]) -> Result<()> {
+        let state = lock(&self.state);
+        if *state != State::Open {
+            return Err(Error::stopped(Phase::Active));
+        }
+        let mut bytes = Vec::with_capacity(received.len() + 300);
+        ReturnMessage::RecvBitmap(block.clone()).encode(&mut bytes);
+        bytes.extend((received.len() as u64).to_be_bytes());
+        bytes.extend_from_slice(received);
+        bytes.extend(BITMAP_END.to_be_bytes());
+        self.channel.send_all(&bytes).map_err(|error| {
+            let doing = format_args!("sending which pages of RAM block {block} are here").to_string();
+            Error::io(Phase::Active, doing, error).on(self.name())
+        })
+    }
+
     /// Tells the source that the guest has arrived; from here on it must not run there.
     pub(crate) fn shut(&self) -> Result<()> {
         self.finish(&mut lock(&self.state), SHUT_SUCCESS).map_err(|error| {
@@ -146,6 +167,11 @@ impl ReturnPath {
         if let Err(error) = told {
             tracing::debug!(%error, "the source could not be told of the failure");
         }
+    }
+
+    /// Says nothing any more, and ends the connection: the source finds that its link is gone.
+    pub(crate) fn hang_up(&self) {
+        self.channel.closer().close();
     }
 
     fn finish(&self, state: &mut State, status: u32) -> std::io::Result<()> {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use multifd_wire::{TailEnd, TailScanner, VmDescription};
+use multifd_wire::{Item, TailEnd, TailScanner, VmDescription};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::stream::MainReader;
@@ -28,6 +28,13 @@ pub(crate) struct Described {
 }
 
 impl Tail {
+    /// The devices of a post-copy, `sections`: nothing describes them, and nothing closed them.
+    pub(super) fn packaged(sections: Vec<u8>) -> Self {
+        let mut bytes = sections;
+        Item::Eof.encode(&mut bytes);
+        Self { bytes, described: None }
+    }
+
     /// The FULL sections.
     pub(super) fn sections(&self) -> &[u8] {
         // Without a description, EOF is the last byte.

@@ -33,7 +33,7 @@ macro_rules! counters {
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
         #[non_exhaustive]
         pub struct ChannelProgress {
-            /// `main`, or `channel 3`; for threads at a file, whose bytes are those of main, `thread 3`.
+            /// `main`, `channel 3`, or `urgent`; for threads at a file, whose bytes are those of main, `thread 3`.
             pub name: String,
             /// Bytes sent.
             pub bytes_sent: u64,
@@ -65,7 +65,7 @@ macro_rules! counters {
                     ..Progress::default()
                 };
                 let parallel = lock(&self.parallel);
-                progress.channels = parallel.len() as u64;
+                progress.channels = parallel.iter().filter(|channel| channel.name != URGENT).count() as u64;
                 progress.per_channel.push(self.main.read());
                 progress.per_channel.extend(parallel.iter().map(|channel| channel.read()));
                 for channel in &progress.per_channel {
@@ -95,6 +95,8 @@ counters! {
         ram_bytes,
         /// Passes over RAM (dirty sync count).
         rounds,
+        /// New links of a post-copy whose link had gone.
+        recoveries,
     }
     channel {
         /// Packets with pages, of a parallel channel.
@@ -122,10 +124,18 @@ pub(crate) struct ChannelCounters {
     counters: CachePadded<PerChannel>,
 }
 
+/// The name of a channel of pages that a guest waits for.
+const URGENT: &str = "urgent";
+
 impl Counters {
     /// Counts a parallel channel, with its bytes.
     pub(crate) fn channel(&self, id: u8, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
         self.parallel(ChannelCounters::new(format!("channel {id}")).with_bytes_of(channel))
+    }
+
+    /// Counts a channel of urgent pages, with its bytes; it is none of the parallel ones.
+    pub(crate) fn urgent(&self, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
+        self.parallel(ChannelCounters::new(URGENT.to_owned()).with_bytes_of(channel))
     }
 
     /// Counts a thread that moves pages between memory and a file; the bytes are main's.

@@ -10,6 +10,7 @@ use multifd_wire::{InitialPacket, MULTIFD_MAGIC, STREAM_MAGIC};
 
 use super::sync::JoinError;
 use super::worker::ChannelWorker;
+use crate::destination::postcopy::urgent;
 use crate::destination::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::Monitor;
@@ -59,7 +60,8 @@ impl Accepting {
             if let Err(error) = self.on_arrival(arrival, listener) {
                 stop.trip(error);
             }
-            if self.main.read(|main| main.came) && self.shared.channels.is_full() {
+            let complete = self.main.read(|main| main.came) && self.shared.channels.is_full();
+            if complete && !self.shared.keeps_listening() {
                 listener.close();
             }
         });
@@ -138,6 +140,9 @@ impl Accepting {
             }),
             // A TLS record of the handshake: type 22, version 3.x.
             tls if tls >> 16 == 0x1603 => refused(Error::unexpected_tls(Phase::Accept, "peer")),
+            _ if several && self.shared.keeps_listening() && urgent::can_begin(first) => {
+                urgent::start(channel, &self.shared, &self.crew).map_err(|error| JoinError::Late(error.on(peer)))
+            }
             other => {
                 let detail = format!(
                     "magic {other:#010x}, expected {STREAM_MAGIC:#010x} (main) or {MULTIFD_MAGIC:#010x} (channel)"

@@ -26,7 +26,7 @@ struct Session {
 impl Session {
     fn new(two_way: bool) -> Self {
         Self {
-            machine: Machine::new(two_way, SwitchoverAck::Auto),
+            machine: Machine::new(two_way, SwitchoverAck::Auto, false),
             sync: SyncState::new(None),
             now: Instant::now(),
             pages: 0,

@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use multifd_codecs::xbzrle;
+use multifd_wire::DiscardRange;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{Absent, Found, PAGE, PageTable, READING, RamBlock};
@@ -167,6 +168,30 @@ impl BlockSink {
             .map_err(|error| self.fault("writing", pages.clone(), error))?;
         self.note_written(pages.start, pages.len());
         Ok(())
+    }
+
+    /// Pages that have come are as if they had not: they are stale, or were never sent.
+    pub(crate) fn discard(&self, range: DiscardRange) -> Result<()> {
+        let DiscardRange { offset, len } = range;
+        let pages = || {
+            let first = self.block.page_at(offset)?;
+            let last = self.block.page_at(offset.checked_add(len)?.checked_sub(PAGE as u64)?)?;
+            (first <= last).then_some(first..last + 1)
+        };
+        let pages = pages().ok_or_else(|| {
+            let (name, end) = (self.block.name(), self.block.used_len());
+            let detail = format!(
+                "a discard of {len:#x} bytes at {offset:#x} in RAM block {name}: expected pages of {PAGE} bytes below {end:#x}"
+            );
+            Error::misbehaved(Phase::Device, detail)
+        })?;
+        self.came.clear_range(pages.start, pages.len());
+        Ok(())
+    }
+
+    /// Which pages have come: a bit a page, from the lowest of each byte on, in words of 8 bytes.
+    pub(crate) fn received(&self) -> Vec<u8> {
+        self.came.to_bytes()
     }
 
     /// Makes pages zero. Memory that is zero already is left alone, so that holes stay holes.

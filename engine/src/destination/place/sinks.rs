@@ -87,6 +87,11 @@ impl BlockSinks {
         self.0.get(name).ok_or_else(unknown)
     }
 
+    /// How many blocks.
+    pub(in crate::destination) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// Blocks of which pages never came, by name.
     pub(in crate::destination) fn gaps(&self) -> Vec<Gap> {
         let mut gaps: Vec<Gap> = self.0.values().filter_map(|sink| sink.gap()).collect();

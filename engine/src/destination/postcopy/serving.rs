@@ -1,0 +1,254 @@
+//! A post-copy as its threads share it: which link it has, and how far it is.
+
+use std::sync::{Arc, Mutex, OnceLock};
+
+use multifd_transports::Closer;
+
+use crate::destination::arrival;
+use crate::destination::driver::{Driver, ReceivedMain};
+use crate::destination::place::BlockSinks;
+use crate::destination::return_path::ReturnPath;
+use crate::destination::shared::DestinationShared;
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::run::counters::Counters;
+use crate::run::state::MigrationState;
+use crate::run::stop::{Monitor, lock};
+use crate::run::workers::Crew;
+
+/// A post-copy from LISTEN on.
+pub(in crate::destination) struct Serving {
+    shared: Arc<DestinationShared>,
+    sinks: Arc<BlockSinks>,
+    stage: Monitor<Stage>,
+    link: Mutex<Link>,
+    /// What came before RUN.
+    received: OnceLock<Arc<ReceivedMain>>,
+}
+
+/// The connections to the source.
+struct Link {
+    return_path: ReturnPath,
+    urgent: Vec<Closer>,
+    /// Why it is gone, if a channel other than main knows better than main.
+    broken: Option<Error>,
+}
+
+/// How far a post-copy is.
+enum Stage {
+    /// Pages come in.
+    Serving,
+    /// The link is gone. The driver goes on over another; without one it cannot.
+    Paused(Option<Box<Driver>>, Arc<Error>),
+    /// A new link is being set up; why the last has gone.
+    Recovering(Arc<Error>),
+    /// Every page is here.
+    AllHere(Box<Driver>),
+    /// Its owner is gone, or has taken what it needs.
+    Over,
+}
+
+/// The end of a wait for a post-copy.
+pub(in crate::destination) enum Waited {
+    /// Every page is here.
+    AllHere(Box<Driver>),
+    /// The link is gone, and why.
+    Paused(Arc<Error>),
+}
+
+/// Pauses a post-copy whose thread panics.
+struct PauseOnPanic(Arc<Serving>);
+
+impl Serving {
+    pub(super) fn new(
+        shared: &Arc<DestinationShared>,
+        sinks: &Arc<BlockSinks>,
+        return_path: &ReturnPath,
+    ) -> Arc<Self> {
+        let serving = Arc::new(Self {
+            shared: Arc::clone(shared),
+            sinks: Arc::clone(sinks),
+            stage: Monitor::new(Stage::Serving, &shared.session.stop),
+            link: Mutex::new(Link { return_path: return_path.clone(), urgent: Vec::new(), broken: None }),
+            received: OnceLock::new(),
+        });
+        shared.serve(&serving);
+        serving
+    }
+
+    pub(super) fn shared(&self) -> &Arc<DestinationShared> {
+        &self.shared
+    }
+
+    pub(in crate::destination) fn sinks(&self) -> &Arc<BlockSinks> {
+        &self.sinks
+    }
+
+    /// The return path of the link that there is, or was.
+    pub(in crate::destination) fn return_path(&self) -> ReturnPath {
+        lock(&self.link).return_path.clone()
+    }
+
+    /// Keeps what came before RUN.
+    pub(in crate::destination) fn keep(&self, received: ReceivedMain) -> Result<Arc<ReceivedMain>> {
+        let received = Arc::new(received);
+        let kept = self.received.set(Arc::clone(&received));
+        kept.map_err(|_| Error::bug(Phase::Device, "a guest that is received twice"))?;
+        Ok(received)
+    }
+
+    /// Reads what follows RUN on a thread of its own.
+    pub(in crate::destination) fn start(self: &Arc<Self>, driver: Box<Driver>, crew: &Crew) -> Result<()> {
+        let serving = Arc::clone(self);
+        crew.spawn("mig-postcopy", Phase::Active, move || {
+            serving.serve(driver);
+            Ok(())
+        })
+    }
+
+    /// Whatever ends this pauses the migration, and nothing else does: the guest has no other memory
+    /// than the one that is half here.
+    fn serve(self: Arc<Self>, mut driver: Box<Driver>) {
+        let guard = PauseOnPanic(Arc::clone(&self));
+        match driver.postcopy_part().and_then(|()| self.check_all_came()) {
+            Ok(()) => self.stage.modify_and_notify(|stage| {
+                if !matches!(stage, Stage::Over) {
+                    *stage = Stage::AllHere(driver);
+                }
+            }),
+            Err(error) => self.pause(Some(driver), error),
+        }
+        drop(guard);
+    }
+
+    fn check_all_came(&self) -> Result<()> {
+        let none = || Error::bug(Phase::Active, "a guest that runs and was not received");
+        let received = self.received.get().ok_or_else(none)?;
+        arrival::check_all_came(&self.sinks, &received.early, &received.tail)
+    }
+
+    /// The link is gone, or has to go: nothing that came over it is lost.
+    fn pause(&self, driver: Option<Box<Driver>>, error: Error) {
+        let error = self.hang_up().unwrap_or(error).after_hand_over();
+        let said = error.chain();
+        let paused = self.stage.modify_and_notify(|stage| {
+            let goes_on = !matches!(stage, Stage::Over);
+            if goes_on {
+                *stage = Stage::Paused(driver, Arc::new(error));
+            }
+            goes_on
+        });
+        if paused {
+            self.enter(MigrationState::PostcopyPaused);
+            tracing::warn!("post-copy is paused: {said}");
+        }
+    }
+
+    /// Closes what there is of the link. Why it has gone, if that is known.
+    fn hang_up(&self) -> Option<Error> {
+        let mut link = lock(&self.link);
+        link.return_path.hang_up();
+        link.urgent.drain(..).for_each(|channel| channel.close());
+        link.broken.take()
+    }
+
+    /// A channel beside main has failed: main finds that the link is gone.
+    pub(super) fn break_link(&self, error: Error) {
+        let mut link = lock(&self.link);
+        link.broken.get_or_insert(error);
+        link.return_path.hang_up();
+    }
+
+    /// Makes a channel for urgent pages part of the link.
+    pub(super) fn add_urgent(&self, closer: Closer) {
+        lock(&self.link).urgent.push(closer);
+    }
+
+    /// The state says more than is needed here: a step that the table does not have is a message.
+    fn enter(&self, next: MigrationState) {
+        if let Err(error) = self.shared.session.enter(next) {
+            tracing::debug!(%error, "the state of a post-copy");
+        }
+    }
+
+    /// The source has said RESUME over the new link.
+    pub(in crate::destination) fn resume(&self) -> Result<()> {
+        self.return_path().send(Phase::Active, &multifd_wire::ReturnMessage::ResumeAck(1))?;
+        self.stage.modify_and_notify(|stage| {
+            if let Stage::Recovering(_) = stage {
+                *stage = Stage::Serving;
+            }
+        });
+        self.enter(MigrationState::PostcopyActive);
+        Counters::add(&self.shared.session.counters.recoveries, 1);
+        tracing::info!("post-copy goes on over a new link");
+        Ok(())
+    }
+
+    /// Takes the driver of a paused post-copy, for a new link.
+    pub(super) fn begin_recovery(&self) -> Result<(Box<Driver>, Arc<Error>)> {
+        self.stage.modify_and_notify(|stage| match std::mem::replace(stage, Stage::Over) {
+            Stage::Paused(Some(driver), error) => {
+                *stage = Stage::Recovering(Arc::clone(&error));
+                Ok((driver, error))
+            }
+            other => {
+                let detail = match &other {
+                    Stage::Paused(None, error) => format!("it cannot go on: {}", error.chain()),
+                    _ => "post-copy is not paused: there is nothing to recover".to_owned(),
+                };
+                *stage = other;
+                Err(Error::new(ErrorKind::ApiMisuse, Phase::Active, detail).after_hand_over())
+            }
+        })
+    }
+
+    /// There is no new link after all.
+    pub(super) fn end_recovery(&self, driver: Box<Driver>, error: Arc<Error>) {
+        self.stage.modify_and_notify(|stage| {
+            if let Stage::Recovering(_) = stage {
+                *stage = Stage::Paused(Some(driver), error);
+            }
+        });
+        self.enter(MigrationState::PostcopyPaused);
+    }
+
+    /// Goes on over a new link.
+    pub(super) fn replace_link(&self, return_path: &ReturnPath) {
+        *lock(&self.link) = Link { return_path: return_path.clone(), urgent: Vec::new(), broken: None };
+        self.enter(MigrationState::PostcopyRecover);
+    }
+
+    pub(super) fn enter_recover_setup(&self) {
+        self.enter(MigrationState::PostcopyRecoverSetup);
+    }
+
+    /// Waits until every page is here, or the link is gone.
+    pub(in crate::destination) fn wait(&self) -> Result<Waited> {
+        let stop = &self.shared.session.stop;
+        let waited = self.stage.wait(stop, None, |stage| match stage {
+            Stage::AllHere(_) => match std::mem::replace(stage, Stage::Over) {
+                Stage::AllHere(driver) => Some(Waited::AllHere(driver)),
+                _ => None,
+            },
+            Stage::Paused(_, error) => Some(Waited::Paused(Arc::clone(error))),
+            Stage::Serving | Stage::Recovering(_) | Stage::Over => None,
+        });
+        waited.ok_or_else(|| stop.cause_or(Error::stopped(Phase::Active)))
+    }
+
+    /// Ends what still runs: its owner gives up.
+    pub(in crate::destination) fn abandon(&self) {
+        self.stage.modify_and_notify(|stage| *stage = Stage::Over);
+        self.hang_up();
+        self.shared.stop_accepting();
+    }
+}
+
+impl Drop for PauseOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let detail = "the thread that reads pages panicked";
+            self.0.pause(None, Error::new(ErrorKind::Panicked, Phase::Active, detail));
+        }
+    }
+}
