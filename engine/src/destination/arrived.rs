@@ -1,15 +1,15 @@
 //! A guest that has arrived, but does not run anywhere yet.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use multifd_wire::{Configuration, VmDescription, split_tail};
+use multifd_wire::{Configuration, VmDescription};
 
 use super::driver::ReceivedMain;
 use super::return_path::ReturnPath;
 use super::shared::{DestinationShared, DevicePacket};
-use super::tail::Described;
 use crate::error::{Error, Phase, Result};
 use crate::report::Report;
 use crate::run::counters::Progress;
@@ -84,14 +84,7 @@ impl Arrived {
     /// The one section that a source made by [`DeviceState::opaque`](crate::DeviceState::opaque):
     /// its version and bytes. `None` if the device state is anything else.
     pub fn opaque_state(&self, name: &str) -> Option<(u32, &[u8])> {
-        let Described { end, description } = self.stream.tail.described.as_ref()?;
-        let sections = self.device_state().get(..end.devices_len)?;
-        match &split_tail(sections, Some(description)).ok()?[..] {
-            [section] if section.head.idstr == name => {
-                Some((section.head.version_id, sections.get(section.payload.clone())?))
-            }
-            _ => None,
-        }
+        self.stream.tail.opaque(name)
     }
 
     /// What the source said of the fields in its device sections; not every source does.
@@ -212,5 +205,11 @@ impl Drop for Arrived {
             self.shared.session.note_end_of_failed();
             self.wind_up();
         }
+    }
+}
+
+impl fmt::Debug for Arrived {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Arrived").field("stream", &self.stream).finish_non_exhaustive()
     }
 }

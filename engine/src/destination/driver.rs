@@ -204,7 +204,10 @@ impl Driver {
             Effect::CountRound => Counters::add(&self.shared.session.counters.rounds, 1),
             Effect::Discard { block, ranges } => self.discard(&block, &ranges)?,
             Effect::KeepEarly { within_ram } => self.early.place(within_ram),
-            Effect::KeepListening => self.shared.keep_listening(),
+            Effect::KeepListening => {
+                listen::check_kernel(self.guest)?;
+                self.shared.keep_listening();
+            }
             Effect::Listen => self.listen()?,
             Effect::OpenReturnPath => self.return_path.open(),
             Effect::Resume => self.serving()?.resume()?,
@@ -229,7 +232,7 @@ impl Driver {
         let none = || Error::bug(Phase::Device, "LISTEN before there are blocks");
         let ram = self.ram.as_mut().ok_or_else(none)?;
         let serving = listen::arm(&self.shared, ram.sinks(), self.guest, &self.return_path)?;
-        ram.switch();
+        ram.switch(&serving);
         self.serving = Some(serving);
         Ok(())
     }

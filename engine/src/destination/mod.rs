@@ -45,7 +45,7 @@ pub use switchover::SwitchoverAck;
 
 use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::run::session::{Canceller, HandOver, ProgressReader, Session};
+use crate::run::session::{Canceller, ProgressReader, Session};
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::MainReader;
@@ -55,6 +55,7 @@ use mapped::PageReaders;
 use postcopy::Guest;
 use postcopy::at_rest::{AtRest, Recovering};
 use postcopy::recover::Relisten;
+pub use postcopy::running::{PostcopyEnd, PostcopyGuest};
 use return_path::ReturnPath;
 use shared::DestinationShared;
 
@@ -70,10 +71,19 @@ pub struct Destination {
     hook: ThreadHook,
 }
 
+/// A guest up to where it may run here.
+#[derive(Debug)]
+pub enum Incoming {
+    /// All of it is here: load the device state, then [`Arrived::accept`].
+    Arrived(Arrived),
+    /// All of it but RAM, which follows.
+    Postcopy(PostcopyGuest),
+}
+
 /// What a source has sent while its guest could still run there.
 enum Begun {
     Arrived(Arrived),
-    Running(AtRest),
+    Switched(Box<Driver>, Arc<Crew>),
 }
 
 impl Destination {
@@ -108,7 +118,24 @@ impl Destination {
         let recover = Recovering { limit: self.config.recover, relisten: self.relisten(), at: self.endpoint() };
         match self.begin(guest)? {
             Begun::Arrived(arrived) => Ok(arrived),
-            Begun::Running(at_rest) => at_rest.receive(&recover),
+            Begun::Switched(driver, crew) => AtRest::start(driver, &crew)
+                .and_then(|at_rest| at_rest.receive(&recover))
+                .map_err(Error::after_hand_over),
+        }
+    }
+
+    /// Waits for the source and receives the guest, up to where it may run here: that is when all of
+    /// RAM is here, or, with [`DestinationBuilder::postcopy`], when the source has switched to
+    /// post-copy. See docs/postcopy.md.
+    ///
+    /// # Errors
+    /// As [`Destination::receive`]; and a source that may switch is refused by name when pages
+    /// cannot follow the guest into the memory that is there.
+    pub fn receive_live(self) -> Result<Incoming> {
+        let guest = if self.config.postcopy { Guest::Here } else { Guest::NoPostcopy };
+        match self.begin(guest)? {
+            Begun::Arrived(arrived) => Ok(Incoming::Arrived(arrived)),
+            Begun::Switched(driver, crew) => PostcopyGuest::start(driver, &crew).map(Incoming::Postcopy),
         }
     }
 
@@ -154,21 +181,16 @@ impl Destination {
         shared: &Arc<DestinationShared>,
         crew: &Arc<Crew>,
     ) -> Result<Begun> {
-        Ok(match switched {
+        match switched {
             Switched::Arrived(stream) => {
                 let (shared, crew) = (Arc::clone(shared), Arc::clone(crew));
-                Begun::Arrived(Arrived::new(Arc::new(stream), return_path, shared, crew))
+                Ok(Begun::Arrived(Arrived::new(Arc::new(stream), return_path, shared, crew)))
             }
             Switched::Running(driver) => {
-                // From here on, whatever ends a thread pauses the migration.
-                if !self.session.stop.seal() {
-                    return Err(Error::stopped(Phase::Device));
-                }
                 self.session.enter(MigrationState::PostcopyActive)?;
-                self.session.set_hand_over(HandOver::Begun);
-                Begun::Running(AtRest::start(driver, crew).map_err(Error::after_hand_over)?)
+                Ok(Begun::Switched(driver, Arc::clone(crew)))
             }
-        })
+        }
     }
 
     fn relisten(&self) -> Relisten {

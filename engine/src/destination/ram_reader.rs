@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use multifd_wire::{BlockListFormat, BlockRef, Configuration, RamRecord};
 
 use super::mapped::PageReaders;
-use super::place::{BlockSink, BlockSinks, IncomingRam};
+use super::place::{BlockSink, BlockSinks, IncomingRam, Pager};
 use super::postcopy::serving::Serving;
 use super::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -18,8 +18,10 @@ use crate::stream::{MainReader, block_list};
 /// Reads pages on main.
 pub(super) struct RamReader {
     sinks: Arc<BlockSinks>,
-    /// The guest may run: pages are placed once each, and no difference to an older one can come.
+    /// The guest may run: no difference to an older page can come.
     switched: bool,
+    /// What places pages of a guest that runs.
+    pager: Option<Arc<Pager>>,
     /// A page has come.
     placed: bool,
     /// The block that CONTINUE refers to; kept over sections.
@@ -60,16 +62,18 @@ impl RamReader {
         if mapped {
             readers.load(reader.channel(), &announced, &sinks, shared)?;
         }
-        Ok(Self::of(sinks, false))
+        Ok(Self::of(sinks))
     }
 
-    fn of(sinks: Arc<BlockSinks>, switched: bool) -> Self {
-        Self { sinks, switched, placed: false, last_block: None }
+    fn of(sinks: Arc<BlockSinks>) -> Self {
+        Self { sinks, switched: false, pager: None, placed: false, last_block: None }
     }
 
     /// Reads a channel of urgent pages, which has a last block of its own.
     pub(super) fn of_urgent(serving: &Serving) -> Self {
-        Self::of(Arc::clone(serving.sinks()), true)
+        let mut reader = Self::of(Arc::clone(serving.sinks()));
+        reader.switch(serving);
+        reader
     }
 
     /// Where the pages are.
@@ -78,8 +82,9 @@ impl RamReader {
     }
 
     /// The guest may run from now on.
-    pub(super) fn switch(&mut self) {
+    pub(super) fn switch(&mut self, serving: &Serving) {
         self.switched = true;
+        self.pager = serving.pager().map(Arc::clone);
     }
 
     /// True once a page has come.
@@ -135,14 +140,24 @@ impl RamReader {
             }
             RamRecord::Flush => return Ok(Some(Mark::Flush)),
             RamRecord::Page { offset, block } => {
+                let pager = self.pager.clone();
                 let sink = self.sink(block)?;
                 let page = sink.page_at(offset)?;
-                sink.write(page, reader.take(Phase::Active, "a page", PAGE)?, &sink.best_place())?;
+                let content = reader.take(Phase::Active, "a page", PAGE)?;
+                match pager {
+                    Some(pager) => pager.put(sink, page, Some(content))?,
+                    None => sink.write(page, content, &sink.best_place())?,
+                }
                 pages.normal += 1;
             }
             RamRecord::Zero { offset, block } => {
+                let pager = self.pager.clone();
                 let sink = self.sink(block)?;
-                sink.clear([sink.page_at(offset)?])?;
+                let page = sink.page_at(offset)?;
+                match pager {
+                    Some(pager) => pager.put(sink, page, None)?,
+                    None => sink.clear([page])?,
+                }
                 pages.zero += 1;
             }
             RamRecord::Xbzrle { .. } if self.switched => {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use multifd_wire::{Item, TailEnd, TailScanner, VmDescription};
+use multifd_wire::{Item, TailEnd, TailScanner, VmDescription, split_tail};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::stream::MainReader;
@@ -33,6 +33,18 @@ impl Tail {
         let mut bytes = sections;
         Item::Eof.encode(&mut bytes);
         Self { bytes, described: None }
+    }
+
+    /// The one section that the tail consists of, if it has this name: its version and payload.
+    pub(super) fn opaque(&self, name: &str) -> Option<(u32, &[u8])> {
+        let description = self.described.as_ref().map(|described| &described.description);
+        let sections = self.sections();
+        match &split_tail(sections, description).ok()?[..] {
+            [section] if section.head.idstr == name => {
+                Some((section.head.version_id, sections.get(section.payload.clone())?))
+            }
+            _ => None,
+        }
     }
 
     /// The FULL sections.

@@ -95,6 +95,10 @@ counters! {
         ram_bytes,
         /// Passes over RAM (dirty sync count).
         rounds,
+        /// Requests of a post-copy for pages that a guest waits for.
+        requests,
+        /// Pages that were asked for so, each as often as it was.
+        pages_requested,
         /// New links of a post-copy whose link had gone.
         recoveries,
     }

@@ -87,6 +87,11 @@ impl BlockSinks {
         self.0.get(name).ok_or_else(unknown)
     }
 
+    /// All of them.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Arc<BlockSink>> {
+        self.0.values()
+    }
+
     /// How many blocks.
     pub(in crate::destination) fn len(&self) -> usize {
         self.0.len()

@@ -10,6 +10,7 @@ use super::serving::{Serving, Waited};
 use crate::destination::arrived::Arrived;
 use crate::destination::driver::{Driver, ReceivedMain};
 use crate::error::{Error, Phase, Result};
+use crate::run::session::HandOver;
 use crate::run::workers::Crew;
 
 /// A guest that the source has let go of, whose pages come in.
@@ -32,6 +33,12 @@ impl AtRest {
     /// RUN was read. No device waits for anything: what was asked behind them is answered at once.
     pub(in crate::destination) fn start(mut driver: Box<Driver>, crew: &Arc<Crew>) -> Result<Self> {
         let serving = driver.share()?;
+        let session = &serving.shared().session;
+        // From here on, whatever ends a thread pauses the migration.
+        if !session.stop.seal() {
+            return Err(session.stop.cause_or(Error::stopped(Phase::Device)));
+        }
+        session.set_hand_over(HandOver::Begun);
         let (received, pings) = driver.take_devices()?;
         let received = serving.keep(received)?;
         for value in pings {

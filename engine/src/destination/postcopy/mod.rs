@@ -7,9 +7,12 @@
 //! ```
 
 pub(super) mod at_rest;
+mod faults;
+pub(super) mod figures;
 pub(super) mod listen;
 pub(super) mod package;
 pub(super) mod recover;
+pub(super) mod running;
 pub(super) mod serving;
 pub(super) mod urgent;
 
@@ -18,6 +21,8 @@ pub(super) mod urgent;
 pub(super) enum Guest {
     /// At the source: one that may switch is refused.
     NoPostcopy,
+    /// Here: its threads wait for pages.
+    Here,
     /// Nowhere: it is kept, and no page is waited for.
     AtRest,
 }

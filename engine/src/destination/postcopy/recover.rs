@@ -81,15 +81,17 @@ pub(in crate::destination) fn over_listener(
     }
 }
 
-/// Goes on over a connection that the embedder has made.
-pub(in crate::destination) fn over_channel(
+/// Goes on over connections that the embedder has made.
+pub(super) fn over_channels(
     serving: &Arc<Serving>,
-    channel: Channel,
+    main: Channel,
+    urgent: Option<Channel>,
     crew: &Arc<Crew>,
 ) -> Result<()> {
     let (driver, _) = serving.begin_recovery()?;
     serving.enter_recover_setup();
-    go_on(serving, driver, channel, crew)
+    go_on(serving, driver, main, crew)?;
+    urgent.map_or(Ok(()), |urgent| urgent::start(urgent, serving.shared(), crew))
 }
 
 fn go_on(serving: &Arc<Serving>, mut driver: Box<Driver>, channel: Channel, crew: &Arc<Crew>) -> Result<()> {

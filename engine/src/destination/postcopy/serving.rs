@@ -1,26 +1,38 @@
 //! A post-copy as its threads share it: which link it has, and how far it is.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use multifd_transports::Closer;
+use multifd_wire::ReturnMessage;
 
 use crate::destination::arrival;
 use crate::destination::driver::{Driver, ReceivedMain};
-use crate::destination::place::BlockSinks;
+use crate::destination::place::{BlockSinks, Pager, Wanted};
 use crate::destination::return_path::ReturnPath;
 use crate::destination::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::guest::PAGE;
+use crate::report::PostcopyFigures;
 use crate::run::counters::Counters;
 use crate::run::state::MigrationState;
 use crate::run::stop::{Monitor, lock};
 use crate::run::workers::Crew;
 
+/// How long a source may take to end the connection after it was told that all of RAM is here.
+const LINGER: Duration = Duration::from_secs(1);
+
 /// A post-copy from LISTEN on.
 pub(in crate::destination) struct Serving {
     shared: Arc<DestinationShared>,
     sinks: Arc<BlockSinks>,
+    /// The guest runs here: `None` if it runs nowhere.
+    pager: Option<Arc<Pager>>,
     stage: Monitor<Stage>,
     link: Mutex<Link>,
+    /// The devices have been loaded, or never will be.
+    loaded: Monitor<bool>,
     /// What came before RUN.
     received: OnceLock<Arc<ReceivedMain>>,
 }
@@ -29,6 +41,12 @@ pub(in crate::destination) struct Serving {
 struct Link {
     return_path: ReturnPath,
     urgent: Vec<Closer>,
+    /// Pages may be asked for: not while a new link is being set up.
+    asks: bool,
+    /// The block of the last request: the next of the same block need not name it.
+    last_asked: Option<usize>,
+    /// Nothing can go on, over whatever link.
+    for_good: bool,
     /// Why it is gone, if a channel other than main knows better than main.
     broken: Option<Error>,
 }
@@ -39,8 +57,8 @@ enum Stage {
     Serving,
     /// The link is gone. The driver goes on over another; without one it cannot.
     Paused(Option<Box<Driver>>, Arc<Error>),
-    /// A new link is being set up; why the last has gone.
-    Recovering(Arc<Error>),
+    /// A new link is being set up.
+    Recovering,
     /// Every page is here.
     AllHere(Box<Driver>),
     /// Its owner is gone, or has taken what it needs.
@@ -58,21 +76,67 @@ pub(in crate::destination) enum Waited {
 /// Pauses a post-copy whose thread panics.
 struct PauseOnPanic(Arc<Serving>);
 
+impl Link {
+    fn new(return_path: &ReturnPath, asks: bool) -> Self {
+        let return_path = return_path.clone();
+        Self { return_path, urgent: Vec::new(), asks, last_asked: None, for_good: false, broken: None }
+    }
+}
+
 impl Serving {
     pub(super) fn new(
         shared: &Arc<DestinationShared>,
         sinks: &Arc<BlockSinks>,
+        pager: Option<Arc<Pager>>,
         return_path: &ReturnPath,
     ) -> Arc<Self> {
         let serving = Arc::new(Self {
             shared: Arc::clone(shared),
             sinks: Arc::clone(sinks),
+            pager,
             stage: Monitor::new(Stage::Serving, &shared.session.stop),
-            link: Mutex::new(Link { return_path: return_path.clone(), urgent: Vec::new(), broken: None }),
+            link: Mutex::new(Link::new(return_path, true)),
+            loaded: Monitor::new(false, &shared.session.stop),
             received: OnceLock::new(),
         });
         shared.serve(&serving);
         serving
+    }
+
+    /// What fills the guest's memory; `None` if the guest runs nowhere.
+    pub(in crate::destination) fn pager(&self) -> Option<&Arc<Pager>> {
+        self.pager.as_ref()
+    }
+
+    /// The figures so far.
+    pub(super) fn figures(&self) -> PostcopyFigures {
+        let waits = self.pager.as_ref().map(|pager| pager.figures().report()).unwrap_or_default();
+        let counters = &self.shared.session.counters;
+        let number = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        PostcopyFigures {
+            requests: number(&counters.requests),
+            pages_requested: number(&counters.pages_requested),
+            recoveries: number(&counters.recoveries),
+            ..waits
+        }
+    }
+
+    /// Asks for a host page.
+    pub(super) fn request(&self, pager: &Pager, wanted: &Wanted) -> Result<()> {
+        let mut link = lock(&self.link);
+        if !link.asks {
+            return Ok(());
+        }
+        let none = || Error::bug(Phase::Active, "a page of a block that is not there");
+        let block = pager.block(wanted.block).ok_or_else(none)?;
+        let name = (link.last_asked != Some(wanted.block)).then(|| block.name().clone());
+        let message = ReturnMessage::RequestPages { block: name, offset: wanted.offset, len: wanted.len };
+        link.return_path.send(Phase::Active, &message)?;
+        link.last_asked = Some(wanted.block);
+        let counters = &self.shared.session.counters;
+        Counters::add(&counters.requests, 1);
+        Counters::add(&counters.pages_requested, wanted.len as usize / PAGE);
+        Ok(())
     }
 
     pub(super) fn shared(&self) -> &Arc<DestinationShared> {
@@ -109,7 +173,8 @@ impl Serving {
     /// than the one that is half here.
     fn serve(self: Arc<Self>, mut driver: Box<Driver>) {
         let guard = PauseOnPanic(Arc::clone(&self));
-        match driver.postcopy_part().and_then(|()| self.check_all_came()) {
+        let whole = driver.postcopy_part().and_then(|()| self.check_all_came());
+        match whole.and_then(|()| self.let_go()) {
             Ok(()) => self.stage.modify_and_notify(|stage| {
                 if !matches!(stage, Stage::Over) {
                     *stage = Stage::AllHere(driver);
@@ -120,6 +185,25 @@ impl Serving {
         drop(guard);
     }
 
+    /// Every page is here: the guest's memory is its own again, and the source is told. A guest that
+    /// runs nowhere is put away first, by its owner.
+    fn let_go(&self) -> Result<()> {
+        let Some(pager) = &self.pager else { return Ok(()) };
+        pager.release()?;
+        self.loaded.wait(&self.shared.session.stop, None, |loaded| loaded.then_some(()));
+        if self.stage.read(|stage| matches!(stage, Stage::Over)) {
+            return Ok(());
+        }
+        let return_path = self.return_path();
+        return_path.shut()?;
+        return_path.confirm(LINGER)
+    }
+
+    /// The devices have been loaded, or never will be.
+    pub(super) fn note_loaded(&self) {
+        self.loaded.modify_and_notify(|loaded| *loaded = true);
+    }
+
     fn check_all_came(&self) -> Result<()> {
         let none = || Error::bug(Phase::Active, "a guest that runs and was not received");
         let received = self.received.get().ok_or_else(none)?;
@@ -128,6 +212,7 @@ impl Serving {
 
     /// The link is gone, or has to go: nothing that came over it is lost.
     fn pause(&self, driver: Option<Box<Driver>>, error: Error) {
+        let driver = driver.filter(|_| !lock(&self.link).for_good);
         let error = self.hang_up().unwrap_or(error).after_hand_over();
         let said = error.chain();
         let paused = self.stage.modify_and_notify(|stage| {
@@ -146,6 +231,7 @@ impl Serving {
     /// Closes what there is of the link. Why it has gone, if that is known.
     fn hang_up(&self) -> Option<Error> {
         let mut link = lock(&self.link);
+        link.asks = false;
         link.return_path.hang_up();
         link.urgent.drain(..).for_each(|channel| channel.close());
         link.broken.take()
@@ -155,7 +241,14 @@ impl Serving {
     pub(super) fn break_link(&self, error: Error) {
         let mut link = lock(&self.link);
         link.broken.get_or_insert(error);
+        link.asks = false;
         link.return_path.hang_up();
+    }
+
+    /// Nothing hears of page faults any more: the guest's threads wait for their pages, for ever.
+    pub(super) fn break_for_good(&self, error: Error) {
+        lock(&self.link).for_good = true;
+        self.break_link(error);
     }
 
     /// Makes a channel for urgent pages part of the link.
@@ -172,9 +265,14 @@ impl Serving {
 
     /// The source has said RESUME over the new link.
     pub(in crate::destination) fn resume(&self) -> Result<()> {
-        self.return_path().send(Phase::Active, &multifd_wire::ReturnMessage::ResumeAck(1))?;
+        self.return_path().send(Phase::Active, &ReturnMessage::ResumeAck(1))?;
+        lock(&self.link).asks = true;
+        if let Some(pager) = &self.pager {
+            // A page that is asked for meanwhile may be asked for twice.
+            self.ask(pager, &pager.pending());
+        }
         self.stage.modify_and_notify(|stage| {
-            if let Stage::Recovering(_) = stage {
+            if let Stage::Recovering = stage {
                 *stage = Stage::Serving;
             }
         });
@@ -188,7 +286,7 @@ impl Serving {
     pub(super) fn begin_recovery(&self) -> Result<(Box<Driver>, Arc<Error>)> {
         self.stage.modify_and_notify(|stage| match std::mem::replace(stage, Stage::Over) {
             Stage::Paused(Some(driver), error) => {
-                *stage = Stage::Recovering(Arc::clone(&error));
+                *stage = Stage::Recovering;
                 Ok((driver, error))
             }
             other => {
@@ -205,7 +303,7 @@ impl Serving {
     /// There is no new link after all.
     pub(super) fn end_recovery(&self, driver: Box<Driver>, error: Arc<Error>) {
         self.stage.modify_and_notify(|stage| {
-            if let Stage::Recovering(_) = stage {
+            if let Stage::Recovering = stage {
                 *stage = Stage::Paused(Some(driver), error);
             }
         });
@@ -214,7 +312,10 @@ impl Serving {
 
     /// Goes on over a new link.
     pub(super) fn replace_link(&self, return_path: &ReturnPath) {
-        *lock(&self.link) = Link { return_path: return_path.clone(), urgent: Vec::new(), broken: None };
+        *lock(&self.link) = Link::new(return_path, false);
+        if let Some(pager) = &self.pager {
+            pager.forget_parts();
+        }
         self.enter(MigrationState::PostcopyRecover);
     }
 
@@ -231,7 +332,7 @@ impl Serving {
                 _ => None,
             },
             Stage::Paused(_, error) => Some(Waited::Paused(Arc::clone(error))),
-            Stage::Serving | Stage::Recovering(_) | Stage::Over => None,
+            Stage::Serving | Stage::Recovering | Stage::Over => None,
         });
         waited.ok_or_else(|| stop.cause_or(Error::stopped(Phase::Active)))
     }
@@ -239,7 +340,11 @@ impl Serving {
     /// Ends what still runs: its owner gives up.
     pub(in crate::destination) fn abandon(&self) {
         self.stage.modify_and_notify(|stage| *stage = Stage::Over);
+        self.note_loaded();
         self.hang_up();
+        if let Some(pager) = &self.pager {
+            pager.stop();
+        }
         self.shared.stop_accepting();
     }
 }
