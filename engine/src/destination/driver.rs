@@ -274,7 +274,7 @@ impl Driver {
         if !behind.is_empty() {
             return Err(Error::bug(Phase::Device, "devices between the last RAM and the package"));
         }
-        let tail = Tail::packaged(std::mem::take(&mut self.devices));
+        let tail = Tail::packaged(std::mem::take(&mut self.devices))?;
         let received = received(self.machine.facts(), early, tail)?;
         Ok((received, std::mem::take(&mut self.when_loaded)))
     }

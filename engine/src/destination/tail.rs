@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use multifd_wire::{Item, TailEnd, TailScanner, VmDescription, split_tail};
+use multifd_wire::{Item, ItemType, TailEnd, TailScanner, VmDescription, split_tail};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::guest::PAGE;
 use crate::stream::MainReader;
 
 /// A source that sends no vmdescription and waits for our SHUT shows its end only by falling
@@ -28,11 +29,23 @@ pub(crate) struct Described {
 }
 
 impl Tail {
-    /// The devices of a post-copy, `sections`: nothing describes them, and nothing closed them.
-    pub(super) fn packaged(sections: Vec<u8>) -> Self {
+    /// The devices of a post-copy, `sections`, with an end as a pre-copy has it, so that they can be
+    /// sent on: QEMU waits for a description. This one describes no device.
+    pub(super) fn packaged(sections: Vec<u8>) -> Result<Self> {
+        let devices_len = sections.len();
         let mut bytes = sections;
         Item::Eof.encode(&mut bytes);
-        Self { bytes, described: None }
+        let description =
+            VmDescription { configuration: None, page_size: Some(PAGE as u64), devices: Vec::new() };
+        let cannot = |error: serde_json::Error| Error::bug(Phase::Device, error);
+        let text = serde_json::to_vec(&description).map_err(cannot)?;
+        let len = u32::try_from(text.len()).map_err(|error| Error::bug(Phase::Device, error))?;
+        bytes.push(ItemType::VmDescription.byte());
+        bytes.extend(len.to_be_bytes());
+        let begin = bytes.len();
+        bytes.extend(text);
+        let end = TailEnd { devices_len, total: bytes.len(), vmdesc: begin..bytes.len() };
+        Ok(Self { bytes, described: Some(Described { end, description }) })
     }
 
     /// The one section that the tail consists of, if it has this name: its version and payload.

@@ -51,17 +51,16 @@ fn a_link_that_breaks_is_made_again_and_nothing_is_lost() -> Outcome {
     skip_without_kvm!();
     let scratch = Scratch::new()?;
     let machine = guest(&scratch)?;
-    let mut moving =
-        moving(&scratch, &machine, "tcp:127.0.0.1:0", &["--recover", "120s"], &Settings {
-            parameters: [("max-postcopy-bandwidth".to_owned(), (4 << 20).into())].into_iter().collect(),
-            ..settings()
-        }, When::InFirstRound)?;
+    let slowly = [("max-postcopy-bandwidth".to_owned(), (4 << 20).into())];
+    let settings = Settings { parameters: slowly.into_iter().collect(), ..settings() };
+    let flags = ["--recover", "120s"];
+    let mut moving = moving(&scratch, &machine, "tcp:127.0.0.1:0", &flags, &settings, When::InFirstRound)?;
     for round in 1..=3 {
         moving.source.wait_status("postcopy-active", SOON)?;
         moving.source.execute("migrate-pause", serde_json::json!({}))?;
         moving.source.wait_status("postcopy-paused", SOON)?;
         moving.receive.process().stderr().wait_until("its pause", SOON, |said| {
-            (String::from_utf8_lossy(said).matches("post-copy is paused").count() >= round).then_some(())
+            (String::from_utf8_lossy(said).matches("listening again on").count() >= round).then_some(())
         })?;
         moving.source.resume_postcopy(moving.receive.uri())?;
     }

@@ -9,6 +9,8 @@ use super::*;
 use crate::destination::channels::sync_state::{MainWait, SyncState};
 use crate::error::ErrorKind;
 
+mod postcopy;
+
 const RAM: SectionId = SectionId(2);
 const TIMEOUT: Duration = Duration::from_secs(60);
 

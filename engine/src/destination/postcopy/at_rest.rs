@@ -93,6 +93,8 @@ impl AtRest {
         // The address is ours again when nothing listens there any more.
         self.serving.shared().stop_accepting();
         let listener = recovering.relisten.bind(&recovering.at).map_err(|error| error.noting(why.chain()))?;
+        let endpoint = listener.endpoint();
+        tracing::warn!("listening again on {endpoint} for {limit:?}: the source goes on with its migration there");
         recover::over_listener(&self.serving, &listener, limit, &self.crew)
             .map_err(|error| error.noting(why.chain()))
     }

@@ -77,9 +77,9 @@ impl PostcopyGuest {
         &self.received.early
     }
 
-    /// The devices' sections as they came, and the byte that ends them.
+    /// The devices' sections as they came.
     pub fn device_state(&self) -> &[u8] {
-        &self.received.tail.bytes
+        self.received.tail.sections()
     }
 
     /// The one section that a source made by [`DeviceState::opaque`](crate::DeviceState::opaque):
