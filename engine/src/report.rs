@@ -35,8 +35,8 @@ pub struct Report {
     pub xbzrle: Option<XbzrleStats>,
     /// What became of zero-copy sends, if there were any.
     pub zero_copy: Option<ZeroCopyStats>,
-    /// The guest ran before its RAM was here; `None` for a pre-copy.
-    pub postcopy: Option<PostcopyFigures>,
+    /// How its threads waited for pages, if the guest ran here before its RAM was here.
+    pub faults: Option<PostcopyFigures>,
 }
 
 /// A post-copy, as the destination saw it.
@@ -102,7 +102,7 @@ pub struct Figures {
     pub codec: String,
     /// Bytes on the wire per second of the total time.
     pub throughput_bytes_per_s: u64,
-    /// [`Report::postcopy`].
+    /// [`Report::faults`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub postcopy: Option<PostcopyFigures>,
 }
@@ -120,7 +120,7 @@ impl Report {
             decisions: Vec::new(),
             xbzrle: None,
             zero_copy: None,
-            postcopy: None,
+            faults: None,
         }
     }
 
@@ -151,7 +151,7 @@ impl Report {
     pub fn figures(&self) -> Figures {
         Figures {
             codec: self.codec.clone(),
-            postcopy: self.postcopy.clone(),
+            postcopy: self.faults.clone(),
             ..Figures::of(&self.progress, self.total, self.setup, self.downtime)
         }
     }
@@ -214,8 +214,7 @@ impl fmt::Display for Report {
                 "\nzero-copy    {sends} sends, {copied} copied by the kernel all the same, {refused} refused"
             )?;
         }
-        if let Some(postcopy) = &self.postcopy {
-            let PostcopyFigures { faults, requests, recoveries, fault_us, .. } = postcopy;
+        if let Some(PostcopyFigures { faults, requests, recoveries, fault_us, .. }) = &self.faults {
             write!(
                 f,
                 "\npost-copy    {faults} waits for pages (p50 {} µs, p99 {} µs, max {} µs), {requests} requests, \

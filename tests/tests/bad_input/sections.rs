@@ -2,7 +2,7 @@
 
 use multifd_tests::Outcome;
 use multifd_tests::peer::{Lane, Recorder, Recording, Style};
-use multifd_wire::{Advise, BlockName, Command, Configuration, Item, SectionHead, SectionId};
+use multifd_wire::{Advise, BlockName, Command, Configuration, DiscardRange, Item, SectionHead, SectionId};
 
 use crate::fixture::{multifd, recording, refused, single};
 
@@ -86,12 +86,43 @@ fn commands() -> Outcome {
         ("PING", no_return_path.inserted("start", 0, &ping), &["Pong(7) asked for before OPEN_RETURN_PATH"]),
         ("ADVISE", command(Command::PostcopyAdvise(Some(advise))), NO_POSTCOPY),
         ("ADVISE for dirty bitmaps", command(Command::PostcopyAdvise(None)), NO_POSTCOPY),
-        ("ADVISE at its place", recording(&Style { advise: true, ..Style::default() }), NO_POSTCOPY),
-        ("ADVISE with channels", recording(&Style { advise: true, ..Style::multifd(2) }), NO_POSTCOPY),
-        ("LISTEN", command(Command::PostcopyListen), &["main", "PostcopyListen is not supported"]),
-        ("PACKAGED", command(Command::Packaged(u32::MAX)), &["Packaged(4294967295) is not supported"]),
+        ("LISTEN", command(Command::PostcopyListen), &["main", "PostcopyListen out of order"]),
+        ("PACKAGED", command(Command::Packaged(u32::MAX)), &["Packaged(4294967295) out of order"]),
         ("COLO", command(Command::EnableColo), &["EnableColo is not supported"]),
         ("RECV_BITMAP", command(Command::RecvBitmap(BlockName::try_from("pc.ram")?)), &["RecvBitmap"]),
+    ])
+}
+
+/// A source that may switch, and does it wrongly: all of these before it has let go of its guest.
+#[test]
+fn steps_to_postcopy() -> Outcome {
+    let advised = recording(&Style { advise: true, ..Style::default() });
+    let command = |command| advised.inserted("part", 0, &item(Item::Command(command)));
+    let discard = |block: &str, offset, len| -> Outcome<Recording> {
+        let ranges = vec![DiscardRange { offset, len }];
+        Ok(command(Command::RamDiscard { block: BlockName::try_from(block)?, ranges }))
+    };
+    let packaged = |items: &[Item]| {
+        let bytes: Vec<u8> = items.iter().cloned().flat_map(item).collect();
+        let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        let package = [item(Item::Command(Command::Packaged(len))), bytes].concat();
+        advised.inserted("part", 0, &package)
+    };
+    let (listen, run) = (Item::Command(Command::PostcopyListen), Item::Command(Command::PostcopyRun));
+    refused([
+        ("a block that is not there", discard("pc.rom", 0, 4096)?, &["unknown RAM block \"pc.rom\""]),
+        ("half a page", discard("pc.ram", 2048, 2048)?, &["a discard of 0x800 bytes at 0x800 in RAM block pc.ram"]),
+        ("past the end", discard("pc.ram", 0, 9 * 4096)?, &["a discard of 0x9000 bytes at 0x0"]),
+        ("no bytes", discard("pc.ram", 0, 0)?, &["a discard of 0x0 bytes"]),
+        (
+            "a package of 4 GiB",
+            command(Command::Packaged(u32::MAX)),
+            &["a package of 4294967295 bytes, expected 1 to 268435456"],
+        ),
+        ("LISTEN twice", packaged(&[listen.clone(), listen.clone()]), &["PostcopyListen) in a package, out of order"]),
+        ("RUN without LISTEN", packaged(&[run.clone()]), &["PostcopyRun) in a package, out of order"]),
+        ("a package without RUN", packaged(&[listen.clone()]), &["the package ended after 5 bytes"]),
+        ("ram in a package", packaged(&[listen, Item::SectionPart(SectionId(7)), run]), &["in a package, out of order"]),
     ])
 }
 

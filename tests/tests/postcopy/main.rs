@@ -1,10 +1,20 @@
-//! A QEMU source that switches to post-copy into `multifd receive`: the checkpoint appears when the
-//! last page is there.
+//! Post-copy: a QEMU source that switches into `multifd receive`, whose checkpoint appears when the
+//! last page is there; and a scripted source into memory that threads read meanwhile.
 
+mod author;
+mod faults;
 mod fixture;
+mod memory;
+mod recovery;
+
+use std::path::PathBuf;
 
 use fixture::{ALWAYS, SOON, When, guest, missing_kvm, moving, settings};
-use multifd_tests::{Multifd, Outcome, Scratch, Settings, Side, skip, skip_without_qemu};
+use multifd_tests::qemu::PROGRAM;
+use multifd_tests::skip::newest_qemu;
+use multifd_tests::{
+    CheckpointFiles, Fill, Multifd, Outcome, Receive, Scratch, Settings, Side, ram, skip, skip_without_qemu,
+};
 
 macro_rules! skip_without_kvm {
     () => {
@@ -23,6 +33,64 @@ fn a_source_that_switches_in_any_round_arrives_whole() -> Outcome {
             let scratch = Scratch::new()?;
             let uri = if unix { scratch.unix_uri("receive") } else { "tcp:127.0.0.1:0".to_owned() };
             moving(&scratch, &guest(&scratch)?, &uri, &[], &settings(), when)?.check_arrived()?;
+        }
+    }
+    Ok(())
+}
+
+/// A source that may switch, and ends as a pre-copy: QEMU from 10.1 on, over channels, too.
+#[test]
+fn a_source_that_may_switch_and_does_not_arrives() -> Outcome {
+    skip_without_kvm!();
+    let mut ways = vec![(PathBuf::from(PROGRAM), None)];
+    ways.extend(newest_qemu().into_iter().flat_map(|path| [(path.clone(), None), (path, Some(2))]));
+    for (program, channels) in ways {
+        let scratch = Scratch::new()?;
+        let settings = Settings { channels, min_rounds: 2, ..settings() };
+        let out = scratch.path("checkpoint");
+        let mut source = guest(&scratch)?.program(&program).fill(Fill::new(7)).spawn("source")?;
+        let mut receive = Receive::listen("tcp:127.0.0.1:0", &out)?;
+        source.serial().wait_lines(2, 0, SOON)?;
+        source.set_up(&settings, Side::Source)?;
+        source.migrate(receive.uri())?;
+        source.settle(&settings, SOON)?.check_completed().map_err(|failure| receive.process().explain(failure))?;
+        receive.wait_success(SOON)?;
+        ram::check_equal(source.ram(), &CheckpointFiles::open(&out)?.block("pc.ram")?)?;
+    }
+    Ok(())
+}
+
+/// QEMU from 10.1 on: pages go over channels before the switch, and over main after it.
+#[test]
+fn a_source_with_channels_switches() -> Outcome {
+    skip_without_kvm!();
+    let program = match newest_qemu() {
+        Ok(program) => program,
+        Err(why) => skip!("{why}"),
+    };
+    for when in ALWAYS {
+        for preempt in [false, true] {
+            let scratch = Scratch::new()?;
+            let mut settings = Settings { channels: Some(2), ..settings() };
+            settings.capabilities.extend(preempt.then_some("postcopy-preempt"));
+            let machine = guest(&scratch)?.program(&program);
+            moving(&scratch, &machine, "tcp:127.0.0.1:0", &[], &settings, when)?.check_arrived()?;
+        }
+    }
+    Ok(())
+}
+
+/// A connection of its own for pages that are asked for: none is asked for here, but it has to be taken.
+#[test]
+fn a_source_with_a_channel_for_urgent_pages_switches() -> Outcome {
+    skip_without_kvm!();
+    for machine in ["pc", "pc-i440fx-7.2"] {
+        for when in ALWAYS {
+            let scratch = Scratch::new()?;
+            let mut settings = settings();
+            settings.capabilities.push("postcopy-preempt");
+            let uri = scratch.unix_uri("receive");
+            moving(&scratch, &guest(&scratch)?.machine(machine), &uri, &[], &settings, when)?.check_arrived()?;
         }
     }
     Ok(())

@@ -160,7 +160,7 @@ impl PostcopyGuest {
                 session.set_hand_over(HandOver::Done);
                 let codec = shared.codec_in_use().map_or_else(|| "none".to_owned(), |it| it.name().to_owned());
                 let mut report = Report::of(session, session.elapsed(), codec);
-                report.postcopy = Some(self.serving.figures());
+                report.faults = Some(self.serving.figures());
                 self.wind_up();
                 Ok(PostcopyEnd::Completed(Box::new(report)))
             }
