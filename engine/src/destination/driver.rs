@@ -99,7 +99,13 @@ impl Driver {
     /// Reads to the end, or up to where the guest may run.
     pub(super) fn run(mut self) -> Result<Switched> {
         let name = self.reader.name();
-        let begins = self.live_part().map_err(|error| error.on(name.clone()))?;
+        let live = self.live_part();
+        if live.is_err()
+            && let Some(serving) = &self.serving
+        {
+            serving.give_back();
+        }
+        let begins = live.map_err(|error| error.on(name.clone()))?;
         if self.machine.has_switched() {
             return Ok(Switched::Running(Box::new(self)));
         }

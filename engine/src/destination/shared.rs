@@ -125,6 +125,14 @@ impl DestinationShared {
         stop_accepting(&self.listener());
     }
 
+    /// As [`stop_accepting`](Self::stop_accepting), and returns when the address is free.
+    pub(crate) fn end_accepting(&self) {
+        self.stop_accepting();
+        if !self.listener().wait_closed(self.session.timeout) {
+            tracing::warn!(endpoint = %self.listener().endpoint(), "still listening");
+        }
+    }
+
     fn listener(&self) -> Arc<Listener> {
         Arc::clone(&lock(&self.listener))
     }

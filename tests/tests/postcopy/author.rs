@@ -203,15 +203,6 @@ impl Author {
         self.close()
     }
 
-    /// Answers so many requests for pages.
-    pub(crate) fn answer(&mut self, requests: usize) -> Outcome {
-        for _ in 0..requests {
-            let (block, page) = self.request()?;
-            self.host_page(block, page)?;
-        }
-        Ok(())
-    }
-
     /// Waits for a request: block and first page.
     pub(crate) fn request(&mut self) -> Outcome<(usize, usize)> {
         loop {
@@ -234,13 +225,16 @@ impl Author {
 
     pub(crate) fn hear(&mut self) -> Outcome<ReturnMessage> {
         loop {
-            if let Some((message, used)) =
-                ReturnMessage::parse(&self.heard).map_err(|error| Failure::new(error.to_string()))?
-            {
-                self.heard.drain(..used);
-                return Ok(message);
+            let parsed = ReturnMessage::parse(&self.heard).map_err(|error| Failure::new(error.to_string()))?;
+            match parsed {
+                None => self.hear_more()?,
+                Some((message, used)) => {
+                    self.heard.drain(..used);
+                    if message != ReturnMessage::SwitchoverAck {
+                        return Ok(message);
+                    }
+                }
             }
-            self.hear_more()?;
         }
     }
 

@@ -60,9 +60,15 @@ fn faults(kinds: &[(Kind, usize)], threads: &[Touch], count: usize) -> Outcome<P
         start(move || touch(&memory, how, count))
     };
     let touching: Vec<_> = threads.iter().map(toucher).collect();
-    let panicked = touching.into_iter().filter_map(|thread| thread.join().err()).count();
-    assert!(load(&memory[last_block], last + 2) == content(last_block, last + 2, false));
+    let region = memory.clone();
+    let ending = start(move || {
+        let panicked = touching.into_iter().filter_map(|thread| thread.join().err()).count();
+        assert!(load(&region[last_block], last + 2) == content(last_block, last + 2, false));
+        panicked
+    });
+    // First: threads that nobody answers wait for ever.
     let (mut author, asked) = serving.join().map_err(|_| Failure::new("the source panicked"))??;
+    let panicked = ending.join().map_err(|_| Failure::new("the last page is not the source's"))?;
     assert_eq!(panicked, 0);
     author.background()?;
     let finishing = start(move || author.finish());

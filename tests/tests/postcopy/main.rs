@@ -7,6 +7,7 @@ mod fixture;
 mod memory;
 mod recovery;
 
+use std::io::{Read as _, Write as _};
 use std::path::PathBuf;
 
 use fixture::{ALWAYS, SOON, When, guest, missing_kvm, moving, settings};
@@ -133,6 +134,38 @@ fn a_link_that_breaks_is_made_again_and_nothing_is_lost() -> Outcome {
         moving.source.resume_postcopy(moving.receive.uri())?;
     }
     moving.source.wait_status("postcopy-active", SOON)?;
+    moving.source.set_parameter("max-postcopy-bandwidth", 0)?;
+    moving.check_arrived().map(drop)
+}
+
+/// Connections are accepted until the end: those that are not the source's do nothing.
+#[test]
+fn strangers_during_postcopy_do_nothing() -> Outcome {
+    skip_without_kvm!();
+    let scratch = Scratch::new()?;
+    let slowly = [("max-postcopy-bandwidth".to_owned(), (4 << 20).into())];
+    let settings = Settings { parameters: slowly.into_iter().collect(), ..settings() };
+    let machine = guest(&scratch)?;
+    let mut moving = moving(&scratch, &machine, "tcp:127.0.0.1:0", &[], &settings, When::InFirstRound)?;
+    moving.source.wait_status("postcopy-active", SOON)?;
+    let address = moving.receive.uri().strip_prefix("tcp:").unwrap_or_default().to_owned();
+    let mut strangers = Vec::new();
+    // A page for a block that is not there; what it says before its record is whole; silence.
+    let unknown = [&[0, 0, 0, 0, 0, 0, 0x10, 8, 4][..], b"none", &[1; 4096]].concat();
+    for said in [&b"GET / HTTP/1.1\r\n\r\n"[..], &unknown, &[0; 4], &[0; 5], &[]] {
+        let mut stranger = std::net::TcpStream::connect(&address)?;
+        stranger.write_all(said)?;
+        strangers.push(stranger);
+    }
+    // A second main, as a source that resumes would begin, and as one that begins anew.
+    for said in [&[8, 0, 10, 0][..], b"QEVM"] {
+        let mut stranger = std::net::TcpStream::connect(&address)?;
+        stranger.write_all(said)?;
+        // It is closed.
+        let ended = stranger.read(&mut [0; 16]);
+        assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
+    }
+    drop(strangers.split_off(2));
     moving.source.set_parameter("max-postcopy-bandwidth", 0)?;
     moving.check_arrived().map(drop)
 }

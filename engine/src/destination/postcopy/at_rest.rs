@@ -90,8 +90,6 @@ impl AtRest {
             error.noting("post-copy is paused; the source keeps what has not come")
         };
         let limit = recovering.limit.ok_or_else(copy)?;
-        // The address is ours again when nothing listens there any more.
-        self.serving.shared().stop_accepting();
         let listener = recovering.relisten.bind(&recovering.at).map_err(|error| error.noting(why.chain()))?;
         let endpoint = listener.endpoint();
         tracing::warn!("listening again on {endpoint} for {limit:?}: the source goes on with its migration there");

@@ -178,7 +178,6 @@ impl PostcopyGuest {
     /// # Errors
     /// The migration is not paused (`ApiMisuse`), or no source came. It is paused as before then.
     pub fn recover(&mut self, listener: Listener, limit: Duration) -> Result<()> {
-        self.serving.shared().stop_accepting();
         listener.keep_silent();
         recover::over_listener(&self.serving, &Arc::new(listener), limit, &self.crew)
     }

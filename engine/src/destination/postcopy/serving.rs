@@ -199,6 +199,13 @@ impl Serving {
         return_path.confirm(LINGER)
     }
 
+    /// The guest has never been able to run here: its memory is given back as it is.
+    pub(in crate::destination) fn give_back(&self) {
+        if let Some(Err(error)) = self.pager.as_ref().map(|pager| pager.release()) {
+            tracing::warn!("after a failure: {}", error.chain());
+        }
+    }
+
     /// The devices have been loaded, or never will be.
     pub(super) fn note_loaded(&self) {
         self.loaded.modify_and_notify(|loaded| *loaded = true);
@@ -214,18 +221,20 @@ impl Serving {
     fn pause(&self, driver: Option<Box<Driver>>, error: Error) {
         let driver = driver.filter(|_| !lock(&self.link).for_good);
         let error = self.hang_up().unwrap_or(error).after_hand_over();
+        // Who hears of the pause can listen at the same address.
+        self.shared.end_accepting();
         let said = error.chain();
-        let paused = self.stage.modify_and_notify(|stage| {
-            let goes_on = !matches!(stage, Stage::Over);
-            if goes_on {
+        if self.stage.read(|stage| matches!(stage, Stage::Over)) {
+            return;
+        }
+        // First of all: who is woken by the stage may ask for the state.
+        self.enter(MigrationState::PostcopyPaused);
+        tracing::warn!("post-copy is paused: {said}");
+        self.stage.modify_and_notify(|stage| {
+            if !matches!(stage, Stage::Over) {
                 *stage = Stage::Paused(driver, Arc::new(error));
             }
-            goes_on
         });
-        if paused {
-            self.enter(MigrationState::PostcopyPaused);
-            tracing::warn!("post-copy is paused: {said}");
-        }
     }
 
     /// Closes what there is of the link. Why it has gone, if that is known.
@@ -271,12 +280,12 @@ impl Serving {
             // A page that is asked for meanwhile may be asked for twice.
             self.ask(pager, &pager.pending());
         }
+        self.enter(MigrationState::PostcopyActive);
         self.stage.modify_and_notify(|stage| {
             if let Stage::Recovering = stage {
                 *stage = Stage::Serving;
             }
         });
-        self.enter(MigrationState::PostcopyActive);
         Counters::add(&self.shared.session.counters.recoveries, 1);
         tracing::info!("post-copy goes on over a new link");
         Ok(())
@@ -302,12 +311,12 @@ impl Serving {
 
     /// There is no new link after all.
     pub(super) fn end_recovery(&self, driver: Box<Driver>, error: Arc<Error>) {
+        self.enter(MigrationState::PostcopyPaused);
         self.stage.modify_and_notify(|stage| {
             if let Stage::Recovering = stage {
                 *stage = Stage::Paused(Some(driver), error);
             }
         });
-        self.enter(MigrationState::PostcopyPaused);
     }
 
     /// Goes on over a new link.
