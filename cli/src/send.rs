@@ -1,11 +1,11 @@
 //! `multifd send DIR URI`
 
-use multifd_engine::{Checkpoint, Error, Progress, Report, ZeroCopyStats};
+use multifd_engine::{Checkpoint, Progress, Report, ZeroCopyStats};
 use multifd_transports::Endpoint;
 use serde_json::json;
 
 use crate::flags::{Common, Send};
-use crate::outcome::Outcome;
+use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
 use crate::{signals, tls};
 
@@ -32,7 +32,7 @@ pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
     }
 }
 
-fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Error> {
+fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Failure> {
     let checkpoint = Checkpoint::open(&flags.dir)?;
     let mut builder = checkpoint
         .source()?
@@ -65,5 +65,5 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         precopy.stop_copy()?.commit(checkpoint.device_state())
     });
     *reached = Some(progress.now());
-    result
+    Ok(result?)
 }

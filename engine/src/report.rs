@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::convergence::{DowntimeLedger, RoundRecord};
 use crate::run::counters::Progress;
 use crate::run::session::Session;
-use crate::source::{XbzrleStats, ZeroCopyStats};
+use crate::source::{AuditReport, XbzrleStats, ZeroCopyStats};
 
 /// The account of a migration that has ended well.
 #[derive(Clone, Debug)]
@@ -35,6 +35,8 @@ pub struct Report {
     pub xbzrle: Option<XbzrleStats>,
     /// What became of zero-copy sends, if there were any.
     pub zero_copy: Option<ZeroCopyStats>,
+    /// What was compared with what had been sent, if [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for.
+    pub audit: Option<AuditReport>,
     /// How its threads waited for pages, if the guest ran here before its RAM was here.
     pub faults: Option<PostcopyFigures>,
 }
@@ -121,6 +123,7 @@ impl Report {
             xbzrle: None,
             zero_copy: None,
             faults: None,
+            audit: None,
         }
     }
 

@@ -78,7 +78,8 @@ impl Driver {
         incoming: Box<dyn IncomingRam>,
         guest: Guest,
     ) -> Self {
-        let machine = Machine::new(return_path.leads_back(), ack, guest != Guest::NoPostcopy);
+        let package = (guest != Guest::NoPostcopy).then_some(shared.max_device_state);
+        let machine = Machine::new(return_path.leads_back(), ack, package);
         Self {
             reader,
             shared: Arc::clone(shared),
@@ -88,7 +89,7 @@ impl Driver {
             incoming,
             guest,
             ram: None,
-            early: EarlyDevices::default(),
+            early: EarlyDevices::with_limit(shared.max_device_state),
             package: None,
             serving: None,
             devices: Vec::new(),
@@ -166,8 +167,14 @@ impl Driver {
                 let (shared, incoming) = (&self.shared, &mut *self.incoming);
                 let advised = facts.advise.is_some();
                 let configuration = configuration(facts)?;
-                let ram =
-                    RamReader::open(reader, shared, configuration, incoming, &self.readers, (mapped, advised))?;
+                let ram = RamReader::open(
+                    reader,
+                    shared,
+                    configuration,
+                    incoming,
+                    &self.readers,
+                    (mapped, advised),
+                )?;
                 if let Some(advise) = facts.advise {
                     listen::check_memory(ram.sinks(), advise, self.guest)?;
                 }
@@ -268,7 +275,7 @@ impl Driver {
             item.encode(&mut begun);
         }
         let timeout = self.shared.session.timeout;
-        let tail = tail::read(&mut self.reader, &begun, timeout)?;
+        let tail = tail::read(&mut self.reader, &begun, timeout, self.shared.max_device_state)?;
         arrival::check_all_came(ram.sinks(), &early, &tail)?;
         stream_end::wait(&mut self.reader, &self.return_path, timeout)?;
         received(self.machine.facts(), early, tail)
@@ -276,7 +283,8 @@ impl Driver {
 
     /// What the embedder gets of a guest that may run: everything but RAM.
     pub(super) fn take_devices(&mut self) -> Result<(ReceivedMain, Vec<u32>)> {
-        let (early, behind) = std::mem::take(&mut self.early).into_parts();
+        let early = std::mem::replace(&mut self.early, EarlyDevices::with_limit(0));
+        let (early, behind) = early.into_parts();
         if !behind.is_empty() {
             return Err(Error::bug(Phase::Device, "devices between the last RAM and the package"));
         }

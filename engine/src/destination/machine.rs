@@ -46,6 +46,7 @@ pub(super) struct Machine {
     ack: Acknowledgement,
     return_path: ReturnDirection,
     postcopy: Postcopy,
+    max_package: usize,
     /// The RAM section of a guest that may run here.
     switched: Option<SectionId>,
     /// Devices were read since the last live item.
@@ -110,9 +111,9 @@ enum State {
 type Effects = Vec<Effect>;
 
 impl Machine {
-    /// `two_way`: a source at the other end of the main channel could hear an answer. `postcopy`: a
-    /// source may switch to post-copy.
-    pub(super) fn new(two_way: bool, ack: SwitchoverAck, postcopy: bool) -> Self {
+    /// `two_way`: a source at the other end of the main channel could hear an answer. `max_package`:
+    /// a source may switch to post-copy, with at most so many bytes of device state.
+    pub(super) fn new(two_way: bool, ack: SwitchoverAck, max_package: Option<usize>) -> Self {
         let return_path =
             if two_way { ReturnDirection::Closed } else { ReturnDirection::OneWay { wanted: false } };
         Self {
@@ -120,7 +121,8 @@ impl Machine {
             facts: Facts::default(),
             ack: Acknowledgement::new(ack),
             return_path,
-            postcopy: if postcopy { Postcopy::Allowed } else { Postcopy::Refused },
+            postcopy: if max_package.is_some() { Postcopy::Allowed } else { Postcopy::Refused },
+            max_package: max_package.unwrap_or(0),
             switched: None,
             open_devices: false,
         }

@@ -115,7 +115,8 @@ impl Destination {
     /// listens.
     pub fn receive(self) -> Result<Arrived> {
         let guest = if self.config.postcopy { Guest::AtRest } else { Guest::NoPostcopy };
-        let recover = Recovering { limit: self.config.recover, relisten: self.relisten(), at: self.endpoint() };
+        let recover =
+            Recovering { limit: self.config.recover, relisten: self.relisten(), at: self.endpoint() };
         match self.begin(guest)? {
             Begun::Arrived(arrived) => Ok(arrived),
             Begun::Switched(driver, crew) => AtRest::start(driver, &crew)
@@ -142,8 +143,7 @@ impl Destination {
     fn begin(mut self, guest: Guest) -> Result<Begun> {
         self.session.enter(MigrationState::Setup)?;
         let crew = Arc::new(Crew::new(self.session.stop.clone()).with_hook(self.hook.clone()));
-        let shared =
-            DestinationShared::new(&self.session, self.codecs.clone(), self.config.channels, &self.listener);
+        let shared = DestinationShared::new(&self.session, self.codecs.clone(), &self.config, &self.listener);
         let accepting = Accepting::new(&shared, &crew);
         let main = accepting.main();
         let listener = Arc::clone(&self.listener);
@@ -151,7 +151,8 @@ impl Destination {
         let listener = Arc::clone(&self.listener);
         crew.spawn("mig-accept", Phase::Accept, move || accepting.run(&listener))?;
 
-        let result = self.wait_for_main(&main, &shared).and_then(|main| self.run_main(main, guest, &shared, &crew));
+        let result =
+            self.wait_for_main(&main, &shared).and_then(|main| self.run_main(main, guest, &shared, &crew));
         // Nothing that comes now can be of use: no channel may join, and no page be stored, once
         // this has returned. But the source of a post-copy may still connect for urgent pages.
         let running = matches!(&result, Ok((Switched::Running(_), _)));

@@ -47,7 +47,7 @@ impl RamReader {
         readers: &PageReaders,
         (mapped, advised): (bool, bool),
     ) -> Result<Self> {
-        readers.check(reader.channel(), mapped)?;
+        let file = readers.check(reader, mapped)?;
         let format =
             BlockListFormat { mapped_ram: mapped, page_sizes: advised, ..BlockListFormat::default() };
         let announced = block_list::read(reader, PAGE_SIZE, format)?;
@@ -59,8 +59,8 @@ impl RamReader {
         shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
         let sinks = Arc::new(BlockSinks::new(&announced, &blocks)?);
         shared.publish(Arc::clone(&sinks));
-        if mapped {
-            readers.load(reader.channel(), &announced, &sinks, shared)?;
+        if let Some(file) = file {
+            readers.load(file, &announced, &sinks, shared)?;
         }
         Ok(Self::of(sinks))
     }
@@ -131,7 +131,8 @@ impl RamReader {
     }
 
     fn record(&mut self, reader: &mut MainReader, mapped: bool, pages: &mut Pages) -> Result<Option<Mark>> {
-        let record = reader.next(Phase::Active, "a RAM record", |bytes| RamRecord::parse(bytes, PAGE_SIZE))?;
+        let record =
+            reader.next(Phase::Active, "a RAM record", |bytes| RamRecord::parse(bytes, PAGE_SIZE))?;
         match record {
             RamRecord::EndOfSection => return Ok(Some(Mark::EndOfRecords)),
             record if mapped => {

@@ -11,7 +11,9 @@ use super::channels::sync::ChannelSync;
 use super::place::BlockSinks;
 use super::postcopy::serving::Serving;
 use super::refusals::Refusals;
+use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::os::memory::most_kept;
 use crate::run::session::Session;
 use crate::run::stop::{Monitor, StopSwitch, lock};
 
@@ -30,6 +32,8 @@ pub(crate) struct DestinationShared {
     pub(crate) channels: ChannelSync,
     pub(crate) refusals: Refusals,
     pub(crate) codecs: Codecs,
+    /// Most bytes of the devices' sections that are kept.
+    pub(crate) max_device_state: usize,
     listener: Mutex<Arc<Listener>>,
     /// Connections are accepted until the end: a source that may switch to post-copy makes one for
     /// urgent pages when it does.
@@ -66,12 +70,13 @@ impl DestinationShared {
     pub(crate) fn new(
         session: &Arc<Session>,
         codecs: Codecs,
-        expected_channels: Option<usize>,
+        config: &DestinationConfig,
         listener: &Arc<Listener>,
     ) -> Arc<Self> {
         Arc::new(Self {
             session: Arc::clone(session),
-            channels: ChannelSync::new(&session.stop, expected_channels),
+            channels: ChannelSync::new(&session.stop, config.channels),
+            max_device_state: config.max_device_state.unwrap_or_else(most_kept),
             refusals: Refusals::default(),
             codecs,
             listener: Mutex::new(Arc::clone(listener)),

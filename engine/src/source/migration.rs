@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use multifd_wire::{Command, Configuration, HELLO_PING};
 
+use super::audit::AuditReport;
 use super::carrier::Carrier;
 use super::control::Control;
 use super::device_state::DeviceState;
@@ -50,6 +51,8 @@ pub(super) struct Migration {
     pub(super) setup: Duration,
     /// Rounds begun.
     pub(super) rounds: u64,
+    /// What the audit found, if one was asked for.
+    pub(super) audit: Option<AuditReport>,
 }
 
 impl Migration {
@@ -72,6 +75,7 @@ impl Migration {
     pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger) -> Result<()> {
         let begun = Instant::now();
         self.logs.last_sync(Phase::Active, &self.shared.ram.dirty)?;
+        self.shared.ram.take_changes()?;
         ledger.bitmap_sync_us = micros(begun.elapsed());
         if self.pause_before_switchover {
             self.enter(MigrationState::PreSwitchover)?;
@@ -84,6 +88,7 @@ impl Migration {
         }
         self.section(Section::End)?;
         ledger.last_ram_us = micros(begun.elapsed());
+        self.audit = self.shared.ram.audit(&self.shared, &self.crew)?;
         Ok(())
     }
 
@@ -126,6 +131,7 @@ impl Migration {
     pub(super) fn sync_logs(&mut self) -> Result<Duration> {
         let begun = Instant::now();
         self.logs.sync(Phase::Active, &self.shared.ram.dirty)?;
+        self.shared.ram.take_changes()?;
         Ok(begun.elapsed())
     }
 
@@ -136,6 +142,7 @@ impl Migration {
         last_ram_sent: Instant,
         ledger: &mut DowntimeLedger,
     ) -> Result<()> {
+        state.check()?;
         self.main.raw(state.sections())?;
         let return_path = self.return_path.as_ref();
         let sent = self.carrier.finish(state.end(), &mut self.main, return_path, &self.shared)?;
@@ -158,6 +165,7 @@ impl Migration {
         report.ledger = ledger;
         report.xbzrle = self.shared.cache.as_ref().map(|cache| cache.stats());
         report.confirmed = self.return_path.is_some();
+        report.audit = self.audit;
         report.zero_copy = self.shared.zero_copy_stats(&report.progress);
         report
     }

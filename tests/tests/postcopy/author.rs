@@ -91,7 +91,8 @@ impl Author {
         Configuration::new("pc-q35-10.0").encode(&mut bytes);
         self.send(&bytes)?;
         self.command(Command::OpenReturnPath)?;
-        let page_sizes = self.blocks.iter().map(|block| (block.host * PAGE) as u64).fold(0, |all, one| all | one);
+        let page_sizes =
+            self.blocks.iter().map(|block| (block.host * PAGE) as u64).fold(0, |all, one| all | one);
         self.command(Command::PostcopyAdvise(Some(Advise { page_sizes, target_page: PAGE as u64 })))?;
         let head = SectionHead { id: RAM, idstr: "ram".to_owned(), instance_id: 0, version_id: 4 };
         self.item(Item::SectionStart(head))?;
@@ -225,7 +226,8 @@ impl Author {
 
     pub(crate) fn hear(&mut self) -> Outcome<ReturnMessage> {
         loop {
-            let parsed = ReturnMessage::parse(&self.heard).map_err(|error| Failure::new(error.to_string()))?;
+            let parsed =
+                ReturnMessage::parse(&self.heard).map_err(|error| Failure::new(error.to_string()))?;
             match parsed {
                 None => self.hear_more()?,
                 Some((message, used)) => {
@@ -282,7 +284,8 @@ impl Author {
             next.sent[block] =
                 (0..next.blocks[block].pages).map(|page| bitmap[page / 8] >> (page % 8) & 1 == 1).collect();
             // What has come has been sent, and what was never sent has not come.
-            let invented = next.sent[block].iter().zip(&self.sent[block]).position(|(has, sent)| *has && !sent);
+            let invented =
+                next.sent[block].iter().zip(&self.sent[block]).position(|(has, sent)| *has && !sent);
             assert_eq!(invented, None, "block {block}");
         }
         next.command(Command::PostcopyResume)?;

@@ -54,7 +54,10 @@ fn a_source_that_may_switch_and_does_not_arrives() -> Outcome {
         source.serial().wait_lines(2, 0, SOON)?;
         source.set_up(&settings, Side::Source)?;
         source.migrate(receive.uri())?;
-        source.settle(&settings, SOON)?.check_completed().map_err(|failure| receive.process().explain(failure))?;
+        source
+            .settle(&settings, SOON)?
+            .check_completed()
+            .map_err(|failure| receive.process().explain(failure))?;
         receive.wait_success(SOON)?;
         ram::check_equal(source.ram(), &CheckpointFiles::open(&out)?.block("pc.ram")?)?;
     }
@@ -91,7 +94,8 @@ fn a_source_with_a_channel_for_urgent_pages_switches() -> Outcome {
             let mut settings = settings();
             settings.capabilities.push("postcopy-preempt");
             let uri = scratch.unix_uri("receive");
-            moving(&scratch, &guest(&scratch)?.machine(machine), &uri, &[], &settings, when)?.check_arrived()?;
+            moving(&scratch, &guest(&scratch)?.machine(machine), &uri, &[], &settings, when)?
+                .check_arrived()?;
         }
     }
     Ok(())

@@ -47,8 +47,9 @@ impl Kind {
         let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
         let free = std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<usize>().ok());
         let wanted = len / HUGE;
-        (free.unwrap_or(0) < wanted)
-            .then(|| format!("{} huge pages are free, {wanted} are needed: write nr_hugepages", free.unwrap_or(0)))
+        (free.unwrap_or(0) < wanted).then(|| {
+            format!("{} huge pages are free, {wanted} are needed: write nr_hugepages", free.unwrap_or(0))
+        })
     }
 }
 
@@ -81,7 +82,8 @@ impl Pair {
         let receiving = start(move || destination.receive_live());
         let mut author = Author::new(ours, &blocks)?;
         let written = author.precopy().and_then(|()| author.switch());
-        let incoming = receiving.join().map_err(|_| Failure::new("the destination panicked"))?.map_err(text)?;
+        let incoming =
+            receiving.join().map_err(|_| Failure::new("the destination panicked"))?.map_err(text)?;
         written?;
         let Incoming::Postcopy(guest) = incoming else { return Err(Failure::new("no post-copy")) };
         assert_eq!(guest.opaque_state("device"), Some((3, STATE)));

@@ -12,7 +12,8 @@ const PAGES: usize = 600;
 
 #[test]
 fn over_another_link_what_is_missing_comes_and_pending_faults_are_asked_for_again() -> Outcome {
-    let Pair { mut author, mut guest, memory } = Pair::switched(&[(Kind::Anonymous, PAGES), (Kind::Memfd, PAGES)])?;
+    let Pair { mut author, mut guest, memory } =
+        Pair::switched(&[(Kind::Anonymous, PAGES), (Kind::Memfd, PAGES)])?;
     guest.loaded().map_err(text)?;
     let touching: Vec<_> = (0..4)
         .map(|thread| {

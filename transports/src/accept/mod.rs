@@ -277,21 +277,29 @@ async fn identify(
 }
 
 /// As [`identify`], behind a TLS handshake.
-async fn identify_tls(
+async fn identify_tls(number: u64, peer: String, client: Client, tls: TlsServer, terms: Terms) -> Arrival {
+    match client.tune(&terms.options) {
+        Ok(()) => {
+            let first = FirstBytes::new(terms.first_bytes, terms.opening);
+            shake_hands(number, peer, client, &tls, first, (terms.timeout, &terms.keeps_silent)).await
+        }
+        Err(error) => Arrival::Failed { number, peer, error },
+    }
+}
+
+/// Waits for the handshake, and for the first bytes behind it.
+async fn shake_hands(
     number: u64,
     peer: String,
     client: Client,
-    tls: TlsServer,
-    Terms { first_bytes, opening, keeps_silent, timeout, options, .. }: Terms,
+    tls: &TlsServer,
+    mut first: FirstBytes,
+    (timeout, keeps_silent): (Duration, &AtomicBool),
 ) -> Arrival {
     let begun = Instant::now();
-    let mut first = FirstBytes::new(first_bytes, opening);
     let mut stage = Stage::Handshake(0);
-    if let Err(error) = client.tune(&options) {
-        return Arrival::Failed { number, peer, error };
-    }
     let accepting = tls.accept(client, &mut first, &mut stage);
-    let accepted = within_or_kept(timeout, &keeps_silent, accepting).await;
+    let accepted = within_or_kept(timeout, keeps_silent, accepting).await;
     let error = match (accepted, stage) {
         (Some(Ok(Some(stream))), _) => {
             let channel = Channel::over(Stream::Tls(Box::new(stream)), peer).push_back(first.so_far());

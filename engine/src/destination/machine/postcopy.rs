@@ -5,7 +5,7 @@
 //!                                                                                    a new link: RECV_BITMAP.. RESUME ─^
 //! ```
 
-use multifd_wire::{Advise, Command, Item, MAX_TAIL, ReturnMessage, SectionHead};
+use multifd_wire::{Advise, Command, Item, ReturnMessage, SectionHead};
 
 use super::ram::Ram;
 use super::{Effect, Effects, Machine, Observed, ReturnDirection, State};
@@ -15,9 +15,6 @@ use crate::guest::PAGE;
 /// Refusal of POSTCOPY_ADVISE.
 const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not supported here and would lose the guest: \
     switch off capability postcopy-ram at the source (and dirty-bitmaps, if it is on)";
-
-/// Most bytes of a package: the device state that a pre-copy may have, too.
-const MAX_PACKAGE: usize = MAX_TAIL;
 
 /// How far a post-copy has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +75,7 @@ impl Machine {
             }
             (Command::Packaged(len), Postcopy::Advised, Some(ram)) => {
                 self.facts.guest_stopped.get_or_insert(observed.now);
-                package_len(len).map(|len| State::Package(ram, len))
+                package_len(len, self.max_package).map(|len| State::Package(ram, len))
             }
             (Command::RecvBitmap(block), Postcopy::Recovering, Some(ram)) => {
                 effects.push(Effect::SendBitmap(block));
@@ -183,11 +180,11 @@ fn packaged_devices(ram: Ram, head: SectionHead) -> Result<State> {
     Ok(State::PackagedDevices(ram, head))
 }
 
-fn package_len(len: u32) -> Result<usize> {
+fn package_len(len: u32, most: usize) -> Result<usize> {
     let len = len as usize;
-    if (1..=MAX_PACKAGE).contains(&len) {
+    if (1..=most).contains(&len) {
         return Ok(len);
     }
-    let detail = format!("a package of {len} bytes, expected 1 to {MAX_PACKAGE}");
+    let detail = format!("a package of {len} bytes, expected 1 to {most}");
     Err(Error::misbehaved(Phase::Device, detail))
 }

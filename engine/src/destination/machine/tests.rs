@@ -28,7 +28,7 @@ struct Session {
 impl Session {
     fn new(two_way: bool) -> Self {
         Self {
-            machine: Machine::new(two_way, SwitchoverAck::Auto, false),
+            machine: Machine::new(two_way, SwitchoverAck::Auto, None),
             sync: SyncState::new(None),
             now: Instant::now(),
             pages: 0,

@@ -128,7 +128,10 @@ mod tests {
         let last = 2 * PART_PAGES + 12;
         assert_eq!(bits.gaps(1), [0..PART_PAGES, PART_PAGES + 3..PART_PAGES + 5, last..last + 4]);
         let bytes = bits.to_bytes();
-        assert_eq!((bytes.len(), bytes[PART_PAGES / 8 - 1], bytes[PART_PAGES / 8]), (2 * PART_PAGES / 8 + 8, 0, 0xe7));
+        assert_eq!(
+            (bytes.len(), bytes[PART_PAGES / 8 - 1], bytes[PART_PAGES / 8]),
+            (2 * PART_PAGES / 8 + 8, 0, 0xe7)
+        );
         assert_eq!(bytes[2 * PART_PAGES / 8..], [0xff, 0x0f, 0, 0, 0, 0, 0, 0]);
     }
 

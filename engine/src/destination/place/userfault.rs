@@ -157,7 +157,9 @@ impl Pager {
         for sink in &blocks {
             let paged = PagedBlock::of(sink.block(), &mappings).map_err(|why| unfit(sink, &why))?;
             let failed = |doing: &'static str| {
-                move |error| Error::io(Phase::Device, format!("{doing} of RAM block {}", sink.block().name()), error)
+                move |error| {
+                    Error::io(Phase::Device, format!("{doing} of RAM block {}", sink.block().name()), error)
+                }
             };
             let memory = sink.block().memory();
             // A huge page in the place of a few that are here would fill the rest with zeros.
@@ -320,7 +322,8 @@ impl Pager {
         let at_or_before = self.blocks.partition_point(|sink| sink.block().memory().address() <= address);
         let index = at_or_before.checked_sub(1);
         let found = index.and_then(|index| Some((index, self.blocks.get(index)?)));
-        let outside = || Error::bug(Phase::Active, format_args!("a fault at {address:#x}, outside of all blocks"));
+        let outside =
+            || Error::bug(Phase::Active, format_args!("a fault at {address:#x}, outside of all blocks"));
         let (block, sink) = found.ok_or_else(outside)?;
         let paged = sink.paged()?;
         let host = usize::try_from(address - paged.address).unwrap_or(usize::MAX) / paged.host_page;
@@ -384,7 +387,10 @@ impl Pager {
 
     /// Over a new link, huge pages in the making begin anew.
     pub(crate) fn forget_parts(&self) {
-        self.blocks.iter().filter_map(|sink| sink.paged().ok()).for_each(|paged| lock(&paged.gathered).clear());
+        self.blocks
+            .iter()
+            .filter_map(|sink| sink.paged().ok())
+            .for_each(|paged| lock(&paged.gathered).clear());
     }
 
     /// Every page is here, or will never be: nothing waits for one any more. The order matters: while
@@ -453,8 +459,7 @@ impl PagedBlock {
 }
 
 fn mappings() -> Result<Mappings> {
-    Mappings::read_with_pagers()
-        .map_err(|error| Error::io(Phase::Setup, "how guest memory is mapped", error))
+    Mappings::read_with_pagers().map_err(|error| Error::io(Phase::Setup, "how guest memory is mapped", error))
 }
 
 fn unfit(sink: &BlockSink, why: &str) -> Error {

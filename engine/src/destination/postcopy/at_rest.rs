@@ -92,7 +92,9 @@ impl AtRest {
         let limit = recovering.limit.ok_or_else(copy)?;
         let listener = recovering.relisten.bind(&recovering.at).map_err(|error| error.noting(why.chain()))?;
         let endpoint = listener.endpoint();
-        tracing::warn!("listening again on {endpoint} for {limit:?}: the source goes on with its migration there");
+        tracing::warn!(
+            "listening again on {endpoint} for {limit:?}: the source goes on with its migration there"
+        );
         recover::over_listener(&self.serving, &listener, limit, &self.crew)
             .map_err(|error| error.noting(why.chain()))
     }

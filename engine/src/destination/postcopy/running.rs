@@ -126,9 +126,8 @@ impl PostcopyGuest {
         if !session.stop.seal() {
             return Err(session.stop.cause_or(Error::stopped(Phase::Device)));
         }
-        let answer = |value: &u32| {
-            self.serving.return_path().send(Phase::Device, &ReturnMessage::Pong(*value))
-        };
+        let answer =
+            |value: &u32| self.serving.return_path().send(Phase::Device, &ReturnMessage::Pong(*value));
         match self.pings.iter().try_for_each(answer) {
             Err(error) if self.pings.contains(&DEVICES_LOADED) => return Err(error),
             // Any other source has let go of the guest already.
@@ -158,7 +157,8 @@ impl PostcopyGuest {
                 let session = &shared.session;
                 session.complete();
                 session.set_hand_over(HandOver::Done);
-                let codec = shared.codec_in_use().map_or_else(|| "none".to_owned(), |it| it.name().to_owned());
+                let codec =
+                    shared.codec_in_use().map_or_else(|| "none".to_owned(), |it| it.name().to_owned());
                 let mut report = Report::of(session, session.elapsed(), codec);
                 report.faults = Some(self.serving.figures());
                 self.wind_up();

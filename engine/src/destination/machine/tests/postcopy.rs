@@ -8,7 +8,7 @@ const DEVICES: SectionId = SectionId(5);
 
 fn allowed() -> Session {
     let mut session = Session::new(true);
-    session.machine = Machine::new(true, SwitchoverAck::Never, true);
+    session.machine = Machine::new(true, SwitchoverAck::Never, Some(1 << 20));
     session
 }
 
@@ -43,7 +43,8 @@ fn package() -> Vec<Input> {
 }
 
 fn switched() -> Vec<Input> {
-    [advised(), vec![command(Command::SwitchoverStart), discard(), command(Command::Ping(2))], package()].concat()
+    [advised(), vec![command(Command::SwitchoverStart), discard(), command(Command::Ping(2))], package()]
+        .concat()
 }
 
 #[test]
@@ -52,7 +53,8 @@ fn a_source_switches_and_its_last_page_ends_the_stream() {
     session.run(switched()).unwrap();
     assert!(session.machine.has_switched() && session.machine.facts().guest_stopped.is_some());
     let pong = |value| Effect::Answer(Phase::Active, ReturnMessage::Pong(value));
-    let (ranges, block) = (vec![DiscardRange { offset: 0, len: 0x1000 }], BlockName::try_from("pc.ram").unwrap());
+    let (ranges, block) =
+        (vec![DiscardRange { offset: 0, len: 0x1000 }], BlockName::try_from("pc.ram").unwrap());
     let expected = [
         Effect::OpenReturnPath,
         Effect::KeepListening,
@@ -109,7 +111,11 @@ fn steps_of_a_postcopy_out_of_order_are_the_peers_fault() {
         (listening(), vec![command(Command::PostcopyListen)], "PostcopyListen) in a package"),
         (listening(), vec![Input::Item(Item::SectionPart(RAM))], "in a package"),
         (listening(), vec![command(Command::Packaged(9))], "in a package"),
-        (listening(), vec![Input::Item(Item::SectionFull(head("cpu", RAM)))], "a device with the number of ram"),
+        (
+            listening(),
+            vec![Input::Item(Item::SectionFull(head("cpu", RAM)))],
+            "a device with the number of ram",
+        ),
         (switched(), vec![discard()], "post-copy is Running"),
         (switched(), vec![command(Command::Packaged(9))], "post-copy is Running"),
         (switched(), vec![device(9)], "the devices are here"),
