@@ -41,7 +41,7 @@ pub(super) struct ReceivedMain {
 /// How far the stream goes while the guest may still run at the source.
 pub(super) enum Switched {
     /// To its end: all of RAM is here.
-    Arrived(ReceivedMain),
+    Arrived(Arc<ReceivedMain>),
     /// To RUN: pages follow, which the driver reads.
     Running(Box<Driver>),
 }
@@ -110,7 +110,9 @@ impl Driver {
         if self.machine.has_switched() {
             return Ok(Switched::Running(Box::new(self)));
         }
-        self.devices_part(begins).map(Switched::Arrived).map_err(|error| error.on(name))
+        self.devices_part(begins)
+            .map(|received| Switched::Arrived(Arc::new(received)))
+            .map_err(|error| error.on(name))
     }
 
     /// Everything before the devices' part, and the item that this begins with; or before what

@@ -185,7 +185,7 @@ impl Destination {
         match switched {
             Switched::Arrived(stream) => {
                 let (shared, crew) = (Arc::clone(shared), Arc::clone(crew));
-                Ok(Begun::Arrived(Arrived::new(Arc::new(stream), return_path, shared, crew)))
+                Ok(Begun::Arrived(Arrived::new(stream, return_path, shared, crew)))
             }
             Switched::Running(driver) => {
                 self.session.enter(MigrationState::PostcopyActive)?;

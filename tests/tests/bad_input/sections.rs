@@ -128,8 +128,16 @@ fn steps_to_postcopy() -> Outcome {
             packaged(&[listen.clone(), listen.clone()]),
             &["PostcopyListen) in a package, out of order"],
         ),
-        ("RUN without LISTEN", packaged(&[run.clone()]), &["PostcopyRun) in a package, out of order"]),
-        ("a package without RUN", packaged(&[listen.clone()]), &["the package ended after 5 bytes"]),
+        (
+            "RUN without LISTEN",
+            packaged(std::slice::from_ref(&run)),
+            &["PostcopyRun) in a package, out of order"],
+        ),
+        (
+            "a package without RUN",
+            packaged(std::slice::from_ref(&listen)),
+            &["the package ended after 5 bytes"],
+        ),
         (
             "ram in a package",
             packaged(&[listen, Item::SectionPart(SectionId(7)), run]),

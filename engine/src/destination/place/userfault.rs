@@ -93,7 +93,7 @@ impl PagedBlock {
     fn of(block: &RamBlock, mappings: &Mappings) -> Result<Self, String> {
         let paging = mappings.paging(block)?;
         let pages = block.pages() * PAGE;
-        if pages % paging.host_page != 0 {
+        if !pages.is_multiple_of(paging.host_page) {
             return Err(format!("its {pages} bytes are no whole number of pages of {}", paging.host_page));
         }
         Ok(Self {

@@ -90,7 +90,7 @@ fn micros(duration: Duration) -> u64 {
 /// The step of a number of microseconds.
 fn step_of(us: u64) -> usize {
     let power = us.max(1).ilog2() as usize;
-    let within = (us.max(1) - (1 << power)) * STEPS as u64 >> power;
+    let within = ((us.max(1) - (1 << power)) * STEPS as u64) >> power;
     power * STEPS + usize::try_from(within).unwrap_or(0)
 }
 
