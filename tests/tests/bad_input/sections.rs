@@ -1,7 +1,7 @@
 //! The section stream on main: header, configuration, commands, sections, the end.
 
 use multifd_tests::Outcome;
-use multifd_tests::peer::{Lane, Recorder, Recording, Style};
+use multifd_tests::peer::{Lane, Recorder, Recording, Style, Trial};
 use multifd_wire::{Advise, BlockName, Command, Configuration, DiscardRange, Item, SectionHead, SectionId};
 
 use crate::fixture::{multifd, recording, refused, single};
@@ -86,8 +86,10 @@ fn commands() -> Outcome {
         ("PING", no_return_path.inserted("start", 0, &ping), &["Pong(7) asked for before OPEN_RETURN_PATH"]),
         ("ADVISE", command(Command::PostcopyAdvise(Some(advise))), NO_POSTCOPY),
         ("ADVISE for dirty bitmaps", command(Command::PostcopyAdvise(None)), NO_POSTCOPY),
-        ("LISTEN", command(Command::PostcopyListen), &["main", "PostcopyListen out of order"]),
-        ("PACKAGED", command(Command::Packaged(u32::MAX)), &["Packaged(4294967295) out of order"]),
+        ("ADVISE at its place", recording(&Style { advise: true, ..Style::default() }), NO_POSTCOPY),
+        ("ADVISE with channels", recording(&Style { advise: true, ..Style::multifd(2) }), NO_POSTCOPY),
+        ("LISTEN", command(Command::PostcopyListen), &["main", "PostcopyListen is not supported"]),
+        ("PACKAGED", command(Command::Packaged(u32::MAX)), &["Packaged(4294967295) is not supported"]),
         ("COLO", command(Command::EnableColo), &["EnableColo is not supported"]),
         ("RECV_BITMAP", command(Command::RecvBitmap(BlockName::try_from("pc.ram")?)), &["RecvBitmap"]),
     ])
@@ -109,7 +111,7 @@ fn steps_to_postcopy() -> Outcome {
         advised().inserted("part", 0, &package)
     };
     let (listen, run) = (Item::Command(Command::PostcopyListen), Item::Command(Command::PostcopyRun));
-    refused([
+    let cases: [(&str, Recording, &[&str]); 9] = [
         ("a block that is not there", discard("pc.rom", 0, 4096)?, &["unknown RAM block \"pc.rom\""]),
         (
             "half a page",
@@ -143,7 +145,12 @@ fn steps_to_postcopy() -> Outcome {
             packaged(&[listen, Item::SectionPart(SectionId(7)), run]),
             &["in a package, out of order"],
         ),
-    ])
+    ];
+    for (done, recording, says) in cases {
+        let refused = Trial::unix()?.refuses_with(&recording, says, |builder| builder.postcopy(true));
+        refused.unwrap_or_else(|failure| panic!("{done}: {failure}"));
+    }
+    Ok(())
 }
 
 #[test]

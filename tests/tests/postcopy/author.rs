@@ -1,5 +1,6 @@
 //! A source that follows a script: pages of known content go before the switch, when they are asked
 //! for, or at last.
+#![allow(clippy::indexing_slicing, clippy::expect_used, reason = "test code may panic")]
 
 use std::io::{Read as _, Write as _};
 use std::ops::Range;
@@ -124,7 +125,7 @@ impl Author {
     /// Pages that go before the switch.
     fn early(&self, block: usize) -> Vec<usize> {
         let Block { pages, host, .. } = self.blocks[block];
-        (0..pages).filter(|page| page / host % 5 == 0).collect()
+        (0..pages).filter(|page| (page / host).is_multiple_of(5)).collect()
     }
 
     /// Discards all but every tenth host page of those that went, and sends that again: the rest was
@@ -133,7 +134,7 @@ impl Author {
         self.item(Item::SectionPart(RAM))?;
         for block in 0..self.blocks.len() {
             let host = self.blocks[block].host;
-            for page in self.early(block).into_iter().filter(|page| page / host % 10 == 0) {
+            for page in self.early(block).into_iter().filter(|page| (page / host).is_multiple_of(10)) {
                 self.page(block, page, false)?;
                 self.sent[block][page] = true;
             }
@@ -299,11 +300,9 @@ impl Author {
     }
 
     fn bitmap(&mut self, block: usize) -> Outcome<Vec<u8>> {
-        loop {
-            match self.hear()? {
-                ReturnMessage::RecvBitmap(name) if name.as_str() == self.blocks[block].name => break,
-                other => return Err(Failure::new(format!("{other:?}, a bitmap was expected"))),
-            }
+        match self.hear()? {
+            ReturnMessage::RecvBitmap(name) if name.as_str() == self.blocks[block].name => {}
+            other => return Err(Failure::new(format!("{other:?}, a bitmap was expected"))),
         }
         let len = self.blocks[block].pages.div_ceil(64) * 8;
         while self.heard.len() < len + 16 {

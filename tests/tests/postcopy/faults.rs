@@ -1,4 +1,5 @@
 //! Threads that touch memory whose pages follow, in order, at random, and from many at once.
+#![allow(clippy::indexing_slicing, clippy::expect_used, reason = "test code may panic")]
 
 use multifd_engine::{PAGE, PostcopyEnd, PostcopyFigures, RamBlock};
 use multifd_tests::{Failure, Outcome, skip};

@@ -1,4 +1,5 @@
 //! Memory of all kinds whose pages follow: threads read it while it comes in.
+#![allow(clippy::indexing_slicing, clippy::expect_used, reason = "test code may panic")]
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;

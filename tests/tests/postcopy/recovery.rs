@@ -1,4 +1,5 @@
 //! A link that breaks while pages follow: the guest waits, and nothing is lost.
+#![allow(clippy::indexing_slicing, clippy::expect_used, reason = "test code may panic")]
 
 use std::os::unix::net::UnixStream;
 
