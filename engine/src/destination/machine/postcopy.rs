@@ -16,6 +16,9 @@ use crate::guest::PAGE;
 const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not supported here and would lose the guest: \
     switch off capability postcopy-ram at the source (and dirty-bitmaps, if it is on)";
 
+/// Most bytes of a package, whatever else is allowed: it is read while the guest stands still.
+const MAX_PACKAGE: usize = 256 << 20;
+
 /// How far a post-copy has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Postcopy {
@@ -75,7 +78,7 @@ impl Machine {
             }
             (Command::Packaged(len), Postcopy::Advised, Some(ram)) => {
                 self.facts.guest_stopped.get_or_insert(observed.now);
-                package_len(len, self.max_package).map(|len| State::Package(ram, len))
+                package_len(len, self.max_package.min(MAX_PACKAGE)).map(|len| State::Package(ram, len))
             }
             (Command::RecvBitmap(block), Postcopy::Recovering, Some(ram)) => {
                 effects.push(Effect::SendBitmap(block));

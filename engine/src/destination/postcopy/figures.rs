@@ -97,7 +97,7 @@ fn step_of(us: u64) -> usize {
 /// The last microsecond of a step.
 fn end_of(step: usize) -> u64 {
     let (power, within) = (step / STEPS, (step % STEPS) as u64 + 1);
-    (1 << power) + ((within << power) / STEPS as u64).max(1) - 1
+    (1 << power) + (within << power).div_ceil(STEPS as u64) - 1
 }
 
 #[cfg(test)]
