@@ -20,9 +20,11 @@ use super::stream_end;
 use super::switchover::SwitchoverAck;
 use super::tail::{self, Tail};
 use crate::error::{Error, Phase, Result};
+use crate::run::budget::Share;
 use crate::run::counters::Counters;
 use crate::stream::MainReader;
 use crate::stream::sections::EarlySections;
+use crate::stream::vm_state::VmState;
 
 /// What came in on the main channel, RAM apart.
 #[derive(Debug)]
@@ -36,6 +38,8 @@ pub(super) struct ReceivedMain {
     /// When the source announced its last RAM: it had stopped the guest then. `None` in a stream
     /// without that, such as a background snapshot's.
     pub(super) guest_stopped: Option<Instant>,
+    /// Of the tail.
+    _memory: Share,
 }
 
 /// How far the stream goes while the guest may still run at the source.
@@ -63,6 +67,8 @@ pub(super) struct Driver {
     serving: Option<Arc<Serving>>,
     /// The devices' sections of a package.
     devices: Vec<u8>,
+    /// Theirs.
+    devices_memory: Share,
     /// PINGs to be answered when the devices have been loaded.
     when_loaded: Vec<u32>,
 }
@@ -78,7 +84,7 @@ impl Driver {
         incoming: Box<dyn IncomingRam>,
         guest: Guest,
     ) -> Self {
-        let package = (guest != Guest::NoPostcopy).then_some(shared.max_device_state);
+        let package = (guest != Guest::NoPostcopy).then_some(shared.limits.device_state);
         let machine = Machine::new(return_path.leads_back(), ack, package);
         Self {
             reader,
@@ -89,10 +95,11 @@ impl Driver {
             incoming,
             guest,
             ram: None,
-            early: EarlyDevices::with_limit(shared.max_device_state),
+            early: EarlyDevices::new(shared.limits.device_state, shared.limits.memory.share()),
             package: None,
             serving: None,
             devices: Vec::new(),
+            devices_memory: shared.limits.memory.share(),
             when_loaded: Vec::new(),
         }
     }
@@ -195,8 +202,18 @@ impl Driver {
                 let Footer(id) = reader.next(Phase::Active, "a section footer", Footer::parse)?;
                 Input::Footer(id)
             }
-            Expected::Device { head, ram } => Input::Device(self.early.read(reader, head, ram)?),
+            Expected::Device { head, ram } => {
+                let end = self.early.read(reader, head, ram)?;
+                if let Some(VmState { name, version, bytes }) = self.early.take_vm() {
+                    self.incoming.configure(&name, version, &bytes).map_err(|cause| {
+                        let detail = format!("the state of the source's VM, {name} version {version}");
+                        Error::incompatible(Phase::Setup, detail).because(cause)
+                    })?;
+                }
+                Input::Device(end)
+            }
             Expected::Package { len } => {
+                self.devices_memory.grow_to(len, Phase::Device, "the package of a post-copy")?;
                 self.package = Some(Package::read(reader, len)?);
                 Input::Package
             }
@@ -228,7 +245,10 @@ impl Driver {
             Effect::Resume => self.serving()?.resume()?,
             Effect::Run => self.leave_package()?,
             Effect::SendBitmap(block) => self.send_bitmap(&block)?,
-            Effect::SpeakDialect => self.shared.speak_dialect(),
+            Effect::SpeakDialect => {
+                self.shared.speak_dialect();
+                self.return_path.speak_dialect();
+            }
             Effect::SyncPoint => self.shared.sync_point()?,
         }
         Ok(())
@@ -277,21 +297,26 @@ impl Driver {
             item.encode(&mut begun);
         }
         let timeout = self.shared.session.timeout;
-        let tail = tail::read(&mut self.reader, &begun, timeout, self.shared.max_device_state)?;
+        let mut memory = self.shared.limits.memory.share();
+        memory.grow_to(begun.len(), Phase::Device, "device state")?;
+        let most = self.shared.limits.device_state;
+        let tail = tail::read(&mut self.reader, &begun, timeout, most, &mut memory)?;
         arrival::check_all_came(ram.sinks(), &early, &tail)?;
         stream_end::wait(&mut self.reader, &self.return_path, timeout)?;
-        received(self.machine.facts(), early, tail)
+        received(self.machine.facts(), early, tail, memory)
     }
 
     /// What the embedder gets of a guest that may run: everything but RAM.
     pub(super) fn take_devices(&mut self) -> Result<(ReceivedMain, Vec<u32>)> {
-        let early = std::mem::replace(&mut self.early, EarlyDevices::with_limit(0));
+        let early =
+            std::mem::replace(&mut self.early, EarlyDevices::new(0, self.shared.limits.memory.share()));
         let (early, behind) = early.into_parts();
         if !behind.is_empty() {
             return Err(Error::bug(Phase::Device, "devices between the last RAM and the package"));
         }
         let tail = Tail::packaged(std::mem::take(&mut self.devices))?;
-        let received = received(self.machine.facts(), early, tail)?;
+        let memory = std::mem::replace(&mut self.devices_memory, self.shared.limits.memory.share());
+        let received = received(self.machine.facts(), early, tail, memory)?;
         Ok((received, std::mem::take(&mut self.when_loaded)))
     }
 
@@ -311,10 +336,10 @@ impl Driver {
     }
 }
 
-fn received(facts: &Facts, early: EarlySections, tail: Tail) -> Result<ReceivedMain> {
+fn received(facts: &Facts, early: EarlySections, tail: Tail, memory: Share) -> Result<ReceivedMain> {
     let Facts { switchover_start, guest_stopped, .. } = *facts;
     let configuration = configuration(facts)?.clone();
-    Ok(ReceivedMain { configuration, switchover_start, early, tail, guest_stopped })
+    Ok(ReceivedMain { configuration, switchover_start, early, tail, guest_stopped, _memory: memory })
 }
 
 fn configuration(facts: &Facts) -> Result<&Configuration> {

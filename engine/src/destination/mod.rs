@@ -11,13 +11,16 @@
 //!    early, tail ─── device sections before the end of RAM, and behind it
 //!  postcopy/ ─────── a guest that runs here before its RAM is here
 //!  mapped ×N ─────── pages at fixed places of a file              one thread each, `mig-recv-N`
+//!  alive ─────────── says that this end is alive while the embedder has the guest   `mig-alive`
 //!  place/ ────────── the blocks, and how a page is written or cleared
 //! ```
 
+mod alive;
 mod arrival;
 mod arrived;
 mod builder;
 mod channels;
+mod deadline;
 mod driver;
 mod early;
 mod machine;
@@ -48,8 +51,10 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::session::{Canceller, ProgressReader, Session};
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
-use crate::stream::MainReader;
+use crate::stream::{MainReader, dialect};
+use alive::Alive;
 use channels::accept::{Accepting, Main};
+use deadline::Deadline;
 use driver::{Driver, Switched};
 use mapped::PageReaders;
 use postcopy::Guest;
@@ -184,8 +189,9 @@ impl Destination {
     ) -> Result<Begun> {
         match switched {
             Switched::Arrived(stream) => {
+                let alive = Alive::start(&return_path, crew)?;
                 let (shared, crew) = (Arc::clone(shared), Arc::clone(crew));
-                Ok(Begun::Arrived(Arrived::new(stream, return_path, shared, crew)))
+                Ok(Begun::Arrived(Arrived::new(stream, return_path, shared, crew, alive)))
             }
             Switched::Running(driver) => {
                 self.session.enter(MigrationState::PostcopyActive)?;
@@ -224,13 +230,15 @@ impl Destination {
         crew: &Arc<Crew>,
     ) -> Result<(Switched, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
+        let deadline = Deadline::start(self.config.deadline, crew)?;
         self.session.counters.main.count_bytes_of(&channel);
         self.session.enter(MigrationState::Active)?;
         self.session.begin();
         let return_path = ReturnPath::new(Arc::clone(&channel));
         let (last_message, closer) = (return_path.clone(), channel.closer());
+        let stop = self.session.stop.clone();
         self.session.stop.on_trip(move || {
-            last_message.abort();
+            last_message.abort(stop.look_at_cause(dialect::failure));
             closer.close();
         });
         let (ack, direct) = (self.config.switchover_ack, self.config.direct_io);
@@ -239,6 +247,8 @@ impl Destination {
         let none = || Error::bug(Phase::Setup, "memory is provided twice");
         let ram = self.ram.take().ok_or_else(none)?;
         let driver = Driver::new(reader, shared, return_path.clone(), ack, readers, ram, guest);
-        Ok((driver.run()?, return_path))
+        let switched = driver.run()?;
+        drop(deadline);
+        Ok((switched, return_path))
     }
 }

@@ -10,7 +10,7 @@ use super::mapped::PageReaders;
 use super::place::{BlockSink, BlockSinks, IncomingRam, Pager};
 use super::postcopy::serving::Serving;
 use super::shared::DestinationShared;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, ErrorKind, Phase, Remedy, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
 use crate::run::counters::{ChannelCounters, Counters};
 use crate::stream::{MainReader, block_list};
@@ -51,11 +51,19 @@ impl RamReader {
         let format =
             BlockListFormat { mapped_ram: mapped, page_sizes: advised, ..BlockListFormat::default() };
         let announced = block_list::read(reader, PAGE_SIZE, format)?;
+        let total: u64 = announced.iter().map(|entry| entry.used_len).sum();
+        if let Some(limit) = shared.limits.ram.filter(|limit| total > *limit) {
+            let detail = format!(
+                "the source's guest has {total} bytes of RAM in {} blocks, limit is {limit}",
+                announced.len()
+            );
+            return Err(Error::new(ErrorKind::GuestMemory, Phase::Setup, detail)
+                .remedied_by(Some(Remedy::RaiseMaxRam)));
+        }
         let blocks = ram.open(configuration, &announced).map_err(|error| {
             Error::new(ErrorKind::GuestMemory, Phase::Setup, "no memory for the source's RAM blocks")
                 .because(error)
         })?;
-        let total: u64 = announced.iter().map(|entry| entry.used_len).sum();
         shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
         let sinks = Arc::new(BlockSinks::new(&announced, &blocks)?);
         shared.publish(Arc::clone(&sinks));

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crossbeam_utils::CachePadded;
 use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, dial, encrypt};
 
+use super::alive::KeepAlive;
 use super::builder::Source;
 use super::carrier::{Carrier, Channels, File, SyncPoints};
 use super::main_writer::MainWriter;
@@ -19,8 +20,10 @@ use super::shared::SourceShared;
 use crate::config::{Opened, Surroundings, own};
 use crate::convergence::Convergence;
 use crate::dirty::LogSet;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, ErrorKind, Phase, Remedy, Result};
 use crate::io::MainFile;
+use crate::run::counters::Estimate;
+use crate::run::session::NoteEnd;
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::mapped_layout::CAPABILITY;
@@ -39,6 +42,7 @@ struct Parts {
     carrier: Carrier,
     shared: Arc<SourceShared>,
     return_path: Option<ReturnPathReader>,
+    alive: KeepAlive,
     logs: LogSet,
 }
 
@@ -71,8 +75,10 @@ impl Source {
         match self.open(connections, &crew) {
             Ok(parts) => {
                 let mut migration = self.migration(parts, crew);
+                let busy = migration.alive.busy();
                 let result = migration.set_up(&self.guest.configuration);
                 migration.caused(result)?;
+                drop(busy);
                 Ok(Precopy::new(migration, convergence))
             }
             Err(error) => Err(self.session.fail(error, &crew)),
@@ -80,7 +86,7 @@ impl Source {
     }
 
     fn migration(&self, parts: Parts, crew: Crew) -> Migration {
-        let Parts { main, carrier, shared, return_path, logs } = parts;
+        let Parts { main, carrier, shared, return_path, alive, logs } = parts;
         Migration {
             main,
             carrier,
@@ -95,6 +101,8 @@ impl Source {
             setup: Duration::ZERO,
             rounds: 0,
             audit: None,
+            alive,
+            _note_end: NoteEnd(Arc::clone(&self.session)),
         }
     }
 
@@ -112,6 +120,7 @@ impl Source {
         let ram =
             OutgoingRam::new(std::mem::take(&mut self.guest.ram), &self.guest.notes, zero_pages, parallel)?;
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
+        self.session.counters.expect(Estimate { remaining_bytes: ram.total_bytes(), ..Estimate::default() });
         let main = self.next_connection(&mut connections, None)?;
         self.session.counters.main.count_bytes_of(&main);
         let file = MainFile::of(&main);
@@ -144,7 +153,9 @@ impl Source {
             None if config.channels == 0 => Carrier::Main,
             None => Carrier::Channels(self.connect_channels(&mut connections, &shared, crew)?),
         };
-        Ok(Parts { main: MainWriter::new(main, file), carrier, shared, return_path, logs })
+        let piece_of_ram = carrier.takes_empty_pieces().then(MainWriter::empty_piece_of_ram);
+        let alive = KeepAlive::start(&main, return_path.is_some(), piece_of_ram, crew)?;
+        Ok(Parts { main: MainWriter::new(main, file), carrier, shared, return_path, alive, logs })
     }
 
     fn connect_channels(
@@ -218,7 +229,11 @@ impl Source {
     }
 
     fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Channel> {
-        dial(endpoint, &self.dial_options()).map_err(|error| Error::transport(Phase::Connect, error).on(name))
+        dial(endpoint, &self.dial_options()).map_err(|error| {
+            // Main was taken: a destination that takes no more is set up for fewer.
+            let remedy = (name != "main").then_some(Remedy::CompareSettings);
+            Error::transport(Phase::Connect, error).on(name).remedied_by(remedy)
+        })
     }
 
     /// What ends with the migration, if it waits until then.

@@ -7,6 +7,7 @@ use multifd_transports::Endpoint;
 
 use super::recover::{self, Relisten};
 use super::serving::{Serving, Waited};
+use crate::destination::alive::Alive;
 use crate::destination::arrived::Arrived;
 use crate::destination::driver::{Driver, ReceivedMain};
 use crate::error::{Error, Phase, Result};
@@ -75,7 +76,9 @@ impl AtRest {
                     let shared = Arc::clone(self.serving.shared());
                     shared.stop_accepting();
                     let (received, crew) = (Arc::clone(&self.received), Arc::clone(&self.crew));
-                    return Ok(Arrived::new(received, self.serving.return_path(), shared, crew).switched());
+                    let return_path = self.serving.return_path();
+                    let alive = Alive::start(&return_path, &crew)?;
+                    return Ok(Arrived::new(received, return_path, shared, crew, alive).switched());
                 }
                 Waited::Paused(why) => {
                     self.recover(recovering, &why)?;

@@ -205,7 +205,7 @@ impl Drop for PostcopyGuest {
         }
         if !self.loaded.load(Ordering::Acquire) {
             // It never ran here: a source that can go back does.
-            self.serving.return_path().abort();
+            self.serving.return_path().abort(None);
         }
         self.serving.abandon();
         self.wind_up();

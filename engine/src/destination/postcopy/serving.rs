@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use multifd_transports::Closer;
 use multifd_wire::ReturnMessage;
@@ -32,7 +32,9 @@ pub(in crate::destination) struct Serving {
     stage: Monitor<Stage>,
     link: Mutex<Link>,
     /// The devices have been loaded, or never will be.
-    loaded: Monitor<bool>,
+    loaded: Monitor<Option<Duration>>,
+    /// When LISTEN was read.
+    since: Instant,
     /// What came before RUN.
     received: OnceLock<Arc<ReceivedMain>>,
 }
@@ -96,7 +98,8 @@ impl Serving {
             pager,
             stage: Monitor::new(Stage::Serving, &shared.session.stop),
             link: Mutex::new(Link::new(return_path, true)),
-            loaded: Monitor::new(false, &shared.session.stop),
+            loaded: Monitor::new(None, &shared.session.stop),
+            since: Instant::now(),
             received: OnceLock::new(),
         });
         shared.serve(&serving);
@@ -190,12 +193,12 @@ impl Serving {
     fn let_go(&self) -> Result<()> {
         let Some(pager) = &self.pager else { return Ok(()) };
         pager.release()?;
-        self.loaded.wait(&self.shared.session.stop, None, |loaded| loaded.then_some(()));
+        let load = self.loaded.wait(&self.shared.session.stop, None, |loaded| *loaded);
         if self.stage.read(|stage| matches!(stage, Stage::Over)) {
             return Ok(());
         }
         let return_path = self.return_path();
-        return_path.shut()?;
+        return_path.shut(load.unwrap_or_default())?;
         return_path.confirm(LINGER)
     }
 
@@ -208,7 +211,8 @@ impl Serving {
 
     /// The devices have been loaded, or never will be.
     pub(super) fn note_loaded(&self) {
-        self.loaded.modify_and_notify(|loaded| *loaded = true);
+        let load = self.since.elapsed();
+        self.loaded.modify_and_notify(|loaded| _ = loaded.get_or_insert(load));
     }
 
     fn check_all_came(&self) -> Result<()> {
