@@ -172,22 +172,7 @@ impl Driver {
                 None => reader.next(Phase::Active, "a section or command", Item::parse)?,
             }),
             Expected::Blocks { mapped } => {
-                let facts = self.machine.facts();
-                let (shared, incoming) = (&self.shared, &mut *self.incoming);
-                let advised = facts.advise.is_some();
-                let configuration = configuration(facts)?;
-                let ram = RamReader::open(
-                    reader,
-                    shared,
-                    configuration,
-                    incoming,
-                    &self.readers,
-                    (mapped, advised),
-                )?;
-                if let Some(advise) = facts.advise {
-                    listen::check_memory(ram.sinks(), advise, self.guest)?;
-                }
-                self.ram = Some(ram);
+                self.open_blocks(mapped)?;
                 Input::Blocks
             }
             Expected::Records { mapped } => {
@@ -226,6 +211,20 @@ impl Driver {
                 return Err(Error::bug(Phase::Device, "the end of the live part is no input"));
             }
         })
+    }
+
+    /// Reads the list of blocks, and has memory provided for them.
+    fn open_blocks(&mut self, mapped: bool) -> Result<()> {
+        let facts = self.machine.facts();
+        let (configuration, advise) = (configuration(facts)?, facts.advise);
+        let (shared, incoming) = (&self.shared, &mut *self.incoming);
+        let kinds = (mapped, advise.is_some());
+        let ram = RamReader::open(&mut self.reader, shared, configuration, incoming, &self.readers, kinds)?;
+        if let Some(advise) = advise {
+            listen::check_memory(ram.sinks(), advise, self.guest)?;
+        }
+        self.ram = Some(ram);
+        Ok(())
     }
 
     fn perform(&mut self, effect: Effect) -> Result<()> {
