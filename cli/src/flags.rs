@@ -120,6 +120,10 @@ pub(crate) struct Receive {
     /// when the source has nothing left to send and waits
     #[arg(long, value_enum, default_value_t = Ack::Auto)]
     pub(crate) switchover_ack: Ack,
+    /// When the link breaks after the source has switched to post-copy, listen again at the same
+    /// address, for this long each time. Default: fail, and leave the rest of the guest at the source
+    #[arg(long, value_name = "TIME", value_parser = human::duration)]
+    pub(crate) recover: Option<Duration>,
     /// Refuse a guest with more RAM than this, such as 64G; 0: no limit. Default: what is free in the
     /// file system of --out, since a source decides how much of its RAM is not zero
     #[arg(long, value_name = "SIZE", value_parser = human::size)]

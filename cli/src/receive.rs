@@ -32,6 +32,7 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     let mut builder = Destination::builder(writer.ram())
         .switchover_ack(flags.switchover_ack.into())
         .direct_io(flags.direct_io)
+        .postcopy(true)
         .timeout(common.timeout)
         .max_memory(flags.max_memory)
         .deadline(flags.deadline)
@@ -46,6 +47,9 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     }
     if let Some(choice) = common.codec {
         builder = builder.codecs(Codecs::empty().with(choice.codec()));
+    }
+    if let Some(limit) = flags.recover {
+        builder = builder.recover(limit);
     }
     if let Some(tls) = tls {
         builder = builder.tls(tls);

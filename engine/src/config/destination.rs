@@ -20,6 +20,12 @@ pub struct DestinationConfig {
     /// Reads the pages of a `mapped-ram` file past the page cache (O_DIRECT); anything else that comes is refused then. The
     /// memory must begin at a multiple of the disk's block size. Default: no.
     pub direct_io: bool,
+    /// Lets the source switch to post-copy, also one that makes a connection of its own for urgent pages then. Connections are
+    /// accepted until the end, if the source announces that it may switch. Default: no.
+    pub postcopy: bool,
+    /// When the link of a post-copy is gone, listen again at the same address, for this long each time; `None`: give up. Default:
+    /// `None`.
+    pub recover: Option<Duration>,
     /// When to acknowledge the switch-over unasked. Default: [`SwitchoverAck::Auto`].
     pub switchover_ack: SwitchoverAck,
     /// Most bytes of devices' sections, which are kept in memory until the guest is loaded. Default: `None`, half of the
@@ -50,6 +56,8 @@ impl Default for DestinationConfig {
         Self {
             channels: None,
             direct_io: false,
+            postcopy: false,
+            recover: None,
             switchover_ack: SwitchoverAck::Auto,
             max_device_state: None,
             timeout: DEFAULT_TIMEOUT,

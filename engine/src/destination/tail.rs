@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use multifd_wire::{TailEnd, TailScanner, VMDESC_NODE_LEN, VmDescription};
+use multifd_wire::{Item, ItemType, TailEnd, TailScanner, VMDESC_NODE_LEN, VmDescription, split_tail};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::guest::PAGE;
 use crate::run::budget::Share;
 use crate::stream::MainReader;
 
@@ -29,6 +30,37 @@ pub(crate) struct Described {
 }
 
 impl Tail {
+    /// The devices of a post-copy, `sections`, with an end as a pre-copy has it, so that they can be
+    /// sent on: QEMU waits for a description. This one describes no device.
+    pub(super) fn packaged(sections: Vec<u8>) -> Result<Self> {
+        let devices_len = sections.len();
+        let mut bytes = sections;
+        Item::Eof.encode(&mut bytes);
+        let description =
+            VmDescription { configuration: None, page_size: Some(PAGE as u64), devices: Vec::new() };
+        let cannot = |error: serde_json::Error| Error::bug(Phase::Device, error);
+        let text = serde_json::to_vec(&description).map_err(cannot)?;
+        let len = u32::try_from(text.len()).map_err(|error| Error::bug(Phase::Device, error))?;
+        bytes.push(ItemType::VmDescription.byte());
+        bytes.extend(len.to_be_bytes());
+        let begin = bytes.len();
+        bytes.extend(text);
+        let end = TailEnd { devices_len, total: bytes.len(), vmdesc: begin..bytes.len() };
+        Ok(Self { bytes, described: Some(Described { end, description }) })
+    }
+
+    /// The one section that the tail consists of, if it has this name: its version and payload.
+    pub(super) fn opaque(&self, name: &str) -> Option<(u32, &[u8])> {
+        let description = self.described.as_ref().map(|described| &described.description);
+        let sections = self.sections();
+        match &split_tail(sections, description).ok()?[..] {
+            [section] if section.head.idstr == name => {
+                Some((section.head.version_id, sections.get(section.payload.clone())?))
+            }
+            _ => None,
+        }
+    }
+
     /// The FULL sections.
     pub(super) fn sections(&self) -> &[u8] {
         // Without a description, EOF is the last byte.

@@ -246,6 +246,40 @@ impl HostMemory {
         self.populate(offset, len, libc::MADV_POPULATE_WRITE)
     }
 
+    /// Makes pages missing, also in the file that the memory is shared with: what they held is gone.
+    pub(crate) fn drop_pages(&self, offset: usize, len: usize) -> io::Result<()> {
+        let slice = self.slice(offset, len).ok_or(io::ErrorKind::InvalidInput)?;
+        let done = match &self.shared_file {
+            Some(file) => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                let too_far = |_| io::Error::from(io::ErrorKind::InvalidInput);
+                let start = i64::try_from(file.start() + offset as u64).map_err(too_far)?;
+                let len = i64::try_from(len).map_err(too_far)?;
+                // SAFETY: the descriptor is open; the call takes no pointer.
+                unsafe { libc::fallocate(file.file().as_raw_fd(), mode, start, len) }
+            }
+            None => {
+                let start = slice.ptr_guard_mut().as_ptr().cast();
+                // SAFETY: the range is mapped, see `slice`; that its content goes is what is asked for.
+                unsafe { libc::madvise(start, slice.len(), libc::MADV_DONTNEED) }
+            }
+        };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Whether the kernel may put huge pages in the place of its pages.
+    pub(crate) fn allow_huge_pages(&self, allow: bool) -> io::Result<()> {
+        let advice = if allow { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+        let slice = self.slice(0, self.len).ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: the range is mapped, see `slice`; its content stays as it is.
+        if unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), advice) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        // A kernel without such pages.
+        if error.raw_os_error() == Some(libc::EINVAL) { Ok(()) } else { Err(error) }
+    }
+
     fn populate(&self, offset: usize, len: usize, advice: i32) -> io::Result<()> {
         // The kernel takes whole pages, and memory starts at one.
         let (first, last) = (offset / PAGE * PAGE, offset.saturating_add(len).next_multiple_of(PAGE));

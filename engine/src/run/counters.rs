@@ -41,7 +41,7 @@ macro_rules! counters {
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
         #[non_exhaustive]
         pub struct ChannelProgress {
-            /// `main`, or `channel 3`; for threads at a file, whose bytes are those of main, `thread 3`.
+            /// `main`, `channel 3`, or `urgent`; for threads at a file, whose bytes are those of main, `thread 3`.
             pub name: String,
             /// Bytes sent.
             pub bytes_sent: u64,
@@ -74,7 +74,7 @@ macro_rules! counters {
                     ..Progress::default()
                 };
                 let parallel = lock(&self.parallel);
-                progress.channels = parallel.len() as u64;
+                progress.channels = parallel.iter().filter(|channel| channel.name != URGENT).count() as u64;
                 progress.per_channel.push(self.main.read());
                 progress.per_channel.extend(parallel.iter().map(|channel| channel.read()));
                 for channel in &progress.per_channel {
@@ -105,6 +105,12 @@ counters! {
         ram_bytes,
         /// Passes over RAM (dirty sync count).
         rounds,
+        /// Requests of a post-copy for pages that a guest waits for.
+        requests,
+        /// Pages that were asked for so, each as often as it was.
+        pages_requested,
+        /// New links of a post-copy whose link had gone.
+        recoveries,
     }
     channel {
         /// Packets with pages, of a parallel channel.
@@ -131,6 +137,9 @@ pub(crate) struct ChannelCounters {
     channel: OnceLock<Arc<Channel>>,
     counters: CachePadded<PerChannel>,
 }
+
+/// The name of a channel of pages that a guest waits for.
+const URGENT: &str = "urgent";
 
 /// What a source expects, as of the last bitmap sync.
 #[derive(Clone, Debug, Default)]
@@ -162,6 +171,11 @@ impl Counters {
     /// Counts a parallel channel, with its bytes.
     pub(crate) fn channel(&self, id: u8, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
         self.parallel(ChannelCounters::new(format!("channel {id}")).with_bytes_of(channel))
+    }
+
+    /// Counts a channel of urgent pages, with its bytes; it is none of the parallel ones.
+    pub(crate) fn urgent(&self, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
+        self.parallel(ChannelCounters::new(URGENT.to_owned()).with_bytes_of(channel))
     }
 
     /// Counts a thread that moves pages between memory and a file; the bytes are main's.

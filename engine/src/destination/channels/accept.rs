@@ -10,6 +10,7 @@ use multifd_wire::{InitialPacket, MULTIFD_MAGIC, STREAM_MAGIC};
 
 use super::sync::JoinError;
 use super::worker::ChannelWorker;
+use crate::destination::postcopy::urgent;
 use crate::destination::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::{Monitor, lock};
@@ -81,7 +82,8 @@ impl Accepting {
             if let Err(error) = self.on_arrival(arrival, listener) {
                 stop.trip(error);
             }
-            if self.main.read(|main| main.came) && self.shared.channels.is_full() {
+            let complete = self.main.read(|main| main.came) && self.shared.channels.is_full();
+            if complete && !self.shared.keeps_listening() {
                 listener.close();
             }
         });
@@ -166,6 +168,10 @@ impl Accepting {
             MULTIFD_MAGIC => self.join_or_wait(channel),
             // A TLS record of the handshake: type 22, version 3.x.
             tls if tls >> 16 == 0x1603 => refused(Error::unexpected_tls(Phase::Accept, "peer")),
+            _ if several && self.shared.keeps_listening() && urgent::can_begin(first) => {
+                urgent::start(channel, &self.shared, &self.crew)
+                    .map_err(|error| JoinError::Late(error.on(peer)))
+            }
             other => {
                 if let Some(what) = foreign::what_it_is(&beginning(&channel, first)) {
                     let detail = format!("no migration stream, it is {what}");
