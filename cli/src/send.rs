@@ -1,5 +1,7 @@
 //! `multifd send DIR URI`
 
+use std::time::Instant;
+
 use multifd_engine::{Checkpoint, Error, Progress, Report, ZeroCopyStats};
 use multifd_transports::Endpoint;
 use serde_json::json;
@@ -7,7 +9,7 @@ use serde_json::json;
 use crate::flags::{Common, Send};
 use crate::outcome::Outcome;
 use crate::progress::{self, Lines};
-use crate::{signals, tls};
+use crate::{postcopy, signals, tls};
 
 pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
     let mut reached = None;
@@ -33,6 +35,7 @@ pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
 }
 
 fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Error> {
+    let begun = Instant::now();
     let checkpoint = Checkpoint::open(&flags.dir)?;
     let mut builder = checkpoint
         .source()?
@@ -40,6 +43,9 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         .max_bandwidth(common.max_bandwidth())
         .mapped_ram(flags.mapped_ram)
         .direct_io(flags.direct_io)
+        .postcopy(flags.postcopy)
+        .postcopy_preempt(flags.following.postcopy_preempt)
+        .max_postcopy_bandwidth(flags.following.max_bandwidth())
         .timeout(common.timeout)
         .socket_options(flags.sockets.options())
         .channel_endpoints(flags.sockets.channel_uri.clone())
@@ -57,13 +63,22 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         builder = builder.tls(tls);
     }
     let source = builder.build()?;
+    let before_source = begun.elapsed();
     signals::cancel_on_signal(source.canceller());
     let progress = source.progress();
     let result = progress::shown(common, &progress, Lines::Watched, || {
         let mut precopy = source.connect(&flags.uri)?;
+        if flags.postcopy {
+            let postcopy = precopy.switch_to_postcopy(checkpoint.device_state())?;
+            return postcopy::serve(postcopy, &flags.uri, flags.following.recover);
+        }
         precopy.round()?;
         precopy.stop_copy()?.commit(checkpoint.device_state())
     });
     *reached = Some(progress.now());
-    result
+    let mut report = result?;
+    if let Some(run_after) = report.postcopy.as_mut().and_then(|postcopy| postcopy.run_after.as_mut()) {
+        *run_after += before_source;
+    }
+    Ok(report)
 }

@@ -52,8 +52,8 @@ pub use run::counters::{ChannelProgress, Progress};
 pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, ProgressReader};
 pub use run::state::MigrationState;
 pub use source::{
-    Control, DeviceState, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats,
-    ZeroPages,
+    Control, DeviceState, Postcopy, PostcopyReport, Precopy, Served, Source, SourceBuilder, StopCopy,
+    XbzrleStats, ZeroCopySend, ZeroCopyStats, ZeroPages,
 };
 pub use stream::sections::EarlySections;
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::convergence::{DowntimeLedger, RoundRecord};
 use crate::run::counters::Progress;
 use crate::run::session::Session;
-use crate::source::{XbzrleStats, ZeroCopyStats};
+use crate::source::{PostcopyReport, XbzrleStats, ZeroCopyStats};
 
 /// The account of a migration that has ended well.
 #[derive(Clone, Debug)]
@@ -35,6 +35,8 @@ pub struct Report {
     pub xbzrle: Option<XbzrleStats>,
     /// What became of zero-copy sends, if there were any.
     pub zero_copy: Option<ZeroCopyStats>,
+    /// What a post-copy took, if there was one.
+    pub postcopy: Option<PostcopyReport>,
 }
 
 /// The same as plain numbers, under the names that scripts know.
@@ -69,6 +71,7 @@ impl Report {
             decisions: Vec::new(),
             xbzrle: None,
             zero_copy: None,
+            postcopy: None,
         }
     }
 
@@ -159,6 +162,9 @@ impl fmt::Display for Report {
                 f,
                 "\nzero-copy    {sends} sends, {copied} copied by the kernel all the same, {refused} refused"
             )?;
+        }
+        if let Some(postcopy) = &self.postcopy {
+            write!(f, "\npost-copy    {postcopy}")?;
         }
         if !self.decisions.is_empty() {
             write!(f, "\nledger       {}", self.ledger)?;

@@ -31,6 +31,9 @@ pub enum OnStall {
     /// Go on, as QEMU does: the guest's load may change.
     #[default]
     Continue,
+    /// Hand the guest over at once, and have its RAM follow: [`Precopy::switch_to_postcopy`](crate::Precopy::switch_to_postcopy).
+    /// Also when the deadline has passed.
+    Postcopy,
     /// Stop the guest at a local minimum, if that takes no longer than this second limit.
     SwitchBelow(Duration),
 }
@@ -141,10 +144,13 @@ impl Convergence {
             );
         }
         if let Some(deadline) = limits.deadline.filter(|deadline| facts.elapsed >= *deadline) {
-            let reason = format!(
-                "give up: {expected:.1?} is over the limit of {limit:?}, the deadline of {deadline:?} has passed"
+            let why = format!(
+                "{expected:.1?} is over the limit of {limit:?}, the deadline of {deadline:?} has passed"
             );
-            return (Decision::AbortDeadline, reason);
+            return match limits.on_stall {
+                OnStall::Postcopy => (Decision::Postcopy, format!("switch to post-copy: {why}")),
+                _ => (Decision::AbortDeadline, format!("give up: {why}")),
+            };
         }
         let over = format!("{expected:.1?} is over the limit of {limit:?}");
         if self.rounds_without_progress < STALLED_ROUNDS {
@@ -154,6 +160,7 @@ impl Convergence {
         match limits.on_stall {
             OnStall::Abort => (Decision::AbortStalled, format!("give up: {stalled}")),
             OnStall::Continue => (Decision::Continue, format!("go on: {stalled}")),
+            OnStall::Postcopy => (Decision::Postcopy, format!("switch to post-copy: {stalled}")),
             OnStall::SwitchBelow(second) if self.at_minimum(facts) && expected <= second => (
                 Decision::SwitchOverStalled,
                 format!("switch over: {stalled}, but within the second limit of {second:?}"),

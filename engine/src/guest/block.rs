@@ -28,13 +28,14 @@ pub struct RamBlock {
     name: BlockName,
     memory: HostMemory,
     fresh: bool,
+    host_page: Option<usize>,
 }
 
 impl RamBlock {
     /// A block over all of `memory`, whose length must be a whole number of pages: what is over is
     /// not migrated.
     pub fn new(name: BlockName, memory: HostMemory) -> Self {
-        Self { name, memory, fresh: false }
+        Self { name, memory, fresh: false, host_page: None }
     }
 
     /// One block for each region of a VMM's guest memory, named by its guest physical address:
@@ -60,6 +61,19 @@ impl RamBlock {
     pub fn fresh(mut self) -> Self {
         self.fresh = true;
         self
+    }
+
+    /// Says how many bytes a page of the destination's kernel has behind this block, where that is not as it is here: a
+    /// checkpoint that goes to memory of huge pages. For a post-copy, which moves such pages whole.
+    #[must_use]
+    pub fn with_host_page_size(mut self, bytes: usize) -> Self {
+        self.host_page = Some(bytes);
+        self
+    }
+
+    /// Bytes in a page of the kernel's: 4096, or more for huge pages.
+    pub fn host_page_size(&self) -> usize {
+        self.host_page.unwrap_or(self.memory.host_page_size())
     }
 
     /// The name on the wire (idstr).

@@ -33,7 +33,8 @@ macro_rules! counters {
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
         #[non_exhaustive]
         pub struct ChannelProgress {
-            /// `main`, or `channel 3`; for threads at a file, whose bytes are those of main, `thread 3`.
+            /// `main`, or `channel 3`; for threads at a file, whose bytes are those of main, `thread 3`; `urgent` for pages that
+            /// are asked for in a post-copy.
             pub name: String,
             /// Bytes sent.
             pub bytes_sent: u64,
@@ -48,6 +49,8 @@ macro_rules! counters {
             $(pub(crate) $migration: AtomicU64,)*
             pub(crate) main: ChannelCounters,
             parallel: Mutex<Vec<Arc<ChannelCounters>>>,
+            /// Of a post-copy's channels for pages that are asked for: one after the other.
+            urgent: Mutex<Vec<Arc<ChannelCounters>>>,
         }
 
         /// The counters of a [`ChannelCounters`].
@@ -68,6 +71,7 @@ macro_rules! counters {
                 progress.channels = parallel.len() as u64;
                 progress.per_channel.push(self.main.read());
                 progress.per_channel.extend(parallel.iter().map(|channel| channel.read()));
+                progress.per_channel.extend(lock(&self.urgent).iter().map(|channel| channel.read()));
                 for channel in &progress.per_channel {
                     $(progress.$channel += channel.$channel;)*
                 }
@@ -95,6 +99,10 @@ counters! {
         ram_bytes,
         /// Passes over RAM (dirty sync count).
         rounds,
+        /// Requests for pages, in a post-copy.
+        requests,
+        /// Pages that were asked for, those that were on their way included.
+        pages_requested,
     }
     channel {
         /// Packets with pages, of a parallel channel.
@@ -131,6 +139,13 @@ impl Counters {
     /// Counts a thread that moves pages between memory and a file; the bytes are main's.
     pub(crate) fn thread(&self, id: usize) -> Arc<ChannelCounters> {
         self.parallel(ChannelCounters::new(format!("thread {id}")))
+    }
+
+    /// Counts a channel for pages that are asked for, with its bytes.
+    pub(crate) fn urgent(&self, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
+        let counters = Arc::new(ChannelCounters::new("urgent".to_owned()).with_bytes_of(channel));
+        lock(&self.urgent).push(Arc::clone(&counters));
+        counters
     }
 
     fn parallel(&self, counters: ChannelCounters) -> Arc<ChannelCounters> {

@@ -5,14 +5,16 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
-use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, dial};
+use multifd_transports::{Channel, Endpoint};
 
 use super::builder::Source;
+use super::dialer::Dialer;
 use super::carrier::{Carrier, Channels, File, SyncPoints};
 use super::main_writer::MainWriter;
 use super::migration::Migration;
 use super::outgoing::{OutgoingRam, ZeroPages};
 use super::page_cache::PageCache;
+use super::postcopy::{PostcopySettings, PreemptStyle};
 use super::precopy::Precopy;
 use super::return_path::ReturnPathReader;
 use super::shared::SourceShared;
@@ -67,9 +69,16 @@ impl Source {
         self.session.enter(MigrationState::Setup)?;
         let crew = Crew::new(self.session.stop.clone()).with_hook(self.hook.clone());
         let convergence = Convergence::new(self.config.auto_converge);
-        match self.open(connections, &crew) {
+        let dialer = Dialer {
+            session: Arc::clone(&self.session),
+            socket: self.config.socket.clone(),
+            tls: self.tls.clone(),
+            hook: self.hook.clone(),
+            endpoint: connections.endpoint().cloned(),
+        };
+        match self.open(connections, &dialer, &crew) {
             Ok(parts) => {
-                let mut migration = self.migration(parts, crew);
+                let mut migration = self.migration(parts, dialer, crew);
                 let result = migration.set_up(&self.guest.configuration);
                 migration.caused(result)?;
                 Ok(Precopy::new(migration, convergence))
@@ -78,7 +87,7 @@ impl Source {
         }
     }
 
-    fn migration(&self, parts: Parts, crew: Crew) -> Migration {
+    fn migration(&self, parts: Parts, dialer: Dialer, crew: Crew) -> Migration {
         let Parts { main, carrier, shared, return_path, logs } = parts;
         Migration {
             main,
@@ -88,6 +97,12 @@ impl Source {
             crew,
             return_path,
             early: self.guest.early.clone(),
+            dialer,
+            postcopy: self.config.postcopy.then_some(PostcopySettings {
+                preempt: self.config.postcopy_preempt,
+                preempt_style: PreemptStyle::for_machine(&self.guest.configuration),
+            }),
+            urgent_channel: None,
             switchover_start: self.config.switchover_start,
             pause_before_switchover: self.config.pause_before_switchover,
             logs,
@@ -96,7 +111,7 @@ impl Source {
         }
     }
 
-    fn open(&mut self, mut connections: Connections<'_>, crew: &Crew) -> Result<Parts> {
+    fn open(&mut self, mut connections: Connections<'_>, dialer: &Dialer, crew: &Crew) -> Result<Parts> {
         self.count_channels(&connections)?;
         let endpoint = connections.endpoint();
         self.check(endpoint, None)?;
@@ -108,8 +123,9 @@ impl Source {
             LogSet::start(std::mem::take(&mut self.guest.logs), &self.guest.ram, &self.guest.unwritten)?;
         let parallel = self.config.channels > 0;
         let ram = OutgoingRam::new(std::mem::take(&mut self.guest.ram), zero_pages, parallel)?;
+        let ram = if self.config.postcopy { ram.for_postcopy()? } else { ram };
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
-        let main = self.next_connection(&mut connections, None)?;
+        let main = self.next_connection(&mut connections, dialer, None)?;
         self.session.counters.main.count_bytes_of(&main);
         // The one place that asks whether main is a file.
         let file = main.file_handle();
@@ -141,7 +157,7 @@ impl Source {
             }
             Some(file) => Carrier::File(File::plain(file, Arc::clone(&main))),
             None if config.channels == 0 => Carrier::Main,
-            None => Carrier::Channels(self.connect_channels(&mut connections, &shared, crew)?),
+            None => Carrier::Channels(self.connect_channels(&mut connections, dialer, &shared, crew)?),
         };
         Ok(Parts { main: MainWriter::new(main, opened.file), carrier, shared, return_path, logs })
     }
@@ -149,13 +165,14 @@ impl Source {
     fn connect_channels(
         &self,
         connections: &mut Connections<'_>,
+        dialer: &Dialer,
         shared: &Arc<SourceShared>,
         crew: &Crew,
     ) -> Result<Channels> {
         let count = self.config.channels;
         let channels = Channels::new(count, SyncPoints::for_machine(&self.guest.configuration), crew);
         for id in (0..=u8::MAX).take(count) {
-            let channel = self.next_connection(connections, Some(id))?;
+            let channel = self.next_connection(connections, dialer, Some(id))?;
             channels.start(channel, id, shared, crew)?;
         }
         Ok(channels)
@@ -195,11 +212,16 @@ impl Source {
     fn wants_return_path(&self, endpoint: Option<&Endpoint>, main: Opened) -> bool {
         // Most commands store or pass on, and answer nothing.
         let answers = main.two_way && !matches!(endpoint, Some(Endpoint::Exec(_)));
-        self.config.return_path.unwrap_or(answers)
+        self.config.return_path.unwrap_or(answers || self.config.postcopy)
     }
 
     /// Main, or the parallel channel `id`.
-    fn next_connection(&self, connections: &mut Connections<'_>, id: Option<u8>) -> Result<Arc<Channel>> {
+    fn next_connection(
+        &self,
+        connections: &mut Connections<'_>,
+        dialer: &Dialer,
+        id: Option<u8>,
+    ) -> Result<Arc<Channel>> {
         let name = id.map_or_else(|| "main".to_owned(), |id| format!("channel {id}"));
         let channel = match connections {
             Connections::Own(channels) => channels
@@ -207,25 +229,10 @@ impl Source {
                 .ok_or_else(|| Error::bug(Phase::Connect, format_args!("no connection for {name}")))?,
             Connections::Dialled(main) => {
                 let own = id.and_then(|id| self.config.channel_endpoints.iter().cycle().nth(id.into()));
-                self.dial(own.unwrap_or(main), &name)?
+                dialer.dial(own.unwrap_or(main), &name, &self.session.stop)?
             }
         };
-        let channel = self.session.adopt(channel, Phase::Connect)?;
-        self.session.close_on_stop(&channel);
-        Ok(channel)
-    }
-
-    fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Channel> {
-        let stopper = Stopper::new();
-        let options = DialOptions {
-            deadline: self.session.timeout,
-            stopper: stopper.clone(),
-            socket: self.session.socket_options(&self.config.socket),
-            tls: self.tls.clone(),
-            thread_hook: self.hook.clone(),
-        };
-        self.session.stop.on_trip(move || stopper.stop());
-        dial(endpoint, &options).map_err(|error| Error::transport(Phase::Connect, error).on(name))
+        dialer.adopt(channel, &self.session.stop)
     }
 }
 

@@ -7,8 +7,8 @@ use multifd_wire::{BlockEntry, Configuration};
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::{Absent, DirtyBitmap, Found, Mappings, PageTable, READING, RamBlock};
-use crate::work::{BlockIndex, PerBlock, Round};
+use crate::guest::{Absent, DirtyBitmap, Found, Mappings, PAGE, PageTable, READING, RamBlock};
+use crate::work::{BlockIndex, HostPages, PerBlock, Round};
 
 /// How pages that are all zero go out (QEMU's zero-page-detection).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -59,6 +59,8 @@ pub(super) struct OutgoingBlock {
     /// What its pages are that the page table does not have.
     absent: Absent,
     pub(super) zero_route: ZeroRoute,
+    /// Pages in a page of the destination's kernel.
+    pub(super) per_host: usize,
     /// Pages of the blocks before this one.
     first_key: u64,
 }
@@ -69,6 +71,10 @@ pub(super) struct OutgoingRam {
     pub(super) blocks: PerBlock<OutgoingBlock>,
     /// The dirty logs write here.
     pub(super) dirty: PerBlock<Arc<DirtyBitmap>>,
+    /// The same in host pages, for a post-copy.
+    pub(super) host_pages: HostPages,
+    /// The list says how large huge pages are.
+    lists_host_pages: bool,
     /// The first pass is under way: holes that were found at its begin can be taken for zero. A page that was written since
     /// is in a dirty log, and goes out again.
     holes_hold: AtomicBool,
@@ -106,7 +112,39 @@ impl OutgoingRam {
             dirty.set_range(0, dirty.pages());
             Arc::new(dirty)
         });
-        Ok(Self { blocks, dirty, holes_hold: AtomicBool::new(true), page_table })
+        let host_pages = HostPages::new(&dirty, &blocks.map(|outgoing| outgoing.per_host));
+        Ok(Self {
+            blocks,
+            dirty,
+            host_pages,
+            lists_host_pages: false,
+            holes_hold: AtomicBool::new(true),
+            page_table,
+        })
+    }
+
+    /// Sees to it that a post-copy can follow.
+    pub(super) fn for_postcopy(mut self) -> Result<Self> {
+        for OutgoingBlock { block, per_host, .. } in self.blocks.iter() {
+            let size = block.host_page_size();
+            let whole = block.pages().is_multiple_of(*per_host);
+            if size < PAGE || !size.is_power_of_two() || !whole {
+                let detail = format!(
+                    "RAM block {} of {:#x} bytes, in host pages of {size:#x} bytes: expected a power of two, at least {PAGE:#x}, \
+                     and whole host pages",
+                    block.name(),
+                    block.used_len()
+                );
+                return Err(Error::new(ErrorKind::ApiMisuse, Phase::Setup, detail));
+            }
+        }
+        self.lists_host_pages = true;
+        Ok(self)
+    }
+
+    /// The sizes of host pages, as ADVISE has them.
+    pub(super) fn host_page_sizes(&self) -> u64 {
+        self.blocks.iter().fold(0, |sizes, block| sizes | (block.per_host * PAGE) as u64)
     }
 
     /// The block with this name.
@@ -152,7 +190,8 @@ impl OutgoingRam {
         self.blocks.iter().map(|outgoing| BlockEntry {
             name: outgoing.block.name().clone(),
             used_len: outgoing.block.used_len(),
-            page_size: None,
+            page_size: (self.lists_host_pages && outgoing.per_host > 1)
+                .then_some((outgoing.per_host * PAGE) as u64),
             guest_address: None,
             mapped_ram: None,
         })
@@ -184,7 +223,8 @@ impl OutgoingBlock {
             Error::new(ErrorKind::GuestMemory, Phase::Setup, detail).because(error)
         })?;
         let absent = mappings.map_or(Absent::Unknown, |mappings| mappings.absent(&block));
-        Ok(Self { block, data, absent, zero_route, first_key })
+        let per_host = (block.host_page_size() / PAGE).max(1);
+        Ok(Self { block, data, absent, zero_route, per_host, first_key })
     }
 
     /// Says which of these pages, in ascending order, the kernel could not read.
@@ -208,7 +248,7 @@ impl OutgoingBlock {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest::{HostMemory, PAGE};
+    use crate::guest::HostMemory;
 
     /// The kernel says that an address of a whole packet was bad, not which.
     #[test]
