@@ -12,7 +12,11 @@ use crate::human::tell;
 const TRY_AGAIN: Duration = Duration::from_millis(200);
 
 /// Serves until all of RAM is there. `recover`: for how long a link that broke is dialled again.
-pub(crate) fn serve(mut postcopy: Postcopy, uri: &Endpoint, recover: Option<Duration>) -> Result<Report, Error> {
+pub(crate) fn serve(
+    mut postcopy: Postcopy,
+    uri: &Endpoint,
+    recover: Option<Duration>,
+) -> Result<Report, Error> {
     loop {
         match postcopy.serve()? {
             Served::Completed(report) => return Ok(*report),
@@ -28,11 +32,7 @@ fn replace_link(
     recover: Option<Duration>,
 ) -> Result<(), Error> {
     let Some(recover) = recover else { return Err(cause) };
-    let left = postcopy.pages_left();
-    tell(format_args!(
-        "multifd: the link broke ({}); the guest at the destination lacks {left} pages or more; dialling {uri} for {recover:?}",
-        cause.chain()
-    ));
+    tell(format_args!("multifd: the link broke: {}; dialling {uri} for {recover:?}", cause.chain()));
     let begun = Instant::now();
     let mut last = cause;
     while let Some(within) = recover.checked_sub(begun.elapsed()).filter(|left| !left.is_zero()) {

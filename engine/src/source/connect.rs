@@ -8,8 +8,8 @@ use crossbeam_utils::CachePadded;
 use multifd_transports::{Channel, Endpoint};
 
 use super::builder::Source;
-use super::dialer::Dialer;
 use super::carrier::{Carrier, Channels, File, SyncPoints};
+use super::dialer::Dialer;
 use super::main_writer::MainWriter;
 use super::migration::Migration;
 use super::outgoing::{OutgoingRam, ZeroPages};

@@ -62,7 +62,12 @@ impl HostPages {
 
     /// The next dirty host pages of one block from `place` on, at most `most` pages, but one host page at least; behind the
     /// last block the first follows. They are the caller's afterwards. `None`: nothing is dirty.
-    pub(crate) fn claim(&self, place: &mut ScanPlace, most: usize, pages: &mut Vec<usize>) -> Option<BlockIndex> {
+    pub(crate) fn claim(
+        &self,
+        place: &mut ScanPlace,
+        most: usize,
+        pages: &mut Vec<usize>,
+    ) -> Option<BlockIndex> {
         pages.clear();
         // The block that it begins in comes twice: what is before the place is last.
         for _ in 0..=self.blocks.len() {
@@ -150,7 +155,11 @@ impl HostBlock {
 
     /// Takes dirty host pages from `page` on; gives where to go on.
     fn claim(&self, page: usize, most: usize, pages: &mut Vec<usize>) -> usize {
-        if self.per_host == 1 { self.claim_small(page, most, pages) } else { self.claim_large(page, most, pages) }
+        if self.per_host == 1 {
+            self.claim_small(page, most, pages)
+        } else {
+            self.claim_large(page, most, pages)
+        }
     }
 
     fn claim_small(&self, mut page: usize, most: usize, pages: &mut Vec<usize>) -> usize {

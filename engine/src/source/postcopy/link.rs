@@ -14,7 +14,7 @@ use crate::run::workers::Crew;
 use crate::source::main_writer::MainWriter;
 use crate::source::return_path::ReturnPathReader;
 use crate::source::shared::SourceShared;
-use crate::work::{HostPages, ScanPlace, UrgentPages};
+use crate::work::{BlockIndex, HostPages, ScanPlace, UrgentPages};
 
 /// Pages of the background stream in one go: what a page that is asked for meanwhile waits for, on main.
 const BATCH: usize = 32;
@@ -67,12 +67,8 @@ pub(super) struct LinkEnd {
 
 impl Link {
     /// The link over which the package went.
-    pub(super) fn new(main: MainWriter, return_path: ReturnPathReader, crew: Crew, shared: &SourceShared) -> Self {
-        let mut this = Self::recovered(main, return_path, crew);
-        // Its reader knows blocks by the records before the switch.
-        tracing::debug!(left = shared.ram.host_pages.left(), "post-copy begins");
-        this.first = true;
-        this
+    pub(super) fn new(main: MainWriter, return_path: ReturnPathReader, crew: Crew) -> Self {
+        Self { first: true, ..Self::recovered(main, return_path, crew) }
     }
 
     /// A link that replaces one that broke.
@@ -100,6 +96,8 @@ impl Link {
             place,
         };
         self.crew.spawn("mig-urgent", Phase::Postcopy, move || worker.run())?;
+        let watch = Watch { channel: Arc::clone(&channel), return_path: self.return_path.clone() };
+        self.crew.spawn("mig-urgent-in", Phase::Postcopy, move || watch.run())?;
         self.urgent = Some(UrgentChannel { channel, style, sending });
         Ok(())
     }
@@ -167,7 +165,7 @@ impl Link {
         urgent: &UrgentPages,
         place: &mut ScanPlace,
         claimed: &mut Vec<usize>,
-    ) -> Option<crate::work::BlockIndex> {
+    ) -> Option<BlockIndex> {
         match &self.urgent {
             None => host_pages.claim_wanted(urgent, place, claimed),
             Some(own) => {
@@ -201,8 +199,10 @@ impl Link {
         self.return_path.expect_shut();
         self.main.eof()?;
         if let Some(UrgentChannel { channel, style: PreemptStyle::AtSetup, .. }) = &self.urgent {
-            PageSender::end_of_records(channel)
-                .map_err(|error| Error::io(Phase::Postcopy, "ending the channel", error).on(channel.peer()))?;
+            // A destination that has seen the end on main may have closed this channel, or waits for its end: its SHUT tells.
+            if let Err(error) = PageSender::end_of_records(channel) {
+                tracing::debug!(%error, "ending the channel of pages that are asked for");
+            }
         }
         self.return_path.wait_for_shut(shared.session.timeout)
     }
@@ -215,6 +215,9 @@ impl Link {
     /// Ends the threads of a link that is not needed any more.
     pub(super) fn close(self) {
         self.return_path.close();
+        if let Some(own) = &self.urgent {
+            own.channel.closer().close();
+        }
         self.crew.join();
     }
 
@@ -236,7 +239,9 @@ impl Link {
 /// Whether the peer's system has said that nothing reads any more: not a silence, which may be the network's.
 fn is_hang_up(error: &Error) -> bool {
     let source = std::error::Error::source(error);
-    let code = source.and_then(|source| source.downcast_ref::<std::io::Error>()).and_then(|error| error.raw_os_error());
+    let code = source
+        .and_then(|source| source.downcast_ref::<std::io::Error>())
+        .and_then(|error| error.raw_os_error());
     matches!(code, Some(libc::EPIPE | libc::ECONNRESET))
 }
 
@@ -275,5 +280,37 @@ impl UrgentWorker {
             }
         }
         Ok(())
+    }
+}
+
+/// The thread that sees when the channel of pages that are asked for ends: a page that is lost there would be waited for until
+/// another is sent.
+struct Watch {
+    channel: Arc<Channel>,
+    return_path: ReturnPathReader,
+}
+
+impl Watch {
+    fn run(&self) -> Result<()> {
+        let name = || format!("channel of pages that are asked for ({})", self.channel.peer());
+        loop {
+            let received = self.channel.recv(&mut [0]);
+            // At the end, the destination closes it as it likes.
+            if self.return_path.is_ending() {
+                return Ok(());
+            }
+            match received {
+                Ok(0) => {
+                    let detail = "the destination closed it before the end";
+                    return Err(Error::new(ErrorKind::Transport, Phase::Postcopy, detail).on(name()));
+                }
+                Ok(_) => {
+                    let detail = "bytes came back, expected none";
+                    return Err(Error::misbehaved(Phase::Postcopy, detail).on(name()));
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {}
+                Err(error) => return Err(Error::io(Phase::Postcopy, "waiting for its end", error).on(name())),
+            }
+        }
     }
 }

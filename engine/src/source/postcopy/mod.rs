@@ -17,6 +17,7 @@ mod switch;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use multifd_transports::Channel;
 use multifd_wire::Configuration;
 
 use self::link::Link;
@@ -130,12 +131,22 @@ impl Postcopy {
     /// After the package with RUN.
     fn new(migration: Migration, parts: switch::Switched, decisions: Vec<RoundRecord>) -> Result<Self> {
         let switch::Switched { settings, place, ledger, handed_over } = parts;
-        let Migration { main, carrier, shared, control, crew, return_path, dialer, urgent_channel, setup, .. } =
-            migration;
-        let return_path = return_path
-            .ok_or_else(|| Error::bug(Phase::Postcopy, "a post-copy without a return path"))?;
+        let Migration {
+            main,
+            carrier,
+            shared,
+            control,
+            crew,
+            return_path,
+            dialer,
+            urgent_channel,
+            setup,
+            ..
+        } = migration;
+        let return_path =
+            return_path.ok_or_else(|| Error::bug(Phase::Postcopy, "a post-copy without a return path"))?;
         control.set_link(crew.stop());
-        let link = Link::new(main, return_path, crew, &shared);
+        let link = Link::new(main, return_path, crew);
         let mut this = Self {
             shared,
             control,
@@ -156,7 +167,7 @@ impl Postcopy {
     }
 
     /// Gives the link its channel for pages that are asked for.
-    fn start_urgent(&mut self, channel: Option<Arc<multifd_transports::Channel>>) -> Result<()> {
+    fn start_urgent(&mut self, channel: Option<Arc<Channel>>) -> Result<()> {
         let (Some(link), Some(channel)) = (&mut self.link, channel) else { return Ok(()) };
         link.start_urgent(channel, self.settings.preempt_style, self.place, &self.shared)
     }
@@ -214,7 +225,7 @@ impl Postcopy {
             self.pages_left()
         );
         let cause = end.cause.noting(lacks).after_hand_over();
-        tracing::warn!(cause = %cause.chain(), "post-copy is paused");
+        tracing::debug!(cause = %cause.chain(), "post-copy is paused");
         Ok(Served::Paused(cause))
     }
 }

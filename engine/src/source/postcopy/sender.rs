@@ -7,7 +7,7 @@ use multifd_transports::Channel;
 use multifd_wire::RamRecord;
 
 use crate::error::{Error, Phase, Result};
-use crate::guest::PAGE_SIZE;
+use crate::guest::{PAGE, PAGE_SIZE};
 use crate::io::IoVecs;
 use crate::run::counters::{ChannelCounters, Counters};
 use crate::source::packet::{Content, Packet};
@@ -60,7 +60,7 @@ impl PageSender {
             end = span.end;
             let header = self.headers.get(span.clone());
             list.private(header.ok_or_else(|| Error::bug(Phase::Postcopy, "a page without its record"))?);
-            bytes += crate::guest::PAGE;
+            bytes += PAGE;
             match content? {
                 Content::Private(bytes) => list.private(bytes),
                 Content::Guest(page) => list.guest(&page),
@@ -70,7 +70,8 @@ impl PageSender {
         list.private(self.headers.get(end..).unwrap_or_default());
         list.send(&self.channel).map_err(|error| {
             let name = || self.name.clone();
-            self.packet.fault(block, error, |error| Error::io(Phase::Postcopy, "sending pages", error).on(name()))
+            self.packet
+                .fault(block, error, |error| Error::io(Phase::Postcopy, "sending pages", error).on(name()))
         })?;
         Counters::add(&counters.pages_zero, self.packet.zero.len());
         Counters::add(&counters.pages_normal, self.packet.normal.len());

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use multifd_transports::Channel;
 use multifd_wire::{Command, DiscardRange, Item, MAX_DISCARD_RANGES};
 
 use super::{Postcopy, PostcopySettings};
@@ -47,7 +48,7 @@ impl Precopy {
     ///
     /// # Errors
     /// `ApiMisuse` if it was not asked for, or is there already; the migration ends.
-    pub fn with_urgent_channel(mut self, channel: multifd_transports::Channel) -> Result<Self> {
+    pub fn with_urgent_channel(mut self, channel: Channel) -> Result<Self> {
         let result = self.migration.take_urgent_channel(channel);
         self.migration.caused(result)?;
         Ok(self)
@@ -76,7 +77,8 @@ impl Migration {
             return Ok(());
         }
         let endpoint = self.dialer.endpoint.as_ref().ok_or_else(|| {
-            let detail = "a channel for pages that are asked for, but none was given beside the caller's connections";
+            let detail =
+                "a channel for pages that are asked for, but none was given beside the caller's connections";
             Error::new(ErrorKind::ApiMisuse, Phase::Connect, detail)
         })?;
         let stop = &self.shared.session.stop;
@@ -85,10 +87,11 @@ impl Migration {
         Ok(())
     }
 
-    fn take_urgent_channel(&mut self, channel: multifd_transports::Channel) -> Result<()> {
+    fn take_urgent_channel(&mut self, channel: Channel) -> Result<()> {
         let wanted = self.postcopy.is_some_and(|settings| settings.preempt);
         if !wanted || self.urgent_channel.is_some() {
-            let detail = "a channel for pages that are asked for, which was not asked for or is there already";
+            let detail =
+                "a channel for pages that are asked for, which was not asked for or is there already";
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Connect, detail));
         }
         self.urgent_channel = Some(self.dialer.adopt(channel, &self.shared.session.stop)?);

@@ -121,6 +121,11 @@ impl ReturnPathReader {
         wanted.unwrap_or(false)
     }
 
+    /// True when SHUT may come.
+    pub(super) fn is_ending(&self) -> bool {
+        self.received.read(|received| received.may_arrive)
+    }
+
     /// Ends every [`ReturnPathReader::next_request`].
     pub(super) fn close(&self) {
         self.received.modify_and_notify(|received| received.closing = true);

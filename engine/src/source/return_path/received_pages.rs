@@ -89,7 +89,10 @@ mod tests {
         }
         let error = check_head(&bytes, 8, &name()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::PeerMisbehaved);
-        assert!(error.to_string().contains("a bitmap of 16 bytes for RAM block pc.ram, expected 8"), "{error}");
+        assert!(
+            error.to_string().contains("a bitmap of 16 bytes for RAM block pc.ram, expected 8"),
+            "{error}"
+        );
         let error = content(answer(&[0; 8], END + 1), &name()).unwrap_err();
         assert!(error.to_string().contains("behind the bitmap"), "{error}");
     }
