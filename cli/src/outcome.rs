@@ -9,6 +9,19 @@ use serde_json::{Map, Value, json};
 use crate::flags::Common;
 use crate::human::tell;
 
+/// Why a migration, or its preparation, has failed.
+pub(crate) enum Failure {
+    Migration(Error),
+    /// The flags ask for what cannot be: the reason.
+    Usage(String),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Migration(error)
+    }
+}
+
 /// The end of a command.
 pub(crate) struct Outcome {
     status: Status,
@@ -54,22 +67,16 @@ impl Outcome {
     }
 
     /// A migration, or its preparation, that failed. The counters stand where they stood.
-    pub(crate) fn failed(error: &Error, progress: Option<Progress>) -> Self {
-        let (status, code) = match error.kind() {
-            // Also after a cancel: the exit code must say that the source's guest may not run on.
-            _ if !error.source_may_resume() => (Status::Failed, FAILED_AFTER_COMMIT),
-            ErrorKind::Cancelled => (Status::Cancelled, CANCELLED),
-            ErrorKind::ApiMisuse => (Status::Failed, USAGE),
-            _ => (Status::Failed, FAILED),
+    pub(crate) fn failed(failure: &Failure, progress: Option<Progress>) -> Self {
+        let (status, code, text) = match failure {
+            Failure::Migration(error) => {
+                let (status, code) = status_and_code(error);
+                (status, code, with_remedy(error))
+            }
+            Failure::Usage(reason) => (Status::Failed, USAGE, reason.clone()),
         };
         let figures = Figures::so_far(&progress.unwrap_or_default());
-        Self {
-            status,
-            error: Some(with_remedy(error)),
-            code,
-            table: String::new(),
-            keys: object(json!(figures)),
-        }
+        Self { status, error: Some(text), code, table: String::new(), keys: object(json!(figures)) }
     }
 
     /// Failed for a reason outside of a migration.
@@ -107,6 +114,16 @@ impl Outcome {
     }
 }
 
+fn status_and_code(error: &Error) -> (Status, u8) {
+    match error.kind() {
+        // Also after a cancel: the exit code must say that the source's guest may not run on.
+        _ if !error.source_may_resume() => (Status::Failed, FAILED_AFTER_COMMIT),
+        ErrorKind::Cancelled => (Status::Cancelled, CANCELLED),
+        ErrorKind::ApiMisuse => (Status::Failed, USAGE),
+        _ => (Status::Failed, FAILED),
+    }
+}
+
 /// The error, and the flag that may help.
 fn with_remedy(error: &Error) -> String {
     match error.remedy() {
@@ -133,6 +150,12 @@ mod tests {
     use multifd_engine::{Channel, Destination, RamBlock};
 
     use super::*;
+
+    #[test]
+    fn flags_that_cannot_be_met_are_wrong_usage() {
+        let outcome = Outcome::failed(&Failure::Usage("no such key".to_owned()), None);
+        assert_eq!((outcome.code, outcome.error.as_deref()), (USAGE, Some("no such key")));
+    }
 
     #[test]
     fn a_peer_that_speaks_tls_brings_up_the_flag_for_it() {

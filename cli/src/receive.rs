@@ -1,13 +1,13 @@
 //! `multifd receive URI --out DIR`
 
 use multifd_codecs::Codecs;
-use multifd_engine::{CheckpointWriter, Destination, Error, Progress, Report};
+use multifd_engine::{CheckpointWriter, Destination, Progress, Report};
 use multifd_transports::Endpoint;
 use serde_json::json;
 
 use crate::flags::{Common, Receive};
 use crate::human::tell;
-use crate::outcome::Outcome;
+use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
 use crate::{signals, tls};
 
@@ -23,7 +23,7 @@ pub(crate) fn run(flags: &Receive, common: &Common) -> Outcome {
     }
 }
 
-fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Error> {
+fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Failure> {
     let tls = tls::server(flags, common)?;
     let writer = CheckpointWriter::create(&flags.out)?;
     let mut builder = Destination::builder(writer.ram())
@@ -58,5 +58,5 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
         })
     });
     *reached = Some(progress.now());
-    result
+    Ok(result?)
 }

@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use multifd_engine::{Checkpoint, Error, Progress, Report, ZeroCopyStats};
+use multifd_engine::{Checkpoint, Progress, Report, ZeroCopyStats};
 use multifd_transports::Endpoint;
 use serde_json::json;
 
 use crate::flags::{Common, Send};
-use crate::outcome::Outcome;
+use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
 use crate::{postcopy, signals, tls};
 
@@ -34,7 +34,7 @@ pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
     }
 }
 
-fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Error> {
+fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Failure> {
     let begun = Instant::now();
     let checkpoint = Checkpoint::open(&flags.dir)?;
     let mut builder = checkpoint

@@ -89,7 +89,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     /// An error of `kind` in `phase`; `detail` says what was seen and what was expected.
-    pub fn new(kind: ErrorKind, phase: Phase, detail: impl Into<Cow<'static, str>>) -> Self {
+    pub(crate) fn new(kind: ErrorKind, phase: Phase, detail: impl Into<Cow<'static, str>>) -> Self {
         Self {
             kind,
             phase,
@@ -103,14 +103,14 @@ impl Error {
 
     /// Names the channel, unless a closer place has done so.
     #[must_use]
-    pub fn on(mut self, channel: impl Into<String>) -> Self {
+    pub(crate) fn on(mut self, channel: impl Into<String>) -> Self {
         self.channel.get_or_insert_with(|| channel.into());
         self
     }
 
     /// Attaches the cause.
     #[must_use]
-    pub fn because(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+    pub(crate) fn because(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         self.source = Some(source.into());
         self
     }

@@ -15,6 +15,7 @@
 //! engine's own, one a channel, and end with the migration, whatever ends it. Nothing asks for an async runtime, and nothing
 //! panics on the threads of one.
 
+#[cfg(feature = "at-rest")]
 mod at_rest;
 mod config;
 mod convergence;
@@ -33,7 +34,9 @@ mod sync;
 pub mod vhost;
 mod work;
 
+#[cfg(feature = "at-rest")]
 pub use at_rest::checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, EarlyState, Manifest};
+#[cfg(feature = "at-rest")]
 pub use at_rest::recording::{
     Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,
 };
@@ -46,14 +49,14 @@ pub use dirty::{
 #[cfg(feature = "kvm")]
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use error::{Error, ErrorKind, Phase, Remedy, Result};
-pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock};
+pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock, RamChanges};
 pub use report::{Figures, Report};
 pub use run::counters::{ChannelProgress, Progress};
 pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, ProgressReader};
 pub use run::state::MigrationState;
 pub use source::{
-    Control, DeviceState, Postcopy, PostcopyReport, Precopy, Served, Source, SourceBuilder, StopCopy,
-    XbzrleStats, ZeroCopySend, ZeroCopyStats, ZeroPages,
+    AuditReport, Control, DeviceState, MissedPages, Postcopy, PostcopyReport, Precopy, Served, Source,
+    SourceBuilder, StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats, ZeroPages,
 };
 pub use stream::sections::EarlySections;
 
@@ -73,7 +76,9 @@ pub use multifd_codecs::Zlib;
 #[cfg(feature = "zstd")]
 pub use multifd_codecs::Zstd;
 pub use multifd_codecs::{Codec, Codecs, Uncompressed};
-pub use multifd_transports::{Channel, Endpoint, SocketOptions, TlsClient, TlsServer};
+pub use multifd_transports::{
+    ByteStream, Channel, Endpoint, SocketOptions, ThreadHook, TlsClient, TlsServer,
+};
 pub use multifd_wire::{BlockName, Configuration};
 
 pub use multifd_codecs as codecs;

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::convergence::{DowntimeLedger, RoundRecord};
 use crate::run::counters::Progress;
 use crate::run::session::Session;
-use crate::source::{PostcopyReport, XbzrleStats, ZeroCopyStats};
+use crate::source::{AuditReport, PostcopyReport, XbzrleStats, ZeroCopyStats};
 
 /// The account of a migration that has ended well.
 #[derive(Clone, Debug)]
@@ -37,6 +37,8 @@ pub struct Report {
     pub zero_copy: Option<ZeroCopyStats>,
     /// What a post-copy took, if there was one.
     pub postcopy: Option<PostcopyReport>,
+    /// What was compared with what had been sent, if [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for.
+    pub audit: Option<AuditReport>,
 }
 
 /// The same as plain numbers, under the names that scripts know.
@@ -72,6 +74,7 @@ impl Report {
             xbzrle: None,
             zero_copy: None,
             postcopy: None,
+            audit: None,
         }
     }
 

@@ -79,36 +79,26 @@ pub(crate) trait Handshaking: Sized {
     fn into_secrets(self) -> Result<(ExtractedSecrets, Secrets), rustls::Error>;
 }
 
-impl Handshaking for UnbufferedClientConnection {
-    type Data = ClientConnectionData;
+macro_rules! handshaking {
+    ($connection:ident, $data:ident, $end:ident) => {
+        impl Handshaking for $connection {
+            type Data = $data;
 
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
-        self.process_tls_records(incoming)
-    }
+            fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
+                self.process_tls_records(incoming)
+            }
 
-    fn has_to_send(&self) -> bool {
-        self.wants_write()
-    }
+            fn has_to_send(&self) -> bool {
+                self.wants_write()
+            }
 
-    fn into_secrets(self) -> Result<(ExtractedSecrets, Secrets), rustls::Error> {
-        let (secrets, kernel) = self.dangerous_into_kernel_connection()?;
-        Ok((secrets, Secrets::Client(kernel)))
-    }
+            fn into_secrets(self) -> Result<(ExtractedSecrets, Secrets), rustls::Error> {
+                let (secrets, kernel) = self.dangerous_into_kernel_connection()?;
+                Ok((secrets, Secrets::$end(kernel)))
+            }
+        }
+    };
 }
 
-impl Handshaking for UnbufferedServerConnection {
-    type Data = ServerConnectionData;
-
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
-        self.process_tls_records(incoming)
-    }
-
-    fn has_to_send(&self) -> bool {
-        self.wants_write()
-    }
-
-    fn into_secrets(self) -> Result<(ExtractedSecrets, Secrets), rustls::Error> {
-        let (secrets, kernel) = self.dangerous_into_kernel_connection()?;
-        Ok((secrets, Secrets::Server(kernel)))
-    }
-}
+handshaking!(UnbufferedClientConnection, ClientConnectionData, Client);
+handshaking!(UnbufferedServerConnection, ServerConnectionData, Server);

@@ -15,7 +15,8 @@
 //! ```
 //!
 //! With a [`TlsClient`] in [`DialOptions`] and a [`TlsServer`] at the [`Listener`], the bytes
-//! between the two channels are encrypted.
+//! between the two channels are encrypted. [`encrypt`] does that to a connection that is there
+//! already.
 //!
 //! [`dial`] and [`Listener::serve`] block the thread that calls them, and wait for all they have to
 //! by poll(2): no runtime is needed. The result is a connected channel with blocking calls, for one
@@ -43,10 +44,11 @@ pub use accept::Arrival;
 pub use accept::first_bytes::OpeningLen;
 pub use accept::listener::Listener;
 pub use channel::Channel;
+pub use channel::byte_stream::ByteStream;
 pub use channel::closer::Closer;
 pub use channel::zero_copy::ZeroCopy;
 pub use dial::descriptor::receive_descriptor;
-pub use dial::{DialOptions, dial};
+pub use dial::{DialOptions, dial, encrypt};
 pub use endpoint::{Endpoint, InvalidEndpoint, VSOCK_ANY};
 pub use error::TransportError;
 pub use file::FileStream;

@@ -66,7 +66,7 @@ pub use ram::{BlockRef, RAM_SECTION, RAM_SECTION_VERSION, RamRecord};
 pub use return_path::{HELLO_PING, Hello, MAX_RETURN_MESSAGE, ReturnMessage};
 pub use split::{DeviceSection, split_tail};
 pub use stream::{STREAM_MAGIC, STREAM_VERSION, StreamHeader};
-pub use tail::{MAX_TAIL, TailEnd, TailScanner};
+pub use tail::{TailEnd, TailScanner};
 pub use vmdesc::{DeviceDescription, FieldDescription, MAX_VMDESC, StructDescription, VmDescription};
 
 /// The first lines that the package shows.

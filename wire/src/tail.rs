@@ -1,3 +1,4 @@
+use std::fmt;
 use std::ops::Range;
 
 use crate::{Footer, Invalid, ItemType, MAX_VMDESC, VmDescription};
@@ -13,9 +14,11 @@ use crate::{Footer, Invalid, ItemType, MAX_VMDESC, VmDescription};
 /// * JSON has no zero byte, so the next zero byte in a candidate's text rules the candidate out.
 ///   Hence a byte gets to a JSON parser at most three times, as often as candidates fit into six
 ///   bytes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct TailScanner {
     bytes: Vec<u8>,
+    /// Most bytes that are kept.
+    limit: usize,
     /// All before this has been looked at. `scanned <= bytes.len()`
     scanned: usize,
     /// Zero bytes that are not ruled out yet, ascending. They are within `LEAD` bytes of each
@@ -35,31 +38,41 @@ pub struct TailEnd {
     pub total: usize,
 }
 
-/// Most bytes of a tail: 256 MiB. Devices have some 100 KiB; what is large (VFIO) has sections of
-/// its own.
-pub const MAX_TAIL: usize = 256 << 20;
-
 /// 0x00, 0x06 and the length.
 const LEAD: usize = 6;
 const VM_DESCRIPTION: u8 = ItemType::VmDescription.byte();
 
+impl Default for TailScanner {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl TailScanner {
-    /// A scanner that has seen nothing.
+    /// A scanner that has seen nothing, of bytes that are in memory already.
     pub fn new() -> Self {
-        Self::default()
+        Self::with_limit(usize::MAX)
+    }
+
+    /// One that keeps at most so many bytes, of a peer who may send any number.
+    pub fn with_limit(limit: usize) -> Self {
+        Self { bytes: Vec::new(), limit, scanned: 0, candidates: Vec::new() }
     }
 
     /// Takes the next bytes and tells the end of the tail, once it is there. Not to be called after
     /// that.
     ///
     /// # Errors
-    /// More than [`MAX_TAIL`] bytes and no end.
+    /// More bytes than the limit, or than there is memory for, and no end.
     pub fn push(&mut self, bytes: &[u8]) -> Result<Option<TailEnd>, Invalid> {
         let len = self.bytes.len().saturating_add(bytes.len());
-        if len > MAX_TAIL {
-            let expected = format!("at most {MAX_TAIL}");
-            return Err(Invalid::new("device state without an end", format_args!("{len} bytes"), expected));
+        let refused = |expected: fmt::Arguments<'_>| {
+            Invalid::new("device state without an end", format_args!("{len} bytes"), expected)
+        };
+        if len > self.limit {
+            return Err(refused(format_args!("at most {}", self.limit)));
         }
+        self.bytes.try_reserve(bytes.len()).map_err(|_| refused(format_args!("what fits in memory")))?;
         self.bytes.extend_from_slice(bytes);
         while let Some(zero) = self.next_zero() {
             if let Some(end) = self.complete_candidate(zero) {
@@ -234,11 +247,13 @@ mod tests {
 
     #[test]
     fn refuses_more_than_the_limit_before_it_keeps_it() {
-        let zeros = vec![0; MAX_TAIL + 1];
-        let mut scanner = TailScanner::new();
-        assert!(scanner.push(&zeros).is_err());
+        let zeros = [0; 1001];
+        let mut scanner = TailScanner::with_limit(1000);
+        let error = scanner.push(&zeros).unwrap_err();
+        assert_eq!(error.to_string(), "device state without an end: 1001 bytes, expected at most 1000");
         assert_eq!(scanner.push(&[1]).unwrap(), None);
-        assert!(scanner.push(&zeros[..MAX_TAIL]).is_err());
+        assert!(scanner.push(&zeros[..1000]).is_err());
         assert_eq!(scanner.bytes(), [1]);
+        assert_eq!(scanner.push(&zeros[..999]).unwrap(), None);
     }
 }

@@ -8,13 +8,13 @@ mod guest;
 use multifd_codecs::CodecChoice;
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
-    AutoConverge, DeviceState, DirtyMarker, Error, ErrorKind, Phase, Progress, Report, SoftwareLog, Source,
-    SourceBuilder, UserfaultLog,
+    AutoConverge, DeviceState, DirtyMarker, Error, Progress, Report, SoftwareLog, Source, SourceBuilder,
+    UserfaultLog,
 };
 use serde_json::json;
 
 use crate::flags::{Common, Demo, Rate};
-use crate::outcome::Outcome;
+use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
 use crate::signals;
 use destination::Process;
@@ -27,6 +27,10 @@ const DEFAULT_CHANNELS: usize = 2;
 const DEFAULT_CODEC: CodecChoice = CodecChoice::zstd::<1>();
 
 pub(crate) fn run(flags: &Demo, common: &Common) -> Outcome {
+    if common.tls_dir.is_some() {
+        let detail = "the demo goes from process to process, without TLS".to_owned();
+        return Outcome::failed(&Failure::Usage(detail), None).with("verified", json!(false));
+    }
     let mut reached = None;
     match migrate(flags, common, &mut reached) {
         Ok(Moved { report, log, pages }) => {
@@ -43,9 +47,9 @@ pub(crate) fn run(flags: &Demo, common: &Common) -> Outcome {
                 .with("xbzrle", json!(report.xbzrle))
                 .with("downtime_over_limit", json!(over))
         }
-        Err(error) => match error.downcast_ref::<Error>() {
-            Some(error) => Outcome::failed(error, reached),
-            None => Outcome::broken(error.to_string()),
+        Err(error) => match error.downcast::<Error>() {
+            Ok(error) => Outcome::failed(&Failure::Migration(*error), reached),
+            Err(error) => Outcome::broken(error.to_string()),
         }
         .with("verified", json!(false)),
     }
@@ -59,10 +63,6 @@ struct Moved {
 }
 
 fn migrate(flags: &Demo, common: &Common, reached: &mut Option<Progress>) -> Result<Moved> {
-    if common.tls_dir.is_some() {
-        let detail = "the demo goes from process to process, without TLS";
-        return Err(Error::new(ErrorKind::ApiMisuse, Phase::Setup, detail).into());
-    }
     let Rate(dirty_rate) = flags.dirty_rate;
     let mut guest = Guest::new(flags.ram)?;
     let process = Process::start()?;

@@ -22,6 +22,9 @@ pub struct DestinationConfig {
     pub direct_io: bool,
     /// When to acknowledge the switch-over unasked. Default: [`SwitchoverAck::Auto`].
     pub switchover_ack: SwitchoverAck,
+    /// Most bytes of devices' sections, which are kept in memory until the guest is loaded. Default: `None`, half of the
+    /// machine's memory. A VMM that knows its devices may well set less, on a port that others can reach above all.
+    pub max_device_state: Option<usize>,
     /// How long to wait for the source: to connect, for the next byte of the main stream, for the rest of a packet. Default:
     /// 60 s. A source that was paused by hand sends nothing.
     pub timeout: Duration,
@@ -35,6 +38,7 @@ impl Default for DestinationConfig {
             channels: None,
             direct_io: false,
             switchover_ack: SwitchoverAck::Auto,
+            max_device_state: None,
             timeout: DEFAULT_TIMEOUT,
             socket: SocketOptions::default(),
         }

@@ -2,9 +2,6 @@
 
 use multifd_transports::Channel;
 
-/// What both ends say to TLS that is set up: the record layer belongs to connections that are dialled or accepted here.
-pub(crate) const NO_TLS: &str = "TLS over connections of the caller's, which go as they are";
-
 /// The number of parallel channels over the caller's connections; `configured` is what the settings say, if they do.
 ///
 /// # Errors
@@ -13,14 +10,20 @@ pub(crate) fn count(
     configured: Option<usize>,
     main: &Channel,
     channels: &[Channel],
+    tls: bool,
 ) -> Result<Option<usize>, String> {
-    if main.file().is_some() && channels.is_empty() {
+    if main.file_handle().is_some() && channels.is_empty() && !tls {
         // To a file they are threads.
         return Ok(configured);
     }
     let mut all = std::iter::once(main).chain(channels);
-    if let Some(other) = all.find(|channel| !channels.is_empty() && !channel.is_connection()) {
-        return Err(format!("parallel channels, and one of the connections is {}, no socket", other.peer()));
+    let other = all.find(|channel| !channel.is_connection()).map(Channel::peer);
+    match other {
+        Some(other) if tls => return Err(format!("TLS, and one of the connections is {other}, no socket")),
+        Some(other) if !channels.is_empty() => {
+            return Err(format!("parallel channels, and one of the connections is {other}, no socket"));
+        }
+        _ => {}
     }
     match configured {
         Some(wanted) if wanted != channels.len() => {

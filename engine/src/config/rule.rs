@@ -6,6 +6,8 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Feature {
+    /// All of RAM compared with what was sent.
+    Audit,
     /// Addresses of their own for the parallel channels.
     ChannelAddresses,
     /// Parallel channels over sockets.
@@ -52,8 +54,8 @@ pub enum Relation {
     Needs,
 }
 
-/// Every rule, in the order in which they are checked. QEMU has the same (docs/wire.md §22), and one more: its xbzrle excludes
-/// parallel channels, where this engine has differences between two of its own ends.
+/// Every rule, in the order in which they are checked. QEMU has the same (docs/wire.md §22), but for those of
+/// the audit, and one more: its xbzrle excludes parallel channels, where this engine has differences between two of its own ends.
 pub const RULES: &[Rule] = &[
     excludes(Feature::MappedRam, Feature::Compression, "pages have fixed places"),
     excludes(Feature::MappedRam, Feature::Xbzrle, "pages have fixed places"),
@@ -66,6 +68,8 @@ pub const RULES: &[Rule] = &[
     needs(Feature::ZeroCopySend, Feature::Channels, "the main channel is buffered"),
     excludes(Feature::ZeroCopySend, Feature::Compression, "what is sent is not in guest memory"),
     excludes(Feature::ZeroCopySend, Feature::Tls, "what is sent is not in guest memory"),
+    excludes(Feature::ZeroCopySend, Feature::Audit, "what the kernel sends later is not known"),
+    excludes(Feature::MappedRam, Feature::Audit, "what the kernel writes is not known"),
 ];
 
 const fn excludes(feature: Feature, other: Feature, why: &'static str) -> Rule {
@@ -90,6 +94,7 @@ pub fn broken(has: impl Fn(Feature) -> bool) -> Option<&'static Rule> {
 impl fmt::Display for Feature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Audit => "an audit",
             Self::ChannelAddresses => "an address of parallel channels",
             Self::Channels => "parallel channels",
             Self::Compression => "compression",

@@ -65,6 +65,11 @@ pub struct SourceConfig {
     /// Bytes per second of a post-copy's background stream. Pages that the guest waits for count, but never wait. Default: no
     /// limit.
     pub max_postcopy_bandwidth: Option<NonZeroU64>,
+    /// For tests of a VMM and its dirty logs: keeps a digest of what was sent of each page (8 bytes a page, 2 MiB for a GiB of
+    /// guest), and compares all of RAM with them when the guest is paused and its last RAM has gone. Pages that have changed
+    /// without a dirty bit end the migration with [`MissedPages`](crate::MissedPages), and the guest runs on. Costs a copy of
+    /// each page that is sent, and downtime: all of RAM is read, on all cores. Default: no.
+    pub audit: bool,
     /// Announces the switch-over to the destination's devices: QEMU 10.0 with machine types from 10.0 on. Default: no.
     pub switchover_start: bool,
     /// Has [`Precopy::stop_copy`](crate::Precopy::stop_copy) wait for [`Control::proceed`](crate::Control::proceed) before the
@@ -112,6 +117,7 @@ impl Default for SourceConfig {
             postcopy: false,
             postcopy_preempt: false,
             max_postcopy_bandwidth: None,
+            audit: false,
             switchover_start: false,
             pause_before_switchover: false,
             timeout: DEFAULT_TIMEOUT,
@@ -150,6 +156,7 @@ impl SourceConfig {
 
     fn has(&self, feature: Feature, around: Surroundings<'_>) -> bool {
         match feature {
+            Feature::Audit => self.audit,
             Feature::ChannelAddresses => !self.channel_endpoints.is_empty(),
             Feature::Channels => self.channels > 0 && !self.mapped_ram,
             Feature::Compression => around.codec.id() != CodecId::NONE,

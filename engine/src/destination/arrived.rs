@@ -1,7 +1,6 @@
 //! A guest that has arrived, but does not run anywhere yet.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use multifd_wire::{Configuration, VmDescription, split_tail};
@@ -34,7 +33,6 @@ pub struct Arrived {
     return_path: ReturnPath,
     shared: Arc<DestinationShared>,
     crew: Arc<Crew>,
-    sealed: AtomicBool,
     ended: bool,
 }
 
@@ -46,15 +44,7 @@ impl Arrived {
         crew: Arc<Crew>,
     ) -> Self {
         let device_packets = shared.take_device_packets();
-        Self {
-            stream,
-            device_packets,
-            return_path,
-            shared,
-            crew,
-            sealed: AtomicBool::new(false),
-            ended: false,
-        }
+        Self { stream, device_packets, return_path, shared, crew, ended: false }
     }
 
     /// Machine type, and what else the source said of itself.
@@ -91,6 +81,7 @@ impl Arrived {
     }
 
     /// The same as the source wrote it: JSON.
+    #[cfg(feature = "at-rest")]
     pub(crate) fn description_text(&self) -> Option<&[u8]> {
         self.device_state().get(self.stream.tail.described.as_ref()?.end.vmdesc.clone())
     }
@@ -167,14 +158,13 @@ impl Arrived {
     pub(crate) fn seal(&self) -> Result<()> {
         // Once it is sealed, this end has the guest under its name: what becomes of the source is
         // found out with SHUT.
-        if self.sealed.load(Ordering::Relaxed) {
+        if self.shared.session.hand_over() != HandOver::Before {
             return Ok(());
         }
         self.return_path.check_source_listens()?;
         let stop = &self.shared.session.stop;
         if stop.seal() {
             self.shared.session.set_hand_over(HandOver::Begun);
-            self.sealed.store(true, Ordering::Relaxed);
             return Ok(());
         }
         Err(stop.cause_or(Error::stopped(Phase::Device)))

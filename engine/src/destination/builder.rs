@@ -86,6 +86,13 @@ impl DestinationBuilder {
         self
     }
 
+    /// Most bytes of devices' sections: see [`DestinationConfig::max_device_state`].
+    #[must_use]
+    pub fn max_device_state(mut self, bytes: usize) -> Self {
+        self.config.max_device_state = Some(bytes);
+        self
+    }
+
     /// How long to wait for the source: see [`DestinationConfig::timeout`].
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
@@ -122,22 +129,23 @@ impl DestinationBuilder {
     /// channel that the source has, in any order, since each says by its first bytes what it is. They are sockets of any family,
     /// or one pipe or file for main alone; [`Channel`] is made from any of them, close-on-exec or not. There are no strangers
     /// among them, so a connection that fails or is something else ends the migration. Socket options are left as they are.
+    /// With [`tls`](Self::tls) they are plain sockets, on each of which the source shakes hands.
     ///
     /// # Errors
-    /// `ApiMisuse` that names the setting: TLS, which is not for such connections, or another number of channels.
+    /// `ApiMisuse` that names the setting: TLS over what is no socket, or another number of channels.
     pub fn over(mut self, main: Channel, channels: Vec<Channel>) -> Result<Destination> {
         self.codecs.iter().try_for_each(|codec| dialect::check_codec(&**codec, Phase::Accept))?;
         let misuse = |problem: String| Error::new(ErrorKind::ApiMisuse, Phase::Accept, problem);
-        if self.tls.is_some() {
-            return Err(misuse(own::NO_TLS.to_owned()));
-        }
-        let is_file = main.file().is_some();
-        self.config.channels = own::count(self.config.channels, &main, &channels).map_err(misuse)?;
+        let tls = self.tls.is_some();
+        let is_file = main.file_handle().is_some();
+        self.config.channels = own::count(self.config.channels, &main, &channels, tls).map_err(misuse)?;
         let endpoint = Endpoint::Fd(main.descriptor_number().unwrap_or(-1));
-        self.check(&endpoint, !channels.is_empty(), is_file)?;
+        let one_plain = !tls && channels.is_empty();
+        self.check(&endpoint, !one_plain, is_file)?;
         let connections = std::iter::once(main).chain(channels).collect();
         let session = Session::new(self.config.timeout);
-        Ok(self.served_by(Listener::of_connections(connections, endpoint), session))
+        let listener = Listener::of_connections(connections, endpoint).tls(self.tls.clone());
+        Ok(self.served_by(listener, session))
     }
 
     fn served_by(self, listener: Listener, session: Arc<Session>) -> Destination {

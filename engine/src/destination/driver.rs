@@ -58,7 +58,7 @@ impl<'a> Driver<'a> {
         incoming: &'a mut dyn IncomingRam,
     ) -> Self {
         let machine = Machine::new(return_path.leads_back(), ack);
-        let early = EarlyDevices::default();
+        let early = EarlyDevices::with_limit(shared.max_device_state);
         Self { reader, shared, return_path, machine, readers, incoming, ram: None, early }
     }
 
@@ -154,7 +154,7 @@ impl<'a> Driver<'a> {
             item.encode(&mut begun);
         }
         let timeout = self.shared.session.timeout;
-        let tail = tail::read(&mut self.reader, &begun, timeout)?;
+        let tail = tail::read(&mut self.reader, &begun, timeout, self.shared.max_device_state)?;
         arrival::check_all_came(ram.sinks(), &early, &tail)?;
         stream_end::wait(&mut self.reader, &self.return_path, timeout)?;
         let Facts { configuration, switchover_start, guest_stopped } = self.machine.facts().clone();

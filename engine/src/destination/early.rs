@@ -1,6 +1,6 @@
 //! Device sections before the end of RAM. Spec: docs/wire.md §16.4.
 
-use multifd_wire::{Item, MAX_TAIL, SectionHead, SectionId, TailScanner};
+use multifd_wire::{Item, SectionHead, SectionId, TailScanner};
 
 use super::machine::DeviceEnd;
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -11,15 +11,22 @@ const WHAT: &str = "a device section before the end of RAM";
 
 /// Reads and keeps them. Whether a section is early shows only behind it: if RAM goes on, it was;
 /// if the stream ends, it belongs to the devices' part of a stream without an END of RAM.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct EarlyDevices {
     kept: EarlySections,
     /// Sections behind the last live item.
     open: Vec<u8>,
     seen: Vec<SectionId>,
+    /// Most bytes that are kept.
+    limit: usize,
 }
 
 impl EarlyDevices {
+    /// None yet, and no more than so many bytes.
+    pub(super) fn with_limit(limit: usize) -> Self {
+        Self { kept: EarlySections::default(), open: Vec::new(), seen: Vec::new(), limit }
+    }
+
     /// Reads one FULL section behind its `head`, its footer included. `ram`: the RAM section, if it
     /// has begun.
     pub(super) fn read(
@@ -42,7 +49,7 @@ impl EarlyDevices {
         id: SectionId,
         ram: Option<SectionId>,
     ) -> Result<DeviceEnd> {
-        let (mut tail, mut scanned) = (TailScanner::new(), 0);
+        let (mut tail, mut scanned) = (TailScanner::with_limit(self.limit), 0);
         loop {
             let follows = |next: &[u8]| goes_on(next, ram, |other| self.seen.contains(&other));
             let found = find_footer(reader.buffered(), id, follows);
@@ -58,8 +65,8 @@ impl EarlyDevices {
             self.open.extend_from_slice(reader.buffered().get(..taken).unwrap_or_default());
             reader.consume(taken);
             scanned -= taken.min(scanned);
-            if self.kept.before_ram.len() + self.kept.within_ram.len() + self.open.len() > MAX_TAIL {
-                let detail = format!("more than {MAX_TAIL} bytes of device state before the end of RAM");
+            if self.kept.before_ram.len() + self.kept.within_ram.len() + self.open.len() > self.limit {
+                let detail = format!("more than {} bytes of device state before the end of RAM", self.limit);
                 return Err(Error::misbehaved(Phase::Active, detail));
             }
             if matches!(found, Found::Whole(_)) {

@@ -6,18 +6,19 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use multifd_transports::Channel;
 use multifd_wire::{BlockEntry, MappedRamHeader};
 
 use super::place::{BlockSink, BlockSinks};
 use super::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE;
+use crate::io::MainFile;
 use crate::run::counters::{ChannelCounters, Counters};
 use crate::run::session::Session;
 use crate::run::stop::Monitor;
 use crate::run::workers::Crew;
-use crate::stream::mapped_layout::{StoredBits, file};
+use crate::stream::MainReader;
+use crate::stream::mapped_layout::StoredBits;
 
 /// Who reads the pages of a `mapped-ram` file, and how.
 pub(crate) struct PageReaders {
@@ -45,41 +46,40 @@ impl PageReaders {
         self.count.unwrap_or_else(cores).clamp(1, MOST)
     }
 
-    /// What was asked for must fit the stream that came.
-    pub(super) fn check(&self, channel: &Channel, mapped: bool) -> Result<()> {
-        let problem = match (mapped, channel.is_two_way()) {
-            (true, _) if channel.file().is_none() => {
+    /// What was asked for must fit the stream that came. Gives the file that its pages are in, if
+    /// they have fixed places.
+    pub(super) fn check(&self, main: &MainReader, mapped: bool) -> Result<Option<MainFile>> {
+        let problem = match (mapped.then(|| main.file()), main.channel().is_two_way()) {
+            (Some(None), _) => {
                 "capability mapped-ram is on at the source, only a file can hold such a stream".to_owned()
             }
-            (true, _) => return Ok(()),
-            (false, _) if self.direct => {
+            (Some(file), _) => return Ok(file.cloned()),
+            (None, _) if self.direct => {
                 "a plain stream, direct I/O was asked for and needs mapped-ram".to_owned()
             }
-            (false, false) if self.count.is_some_and(|count| count > 0) => {
+            (None, false) if self.count.is_some_and(|count| count > 0) => {
                 format!("a plain stream in one direction, {} channels were asked for", self.count())
             }
-            (false, _) => return Ok(()),
+            (None, _) => return Ok(None),
         };
         Err(Error::incompatible(Phase::Setup, problem))
     }
 
-    /// Reads the pages of all `announced` blocks from the file behind `channel`. They have landed
-    /// when this returns.
+    /// Reads the pages of all `announced` blocks from `file`. They are in memory when this returns.
     pub(super) fn load(
         &self,
-        channel: &Arc<Channel>,
+        file: MainFile,
         announced: &[BlockEntry],
         sinks: &BlockSinks,
         shared: &DestinationShared,
     ) -> Result<()> {
-        let pages = file(channel)
-            .and_then(|file| file.for_pages(self.direct))
+        let pages = file
+            .for_pages(self.direct)
             .map_err(|error| Error::storage(Phase::Setup, "opening the file for pages", error))?;
-        let (channel, session) = (Arc::clone(channel), Arc::clone(&shared.session));
         let plan = Arc::new(Plan {
-            channel,
+            file,
             pages,
-            session,
+            session: Arc::clone(&shared.session),
             blocks: plan(announced, sinks)?,
             cursor: AtomicUsize::new(0),
         });
@@ -89,7 +89,7 @@ impl PageReaders {
             let (plan, finished) = (Arc::clone(&plan), finished.clone());
             let counters = shared.session.counters.thread(id);
             self.crew.spawn(&format!("mig-recv-{id}"), Phase::Active, move || {
-                plan.run(&counters).map_err(|error| error.on(format!("main ({})", plan.channel.peer())))?;
+                plan.run(&counters).map_err(|error| error.on(plan.file.name()))?;
                 finished.modify_and_notify(|finished| *finished += 1);
                 Ok(())
             })?;
@@ -102,7 +102,7 @@ impl PageReaders {
 
 /// All blocks, and a cursor over the chunks of their bitmaps.
 struct Plan {
-    channel: Arc<Channel>,
+    file: MainFile,
     pages: File,
     session: Arc<Session>,
     blocks: Vec<PlannedBlock>,
@@ -177,12 +177,11 @@ impl Plan {
             Error::bug(Phase::Active, format_args!("a bitmap of pages {first}..{last} in one piece"))
         })?;
         let position = block.place.bitmap_offset + first / 8;
-        file(&self.channel).and_then(|file| file.read_exact_at(bytes, position)).map_err(|error| {
+        self.file.read_exact_at(bytes, position).map_err(|error| {
             let what =
                 format!("reading the bitmap of RAM block {} at byte {position}", block.sink.block().name());
             failed(what, error)
         })?;
-        self.channel.note_direct_received(bytes.len() as u64);
         let bits = StoredBits::decode(first, bytes);
         let (stray, clear) = bits.run(last);
         if stray || last + clear < bits.end() {
@@ -200,9 +199,7 @@ impl Plan {
             || format!("reading {count} pages of RAM block {} at byte {position}", block.sink.block().name());
         if block.sink.is_read_only() {
             let mut content = vec![0; count * PAGE];
-            file(&self.channel)
-                .and_then(|file| file.read_exact_at(&mut content, position))
-                .map_err(|error| failed(what(), error))?;
+            self.file.read_exact_at(&mut content, position).map_err(|error| failed(what(), error))?;
             block.sink.write(first, &content, &block.sink.best_place())?;
         } else {
             memory.fill_from(first * PAGE..(first + count) * PAGE, &self.pages, position).map_err(
@@ -211,9 +208,9 @@ impl Plan {
                     _ => failed(what(), error),
                 },
             )?;
+            self.file.count_read(count * PAGE);
             block.sink.note_written(first, count);
         }
-        self.channel.note_direct_received((count * PAGE) as u64);
         Ok(())
     }
 }

@@ -89,8 +89,7 @@ impl Destination {
     pub fn receive(mut self) -> Result<Arrived> {
         self.session.enter(MigrationState::Setup)?;
         let crew = Arc::new(Crew::new(self.session.stop.clone()).with_hook(self.hook.clone()));
-        let shared =
-            DestinationShared::new(&self.session, self.codecs.clone(), self.config.channels, &self.listener);
+        let shared = DestinationShared::new(&self.session, self.codecs.clone(), &self.config, &self.listener);
         let accepting = Accepting::new(&shared, &crew);
         let main = accepting.main();
         let listener = Arc::clone(&self.listener);

@@ -39,7 +39,7 @@ impl RamReader {
         readers: &PageReaders,
         mapped: bool,
     ) -> Result<Self> {
-        readers.check(reader.channel(), mapped)?;
+        let file = readers.check(reader, mapped)?;
         let format = BlockListFormat { mapped_ram: mapped, ..BlockListFormat::default() };
         let announced = block_list::read(reader, PAGE_SIZE, format)?;
         let blocks = ram.open(configuration, &announced).map_err(|error| {
@@ -50,8 +50,8 @@ impl RamReader {
         shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
         let sinks = Arc::new(BlockSinks::new(&announced, &blocks)?);
         shared.publish(Arc::clone(&sinks));
-        if mapped {
-            readers.load(reader.channel(), &announced, &sinks, shared)?;
+        if let Some(file) = file {
+            readers.load(file, &announced, &sinks, shared)?;
         }
         Ok(Self { sinks, last_block: None })
     }

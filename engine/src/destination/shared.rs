@@ -10,7 +10,9 @@ use multifd_wire::{DeviceStatePacket, PacketFlags};
 use super::channels::sync::ChannelSync;
 use super::place::BlockSinks;
 use super::refusals::Refusals;
+use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::os::memory::most_kept;
 use crate::run::session::Session;
 use crate::run::stop::{Monitor, StopSwitch};
 
@@ -29,6 +31,8 @@ pub(crate) struct DestinationShared {
     pub(crate) channels: ChannelSync,
     pub(crate) refusals: Refusals,
     pub(crate) codecs: Codecs,
+    /// Most bytes of the devices' sections that are kept.
+    pub(crate) max_device_state: usize,
     listener: Arc<Listener>,
     /// HELLO was said: the source may send packets of the multifd dialect.
     dialect: AtomicBool,
@@ -52,12 +56,13 @@ impl DestinationShared {
     pub(crate) fn new(
         session: &Arc<Session>,
         codecs: Codecs,
-        expected_channels: Option<usize>,
+        config: &DestinationConfig,
         listener: &Arc<Listener>,
     ) -> Arc<Self> {
         Arc::new(Self {
             session: Arc::clone(session),
-            channels: ChannelSync::new(&session.stop, expected_channels),
+            channels: ChannelSync::new(&session.stop, config.channels),
+            max_device_state: config.max_device_state.unwrap_or_else(most_kept),
             refusals: Refusals::default(),
             codecs,
             listener: Arc::clone(listener),

@@ -38,7 +38,8 @@ impl Tail {
 
 /// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3). `begun`: its
 /// first sections, if they were read already.
-pub(crate) fn read(reader: &mut MainReader, begun: &[u8], timeout: Duration) -> Result<Tail> {
+/// `most`: bytes that are kept of it.
+pub(crate) fn read(reader: &mut MainReader, begun: &[u8], timeout: Duration, most: usize) -> Result<Tail> {
     let quiet = QUIET.min(timeout);
     let channel = reader.channel().clone();
     let limit = |duration| {
@@ -47,14 +48,14 @@ pub(crate) fn read(reader: &mut MainReader, begun: &[u8], timeout: Duration) -> 
             .map_err(|error| Error::io(Phase::Device, "setting up the socket", error))
     };
     limit(quiet)?;
-    let result = scan(reader, begun, timeout);
+    let result = scan(reader, begun, timeout, most);
     limit(timeout)?;
     result.map_err(|error| error.on(reader.name()))
 }
 
-fn scan(reader: &mut MainReader, begun: &[u8], timeout: Duration) -> Result<Tail> {
+fn scan(reader: &mut MainReader, begun: &[u8], timeout: Duration, most: usize) -> Result<Tail> {
     let refused = |invalid| Error::invalid(Phase::Device, invalid);
-    let mut scanner = TailScanner::new();
+    let mut scanner = TailScanner::with_limit(most);
     let mut end = scanner.push(begun).map_err(refused)?;
     let mut last_byte = Instant::now();
     loop {

@@ -30,7 +30,7 @@ use crate::guest::{DirtyBitmap, RamBlock};
 ///   migration; they may block for as long as the guest can bear at a switch-over, since the last
 ///   `sync` is part of the downtime.
 /// * `stop` is called after every `start`, however the migration ends, also when `start` failed
-///   half-way.
+///   half-way. A log that takes bits which the VMM needs for itself gives them back then.
 pub trait DirtyLog: Send {
     /// Names the log in errors and in the downtime ledger: `kvm`, `userfaultfd`.
     fn name(&self) -> &str;

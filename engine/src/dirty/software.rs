@@ -25,11 +25,17 @@ use crate::guest::{DirtyBitmap, PAGE, RamBlock};
 /// ```
 ///
 /// One bit a page: 32 KiB for a GiB of guest, from [`SoftwareLog::new`] on.
+///
+/// It serves any number of attempts, one at a time: a migration gets a clone of it, which the same
+/// markers mark. A new log, made for a second attempt, would hear nothing of markers that threads
+/// got from the first.
 #[derive(Debug)]
 pub struct SoftwareLog {
     noted: Arc<Noted>,
     /// Where each block stands in the migration's list.
     places: Vec<usize>,
+    /// Started, and not stopped.
+    serving: bool,
 }
 
 /// Notes writes. Cheap to clone; any number of threads may mark at once, while a migration reads.
@@ -41,6 +47,8 @@ struct Noted {
     blocks: Vec<(BlockName, DirtyBitmap)>,
     /// A mark named an unknown block: a write that is in no log.
     stray: AtomicBool,
+    /// A log of these bitmaps serves a migration.
+    in_use: AtomicBool,
 }
 
 impl SoftwareLog {
@@ -49,10 +57,13 @@ impl SoftwareLog {
     pub fn new(ram: &[RamBlock]) -> Self {
         let blocks =
             ram.iter().map(|block| (block.name().clone(), DirtyBitmap::new(block.pages()))).collect();
-        Self {
-            noted: Arc::new(Noted { blocks, stray: AtomicBool::new(false) }),
-            places: (0..ram.len()).collect(),
-        }
+        let noted = Noted { blocks, stray: AtomicBool::new(false), in_use: AtomicBool::new(false) };
+        Self::of(Arc::new(noted))
+    }
+
+    fn of(noted: Arc<Noted>) -> Self {
+        let places = (0..noted.blocks.len()).collect();
+        Self { noted, places, serving: false }
     }
 
     /// The handle that notes writes.
@@ -62,6 +73,11 @@ impl SoftwareLog {
 }
 
 impl DirtyMarker {
+    /// A log of what this marker and its clones mark, for a migration.
+    pub fn log(&self) -> SoftwareLog {
+        SoftwareLog::of(Arc::clone(&self.0))
+    }
+
     /// Notes that `len` bytes from `offset` of a block have been written: call it **after** the
     /// write. `block` counts the blocks that [`SoftwareLog::new`] was given; a mark of another
     /// makes the migration fail at its next sync. What lies past the end of the block is ignored.
@@ -86,6 +102,11 @@ impl DirtyLog for SoftwareLog {
     }
 
     fn start(&mut self, ram: &[RamBlock]) -> Result<(), DirtyLogError> {
+        if self.noted.in_use.swap(true, Ordering::Relaxed) {
+            return Err(DirtyLogError::new("the log serves another migration"));
+        }
+        self.serving = true;
+        self.noted.stray.store(false, Ordering::Relaxed);
         for ((name, written), place) in self.noted.blocks.iter().zip(&mut self.places) {
             *place = place_of(name, written.pages(), ram)?;
             // Old marks. Those of a write that goes on now are taken with what they mark (see
@@ -114,7 +135,18 @@ impl DirtyLog for SoftwareLog {
         Ok(())
     }
 
-    fn stop(&mut self) {}
+    fn stop(&mut self) {
+        if std::mem::take(&mut self.serving) {
+            self.noted.in_use.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Clone for SoftwareLog {
+    /// Another log of the same marks.
+    fn clone(&self) -> Self {
+        Self::of(Arc::clone(&self.noted))
+    }
 }
 
 /// Where in `ram` the block `name` is, which a log was made for when it had `pages` pages.
@@ -201,6 +233,27 @@ mod tests {
         log.marker().mark(1, 0, 1);
         let error = log.sync(&bitmaps(&ram)).unwrap_err();
         assert_eq!(error.to_string(), "a write to a RAM block past the last was marked: the log has 1");
+        log.stop();
+        log.start(&ram).unwrap();
+        log.sync(&bitmaps(&ram)).unwrap();
+    }
+
+    #[test]
+    fn a_clone_hears_the_same_markers_when_its_turn_comes() {
+        let ram = ram(&[("a", 8)]);
+        let mut log = SoftwareLog::new(&ram);
+        let marker = log.marker();
+        let mut again = marker.log();
+        log.start(&ram).unwrap();
+        assert_eq!(again.start(&ram).unwrap_err().to_string(), "the log serves another migration");
+        again.stop();
+        assert!(again.start(&ram).is_err(), "what did not start does not end the other's turn");
+        log.stop();
+        again.start(&ram).unwrap();
+        marker.mark(0, 0x3000, 1);
+        let bitmaps = bitmaps(&ram);
+        again.sync(&bitmaps).unwrap();
+        assert!(bitmaps[0].test(3) && bitmaps[0].count() == 1);
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! A named, contiguous piece of guest memory.
 
+use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use multifd_codecs::zero;
 use multifd_wire::{BlockName, PageSize};
@@ -27,22 +30,24 @@ const FIRST_LOOK: usize = 64;
 pub struct RamBlock {
     name: BlockName,
     memory: HostMemory,
-    fresh: bool,
+    /// Shared by clones: what one attempt has written to is fresh for none of them.
+    fresh: Arc<AtomicBool>,
     host_page: Option<usize>,
 }
 
 impl RamBlock {
-    /// A block over all of `memory`, whose length must be a whole number of pages: what is over is
-    /// not migrated.
+    /// A block over all of `memory`, which must begin at a page and be a whole number of pages, at
+    /// least one: a migration refuses other blocks by name before it connects.
     pub fn new(name: BlockName, memory: HostMemory) -> Self {
-        Self { name, memory, fresh: false, host_page: None }
+        Self { name, memory, fresh: Arc::default(), host_page: None }
     }
 
     /// One block for each region of a VMM's guest memory, named by its guest physical address:
     /// `ram@0x100000000`.
     ///
     /// # Errors
-    /// As [`HostMemory::from_region`].
+    /// As [`HostMemory::from_region`]; `InvalidInput` for a region that is not a whole number of
+    /// pages.
     pub fn of_guest_memory<B>(memory: &GuestMemoryMmap<B>) -> io::Result<Vec<Self>>
     where
         B: Bitmap + Send + Sync + 'static,
@@ -50,16 +55,19 @@ impl RamBlock {
         let block = |region: &GuestRegionMmap<B>| {
             let name = format!("ram@{:#x}", region.start_addr().0);
             let name = BlockName::try_from(name.as_str()).map_err(io::Error::other)?;
-            Ok(Self::new(name, HostMemory::from_region(region.get_mmap())?))
+            let block = Self::new(name, HostMemory::from_region(region.get_mmap())?);
+            block.check().map_err(|wrong| io::Error::new(io::ErrorKind::InvalidInput, wrong))?;
+            Ok(block)
         };
         memory.iter().map(block).collect()
     }
 
     /// Says that the memory is known to be zero now (a new file, fresh anonymous memory), so that a
-    /// destination need not look at pages that are announced as zero.
+    /// destination need not look at pages that are announced as zero. It holds for one attempt: the
+    /// first that receives into this block or a clone of it.
     #[must_use]
     pub fn fresh(mut self) -> Self {
-        self.fresh = true;
+        self.fresh = Arc::new(AtomicBool::new(true));
         self
     }
 
@@ -86,6 +94,34 @@ impl RamBlock {
         &self.memory
     }
 
+    /// Says what keeps the block from migrating: all of it must be pages, since a destination has no
+    /// others.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let (name, len, address) = (&self.name, self.memory.len(), self.memory.address());
+        match len % PAGE {
+            _ if len < PAGE => {
+                Err(format!("RAM block {name} has {len} bytes, expected at least one page of {PAGE}"))
+            }
+            0 if address.is_multiple_of(PAGE as u64) => Ok(()),
+            0 => Err(format!("RAM block {name} begins at {address:#x}, expected a multiple of {PAGE}")),
+            over => Err(format!(
+                "RAM block {name} has {len} bytes, expected whole pages of {PAGE}: the last {over} would be lost"
+            )),
+        }
+    }
+
+    /// The same for all blocks of a guest, of which no two may have one name.
+    pub(crate) fn check_all(blocks: &[Self]) -> Result<(), String> {
+        let mut names = HashSet::with_capacity(blocks.len());
+        for block in blocks {
+            block.check()?;
+            if !names.insert(block.name()) {
+                return Err(format!("two RAM blocks are called {}", block.name()));
+            }
+        }
+        Ok(())
+    }
+
     /// Whole pages.
     pub fn pages(&self) -> usize {
         self.memory.len() / PAGE
@@ -96,8 +132,9 @@ impl RamBlock {
         (self.pages() * PAGE) as u64
     }
 
-    pub(crate) fn is_fresh(&self) -> bool {
-        self.fresh
+    /// Whether the memory is fresh. It is not any more after the first call.
+    pub(crate) fn take_fresh(&self) -> bool {
+        self.fresh.swap(false, Ordering::Relaxed)
     }
 
     /// Firmware is in a destination's memory before anything arrives: its zero pages must be
@@ -191,3 +228,34 @@ impl RamBlock {
 
 /// What the source does to guest memory, in an error's words.
 pub(crate) const READING: &str = "reading";
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{GuestAddress, MmapRegion};
+
+    use super::*;
+
+    fn block(name: &str, bytes: usize) -> RamBlock {
+        let region = MmapRegion::<()>::new(bytes).unwrap();
+        RamBlock::new(name.try_into().unwrap(), HostMemory::from_region(Arc::new(region)).unwrap())
+    }
+
+    #[test]
+    fn a_block_that_is_not_whole_pages_is_refused_by_name() {
+        block("ram", PAGE).check().unwrap();
+        let wrong = block("small", PAGE - 1).check().unwrap_err();
+        assert_eq!(wrong, "RAM block small has 4095 bytes, expected at least one page of 4096");
+        let wrong = block("ram", 16 * PAGE + 100).check().unwrap_err();
+        let text = "RAM block ram has 65636 bytes, expected whole pages of 4096: the last 100 would be lost";
+        assert_eq!(wrong, text);
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 3 * PAGE + 1)]).unwrap();
+        let error = RamBlock::of_guest_memory(&memory).unwrap_err();
+        assert!(error.to_string().contains("ram@0x0 has 12289 bytes"), "{error}");
+    }
+
+    #[test]
+    fn two_blocks_of_one_name_are_refused() {
+        let wrong = RamBlock::check_all(&[block("a", PAGE), block("b", PAGE), block("a", PAGE)]).unwrap_err();
+        assert_eq!(wrong, "two RAM blocks are called a");
+    }
+}

@@ -3,6 +3,7 @@
 
 mod bitmap;
 mod block;
+mod changes;
 mod holes;
 mod mappings;
 mod memory;
@@ -10,9 +11,11 @@ mod page_table;
 
 pub use bitmap::DirtyBitmap;
 pub use block::{PAGE, RamBlock};
+pub use changes::RamChanges;
 pub use memory::HostMemory;
 
 pub(crate) use bitmap::PAGES_PER_WORD;
 pub(crate) use block::{PAGE_SIZE, READING};
+pub(crate) use changes::{Attached, BlockChanges, Parts};
 pub(crate) use mappings::{Absent, Mappings};
 pub(crate) use page_table::{Found, PageTable};

@@ -80,6 +80,13 @@ impl Found {
         self.0.resize(count, State::Zero);
     }
 
+    /// Among what was found, each page for which `zero` says so is zero: what was found is of the
+    /// others.
+    pub(crate) fn insert_zeros(&mut self, zero: impl Iterator<Item = bool>) {
+        let mut others = std::mem::take(&mut self.0).into_iter();
+        self.0.extend(zero.map_while(|zero| if zero { Some(State::Zero) } else { others.next() }));
+    }
+
     /// Neighbouring pages in one state, as indices.
     fn runs(&self, pages: &[usize], wanted: State) -> Vec<Range<usize>> {
         let mut runs: Vec<Range<usize>> = Vec::new();
@@ -133,7 +140,7 @@ impl PageTable {
             Some(files) => {
                 found.0.resize(pages.len(), State::Absent);
                 self.find_held(files, block, pages, found)
-                    .and_then(|()| drop_marks(block, pages, found))
+                    .and_then(|()| drop_marks(files, block, pages, found))
                     .map_err(|cause| Unreadable { page: pages.first().copied().unwrap_or(0), cause })?;
                 self.check_protection(files, block, pages, found)?;
             }
@@ -291,20 +298,29 @@ fn read_entries(
 }
 
 /// A huge page is never swapped: what looks so is the mark of a userfaultfd on a page that is not
-/// there, or a page on its way to another place. To fault a mark in would take a huge page from the
-/// pool.
-fn drop_marks(block: &RamBlock, pages: &[usize], found: &mut Found) -> io::Result<()> {
+/// there, a page that was poisoned, or one on its way to another place. To fault in the mark of a
+/// write-protected page would take a huge page from the pool.
+fn drop_marks(files: &Files, block: &RamBlock, pages: &[usize], found: &mut Found) -> io::Result<()> {
     if !block.memory().is_huge() {
         return Ok(());
     }
     for run in found.runs(pages, State::Fault) {
         let first = pages.get(run.start).copied().unwrap_or(0);
         let resident = block.memory().resident(first * PAGE, run.len())?;
-        for (index, _) in run.zip(resident).filter(|(_, resident)| !resident) {
-            found.set(index..index + 1, State::Absent);
+        for (index, page) in run.zip(first..).zip(resident).filter_map(|(at, there)| (!there).then_some(at)) {
+            if is_protected(&files.pagemap, block.memory().address() + (page * PAGE) as u64)? {
+                found.set(index..index + 1, State::Absent);
+            }
         }
     }
     Ok(())
+}
+
+/// Whether a userfaultfd has write-protected the page (bit 57 of its entry).
+fn is_protected(pagemap: &File, address: u64) -> io::Result<bool> {
+    let mut entry = [0; size_of::<u64>()];
+    pagemap.read_exact_at(&mut entry, address / PAGE as u64 * size_of::<u64>() as u64)?;
+    Ok(u64::from_ne_bytes(entry) >> 57 & 1 == 1)
 }
 
 /// Has the kernel make the pages that loads would fault on.

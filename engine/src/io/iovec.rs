@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use multifd_transports::{Channel, ZeroCopy};
 use vm_memory::VolatileSlice;
 
+use super::main_file::MainFile;
 use crate::guest::HostMemory;
 use crate::os::retry;
 
@@ -56,11 +57,13 @@ impl<'a> Ranges<'a> {
 
     /// Sends all of it.
     pub(crate) fn send(self, channel: &Channel) -> io::Result<()> {
-        if let Some(file) = channel.file() {
-            return super::file::write_all(self.list, channel, file);
-        }
         let Some(fd) = channel.direct() else { return self.send_copied(channel) };
         send_ranges(channel, self.list, |left| retry(|| send_once(fd, left, 0)))
+    }
+
+    /// Writes all of it to the stream in `file`.
+    pub(crate) fn write(self, file: &MainFile) -> io::Result<()> {
+        super::file::write_all(self.list, file.channel(), file.stream())
     }
 
     /// Sends the bytes of `header`, then all of it without copying guest memory, which may change
@@ -112,6 +115,7 @@ impl<'a> Ranges<'a> {
         while !left.is_empty() {
             let received = retry(|| receive_once(fd, left)).map_err(|error| channel.explain(error))?;
             if received == 0 {
+                channel.check_end()?;
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             channel.note_direct_received(received as u64);

@@ -2,5 +2,7 @@
 
 mod file;
 mod iovec;
+mod main_file;
 
 pub(crate) use iovec::{IoVecs, Ranges};
+pub(crate) use main_file::MainFile;

@@ -148,6 +148,10 @@ impl Session {
         self.stop.cause_or(Error::stopped(phase))
     }
 
+    pub(crate) fn hand_over(&self) -> HandOver {
+        *lock(&self.hand_over)
+    }
+
     pub(crate) fn set_hand_over(&self, hand_over: HandOver) {
         *lock(&self.hand_over) = hand_over;
     }
@@ -194,7 +198,7 @@ impl Canceller {
 
     /// How far the hand-over has come, for a caller who is about to end the process.
     pub fn hand_over(&self) -> HandOver {
-        *lock(&self.0.hand_over)
+        self.0.hand_over()
     }
 
     /// Closes every channel, also after the point of no return, when a cancel comes too late: what is still waited for then

@@ -9,13 +9,13 @@ use multifd_transports::{Endpoint, SocketOptions, ThreadHook, TlsClient};
 use multifd_wire::{BlockName, Configuration};
 
 use super::control::Control;
-use super::outgoing::ZeroPages;
+use super::outgoing::{RamNotes, ZeroPages};
 use super::zero_copy::ZeroCopySend;
 use crate::config::{SourceConfig, Surroundings};
 use crate::convergence::{AutoConverge, Limits};
 use crate::dirty::{DirtyLog, Unwritten};
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::RamBlock;
+use crate::guest::{RamBlock, RamChanges};
 use crate::run::session::{Canceller, ProgressReader, Session};
 use crate::stream::dialect;
 use crate::stream::sections::EarlySections;
@@ -39,6 +39,23 @@ pub(super) struct Guest {
     pub(super) early: EarlySections,
     pub(super) logs: Vec<Box<dyn DirtyLog>>,
     pub(super) unwritten: Unwritten,
+    pub(super) notes: RamNotes,
+}
+
+impl Guest {
+    fn check(&self) -> Result<(), String> {
+        RamBlock::check_all(&self.ram)?;
+        self.unwritten.check_names(&self.ram)?;
+        if let Some(name) =
+            self.notes.paged.iter().find(|name| self.ram.iter().all(|block| block.name() != *name))
+        {
+            return Err(format!("paged block {name}, which is none of the RAM blocks"));
+        }
+        match self.configuration.machine.len() {
+            1..=BlockName::MAX_LEN => Ok(()),
+            len => Err(format!("the machine's name has {len} bytes, expected 1..={}", BlockName::MAX_LEN)),
+        }
+    }
 }
 
 /// Settings of a [`Source`], and the objects that it works with. Made by [`Source::builder`].
@@ -62,6 +79,7 @@ impl Source {
                 early: EarlySections::default(),
                 logs: Vec::new(),
                 unwritten: Unwritten::default(),
+                notes: RamNotes::default(),
             },
             codec: Arc::new(Uncompressed),
             tls: None,
@@ -120,6 +138,31 @@ impl SourceBuilder {
     #[must_use]
     pub fn paused_guest(mut self) -> Self {
         self.guest.unwritten.guest_paused = true;
+        self
+    }
+
+    /// What the VMM does to the memory that is no write: parts of blocks that are not there now, or come and go meanwhile
+    /// (virtio-mem, balloon, free page reporting), and blocks that are resized. Default: nothing.
+    #[must_use]
+    pub fn ram_changes(mut self, changes: &RamChanges) -> Self {
+        self.guest.notes.changes = Some(changes.clone());
+        self
+    }
+
+    /// Says that pages of this block which are not there are fetched by the handler of a userfaultfd when they are read, for as
+    /// long as the migration runs: memory that is restored on demand, or paged by another process. The kernel reads for the
+    /// engine, so the handler must serve the kernel's faults, too (a userfaultfd without UFFD_USER_MODE_ONLY). Without this, such
+    /// a block is refused: what is not there is not zero.
+    #[must_use]
+    pub fn paged_block(mut self, name: BlockName) -> Self {
+        self.guest.notes.paged.push(name);
+        self
+    }
+
+    /// Compares all of RAM with what was sent, when the guest is paused: see [`SourceConfig::audit`].
+    #[must_use]
+    pub fn audit(mut self, audit: bool) -> Self {
+        self.config.audit = audit;
         self
     }
 
@@ -291,13 +334,11 @@ impl SourceBuilder {
     /// # Errors
     /// `ApiMisuse` that names the setting.
     pub fn build(self) -> Result<Source> {
-        let Self { config, guest, codec, tls, hook } = self;
+        let Self { config, mut guest, codec, tls, hook } = self;
+        guest.notes.audit = config.audit;
         let around = Surroundings { codec: &*codec, tls: tls.is_some(), endpoint: None, opened: None };
         config.check(around).map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
-        guest
-            .unwritten
-            .check_names(&guest.ram)
-            .map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
+        guest.check().map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
         dialect::check_codec(&*codec, Phase::Setup)?;
         let session = Session::new(config.timeout);
         let control = Control::new(&session, &config);

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
-use multifd_transports::{Channel, Endpoint};
+use multifd_transports::{Channel, Endpoint, encrypt};
 
 use super::builder::Source;
 use super::carrier::{Carrier, Channels, File, SyncPoints};
@@ -22,6 +22,7 @@ use crate::config::{Opened, Surroundings, own};
 use crate::convergence::Convergence;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::io::MainFile;
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::mapped_layout::CAPABILITY;
@@ -55,11 +56,11 @@ impl Source {
 
     /// The same over connections that the caller has made: main and one for each parallel channel, in the order of their
     /// numbers. They are sockets of any family, or one pipe or file for main alone; [`Channel`] is made from any of them,
-    /// close-on-exec or not. Socket options are left as they are.
+    /// close-on-exec or not. Socket options are left as they are. With TLS they are plain sockets, on each of which this end shakes
+    /// hands as the client; the certificate must be for [`TlsClient::hostname`].
     ///
     /// # Errors
-    /// As [`connect`](Self::connect), and `ApiMisuse` for settings that are about dialling (TLS, channel addresses) or say another
-    /// number of channels.
+    /// As [`connect`](Self::connect), and `ApiMisuse` for channel addresses, which are about dialling, or another number of channels.
     pub fn connect_over(self, main: Channel, channels: Vec<Channel>) -> Result<Precopy> {
         let all: Vec<_> = std::iter::once(main).chain(channels).collect();
         self.begin(Connections::Own(all.into_iter()))
@@ -108,6 +109,7 @@ impl Source {
             logs,
             setup: Duration::ZERO,
             rounds: 0,
+            audit: None,
         }
     }
 
@@ -122,13 +124,13 @@ impl Source {
         let logs =
             LogSet::start(std::mem::take(&mut self.guest.logs), &self.guest.ram, &self.guest.unwritten)?;
         let parallel = self.config.channels > 0;
-        let ram = OutgoingRam::new(std::mem::take(&mut self.guest.ram), zero_pages, parallel)?;
+        let ram =
+            OutgoingRam::new(std::mem::take(&mut self.guest.ram), &self.guest.notes, zero_pages, parallel)?;
         let ram = if self.config.postcopy { ram.for_postcopy()? } else { ram };
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
         let main = self.next_connection(&mut connections, dialer, None)?;
         self.session.counters.main.count_bytes_of(&main);
-        // The one place that asks whether main is a file.
-        let file = main.file_handle();
+        let file = MainFile::of(&main);
         let opened = Opened { file: file.is_some(), two_way: main.is_two_way() };
         self.check(endpoint, Some(opened)).map_err(|error| error.on(main.peer()))?;
         let config = &self.config;
@@ -150,16 +152,15 @@ impl Source {
         } else {
             None
         };
-        let carrier = match file {
+        let carrier = match file.clone() {
             Some(file) if config.mapped_ram => {
-                let main = Arc::clone(&main);
-                Carrier::File(File::mapped(file, main, config.direct_io, config.channels, &shared, crew)?)
+                Carrier::File(File::mapped(file, config.direct_io, config.channels, &shared, crew)?)
             }
-            Some(file) => Carrier::File(File::plain(file, Arc::clone(&main))),
+            Some(file) => Carrier::File(File::plain(file)),
             None if config.channels == 0 => Carrier::Main,
             None => Carrier::Channels(self.connect_channels(&mut connections, dialer, &shared, crew)?),
         };
-        Ok(Parts { main: MainWriter::new(main, opened.file), carrier, shared, return_path, logs })
+        Ok(Parts { main: MainWriter::new(main, file), carrier, shared, return_path, logs })
     }
 
     fn connect_channels(
@@ -184,12 +185,10 @@ impl Source {
         let (main, channels) =
             all.as_slice().split_first().ok_or_else(|| Error::bug(Phase::Connect, "no main connection"))?;
         let configured = (self.config.channels > 0).then_some(self.config.channels);
-        let counted = if self.tls.is_some() {
-            Err(own::NO_TLS.to_owned())
-        } else if !self.config.channel_endpoints.is_empty() {
+        let counted = if !self.config.channel_endpoints.is_empty() {
             Err("channel addresses beside connections of the caller's".to_owned())
         } else {
-            own::count(configured, main, channels)
+            own::count(configured, main, channels, self.tls.is_some())
         };
         let counted = counted.map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Connect, problem))?;
         self.config.channels = counted.unwrap_or(0);
@@ -224,9 +223,12 @@ impl Source {
     ) -> Result<Arc<Channel>> {
         let name = id.map_or_else(|| "main".to_owned(), |id| format!("channel {id}"));
         let channel = match connections {
-            Connections::Own(channels) => channels
-                .next()
-                .ok_or_else(|| Error::bug(Phase::Connect, format_args!("no connection for {name}")))?,
+            Connections::Own(channels) => {
+                let none = || Error::bug(Phase::Connect, format_args!("no connection for {name}"));
+                let connection = channels.next().ok_or_else(none)?;
+                encrypt(connection, &dialer.options(self.session.timeout, &self.session.stop))
+                    .map_err(|error| Error::io(Phase::Connect, "shaking hands", error).on(&name))?
+            }
             Connections::Dialled(main) => {
                 let own = id.and_then(|id| self.config.channel_endpoints.iter().cycle().nth(id.into()));
                 dialer.dial(own.unwrap_or(main), &name, &self.session.stop)?

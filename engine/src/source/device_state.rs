@@ -1,7 +1,8 @@
 //! The devices' part of a stream, ready to be sent.
 
-use multifd_wire::{Footer, Invalid, Item, ItemType, SectionHead, SectionId, TailScanner};
+use multifd_wire::{BlockName, Footer, Invalid, Item, ItemType, SectionHead, SectionId, TailScanner};
 
+use crate::error::{Error, ErrorKind, Phase};
 use crate::guest::PAGE;
 
 /// Device sections, the end of the stream, and the vmdescription if there is one, as a source wrote them.
@@ -11,6 +12,8 @@ pub struct DeviceState {
     sections: Vec<u8>,
     /// EOF, and what follows it.
     end: Vec<u8>,
+    /// Why it cannot be sent.
+    wrong: Option<String>,
 }
 
 impl DeviceState {
@@ -21,9 +24,15 @@ impl DeviceState {
 
     /// One section with bytes that only the embedder understands: a VMM's own device state. A QEMU does not load it.
     ///
-    /// `name`: 1..=255 bytes. At the destination, [`Arrived::opaque_state`](crate::Arrived::opaque_state) gives it back.
+    /// `name`: 1..=255 bytes; [`StopCopy::commit`](crate::StopCopy::commit) refuses another before
+    /// anything of it is sent. At the destination, [`Arrived::opaque_state`](crate::Arrived::opaque_state) gives it back.
     pub fn opaque(name: &str, version: u32, state: &[u8]) -> Self {
-        let mut bytes = Vec::with_capacity(state.len() + 64);
+        if !(1..=BlockName::MAX_LEN).contains(&name.len()) {
+            let (len, most) = (name.len(), BlockName::MAX_LEN);
+            let wrong = format!("the device state's name has {len} bytes, expected 1..={most}");
+            return Self { wrong: Some(wrong), ..Self::none() };
+        }
+        let mut bytes = Vec::with_capacity(state.len() + 512);
         let id = SectionId(2);
         let head = SectionHead { id, idstr: name.to_owned(), instance_id: 0, version_id: version };
         Item::SectionFull(head).encode(&mut bytes);
@@ -44,7 +53,7 @@ impl DeviceState {
         end.push(ItemType::VmDescription.byte());
         end.extend_from_slice(&u32::try_from(json.len()).unwrap_or(u32::MAX).to_be_bytes());
         end.extend_from_slice(json.as_bytes());
-        Self { sections, end }
+        Self { sections, end, wrong: None }
     }
 
     /// Takes the tail of a recorded stream: from the first FULL section to the end.
@@ -73,7 +82,13 @@ impl DeviceState {
             }
         };
         let end = bytes.split_off(sections_len);
-        Ok(Self { sections: bytes, end })
+        Ok(Self { sections: bytes, end, wrong: None })
+    }
+
+    /// Refuses what would not be understood.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let wrong = self.wrong.as_ref();
+        wrong.map_or(Ok(()), |wrong| Err(Error::new(ErrorKind::ApiMisuse, Phase::Device, wrong.clone())))
     }
 
     /// The FULL sections.

@@ -35,6 +35,12 @@ impl Dialer {
         stop: &StopSwitch,
         deadline: Duration,
     ) -> Result<Channel> {
+        dial(endpoint, &self.options(deadline, stop))
+            .map_err(|error| Error::transport(Phase::Connect, error).on(name.to_owned()))
+    }
+
+    /// What ends when `stop` trips, if it waits until then.
+    pub(super) fn options(&self, deadline: Duration, stop: &StopSwitch) -> DialOptions {
         let stopper = Stopper::new();
         let options = DialOptions {
             deadline,
@@ -44,7 +50,7 @@ impl Dialer {
             thread_hook: self.hook.clone(),
         };
         stop.on_trip(move || stopper.stop());
-        dial(endpoint, &options).map_err(|error| Error::transport(Phase::Connect, error).on(name.to_owned()))
+        options
     }
 
     /// Makes a connection part of the migration; it is closed when `stop` trips.

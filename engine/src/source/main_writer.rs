@@ -12,6 +12,7 @@ use super::outgoing::OutgoingRam;
 use super::rounds::{BlockNaming, ZeroReport};
 use crate::error::{Error, Phase, Result};
 use crate::guest::PAGE_SIZE;
+use crate::io::{MainFile, Ranges};
 
 /// The RAM section's number in our streams. Any would do; QEMU's x86 machines use this one.
 const RAM_ID: SectionId = SectionId(1);
@@ -26,12 +27,12 @@ pub(super) struct MainWriter {
     naming: BlockNaming,
     phase: Phase,
     /// Main is a file.
-    file: bool,
+    file: Option<MainFile>,
 }
 
 impl MainWriter {
-    /// `file`: main is one.
-    pub(super) fn new(channel: Arc<Channel>, file: bool) -> Self {
+    /// `file`: main is this one.
+    pub(super) fn new(channel: Arc<Channel>, file: Option<MainFile>) -> Self {
         Self {
             channel,
             buffer: Vec::with_capacity(2 * FLUSH_AT),
@@ -135,6 +136,14 @@ impl MainWriter {
         self.channel.send_all(bytes).map_err(|error| self.error(error))
     }
 
+    /// Sends ranges of memory as they are, before what is buffered.
+    pub(super) fn ranges(&self, list: Ranges<'_>) -> std::io::Result<()> {
+        match &self.file {
+            Some(file) => list.write(file),
+            None => list.send(&self.channel),
+        }
+    }
+
     pub(super) fn flush(&mut self) -> Result<()> {
         if !self.buffer.is_empty() {
             self.channel.send_all(&self.buffer).map_err(|error| self.error(error))?;
@@ -144,7 +153,7 @@ impl MainWriter {
     }
 
     pub(super) fn error(&self, error: std::io::Error) -> Error {
-        if self.file {
+        if self.file.is_some() {
             Error::storage(self.phase, "writing", error).on(self.name())
         } else {
             Error::io(self.phase, "sending", error).on(self.name())

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use multifd_transports::Channel;
 use multifd_wire::{Advise, Command, Configuration, HELLO_PING};
 
+use super::audit::AuditReport;
 use super::carrier::Carrier;
 use super::control::Control;
 use super::device_state::DeviceState;
@@ -60,6 +61,8 @@ pub(super) struct Migration {
     pub(super) setup: Duration,
     /// Rounds begun.
     pub(super) rounds: u64,
+    /// What the audit found, if one was asked for.
+    pub(super) audit: Option<AuditReport>,
 }
 
 impl Migration {
@@ -92,6 +95,7 @@ impl Migration {
         let begun = Instant::now();
         self.section(Section::End)?;
         ledger.last_ram_us = micros(begun.elapsed());
+        self.audit = self.shared.ram.audit(&self.shared, &self.crew)?;
         Ok(())
     }
 
@@ -99,6 +103,7 @@ impl Migration {
     pub(super) fn begin_switch_over(&mut self, ledger: &mut DowntimeLedger) -> Result<()> {
         let begun = Instant::now();
         self.logs.last_sync(Phase::Active, &self.shared.ram.dirty)?;
+        self.shared.ram.take_changes()?;
         ledger.bitmap_sync_us = micros(begun.elapsed());
         if self.pause_before_switchover {
             self.enter(MigrationState::PreSwitchover)?;
@@ -150,6 +155,7 @@ impl Migration {
     pub(super) fn sync_logs(&mut self) -> Result<Duration> {
         let begun = Instant::now();
         self.logs.sync(Phase::Active, &self.shared.ram.dirty)?;
+        self.shared.ram.take_changes()?;
         Ok(begun.elapsed())
     }
 
@@ -160,6 +166,7 @@ impl Migration {
         last_ram_sent: Instant,
         ledger: &mut DowntimeLedger,
     ) -> Result<()> {
+        state.check()?;
         self.main.raw(state.sections())?;
         let return_path = self.return_path.as_ref();
         let sent = self.carrier.finish(state.end(), &mut self.main, return_path, &self.shared)?;
@@ -182,6 +189,7 @@ impl Migration {
         report.ledger = ledger;
         report.xbzrle = self.shared.cache.as_ref().map(|cache| cache.stats());
         report.confirmed = self.return_path.is_some();
+        report.audit = self.audit;
         report.zero_copy = self.shared.zero_copy_stats(&report.progress);
         report
     }

@@ -11,6 +11,7 @@
 //!      channels ─── claim pages, encode, one write a packet                 one thread each, `mig-send-N`
 //!      file ─────── a plain stream, or pages at fixed places                one thread each, `mig-send-N`
 //!    rounds ─────── hands a round to the workers, collects SYNCs
+//!    audit ──────── all RAM against what was sent                        threads, `mig-audit-N`
 //!    page_cache ─── what the destination holds of hot pages (xbzrle)
 //!    zero_copy ──── pages without a copy by the kernel, while it pays
 //!    return_path ── what the destination says, as events                    one thread, `mig-return`
@@ -18,6 +19,7 @@
 //!                   pages that are asked for, with a channel of their own    one thread, `mig-urgent`
 //! ```
 
+mod audit;
 mod builder;
 mod carrier;
 mod connect;
@@ -36,6 +38,7 @@ mod rounds;
 mod shared;
 mod zero_copy;
 
+pub use audit::{AuditReport, MissedPages};
 pub use builder::{Source, SourceBuilder};
 pub use control::Control;
 pub use device_state::DeviceState;

@@ -1,13 +1,18 @@
 //! The guest RAM that leaves: blocks, their dirty bitmaps, and how their zero pages go.
 
-use std::sync::Arc;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLockReadGuard};
 
-use multifd_wire::{BlockEntry, Configuration};
+use multifd_wire::{BlockEntry, BlockName, Configuration};
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::{Absent, DirtyBitmap, Found, Mappings, PAGE, PageTable, READING, RamBlock};
+use crate::guest::{
+    Absent, Attached, BlockChanges, DirtyBitmap, Found, Mappings, PAGE, PageTable, Parts, READING, RamBlock,
+    RamChanges,
+};
+use crate::source::audit::Digests;
 use crate::work::{BlockIndex, HostPages, PerBlock, Round};
 
 /// How pages that are all zero go out (QEMU's zero-page-detection).
@@ -50,6 +55,16 @@ pub(super) enum ZeroRoute {
     Content,
 }
 
+/// What the embedder says of the memory, beside its blocks.
+#[derive(Debug, Default)]
+pub(super) struct RamNotes {
+    /// Blocks whose pages a userfaultfd's handler fills when they are read.
+    pub(super) paged: Vec<BlockName>,
+    pub(super) changes: Option<RamChanges>,
+    /// Digests are kept of what is sent.
+    pub(super) audit: bool,
+}
+
 /// One block on its way.
 #[derive(Debug)]
 pub(super) struct OutgoingBlock {
@@ -63,6 +78,16 @@ pub(super) struct OutgoingBlock {
     pub(super) per_host: usize,
     /// Pages of the blocks before this one.
     first_key: u64,
+    /// What the VMM does to it meanwhile.
+    changes: Option<Arc<BlockChanges>>,
+    /// Of what was sent last of each page.
+    digests: Option<Digests>,
+}
+
+/// A block whose pages are being read: none of them is unplugged meanwhile.
+pub(super) struct HeldBlock<'r> {
+    block: &'r OutgoingBlock,
+    parts: Option<RwLockReadGuard<'r, Parts>>,
 }
 
 /// All blocks, in the order of the list on the wire.
@@ -79,20 +104,23 @@ pub(super) struct OutgoingRam {
     /// is in a dirty log, and goes out again.
     holes_hold: AtomicBool,
     page_table: PageTable,
+    attached: Option<Attached>,
 }
 
 impl OutgoingRam {
     /// Every page is dirty at first. `parallel`: pages go over channels, so that zero pages have a choice of ways.
     ///
     /// The dirty logs must have been started: what is found here may change from now on.
-    pub(super) fn new(ram: Vec<RamBlock>, zero_pages: ZeroPages, parallel: bool) -> Result<Self> {
-        if ram.iter().all(|block| block.pages() == 0) {
-            return Err(Error::new(
-                ErrorKind::ApiMisuse,
-                Phase::Setup,
-                "no RAM blocks with at least one page",
-            ));
+    pub(super) fn new(
+        ram: Vec<RamBlock>,
+        notes: &RamNotes,
+        zero_pages: ZeroPages,
+        parallel: bool,
+    ) -> Result<Self> {
+        if ram.is_empty() {
+            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Setup, "no RAM blocks"));
         }
+        let attached = notes.changes.as_ref().map(|changes| changes.attach(&ram)).transpose()?;
         let mappings = Mappings::read_with_pagers()
             .inspect_err(|error| tracing::warn!(%error, "userfaultfds of guest memory cannot be seen"))
             .ok();
@@ -100,9 +128,14 @@ impl OutgoingRam {
         let mut first_key = 0;
         let mut blocks = Vec::with_capacity(ram.len());
         for block in ram {
-            refuse_pager(mappings.as_ref(), &block)?;
             let zero_route = zero_pages.route(&block, parallel);
-            let outgoing = OutgoingBlock::new(block, mappings.as_ref(), zero_route, first_key)?;
+            let changes = attached.as_ref().and_then(|attached| attached.of(&block));
+            let digests = notes.audit.then(|| Digests::new(block.pages()));
+            let paged = notes.paged.contains(block.name());
+            let (data, absent) = OutgoingBlock::what_is_absent(&block, mappings.as_ref(), paged)?;
+            let per_host = (block.host_page_size() / PAGE).max(1);
+            let outgoing =
+                OutgoingBlock { block, data, absent, zero_route, per_host, first_key, changes, digests };
             first_key += outgoing.block.pages() as u64;
             blocks.push(outgoing);
         }
@@ -120,6 +153,7 @@ impl OutgoingRam {
             lists_host_pages: false,
             holes_hold: AtomicBool::new(true),
             page_table,
+            attached,
         })
     }
 
@@ -152,6 +186,23 @@ impl OutgoingRam {
         self.blocks.find(|outgoing| outgoing.block.name().as_str() == name)
     }
 
+    /// The block, whose pages are about to be read.
+    pub(super) fn hold(&self, block: BlockIndex) -> HeldBlock<'_> {
+        let block = self.blocks.at(block);
+        HeldBlock { block, parts: block.changes.as_ref().map(|changes| changes.read()) }
+    }
+
+    /// Pages that have changed without a write are dirty.
+    ///
+    /// # Errors
+    /// A block has another length than was announced, or there is one more.
+    pub(super) fn take_changes(&self) -> Result<()> {
+        self.attached.as_ref().map_or(Ok(()), Attached::check)?;
+        self.blocks.iter().zip(self.dirty.iter()).try_for_each(|(outgoing, dirty)| {
+            outgoing.changes.as_ref().map_or(Ok(()), |changes| changes.sync(&outgoing.block, dirty))
+        })
+    }
+
     /// The first pass is over.
     pub(super) fn forget_holes(&self) {
         self.holes_hold.store(false, Ordering::Relaxed);
@@ -161,7 +212,18 @@ impl OutgoingRam {
     ///
     /// A page that is not there now may be by the time it is sent: then it was written since its dirty bit was taken, is in a
     /// dirty log, and goes out again.
-    pub(super) fn look(&self, block: &OutgoingBlock, pages: &[usize], found: &mut Found) -> Result<()> {
+    pub(super) fn look(&self, block: &HeldBlock<'_>, pages: &[usize], found: &mut Found) -> Result<()> {
+        let unplugged = |page: &usize| block.is_unplugged(*page);
+        if !pages.iter().any(unplugged) {
+            return self.look_at_plugged(block, pages, found);
+        }
+        let plugged: Vec<usize> = pages.iter().copied().filter(|page| !unplugged(page)).collect();
+        self.look_at_plugged(block, &plugged, found)?;
+        found.insert_zeros(pages.iter().map(unplugged));
+        Ok(())
+    }
+
+    fn look_at_plugged(&self, block: &OutgoingBlock, pages: &[usize], found: &mut Found) -> Result<()> {
         let hole = |page: &usize| block.data.as_ref().is_some_and(|data| !data.test(*page));
         if self.holes_hold.load(Ordering::Relaxed) && pages.iter().all(hole) {
             found.all_zero(pages.len());
@@ -203,7 +265,7 @@ fn refuse_pager(mappings: Option<&Mappings>, block: &RamBlock) -> Result<()> {
     let Some(pages) = mappings.and_then(|mappings| mappings.paged(block)) else { return Ok(()) };
     let detail = format!(
         "pages {}..{} of RAM block {} are filled on demand through a userfaultfd; wait until all of them are there and \
-         unregister it before the guest moves",
+         unregister it before the guest moves, or have them read through its handler (SourceBuilder::paged_block)",
         pages.start,
         pages.end,
         block.name()
@@ -212,19 +274,27 @@ fn refuse_pager(mappings: Option<&Mappings>, block: &RamBlock) -> Result<()> {
 }
 
 impl OutgoingBlock {
-    fn new(
-        block: RamBlock,
+    /// Pages that may hold data, and what those are that the page table does not have.
+    fn what_is_absent(
+        block: &RamBlock,
         mappings: Option<&Mappings>,
-        zero_route: ZeroRoute,
-        first_key: u64,
-    ) -> Result<Self> {
+        paged: bool,
+    ) -> Result<(Option<DirtyBitmap>, Absent)> {
+        if paged {
+            // What is not there has to be read, which makes its handler fetch it.
+            return Ok((None, Absent::Unknown));
+        }
+        refuse_pager(mappings, block)?;
         let data = block.data_pages().map_err(|error| {
             let detail = format!("looking for holes in RAM block {}", block.name());
             Error::new(ErrorKind::GuestMemory, Phase::Setup, detail).because(error)
         })?;
-        let absent = mappings.map_or(Absent::Unknown, |mappings| mappings.absent(&block));
-        let per_host = (block.host_page_size() / PAGE).max(1);
-        Ok(Self { block, data, absent, zero_route, per_host, first_key })
+        Ok((data, mappings.map_or(Absent::Unknown, |mappings| mappings.absent(block))))
+    }
+
+    /// Of what was sent last of each page, for an audit.
+    pub(super) fn digests(&self) -> Option<&Digests> {
+        self.digests.as_ref()
     }
 
     /// Says which of these pages, in ascending order, the kernel could not read.
@@ -245,6 +315,20 @@ impl OutgoingBlock {
     }
 }
 
+impl HeldBlock<'_> {
+    fn is_unplugged(&self, page: usize) -> bool {
+        self.parts.as_ref().is_some_and(|parts| parts.is_unplugged(page))
+    }
+}
+
+impl Deref for HeldBlock<'_> {
+    type Target = OutgoingBlock;
+
+    fn deref(&self) -> &OutgoingBlock {
+        self.block
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -255,7 +339,7 @@ mod tests {
     fn the_page_that_the_kernel_could_not_read_is_named() {
         let block = RamBlock::new("ram".try_into().unwrap(), HostMemory::anonymous(8 * PAGE).unwrap());
         block.memory().slice(0, 8 * PAGE).unwrap().copy_from(&[1_u8; 8 * PAGE]);
-        let ram = OutgoingRam::new(vec![block.clone()], ZeroPages::None, true).unwrap();
+        let ram = OutgoingRam::new(vec![block.clone()], &RamNotes::default(), ZeroPages::None, true).unwrap();
         let bad = block.run(5, 1).unwrap();
         #[expect(unsafe_code, reason = "protection has no safe wrapper")]
         // SAFETY: the range is mapped, and nothing loads from it afterwards.

@@ -5,7 +5,7 @@ use std::io;
 use multifd_codecs::zero;
 use vm_memory::VolatileSlice;
 
-use super::outgoing::{OutgoingBlock, OutgoingRam, ZeroRoute};
+use super::outgoing::{HeldBlock, OutgoingBlock, OutgoingRam, ZeroRoute};
 use super::page_cache::{Lookup, PageCache};
 use super::rounds::RoundContext;
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -43,13 +43,17 @@ impl Packet {
         self.delta_payload.clear();
     }
 
-    /// Tells zero pages from others; the others stay where they are.
+    /// Tells zero pages from others; the others stay where they are, unless what was sent has to be
+    /// known.
     pub(super) fn sort_out(
         &mut self,
         ram: &OutgoingRam,
-        block: &OutgoingBlock,
+        block: &HeldBlock<'_>,
         pages: &[usize],
     ) -> Result<()> {
+        if block.digests().is_some() {
+            return self.copy_in(ram, block, pages, None);
+        }
         ram.look(block, pages, &mut self.found)?;
         let seek_zero = block.zero_route != ZeroRoute::Content;
         for (page, absent) in pages.iter().zip(self.found.zeros()) {
@@ -101,7 +105,7 @@ impl Packet {
     pub(super) fn copy_in(
         &mut self,
         ram: &OutgoingRam,
-        block: &OutgoingBlock,
+        block: &HeldBlock<'_>,
         pages: &[usize],
         cache: Option<(&PageCache, RoundContext)>,
     ) -> Result<()> {
@@ -110,6 +114,7 @@ impl Packet {
         for (page, absent) in pages.iter().zip(self.found.zeros()) {
             let offset = (page * PAGE) as u64;
             if seek_zero && absent {
+                block.digests().map_or(Ok(()), |digests| digests.note(*page, &ZEROS))?;
                 if let Some((cache, _)) = cache {
                     cache.zeroed(block.key(*page));
                 }
@@ -123,6 +128,7 @@ impl Packet {
             if !absent && !block.block.load_page(*page, copy) {
                 return Err(outside());
             }
+            block.digests().map_or(Ok(()), |digests| digests.note(*page, copy))?;
             if seek_zero && zero::is_zero(copy) {
                 if let Some((cache, _)) = cache {
                     cache.zeroed(block.key(*page));

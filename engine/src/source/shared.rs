@@ -82,7 +82,7 @@ pub(in crate::source) mod tests {
     use super::*;
     use crate::guest::{HostMemory, RamBlock};
     use crate::run::session::DEFAULT_TIMEOUT;
-    use crate::source::outgoing::ZeroPages;
+    use crate::source::outgoing::{RamNotes, ZeroPages};
 
     /// Blocks with so many pages each, whose first bytes are the page's number and 1.
     pub(in crate::source) fn ram(blocks: &[(&str, usize)]) -> OutgoingRam {
@@ -95,7 +95,7 @@ pub(in crate::source) mod tests {
             }
             block
         });
-        OutgoingRam::new(blocks.collect(), ZeroPages::None, true).unwrap()
+        OutgoingRam::new(blocks.collect(), &RamNotes::default(), ZeroPages::None, true).unwrap()
     }
 
     /// What the threads of a source of `ram` share, without anything that is not on by default.

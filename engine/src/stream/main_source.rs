@@ -3,10 +3,11 @@
 use std::io;
 use std::sync::Arc;
 
-use multifd_transports::{Channel, FileStream};
+use multifd_transports::Channel;
 
 use super::reader::{ByteSource, ItemReader, SeekError};
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::io::MainFile;
 use crate::run::session::Session;
 
 /// Reads the main channel of a destination.
@@ -16,18 +17,26 @@ pub(crate) type MainReader = ItemReader<MainSource>;
 /// can take any time.
 pub(crate) struct MainSource {
     channel: Arc<Channel>,
+    /// Main is a file.
+    file: Option<MainFile>,
     session: Arc<Session>,
 }
 
 impl MainReader {
     /// Reads what arrives on `channel`.
     pub(crate) fn of_main(channel: Arc<Channel>, session: &Arc<Session>) -> Self {
-        let position = channel.file().map_or(0, FileStream::position);
-        Self::new(MainSource { channel, session: Arc::clone(session) }, position)
+        let file = MainFile::of(&channel);
+        let position = file.as_ref().map_or(0, MainFile::position);
+        Self::new(MainSource { channel, file, session: Arc::clone(session) }, position)
     }
 
     pub(crate) fn channel(&self) -> &Arc<Channel> {
         &self.source().channel
+    }
+
+    /// The file that main is, if it is one.
+    pub(crate) fn file(&self) -> Option<&MainFile> {
+        self.source().file.as_ref()
     }
 }
 
@@ -45,8 +54,8 @@ impl ByteSource for MainSource {
 
     fn seek(&mut self, position: u64) -> Result<(), SeekError> {
         let none = || SeekError::Io(io::ErrorKind::Unsupported.into());
-        let file = self.channel.file().ok_or_else(none)?;
-        let len = file.file_len().map_err(SeekError::Io)?;
+        let file = self.file.as_ref().ok_or_else(none)?;
+        let len = file.len().map_err(SeekError::Io)?;
         if position > len {
             return Err(SeekError::EndsAt(len));
         }

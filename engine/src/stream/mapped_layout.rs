@@ -1,20 +1,11 @@
 //! Where the pages of a `mapped-ram` file lie, and which of them it holds. Spec: docs/wire.md §17.
 
-use std::io;
-
-use multifd_transports::{Channel, FileStream};
 use multifd_wire::{BlockEntry, Invalid, MappedRamHeader, PageSize};
 
 /// The capability under which a stream says that its pages lie at fixed places.
 pub(crate) const CAPABILITY: &str = "mapped-ram";
 
 const PAGES_PER_WORD: u64 = u64::BITS as u64;
-
-/// The file behind the channel, which is asked for when it is known to be there.
-pub(crate) fn file(channel: &Channel) -> io::Result<&FileStream> {
-    let missing = || io::Error::new(io::ErrorKind::Unsupported, "pages at fixed places need a file");
-    channel.file().ok_or_else(missing)
-}
 
 /// Where the places of a block are, whose entry without the header ends at `position` of the file.
 pub(crate) fn place(position: u64, used_len: u64, page: PageSize) -> MappedRamHeader {
@@ -67,6 +58,7 @@ impl StoredBits {
     }
 
     /// Whether the page is stored; not if it is outside.
+    #[cfg(feature = "at-rest")]
     pub(crate) fn test(&self, page: u64) -> bool {
         let bit = page.saturating_sub(self.first);
         let word = usize::try_from(bit / PAGES_PER_WORD).ok().and_then(|word| self.words.get(word));

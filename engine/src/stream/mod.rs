@@ -8,4 +8,5 @@ mod reader;
 pub(crate) mod sections;
 
 pub(crate) use main_source::MainReader;
+#[cfg(feature = "at-rest")]
 pub(crate) use reader::{ByteSource, ItemReader, SeekError};

@@ -129,6 +129,7 @@ impl<S: ByteSource> ItemReader<S> {
 
     /// All that is buffered: at least `count` bytes, at most a buffer full, unless the stream ends
     /// before. Nothing is taken.
+    #[cfg(feature = "at-rest")]
     pub(crate) fn peek(&mut self, phase: Phase, what: &'static str, count: usize) -> Result<&[u8]> {
         while self.end - self.start < count && self.fill(phase, what)? {}
         Ok(self.buffered())

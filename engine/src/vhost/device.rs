@@ -11,7 +11,7 @@ use super::error::VhostError;
 use super::front_end::VhostFrontEnd;
 use super::region::{self, VhostRegion};
 use super::shared_log::SharedLog;
-use super::state::{Inflight, LASTING_PROTOCOL_FEATURES, RING_PACKED, Ring, VhostState};
+use super::state::{Inflight, LASTING_PROTOCOL_FEATURES, RING_PACKED, Ring, VhostState, check_ring_size};
 use super::user::PROTOCOL_FEATURES;
 
 /// VHOST_F_LOG_ALL: what a back-end that can log offers, and what turns its log on.
@@ -150,6 +150,14 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
     pub fn finishes_requests(mut self) -> Self {
         self.finishes = true;
         self
+    }
+
+    pub(super) fn check_rings(&self) -> Result<(), VhostError> {
+        let packed = self.features & RING_PACKED != 0;
+        self.rings.iter().enumerate().try_for_each(|(index, (ring, _))| {
+            check_ring_size(ring.size, packed)
+                .map_err(|wrong| self.failed(format!("adding its ring {index}")).because(wrong))
+        })
     }
 
     fn check_features(&self, state: &VhostState) -> Result<(), VhostError> {

@@ -72,8 +72,10 @@ impl VhostDevices {
     /// Adds a device, also while a migration runs: then it logs from now on.
     ///
     /// # Errors
-    /// There is one of that name, or it cannot be logged while it must.
+    /// There is one of that name, or it cannot be logged while it must, or one of its rings has a
+    /// size that no ring can have.
     pub fn add<F: VhostFrontEnd + 'static>(&self, device: VhostDevice<F>) -> Result<(), VhostError> {
+        device.check_rings()?;
         self.group().add(Box::new(device))
     }
 

@@ -153,12 +153,17 @@ impl VhostState {
 /// VIRTIO_F_RING_PACKED.
 pub(super) const RING_PACKED: u64 = 1 << 34;
 
+pub(super) fn check_ring_size(size: u16, packed: bool) -> Result<(), Invalid> {
+    if (1..=MAX_RING_SIZE).contains(&size) && (packed || size.is_power_of_two()) {
+        return Ok(());
+    }
+    let expected = format_args!("1..={MAX_RING_SIZE}{}", if packed { "" } else { ", a power of two" });
+    Err(Invalid::new("size of a vhost ring", size, expected))
+}
+
 fn parse_ring(rest: &mut &[u8], packed: bool) -> Result<Ring, Invalid> {
     let size = u16::from_be_bytes(take(rest)?);
-    if !(1..=MAX_RING_SIZE).contains(&size) || !packed && !size.is_power_of_two() {
-        let expected = format_args!("1..={MAX_RING_SIZE}{}", if packed { "" } else { ", a power of two" });
-        return Err(Invalid::new("size of a vhost ring", size, expected));
-    }
+    check_ring_size(size, packed)?;
     let base = u32::from_be_bytes(take(rest)?);
     if !packed && base > u32::from(u16::MAX) {
         return Err(Invalid::new("base of a split ring", base, "16 bits"));

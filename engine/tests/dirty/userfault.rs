@@ -6,9 +6,10 @@ use multifd_engine::conformance::{check_dirty_log, scribble};
 use multifd_engine::vm_memory::Bytes;
 use multifd_engine::{DirtyLog, HostMemory, PAGE, RamBlock, UserfaultLog};
 
+use crate::huge_pages::HugePages;
 use crate::memory::{
-    HUGE_PAGE, HugePages, advise, anonymous, anonymous_huge, bitmaps, block, map_anew, memfd, pages, pipe,
-    read_into, store,
+    HUGE_PAGE, advise, anonymous, anonymous_huge, bitmaps, block, map_anew, memfd, pages, pipe, read_into,
+    store,
 };
 use crate::skip::skipped;
 

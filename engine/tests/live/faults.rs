@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use multifd_engine::{Error, Precopy};
+use multifd_engine::{CheckpointWriter, Error, Precopy};
 
 use crate::guest::Guest;
 use crate::relay::{Cut, Relay};
@@ -76,11 +76,8 @@ fn a_destination_that_refuses_the_guest() {
     let guest = Guest::new("guest.ram", PAGES).run(LOAD);
     let there = There::listen_with(|arrived| {
         drop(arrived);
-        Err(Error::new(
-            multifd_engine::ErrorKind::Incompatible,
-            multifd_engine::Phase::Device,
-            "no room for it",
-        ))
+        // No place to keep it.
+        Err(CheckpointWriter::create("/proc/guest".as_ref()).err().unwrap())
     });
     let precopy = source(&guest).channels(2).build().unwrap().connect(&there.uri).unwrap();
     let error = move_over(&guest, precopy, 2).unwrap_err();

@@ -7,6 +7,7 @@
     reason = "test code may panic"
 )]
 
+mod audit;
 mod faults;
 mod file;
 mod guest;
@@ -26,6 +27,7 @@ use multifd_engine::{
 };
 use multifd_transports::{Endpoint, TlsServer};
 use multifd_wire::Configuration;
+use vm_memory::MmapRegion;
 
 const SOON: Duration = Duration::from_secs(20);
 const PAGES: usize = 4096;
@@ -298,6 +300,88 @@ fn memory_in_no_dirty_log_is_refused_unless_nothing_writes_there() {
     connect(source().paused_guest()).unwrap();
     let error = source().read_only_block("bios".try_into().unwrap()).build().err().unwrap();
     assert_eq!(error.kind(), ErrorKind::ApiMisuse);
+}
+
+#[test]
+fn a_block_or_name_that_no_destination_takes_is_refused_at_build() {
+    let block = |name: &str, bytes: usize| {
+        let region = MmapRegion::<()>::new(bytes).unwrap();
+        RamBlock::new(name.try_into().unwrap(), HostMemory::from_region(Arc::new(region)).unwrap())
+    };
+    let refused = |blocks: &[RamBlock], machine: &str| {
+        let builder = Source::builder(blocks.to_vec(), Configuration::new(machine)).paused_guest();
+        let error = builder.build().err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::ApiMisuse);
+        error.to_string()
+    };
+    let ram = block("ram", 16 * PAGE);
+    let partial = refused(&[ram.clone(), block("blob", 16 * PAGE + 100)], "my-vmm");
+    assert!(
+        partial.contains("RAM block blob has 65636 bytes") && partial.contains("the last 100"),
+        "{partial}"
+    );
+    let small = refused(&[block("small", 100), ram.clone()], "my-vmm");
+    assert!(small.contains("RAM block small has 100 bytes, expected at least one page"), "{small}");
+    let twice = refused(&[ram.clone(), block("ram", PAGE)], "my-vmm");
+    assert!(twice.contains("two RAM blocks are called ram"), "{twice}");
+    let long = refused(std::slice::from_ref(&ram), &"m".repeat(256));
+    assert!(long.contains("the machine's name has 256 bytes, expected 1..=255"), "{long}");
+    refused(std::slice::from_ref(&ram), "");
+}
+
+#[test]
+fn device_state_with_a_name_that_does_not_fit_is_refused_and_the_guest_stays() {
+    for name in ["", &"n".repeat(256), &"n".repeat(300)] {
+        let guest = Guest::new("guest.ram", PAGES);
+        let there = There::listen();
+        let precopy = source(&guest).build().unwrap().connect(&there.uri).unwrap();
+        let error = precopy.stop_copy().unwrap().commit(&DeviceState::opaque(name, 1, b"state")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ApiMisuse);
+        assert!(error.source_may_resume());
+        let text = format!("the device state's name has {} bytes, expected 1..=255", name.len());
+        assert!(error.to_string().contains(&text), "{error}");
+        there.end().1.unwrap_err();
+    }
+}
+
+/// 300 MiB, of zeros, text and what looks like the end of a stream.
+#[test]
+fn device_state_of_any_size_arrives() {
+    let piece = b"\0\0\0\x06\0\0\0\x10{\"devices\": []}\x7e\0\0\0\x02\0text";
+    let mut state = vec![0; 100 << 20];
+    while state.len() < 300 << 20 {
+        state.extend_from_slice(&piece.repeat(1000));
+        state.resize(state.len() + (1 << 20), b'x');
+    }
+    let guest = Guest::new("guest.ram", PAGES);
+    let expected = state.clone();
+    let there = There::listen_with(move |arrived| {
+        let (version, bytes) = arrived.opaque_state("my-vmm").expect("the state");
+        assert!(version == 3 && bytes == expected, "{} bytes", bytes.len());
+        arrived.accept()
+    });
+    let mut precopy = source(&guest).build().unwrap().connect(&there.uri).unwrap();
+    precopy.round().unwrap();
+    precopy.stop_copy().unwrap().commit(&DeviceState::opaque("my-vmm", 3, &state)).unwrap();
+    there.end().1.unwrap();
+}
+
+#[test]
+fn more_device_state_than_a_destination_wants_is_refused() {
+    let guest = Guest::new("guest.ram", PAGES);
+    let memory = HostMemory::anonymous(PAGES * PAGE).unwrap();
+    let destination = Destination::builder(vec![RamBlock::new("guest.ram".try_into().unwrap(), memory)])
+        .max_device_state(1 << 20)
+        .listen(&"tcp:127.0.0.1:0".parse().unwrap())
+        .unwrap();
+    let to = destination.endpoint();
+    let receiving = std::thread::Builder::new().spawn(move || destination.receive().map(drop)).unwrap();
+    let precopy = source(&guest).build().unwrap().connect(&to).unwrap();
+    let state = DeviceState::opaque("my-vmm", 3, &vec![1; 2 << 20]);
+    let error = precopy.stop_copy().unwrap().commit(&state).unwrap_err();
+    assert!(error.source_may_resume(), "{}", error.chain());
+    let error = receiving.join().unwrap().unwrap_err();
+    assert!(error.chain().contains("expected at most 1048576"), "{}", error.chain());
 }
 
 #[test]

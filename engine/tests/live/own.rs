@@ -2,14 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::future::Future;
-use std::net::{TcpListener, TcpStream};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
-use multifd_engine::{Canceller, Channel, DestinationBuilder, Remedy, TlsClient};
+use multifd_engine::{ByteStream, Canceller, Channel, DestinationBuilder, Remedy, ThreadHook, TlsClient};
 
 use super::*;
 
@@ -32,6 +33,36 @@ fn tcp(count: usize) -> Ends {
             Channel::try_from(descriptor).unwrap()
         };
         (inherited(ours), inherited(theirs))
+    });
+    pairs.unzip()
+}
+
+/// A stream that the engine knows nothing of.
+struct Foreign(UnixStream);
+
+impl ByteStream for Foreign {
+    fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        (&self.0).read(buf)
+    }
+
+    fn write(&self, buf: &[u8]) -> io::Result<usize> {
+        (&self.0).write(buf)
+    }
+
+    fn finish(&self) -> io::Result<()> {
+        self.0.shutdown(Shutdown::Write)
+    }
+
+    fn close(&self) {
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
+fn streams(count: usize) -> Ends {
+    let end = |socket| Channel::over_stream(Foreign(socket), "foreign".to_owned(), &ThreadHook::default());
+    let pairs = (0..count).map(|_| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (end(ours).unwrap(), end(theirs).unwrap())
     });
     pairs.unzip()
 }
@@ -94,6 +125,7 @@ fn a_guest_moves_over_connections_of_the_embedder() {
     for connections in [1, 2, 3] {
         moves_over(unix(connections));
         moves_over(tcp(connections));
+        moves_over(streams(connections));
     }
 }
 
@@ -106,7 +138,7 @@ fn the_destination_takes_its_connections_in_any_order() {
 
 #[test]
 fn main_alone_may_be_a_pipe() {
-    let (reader, writer) = std::io::pipe().unwrap();
+    let (reader, writer) = io::pipe().unwrap();
     let (reader, writer) = (OwnedFd::from(reader), OwnedFd::from(writer));
     let there = Receiving::over(vec![reader.try_into().unwrap()]);
     let guest = Guest::new("guest.ram", PAGES).run(LOAD);
@@ -120,15 +152,15 @@ fn main_alone_may_be_a_pipe() {
 
 #[test]
 fn a_cancel_wakes_either_end() {
-    for connections in [1, 3] {
-        let (ours, theirs) = unix(connections);
+    for (connections, make) in [(1, unix as fn(usize) -> Ends), (3, unix), (3, streams)] {
+        let (ours, theirs) = make(connections);
         let there = Receiving::over(theirs);
         there.canceller.cancel();
         assert_eq!(there.end().unwrap_err().kind(), ErrorKind::Cancelled);
         drop(ours);
 
         // The peer reads nothing: all of the guest does not fit into the sockets' buffers.
-        let (ours, theirs) = unix(connections);
+        let (ours, theirs) = make(connections);
         let guest = Guest::new("guest.ram", PAGES).run(LOAD);
         let mut precopy = connect(source(&guest), ours).unwrap();
         let control = precopy.control();
@@ -184,9 +216,11 @@ fn what_does_not_fit_connections_of_the_embedder_is_named() {
     refused(connect(source().channels(1), 257), "1 parallel channels, but 256 connections");
     refused(connect(source(), 257), "multifd-channels 256, expected 1..=255");
     refused(connect(source().codec(Arc::new(Zlib::default())).channels(1), 1), "but 0 connections");
-    let tls = || tls::credentials("CA");
-    let client = TlsClient::from_directory(tls().path()).unwrap();
-    refused(connect(source().tls(client), 1), "TLS over connections of the caller's");
+    let credentials = tls::credentials("CA");
+    let piped = || Channel::try_from(OwnedFd::from(io::pipe().unwrap().1)).unwrap();
+    let client = TlsClient::from_directory(credentials.path()).unwrap();
+    let error = source().tls(client).build().unwrap().connect_over(piped(), Vec::new()).err().unwrap();
+    refused(error, "TLS, and one of the connections is pipe, no socket");
     let elsewhere = vec!["tcp:h:1".parse().unwrap()];
     let addressed = source().channels(1).channel_endpoints(elsewhere);
     refused(connect(addressed, 2), "channel addresses beside connections");
@@ -196,12 +230,59 @@ fn what_does_not_fit_connections_of_the_embedder_is_named() {
         builder.over(main, channels).err().unwrap()
     };
     refused(over(builder().1.channels(2), unix(2).1), "2 parallel channels, but 1 connections");
-    let server = TlsServer::from_directory(tls().path()).unwrap();
-    refused(over(builder().1.tls(server), unix(1).1), "TLS over connections of the caller's");
-    let (reader, _writer) = std::io::pipe().unwrap();
+    let server = TlsServer::from_directory(credentials.path()).unwrap();
+    refused(
+        over(builder().1.tls(server), vec![piped()]),
+        "TLS, and one of the connections is pipe, no socket",
+    );
+    let (reader, _writer) = io::pipe().unwrap();
     let pipe = Channel::try_from(OwnedFd::from(reader)).unwrap();
     let main = Channel::try_from(UnixStream::pair().unwrap().0).unwrap();
     refused(over(builder().1, vec![main, pipe]), "is pipe, no socket");
+}
+
+#[test]
+fn connections_of_the_embedder_are_encrypted() {
+    let credentials = tls::credentials("CA");
+    let client = || TlsClient::from_directory(credentials.path()).unwrap().hostname("127.0.0.1").unwrap();
+    let server = || TlsServer::from_directory(credentials.path()).unwrap();
+    for (count, make) in [(1, unix as fn(usize) -> Ends), (3, unix), (3, tcp)] {
+        let (ours, mut theirs) = make(count);
+        // Both ends wait for their handshakes side by side, in whatever order they are.
+        theirs.reverse();
+        let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+        let (block, builder) = builder();
+        let there = Receiving::with(block.clone(), builder.tls(server()), theirs);
+        let precopy = connect(source(&guest).tls(client()), ours).unwrap();
+        assert!(move_over(&guest, precopy, 2).unwrap().confirmed);
+        there.end().unwrap();
+        assert_equal(&guest.block, &block);
+    }
+}
+
+#[test]
+fn a_source_that_shakes_no_hands_gets_no_guest_over() {
+    let credentials = tls::credentials("CA");
+    let (block, builder) = builder();
+    let (ours, theirs) = unix(1);
+    let server = TlsServer::from_directory(credentials.path()).unwrap();
+    let there = Receiving::with(block, builder.tls(server), theirs);
+    let guest = Guest::new("guest.ram", PAGES).run(LOAD);
+    let error = connect(source(&guest), ours).and_then(|precopy| move_over(&guest, precopy, 1)).unwrap_err();
+    assert!(error.source_may_resume());
+    assert!(there.end().unwrap_err().chain().contains("does not speak TLS"));
+
+    // The host that a certificate must be for is not known by a connection.
+    let client = TlsClient::from_directory(credentials.path()).unwrap();
+    let error = connect(source(&guest).tls(client), unix(1).0).err().unwrap();
+    assert!(error.chain().contains("no host name to expect"), "{}", error.chain());
+
+    // A peer that says nothing ends it by the timeout; a cancel would, too.
+    let client = TlsClient::from_directory(credentials.path()).unwrap().hostname("127.0.0.1").unwrap();
+    let (ours, _silent) = unix(1);
+    let source = source(&guest).tls(client).timeout(Duration::from_millis(200));
+    let error = connect(source, ours).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Deadline, "{}", error.chain());
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 use multifd_engine::{ErrorKind, PAGE};
 
-use crate::kinds::{PRIVATE, READ_WRITE, advise, anonymous, block, file, map, protect};
-use crate::{PAGES, WAYS, fill, go, page};
+use crate::kinds::{PRIVATE, READ_WRITE, advise, anonymous, block, file, map, memfd, populated, protect};
+use crate::{PAGES, WAYS, Way, fill, go, page};
 
 #[test]
 fn a_block_for_reading_only_is_refused_before_a_page_is_sent() {
@@ -45,7 +45,7 @@ fn a_block_for_reading_only_is_written_through_its_file() {
 
 #[test]
 fn an_unplugged_part_is_left_alone_and_refuses_data() {
-    for way in WAYS.into_iter().take(3) {
+    for way in WAYS.into_iter().take(4) {
         let (here, there) = (anonymous(), anonymous());
         fill(&here, 0..PAGES);
         advise(&here, 16..32, libc::MADV_DONTNEED);
@@ -78,4 +78,57 @@ fn huge_pages_without_a_pool_are_an_error() {
         assert_eq!(error.kind(), ErrorKind::GuestMemory, "{way:?}: {}", error.chain());
         assert!(error.chain().contains("RAM block ram@0x0"), "{way:?}: {}", error.chain());
     }
+}
+
+/// A VMM keeps its blocks from attempt to attempt; they are fresh in the first only.
+#[test]
+fn memory_is_fresh_for_one_attempt() {
+    for way in WAYS {
+        let (here, there) = (anonymous(), anonymous().fresh());
+        fill(&here, 0..PAGES);
+        let failed = go(way, &here, &there, || protect(&here, 63..64, libc::PROT_NONE));
+        failed.source.unwrap_err();
+        protect(&here, 63..64, READ_WRITE);
+        // The guest has cleared its memory since.
+        advise(&here, 0..PAGES, libc::MADV_DONTNEED);
+        fill(&here, 5..6);
+        go(way, &here, &there, || ()).success(&way);
+        for number in 0..PAGES {
+            assert_eq!(page(&there, number), page(&here, number), "{way:?} {number}");
+        }
+    }
+}
+
+#[test]
+fn huge_pages_arrive_from_and_in_huge_pages() {
+    const HUGE: usize = (2 << 20) / PAGE;
+    let pool = match crate::huge_pages::HugePages::reserve(8) {
+        Ok(pool) => pool,
+        Err(why) => return crate::skip::skipped(&why),
+    };
+    let huge = || block(map(READ_WRITE, PRIVATE | libc::MAP_HUGETLB, None, 3 * HUGE).unwrap());
+    let shared = || {
+        let file = memfd(libc::MFD_HUGETLB, 3 * HUGE * PAGE).unwrap();
+        block(map(READ_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE, Some(file), 3 * HUGE).unwrap())
+    };
+    let small = || block(map(READ_WRITE, PRIVATE, None, 3 * HUGE).unwrap());
+    for way in WAYS {
+        let pairs = [(huge(), small()), (small(), huge()), (shared(), shared())];
+        for (kind, (here, there)) in pairs.into_iter().enumerate() {
+            // One huge page is in use, of which a part holds data; the others stay as they are.
+            fill(&here, HUGE + 5..HUGE + 40);
+            go(way, &here, &there, || ()).success(&way);
+            for number in [0, HUGE, HUGE + 5, HUGE + 39, HUGE + 40, 3 * HUGE - 1] {
+                assert_eq!(page(&there, number), page(&here, number), "{way:?} {kind} {number}");
+            }
+        }
+        let here = shared();
+        fill(&here, HUGE + 5..HUGE + 40);
+        let there = shared();
+        go(way, &here, &there, || ()).success(&way);
+        let content = way == Way::NoZeros || way == Way::SingleNoZeros;
+        assert_eq!(populated(&here), HUGE, "{way:?}: what was never touched is not made at the source");
+        assert!(content || populated(&there) == HUGE, "{way:?}: nor at the destination");
+    }
+    drop(pool);
 }

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
 use multifd_engine::unstable::{PageQuery, PageRun};
@@ -46,7 +46,7 @@ pub(crate) fn file() -> File {
     memfd(0, PAGES * PAGE).unwrap()
 }
 
-fn start(block: &RamBlock, pages: &Range<usize>) -> *mut libc::c_void {
+pub(crate) fn start(block: &RamBlock, pages: &Range<usize>) -> *mut libc::c_void {
     let slice = block.memory().slice(pages.start * PAGE, pages.len() * PAGE).unwrap();
     slice.ptr_guard_mut().as_ptr().cast()
 }
@@ -71,29 +71,6 @@ pub(crate) fn populated(block: &RamBlock) -> usize {
     let mut runs = [PageRun::default(); 64];
     let (filled, _) = held.scan(&pagemap, from..from + block.used_len(), &mut runs).unwrap();
     runs[..filled].iter().map(|run| (run.end - run.start) as usize / PAGE).sum()
-}
-
-/// Registers a block with a userfaultfd, as a VMM that restores on demand does. `None`: this process may not.
-pub(crate) fn register_for_missing(block: &RamBlock) -> Option<File> {
-    const USER_MODE_ONLY: i32 = 1;
-    const API: libc::Ioctl = 0xc018_aa3f;
-    const REGISTER: libc::Ioctl = 0xc020_aa00;
-    const MODE_MISSING: u64 = 1;
-    // SAFETY: takes no pointer.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | USER_MODE_ONLY) };
-    if fd < 0 {
-        return None;
-    }
-    // SAFETY: a new descriptor that nothing else owns.
-    let file = unsafe { File::from_raw_fd(fd as i32) };
-    let mut api = [0xaa_u64, 0, 0];
-    let mut register = [start(block, &(0..block.pages())) as u64, block.used_len(), MODE_MISSING, 0];
-    // SAFETY: the request reads and writes three words.
-    let answered = unsafe { libc::ioctl(file.as_raw_fd(), API, api.as_mut_ptr()) };
-    // SAFETY: the request reads and writes four words.
-    let registered = unsafe { libc::ioctl(file.as_raw_fd(), REGISTER, register.as_mut_ptr()) };
-    assert_eq!((answered, registered), (0, 0), "{}", io::Error::last_os_error());
-    Some(file)
 }
 
 pub(crate) fn free_huge_pages() -> usize {

@@ -9,18 +9,21 @@
 
 mod destination;
 mod kinds;
+mod pager;
 mod source;
 
+#[path = "../dirty/huge_pages.rs"]
+mod huge_pages;
 #[path = "../dirty/skip.rs"]
 mod skip;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use multifd_codecs::Zstd;
+use multifd_codecs::{Zlib, Zstd};
 use multifd_engine::{
-    Arrived, Destination, DeviceState, Error, PAGE, Precopy, RamBlock, Report, Source, SourceBuilder,
-    UserfaultLog, ZeroPages,
+    Arrived, Destination, DeviceState, Error, ErrorKind, PAGE, Precopy, RamBlock, Report, Source,
+    SourceBuilder, UserfaultLog, ZeroPages,
 };
 use multifd_wire::Configuration;
 
@@ -28,10 +31,11 @@ const SOON: Duration = Duration::from_secs(20);
 const PAGES: usize = 64;
 
 /// How pages leave.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Way {
     Single,
     None,
+    Zlib,
     Zstd,
     /// Zero pages go as content.
     NoZeros,
@@ -40,13 +44,14 @@ enum Way {
     Logged,
 }
 
-const WAYS: [Way; 5] = [Way::Single, Way::None, Way::Zstd, Way::NoZeros, Way::SingleNoZeros];
+const WAYS: [Way; 6] = [Way::Single, Way::None, Way::Zlib, Way::Zstd, Way::NoZeros, Way::SingleNoZeros];
 
 impl Way {
     fn set(self, source: SourceBuilder) -> SourceBuilder {
         match self {
             Self::Single => source,
             Self::None => source.channels(2),
+            Self::Zlib => source.channels(2).codec(Arc::new(Zlib::level(1).unwrap())),
             Self::Zstd => source.channels(2).codec(Arc::new(Zstd::level(1).unwrap())),
             Self::NoZeros => source.channels(2).zero_pages(ZeroPages::None),
             Self::Logged => source.channels(2).dirty_log(UserfaultLog::new().unwrap()),
@@ -71,6 +76,16 @@ impl Outcome {
 
 /// Moves a block; `before_round` is between the list of blocks and the first page.
 fn go(way: Way, here: &RamBlock, there: &RamBlock, before_round: impl FnOnce()) -> Outcome {
+    go_with(|source| way.set(source), here, there, before_round)
+}
+
+/// The same for a source that is set as `set` does.
+fn go_with(
+    set: impl FnOnce(SourceBuilder) -> SourceBuilder,
+    here: &RamBlock,
+    there: &RamBlock,
+    before_round: impl FnOnce(),
+) -> Outcome {
     let destination = Destination::builder(vec![there.clone()])
         .timeout(SOON)
         .listen(&"tcp:127.0.0.1:0".parse().unwrap())
@@ -80,16 +95,14 @@ fn go(way: Way, here: &RamBlock, there: &RamBlock, before_round: impl FnOnce()) 
     let receive = move || destination.receive().and_then(Arrived::accept);
     let receiver = std::thread::Builder::new().spawn(receive).unwrap();
     let configuration = Configuration::new("test-10.0");
-    let source = way
-        .set(Source::builder(vec![here.clone()], configuration).paused_guest().timeout(SOON))
-        .build()
-        .unwrap();
+    let source = Source::builder(vec![here.clone()], configuration).paused_guest().timeout(SOON);
+    let source = set(source).build().unwrap();
     let moved = source.connect(&to).and_then(|precopy| {
         before_round();
         finish(precopy)
     });
-    if moved.is_err() {
-        // A source that has not connected leaves the destination waiting.
+    // A source that has not connected leaves the destination waiting; of another's end it hears.
+    if moved.as_ref().is_err_and(|error| error.kind() == ErrorKind::GuestMemory) {
         canceller.cancel();
     }
     Outcome { source: moved, destination: receiver.join().unwrap() }

@@ -4,13 +4,11 @@ use std::os::unix::fs::FileExt;
 
 use multifd_engine::{Error, ErrorKind, PAGE, UserfaultLog};
 
-use crate::kinds::{
-    PRIVATE, READ_WRITE, advise, anonymous, block, file, map, memfd, populated, protect, register_for_missing,
-};
+use crate::kinds::{PRIVATE, READ_WRITE, advise, anonymous, block, file, map, memfd, populated, protect};
 use crate::skip::skipped;
 use crate::{PAGES, WAYS, Way, fill, go, page};
 
-fn check_error(error: &Error, way: Way, pages: &str) {
+pub(crate) fn check_error(error: &Error, way: Way, pages: &str) {
     let text = error.chain();
     assert_eq!(error.kind(), ErrorKind::GuestMemory, "{way:?}: {text}");
     assert!(error.source_may_resume(), "{way:?}: {text}");
@@ -138,15 +136,4 @@ fn what_another_mapping_wrote_to_a_file_arrives() {
         go(way, &here, &there, || ()).success(&way);
         assert_eq!(page(&there, 8), page(&here, 8), "{way:?}");
     }
-}
-
-#[test]
-fn memory_that_is_filled_on_demand_is_refused_by_name() {
-    let here = anonymous();
-    fill(&here, 0..4);
-    let Some(pager) = register_for_missing(&here) else { return skipped("no userfaultfd here") };
-    let error = go(Way::None, &here, &anonymous(), || ()).source.unwrap_err();
-    check_error(&error, Way::None, "filled on demand");
-    drop(pager);
-    go(Way::None, &here, &anonymous(), || ()).success(&"afterwards");
 }

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use multifd_engine::codecs::parse_codec;
-use multifd_engine::{Canceller, DeviceState, Error, Precopy, Report, Source, ZeroPages};
+use multifd_engine::{Control, DeviceState, Error, Precopy, Report, Source, ZeroPages};
 use multifd_tests::peer::{Incoming, Memory, PAGE, Sink, devices};
 use multifd_tests::{Failure, Outcome};
 use multifd_transports::Endpoint;
@@ -13,6 +13,9 @@ use multifd_wire::Configuration;
 
 /// The timeout of sources under test.
 pub(crate) const TIMEOUT: Duration = Duration::from_millis(400);
+
+/// A source that does not get there fails its test for what it says then, not for its time.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 /// How the source goes about it.
 #[derive(Clone)]
@@ -121,13 +124,14 @@ impl Ended {
     }
 }
 
-/// Cancels, some time from now, and tells when.
-pub(crate) fn cancel_after(time: Duration, canceller: &Canceller) -> Instant {
-    let (_alive, never) = std::sync::mpsc::channel::<()>();
-    let _ = never.recv_timeout(time);
+/// Cancels once the source has `reached` what it cannot leave by itself, or after a while, and tells when.
+pub(crate) fn cancel_when(reached: impl Fn() -> bool, control: &Control) -> Instant {
     let begun = Instant::now();
-    canceller.cancel();
-    begun
+    while !reached() && begun.elapsed() < LONGEST_WAIT {
+        thread::yield_now();
+    }
+    control.cancel();
+    Instant::now()
 }
 
 #[test]

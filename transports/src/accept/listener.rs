@@ -193,29 +193,26 @@ impl Listener {
         on_arrival: &mut dyn FnMut(Arrival),
     ) -> Result<(), TransportError> {
         let begun = Instant::now();
+        let terms = Terms {
+            first_bytes,
+            opening: self.opening,
+            timeout,
+            options: self.options.clone(),
+            tls: self.tls.clone(),
+        };
         let served = match &self.origin {
             Origin::Socket(listening) => self.duplicate(listening).and_then(|duplicate| {
                 // Closed before it was served.
                 let Some((socket, path)) = duplicate else { return Ok(()) };
-                let terms = Terms {
-                    first_bytes,
-                    opening: self.opening,
-                    timeout,
-                    options: self.options.clone(),
-                    tls: self.tls.clone(),
-                };
                 let unidentified = Unidentified::new(terms, path.as_deref(), on_arrival)?;
                 event_loop::block_on(serve(self, socket, unidentified)).flatten()
             }),
-            Origin::Ready { .. } if self.tls.is_some() => {
-                Err(io::Error::new(ErrorKind::Unsupported, "TLS goes over tcp, unix or vsock"))
-            }
             Origin::Ready { waiting, several } => {
                 let channels = std::mem::take(&mut *waiting.lock().unwrap_or_else(PoisonError::into_inner));
                 // Of one that is alone no more is asked than what it is.
                 let opening: OpeningLen = if *several { self.opening } else { |_| 0 };
-                let served = ready::serve(self, channels, (first_bytes, opening), timeout, on_arrival);
-                event_loop::block_on(served).flatten()
+                let terms = Terms { opening, ..terms };
+                event_loop::block_on(ready::serve(self, channels, terms, on_arrival)).flatten()
             }
         };
         self.note_closed();

@@ -273,19 +273,27 @@ async fn identify(
 }
 
 /// As [`identify`], behind a TLS handshake.
-async fn identify_tls(
+async fn identify_tls(number: u64, peer: String, client: Client, tls: TlsServer, terms: Terms) -> Arrival {
+    match client.tune(&terms.options) {
+        Ok(()) => {
+            let first = FirstBytes::new(terms.first_bytes, terms.opening);
+            shake_hands(number, peer, client, &tls, first, terms.timeout).await
+        }
+        Err(error) => Arrival::Failed { number, peer, error },
+    }
+}
+
+/// Waits for the handshake, and for the first bytes behind it.
+async fn shake_hands(
     number: u64,
     peer: String,
     client: Client,
-    tls: TlsServer,
-    Terms { first_bytes, opening, timeout, options, .. }: Terms,
+    tls: &TlsServer,
+    mut first: FirstBytes,
+    timeout: Duration,
 ) -> Arrival {
     let begun = Instant::now();
-    let mut first = FirstBytes::new(first_bytes, opening);
     let mut stage = Stage::Handshake(0);
-    if let Err(error) = client.tune(&options) {
-        return Arrival::Failed { number, peer, error };
-    }
     let accepted = within(timeout, tls.accept(client, &mut first, &mut stage)).await;
     let error = match (accepted, stage) {
         (Some(Ok(Some(stream))), _) => {

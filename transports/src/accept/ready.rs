@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 
-use crate::accept::first_bytes::{FirstBytes, OpeningLen};
-use crate::accept::{Arrival, check_first_bytes};
+use crate::accept::client::Client;
+use crate::accept::first_bytes::FirstBytes;
+use crate::accept::{Arrival, Terms, check_first_bytes, shake_hands};
 use crate::os::event_loop::{First, Tasks, first, ready, within};
-use crate::{Channel, FileStream, Listener};
+use crate::{Channel, FileStream, Listener, TlsServer};
 
 /// Reports the outcome of each channel, and then waits until the listener is stopped.
 ///
@@ -18,17 +19,20 @@ use crate::{Channel, FileStream, Listener};
 pub(crate) async fn serve(
     listener: &Listener,
     channels: Vec<Channel>,
-    (first_bytes, opening): (usize, OpeningLen),
-    timeout: Duration,
+    terms: Terms,
     on_arrival: &mut dyn FnMut(Arrival),
 ) -> io::Result<()> {
-    check_first_bytes(first_bytes)?;
+    check_first_bytes(terms.first_bytes)?;
     let stopper = listener.stopper();
     let mut tasks = Tasks::new();
     for channel in channels {
         let number = listener.next_number();
         on_arrival(Arrival::Opened { number, peer: channel.peer().to_owned() });
-        tasks.spawn(identify(number, channel, FirstBytes::new(first_bytes, opening), timeout));
+        let (first, timeout) = (FirstBytes::new(terms.first_bytes, terms.opening), terms.timeout);
+        match terms.tls.clone() {
+            None => tasks.spawn(identify(number, channel, first, timeout)),
+            Some(tls) => tasks.spawn(identify_tls(number, channel, tls, first, timeout)),
+        };
     }
     while !tasks.is_empty() {
         match first(stopper.stopped(), tasks.next()).await {
@@ -53,6 +57,21 @@ async fn identify(number: u64, channel: Channel, mut first: FirstBytes, timeout:
             let channel = channel.push_back(taken);
             Arrival::Identified { number, channel, first: first.first() }
         }
+    }
+}
+
+/// As [`identify`], behind a TLS handshake.
+async fn identify_tls(
+    number: u64,
+    channel: Channel,
+    tls: TlsServer,
+    first: FirstBytes,
+    timeout: Duration,
+) -> Arrival {
+    let peer = channel.peer().to_owned();
+    match channel.into_socket().and_then(|(socket, _)| Client::new(socket)) {
+        Ok(client) => shake_hands(number, peer, client, &tls, first, timeout).await,
+        Err(error) => Arrival::Failed { number, peer, error },
     }
 }
 

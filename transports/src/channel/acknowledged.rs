@@ -27,7 +27,10 @@ impl Channel {
         let mut byte = [std::mem::MaybeUninit::uninit()];
         loop {
             match socket.recv_with_flags(&mut byte, libc::MSG_PEEK | libc::MSG_DONTWAIT) {
-                Ok(0) => return Err(io::Error::new(ErrorKind::ConnectionAborted, "the peer has closed it")),
+                Ok(0) => {
+                    self.check_end()?;
+                    return Err(io::Error::new(ErrorKind::ConnectionAborted, "the peer has closed it"));
+                }
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -56,7 +59,7 @@ impl Channel {
         // answers them.
         loop {
             if let Some(error) = socket.take_error()? {
-                return Err(error);
+                return Err(self.explain(error));
             }
             // A kind of socket that does not know has nothing more to say.
             let Ok(left @ 1..) = sys::unread(socket.as_fd()) else { return Ok(()) };
@@ -92,7 +95,7 @@ impl Channel {
         }
     }
 
-    fn socket(&self) -> Option<&Socket> {
+    pub(super) fn socket(&self) -> Option<&Socket> {
         match self.stream() {
             Stream::Socket(socket) => Some(socket),
             Stream::Tls(tls) => Some(tls.socket()),

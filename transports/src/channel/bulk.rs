@@ -53,8 +53,10 @@ impl Channel {
                 data.len()
             };
             match tls.recv_with(left, shown) {
-                Ok(0) if self.is_closed() => return Err(super::closed()),
-                Ok(0) => return Err(super::ended(len - left, len)),
+                Ok(0) => {
+                    self.check_end()?;
+                    return Err(super::ended(len - left, len));
+                }
                 Ok(received) => {
                     self.note_direct_received(received as u64);
                     left -= received;

@@ -1,8 +1,9 @@
 //! Closes a channel from another thread.
 
-use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{OnceLock, Weak};
 
+use crate::channel::broken::Broken;
 use crate::channel::stream::Stream;
 
 /// Ends a [`Channel`](crate::Channel) from any thread: both directions are shut down, and calls
@@ -37,11 +38,14 @@ pub(crate) struct Link {
     /// Set before the stream is shut down. `Relaxed`: a thread that sees the shutdown got it
     /// through the kernel's socket lock, after this store.
     closed: AtomicBool,
+    /// The system's error that ended the connection: the system gives it to one call only, see
+    /// [`Broken`].
+    pub(super) broken: OnceLock<Broken>,
 }
 
 impl Link {
     pub(crate) fn new(stream: Stream) -> Self {
-        Self { stream, closed: AtomicBool::new(false) }
+        Self { stream, closed: AtomicBool::new(false), broken: OnceLock::new() }
     }
 
     pub(crate) fn is_closed(&self) -> bool {

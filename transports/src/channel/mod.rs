@@ -11,13 +11,16 @@ use std::time::Duration;
 use socket2::Socket;
 
 use crate::SocketOptions;
+use crate::channel::byte_stream::Copying;
 use crate::channel::closer::{Closer, Link};
 use crate::channel::stream::Stream;
 use crate::file::FileStream;
 use crate::os::socket;
 
 mod acknowledged;
+mod broken;
 mod bulk;
+pub(crate) mod byte_stream;
 pub(crate) mod closer;
 mod command;
 pub(crate) mod pipe;
@@ -33,6 +36,8 @@ pub(crate) mod zero_copy;
 pub struct Channel {
     peer: String,
     link: Arc<Link>,
+    /// Of a stream that is no descriptor: threads that copy.
+    copying: Option<Arc<Copying>>,
     pushed_back: PushedBack,
     sent: AtomicU64,
     received: AtomicU64,
@@ -54,6 +59,7 @@ impl Channel {
         Self {
             peer,
             link: Arc::new(Link::new(stream)),
+            copying: None,
             pushed_back: PushedBack::new(&[]),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
@@ -63,6 +69,17 @@ impl Channel {
     /// Lets `first`, all that was received so far, be received again.
     pub(crate) fn push_back(self, first: &[u8]) -> Self {
         Self { pushed_back: PushedBack::new(first), received: AtomicU64::new(0), ..self }
+    }
+
+    /// The plain socket of a channel on which nothing was received that is still to be read, and
+    /// the peer's name.
+    pub(crate) fn into_socket(self) -> io::Result<(Socket, String)> {
+        match &self.link.stream {
+            Stream::Socket(socket) if self.pushed_back.is_empty() && self.copying.is_none() => {
+                Ok((socket.try_clone()?, self.peer))
+            }
+            _ => Err(io::Error::new(ErrorKind::Unsupported, "TLS goes over plain sockets")),
+        }
     }
 
     /// A duplicate of the descriptor that becomes readable when bytes have come.
@@ -176,7 +193,7 @@ impl Channel {
     /// `None` while bytes that [`Listener::serve`](crate::Listener::serve) received are still to
     /// come out of [`recv`](Self::recv), and always `None` if the channel's bytes are not the
     /// socket's. It blocks as the channel does: the timeout gives `EAGAIN`; after [`Closer::close`]
-    /// it receives 0 bytes, which [`is_closed`](Self::is_closed) tells from the peer's end.
+    /// it receives 0 bytes, which [`check_end`](Self::check_end) tells from the peer's end.
     pub fn direct(&self) -> Option<BorrowedFd<'_>> {
         if self.pushed_back.is_empty() { self.link.stream.direct() } else { None }
     }
@@ -187,11 +204,12 @@ impl Channel {
     }
 
     /// The file behind the channel, if it is one.
-    pub fn file(&self) -> Option<&FileStream> {
+    pub(crate) fn file(&self) -> Option<&FileStream> {
         self.link.stream.file().map(AsRef::as_ref)
     }
 
-    /// The same file, which stays open for as long as the channel or this handle is there.
+    /// The file behind the channel, if it is one; it stays open for as long as the channel or this
+    /// handle is there.
     pub fn file_handle(&self) -> Option<Arc<FileStream>> {
         self.link.stream.file().cloned()
     }
@@ -247,14 +265,18 @@ impl Channel {
         self.link.stream.is_connection()
     }
 
-    /// Ends what is sent to a command, and waits until the command has ended well. Channels without
-    /// one have nothing to wait for.
+    /// Ends what is sent to a command, and waits until the command has ended well; or waits until a
+    /// [`ByteStream`](crate::ByteStream) has sent all that was sent before
+    /// [`finish_sending`](Self::finish_sending). Other channels have nothing to wait for.
     ///
     /// # Errors
-    /// Names the command, and the exit status if that is not 0; `TimedOut` if it runs on for longer
-    /// than `limit`.
+    /// Names the command, and the exit status if that is not 0; the stream's error; `TimedOut` if it
+    /// takes longer than `limit`.
     pub fn settle(&self, limit: Duration) -> io::Result<()> {
-        let settled = self.link.stream.settle(limit);
+        let settled = match &self.copying {
+            Some(copying) => copying.settle(limit),
+            None => self.link.stream.settle(limit),
+        };
         if self.is_closed() { Err(closed()) } else { settled }
     }
 
@@ -291,33 +313,16 @@ impl Channel {
     fn recv_from_stream(&self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
             match self.link.stream.recv(buf) {
-                // Our own shutdown looks like the peer's end, and must not be taken for it.
-                Ok(0) if self.is_closed() => return Err(closed()),
+                Ok(0) => return self.check_end().map(|()| 0),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 outcome => return outcome.map_err(|error| self.explain(error)),
             }
         }
     }
 
-    /// What an error of a call on [`direct`](Self::direct) means, as [`recv`](Self::recv) would say
-    /// it.
-    pub fn explain(&self, error: io::Error) -> io::Error {
-        if self.is_closed() {
-            return closed();
-        }
-        // The kernel's own error for a peer that is gone must not look like a timeout, after which
-        // the call may be repeated.
-        if let Some(libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH) = error.raw_os_error() {
-            let text = format!("the peer has vanished, it acknowledges nothing any more: {error}");
-            return io::Error::new(ErrorKind::ConnectionReset, text);
-        }
-        match (error.kind(), self.link.stream.timeout()) {
-            (ErrorKind::WouldBlock, Ok(Some(limit))) => {
-                io::Error::new(ErrorKind::TimedOut, format!("no byte moved for {limit:?}, the timeout"))
-            }
-            (ErrorKind::WouldBlock, _) => ErrorKind::TimedOut.into(),
-            _ => error,
-        }
+    /// Why the stream that is copied has failed.
+    fn failure_below(&self) -> Option<io::Error> {
+        self.copying.as_ref()?.failure()
     }
 }
 

@@ -3,7 +3,7 @@ use std::net::{Shutdown, TcpListener};
 use super::*;
 use crate::testing::spawn;
 
-fn tcp_pair() -> (Channel, Channel) {
+pub(super) fn tcp_pair() -> (Channel, Channel) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     (one.try_into().unwrap(), listener.accept().unwrap().0.try_into().unwrap())

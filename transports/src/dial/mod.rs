@@ -98,6 +98,28 @@ pub fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel, Trans
     }
 }
 
+/// Encrypts a connection that is there already, with the TLS of `options`: the handshake that [`dial`] makes. It is a plain
+/// socket on which nothing has been said. A connection has no host name: the name in the server's certificate is the one that
+/// [`TlsClient`] was told to expect. Without TLS in `options` the connection stays as it is.
+///
+/// # Errors
+/// `TimedOut` after the deadline, `ConnectionAborted` by the stopper, `InvalidData` with the reason of a handshake that failed.
+pub fn encrypt(connection: Channel, options: &DialOptions) -> io::Result<Channel> {
+    let Some(tls) = &options.tls else { return Ok(connection) };
+    let number = connection.descriptor_number().ok_or(ErrorKind::NotConnected)?;
+    let name = tls::expected_name(tls, &Endpoint::Fd(number))?;
+    let (socket, peer) = connection.into_socket()?;
+    let shaking = within(options.deadline, tls::connect(tls, socket, name));
+    match block_on(first(options.stopper.stopped(), shaking))? {
+        First::Other(Some(stream)) => Ok(Channel::over(Stream::Tls(Box::new(stream?)), peer)),
+        First::Other(None) => {
+            let text = format!("the peer did not finish the TLS handshake within {:?}", options.deadline);
+            Err(io::Error::new(ErrorKind::TimedOut, text))
+        }
+        First::One(stopped) => stopped.and(Err(ErrorKind::ConnectionAborted.into())),
+    }
+}
+
 struct Dialling<'a> {
     endpoint: &'a Endpoint,
     options: &'a SocketOptions,

@@ -48,5 +48,36 @@ pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
     if outcome == 0 { Ok(usize::try_from(count).unwrap_or(0)) } else { Err(io::Error::last_os_error()) }
 }
 
+/// The beginning of `TCP_INFO`; of multipath TCP, of the first subflow.
+pub(crate) struct TcpState {
+    /// `TCP_ESTABLISHED` is 1, `TCP_CLOSE` 7.
+    pub(crate) state: u8,
+    /// Times that what is not acknowledged was sent again.
+    pub(crate) retransmits: u8,
+    /// Probes since the peer was last heard.
+    pub(crate) probes: u8,
+}
+
+/// How a TCP connection is.
+pub(crate) fn tcp_state(socket: BorrowedFd<'_>) -> io::Result<TcpState> {
+    // The first four fields of libc's `tcp_info`, whose length differs between C libraries.
+    let mut head = [0_u8; TCP_INFO_HEAD_LEN as usize];
+    let mut len = TCP_INFO_HEAD_LEN;
+    // SAFETY: the call writes at most `len` bytes, the length of `head`, to it.
+    let outcome = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut head).cast(),
+            &raw mut len,
+        )
+    };
+    let [state, _, retransmits, probes] = head;
+    if outcome == 0 { Ok(TcpState { state, retransmits, probes }) } else { Err(io::Error::last_os_error()) }
+}
+
+const TCP_INFO_HEAD_LEN: libc::socklen_t = 4;
+
 const INT_LEN: libc::socklen_t = 4;
 const _: () = assert!(size_of::<libc::c_int>() == INT_LEN as usize);

@@ -2,6 +2,8 @@
 //! against each other and against noise.
 
 #[cfg(test)]
+mod every_parser;
+#[cfg(test)]
 mod golden;
 #[cfg(test)]
 mod limits;

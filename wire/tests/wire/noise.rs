@@ -4,52 +4,8 @@ use multifd_wire::*;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use crate::every_parser::{check, visit};
 use crate::strategies::*;
-
-/// Every parser that takes any number of bytes.
-fn parse_all(buf: &[u8], page: PageSize) {
-    fn within<T>(parsed: Parsed<T>, buf: &[u8]) {
-        if let Ok(Some((_, used))) = parsed {
-            assert!(used <= buf.len());
-        }
-    }
-    within(StreamHeader::parse(buf), buf);
-    within(Configuration::parse(buf), buf);
-    within(Item::parse(buf), buf);
-    within(Footer::parse(buf), buf);
-    within(RamRecord::parse(buf, page), buf);
-    within(ReturnMessage::parse(buf), buf);
-    within(MappedRamHeader::parse(buf), buf);
-    for bits in 0..8 {
-        let format = BlockListFormat {
-            page_sizes: bits & 1 != 0,
-            guest_addresses: bits & 2 != 0,
-            mapped_ram: bits & 4 != 0,
-        };
-        within(BlockEntry::parse(buf, format), buf);
-    }
-    drop(RamPacket::parse(buf, page));
-    drop(VmDescription::parse(buf));
-    check_tail(buf);
-}
-
-/// Sections of a tail lie in it, in order and apart from each other.
-fn check_tail(buf: &[u8]) {
-    let mut scanner = TailScanner::new();
-    for piece in buf.chunks(7) {
-        if let Ok(Some(end)) = scanner.push(piece) {
-            assert!(end.devices_len < end.vmdesc.start && end.vmdesc.end == end.total);
-            assert!(end.total <= scanner.bytes().len());
-            break;
-        }
-    }
-    let mut at = 0;
-    for section in split_tail(buf, None).unwrap_or_default() {
-        assert!(at < section.payload.start && section.payload.start <= section.payload.end);
-        at = section.payload.end + Footer::LEN;
-        assert!(at <= buf.len());
-    }
-}
 
 /// Bytes of one good thing or another.
 fn good_bytes() -> impl Strategy<Value = Vec<u8>> {
@@ -74,12 +30,12 @@ proptest! {
 
     #[test]
     fn of_any_kind(buf in vec(any::<u8>(), 0..2000), page in page_size()) {
-        parse_all(&buf, page);
+        check(&buf, page, 7);
     }
 
     #[test]
     fn of_low_entropy(buf in vec(prop::sample::select(b"\0\x01\x04\x05\x06\x07\x08\x7e{}".to_vec()), 0..300)) {
-        parse_all(&buf, PageSize::K4);
+        check(&buf, PageSize::K4, 7);
     }
 
     #[test]
@@ -88,7 +44,7 @@ proptest! {
             let at = at.index(buf.len());
             buf[at] = byte;
         }
-        parse_all(&buf, PageSize::K4);
+        check(&buf, PageSize::K4, 7);
     }
 
     #[test]
@@ -136,24 +92,6 @@ fn description() -> impl Strategy<Value = DeviceDescription> {
         fields,
         subsections: Vec::new(),
     })
-}
-
-/// The bytes that were seen. Arrays are visited run by run, so this ends however many elements they
-/// claim.
-fn visit(structure: Structure<'_>) -> usize {
-    let Ok(contents) = structure.contents() else { return 0 };
-    let mut seen = 0;
-    for field in &contents.fields {
-        let mut elements = 0;
-        for run in field.runs() {
-            assert!(run.first == elements && run.count > 0);
-            elements += run.count;
-            seen += run.element.len();
-            let _ = (field.value(run.element), field.structure(run.element).map(visit));
-        }
-        assert_eq!(elements, field.array_len().unwrap_or(1));
-    }
-    seen
 }
 
 proptest! {

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use multifd_wire::{DeviceDescription, Invalid, MAX_TAIL, SectionHead, Structure, VmDescription, split_tail};
+use multifd_wire::{DeviceDescription, Invalid, SectionHead, Structure, VmDescription, split_tail};
 
 use crate::at_rest::checkpoint::Checkpoint;
 use crate::error::{Error, Phase, Result};
+use crate::os::memory::most_kept;
 
 /// The sections of a stream, RAM's apart, and what is said of them.
 #[derive(Clone, Debug, Default)]
@@ -108,11 +109,13 @@ pub(super) fn describing<'d>(
     description.devices.iter().find(same)
 }
 
-/// Adds to what is kept of all devices together, up to [`MAX_TAIL`].
+/// Adds to what is kept of all devices together, up to half of the machine's memory: a file
+/// may have holes.
 pub(super) fn keep(payload: &mut Vec<u8>, kept: &mut usize, bytes: &[u8]) -> Result<()> {
     *kept = kept.saturating_add(bytes.len());
-    if *kept > MAX_TAIL {
-        let detail = format!("more than {MAX_TAIL} bytes of device state");
+    let most = most_kept();
+    if *kept > most {
+        let detail = format!("more than {most} bytes of device state");
         return Err(Error::incompatible(Phase::Device, detail));
     }
     payload.extend_from_slice(bytes);

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A file is read forward through one buffer: memory does not grow with it. What is kept are the
-//! device sections, up to [`MAX_TAIL`](multifd_wire::MAX_TAIL), and their description, up to
+//! device sections, up to half of the machine's memory, and their description, up to
 //! [`MAX_VMDESC`](multifd_wire::MAX_VMDESC).
 
 mod description;

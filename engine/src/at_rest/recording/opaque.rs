@@ -1,6 +1,6 @@
 //! Sections whose length only their owner knows. Spec: docs/wire.md §16.3.
 
-use multifd_wire::{Footer, MAX_TAIL, SectionHead, SectionId};
+use multifd_wire::{Footer, SectionHead, SectionId};
 
 use super::devices::RecordedSection;
 use super::file::FileReader;
@@ -26,11 +26,11 @@ pub(super) fn payload(
     if let Some(len) = described
         && footer_is_at(reader, len, head.id)?
     {
-        let mut left = usize::try_from(len).unwrap_or(MAX_TAIL);
+        let mut left = len;
         while left > 0 {
-            let piece = left.min(WINDOW);
+            let piece = usize::try_from(left).map_or(WINDOW, |left| left.min(WINDOW));
             keep(reader.take(Phase::Device, WHAT, piece)?)?;
-            left -= piece;
+            left -= piece as u64;
         }
         return reader.take(Phase::Device, "a section footer", Footer::LEN).map(drop);
     }

@@ -45,6 +45,8 @@ pub(crate) enum Place<'s> {
 /// One block and what is known of its pages.
 pub(crate) struct BlockSink {
     block: RamBlock,
+    /// What nothing was written to is zero.
+    fresh: bool,
     /// Pages that the source has sent, or said to be zero.
     came: PageBits,
     /// Pages that something was written to since the block was opened, so that they are there.
@@ -80,6 +82,7 @@ impl BlockSink {
     fn new(block: &RamBlock, read_only: bool, absent: Absent, page_table: &Arc<PageTable>) -> Self {
         Self {
             block: block.clone(),
+            fresh: block.take_fresh(),
             written: PageBits::new(block.pages()),
             came: PageBits::new(block.pages()),
             file_turn: Mutex::default(),
@@ -171,7 +174,7 @@ impl BlockSink {
 
     /// Makes pages zero. Memory that is zero already is left alone, so that holes stay holes.
     pub(crate) fn clear(&self, pages: impl IntoIterator<Item = usize>) -> Result<()> {
-        let untouched = |page: usize| self.block.is_fresh() && !self.written.test(page);
+        let untouched = |page: usize| self.fresh && !self.written.test(page);
         let came = pages.into_iter().inspect(|page| self.came.set_range(*page, 1));
         let mut pages: Vec<usize> = came.filter(|page| !untouched(*page)).collect();
         // A peer announces them in any order.
@@ -191,7 +194,7 @@ impl BlockSink {
     /// Applies an xbzrle difference to what is there.
     pub(crate) fn apply(&self, page: usize, delta: &[u8]) -> Result<()> {
         let mut content = ZEROS;
-        if !self.block.is_fresh() || self.written.test(page) {
+        if !self.fresh || self.written.test(page) {
             let read = self.block.memory().read(page * PAGE, &mut content);
             read.map_err(|error| self.fault(READING, page..page + 1, error))?;
         }

@@ -58,6 +58,15 @@ impl BlockSinks {
     /// Checks that `blocks` are what was announced: the same names, the same lengths, and can be
     /// written.
     pub(crate) fn new(announced: &[BlockEntry], blocks: &[RamBlock]) -> Result<Self> {
+        RamBlock::check_all(blocks)
+            .map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
+        let of_source = |block: &RamBlock| announced.iter().any(|entry| entry.name == *block.name());
+        if let Some(extra) = blocks.iter().find(|block| !of_source(block)) {
+            return Err(incompatible(format!(
+                "RAM block {} is here, and the source has none of that name: it would stay as it is",
+                extra.name()
+            )));
+        }
         let mut by_name = HashMap::with_capacity(announced.len());
         let mappings = Mappings::read()
             .inspect_err(|error| tracing::warn!(%error, "how guest memory is mapped cannot be seen"))
@@ -160,6 +169,27 @@ mod tests {
         };
         let sinks = BlockSinks::new(&[entry], std::slice::from_ref(block)).unwrap();
         Arc::clone(sinks.find("ram").unwrap())
+    }
+
+    #[test]
+    fn a_block_that_the_source_does_not_have_or_that_is_there_twice_is_refused() {
+        let block =
+            |name: &str| RamBlock::new(name.try_into().unwrap(), HostMemory::anonymous(4 * PAGE).unwrap());
+        let entry = |block: &RamBlock| BlockEntry {
+            name: block.name().clone(),
+            used_len: block.used_len(),
+            page_size: None,
+            guest_address: None,
+            mapped_ram: None,
+        };
+        let (ram, dimm) = (block("ram"), block("dimm"));
+        let refused = |blocks: &[RamBlock]| BlockSinks::new(&[entry(&ram)], blocks).err().unwrap();
+        let error = refused(&[ram.clone(), dimm]);
+        assert_eq!(error.kind(), ErrorKind::Incompatible);
+        assert!(error.to_string().contains("RAM block dimm is here"), "{error}");
+        let error = refused(&[ram.clone(), block("ram")]);
+        assert_eq!(error.kind(), ErrorKind::ApiMisuse);
+        assert!(error.to_string().contains("two RAM blocks are called ram"), "{error}");
     }
 
     /// A difference that makes the first byte of a zero page 7.

@@ -23,12 +23,16 @@ const CLEAR_AT_ONCE: usize = 4096;
 /// Where KVM can, pages are protected again by KVM_CLEAR_DIRTY_LOG, in pieces, so that vCPUs are
 /// not blocked for long; otherwise KVM does it for a whole slot at each fetch. A VM with dirty
 /// rings ([`KvmDirtyRings`](crate::KvmDirtyRings)) has no such bitmaps.
+///
+/// A clone serves the next attempt, with the same [`slots`](KvmDirtyLog::slots).
 #[derive(Debug)]
 pub struct KvmDirtyLog {
     slots: KvmSlots,
     manual_protect: bool,
     /// Whether KVM clears only the pages of KVM_CLEAR_DIRTY_LOG (manual protection).
     clears: bool,
+    /// Started, and not stopped.
+    serving: bool,
 }
 
 impl KvmDirtyLog {
@@ -42,7 +46,7 @@ impl KvmDirtyLog {
     /// map the memory of a slot that is not there, and keep the mapping when the memory is gone.)
     #[expect(unsafe_code, reason = "the slots must be true")]
     pub unsafe fn new(vm: Arc<VmFd>, slots: Vec<KvmSlot>) -> Self {
-        Self { slots: KvmSlots::new(vm, slots), manual_protect: true, clears: false }
+        Self { slots: KvmSlots::new(vm, slots), manual_protect: true, clears: false, serving: false }
     }
 
     /// Tells the log of slots that come and go, also while a migration runs.
@@ -84,17 +88,18 @@ impl KvmDirtyLog {
     /// Moves what KVM has noted to `report`.
     fn take(
         &self,
-        slots: &Slots,
+        slots: &mut Slots,
         mut report: impl FnMut(&Slot, &[u64]) -> Result<(), DirtyLogError>,
     ) -> Result<(), DirtyLogError> {
-        for known in slots.iter() {
-            let slot = &known.slot;
-            let bitmap = fetch(self.slots.vm(), slot).map_err(|cause| not_fetched(slot, cause))?;
+        for known in slots.iter_mut() {
+            let bitmap =
+                fetch(self.slots.vm(), &known.slot).map_err(|cause| not_fetched(&known.slot, cause))?;
+            known.keep(bitmap.words());
             // Before they are cleared: what KVM forgets must be known here. A write that comes in
             // between is to a page that is reported, and happens before the page is read.
             report(known, bitmap.words())?;
             if self.clears {
-                clear(self.slots.vm(), slot, bitmap.words())?;
+                clear(self.slots.vm(), &known.slot, bitmap.words())?;
             }
         }
         Ok(())
@@ -107,11 +112,13 @@ impl DirtyLog for KvmDirtyLog {
     }
 
     fn start(&mut self, ram: &[RamBlock]) -> Result<(), DirtyLogError> {
+        self.slots.claim(ram)?;
+        self.serving = true;
         self.choose_who_clears()?;
         self.slots.log_on(ram)?;
         // What a slot that was logging before has noted, which may be all its pages, none of them
         // protected.
-        self.take(&self.slots.lock(), |_, _| Ok(()))
+        self.take(&mut self.slots.lock(), |_, _| Ok(()))
     }
 
     fn covers(&self, block: &RamBlock) -> Coverage {
@@ -123,7 +130,7 @@ impl DirtyLog for KvmDirtyLog {
         // meanwhile.
         let mut slots = self.slots.lock();
         slots.follow(bitmaps)?;
-        self.take(&slots, |known, words| {
+        self.take(&mut slots, |known, words| {
             let bitmap = bitmap_of(bitmaps, known.place, known.slot.block.name())?;
             for (word, bits) in words.iter().enumerate().filter(|(_, bits)| **bits != 0) {
                 bitmap.set_bits(known.slot.first_page() + word * 64, *bits);
@@ -133,10 +140,19 @@ impl DirtyLog for KvmDirtyLog {
     }
 
     fn stop(&mut self) {
+        if !std::mem::take(&mut self.serving) {
+            return;
+        }
         let slots = self.slots.clone();
         // Only a slot that is there and logs has a bitmap.
         let gone = |error: &io::Error| error.raw_os_error() == Some(libc::ENOENT);
         slots.log_off(|_, slot| !fetch(slots.vm(), slot).is_err_and(|error| gone(&error)));
+    }
+}
+
+impl Clone for KvmDirtyLog {
+    fn clone(&self) -> Self {
+        Self { slots: self.slots.clone(), manual_protect: self.manual_protect, clears: false, serving: false }
     }
 }
 

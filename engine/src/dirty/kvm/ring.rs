@@ -120,6 +120,8 @@ impl KvmDirtyRings {
 /// On CPUs that buffer the log of writes themselves (Intel's PML), KVM lists what a running vCPU
 /// wrote when it next leaves the guest: a sync may report such a page one sync late. None is lost:
 /// the last sync comes when all vCPUs have left.
+///
+/// A clone serves the next attempt, with the same [`slots`](KvmDirtyRing::slots).
 #[derive(Debug)]
 pub struct KvmDirtyRing {
     rings: KvmDirtyRings,
@@ -155,6 +157,7 @@ impl DirtyLog for KvmDirtyRing {
             collected.in_use = true;
         }
         self.started = true;
+        self.slots.claim(ram)?;
         self.slots.log_on(ram)?;
         // What the rings still hold of slots that logged before.
         let slots = self.slots.lock();
@@ -196,13 +199,20 @@ impl DirtyLog for KvmDirtyRing {
     }
 
     fn stop(&mut self) {
+        if !std::mem::take(&mut self.started) {
+            return;
+        }
         let handle = self.slots.clone();
         self.slots.log_off(|slots, slot| slots.is_there(handle.vm(), slot).unwrap_or(true));
-        if std::mem::take(&mut self.started) {
-            let mut collected = lock(&self.rings.collected);
-            collected.slots.clear();
-            collected.in_use = false;
-        }
+        let mut collected = lock(&self.rings.collected);
+        collected.slots.clear();
+        collected.in_use = false;
+    }
+}
+
+impl Clone for KvmDirtyRing {
+    fn clone(&self) -> Self {
+        Self { rings: self.rings.clone(), slots: self.slots.clone(), started: false }
     }
 }
 

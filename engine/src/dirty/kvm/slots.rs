@@ -30,6 +30,9 @@ use crate::run::stop::lock;
 /// `added` comes before the vCPUs are paused for the switch-over. A call waits for a sync that is
 /// under way.
 ///
+/// A VMM that logs a slot for itself as well (its [`KvmSlot::flags`] have KVM_MEM_LOG_DIRTY_PAGES),
+/// for diff snapshots perhaps, gets what migrations have taken by [`taken`](Self::taken).
+///
 /// A slot that is removed without a call is noticed at the next sync, and fails the migration; by
 /// rings only if the log has another slot. One that is replaced without a call is noticed by
 /// bitmaps ([`KvmDirtyLog`](super::KvmDirtyLog)), not by rings. A slot that is added without a call
@@ -61,11 +64,13 @@ pub(super) struct Slot {
     pub(super) place: usize,
     /// Its logging was switched on by us.
     logging: bool,
+    /// Bits that were taken from a slot which the VMM logs for itself.
+    taken: Vec<u64>,
 }
 
 impl KvmSlots {
     pub(super) fn new(vm: Arc<VmFd>, slots: Vec<KvmSlot>) -> Self {
-        let slots = slots.into_iter().map(|slot| Slot { slot, place: 0, logging: false }).collect();
+        let slots = slots.into_iter().map(Slot::new).collect();
         Self { vm, state: Arc::new(Mutex::new(Slots { slots, ..Slots::default() })) }
     }
 
@@ -95,11 +100,22 @@ impl KvmSlots {
     pub fn removing(&self, id: u32) -> bool {
         let mut state = self.lock();
         let Some(index) = state.slots.iter().position(|known| known.slot.id == id) else { return false };
-        let Slot { slot, place, logging } = state.slots.remove(index);
+        let Slot { slot, place, logging, .. } = state.slots.remove(index);
         if logging {
             state.written.push((slot, place));
         }
         true
+    }
+
+    /// The pages that migrations have taken from KVM's log of slot `id` since the last call, as
+    /// KVM_GET_DIRTY_LOG tells them: a bit for each page of the slot. KVM forgets what is fetched, so
+    /// after an attempt the VMM ORs these to the next bits that it fetches for itself.
+    ///
+    /// `None`: nothing was taken, or the log has no such slot, or the VMM does not log it for itself.
+    pub fn taken(&self, id: u32) -> Option<Vec<u64>> {
+        let mut state = self.lock();
+        let known = state.slots.iter_mut().find(|known| known.slot.id == id)?;
+        Some(std::mem::take(&mut known.taken)).filter(|bits| !bits.is_empty())
     }
 
     pub(super) fn hotplug(&self, block: &RamBlock) {
@@ -126,10 +142,19 @@ impl KvmSlots {
         Coverage::Pages(slots.map(|known| known.slot.page_range()).collect())
     }
 
-    /// Has KVM note writes to all slots. After an error, `log_off` must follow.
+    /// Makes these slots serve a migration of `ram`, and no other until `log_off`.
+    pub(super) fn claim(&self, ram: &[RamBlock]) -> Result<(), DirtyLogError> {
+        let mut state = self.lock();
+        if state.ram.is_some() {
+            return Err(DirtyLogError::new("the log serves another migration"));
+        }
+        state.ram = Some(ram.to_vec());
+        Ok(())
+    }
+
+    /// Has KVM note writes to all slots, after `claim`. After an error, `log_off` must follow.
     pub(super) fn log_on(&self, ram: &[RamBlock]) -> Result<(), DirtyLogError> {
         let mut state = self.lock();
-        state.ram = Some(ram.to_vec());
         let Slots { slots, .. } = &mut *state;
         slots.iter_mut().try_for_each(|known| known.log_on(&self.vm, ram))
     }
@@ -170,7 +195,7 @@ impl Slots {
                 "{slot} was added, but the log has a slot of that number"
             )));
         }
-        let mut new = Slot { slot, place: 0, logging: false };
+        let mut new = Slot::new(slot);
         if let Some(ram) = &self.ram {
             match place_of(new.slot.block.name(), new.slot.block.pages(), ram) {
                 // The guest has its memory, and this migration cannot take it along.
@@ -188,6 +213,11 @@ impl Slots {
     /// Every slot of a migrating block.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Slot> {
         self.slots.iter().filter(|known| known.logging)
+    }
+
+    /// The same, to keep what is taken.
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+        self.slots.iter_mut().filter(|known| known.logging)
     }
 
     /// Whether KVM has the slot, where it has no bitmap that would tell. It is probed through
@@ -215,6 +245,18 @@ impl Slots {
 }
 
 impl Slot {
+    fn new(slot: KvmSlot) -> Self {
+        Self { slot, place: 0, logging: false, taken: Vec::new() }
+    }
+
+    /// Keeps bits that KVM forgets now, if the VMM needs them for itself.
+    pub(super) fn keep(&mut self, bits: &[u64]) {
+        if self.slot.flags & KVM_MEM_LOG_DIRTY_PAGES != 0 {
+            self.taken.resize(bits.len(), 0);
+            self.taken.iter_mut().zip(bits).for_each(|(taken, bits)| *taken |= bits);
+        }
+    }
+
     fn log_on(&mut self, vm: &VmFd, ram: &[RamBlock]) -> Result<(), DirtyLogError> {
         self.place = place_of(self.slot.block.name(), self.slot.block.pages(), ram)?;
         let region = self.slot.region(self.slot.flags | KVM_MEM_LOG_DIRTY_PAGES)?;

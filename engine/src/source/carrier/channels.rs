@@ -182,7 +182,7 @@ impl SendWorker {
     }
 
     fn batch(&mut self, batch: &Batch<'_>, shared: &SourceShared, context: RoundContext) -> Result<()> {
-        let block = shared.ram.blocks.at(batch.block);
+        let block = &shared.ram.hold(batch.block);
         let cache = shared.deltas_for_peer(context).map(|cache| (cache, context));
         self.packet.clear();
         if self.encoder.is_some() || cache.is_some() {

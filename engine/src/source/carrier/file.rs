@@ -3,10 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use multifd_transports::{Channel, FileStream};
-
 use super::mapped::MappedFile;
 use crate::error::Result;
+use crate::io::MainFile;
 use crate::run::workers::Crew;
 use crate::source::main_writer::MainWriter;
 use crate::source::rounds::{RoundContext, Rounds};
@@ -15,8 +14,7 @@ use crate::work::Round;
 
 /// A file that a guest goes to.
 pub(in crate::source) struct File {
-    stream: Arc<FileStream>,
-    channel: Arc<Channel>,
+    file: MainFile,
     /// `None`: pages are records of the stream.
     places: Option<Places>,
 }
@@ -28,26 +26,25 @@ struct Places {
 }
 
 impl File {
-    /// A plain stream into the file `stream`, which is behind `channel`.
-    pub(in crate::source) fn plain(stream: Arc<FileStream>, channel: Arc<Channel>) -> Self {
-        Self { stream, channel, places: None }
+    /// A plain stream.
+    pub(in crate::source) fn plain(file: MainFile) -> Self {
+        Self { file, places: None }
     }
 
     /// Pages at fixed places, written by `workers` threads. `direct`: past the page cache.
     pub(in crate::source) fn mapped(
-        stream: Arc<FileStream>,
-        channel: Arc<Channel>,
+        main: MainFile,
         direct: bool,
         workers: usize,
         shared: &Arc<SourceShared>,
         crew: &Crew,
     ) -> Result<Self> {
-        let file = MappedFile::new(Arc::clone(&stream), Arc::clone(&channel), &shared.ram, direct)?;
+        let file = MappedFile::new(main.clone(), &shared.ram, direct)?;
         let places = Places { file: Arc::new(file), rounds: Rounds::new(crew.stop(), workers) };
         for id in 0..workers {
             places.file.start_worker(id, &places.rounds, shared, crew)?;
         }
-        Ok(Self { stream, channel, places: Some(places) })
+        Ok(Self { file: main, places: Some(places) })
     }
 
     pub(super) fn workers(&self) -> usize {
@@ -86,14 +83,14 @@ impl File {
 
     /// Waits for the disk: what is left to be synced when the guest is paused is little.
     pub(super) fn sync(&self, main: &MainWriter) -> Result<()> {
-        self.stream.sync().map_err(|error| main.error(error))
+        self.file.sync().map_err(|error| main.error(error))
     }
 
     /// A file runs no guest: it is thrown away unless it is whole on the disk, and up to then the source may run on.
     pub(super) fn finish(&self, end: &[u8], main: &mut MainWriter) -> Result<Instant> {
         main.raw(end)?;
         let sent = Instant::now();
-        self.channel.finish_sending().map_err(|error| main.error(error))?;
+        self.file.finish().map_err(|error| main.error(error))?;
         Ok(sent)
     }
 
@@ -103,6 +100,6 @@ impl File {
 
     /// Again, as the switch has done before the workers ended: what they have written meanwhile goes, too.
     pub(super) fn abort(&self) {
-        self.channel.closer().close();
+        self.file.abort();
     }
 }

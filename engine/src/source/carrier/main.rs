@@ -44,7 +44,7 @@ fn send_batch(
     packet: &mut Packet,
     ranges: &mut IoVecs,
 ) -> Result<()> {
-    let block = shared.ram.blocks.at(batch.block);
+    let block = &shared.ram.hold(batch.block);
     packet.clear();
     match shared.deltas_for_main(context) {
         Some(cache) => packet.copy_in(&shared.ram, block, batch.pages, Some((cache, context)))?,
@@ -119,7 +119,7 @@ fn send_pages(
             Content::Guest(page) => list.guest(&page),
         }
     }
-    list.send(main.channel()).map_err(|error| packet.fault(block, error, |error| main.error(error)))?;
+    main.ranges(list).map_err(|error| packet.fault(block, error, |error| main.error(error)))?;
     headers.clear();
     *main.unsent() = headers;
     Ok(())
@@ -173,7 +173,7 @@ mod tests {
                     }
                 }
             });
-            let mut main = MainWriter::new(Arc::new(sender), false);
+            let mut main = MainWriter::new(Arc::new(sender), None);
             let context = RoundContext { round: 1, last: false };
             send_round(&shared.ram.round(1), context, &mut main, &shared).unwrap();
             main.channel().finish_sending().unwrap();

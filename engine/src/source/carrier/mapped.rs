@@ -6,11 +6,11 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use multifd_transports::{Channel, FileStream};
 use multifd_wire::MappedRamHeader;
 
 use crate::error::{Error, Phase, Result};
 use crate::guest::{Found, PAGE, PAGE_SIZE};
+use crate::io::MainFile;
 use crate::run::counters::{ChannelCounters, Counters};
 use crate::run::workers::Crew;
 use crate::source::main_writer::MainWriter;
@@ -22,9 +22,7 @@ use crate::work::{Batch, PerBlock, Place, Round};
 
 /// The file, and what is in it by now.
 pub(super) struct MappedFile {
-    stream: Arc<FileStream>,
-    /// Counts the bytes, and names the file.
-    channel: Arc<Channel>,
+    file: MainFile,
     /// The same file for the pages: past the page cache, if that was asked for.
     pages: File,
     blocks: PerBlock<StoredBlock>,
@@ -38,20 +36,15 @@ struct StoredBlock {
 }
 
 impl MappedFile {
-    pub(super) fn new(
-        stream: Arc<FileStream>,
-        channel: Arc<Channel>,
-        ram: &OutgoingRam,
-        direct: bool,
-    ) -> Result<Self> {
-        let pages = stream.for_pages(direct).map_err(|error| {
-            Error::storage(Phase::Setup, "opening the file for pages", error).on(name(&channel))
+    pub(super) fn new(file: MainFile, ram: &OutgoingRam, direct: bool) -> Result<Self> {
+        let pages = file.for_pages(direct).map_err(|error| {
+            Error::storage(Phase::Setup, "opening the file for pages", error).on(file.name())
         })?;
         let blocks = ram.blocks.map(|outgoing| StoredBlock {
             place: OnceLock::new(),
             stored: (0..outgoing.block.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
         });
-        Ok(Self { stream, channel, pages, blocks })
+        Ok(Self { file, pages, blocks })
     }
 
     /// Writes the list of blocks, each with its place, and leaves the room for bitmap and pages behind it.
@@ -60,10 +53,10 @@ impl MappedFile {
         for (entry, block) in ram.list().zip(self.blocks.iter()) {
             entry.encode(main.unsent());
             main.flush()?;
-            let place = mapped_layout::place(self.stream.position(), entry.used_len, PAGE_SIZE);
+            let place = mapped_layout::place(self.file.position(), entry.used_len, PAGE_SIZE);
             place.encode(main.unsent());
             main.flush()?;
-            self.stream.seek(place.pages_offset + entry.used_len);
+            self.file.seek(place.pages_offset + entry.used_len);
             block.place.get_or_init(|| place);
         }
         Ok(())
@@ -75,10 +68,9 @@ impl MappedFile {
             let place = block.place(Phase::Device)?;
             let bitmap: Vec<u8> =
                 block.stored.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
-            self.stream.write_all_at(&bitmap, place.bitmap_offset).map_err(|error| {
-                Error::storage(Phase::Device, "writing a bitmap", error).on(name(&self.channel))
+            self.file.write_all_at(&bitmap, place.bitmap_offset).map_err(|error| {
+                Error::storage(Phase::Device, "writing a bitmap", error).on(self.file.name())
             })?;
-            self.channel.note_direct_sent(bitmap.len() as u64);
         }
         Ok(())
     }
@@ -95,7 +87,7 @@ impl MappedFile {
             let written = self.write_batch(&batch, shared, counters);
             if written.is_err() {
                 next.put_back(&mut place);
-                return written.map_err(|error| error.on(name(&self.channel)));
+                return written.map_err(|error| error.on(self.file.name()));
             }
         }
         Ok(())
@@ -107,7 +99,7 @@ impl MappedFile {
         shared: &SourceShared,
         counters: &ChannelCounters,
     ) -> Result<()> {
-        let (outgoing, block) = (shared.ram.blocks.at(batch.block), self.blocks.at(batch.block));
+        let (outgoing, block) = (&shared.ram.hold(batch.block), self.blocks.at(batch.block));
         let (mut run, mut zero) = (0..0, 0_usize);
         let mut found = Found::default();
         shared.ram.look(outgoing, batch.pages, &mut found)?;
@@ -154,7 +146,7 @@ impl MappedFile {
                 Error::storage(Phase::Active, what, error)
             },
         )?;
-        self.channel.note_direct_sent(len as u64);
+        self.file.count_written(len);
         Ok(())
     }
 
@@ -201,10 +193,6 @@ impl StoredBlock {
         };
         Ok(())
     }
-}
-
-fn name(channel: &Channel) -> String {
-    format!("main ({})", channel.peer())
 }
 
 #[cfg(test)]

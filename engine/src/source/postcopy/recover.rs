@@ -71,7 +71,7 @@ impl Postcopy {
         let crew = Crew::new(stop.clone()).with_hook(self.dialer.hook.clone());
         let return_path = ReturnPathReader::start(Arc::clone(&channel), Arc::clone(&self.shared), &crew)?;
         self.shared.session.enter(MigrationState::PostcopyRecover)?;
-        let mut main = MainWriter::new(channel, false);
+        let mut main = MainWriter::new(channel, None);
         main.enter(Phase::Postcopy);
         let resumed = self.ask_what_has_arrived(&mut main, &return_path).and_then(|()| {
             let urgent = match urgent {

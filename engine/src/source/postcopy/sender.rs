@@ -49,7 +49,7 @@ impl PageSender {
         index: BlockIndex,
         pages: &[usize],
     ) -> Result<usize> {
-        let block = shared.ram.blocks.at(index);
+        let block = &shared.ram.hold(index);
         self.packet.clear();
         self.packet.sort_out(&shared.ram, block, pages)?;
         self.encode_headers(index, shared);
