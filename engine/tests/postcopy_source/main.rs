@@ -170,9 +170,10 @@ fn what_was_written_since_it_was_sent_is_discarded_and_goes_again() {
         completed(postcopy.serve().unwrap());
         let (peer, _) = there.end();
         peer.check(&blocks);
-        let last = 60 + rounds - 1;
-        let sent: Vec<_> = peer.order.iter().map(|(block, page)| (&block[..], *page)).collect();
-        assert_eq!(sent, [("pc.ram", 3), ("pc.ram", 4), ("pc.ram", 5), ("pc.ram", last)]);
+        // A round collects what was written before it when its pages are out: the last two writes are left.
+        let last = 60 + rounds;
+        let expected = [3, 4, 5].into_iter().chain(last.saturating_sub(2).max(60)..last);
+        assert!(expected.eq(peer.order.iter().map(|(_, page)| *page)), "{:?}", peer.order);
         assert_eq!(count(&peer, |command| matches!(command, Command::RamDiscard { .. })), 1);
     }
 }

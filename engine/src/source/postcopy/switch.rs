@@ -152,8 +152,9 @@ impl Migration {
         command(Command::PostcopyListen, &mut package);
         package.extend_from_slice(state.sections());
         command(Command::Ping(DEVICES_PING), &mut package);
-        command(Command::Ping(LOADED_PING), &mut package);
         let mut run = Vec::new();
+        // Its answer counts from the state below on.
+        command(Command::Ping(LOADED_PING), &mut run);
         command(Command::PostcopyRun, &mut run);
         let len = package.len() + run.len();
         let len = u32::try_from(len).map_err(|_| {
@@ -169,7 +170,7 @@ impl Migration {
         let channel = self.main.channel();
         let before = channel.bytes_sent();
         // The point of no return: with RUN, the end of the package, the destination has all that it needs to run the guest. If
-        // nothing of it has left, the point has not been reached.
+        // nothing of its last piece has left, the point has not been reached.
         match channel.send_all(&run) {
             Err(error) if channel.bytes_sent() == before => Err(self.main.error(error)),
             // A link that broke shows when it is used next.
