@@ -10,7 +10,7 @@ use crate::{There, completed, devices, guest, paused, preempted, request};
 enum Ended {
     /// The guest may run on at the source.
     Here(Error),
-    Paused(Postcopy),
+    Paused(Box<Postcopy>),
 }
 
 fn first_link(blocks: &[RamBlock], script: Script) -> (Ended, Peer, LinkEnd) {
@@ -23,7 +23,7 @@ fn first_link(blocks: &[RamBlock], script: Script) -> (Ended, Peer, LinkEnd) {
         Ok(mut postcopy) => match postcopy.serve() {
             Ok(Served::Paused(error)) => {
                 assert!(!error.source_may_resume(), "{error}");
-                Ended::Paused(postcopy)
+                Ended::Paused(Box::new(postcopy))
             }
             Ok(Served::Completed(_)) => panic!("completed over a link that was cut"),
             Err(error) => Ended::Here(error),
