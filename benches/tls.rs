@@ -141,7 +141,7 @@ fn connect(server: Option<TlsServer>, client: Option<TlsClient>) -> (Channel, Ch
     std::thread::scope(|scope| {
         let dialled = scope.spawn(move || {
             let options = DialOptions { tls: client, ..DialOptions::default() };
-            let channel = multifd_transports::dial(&endpoint, &options).expect("somebody listens");
+            let channel = multifd_transports::dial(&endpoint, &options).expect("the listener is bound");
             channel.send_all(b"QEVM").expect("sent");
             channel
         });

@@ -23,7 +23,7 @@ struct Journal(Arc<Mutex<Vec<usize>>>);
 impl Journal {
     /// The device calls this *after* each write: then a write is never missed, at worst sent twice.
     fn note(&self, page: usize) {
-        self.0.lock().expect("nobody panics with the lock").push(page);
+        self.0.lock().expect("no thread panics with the lock").push(page);
     }
 }
 

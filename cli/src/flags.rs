@@ -90,6 +90,14 @@ pub(crate) struct Common {
     /// One JSON object on stdout instead of a table
     #[arg(long, global = true)]
     pub(crate) json: bool,
+    /// How progress is told on stderr; auto: a line that is rewritten on a terminal, else a line
+    /// every few seconds; json: an event a second, one a line
+    #[arg(long, global = true, value_enum, value_name = "HOW", default_value_t = ProgressKind::Auto)]
+    pub(crate) progress: ProgressKind,
+    /// Do not let the system write this process into a core dump, nor others of this user look into
+    /// it: it holds the guest's RAM and keys. The RAM itself is never in one
+    #[arg(long, global = true)]
+    pub(crate) no_core_dump: bool,
     /// No progress
     #[arg(short, long, global = true)]
     pub(crate) quiet: bool,
@@ -112,6 +120,18 @@ pub(crate) struct Receive {
     /// when the source has nothing left to send and waits
     #[arg(long, value_enum, default_value_t = Ack::Auto)]
     pub(crate) switchover_ack: Ack,
+    /// Refuse a guest with more RAM than this, such as 64G; 0: no limit. Default: what is free in the
+    /// file system of --out, since a source decides how much of its RAM is not zero
+    #[arg(long, value_name = "SIZE", value_parser = human::size)]
+    pub(crate) max_ram: Option<u64>,
+    /// Memory that the source can make this process use, all channels together, files in the page
+    /// cache apart
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = human::size)]
+    pub(crate) max_memory: u64,
+    /// Give up when the guest has not come whole after this time, however it comes. Default: never,
+    /// as long as a byte comes within --timeout
+    #[arg(long, value_name = "TIME", value_parser = human::duration)]
+    pub(crate) deadline: Option<Duration>,
     /// With TLS: accept a source whose certificate has this subject (CN=host,O=Example) or
     /// alternative name (host.example); * is any text. May be repeated. Default: every source with
     /// a certificate of the CA
@@ -264,6 +284,14 @@ pub(crate) struct Convergence {
     /// Total time after which to give up
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) deadline: Option<Duration>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProgressKind {
+    Auto,
+    Json,
+    Lines,
+    None,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

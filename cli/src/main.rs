@@ -33,6 +33,12 @@ fn main() -> ExitCode {
         return ExitCode::from(outcome::FAILED);
     }
     let flags = Flags::parse();
+    if flags.common.no_core_dump
+        && let Err(error) = nix::sys::prctl::set_dumpable(false)
+    {
+        human::tell(format_args!("multifd: core dumps cannot be switched off: {error}"));
+        return ExitCode::from(outcome::FAILED);
+    }
     if !flags.command.migrates() {
         signals::end_on_signal();
     }

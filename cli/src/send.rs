@@ -2,11 +2,12 @@
 
 use std::time::Instant;
 
-use multifd_engine::{Checkpoint, Progress, Report, ZeroCopyStats};
+use multifd_engine::{Checkpoint, Error, ErrorKind, Phase, Progress, Remedy, Report, ZeroCopyStats};
 use multifd_transports::Endpoint;
 use serde_json::json;
 
 use crate::flags::{Common, Send};
+use crate::human::show_bytes;
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
 use crate::{postcopy, signals, tls};
@@ -30,7 +31,15 @@ pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
                 None => outcome,
             }
         }
-        Err(error) => Outcome::failed(&error, reached),
+        Err(failure) => {
+            let hint = match &failure {
+                Failure::Migration(error) if error.remedy() == Some(Remedy::CompareSettings) => {
+                    settings_to_compare(flags, common, error)
+                }
+                _ => None,
+            };
+            Outcome::failed(&failure, reached).hinting(hint)
+        }
     }
 }
 
@@ -81,4 +90,32 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         *run_after += before_source;
     }
     Ok(report)
+}
+
+/// What must be the same at the destination, and where that says why it failed. `None` if the
+/// checkpoint cannot be read any more.
+fn settings_to_compare(flags: &Send, common: &Common, error: &Error) -> Option<String> {
+    let checkpoint = Checkpoint::open(&flags.dir).ok()?;
+    let manifest = checkpoint.manifest();
+    let channels = common.channels.unwrap_or(0);
+    let guess = match (error.kind(), error.phase()) {
+        (ErrorKind::Transport, Phase::Connect) => "It takes fewer channels than these, it seems. ",
+        (ErrorKind::Deadline, Phase::Active | Phase::Setup) => {
+            "It waits for more channels than these, it seems. "
+        }
+        _ => "",
+    };
+    let multifd = match channels {
+        0 => "capability multifd off".to_owned(),
+        channels => {
+            let codec = common.codec.map_or("none", |choice| choice.family().name());
+            format!("capability multifd on, multifd-channels {channels}, multifd-compression {codec}")
+        }
+    };
+    let blocks = manifest.blocks.iter().map(|block| format!("{} {}", block.idstr, show_bytes(block.length)));
+    Some(format!(
+        "{guess}The destination's own log says why (a QEMU's standard error). To compare with it: {multifd}; machine {}; RAM and ROM {}",
+        manifest.machine,
+        blocks.collect::<Vec<_>>().join(", "),
+    ))
 }

@@ -9,7 +9,8 @@ use multifd_wire::Invalid;
 
 /// A migration that did not succeed.
 ///
-/// `Display` gives phase, channel and what was seen; the cause, if there is one, is `source()`.
+/// `Display` gives phase, channel, what was seen, and all causes behind it in one line: `{error}` is the
+/// whole story. The causes are also `source()`, for a caller that looks for a type among them.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
@@ -60,6 +61,11 @@ pub enum ErrorKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Remedy {
+    /// The destination ended the migration, or waits for something else: its own log says why. Number of channels, codec,
+    /// machine type, sizes of RAM and ROM, or TLS may be set differently at the two ends.
+    CompareSettings,
+    /// The guest has more RAM than this end was told to take: allow more, or find room for it.
+    RaiseMaxRam,
     /// The peer speaks TLS: give this end credentials, too.
     SetUpTls,
 }
@@ -143,16 +149,24 @@ impl Error {
         self.remedy
     }
 
-    /// The whole chain in one line: `a: b: c`.
+    /// The whole chain in one line, `a: b: c`: what `Display` gives.
     pub fn chain(&self) -> String {
-        let mut text = self.to_string();
+        self.to_string()
+    }
+
+    /// The same without the phase: channel, what was seen, all causes.
+    pub(crate) fn write_reason(&self, f: &mut impl fmt::Write) -> fmt::Result {
+        if let Some(channel) = &self.channel {
+            write!(f, "{channel}: ")?;
+        }
+        f.write_str(&self.detail)?;
         let mut cause = self.source();
         while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
+            write!(f, ": {error}")?;
+            // One of ours has said its causes already.
+            cause = if error.is::<Self>() { None } else { error.source() };
         }
-        text
+        Ok(())
     }
 
     /// Marks an error that ended a migration after the guest was handed over.
@@ -233,10 +247,8 @@ impl fmt::Display for Error {
         if self.handed_over && !matches!(self.phase, Phase::Commit | Phase::Postcopy) {
             f.write_str(", after the hand-over")?;
         }
-        if let Some(channel) = &self.channel {
-            write!(f, ", {channel}")?;
-        }
-        write!(f, ": {}", self.detail)
+        f.write_str(if self.channel.is_some() { ", " } else { ": " })?;
+        self.write_reason(f)
     }
 }
 
@@ -263,6 +275,14 @@ impl fmt::Display for Phase {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_alone_says_its_causes_once() {
+        let inner = Error::storage(Phase::Setup, "making ram.img", std::io::ErrorKind::StorageFull.into());
+        let error = Error::new(ErrorKind::GuestMemory, Phase::Setup, "no memory").on("main").because(inner);
+        let text = "setup, main: no memory: setup: making ram.img: no storage space";
+        assert_eq!((error.to_string(), error.chain()), (text.to_owned(), text.to_owned()));
+    }
 
     #[test]
     fn only_a_hand_over_keeps_the_source_from_running_on() {

@@ -18,7 +18,8 @@ pub struct Report {
     pub total: Duration,
     /// Up to the first page: connections, headers, the list of blocks.
     pub setup: Duration,
-    /// From the stop of the guest to the destination's word that it has arrived; at a destination, from the announcement of
+    /// From the pause of the guest, if [`Precopy::guest_paused_at`](crate::Precopy::guest_paused_at) has said when that was, else from
+    /// the call of `stop_copy`, to the destination's word that it has arrived; at a destination, from the announcement of
     /// the last RAM to the end of the stream.
     pub downtime: Duration,
     /// The counters at the end.
@@ -27,7 +28,7 @@ pub struct Report {
     pub codec: String,
     /// The destination said that it has the guest.
     pub confirmed: bool,
-    /// What the downtime was made of. All zero at a destination.
+    /// What the downtime was made of. At a destination, the time that loading took is all that is known.
     pub ledger: DowntimeLedger,
     /// What was decided after each round, and why. Empty at a destination.
     pub decisions: Vec<RoundRecord>,
@@ -84,14 +85,7 @@ impl Report {
         if self.downtime <= limit {
             return None;
         }
-        let DowntimeLedger { bitmap_sync_us, last_ram_us, device_state_us, acknowledgement_us } = self.ledger;
-        let parts = [
-            (bitmap_sync_us, "the last bitmap sync"),
-            (last_ram_us, "the last RAM"),
-            (device_state_us, "device state"),
-            (acknowledgement_us, "the destination's acknowledgement"),
-        ];
-        let (most, part) = parts.into_iter().max()?;
+        let (part, most) = self.ledger.parts().into_iter().max_by_key(|(_, micros)| *micros)?;
         let expected = self.decisions.last().map_or(0, |round| round.expected_downtime_us);
         Some(format!(
             "{:.1?} are over the limit of {limit:?}: {part} took {} ms, {} ms were expected in all",

@@ -1,4 +1,5 @@
-//! A guest moves over connections that this program has made, with an engine that has no codec, no TLS and needs no C compiler.
+//! A guest moves over connections that this program has made, with an engine that has no codec, no
+//! TLS and needs no C compiler.
 //!
 //! `cargo run --release --package multifd-unix-pair`
 //!
@@ -55,7 +56,8 @@ impl Vm {
             let page = usize::try_from(write * 4099 % (PAGES as u64 / 8))?;
             let memory = ram.memory().slice(page * PAGE, PAGE).ok_or("a page of the guest")?;
             memory.write_obj(write, 8)?;
-            // After the write, not before it: a round in between would send the old page and take the mark.
+            // After the write, not before it: a round in between would send the old page and take
+            // the mark.
             marker.mark(0, (page * PAGE) as u64, PAGE as u64);
             state.writes += 1;
             drop(state);

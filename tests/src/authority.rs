@@ -22,7 +22,7 @@ pub struct Member {
 }
 
 impl Member {
-    /// Somebody with these names, valid now.
+    /// A certificate with these names, valid now.
     pub fn new(name: &'static str, hosts: &[&str]) -> Self {
         let hosts = hosts.iter().map(|host| (*host).to_owned()).collect();
         Self { name, hosts, days: (-2, 2) }

@@ -106,6 +106,7 @@ impl Queue {
             available: self.available,
             used: self.used,
             base: 0,
+            enabled: true,
         }
     }
 

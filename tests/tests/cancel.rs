@@ -1,4 +1,4 @@
-//! Somebody changes their mind while a guest moves: the guest runs on where it was, and nothing is
+//! The operator cancels while a guest moves: the guest runs on where it was, and nothing is
 //! left behind.
 
 use std::fs;
@@ -155,7 +155,7 @@ fn receive_is_killed() -> Outcome {
     receive.process().kill();
     assert_eq!(source.wait_end(SOON)?.status, "failed");
     check_runs(&mut source)?;
-    // Nobody could clean up, but nothing that looks like a checkpoint is there, and the next one
+    // Nothing could clean up, but nothing that looks like a checkpoint is there, and the next one
     // has its place.
     assert!(!machine.checkpoint().exists());
     machine.complete(&mut source)?;

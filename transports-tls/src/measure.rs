@@ -53,7 +53,8 @@ impl Open {
         Self(Opener::new(protection(provider), &[]))
     }
 
-    /// Opens what a peer may send, and puts the data into `data`. An update of the key leads to that of [`Open::new`] again.
+    /// Opens what a peer may send, and puts the data into `data`. An update of the key leads to
+    /// that of [`Open::new`] again.
     ///
     /// # Errors
     /// What is wrong with a record.

@@ -25,6 +25,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 use rustix::net::{RecvFlags, recv};
+use rustls::pki_types::CertificateDer;
 use socket2::Socket;
 
 use super::handshake::Parts;
@@ -56,6 +57,8 @@ pub struct TlsStream {
     received_end: Mutex<Option<Ended>>,
     end_received: Condvar,
     settings: Settings,
+    /// The client's, of a server that asks for one.
+    client_certificate: Option<CertificateDer<'static>>,
 }
 
 /// What both ends of a connection know of it.
@@ -110,7 +113,18 @@ impl TlsStream {
             received_end: Mutex::default(),
             end_received: Condvar::new(),
             settings,
+            client_certificate: None,
         }
+    }
+
+    /// Notes whose certificate the handshake has verified.
+    pub(crate) fn with_client_certificate(self, certificate: Option<CertificateDer<'static>>) -> Self {
+        Self { client_certificate: certificate, ..self }
+    }
+
+    /// The client's certificate, in DER, which was verified. `None` at a client's end, and of a client without one.
+    pub fn client_certificate(&self) -> Option<&[u8]> {
+        self.client_certificate.as_deref()
     }
 
     /// The socket below, whose options may be looked at.

@@ -193,7 +193,7 @@ impl FileStream {
             File::open(directory)?.sync_all()?;
         }
         let mut life = self.lock();
-        // Whoever closed it meanwhile has thrown it away.
+        // A thread that closed it meanwhile has thrown it away.
         if *life == Life::Closed {
             return Err(ErrorKind::ConnectionAborted.into());
         }

@@ -3,8 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-/// A function that is called on every new thread, before it does anything else, with the thread's name: for affinity, a cgroup,
-/// a seccomp filter. Clones share the function. Default: nothing is called.
+/// A function that is called on every new thread, before it does anything else, with the thread's
+/// name: for affinity, a cgroup, a seccomp filter. Clones share the function. Default: nothing is
+/// called.
 #[derive(Clone, Default)]
 pub struct ThreadHook(Option<Arc<OnStart>>);
 

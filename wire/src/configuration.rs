@@ -36,8 +36,8 @@ const VERSIONED_FAMILIES: [&str; 5] = ["pc-q35", "pc-i440fx", "virt", "pseries",
 impl Configuration {
     /// The configuration of a machine that says nothing but its name.
     ///
-    /// Names of QEMU's machine types end in a version, which decides how zero pages go and where sync points are: `pc-q35-10.0`.
-    /// A VMM's own name says nothing of the kind.
+    /// Names of QEMU's machine types end in a version, which decides how zero pages go and where
+    /// sync points are: `pc-q35-10.0`. A VMM's own name says nothing of the kind.
     pub fn new(machine: impl Into<String>) -> Self {
         Self { machine: machine.into(), page_bits: None, capabilities: Vec::new(), uuid: None }
     }

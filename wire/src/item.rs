@@ -45,7 +45,8 @@ pub struct SectionHead {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footer(pub SectionId);
 
-/// First byte of each thing on the main channel behind the stream header: what it is. Spec: docs/wire.md §1.
+/// First byte of each thing on the main channel behind the stream header: what it is. Spec:
+/// docs/wire.md §1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ItemType {
@@ -61,7 +62,8 @@ pub enum ItemType {
     SectionFull = 0x04,
     /// A [`Subsection`](crate::Subsection), within a device section or the configuration.
     Subsection = 0x05,
-    /// A [`VmDescription`](crate::VmDescription), behind the end of the items: be32 length and JSON follow.
+    /// A [`VmDescription`](crate::VmDescription), behind the end of the items: be32 length and JSON
+    /// follow.
     VmDescription = 0x06,
     /// A [`Configuration`](crate::Configuration), before the items.
     Configuration = 0x07,

@@ -63,11 +63,16 @@ pub use multifd::{
 pub use names::BlockName;
 pub use page_size::PageSize;
 pub use ram::{BlockRef, RAM_SECTION, RAM_SECTION_VERSION, RamRecord};
-pub use return_path::{HELLO_PING, Hello, MAX_RETURN_MESSAGE, ReturnMessage};
+pub use return_path::{
+    ALIVE_PING, Failure, HELLO_PING, Hello, MAX_RETURN_MESSAGE, RAM_PING, ReturnMessage, SETUP_PING,
+};
 pub use split::{DeviceSection, split_tail};
 pub use stream::{STREAM_MAGIC, STREAM_VERSION, StreamHeader};
 pub use tail::{TailEnd, TailScanner};
-pub use vmdesc::{DeviceDescription, FieldDescription, MAX_VMDESC, StructDescription, VmDescription};
+pub use vmdesc::{
+    DeviceDescription, FieldDescription, MAX_VMDESC, MAX_VMDESC_NODES, StructDescription, VMDESC_NODE_LEN,
+    VmDescription,
+};
 
 /// The first lines that the package shows.
 #[cfg(doctest)]

@@ -5,9 +5,23 @@ use crate::{BlockName, Invalid, Parsed};
 /// What the destination sends back on the main connection. Spec: docs/wire.md §11.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReturnMessage {
+    /// 0x4d47: a multifd destination is alive, and not done yet.
+    Alive,
+    /// 0x4d00 to 0x4dff, apart from those that are known: of a later version of the dialect. Means
+    /// nothing here.
+    Extension {
+        /// The type.
+        kind: u16,
+        /// At most [`MAX_RETURN_MESSAGE`] bytes.
+        body: Vec<u8>,
+    },
+    /// 0x4d48: why a multifd destination failed. SHUT follows.
+    Failure(Failure),
     /// 0x4d46: the destination is multifd, not QEMU. Only sent in answer to a PING of
     /// [`HELLO_PING`].
     Hello(Hello),
+    /// 0x4d49: how long a multifd destination took to load the device state, in µs. SHUT follows.
+    Loaded(u64),
     /// 2: answer to a PING, with its value.
     Pong(u32),
     /// 5: the bitmap of received pages follows, outside of the message.
@@ -38,9 +52,33 @@ pub struct Hello {
     pub features: u64,
 }
 
+/// What a multifd destination says of its failure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Where in the migration it was: see docs/wire.md §27.4.
+    pub phase: u8,
+    /// In words, at most [`Failure::MAX_REASON`] bytes.
+    pub reason: String,
+}
+
+impl Failure {
+    /// Longest reason, in bytes.
+    pub const MAX_REASON: usize = MAX_RETURN_MESSAGE - 1;
+}
+
 /// Value of the PING with which a multifd source asks whether the other end is multifd, too:
 /// `mfd1`. QEMU just answers with a PONG.
 pub const HELLO_PING: u32 = 0x6d66_6431;
+
+/// Value of the PING behind the list of RAM blocks: `mfs1`. With its PONG the destination has taken
+/// the blocks.
+pub const SETUP_PING: u32 = 0x6d66_7331;
+
+/// Value of the PING behind the last RAM: `mfr1`. With its PONG the destination has all of it.
+pub const RAM_PING: u32 = 0x6d66_7231;
+
+/// Value of the PINGs with which a source that has nothing to send shows that it is alive: `mfa1`.
+pub const ALIVE_PING: u32 = 0x6d66_6131;
 
 /// Longest body of a message, in bytes. Spec: docs/wire.md §11.
 pub const MAX_RETURN_MESSAGE: usize = 512;
@@ -53,6 +91,12 @@ const RECV_BITMAP: u16 = 5;
 const RESUME_ACK: u16 = 6;
 const SWITCHOVER_ACK: u16 = 7;
 const HELLO: u16 = 0x4d46;
+const ALIVE: u16 = 0x4d47;
+const FAILURE: u16 = 0x4d48;
+const LOADED: u16 = 0x4d49;
+
+/// The dialect's types. QEMU has none of them.
+const DIALECT: std::ops::RangeInclusive<u16> = 0x4d00..=0x4dff;
 
 /// The only value of RESUME_ACK.
 const RESUME_VALUE: u32 = 1;
@@ -91,6 +135,15 @@ impl ReturnMessage {
                 r.take(r.rest().len())?;
                 Self::Hello(hello)
             }
+            ALIVE => Self::Alive,
+            FAILURE => {
+                let phase = r.u8()?;
+                let text = std::str::from_utf8(r.take(r.rest().len())?);
+                let reason = text.map_err(|error| Invalid::new("reason of a failure", error, "UTF-8"))?;
+                Self::Failure(Failure { phase, reason: reason.to_owned() })
+            }
+            LOADED => Self::Loaded(r.be64()?),
+            _ if DIALECT.contains(&kind) => Self::Extension { kind, body: r.take(r.rest().len())?.to_vec() },
             _ => return Err(unknown(kind).into()),
         })
     }
@@ -112,13 +165,23 @@ impl ReturnMessage {
                     put_cstr8(out, block.as_str());
                 }
             }
-            Self::SwitchoverAck => {}
+            Self::Alive | Self::SwitchoverAck => {}
+            Self::Extension { body, .. } => out.extend(body),
+            Self::Failure(failure) => {
+                out.push(failure.phase);
+                out.extend(failure.reason.as_bytes());
+            }
+            Self::Loaded(micros) => out.extend(micros.to_be_bytes()),
         });
     }
 
     fn kind(&self) -> u16 {
         match self {
+            Self::Alive => ALIVE,
+            Self::Extension { kind, .. } => *kind,
+            Self::Failure(_) => FAILURE,
             Self::Hello(_) => HELLO,
+            Self::Loaded(_) => LOADED,
             Self::Pong(_) => PONG,
             Self::RecvBitmap(_) => RECV_BITMAP,
             Self::RequestPages { block: Some(_), .. } => REQ_PAGES_ID,
@@ -137,8 +200,11 @@ fn check_len(kind: u16, len: usize) -> Result<(), Invalid> {
         REQ_PAGES_ID => ((14..=12 + 256).contains(&len), "14..=268 bytes"),
         REQ_PAGES => (len == 12, "12 bytes"),
         RECV_BITMAP => ((2..=256).contains(&len), "2..=256 bytes"),
-        SWITCHOVER_ACK => (len == 0, "0 bytes"),
+        ALIVE | SWITCHOVER_ACK => (len == 0, "0 bytes"),
+        FAILURE => ((1..=MAX_RETURN_MESSAGE).contains(&len), "1..=512 bytes"),
+        LOADED => (len == 8, "8 bytes"),
         HELLO => ((10..=MAX_RETURN_MESSAGE).contains(&len), "10..=512 bytes"),
+        _ if DIALECT.contains(&kind) => (len <= MAX_RETURN_MESSAGE, "0..=512 bytes"),
         _ => return Err(unknown(kind)),
     };
     if good {

@@ -1,4 +1,4 @@
-//! The guests that are moved. Each stands still in a QEMU that is paused, and lies in a checkpoint
+//! The guests that are moved. Each is in a QEMU that is paused, and in a checkpoint
 //! with the same content.
 
 use std::fs::{self, File};

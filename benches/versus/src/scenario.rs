@@ -26,7 +26,7 @@ pub(crate) struct Scenario {
     pub(crate) looked_at: bool,
     /// Mbit/s of the link; none: this machine's own.
     pub(crate) link: Option<u32>,
-    /// The guest runs, and rewrites these pages. Otherwise it stands still.
+    /// The guest runs, and rewrites these pages. `None`: it is paused.
     pub(crate) live: Option<WorkingSet>,
     /// The least ratio of QEMU's time to ours that the project aims at.
     pub(crate) target: Option<f64>,

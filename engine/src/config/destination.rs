@@ -26,8 +26,21 @@ pub struct DestinationConfig {
     /// machine's memory. A VMM that knows its devices may well set less, on a port that others can reach above all.
     pub max_device_state: Option<usize>,
     /// How long to wait for the source: to connect, for the next byte of the main stream, for the rest of a packet. Default:
-    /// 60 s. A source that was paused by hand sends nothing.
+    /// 60 s. A multifd source that is held says that it is alive; a QEMU that was paused by hand sends nothing.
     pub timeout: Duration,
+    /// Bytes of guest RAM, all blocks together, that a source may announce. Default: any number that the memory's provider
+    /// takes.
+    pub max_ram: Option<u64>,
+    /// Bytes of memory that the source can make this end use beside guest RAM: buffers and windows of all channels, device
+    /// state, its description. A channel takes up to 2 MiB, with zstd and a window of the highest level 34 MiB. Default: half
+    /// of the machine's memory.
+    pub max_memory: Option<u64>,
+    /// Time from the first byte of the main channel until everything has come, however slowly it comes. Default: none; a peer
+    /// that sends a byte per `timeout` is patiently served.
+    pub deadline: Option<Duration>,
+    /// Takes device state over parallel channels (VFIO), which is kept in memory: [`Arrived::device_packets`](crate::Arrived::device_packets).
+    /// Default: no, a source that sends some is refused.
+    pub device_packets: bool,
     /// How the connections' sockets are tuned. Default: as for [`SourceConfig`](crate::SourceConfig).
     pub socket: SocketOptions,
 }
@@ -40,6 +53,10 @@ impl Default for DestinationConfig {
             switchover_ack: SwitchoverAck::Auto,
             max_device_state: None,
             timeout: DEFAULT_TIMEOUT,
+            max_ram: None,
+            max_memory: None,
+            deadline: None,
+            device_packets: false,
             socket: SocketOptions::default(),
         }
     }

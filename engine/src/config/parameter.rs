@@ -1,4 +1,5 @@
-//! QEMU's migration parameters: the one table of their names, ranges and defaults. Spec: docs/wire.md §22.
+//! QEMU's migration parameters, and those of this engine's own: the one table of their names, ranges and defaults. Spec:
+//! docs/wire.md §22.
 //!
 //! Names are those of `migrate-set-parameters`. Ranges hold for this engine as well; defaults are QEMU's, and where this
 //! engine has others its settings say so.
@@ -81,12 +82,14 @@ pub const CPU_THROTTLE_TAILSLOW: Flag = Flag { name: "cpu-throttle-tailslow", de
 pub const DIRECT_IO: Flag = Flag { name: "direct-io", default: false };
 /// Longest downtime, in ms.
 pub const DOWNTIME_LIMIT: Number = number("downtime-limit", 0..=2_000_000, 300);
-/// Bytes per second over all channels; 0: no limit.
+/// Bytes per second over all channels while the guest runs; 0: no limit.
 pub const MAX_BANDWIDTH: Number = number("max-bandwidth", 0..=u64::MAX, 128 << 20);
 /// Largest throttle of auto-converge, in percent of a vCPU's time; at least `cpu-throttle-initial`.
 pub const MAX_CPU_THROTTLE: Number = number("max-cpu-throttle", 1..=99, 99);
 /// Bytes per second of the background stream of a post-copy; 0: no limit.
 pub const MAX_POSTCOPY_BANDWIDTH: Number = number("max-postcopy-bandwidth", 0..=u64::MAX, 0);
+/// Bytes per second over all channels at the switch-over; 0: no limit. This engine's own: QEMU has no limit there.
+pub const MAX_SWITCHOVER_BANDWIDTH: Number = number("max-switchover-bandwidth", 0..=u64::MAX, 0);
 /// Parallel channels; of a file with mapped-ram: threads.
 pub const MULTIFD_CHANNELS: Number = number("multifd-channels", 1..=255, 2);
 /// Codec of the parallel channels.
@@ -116,6 +119,7 @@ pub const ALL: &[Parameter] = &[
     Parameter::Number(MAX_BANDWIDTH),
     Parameter::Number(MAX_CPU_THROTTLE),
     Parameter::Number(MAX_POSTCOPY_BANDWIDTH),
+    Parameter::Number(MAX_SWITCHOVER_BANDWIDTH),
     Parameter::Number(MULTIFD_CHANNELS),
     Parameter::Choice(MULTIFD_COMPRESSION),
     Parameter::Number(MULTIFD_ZLIB_LEVEL),

@@ -45,7 +45,8 @@ pub struct SourceConfig {
     /// Sends pages that are written again as differences, with a cache of this many bytes: a power of two, at least 4096. On
     /// the main channel to every destination, on parallel channels to another multifd. Default: no cache.
     pub xbzrle_cache: Option<usize>,
-    /// Bytes per second over all channels. Default: no limit.
+    /// Bytes per second over all channels while the guest runs. Default: no limit. At the switch-over, while the guest is paused,
+    /// [`Limits::max_switchover_bandwidth`] holds instead.
     pub max_bandwidth: Option<NonZeroU64>,
     /// By what rounds go on or end. Default: [`Limits::default`].
     pub limits: Limits,

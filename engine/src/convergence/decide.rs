@@ -15,8 +15,17 @@ pub struct Limits {
     pub downtime_limit: Duration,
     /// Guest bytes per second to expect at the switch-over; `None`, the default: what was measured.
     pub avail_switchover_bandwidth: Option<NonZeroU64>,
+    /// Bytes per second over all channels from the switch-over on, while the guest is paused. `None`, the default: no limit, as in
+    /// QEMU. Not to be taken for `avail_switchover_bandwidth`, which changes an estimate and holds nothing back.
+    pub max_switchover_bandwidth: Option<NonZeroU64>,
+    /// Expected part of the downtime that RAM has no part in: until the guest is paused, saving and loading its devices. Of an earlier
+    /// migration, [`DowntimeLedger::beyond_ram`](super::DowntimeLedger::beyond_ram) has it. Default: 0.
+    pub device_downtime: Duration,
     /// What to do when rounds no longer shrink. Default: go on.
     pub on_stall: OnStall,
+    /// Gives up when rounds have not shrunk for this long, if `on_stall` has not ended it before. `None`: never, as QEMU. Default: 10
+    /// minutes.
+    pub stall_deadline: Option<Duration>,
     /// Total time after which to give up. Default: none.
     pub deadline: Option<Duration>,
 }
@@ -77,6 +86,8 @@ pub struct Convergence {
     bandwidth: Option<u64>,
     best_remaining: u64,
     rounds_without_progress: u32,
+    /// Since the begin of the migration, at the last round with progress.
+    progress_at: Duration,
     throttle: Option<Throttle>,
 }
 
@@ -88,6 +99,7 @@ impl Convergence {
             bandwidth: None,
             best_remaining: u64::MAX,
             rounds_without_progress: 0,
+            progress_at: Duration::ZERO,
             throttle: auto_converge.map(Throttle::new),
         }
     }
@@ -103,8 +115,10 @@ impl Convergence {
         };
         self.bandwidth = Some(estimate);
         let bandwidth = limits.avail_switchover_bandwidth.map_or(estimate, NonZeroU64::get);
-        let expected = expected_downtime(facts.remaining_bytes, bandwidth, facts.sync);
-        self.note_progress(facts.remaining_bytes);
+        let most = limits.max_switchover_bandwidth.map_or(u64::MAX, NonZeroU64::get);
+        let expected = expected_downtime(facts.remaining_bytes, bandwidth.min(most), facts.sync)
+            .saturating_add(limits.device_downtime);
+        self.note_progress(&facts);
         let throttle_percent = self.throttle.as_mut().map_or(0, |throttle| {
             throttle.on_sync(facts.duration + facts.sync, facts.remaining_bytes, facts.dirty_bytes)
         });
@@ -125,10 +139,12 @@ impl Convergence {
         }
     }
 
-    fn note_progress(&mut self, remaining: u64) {
+    fn note_progress(&mut self, facts: &RoundFacts) {
+        let remaining = facts.remaining_bytes;
         let enough = u128::from(self.best_remaining) * u128::from(PROGRESS_PERCENT) / 100;
         if u128::from(remaining) < enough {
             self.rounds_without_progress = 0;
+            self.progress_at = facts.elapsed;
         } else {
             self.rounds_without_progress += 1;
         }
@@ -157,14 +173,17 @@ impl Convergence {
             return (Decision::Continue, format!("go on: {over}"));
         }
         let stalled = format!("{over}, {} rounds without progress", self.rounds_without_progress);
+        let for_so_long = facts.elapsed.saturating_sub(self.progress_at);
+        let gives_up = limits.stall_deadline.is_some_and(|limit| for_so_long >= limit);
         match limits.on_stall {
             OnStall::Abort => (Decision::AbortStalled, format!("give up: {stalled}")),
-            OnStall::Continue => (Decision::Continue, format!("go on: {stalled}")),
             OnStall::Postcopy => (Decision::Postcopy, format!("switch to post-copy: {stalled}")),
             OnStall::SwitchBelow(second) if self.at_minimum(facts) && expected <= second => (
                 Decision::SwitchOverStalled,
                 format!("switch over: {stalled}, but within the second limit of {second:?}"),
             ),
+            _ if gives_up => (Decision::AbortStalled, format!("give up: {stalled} in {for_so_long:.1?}")),
+            OnStall::Continue => (Decision::Continue, format!("go on: {stalled}")),
             OnStall::SwitchBelow(second) => {
                 (Decision::Continue, format!("go on: {stalled}, waiting for a minimum within {second:?}"))
             }
@@ -206,7 +225,10 @@ impl Default for Limits {
         Self {
             downtime_limit: Duration::from_millis(300),
             avail_switchover_bandwidth: None,
+            max_switchover_bandwidth: None,
+            device_downtime: Duration::ZERO,
             on_stall: OnStall::Continue,
+            stall_deadline: Some(Duration::from_secs(600)),
             deadline: None,
         }
     }
@@ -251,6 +273,39 @@ mod tests {
         let limits = Limits { avail_switchover_bandwidth: NonZeroU64::new(100 * MIB), ..Limits::default() };
         assert_eq!(decisions(&limits, &[(1000, 31)]), [Decision::Continue]);
         assert_eq!(decisions(&limits, &[(1000, 30)]), [Decision::SwitchOver]);
+    }
+
+    #[test]
+    fn a_limit_at_the_switchover_and_the_devices_are_in_the_estimate() {
+        let limits = Limits { max_switchover_bandwidth: NonZeroU64::new(100 * MIB), ..Limits::default() };
+        assert_eq!(decisions(&limits, &[(1000, 31)]), [Decision::Continue]);
+        assert_eq!(decisions(&limits, &[(10, 30)]), [Decision::Continue], "it makes nothing faster");
+        let limits = Limits { device_downtime: Duration::from_millis(200), ..Limits::default() };
+        assert_eq!(decisions(&limits, &[(1000, 101)]), [Decision::Continue]);
+        assert_eq!(decisions(&limits, &[(1000, 100)]), [Decision::SwitchOver]);
+    }
+
+    #[test]
+    fn rounds_that_never_shrink_end_by_the_default_and_not_with_qemus_policy() {
+        let last = |stall_deadline, on_stall| {
+            let limits = Limits { stall_deadline, on_stall, ..Limits::default() };
+            let mut convergence = Convergence::new(None);
+            (1..=700)
+                .map(|second| RoundFacts { elapsed: Duration::from_secs(second), ..facts(1000, 900) })
+                .map(|facts| convergence.on_round(facts, &limits).decision)
+                .find(|decision| *decision != Decision::Continue)
+        };
+        let default = Limits::default().stall_deadline;
+        assert_eq!(last(default, OnStall::Continue), Some(Decision::AbortStalled));
+        assert_eq!(
+            last(default, OnStall::SwitchBelow(Duration::from_millis(800))),
+            Some(Decision::AbortStalled)
+        );
+        assert_eq!(
+            last(default, OnStall::SwitchBelow(Duration::from_secs(1))),
+            Some(Decision::SwitchOverStalled)
+        );
+        assert_eq!(last(None, OnStall::Continue), None);
     }
 
     #[test]

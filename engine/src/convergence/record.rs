@@ -58,32 +58,60 @@ pub struct RoundRecord {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct DowntimeLedger {
+    /// From the instant that [`Precopy::guest_paused_at`](crate::Precopy::guest_paused_at) named until the last bitmap sync.
+    pub pause_us: u64,
     /// Collecting the dirty bits of the stopped guest.
     pub bitmap_sync_us: u64,
+    /// Waiting for [`Control::proceed`](crate::Control::proceed), with pause-before-switchover.
+    pub hold_us: u64,
     /// Sending the last pages, to the last sync point.
     pub last_ram_us: u64,
-    /// From there to the last byte of device state: the embedder's saving of it is in here.
+    /// From there to [`StopCopy::commit`](crate::StopCopy::commit): the embedder saves the device state.
+    pub state_save_us: u64,
+    /// Sending it.
     pub device_state_us: u64,
-    /// Waiting for the destination's SHUT.
+    /// The destination's embedder loads it, as a multifd destination says.
+    pub load_us: u64,
+    /// Waiting for the destination's SHUT, apart from that.
     pub acknowledgement_us: u64,
 }
 
 impl DowntimeLedger {
     /// All of it.
     pub fn total(&self) -> Duration {
-        let Self { bitmap_sync_us, last_ram_us, device_state_us, acknowledgement_us } = self;
-        Duration::from_micros(bitmap_sync_us + last_ram_us + device_state_us + acknowledgement_us)
+        let sum = self.parts().into_iter().fold(0, |sum: u64, (_, part)| sum.saturating_add(part));
+        Duration::from_micros(sum)
+    }
+
+    /// What RAM has no part in: for [`Limits::device_downtime`](crate::Limits::device_downtime) of the next migration of such a
+    /// guest.
+    pub fn beyond_ram(&self) -> Duration {
+        let ram = [self.bitmap_sync_us, self.last_ram_us, self.hold_us];
+        let ram = Duration::from_micros(ram.into_iter().fold(0, u64::saturating_add));
+        self.total().saturating_sub(ram)
+    }
+
+    /// All of it by name, in the order of time.
+    pub(crate) fn parts(&self) -> [(&'static str, u64); 8] {
+        [
+            ("pause", self.pause_us),
+            ("bitmap sync", self.bitmap_sync_us),
+            ("hold", self.hold_us),
+            ("last RAM", self.last_ram_us),
+            ("saving device state", self.state_save_us),
+            ("sending device state", self.device_state_us),
+            ("loading at the destination", self.load_us),
+            ("acknowledgement", self.acknowledgement_us),
+        ]
     }
 }
 
 impl fmt::Display for DowntimeLedger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { bitmap_sync_us, last_ram_us, device_state_us, acknowledgement_us } = self;
-        write!(
-            f,
-            "bitmap sync {bitmap_sync_us} µs, last RAM {last_ram_us} µs, device state {device_state_us} µs, \
-             acknowledgement {acknowledgement_us} µs"
-        )
+        for (index, (name, micros)) in self.parts().into_iter().enumerate() {
+            write!(f, "{}{name} {micros} µs", if index == 0 { "" } else { ", " })?;
+        }
+        Ok(())
     }
 }
 

@@ -1,19 +1,22 @@
 //! A guest that has arrived, but does not run anywhere yet.
 
+use std::fmt::Display;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use multifd_wire::{Configuration, VmDescription, split_tail};
 
+use super::alive::Alive;
 use super::driver::ReceivedMain;
 use super::return_path::ReturnPath;
 use super::shared::{DestinationShared, DevicePacket};
 use super::tail::Described;
-use crate::error::{Error, Phase, Result};
+use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::report::Report;
 use crate::run::counters::Progress;
 use crate::run::session::HandOver;
 use crate::run::workers::Crew;
+use crate::stream::dialect;
 use crate::stream::sections::EarlySections;
 
 /// How long a source may take to close its channels after it was told of success. It has nothing
@@ -24,8 +27,9 @@ const LINGER: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_secs(5);
 
 /// RAM and device state are here. Load the device state, then [`Arrived::accept`]: that lets the
-/// source know that its guest lives here now. Dropped without that, the source is told of a failure
-/// and runs on.
+/// source know that its guest lives here now. Dropped without that, or
+/// [refused](Arrived::refuse), the source is told of a failure and runs on. A source that is multifd,
+/// too, waits for as long as it takes.
 #[must_use = "the source waits to be told whether its guest has arrived"]
 pub struct Arrived {
     stream: ReceivedMain,
@@ -34,6 +38,9 @@ pub struct Arrived {
     shared: Arc<DestinationShared>,
     crew: Arc<Crew>,
     ended: bool,
+    alive: Alive,
+    /// When all of it was here.
+    since: Instant,
 }
 
 impl Arrived {
@@ -42,9 +49,11 @@ impl Arrived {
         return_path: ReturnPath,
         shared: Arc<DestinationShared>,
         crew: Arc<Crew>,
+        alive: Alive,
     ) -> Self {
+        let since = Instant::now();
         let device_packets = shared.take_device_packets();
-        Self { stream, device_packets, return_path, shared, crew, ended: false }
+        Self { stream, device_packets, return_path, shared, crew, ended: false, alive, since }
     }
 
     /// Machine type, and what else the source said of itself.
@@ -119,7 +128,8 @@ impl Arrived {
         self.seal()?;
         self.ended = true;
         // The point of no return: a source that has read this has handed its guest over.
-        let told = self.return_path.shut().and_then(|()| self.return_path.confirm(LINGER));
+        let load = self.since.elapsed();
+        let told = self.return_path.shut(load).and_then(|()| self.return_path.confirm(LINGER));
         self.shared.session.complete();
         let (total, stopped) = (self.shared.session.elapsed(), self.stream.guest_stopped);
         let downtime = stopped.map_or(Duration::ZERO, |stopped| stopped.elapsed());
@@ -130,8 +140,14 @@ impl Arrived {
         }
         let mut report = Report::of(&self.shared.session, total, self.codec());
         report.downtime = downtime;
+        report.ledger.load_us = u64::try_from(load.as_micros()).unwrap_or(u64::MAX);
         self.wind_up();
         told.map(|()| report)
+    }
+
+    /// Refuses the guest: it runs on at the source, which is told `reason` if it is multifd, too.
+    pub fn refuse(mut self, reason: impl Display) {
+        self.fail(Error::new(ErrorKind::Incompatible, Phase::Device, reason.to_string()));
     }
 
     /// The peer's address: `tcp:10.0.0.7:51234`.
@@ -170,7 +186,18 @@ impl Arrived {
         Err(stop.cause_or(Error::stopped(Phase::Device)))
     }
 
+    fn fail(&mut self, error: Error) {
+        self.ended = true;
+        // What ended it before is the better reason.
+        let stop = &self.shared.session.stop;
+        let why = stop.look_at_cause(dialect::failure).unwrap_or_else(|| dialect::failure(&error));
+        self.return_path.abort(Some(why));
+        self.shared.session.note_end_of_failed();
+        self.wind_up();
+    }
+
     fn wind_up(&self) {
+        self.alive.end();
         // No thread is left that could add a channel behind this.
         self.shared.session.close_channels();
         self.crew.join();
@@ -180,9 +207,8 @@ impl Arrived {
 impl Drop for Arrived {
     fn drop(&mut self) {
         if !self.ended {
-            self.return_path.abort();
-            self.shared.session.note_end_of_failed();
-            self.wind_up();
+            let detail = "the guest was dropped without having been taken over";
+            self.fail(Error::new(ErrorKind::Incompatible, Phase::Device, detail));
         }
     }
 }

@@ -100,6 +100,34 @@ impl DestinationBuilder {
         self
     }
 
+    /// Limit on guest RAM: see [`DestinationConfig::max_ram`].
+    #[must_use]
+    pub fn max_ram(mut self, bytes: u64) -> Self {
+        self.config.max_ram = Some(bytes);
+        self
+    }
+
+    /// Limit on memory beside guest RAM: see [`DestinationConfig::max_memory`].
+    #[must_use]
+    pub fn max_memory(mut self, bytes: u64) -> Self {
+        self.config.max_memory = Some(bytes);
+        self
+    }
+
+    /// Limit on the time of the whole migration: see [`DestinationConfig::deadline`].
+    #[must_use]
+    pub fn deadline(mut self, deadline: Option<Duration>) -> Self {
+        self.config.deadline = deadline;
+        self
+    }
+
+    /// Device state over parallel channels: see [`DestinationConfig::device_packets`].
+    #[must_use]
+    pub fn device_packets(mut self, take: bool) -> Self {
+        self.config.device_packets = take;
+        self
+    }
+
     /// How sockets are tuned: see [`DestinationConfig::socket`].
     #[must_use]
     pub fn socket_options(mut self, options: SocketOptions) -> Self {

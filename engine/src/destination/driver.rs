@@ -17,9 +17,11 @@ use super::stream_end;
 use super::switchover::SwitchoverAck;
 use super::tail::{self, Tail};
 use crate::error::{Error, Phase, Result};
+use crate::run::budget::Share;
 use crate::run::counters::Counters;
 use crate::stream::MainReader;
 use crate::stream::sections::EarlySections;
+use crate::stream::vm_state::VmState;
 
 /// What came in on the main channel, RAM apart.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub(super) struct ReceivedMain {
     /// When the source announced its last RAM: it had stopped the guest then. `None` in a stream
     /// without that, such as a background snapshot's.
     pub(super) guest_stopped: Option<Instant>,
+    /// Of the tail.
+    _memory: Share,
 }
 
 /// Reads the main channel, from the stream header to the last byte.
@@ -58,7 +62,7 @@ impl<'a> Driver<'a> {
         incoming: &'a mut dyn IncomingRam,
     ) -> Self {
         let machine = Machine::new(return_path.leads_back(), ack);
-        let early = EarlyDevices::with_limit(shared.max_device_state);
+        let early = EarlyDevices::new(shared.limits.device_state, shared.limits.memory.share());
         Self { reader, shared, return_path, machine, readers, incoming, ram: None, early }
     }
 
@@ -115,7 +119,16 @@ impl<'a> Driver<'a> {
                 let Footer(id) = reader.next(Phase::Active, "a section footer", Footer::parse)?;
                 Input::Footer(id)
             }
-            Expected::Device { head, ram } => Input::Device(self.early.read(reader, head, ram)?),
+            Expected::Device { head, ram } => {
+                let end = self.early.read(reader, head, ram)?;
+                if let Some(VmState { name, version, bytes }) = self.early.take_vm() {
+                    self.incoming.configure(&name, version, &bytes).map_err(|cause| {
+                        let detail = format!("the state of the source's VM, {name} version {version}");
+                        Error::incompatible(Phase::Setup, detail).because(cause)
+                    })?;
+                }
+                Input::Device(end)
+            }
             Expected::Tail { .. } => return Err(Error::bug(Phase::Device, "the devices' part is no input")),
         })
     }
@@ -138,6 +151,7 @@ impl<'a> Driver<'a> {
             }
             Effect::SpeakDialect => {
                 self.shared.speak_dialect();
+                self.return_path.speak_dialect();
                 Ok(())
             }
             Effect::SyncPoint => self.shared.sync_point(),
@@ -154,13 +168,16 @@ impl<'a> Driver<'a> {
             item.encode(&mut begun);
         }
         let timeout = self.shared.session.timeout;
-        let tail = tail::read(&mut self.reader, &begun, timeout, self.shared.max_device_state)?;
+        let mut memory = self.shared.limits.memory.share();
+        memory.grow_to(begun.len(), Phase::Device, "device state")?;
+        let most = self.shared.limits.device_state;
+        let tail = tail::read(&mut self.reader, &begun, timeout, most, &mut memory)?;
         arrival::check_all_came(ram.sinks(), &early, &tail)?;
         stream_end::wait(&mut self.reader, &self.return_path, timeout)?;
         let Facts { configuration, switchover_start, guest_stopped } = self.machine.facts().clone();
         let none = || Error::bug(Phase::Device, "the devices' part without a configuration");
         let configuration = configuration.ok_or_else(none)?;
-        Ok(ReceivedMain { configuration, switchover_start, early, tail, guest_stopped })
+        Ok(ReceivedMain { configuration, switchover_start, early, tail, guest_stopped, _memory: memory })
     }
 }
 

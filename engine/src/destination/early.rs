@@ -1,11 +1,13 @@
 //! Device sections before the end of RAM. Spec: docs/wire.md §16.4.
 
-use multifd_wire::{Item, SectionHead, SectionId, TailScanner};
+use multifd_wire::{Footer, Item, SectionHead, SectionId, TailScanner};
 
 use super::machine::DeviceEnd;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::run::budget::Share;
 use crate::stream::MainReader;
 use crate::stream::sections::{EarlySections, Found, find_footer, goes_on};
+use crate::stream::vm_state::VmState;
 
 const WHAT: &str = "a device section before the end of RAM";
 
@@ -17,14 +19,17 @@ pub(super) struct EarlyDevices {
     /// Sections behind the last live item.
     open: Vec<u8>,
     seen: Vec<SectionId>,
+    /// What the source's embedder says of its VM, if that was read and not taken yet.
+    vm: Option<VmState>,
     /// Most bytes that are kept.
     limit: usize,
+    memory: Share,
 }
 
 impl EarlyDevices {
-    /// None yet, and no more than so many bytes.
-    pub(super) fn with_limit(limit: usize) -> Self {
-        Self { kept: EarlySections::default(), open: Vec::new(), seen: Vec::new(), limit }
+    /// None yet, and no more than so many bytes. `memory` holds what is kept.
+    pub(super) fn new(limit: usize, memory: Share) -> Self {
+        Self { kept: EarlySections::default(), open: Vec::new(), seen: Vec::new(), vm: None, limit, memory }
     }
 
     /// Reads one FULL section behind its `head`, its footer included. `ram`: the RAM section, if it
@@ -36,9 +41,22 @@ impl EarlyDevices {
         ram: Option<SectionId>,
     ) -> Result<DeviceEnd> {
         let id = head.id;
-        Item::SectionFull(head).encode(&mut self.open);
+        Item::SectionFull(head.clone()).encode(&mut self.open);
         self.seen.push(id);
-        self.payload(reader, id, ram)
+        let begin = self.open.len();
+        let end = self.payload(reader, id, ram)?;
+        if end == DeviceEnd::Footer {
+            let payload = self.open.get(begin..self.open.len().saturating_sub(Footer::LEN));
+            let payload =
+                payload.ok_or_else(|| Error::bug(Phase::Active, "a device section without a footer"))?;
+            self.vm = VmState::parse(&head, payload)?;
+        }
+        Ok(end)
+    }
+
+    /// What the source's embedder says of its VM, once.
+    pub(super) fn take_vm(&mut self) -> Option<VmState> {
+        self.vm.take()
     }
 
     /// Reads to the footer of section `id`. What looks like a footer, and is none, may hide the
@@ -65,7 +83,9 @@ impl EarlyDevices {
             self.open.extend_from_slice(reader.buffered().get(..taken).unwrap_or_default());
             reader.consume(taken);
             scanned -= taken.min(scanned);
-            if self.kept.before_ram.len() + self.kept.within_ram.len() + self.open.len() > self.limit {
+            let kept = self.kept.before_ram.len() + self.kept.within_ram.len() + self.open.len();
+            self.memory.grow_to(kept, Phase::Active, "device state before the end of RAM")?;
+            if kept > self.limit {
                 let detail = format!("more than {} bytes of device state before the end of RAM", self.limit);
                 return Err(Error::misbehaved(Phase::Active, detail));
             }

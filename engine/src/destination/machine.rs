@@ -268,7 +268,7 @@ impl Machine {
             Command::OpenReturnPath => self.open_return_path(effects),
             Command::Ping(value) => {
                 if value == HELLO_PING {
-                    let hello = Hello { version: dialect::VERSION, features: dialect::FEATURE_DELTAS };
+                    let hello = Hello { version: dialect::VERSION, features: dialect::FEATURES };
                     effects.push(Effect::SpeakDialect);
                     self.answer(Phase::Setup, ReturnMessage::Hello(hello), effects)?;
                 }

@@ -10,13 +10,16 @@
 //!    ram_reader ──── pages on main
 //!    early, tail ─── device sections before the end of RAM, and behind it
 //!  mapped ×N ─────── pages at fixed places of a file              one thread each, `mig-recv-N`
+//!  alive ─────────── says that this end is alive while the embedder has the guest   `mig-alive`
 //!  place/ ────────── the blocks, and how a page is written or cleared
 //! ```
 
+mod alive;
 mod arrival;
 mod arrived;
 mod builder;
 mod channels;
+mod deadline;
 mod driver;
 mod early;
 mod machine;
@@ -46,8 +49,10 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::session::{Canceller, ProgressReader, Session};
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
-use crate::stream::MainReader;
+use crate::stream::{MainReader, dialect};
+use alive::Alive;
 use channels::accept::{Accepting, Main};
+use deadline::Deadline;
 use driver::{Driver, ReceivedMain};
 use mapped::PageReaders;
 use return_path::ReturnPath;
@@ -98,14 +103,18 @@ impl Destination {
         crew.spawn("mig-accept", Phase::Accept, move || accepting.run(&listener))?;
 
         let result = self.wait_for_main(&main, &shared).and_then(|main| self.run_main(main, &shared, &crew));
+        let result = result.and_then(|(stream, return_path)| {
+            let alive = Alive::start(&return_path, &crew)?;
+            Ok((stream, return_path, alive))
+        });
         // Nothing that comes now can be of use: no channel may join, and no page be stored, once
         // this has returned.
         shared.stop_accepting();
         let over = main.wait(&self.session.stop, None, |main| main.over.then_some(()));
         match result {
-            Ok((stream, return_path)) if over.is_some() => {
+            Ok((stream, return_path, alive)) if over.is_some() => {
                 shared.channels.finish();
-                Ok(Arrived::new(stream, return_path, shared, crew))
+                Ok(Arrived::new(stream, return_path, shared, crew, alive))
             }
             ended => {
                 let error = ended.err().unwrap_or_else(|| Error::stopped(Phase::Active));
@@ -142,19 +151,23 @@ impl Destination {
         crew: &Arc<Crew>,
     ) -> Result<(ReceivedMain, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
+        let deadline = Deadline::start(self.config.deadline, crew)?;
         self.session.counters.main.count_bytes_of(&channel);
         self.session.enter(MigrationState::Active)?;
         self.session.begin();
         let return_path = ReturnPath::new(Arc::clone(&channel));
         let (last_message, closer) = (return_path.clone(), channel.closer());
+        let stop = self.session.stop.clone();
         self.session.stop.on_trip(move || {
-            last_message.abort();
+            last_message.abort(stop.look_at_cause(dialect::failure));
             closer.close();
         });
         let (ack, direct) = (self.config.switchover_ack, self.config.direct_io);
         let readers = PageReaders { crew: Arc::clone(crew), count: self.config.channels, direct };
         let reader = MainReader::of_main(channel, &self.session);
         let driver = Driver::new(reader, shared, return_path.clone(), ack, readers, &mut *self.ram);
-        Ok((driver.run()?, return_path))
+        let received = driver.run()?;
+        drop(deadline);
+        Ok((received, return_path))
     }
 }

@@ -9,7 +9,7 @@ use multifd_wire::{BlockListFormat, BlockRef, Configuration, RamRecord};
 use super::mapped::PageReaders;
 use super::place::{BlockSink, BlockSinks, IncomingRam};
 use super::shared::DestinationShared;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, ErrorKind, Phase, Remedy, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
 use crate::run::counters::{ChannelCounters, Counters};
 use crate::stream::{MainReader, block_list};
@@ -42,11 +42,19 @@ impl RamReader {
         let file = readers.check(reader, mapped)?;
         let format = BlockListFormat { mapped_ram: mapped, ..BlockListFormat::default() };
         let announced = block_list::read(reader, PAGE_SIZE, format)?;
+        let total: u64 = announced.iter().map(|entry| entry.used_len).sum();
+        if let Some(limit) = shared.limits.ram.filter(|limit| total > *limit) {
+            let detail = format!(
+                "the source's guest has {total} bytes of RAM in {} blocks, limit is {limit}",
+                announced.len()
+            );
+            return Err(Error::new(ErrorKind::GuestMemory, Phase::Setup, detail)
+                .remedied_by(Some(Remedy::RaiseMaxRam)));
+        }
         let blocks = ram.open(configuration, &announced).map_err(|error| {
             Error::new(ErrorKind::GuestMemory, Phase::Setup, "no memory for the source's RAM blocks")
                 .because(error)
         })?;
-        let total: u64 = announced.iter().map(|entry| entry.used_len).sum();
         shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
         let sinks = Arc::new(BlockSinks::new(&announced, &blocks)?);
         shared.publish(Arc::clone(&sinks));

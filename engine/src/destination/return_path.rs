@@ -1,10 +1,11 @@
 //! The return path, from our end: what the destination tells the source.
 
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
 
 use multifd_transports::Channel;
-use multifd_wire::ReturnMessage;
+use multifd_wire::{Failure, ReturnMessage};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::lock;
@@ -22,6 +23,8 @@ const LAST_MESSAGE: Duration = Duration::from_millis(100);
 pub(crate) struct ReturnPath {
     channel: Arc<Channel>,
     state: Arc<Mutex<State>>,
+    /// The source is multifd, too.
+    dialect: Arc<AtomicBool>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -38,7 +41,12 @@ enum State {
 impl ReturnPath {
     pub(crate) fn new(channel: Arc<Channel>) -> Self {
         let state = if channel.is_two_way() { State::Closed } else { State::OneWay };
-        Self { channel, state: Arc::new(Mutex::new(state)) }
+        Self { channel, state: Arc::new(Mutex::new(state)), dialect: Arc::default() }
+    }
+
+    /// The source takes messages of the dialect.
+    pub(crate) fn speak_dialect(&self) {
+        self.dialect.store(true, Ordering::Relaxed);
     }
 
     /// The source sent OPEN_RETURN_PATH. Repeats are harmless.
@@ -77,13 +85,26 @@ impl ReturnPath {
                 return Err(Error::bug(phase, format_args!("{message:?} to a source that does not listen")));
             }
         }
-        self.write(message)
+        self.write(std::slice::from_ref(message))
             .map_err(|error| Error::io(phase, format_args!("sending {message:?}"), error).on(self.name()))
     }
 
-    /// Tells the source that the guest has arrived; from here on it must not run there.
-    pub(crate) fn shut(&self) -> Result<()> {
-        self.finish(&mut lock(&self.state), SHUT_SUCCESS).map_err(|error| {
+    /// Tells a source that understands it that this end is alive. False: it does not, or it has been told of the end.
+    pub(super) fn say_alive(&self) -> Result<bool> {
+        let state = lock(&self.state);
+        if *state != State::Open || !self.dialect.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let said = self.write(&[ReturnMessage::Alive]);
+        said.map_err(|error| Error::io(Phase::Device, "telling the source to wait", error).on(self.name()))?;
+        Ok(true)
+    }
+
+    /// Tells the source that the guest has arrived; from here on it must not run there. `load`: how long the embedder took to
+    /// load it.
+    pub(crate) fn shut(&self, load: Duration) -> Result<()> {
+        let load = ReturnMessage::Loaded(u64::try_from(load.as_micros()).unwrap_or(u64::MAX));
+        self.finish(&mut lock(&self.state), SHUT_SUCCESS, Some(load)).map_err(|error| {
             Error::io(Phase::Commit, "sending SHUT", error).on(self.name()).after_hand_over()
         })
     }
@@ -136,29 +157,47 @@ impl ReturnPath {
         })
     }
 
-    /// Tells the source that its guest did not arrive, if it still listens; never waits for it.
-    /// Errors have nobody left to tell.
-    pub(crate) fn abort(&self) {
-        // Somebody is sending, and the source does not take it: it would not take SHUT either.
-        let Ok(mut state) = self.state.try_lock() else { return };
-        let told =
-            self.channel.set_timeout(Some(LAST_MESSAGE)).and_then(|()| self.finish(&mut state, SHUT_FAILED));
+    /// Tells the source that its guest did not arrive, and why, if it still listens; never waits for it.
+    /// An error of this has no one left to be told.
+    pub(crate) fn abort(&self, why: Option<Failure>) {
+        let Some(mut state) = self.lock_within(LAST_MESSAGE) else { return };
+        let told = self
+            .channel
+            .set_timeout(Some(LAST_MESSAGE))
+            .and_then(|()| self.finish(&mut state, SHUT_FAILED, why.map(ReturnMessage::Failure)));
         if let Err(error) = told {
             tracing::debug!(%error, "the source could not be told of the failure");
         }
     }
 
-    fn finish(&self, state: &mut State, status: u32) -> std::io::Result<()> {
+    /// A message that is being sent is out at once, unless the source takes nothing: then it would not take SHUT either.
+    fn lock_within(&self, limit: Duration) -> Option<MutexGuard<'_, State>> {
+        const POLL: Duration = Duration::from_micros(100);
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.state.try_lock() {
+                Ok(state) => return Some(state),
+                Err(TryLockError::Poisoned(state)) => return Some(state.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return None,
+                Err(TryLockError::WouldBlock) => std::thread::park_timeout(POLL),
+            }
+        }
+    }
+
+    /// SHUT; before it, to a source that understands it, `more`.
+    fn finish(&self, state: &mut State, status: u32, more: Option<ReturnMessage>) -> std::io::Result<()> {
         if *state != State::Open {
             return Ok(());
         }
         *state = State::Shut;
-        self.write(&ReturnMessage::Shut(status))
+        let more = more.filter(|_| self.dialect.load(Ordering::Relaxed));
+        let messages: Vec<_> = more.into_iter().chain([ReturnMessage::Shut(status)]).collect();
+        self.write(&messages)
     }
 
-    fn write(&self, message: &ReturnMessage) -> std::io::Result<()> {
+    fn write(&self, messages: &[ReturnMessage]) -> std::io::Result<()> {
         let mut bytes = Vec::with_capacity(16);
-        message.encode(&mut bytes);
+        messages.iter().for_each(|message| message.encode(&mut bytes));
         self.channel.send_all(&bytes)
     }
 }

@@ -13,6 +13,7 @@ use super::refusals::Refusals;
 use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::os::memory::most_kept;
+use crate::run::budget::{Budget, Share};
 use crate::run::session::Session;
 use crate::run::stop::{Monitor, StopSwitch};
 
@@ -31,12 +32,34 @@ pub(crate) struct DestinationShared {
     pub(crate) channels: ChannelSync,
     pub(crate) refusals: Refusals,
     pub(crate) codecs: Codecs,
-    /// Most bytes of the devices' sections that are kept.
-    pub(crate) max_device_state: usize,
+    pub(crate) limits: ReceiveLimits,
     listener: Arc<Listener>,
     /// HELLO was said: the source may send packets of the multifd dialect.
     dialect: AtomicBool,
     facts: Monitor<Facts>,
+}
+
+/// What a source may make this end use.
+pub(crate) struct ReceiveLimits {
+    /// Bytes of guest RAM.
+    pub(crate) ram: Option<u64>,
+    /// Memory beside it.
+    pub(crate) memory: Budget,
+    /// Most bytes of the devices' sections that are kept.
+    pub(crate) device_state: usize,
+    /// Device state over parallel channels is taken.
+    pub(crate) device_packets: bool,
+}
+
+impl ReceiveLimits {
+    pub(crate) fn of(config: &DestinationConfig) -> Self {
+        Self {
+            ram: config.max_ram,
+            memory: Budget::new(config.max_memory.unwrap_or_else(|| most_kept() as u64)),
+            device_state: config.max_device_state.unwrap_or_else(most_kept),
+            device_packets: config.device_packets,
+        }
+    }
 }
 
 /// What is learnt while the stream comes in.
@@ -46,7 +69,9 @@ struct Facts {
     codec: Option<Arc<dyn Codec>>,
     uuid: Option<[u8; 16]>,
     device_packets: Vec<DevicePacket>,
+    /// Bytes of all that were announced.
     device_bytes: usize,
+    device_memory: Vec<Share>,
 }
 
 /// Device state over parallel channels is kept in memory: at most 1 GiB of it.
@@ -62,7 +87,7 @@ impl DestinationShared {
         Arc::new(Self {
             session: Arc::clone(session),
             channels: ChannelSync::new(&session.stop, config.channels),
-            max_device_state: config.max_device_state.unwrap_or_else(most_kept),
+            limits: ReceiveLimits::of(config),
             refusals: Refusals::default(),
             codecs,
             listener: Arc::clone(listener),
@@ -174,9 +199,20 @@ impl DestinationShared {
     /// A packet of device state is about to come, on any channel: asked before there is memory for
     /// it.
     pub(crate) fn expect_device_packet(&self, device: &DeviceStatePacket) -> Result<()> {
+        if !self.limits.device_packets {
+            let detail = format!(
+                "device {} sends state over parallel channels, which is not taken here (a checkpoint cannot hold it)",
+                device.idstr.escape_default()
+            );
+            return Err(Error::incompatible(Phase::Device, detail));
+        }
+        let len = DeviceStatePacket::LEN + device.payload_len as usize;
+        let mut share = self.limits.memory.share();
+        share.grow_to(len, Phase::Device, "device state on channels")?;
         self.facts.modify_silently(|facts| {
             // Small packets cost more than what is in them.
-            facts.device_bytes += DeviceStatePacket::LEN + device.payload_len as usize;
+            facts.device_bytes += len;
+            facts.device_memory.push(share);
             if facts.device_bytes <= MAX_DEVICE_BYTES {
                 return Ok(());
             }

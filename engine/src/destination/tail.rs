@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use multifd_wire::{TailEnd, TailScanner, VmDescription};
+use multifd_wire::{TailEnd, TailScanner, VMDESC_NODE_LEN, VmDescription};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::run::budget::Share;
 use crate::stream::MainReader;
 
 /// A source that sends no vmdescription and waits for our SHUT shows its end only by falling
@@ -38,8 +39,15 @@ impl Tail {
 
 /// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3). `begun`: its
 /// first sections, if they were read already.
-/// `most`: bytes that are kept of it.
-pub(crate) fn read(reader: &mut MainReader, begun: &[u8], timeout: Duration, most: usize) -> Result<Tail> {
+///
+/// `most`: bytes that are kept of it. `memory` holds what it takes, also afterwards.
+pub(crate) fn read(
+    reader: &mut MainReader,
+    begun: &[u8],
+    timeout: Duration,
+    most: usize,
+    memory: &mut Share,
+) -> Result<Tail> {
     let quiet = QUIET.min(timeout);
     let channel = reader.channel().clone();
     let limit = |duration| {
@@ -48,24 +56,33 @@ pub(crate) fn read(reader: &mut MainReader, begun: &[u8], timeout: Duration, mos
             .map_err(|error| Error::io(Phase::Device, "setting up the socket", error))
     };
     limit(quiet)?;
-    let result = scan(reader, begun, timeout, most);
+    let result = scan(reader, begun, timeout, TailScanner::with_limit(most), memory);
     limit(timeout)?;
     result.map_err(|error| error.on(reader.name()))
 }
 
-fn scan(reader: &mut MainReader, begun: &[u8], timeout: Duration, most: usize) -> Result<Tail> {
+fn scan(
+    reader: &mut MainReader,
+    begun: &[u8],
+    timeout: Duration,
+    mut scanner: TailScanner,
+    memory: &mut Share,
+) -> Result<Tail> {
     let refused = |invalid| Error::invalid(Phase::Device, invalid);
-    let mut scanner = TailScanner::with_limit(most);
     let mut end = scanner.push(begun).map_err(refused)?;
     let mut last_byte = Instant::now();
     loop {
         let (before, fed) = (scanner.bytes().len(), reader.buffered().len());
         if end.is_none() {
+            memory.grow_to(before + fed, Phase::Device, "device state")?;
             end = scanner.push(reader.buffered()).map_err(refused)?;
         }
         if let Some(end) = end {
             let mut bytes = scanner.into_bytes();
             let json = bytes.get(end.vmdesc.clone()).unwrap_or_default();
+            // The names in it are in the text, too.
+            let parsed = VmDescription::nodes(json) * VMDESC_NODE_LEN + json.len();
+            memory.grow_to(bytes.len() + parsed, Phase::Device, "the description of device state")?;
             let description =
                 VmDescription::parse(json).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
             bytes.truncate(end.total);

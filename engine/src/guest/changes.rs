@@ -23,7 +23,7 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 /// ```
 ///
 /// What is unplugged arrives as zero, whatever the memory holds, and is not touched from the moment
-/// that `unplug` returns: it waits for those who read the pages. Writes are no matter of this: plugged
+/// that `unplug` returns: it waits until no worker reads the block. Writes are not told here: plugged
 /// memory needs a dirty log (see [`KvmSlots`](crate::KvmSlots)).
 ///
 /// ```

@@ -83,7 +83,7 @@ fn seek(file: &File, from: u64, whence: i32) -> io::Result<Option<u64>> {
 
 #[expect(unsafe_code, reason = "std knows no SEEK_DATA")]
 fn lseek(file: &File, from: i64, whence: i32) -> io::Result<i64> {
-    // SAFETY: the descriptor is open; the call touches no memory. Nobody reads this file by
+    // SAFETY: the descriptor is open; the call touches no memory. No code reads this file by
     // position.
     match unsafe { libc::lseek(file.as_raw_fd(), from, whence) } {
         -1 => Err(io::Error::last_os_error()),

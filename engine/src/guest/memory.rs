@@ -95,7 +95,21 @@ impl HostMemory {
             MmapRegionError::Mmap(error) => error,
             other => io::Error::new(io::ErrorKind::InvalidInput, other),
         })?;
-        Self::from_region(Arc::new(region))
+        let memory = Self::from_region(Arc::new(region))?;
+        memory.keep_out_of_core_dumps()?;
+        Ok(memory)
+    }
+
+    /// Has the kernel leave the memory out of core dumps of this process (`MADV_DONTDUMP`): a guest's
+    /// RAM holds its keys. Memory that is mapped here is left out from the start.
+    ///
+    /// # Errors
+    /// What madvise says.
+    pub fn keep_out_of_core_dumps(&self) -> io::Result<()> {
+        // SAFETY: [start, start + len) is mapped for as long as `self` is there, and the advice changes
+        // nothing that can be read or written.
+        let outcome = unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, libc::MADV_DONTDUMP) };
+        if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
     /// Bytes.
@@ -315,5 +329,20 @@ fn huge_page_of_flags(flags: i32) -> io::Result<usize> {
 impl std::fmt::Debug for HostMemory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("HostMemory").field("len", &self.len).field("file", &self.file.is_some()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_is_mapped_here_is_in_no_core_dump() {
+        let memory = HostMemory::anonymous(1 << 20).unwrap();
+        let start = memory.slice(0, 1).unwrap().ptr_guard().as_ptr().addr();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mapping = smaps.split_once(&format!("\n{start:x}-")).unwrap().1;
+        let flags = mapping.lines().find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
+        assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
     }
 }

@@ -8,6 +8,7 @@ use crossbeam_utils::CachePadded;
 use multifd_transports::Channel;
 use serde::Serialize;
 
+use crate::guest::PAGE;
 use crate::run::stop::lock;
 
 macro_rules! counters {
@@ -15,13 +16,20 @@ macro_rules! counters {
         migration { $($(#[$of_migration:meta])* $migration:ident,)* }
         channel { $($(#[$of_channel:meta])* $channel:ident,)* }
     ) => {
-        /// Plain numbers about a migration that is under way; all of them only grow.
+        /// Plain numbers about a migration that is under way. All of them only grow, but for what is expected.
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
         #[non_exhaustive]
         pub struct Progress {
             $($(#[$of_migration])* pub $migration: u64,)*
             /// Bytes on the wire, all channels, both directions.
             pub wire_bytes: u64,
+            /// Guest bytes that are still to be sent, as far as it is known: what was dirty at the last bitmap sync, without what went
+            /// since. 0 at a destination.
+            pub remaining_bytes: u64,
+            /// Expected downtime if the guest were paused now, in µs. 0 before the end of the first round, and at a destination.
+            pub expected_downtime_us: u64,
+            /// Guest bytes with content per second in the last round. 0 as long as there is none.
+            pub bandwidth_bytes_per_s: u64,
             $($(#[$of_channel])* pub $channel: u64,)*
             /// Parallel channels; 0 while there is only the main one.
             pub channels: u64,
@@ -47,6 +55,7 @@ macro_rules! counters {
         #[derive(Default)]
         pub(crate) struct Counters {
             $(pub(crate) $migration: AtomicU64,)*
+            estimate: Mutex<Estimate>,
             pub(crate) main: ChannelCounters,
             parallel: Mutex<Vec<Arc<ChannelCounters>>>,
             /// Of a post-copy's channels for pages that are asked for: one after the other.
@@ -75,6 +84,7 @@ macro_rules! counters {
                 for channel in &progress.per_channel {
                     $(progress.$channel += channel.$channel;)*
                 }
+                lock(&self.estimate).clone().show_in(&mut progress);
                 progress
             }
         }
@@ -130,7 +140,33 @@ pub(crate) struct ChannelCounters {
     counters: CachePadded<PerChannel>,
 }
 
+/// What a source expects, as of the last bitmap sync.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Estimate {
+    /// Dirty then.
+    pub(crate) remaining_bytes: u64,
+    pub(crate) bandwidth_bytes_per_s: u64,
+    pub(crate) downtime_us: u64,
+    /// Pages that had gone until then.
+    pub(crate) pages_before: u64,
+}
+
+impl Estimate {
+    fn show_in(self, progress: &mut Progress) {
+        let pages = progress.pages_normal + progress.pages_zero + progress.pages_xbzrle;
+        let gone = pages.saturating_sub(self.pages_before).saturating_mul(PAGE as u64);
+        progress.remaining_bytes = self.remaining_bytes.saturating_sub(gone);
+        progress.expected_downtime_us = self.downtime_us;
+        progress.bandwidth_bytes_per_s = self.bandwidth_bytes_per_s;
+    }
+}
+
 impl Counters {
+    /// From now on this is what is expected.
+    pub(crate) fn expect(&self, estimate: Estimate) {
+        *lock(&self.estimate) = estimate;
+    }
+
     /// Counts a parallel channel, with its bytes.
     pub(crate) fn channel(&self, id: u8, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
         self.parallel(ChannelCounters::new(format!("channel {id}")).with_bytes_of(channel))

@@ -1,4 +1,5 @@
-//! The channels of a migration that are open, until all are closed. Checked under every interleaving by tests/loom.
+//! The channels of a migration that are open, until all are closed. Checked under every
+//! interleaving by tests/loom.
 
 use crate::run::stop::lock;
 use crate::sync::Mutex;

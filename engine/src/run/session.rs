@@ -156,6 +156,14 @@ impl Session {
         *lock(&self.hand_over) = hand_over;
     }
 
+    /// The embedder has dropped the migration.
+    fn note_end_of_dropped(&self) {
+        let mut state = lock(&self.state);
+        if *state == MigrationState::Cancelling {
+            *state = MigrationState::Cancelled;
+        }
+    }
+
     /// The switch has tripped: cancelled if the caller wanted that, else failed.
     pub(crate) fn note_end_of_failed(&self) {
         let mut state = lock(&self.state);
@@ -175,6 +183,17 @@ impl ProgressReader {
     /// The numbers now.
     pub fn now(&self) -> Progress {
         self.0.progress()
+    }
+}
+
+/// Notes, when it is dropped, that a migration which has not come to an end was cancelled: the embedder has dropped it.
+pub(crate) struct NoteEnd(pub(crate) Arc<Session>);
+
+impl Drop for NoteEnd {
+    fn drop(&mut self) {
+        // Not an error: a migration that is over stays as it ended.
+        let _ = self.0.enter(MigrationState::Cancelling);
+        self.0.note_end_of_dropped();
     }
 }
 

@@ -68,6 +68,11 @@ impl StopSwitch {
         self.0.tripped.load(Ordering::Acquire)
     }
 
+    /// Looks at the first cause, if it is there.
+    pub(crate) fn look_at_cause<R>(&self, look: impl FnOnce(&Error) -> R) -> Option<R> {
+        lock(&self.0.inner).cause.as_ref().map(look)
+    }
+
     /// The first cause, for the one caller who reports it; `otherwise` if it was taken or never set.
     pub(crate) fn cause_or(&self, otherwise: Error) -> Error {
         lock(&self.0.inner).cause.take().unwrap_or(otherwise)

@@ -19,6 +19,7 @@ use crate::guest::{RamBlock, RamChanges};
 use crate::run::session::{Canceller, ProgressReader, Session};
 use crate::stream::dialect;
 use crate::stream::sections::EarlySections;
+use crate::stream::vm_state::VmState;
 
 /// The sending end of a migration that has not been connected yet.
 pub struct Source {
@@ -37,6 +38,7 @@ pub(super) struct Guest {
     pub(super) configuration: Configuration,
     pub(super) uuid: [u8; 16],
     pub(super) early: EarlySections,
+    vm: Option<VmState>,
     pub(super) logs: Vec<Box<dyn DirtyLog>>,
     pub(super) unwritten: Unwritten,
     pub(super) notes: RamNotes,
@@ -77,6 +79,7 @@ impl Source {
                 configuration,
                 uuid: [0; 16],
                 early: EarlySections::default(),
+                vm: None,
                 logs: Vec::new(),
                 unwritten: Unwritten::default(),
                 notes: RamNotes::default(),
@@ -173,6 +176,15 @@ impl SourceBuilder {
         self
     }
 
+    /// What the destination must know of the VM before it can provide memory for it, as bytes that only the embedder understands:
+    /// [`IncomingRam::configure`](crate::IncomingRam::configure) gets them before the list of RAM blocks. For a multifd destination; a
+    /// QEMU refuses the migration. `name`: 1..=255 bytes. Default: none.
+    #[must_use]
+    pub fn vm_state(mut self, name: &str, version: u32, state: &[u8]) -> Self {
+        self.guest.vm = Some(VmState { name: name.to_owned(), version, bytes: state.to_vec() });
+        self
+    }
+
     /// How the parallel channels compress. Default: not at all. The destination must be set to the same.
     #[must_use]
     pub fn codec(mut self, codec: Arc<dyn Codec>) -> Self {
@@ -245,7 +257,7 @@ impl SourceBuilder {
         self
     }
 
-    /// Bytes per second over all channels: see [`SourceConfig::max_bandwidth`].
+    /// Bytes per second over all channels while the guest runs: see [`SourceConfig::max_bandwidth`].
     #[must_use]
     pub fn max_bandwidth(mut self, bytes_per_second: Option<NonZeroU64>) -> Self {
         self.config.max_bandwidth = bytes_per_second;
@@ -339,6 +351,11 @@ impl SourceBuilder {
         let around = Surroundings { codec: &*codec, tls: tls.is_some(), endpoint: None, opened: None };
         config.check(around).map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
         guest.check().map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
+        if let Some(vm) = guest.vm.take() {
+            let section =
+                vm.encode().map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
+            guest.early.before_ram.splice(0..0, section);
+        }
         dialect::check_codec(&*codec, Phase::Setup)?;
         let session = Session::new(config.timeout);
         let control = Control::new(&session, &config);

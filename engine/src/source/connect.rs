@@ -7,6 +7,7 @@ use std::time::Duration;
 use crossbeam_utils::CachePadded;
 use multifd_transports::{Channel, Endpoint, encrypt};
 
+use super::alive::KeepAlive;
 use super::builder::Source;
 use super::carrier::{Carrier, Channels, File, SyncPoints};
 use super::dialer::Dialer;
@@ -23,6 +24,8 @@ use crate::convergence::Convergence;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::io::MainFile;
+use crate::run::counters::Estimate;
+use crate::run::session::NoteEnd;
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::mapped_layout::CAPABILITY;
@@ -41,6 +44,7 @@ struct Parts {
     carrier: Carrier,
     shared: Arc<SourceShared>,
     return_path: Option<ReturnPathReader>,
+    alive: KeepAlive,
     logs: LogSet,
 }
 
@@ -80,8 +84,10 @@ impl Source {
         match self.open(connections, &dialer, &crew) {
             Ok(parts) => {
                 let mut migration = self.migration(parts, dialer, crew);
+                let busy = migration.alive.busy();
                 let result = migration.set_up(&self.guest.configuration);
                 migration.caused(result)?;
+                drop(busy);
                 Ok(Precopy::new(migration, convergence))
             }
             Err(error) => Err(self.session.fail(error, &crew)),
@@ -89,7 +95,7 @@ impl Source {
     }
 
     fn migration(&self, parts: Parts, dialer: Dialer, crew: Crew) -> Migration {
-        let Parts { main, carrier, shared, return_path, logs } = parts;
+        let Parts { main, carrier, shared, return_path, alive, logs } = parts;
         Migration {
             main,
             carrier,
@@ -110,6 +116,8 @@ impl Source {
             setup: Duration::ZERO,
             rounds: 0,
             audit: None,
+            alive,
+            _note_end: NoteEnd(Arc::clone(&self.session)),
         }
     }
 
@@ -128,6 +136,7 @@ impl Source {
             OutgoingRam::new(std::mem::take(&mut self.guest.ram), &self.guest.notes, zero_pages, parallel)?;
         let ram = if self.config.postcopy { ram.for_postcopy()? } else { ram };
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
+        self.session.counters.expect(Estimate { remaining_bytes: ram.total_bytes(), ..Estimate::default() });
         let main = self.next_connection(&mut connections, dialer, None)?;
         self.session.counters.main.count_bytes_of(&main);
         let file = MainFile::of(&main);
@@ -160,7 +169,9 @@ impl Source {
             None if config.channels == 0 => Carrier::Main,
             None => Carrier::Channels(self.connect_channels(&mut connections, dialer, &shared, crew)?),
         };
-        Ok(Parts { main: MainWriter::new(main, file), carrier, shared, return_path, logs })
+        let piece_of_ram = carrier.takes_empty_pieces().then(MainWriter::empty_piece_of_ram);
+        let alive = KeepAlive::start(&main, return_path.is_some(), piece_of_ram, crew)?;
+        Ok(Parts { main: MainWriter::new(main, file), carrier, shared, return_path, alive, logs })
     }
 
     fn connect_channels(

@@ -24,6 +24,8 @@ pub struct Control {
     limits: Arc<Mutex<Limits>>,
     /// Of the connection of a post-copy.
     link: Arc<Mutex<Option<StopSwitch>>>,
+    /// The switch-over has begun: the limit for rounds holds no longer.
+    switching_over: Arc<Mutex<bool>>,
     /// What a source with pause-before-switchover waits for.
     go_ahead: Monitor<bool>,
 }
@@ -39,6 +41,7 @@ impl Control {
             postcopy_pacer: Arc::new(Pacer::new(config.max_postcopy_bandwidth)),
             limits: Arc::new(Mutex::new(config.limits)),
             link: Arc::default(),
+            switching_over: Arc::default(),
             go_ahead: Monitor::new(false, &session.stop),
         }
     }
@@ -48,9 +51,20 @@ impl Control {
         Canceller::new(&self.session).cancel()
     }
 
-    /// Changes the limit over all channels, at once. `None`: no limit.
+    /// Changes the limit over all channels for rounds, at once. `None`: no limit. At the switch-over
+    /// [`Limits::max_switchover_bandwidth`] holds instead.
     pub fn set_max_bandwidth(&self, bytes_per_second: Option<NonZeroU64>) {
-        self.pacer.set_rate(bytes_per_second);
+        let switching_over = lock(&self.switching_over);
+        if !*switching_over {
+            self.pacer.set_rate(bytes_per_second);
+        }
+    }
+
+    /// From now on the guest waits for what is sent.
+    pub(super) fn begin_switchover(&self) {
+        let mut switching_over = lock(&self.switching_over);
+        *switching_over = true;
+        self.pacer.set_rate(self.limits().max_switchover_bandwidth);
     }
 
     /// Changes the limit of a post-copy's background stream, at once. `None`: no limit.

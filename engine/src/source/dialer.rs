@@ -7,7 +7,7 @@ use multifd_transports::{
     Channel, DialOptions, Endpoint, SocketOptions, Stopper, ThreadHook, TlsClient, dial,
 };
 
-use crate::error::{Error, Phase, Result};
+use crate::error::{Error, Phase, Remedy, Result};
 use crate::run::session::Session;
 use crate::run::stop::StopSwitch;
 
@@ -35,8 +35,11 @@ impl Dialer {
         stop: &StopSwitch,
         deadline: Duration,
     ) -> Result<Channel> {
-        dial(endpoint, &self.options(deadline, stop))
-            .map_err(|error| Error::transport(Phase::Connect, error).on(name.to_owned()))
+        dial(endpoint, &self.options(deadline, stop)).map_err(|error| {
+            // Main was taken: a destination that takes no more is set up for fewer.
+            let remedy = (name != "main").then_some(Remedy::CompareSettings);
+            Error::transport(Phase::Connect, error).on(name.to_owned()).remedied_by(remedy)
+        })
     }
 
     /// What ends when `stop` trips, if it waits until then.

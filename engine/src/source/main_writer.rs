@@ -89,6 +89,15 @@ impl MainWriter {
         Item::SectionPart(RAM_ID).encode(&mut self.buffer);
     }
 
+    /// A piece of RAM without a page, as a source that has nothing to send sends it.
+    pub(super) fn empty_piece_of_ram() -> Vec<u8> {
+        let mut piece = Vec::new();
+        Item::SectionPart(RAM_ID).encode(&mut piece);
+        RamRecord::EndOfSection.encode(PAGE_SIZE, &mut piece);
+        Footer(RAM_ID).encode(&mut piece);
+        piece
+    }
+
     pub(super) fn ram_end(&mut self) {
         Item::SectionEnd(RAM_ID).encode(&mut self.buffer);
     }

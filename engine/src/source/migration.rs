@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use multifd_transports::Channel;
-use multifd_wire::{Advise, Command, Configuration, HELLO_PING};
+use multifd_transports::{Channel, PeerVanished};
+use multifd_wire::{Advise, Command, Configuration, HELLO_PING, RAM_PING, SETUP_PING};
 
+use super::alive::{Busy, KeepAlive};
 use super::audit::AuditReport;
 use super::carrier::Carrier;
 use super::control::Control;
@@ -18,11 +19,11 @@ use super::rounds::RoundContext;
 use super::shared::SourceShared;
 use crate::convergence::DowntimeLedger;
 use crate::dirty::LogSet;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, ErrorKind, Phase, Remedy, Result};
 use crate::guest::PAGE;
 use crate::report::Report;
 use crate::run::counters::Counters;
-use crate::run::session::HandOver;
+use crate::run::session::{HandOver, NoteEnd};
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
 use crate::stream::sections::EarlySections;
@@ -46,6 +47,7 @@ pub(super) struct Migration {
     pub(super) control: Control,
     pub(super) crew: Crew,
     pub(super) return_path: Option<ReturnPathReader>,
+    pub(super) alive: KeepAlive,
     /// Device sections that go before the end of RAM.
     pub(super) early: EarlySections,
     /// Makes further connections.
@@ -63,6 +65,8 @@ pub(super) struct Migration {
     pub(super) rounds: u64,
     /// What the audit found, if one was asked for.
     pub(super) audit: Option<AuditReport>,
+    /// The last field: what is dropped before it ends the threads.
+    pub(super) _note_end: NoteEnd,
 }
 
 impl Migration {
@@ -84,31 +88,42 @@ impl Migration {
         self.main.raw(&self.early.before_ram)?;
         self.section(Section::Start)?;
         self.main.raw(&self.early.within_ram)?;
+        self.ask_how_far(SETUP_PING)?;
         self.enter(MigrationState::Active)?;
         self.setup = self.shared.session.elapsed();
         Ok(())
     }
 
+    /// Has the destination say when it has come to here: if it fails, it is known where.
+    fn ask_how_far(&mut self, ping: u32) -> Result<()> {
+        if self.return_path.is_some() { self.main.ping(ping) } else { Ok(()) }
+    }
+
     /// The guest is paused: the last dirty bits, the last pages.
-    pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger) -> Result<()> {
-        self.begin_switch_over(ledger)?;
+    pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger, busy: &Busy) -> Result<()> {
+        self.begin_switch_over(ledger, busy)?;
         let begun = Instant::now();
         self.section(Section::End)?;
+        self.ask_how_far(RAM_PING)?;
         ledger.last_ram_us = micros(begun.elapsed());
-        self.audit = self.shared.ram.audit(&self.shared, &self.crew)?;
+        self.audit = busy.rest(|| self.shared.ram.audit(&self.shared, &self.crew))?;
         Ok(())
     }
 
     /// The guest is paused: the last dirty bits, and the announcement.
-    pub(super) fn begin_switch_over(&mut self, ledger: &mut DowntimeLedger) -> Result<()> {
+    pub(super) fn begin_switch_over(&mut self, ledger: &mut DowntimeLedger, busy: &Busy) -> Result<()> {
         let begun = Instant::now();
         self.logs.last_sync(Phase::Active, &self.shared.ram.dirty)?;
         self.shared.ram.take_changes()?;
         ledger.bitmap_sync_us = micros(begun.elapsed());
         if self.pause_before_switchover {
             self.enter(MigrationState::PreSwitchover)?;
-            self.control.wait_for_go_ahead()?;
+            let begun = Instant::now();
+            busy.rest(|| self.control.wait_for_go_ahead())?;
+            ledger.hold_us = micros(begun.elapsed());
         }
+        self.control.begin_switchover();
+        self.alive.end_of_ram();
         self.enter(MigrationState::Device)?;
         if self.switchover_start {
             self.main.command(Command::SwitchoverStart)?;
@@ -167,11 +182,16 @@ impl Migration {
         ledger: &mut DowntimeLedger,
     ) -> Result<()> {
         state.check()?;
+        let begun = Instant::now();
+        ledger.state_save_us = micros(begun.duration_since(last_ram_sent));
         self.main.raw(state.sections())?;
         let return_path = self.return_path.as_ref();
         let sent = self.carrier.finish(state.end(), &mut self.main, return_path, &self.shared)?;
-        ledger.device_state_us = micros(sent.duration_since(last_ram_sent));
-        ledger.acknowledgement_us = micros(sent.elapsed());
+        ledger.device_state_us = micros(sent.duration_since(begun));
+        // What the destination says of its time is no more than what was waited for here.
+        let (waited, load) = (sent.elapsed(), return_path.and_then(ReturnPathReader::load_time));
+        let load = load.unwrap_or_default().min(waited);
+        (ledger.load_us, ledger.acknowledgement_us) = (micros(load), micros(waited - load));
         self.shared.session.complete();
         self.shared.session.set_hand_over(HandOver::Done);
         Ok(())
@@ -180,6 +200,7 @@ impl Migration {
     /// The account, when all threads have ended.
     pub(super) fn end(self, ledger: DowntimeLedger) -> Report {
         self.carrier.dismiss_workers();
+        self.alive.end();
         self.crew.join();
         let session = &self.shared.session;
         let mut report = Report::of(session, session.elapsed(), self.shared.codec.describe());
@@ -226,7 +247,20 @@ impl Migration {
             return cause.after_hand_over();
         }
         self.shared.session.set_hand_over(HandOver::Before);
-        cause
+        let remedy = ended_by_destination(&cause).then_some(Remedy::CompareSettings);
+        cause.remedied_by(remedy)
+    }
+}
+
+/// Whether the destination refused, hung up, or did not do what was waited for. One that has vanished is none of that.
+fn ended_by_destination(cause: &Error) -> bool {
+    let vanished = std::error::Error::source(cause)
+        .and_then(|source| source.downcast_ref::<std::io::Error>())
+        .is_some_and(PeerVanished::is_in);
+    match cause.kind() {
+        ErrorKind::PeerAborted(_) => true,
+        ErrorKind::Transport | ErrorKind::Deadline => !vanished,
+        _ => false,
     }
 }
 

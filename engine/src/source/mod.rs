@@ -14,11 +14,13 @@
 //!    audit ──────── all RAM against what was sent                        threads, `mig-audit-N`
 //!    page_cache ─── what the destination holds of hot pages (xbzrle)
 //!    zero_copy ──── pages without a copy by the kernel, while it pays
+//!    alive ──────── says that this end is alive while the embedder has it     one thread, `mig-alive`
 //!    return_path ── what the destination says, as events                    one thread, `mig-return`
 //!    postcopy ───── the switch, the background stream, recovery              on the caller's thread
 //!                   pages that are asked for, with a channel of their own    one thread, `mig-urgent`
 //! ```
 
+mod alive;
 mod audit;
 mod builder;
 mod carrier;

@@ -140,18 +140,23 @@ impl PageCache {
     }
 
     fn count_outcome(&self, outcome: Outcome, room: &[u8], delta: &mut Vec<u8>) -> Lookup {
-        match outcome {
-            Outcome::Delta(len) => {
-                delta.extend_from_slice(room.get(..len).unwrap_or_default());
+        // A delta that is longer than the room for it would be none: the page goes as it is.
+        let encoded = match outcome {
+            Outcome::Delta(len) => room.get(..len),
+            _ => None,
+        };
+        match (outcome, encoded) {
+            (Outcome::Delta(len), Some(encoded)) => {
+                delta.extend_from_slice(encoded);
                 self.counters.deltas.fetch_add(1, Ordering::Relaxed);
                 self.counters.delta_bytes.fetch_add(len as u64, Ordering::Relaxed);
                 Lookup::Delta
             }
-            Outcome::Overflow => {
+            (Outcome::Overflow | Outcome::Delta(_), _) => {
                 self.counters.overflows.fetch_add(1, Ordering::Relaxed);
                 Lookup::Plain
             }
-            Outcome::Unchanged => {
+            (Outcome::Unchanged, _) => {
                 self.counters.unchanged.fetch_add(1, Ordering::Relaxed);
                 Lookup::Unchanged
             }

@@ -1,16 +1,16 @@
 //! Rounds while the guest runs, then the switch-over: the calls that an embedder makes, in their order.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::control::Control;
 use super::device_state::DeviceState;
-use super::migration::{Migration, Section};
+use super::migration::{Migration, Section, micros};
 use super::rounds::RoundContext;
 use crate::convergence::{Convergence, Decision, DowntimeLedger, RoundFacts, RoundRecord};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE;
 use crate::report::Report;
-use crate::run::counters::Progress;
+use crate::run::counters::{Estimate, Progress};
 use crate::run::session::{Canceller, ProgressReader};
 
 /// Connected; the guest runs while rounds move its RAM.
@@ -21,6 +21,8 @@ pub struct Precopy {
     pub(super) migration: Migration,
     convergence: Convergence,
     pub(super) decisions: Vec<RoundRecord>,
+    /// Since when the guest has been paused, if the embedder has said so.
+    paused: Option<Instant>,
 }
 
 /// The guest is stopped, all of its RAM is over; device state is next.
@@ -34,7 +36,7 @@ pub struct StopCopy {
 
 impl Precopy {
     pub(super) fn new(migration: Migration, convergence: Convergence) -> Self {
-        Self { migration, convergence, decisions: Vec::new() }
+        Self { migration, convergence, decisions: Vec::new(), paused: None }
     }
 
     /// Sends every page that is dirty now, then collects what was written meanwhile and decides what follows.
@@ -42,6 +44,7 @@ impl Precopy {
     /// # Errors
     /// `NotConverging` if the limits say to give up; else anything that broke the migration. The guest may run on.
     pub fn round(&mut self) -> Result<&RoundRecord> {
+        let _busy = self.migration.alive.busy();
         let result = self.send_round();
         let record = self.migration.caused(result)?;
         let abort = matches!(record.decision, Decision::AbortDeadline | Decision::AbortStalled);
@@ -77,6 +80,13 @@ impl Precopy {
         if let Some(said) = migration.shared.cache.as_ref().and_then(|cache| cache.assess(context)) {
             record.reason = format!("{}; {said}", record.reason);
         }
+        let session = &migration.shared.session;
+        session.counters.expect(Estimate {
+            remaining_bytes: record.remaining_bytes,
+            bandwidth_bytes_per_s: record.bandwidth_bytes_per_s,
+            downtime_us: record.expected_downtime_us,
+            pages_before: session.counters.pages(),
+        });
         tracing::debug!(%record, "round");
         Ok(record)
     }
@@ -119,15 +129,24 @@ impl Precopy {
         ProgressReader::new(&self.migration.shared.session)
     }
 
+    /// Says when the pause of the guest began: the downtime in the report counts from there. Take the time before the vCPUs are
+    /// asked to stop. Without this, it counts from [`Precopy::stop_copy`].
+    pub fn guest_paused_at(&mut self, begin: Instant) {
+        self.paused = Some(begin);
+    }
+
     /// Sends what is still dirty, on all channels. The guest must be stopped, and stay so. With pause-before-switchover, waits
-    /// for [`Control::proceed`] first.
+    /// for [`Control::proceed`] first. [`SourceConfig::max_bandwidth`](crate::SourceConfig::max_bandwidth) does not hold any more.
     ///
     /// # Errors
     /// Anything that broke the migration; the guest may run on.
     pub fn stop_copy(mut self) -> Result<StopCopy> {
-        let mut ledger = DowntimeLedger::default();
-        let result = self.migration.finish_ram(&mut ledger);
+        let busy = self.migration.alive.busy();
+        let pause = self.paused.map_or(Duration::ZERO, |begin| begin.elapsed());
+        let mut ledger = DowntimeLedger { pause_us: micros(pause), ..DowntimeLedger::default() };
+        let result = self.migration.finish_ram(&mut ledger, &busy);
         self.migration.caused(result)?;
+        drop(busy);
         let Self { migration, decisions, .. } = self;
         Ok(StopCopy { migration, decisions, ledger, last_ram_sent: Instant::now() })
     }
@@ -139,6 +158,7 @@ impl StopCopy {
     /// # Errors
     /// [`Error::source_may_resume`] says whether the guest may run on here.
     pub fn commit(mut self, state: &DeviceState) -> Result<Report> {
+        let _busy = self.migration.alive.busy();
         let result = self.migration.hand_over(state, self.last_ram_sent, &mut self.ledger);
         self.migration.caused(result)?;
         let mut report = self.migration.end(self.ledger);

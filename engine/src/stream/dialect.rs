@@ -4,7 +4,10 @@
 //! The source asks by PING(HELLO_PING), a multifd destination answers HELLO with its features
 //! before the PONG. A packet of the dialect is sent only after that.
 
+use std::time::Duration;
+
 use multifd_codecs::{Codec, CodecId};
+use multifd_wire::Failure;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE;
@@ -14,6 +17,48 @@ pub(crate) const VERSION: u16 = 1;
 
 /// Feature: packets whose pages are differences to what the destination holds.
 pub(crate) const FEATURE_DELTAS: u64 = 1 << 0;
+
+/// Feature: the destination says why it fails, before its SHUT.
+const FEATURE_REASONS: u64 = 1 << 1;
+
+/// Feature: the destination says that it is alive while the source waits for its SHUT.
+const FEATURE_ALIVE: u64 = 1 << 2;
+
+/// Feature: the destination says how long it took to load the device state, before its SHUT.
+const FEATURE_LOAD_TIME: u64 = 1 << 3;
+
+/// All that a destination of this version can do.
+pub(crate) const FEATURES: u64 = FEATURE_DELTAS | FEATURE_REASONS | FEATURE_ALIVE | FEATURE_LOAD_TIME;
+
+/// Between two signs of life of an end whose embedder has it in hand.
+pub(crate) const ALIVE_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Where a destination failed, and why.
+pub(crate) fn failure(error: &Error) -> Failure {
+    let mut reason = String::new();
+    // Writing to a string does not fail.
+    let _ = error.write_reason(&mut reason);
+    if reason.len() > Failure::MAX_REASON {
+        const MORE: &str = "...";
+        let mut end = Failure::MAX_REASON - MORE.len();
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        reason.truncate(end);
+        reason.push_str(MORE);
+    }
+    let phase = PHASES.iter().position(|phase| *phase == error.phase());
+    Failure { phase: phase.and_then(|phase| u8::try_from(phase).ok()).unwrap_or(u8::MAX), reason }
+}
+
+/// The phase that a destination names; `None` for one of a later version.
+pub(crate) fn phase_of(failure: &Failure) -> Option<Phase> {
+    PHASES.get(usize::from(failure.phase)).copied()
+}
+
+/// By their numbers on the wire.
+const PHASES: [Phase; 6] =
+    [Phase::Accept, Phase::Active, Phase::Commit, Phase::Connect, Phase::Device, Phase::Setup];
 
 /// Appends one page's difference to the payload of a packet with
 /// [`CodecId::DIALECT_DELTA`](multifd_wire::CodecId): for each page be16 length (1..=4096) and so
@@ -120,6 +165,18 @@ mod tests {
                 assert!(error.to_string().contains(&start), "{error}");
             }
         }
+    }
+
+    #[test]
+    fn a_failure_has_the_phase_and_as_much_of_the_reason_as_fits() {
+        for phase in PHASES {
+            let said = failure(&Error::new(ErrorKind::Storage, phase, "disk full").on("channel 3"));
+            assert_eq!((phase_of(&said), said.reason.as_str()), (Some(phase), "channel 3: disk full"));
+        }
+        let long = failure(&Error::new(ErrorKind::Storage, Phase::Setup, "\u{df}".repeat(400)));
+        assert_eq!(long.reason.len(), Failure::MAX_REASON);
+        assert!(long.reason.ends_with("\u{df}..."));
+        assert_eq!(phase_of(&Failure { phase: 6, reason: String::new() }), None);
     }
 
     #[test]

@@ -11,7 +11,9 @@ use super::error::VhostError;
 use super::front_end::VhostFrontEnd;
 use super::region::{self, VhostRegion};
 use super::shared_log::SharedLog;
-use super::state::{Inflight, LASTING_PROTOCOL_FEATURES, RING_PACKED, Ring, VhostState, check_ring_size};
+use super::state::{
+    DEVICE_STATE, Inflight, LASTING_PROTOCOL_FEATURES, RING_PACKED, Ring, VhostState, check_ring_size,
+};
 use super::user::PROTOCOL_FEATURES;
 
 /// VHOST_F_LOG_ALL: what a back-end that can log offers, and what turns its log on.
@@ -31,8 +33,15 @@ pub struct VhostDevice<F> {
     pub(super) front_end: F,
     /// What guest and device have agreed on.
     pub(super) features: u64,
-    pub(super) rings: Vec<(Ring, RingEvents)>,
+    /// By index; `None`: the guest has not set it up.
+    pub(super) rings: Vec<Option<(Ring, RingEvents)>>,
     pub(super) inflight: Option<Inflight>,
+    /// A back-end's own state that it has not been given yet.
+    pub(super) back_end: Option<Vec<u8>>,
+    /// Its back-end cannot log: all that it reaches counts as written while it runs.
+    pub(super) unlogged: bool,
+    /// Such a back-end has run since the last sync.
+    pub(super) has_run: bool,
     pub(super) phase: DevicePhase,
     /// The stopped rings of a running device: not all of them could be stopped, or started.
     pub(super) halted: BTreeSet<usize>,
@@ -79,6 +88,9 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
             features: features & !LOG_ALL,
             rings,
             inflight,
+            back_end: None,
+            unlogged: false,
+            has_run: false,
             phase: DevicePhase::Stopped,
             halted: BTreeSet::new(),
             finishes: false,
@@ -89,7 +101,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
     }
 
     /// The device of a saved `state`, stopped, on a back-end that fits. `events`: for each ring of
-    /// it.
+    /// it, also those that are left out. A back-end's own state is given to it by the first start.
     ///
     /// # Errors
     /// The state needs features that the back-end does not offer, or other rings than there are.
@@ -112,7 +124,9 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
                 device.failed(format!("the state has {needed} rings, its back-end here serves {limit}"))
             );
         }
-        device.rings = state.rings.iter().copied().zip(events).collect();
+        let rings = state.rings.iter().copied().zip(events);
+        device.rings = rings.map(|(ring, events)| Some((ring?, events))).collect();
+        device.back_end.clone_from(&state.back_end);
         let inflight = state.inflight.as_ref().map(Inflight::load).transpose();
         device.inflight =
             inflight.map_err(|cause| device.failed("making the in-flight region").because(cause))?;
@@ -122,7 +136,25 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
     /// Adds the next ring.
     #[must_use]
     pub fn ring(mut self, ring: Ring, events: RingEvents) -> Self {
-        self.rings.push((ring, events));
+        self.rings.push(Some((ring, events)));
+        self
+    }
+
+    /// Leaves out the next ring: the guest has not set it up, as firmware that needs one ring of several. The back-end is told
+    /// nothing of it.
+    #[must_use]
+    pub fn no_ring(mut self) -> Self {
+        self.rings.push(None);
+        self
+    }
+
+    /// Lets a device migrate whose back-end cannot log. As long as it runs, every page of the guest's memory that its
+    /// [`VhostDevices`](super::VhostDevices) has counts as written, at each sync. Rounds do not get smaller by that: stop it before
+    /// the last of them, or set limits that let the guest be paused for as long as all of this memory takes. A device that
+    /// reaches less than all memory goes into a `VhostDevices` of its own, with the regions that it reaches.
+    #[must_use]
+    pub fn without_log(mut self) -> Self {
+        self.unlogged = true;
         self
     }
 
@@ -134,10 +166,11 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
     }
 
     /// Declares that the embedder has given the back-end features, memory and rings, and that the
-    /// rings run.
+    /// rings added so far run, but for those that are not enabled.
     #[must_use]
     pub fn running(mut self) -> Self {
-        (self.phase, self.has_memory) = (DevicePhase::Running, true);
+        (self.phase, self.has_memory, self.has_run) = (DevicePhase::Running, true, true);
+        self.halted = self.rings_by(|_, ring| !ring.enabled).map(|(index, _)| index).collect();
         self
     }
 
@@ -154,7 +187,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
 
     pub(super) fn check_rings(&self) -> Result<(), VhostError> {
         let packed = self.features & RING_PACKED != 0;
-        self.rings.iter().enumerate().try_for_each(|(index, (ring, _))| {
+        self.rings_by(|_, _| true).try_for_each(|(index, ring)| {
             check_ring_size(ring.size, packed)
                 .map_err(|wrong| self.failed(format!("adding its ring {index}")).because(wrong))
         })
@@ -163,7 +196,8 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
     fn check_features(&self, state: &VhostState) -> Result<(), VhostError> {
         let offered = self.offered()?;
         let here = self.front_end.protocol_features();
-        let lasting = state.protocol_features & LASTING_PROTOCOL_FEATURES;
+        let inner = if state.back_end.is_some() { DEVICE_STATE } else { 0 };
+        let lasting = state.protocol_features & LASTING_PROTOCOL_FEATURES | inner;
         for (kind, needed, here) in
             [("features", self.features, offered), ("protocol features", lasting, here)]
         {
@@ -207,17 +241,27 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
 
     /// The stopped rings.
     pub(super) fn halted_rings(&self) -> impl Iterator<Item = (usize, &Ring)> {
-        self.rings_by(move |index| self.halted.contains(&index))
+        self.rings_by(move |index, _| self.halted.contains(&index))
+    }
+
+    /// The stopped rings that the guest uses.
+    pub(super) fn waiting_rings(&self) -> impl Iterator<Item = (usize, &Ring)> {
+        self.halted_rings().filter(|(_, ring)| ring.enabled)
     }
 
     /// The rings that may run.
     pub(super) fn live_rings(&self) -> impl Iterator<Item = (usize, &Ring)> {
-        self.rings_by(move |index| !self.halted.contains(&index))
+        self.rings_by(move |index, _| !self.halted.contains(&index))
     }
 
-    fn rings_by(&self, mine: impl Fn(usize) -> bool) -> impl Iterator<Item = (usize, &Ring)> {
-        let rings = self.rings.iter().map(|(ring, _)| ring).enumerate();
-        rings.filter(move |(index, _)| mine(*index))
+    /// Those of the rings that are there.
+    pub(super) fn rings_by(
+        &self,
+        mine: impl Fn(usize, &Ring) -> bool,
+    ) -> impl Iterator<Item = (usize, &Ring)> {
+        let rings = self.rings.iter().enumerate();
+        let rings = rings.filter_map(|(index, ring)| ring.as_ref().map(|(ring, _)| (index, ring)));
+        rings.filter(move |(index, ring)| mine(*index, ring))
     }
 
     pub(super) fn tell_addresses<'a>(

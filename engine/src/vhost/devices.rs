@@ -14,7 +14,7 @@ use super::region::{self, VhostRegion};
 use super::shared_log::RunLog;
 use super::state::VhostState;
 use crate::dirty::DirtyLogError;
-use crate::guest::RamBlock;
+use crate::guest::{DirtyBitmap, RamBlock};
 use crate::run::stop::lock;
 
 /// The vhost devices of a guest, and the memory that they all see. They share one log; devices that
@@ -124,6 +124,15 @@ impl VhostDevices {
         self.group().change_regions(regions)
     }
 
+    /// Has a device use a ring, or not: the guest has changed the number of its queue pairs. Instead of SET_VRING_ENABLE by the
+    /// embedder: what is enabled is part of the device's state.
+    ///
+    /// # Errors
+    /// There is no such device or ring, or its back-end does not do it; then a migration that runs will fail.
+    pub fn enable_ring(&self, name: &str, index: usize, on: bool) -> Result<(), VhostError> {
+        self.group().enable_ring(name, index, on)
+    }
+
     /// The log of these devices, for one migration after the other:
     /// [`SourceBuilder::dirty_log`](crate::SourceBuilder).
     pub fn log(&self) -> VhostLog {
@@ -178,6 +187,12 @@ impl Group {
         let mut device = self.devices.remove(at.ok_or_else(|| unknown(name))?);
         device.stop(&self.regions).or_else(|error| self.lose(error))?;
         device.log_off(&self.regions)
+    }
+
+    fn enable_ring(&mut self, name: &str, index: usize, on: bool) -> Result<(), VhostError> {
+        let device = self.devices.iter_mut().find(|device| device.name() == name);
+        let device = device.ok_or_else(|| unknown(name))?;
+        device.enable_ring(index, on, &self.regions).or_else(|error| self.lose(error))
     }
 
     /// Notes that writes may be missing from every log: a running migration must fail.
@@ -253,6 +268,16 @@ impl Group {
                 // It goes on logging, which costs time and does no harm; or it is gone.
                 tracing::warn!(error = error.chain(), "the log stays on");
             }
+        }
+    }
+
+    /// Takes what back-ends that cannot log may have written since the last call: everything.
+    pub(super) fn mark_unlogged(&mut self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
+        // Each is asked, also behind one that has.
+        let any = self.devices.iter_mut().fold(false, |any, device| device.take_unlogged() | any);
+        match &self.migration {
+            Some(logging) if any => logging.log.mark_all(bitmaps),
+            _ => Ok(()),
         }
     }
 

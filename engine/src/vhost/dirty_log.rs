@@ -55,6 +55,7 @@ impl DirtyLog for VhostLog {
             logging.retired.drain(..).try_for_each(|log| log.drain(bitmaps))?;
             logging.log.drain(bitmaps)?;
         }
+        group.mark_unlogged(bitmaps)?;
         group.check_log()
     }
 

@@ -97,6 +97,22 @@ pub trait VhostFrontEnd: VhostBackend + Send {
         Ok(false)
     }
 
+    /// The state that the back-end has of its own, if it has one. All rings are stopped.
+    ///
+    /// # Errors
+    /// The back-end refuses, or fails meanwhile.
+    fn save_state(&self) -> Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+
+    /// Gives the back-end such a state, before any ring is started.
+    ///
+    /// # Errors
+    /// The back-end refuses, or has no state of its own.
+    fn load_state(&self, _state: &[u8]) -> Result<()> {
+        Err(Error::InvalidOperation)
+    }
+
     /// Gives the back-end the region in which it finds the requests that were in flight.
     ///
     /// # Errors

@@ -37,6 +37,10 @@ pub(super) trait Device: Send {
     fn log_into(&mut self, log: &Arc<SharedLog>) -> Result<(), VhostError>;
     fn log_off(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError>;
     fn change_memory(&mut self, old: &[VhostRegion], new: &[VhostRegion]) -> Result<(), VhostError>;
+    /// Has the device use a ring, or not.
+    fn enable_ring(&mut self, index: usize, on: bool, regions: &[VhostRegion]) -> Result<(), VhostError>;
+    /// True if it may have written since the last call what no log has.
+    fn take_unlogged(&mut self) -> bool;
     fn check_connected(&self) -> Result<(), VhostError>;
     fn state(&self) -> Result<VhostState, VhostError>;
     fn announce(&self, mac: [u8; 6]) -> Result<Announcement, VhostError>;
@@ -52,6 +56,9 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
     }
 
     fn blocker(&self) -> Result<(), VhostError> {
+        if self.unlogged {
+            return Ok(());
+        }
         let offered = self.offered()?;
         if offered & LOG_ALL == 0 {
             let text = format!(
@@ -70,16 +77,16 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
     fn start(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
         if self.phase != DevicePhase::Running {
             self.prepare(regions)?;
-            self.halted = (0..self.rings.len()).collect();
+            self.halted = self.rings_by(|_, _| true).map(|(index, _)| index).collect();
         }
         self.prepare_rings(regions)?;
         // Once the first ring is enabled, the device may write guest memory.
-        self.phase = DevicePhase::Running;
+        (self.phase, self.has_run) = (DevicePhase::Running, true);
         self.start_rings(regions)
     }
 
     fn stop(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        let index = |area: GuestAddress| region::read_u16(regions, GuestAddress(area.0.saturating_add(2)));
+        let index = |area: GuestAddress| index_of(area, regions);
         let done = |ring: &Ring| index(ring.used);
         if self.phase == DevicePhase::Running {
             if self.finishes {
@@ -89,15 +96,7 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
             self.halt_rings()?;
         }
         if self.phase == DevicePhase::Halted {
-            // A split ring's base is 16 bits. With an in-flight region, what is in flight may go
-            // along in it.
-            let taken = |ring: &Ring| u16::try_from(ring.base).ok().filter(|_| self.inflight.is_none());
-            let left = |ring: &Ring| Some(taken(ring)?.wrapping_sub(done(ring)?));
-            self.wait_for(self.halted_rings(), "are in flight", left)?;
-            if let Some(log) = &self.log {
-                // The index may be there before its page is in the log.
-                self.rings.iter().for_each(|(ring, _)| log.mark(ring.used, self.lens(ring)[2]));
-            }
+            self.settle(self.waiting_rings(), regions)?;
             self.phase = DevicePhase::Stopped;
         }
         Ok(())
@@ -109,6 +108,9 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
         event: Option<&EventFd>,
         regions: &[VhostRegion],
     ) -> Result<(), VhostError> {
+        if self.unlogged {
+            return Ok(());
+        }
         self.log_into(log)?;
         if let Some(event) = event {
             let fd = std::os::fd::AsRawFd::as_raw_fd(event);
@@ -120,6 +122,9 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
     }
 
     fn log_into(&mut self, log: &Arc<SharedLog>) -> Result<(), VhostError> {
+        if self.unlogged {
+            return Ok(());
+        }
         let before = self.log.replace(Arc::clone(log));
         let told = self.tell_log(log);
         if told.is_err() {
@@ -152,6 +157,33 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
         Ok(())
     }
 
+    fn enable_ring(&mut self, index: usize, on: bool, regions: &[VhostRegion]) -> Result<(), VhostError> {
+        let known = self.rings.get(index).and_then(Option::as_ref);
+        let (ring, _) = known.ok_or_else(|| self.failed(format!("it has no ring {index}")))?;
+        if ring.enabled == on {
+            return Ok(());
+        }
+        // Until it is stopped it is one that the guest uses.
+        if self.phase == DevicePhase::Running && !on {
+            self.halt_ring(index)?;
+            self.settle(self.rings_by(|other, _| other == index), regions)?;
+        }
+        if let Some(Some((ring, _))) = self.rings.get_mut(index) {
+            ring.enabled = on;
+        }
+        if self.phase == DevicePhase::Running && on {
+            self.prepare_rings(regions)?;
+            self.start_rings(regions)?;
+        }
+        Ok(())
+    }
+
+    fn take_unlogged(&mut self) -> bool {
+        let has_run = self.has_run;
+        self.has_run &= self.phase != DevicePhase::Stopped;
+        self.unlogged && has_run
+    }
+
     fn check_connected(&self) -> Result<(), VhostError> {
         self.front_end.check_connected().map_err(|cause| self.failed("its back-end is gone").because(cause))
     }
@@ -164,8 +196,9 @@ impl<F: VhostFrontEnd> Device for VhostDevice<F> {
         Ok(VhostState {
             features: self.features,
             protocol_features: self.front_end.protocol_features(),
-            rings: self.rings.iter().map(|(ring, _)| *ring).collect(),
+            rings: self.rings.iter().map(|ring| ring.as_ref().map(|(ring, _)| *ring)).collect(),
             inflight: inflight.map_err(|cause| self.failed("reading its in-flight region").because(cause))?,
+            back_end: self.back_end_state()?,
         })
     }
 
@@ -194,6 +227,44 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         if let Some(inflight) = &self.inflight {
             let shared = self.front_end.share_inflight(inflight);
             shared.map_err(|cause| self.failed("sharing the in-flight region").because(cause))?;
+        }
+        if let Some(state) = &self.back_end {
+            let text = || format!("giving its back-end {} bytes of its own state", state.len());
+            let given = self.front_end.load_state(state);
+            given.map_err(|cause| self.failed(text()).because(cause))?;
+            self.back_end = None;
+        }
+        Ok(())
+    }
+
+    /// The back-end's own state: what it has not been given yet, or what it says now.
+    fn back_end_state(&self) -> Result<Option<Vec<u8>>, VhostError> {
+        match &self.back_end {
+            Some(state) => Ok(Some(state.clone())),
+            // Before the first start, there is none.
+            None if !self.has_memory => Ok(None),
+            None => {
+                let saved = self.front_end.save_state();
+                saved.map_err(|cause| self.failed("asking its back-end for its own state").because(cause))
+            }
+        }
+    }
+
+    /// Rings that were stopped: waits for what is in flight, and marks what tells that it is done.
+    fn settle<'a>(
+        &self,
+        rings: impl Iterator<Item = (usize, &'a Ring)>,
+        regions: &[VhostRegion],
+    ) -> Result<(), VhostError> {
+        let rings: Vec<_> = rings.collect();
+        // A split ring's base is 16 bits. With an in-flight region, what is in flight may go along
+        // in it.
+        let taken = |ring: &Ring| u16::try_from(ring.base).ok().filter(|_| self.inflight.is_none());
+        let left = |ring: &Ring| Some(taken(ring)?.wrapping_sub(index_of(ring.used, regions)?));
+        self.wait_for(rings.iter().copied(), "are in flight", left)?;
+        if let Some(log) = &self.log {
+            // The index may be there before its page is in the log.
+            rings.iter().for_each(|(_, ring)| log.mark(ring.used, self.lens(ring)[2]));
         }
         Ok(())
     }
@@ -226,7 +297,8 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
 
     /// Stops every ring that may run.
     fn halt_rings(&mut self) -> Result<(), VhostError> {
-        (0..self.rings.len()).try_for_each(|index| self.halt_ring(index))?;
+        let live: Vec<_> = self.live_rings().map(|(index, _)| index).collect();
+        live.into_iter().try_for_each(|index| self.halt_ring(index))?;
         self.phase = DevicePhase::Halted;
         Ok(())
     }
@@ -239,26 +311,27 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         let front_end = &self.front_end;
         let base = front_end.switch_ring(index, false).and_then(|()| front_end.get_vring_base(index));
         let base = base.map_err(|cause| self.failed(format!("stopping ring {index}")).because(cause))?;
-        if let Some((ring, _)) = self.rings.get_mut(index) {
+        if let Some(Some((ring, _))) = self.rings.get_mut(index) {
             ring.base = base;
         }
         self.halted.insert(index);
         Ok(())
     }
 
-    /// Tells what the halted rings need, and where they go on. None runs yet.
+    /// Tells what the halted rings need that the guest uses, and where they go on. None of them runs yet.
     fn prepare_rings(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        for (index, ring) in self.halted_rings() {
+        for (index, ring) in self.waiting_rings() {
             let size = self.front_end.set_vring_num(index, ring.size);
             let told = size.and_then(|()| self.front_end.set_ring_base(index, ring.base));
             told.map_err(|cause| self.failed("starting its rings").because(cause))?;
         }
-        self.tell_addresses(self.halted_rings(), regions)
+        self.tell_addresses(self.waiting_rings(), regions)
     }
 
-    /// Starts the halted rings: all of them, or, if they can be stopped again, none of the device.
+    /// Starts the halted rings that the guest uses: all of them, or, if they can be stopped again, none of the device.
     fn start_rings(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
-        for index in self.halted.clone() {
+        let waiting: Vec<_> = self.waiting_rings().map(|(index, _)| index).collect();
+        for index in waiting {
             let Err(refusal) = self.start_ring(index) else { continue };
             // First the ring that may not run: its requests need not be waited for.
             let stopped = self.halt_ring(index).and_then(|()| self.stop(regions));
@@ -271,7 +344,7 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
     }
 
     fn start_ring(&mut self, index: usize) -> Result<(), VhostError> {
-        let Some((_, events)) = self.rings.get(index) else { return Ok(()) };
+        let Some(Some((_, events))) = self.rings.get(index) else { return Ok(()) };
         let told = self.front_end.set_vring_call(index, &events.call).and_then(|()| {
             // With its kick it may run, whatever the back-end answers.
             self.halted.remove(&index);
@@ -280,4 +353,9 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         });
         told.map_err(|cause| self.failed("starting its rings").because(cause))
     }
+}
+
+/// The index in a ring's available or used area.
+fn index_of(area: GuestAddress, regions: &[VhostRegion]) -> Option<u16> {
+    region::read_u16(regions, GuestAddress(area.0.saturating_add(2)))
 }

@@ -58,7 +58,12 @@ impl Connection {
 
     /// Asks for a number.
     pub(super) fn ask_u64(&self, request: FrontendReq) -> io::Result<u64> {
-        let body = self.ask(request, &[], &[])?;
+        self.ask_u64_with(request, &[], &[])
+    }
+
+    /// Asks for a number about something.
+    pub(super) fn ask_u64_with(&self, request: FrontendReq, body: &[u8], fds: &[RawFd]) -> io::Result<u64> {
+        let body = self.ask(request, body, fds)?;
         let number = body.first_chunk().map(|bytes| u64::from_ne_bytes(*bytes));
         number.ok_or_else(|| self.fail(misbehaved(request, format_args!("{} bytes", body.len()), "8")))
     }

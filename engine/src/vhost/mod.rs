@@ -10,6 +10,7 @@
 //! ```
 
 mod announce;
+mod back_end_state;
 mod device;
 mod devices;
 mod dirty_log;

@@ -160,6 +160,15 @@ impl RunLog {
         Ok(Self { log: Arc::new(log), runs })
     }
 
+    /// Sets the bits of all its pages.
+    pub(super) fn mark_all(&self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
+        self.runs.iter().try_for_each(|run| {
+            let bitmap = bitmap_of(bitmaps, run.place, &run.block)?;
+            bitmap.set_range(run.page, run.pages);
+            Ok(())
+        })
+    }
+
     /// Takes all bits into the bitmaps of their blocks.
     pub(super) fn drain(&self, bitmaps: &[Arc<DirtyBitmap>]) -> Result<(), DirtyLogError> {
         self.runs.iter().try_for_each(|run| {

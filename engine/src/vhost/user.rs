@@ -13,6 +13,7 @@ use vhost::{
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::back_end_state;
 use super::front_end::{DEFAULT_TIMEOUT, VhostFrontEnd};
 use super::message::Connection;
 use super::region::VhostRegion;
@@ -37,7 +38,7 @@ pub struct VhostUser {
 impl VhostUser {
     /// Uses the connection of `front_end`, on which `features` have been negotiated: LOG_SHMFD for
     /// a log, REPLY_ACK for errors that say what was refused, RARP, MQ, CONFIGURE_MEM_SLOTS,
-    /// INFLIGHT_SHMFD as there are.
+    /// INFLIGHT_SHMFD, DEVICE_STATE as there are.
     ///
     /// # Errors
     /// The process has no descriptors left.
@@ -156,6 +157,20 @@ impl VhostFrontEnd for VhostUser {
         }
         let [a, b, c, d, e, f] = mac;
         self.tell(FrontendReq::SEND_RARP, &[a, b, c, d, e, f, 0, 0], &[]).map(|()| true)
+    }
+
+    fn save_state(&self) -> Result<Option<Vec<u8>>> {
+        if !self.has(VhostUserProtocolFeatures::DEVICE_STATE) {
+            return Ok(None);
+        }
+        back_end_state::save(&self.connection).map(Some).map_err(failed)
+    }
+
+    fn load_state(&self, state: &[u8]) -> Result<()> {
+        if !self.has(VhostUserProtocolFeatures::DEVICE_STATE) {
+            return Err(UserError::InactiveOperation(VhostUserProtocolFeatures::DEVICE_STATE).into());
+        }
+        back_end_state::load(&self.connection, state).map_err(failed)
     }
 
     fn share_inflight(&self, inflight: &Inflight) -> Result<()> {

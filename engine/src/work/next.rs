@@ -42,7 +42,8 @@ impl<'r> Next<'r> {
         self.round.claim(&mut place.claim, most)
     }
 
-    /// Gives back what a worker took and did not send: its last batch, and what is left of its chunk.
+    /// Gives back what a worker took and did not send: its last batch, and what is left of its
+    /// chunk.
     pub fn put_back(&self, place: &mut Place) {
         place.held = None; // its dirty bit was not taken
         self.round.put_back(&mut place.claim);

@@ -9,8 +9,8 @@ use crate::sync::{Arc, AtomicUsize, Ordering};
 /// Bitmap words claimed in one go: 64 words are 4096 pages, 16 MiB of neighbouring guest memory.
 const MOST_WORDS: usize = 64;
 
-/// The dirty-bitmap iterator is the work distributor: workers move one cursor on by an atomic add, and own the pages of
-/// the words it passed. No page is handed out twice in a round.
+/// The dirty-bitmap iterator is the work distributor: workers move one cursor on by an atomic add,
+/// and own the pages of the words it passed. No page is handed out twice in a round.
 ///
 /// ```text
 ///  words of block 0            words of block 1
@@ -66,7 +66,8 @@ impl Round {
     /// A pass over what is set in `bitmaps`, by `workers` workers.
     pub fn new(bitmaps: &PerBlock<Arc<DirtyBitmap>>, workers: usize) -> Self {
         let words: usize = bitmaps.iter().map(|bitmap| bitmap.words()).sum();
-        // Small guests: at least 8 chunks a worker, so that none is idle while another has the last large one.
+        // Small guests: at least 8 chunks a worker, so that none is idle while another has the last
+        // large one.
         let chunk_words = (words / (workers.max(1) * 8)).clamp(2, MOST_WORDS);
         let mut chunks = 0;
         let blocks = bitmaps.map(|bitmap| {
@@ -82,8 +83,8 @@ impl Round {
         Self::new(&PerBlock::from_iter([]), 1)
     }
 
-    /// Takes one page before its turn. True: its bit was set, and the caller owns the page. False: the
-    /// page is clean, or a worker that has its chunk sends it.
+    /// Takes one page before its turn. True: its bit was set, and the caller owns the page. False:
+    /// the page is clean, or a worker that has its chunk sends it.
     pub fn take(&self, block: BlockIndex, page: usize) -> bool {
         self.blocks.at(block).bitmap.take(page)
     }
@@ -116,7 +117,8 @@ impl Round {
         claim.batch(Origin::Cursor)
     }
 
-    /// Gives back what a worker took and did not get rid of: the pages of its last batch, and what is left of its chunk.
+    /// Gives back what a worker took and did not get rid of: the pages of its last batch, and what
+    /// is left of its chunk.
     pub fn put_back(&self, claim: &mut Claim) {
         if let Some(block) = claim.block.take() {
             let bitmap = &self.blocks.at(block).bitmap;

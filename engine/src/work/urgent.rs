@@ -1,5 +1,5 @@
-//! Pages that are wanted before their turn: a vCPU waits for them, at the destination of a post-copy
-//! or at the source of a background snapshot.
+//! Pages that are wanted before their turn: a vCPU waits for them, at the destination of a
+//! post-copy or at the source of a background snapshot.
 
 use super::{BlockIndex, PerBlock};
 use crate::guest::DirtyBitmap;
@@ -40,8 +40,8 @@ pub struct UrgentPages {
 }
 
 impl UrgentPages {
-    /// A queue of at most `most` pages, at least one, of the blocks with these `bitmaps`. 24 bytes for
-    /// each page that it can hold, and one bit for each page of the blocks.
+    /// A queue of at most `most` pages, at least one, of the blocks with these `bitmaps`. 24 bytes
+    /// for each page that it can hold, and one bit for each page of the blocks.
     pub fn new(most: usize, bitmaps: &PerBlock<Arc<DirtyBitmap>>) -> Self {
         let queued = bitmaps.map(|bitmap| DirtyBitmap::new(bitmap.pages()));
         Self { queue: ArrayQueue::new(most.max(1)), queued }

@@ -275,11 +275,12 @@ fn no_worker_reads_what_was_unplugged() {
                         }
                     }
                 });
-                for _ in 0..100 {
+                let rounds = (0..100).try_for_each(|_| {
                     marker.mark(0, 0, (PAGES * PAGE) as u64);
-                    precopy.round().unwrap();
-                }
+                    precopy.round().map(drop)
+                });
                 end.store(true, Ordering::Relaxed);
+                rounds.unwrap();
             });
         });
         assert_eq!(differing(&ram, &there.unwrap(), &|_| true), [0; 0]);

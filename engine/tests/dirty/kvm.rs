@@ -35,7 +35,8 @@ impl Guest {
         Self::with_memory(ring, |guest| vec![guest.add_memory().unwrap()])
     }
 
-    /// Says `skipped` and gives none where there is no KVM; with a number of entries, or no dirty rings.
+    /// Says `skipped` and gives none where there is no KVM; with a number of entries, or no dirty
+    /// rings.
     pub(crate) fn with_memory(
         ring: Option<u32>,
         add_memory: impl FnOnce(&KvmGuest) -> Vec<KvmSlot>,
@@ -128,7 +129,8 @@ fn no_write_of_a_vcpu_is_lost_where_kvm_clears_by_itself() {
     guest.check(&mut guest.log().without_manual_protect());
 }
 
-/// Two slots that meet in the middle of a word of the block's bitmap, and log already, with everything dirty.
+/// Two slots that meet in the middle of a word of the block's bitmap, and log already, with
+/// everything dirty.
 fn two_slots(guest: &KvmGuest) -> Vec<KvmSlot> {
     all_dirty_at_first(&guest.vm);
     let cut = (LEN / 2 + 3 * PAGE) as u64;

@@ -15,7 +15,8 @@ use crate::memory::{anonymous, bitmaps, block, memfd, pages};
 
 const HALF: u64 = (LEN / 2) as u64;
 
-/// The lower half of the memory in slot 0: program, page tables, counters. The data, in the upper half, may come in slot 1.
+/// The lower half of the memory in slot 0: program, page tables, counters. The data, in the upper
+/// half, may come in slot 1.
 fn lower_half(guest: &KvmGuest) -> Vec<KvmSlot> {
     vec![guest.add_slot(0, 0..HALF, 0).unwrap()]
 }
@@ -44,7 +45,8 @@ fn is_there(guest: &KvmGuest, slot: u32) -> bool {
         memory_size: PAGE as u64,
         userspace_addr: memory.slice(0, PAGE).unwrap().ptr_guard().as_ptr() as u64,
     };
-    // SAFETY: the guest knows nothing of this address, and the slot is removed before its memory is unmapped.
+    // SAFETY: the guest knows nothing of this address, and the slot is removed before its memory is
+    // unmapped.
     let made = unsafe { guest.vm.set_user_memory_region(region) }.is_ok();
     if made {
         remove(guest, slot);
@@ -188,7 +190,8 @@ fn a_slot_that_is_removed_without_notice_is_missed_by_the_ring_too() {
     assert!(is_there(&guest.guest, 0) && !is_there(&guest.guest, 1));
 }
 
-/// It has another length, and logs on its own: KVM would write past the end of a bitmap of the old length.
+/// It has another length, and logs on its own: KVM would write past the end of a bitmap of the old
+/// length.
 #[test]
 fn a_slot_that_is_made_anew_without_notice_fails_the_migration_and_stays_as_it_is() {
     let slot = |guest: &KvmGuest, part| guest.add_slot(1, part, KVM_MEM_LOG_DIRTY_PAGES).unwrap();

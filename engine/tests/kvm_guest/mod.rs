@@ -1,4 +1,5 @@
-//! A guest for KVM that fits a page: no firmware, no operating system, no interrupts. Each of its vCPUs counts.
+//! A guest for KVM that fits a page: no firmware, no operating system, no interrupts. Each of its
+//! vCPUs counts.
 //!
 //! ```text
 //!   0x1000  page tables: the first GiB, mapped to itself by 2 MiB pages, for user mode
@@ -7,12 +8,12 @@
 //!   half    data: 512 counters in each page, of which a vCPU owns one
 //! ```
 //!
-//! The program adds one to the vCPU's counter in a random page of the data, half of the time a page of the hot first
-//! 64th, then one to its counter at 0x5000; every `lap` times it leaves by an OUT. So at each exit the counters in
-//! the data add up to the counter at 0x5000.
+//! The program adds one to the vCPU's counter in a random page of the data, half of the time a page
+//! of the hot first 64th, then one to its counter at 0x5000; every `lap` times it leaves by an OUT.
+//! So at each exit the counters in the data add up to the counter at 0x5000.
 //!
-//! It runs in user mode (CPL 3), where no hypervisor has to emulate it: on a host that is a guest itself this is hundreds of
-//! times faster. It never faults, so it needs no interrupt table.
+//! It runs in user mode (CPL 3), where no hypervisor has to emulate it: on a host that is a guest
+//! itself this is hundreds of times faster. It never faults, so it needs no interrupt table.
 #![expect(unsafe_code, reason = "memory is given to a VM by address")]
 
 use std::error::Error;
@@ -33,8 +34,9 @@ const PAGE_TABLES: u64 = 0x1000;
 const PROGRAM: u64 = 0x4000;
 const COUNTERS: u64 = 0x5000;
 
-/// rbx: state of a random generator. r8: the vCPU's counter in the first page of data. r9, r10: masks of all pages and of
-/// the hot ones. r12: its counter. rcx, r13: additions left and in a lap. r15: turns of the pause.
+/// rbx: state of a random generator. r8: the vCPU's counter in the first page of data. r9, r10:
+/// masks of all pages and of the hot ones. r12: its counter. rcx, r13: additions left and in a lap.
+/// r15: turns of the pause.
 const CODE: &[u8] = &[
     0x48, 0x89, 0xd8, //             again: mov rax, rbx      xorshift
     0x48, 0xc1, 0xe0, 0x0d, //              shl rax, 13
@@ -106,7 +108,8 @@ impl KvmGuest {
         self.add_slot(0, 0..self.ram.used_len(), 0)
     }
 
-    /// Shows the guest a part of its memory, where it belongs. Returns the slot as a dirty log wants it.
+    /// Shows the guest a part of its memory, where it belongs. Returns the slot as a dirty log
+    /// wants it.
     pub(crate) fn add_slot(&self, slot: u32, part: Range<u64>, flags: u32) -> Result<KvmSlot> {
         let memory_size = part.end - part.start;
         let memory = self.ram.memory().slice(address(part.start)?, address(memory_size)?);
@@ -118,13 +121,14 @@ impl KvmGuest {
             memory_size,
             userspace_addr: memory.ptr_guard_mut().as_ptr() as u64,
         };
-        // SAFETY: the memory is mapped for as long as `ram` lives; guests only run through vCPUs that are used before
-        // this guest is dropped.
+        // SAFETY: the memory is mapped for as long as `ram` lives; guests only run through vCPUs
+        // that are used before this guest is dropped.
         unsafe { self.vm.set_user_memory_region(region) }?;
         Ok(KvmSlot::new(slot, GuestAddress(part.start), &self.ram).part(part).flags(flags))
     }
 
-    /// Writes the program and its page tables into the memory: not at a destination, where they arrive.
+    /// Writes the program and its page tables into the memory: not at a destination, where they
+    /// arrive.
     pub(crate) fn load(&self) -> Result<()> {
         let memory = self.ram.memory();
         let all = memory.slice(0, memory.len()).ok_or("no memory")?;

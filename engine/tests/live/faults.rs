@@ -83,7 +83,7 @@ fn a_destination_that_refuses_the_guest() {
     let error = move_over(&guest, precopy, 2).unwrap_err();
     assert_eq!(error.kind(), multifd_engine::ErrorKind::PeerAborted(1));
     assert!(error.source_may_resume(), "everything was sent, but the destination said no");
-    assert_eq!(error.phase(), multifd_engine::Phase::Commit, "where it was, not who may run");
+    assert_eq!(error.phase(), multifd_engine::Phase::Device, "where it was, not who may run");
 }
 
 #[test]

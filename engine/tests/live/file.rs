@@ -1,5 +1,5 @@
-//! A guest that is written while it goes to a file, plain and with `mapped-ram`; then it is read back, by a destination and by
-//! a recording.
+//! A guest that is written while it goes to a file, plain and with `mapped-ram`; then it is read
+//! back, by a destination and by a recording.
 
 use std::fs;
 use std::path::PathBuf;
@@ -188,7 +188,7 @@ fn a_cancel_leaves_no_file_and_a_second_attempt_succeeds() {
         let error = precopy.round().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Cancelled);
         assert_eq!(control.state(), MigrationState::Cancelled);
-        // The precopy, and whoever steers it, still live.
+        // The precopy, and the handles that steer it, still live.
         assert!(!place.is_there());
 
         guest.wait_for_writes();
@@ -241,7 +241,7 @@ fn settings_that_files_exclude_are_refused() {
     refused(new().mapped_ram(true), &there.uri, "file: only");
     refused(new().mapped_ram(true).channels(2).codec(zstd()), &place.endpoint, "excludes compression");
     refused(new().mapped_ram(true).xbzrle(1 << 20), &place.endpoint, "excludes xbzrle");
-    // Nobody had knocked there: the destination is still good.
+    // No connection had been made there: the destination is still good.
     let precopy = new().build().unwrap().connect(&there.uri).unwrap();
     move_over(&guest, precopy, 1).unwrap();
     there.end().1.unwrap();

@@ -39,7 +39,7 @@ pub(crate) struct Load {
 }
 
 impl Guest {
-    /// `pages` of RAM with all kinds of content, and nobody who writes.
+    /// `pages` of RAM with all kinds of content, which no thread writes yet.
     pub(crate) fn new(name: &str, pages: usize) -> Self {
         let memory = HostMemory::anonymous(pages * PAGE).unwrap();
         let block = RamBlock::new(name.try_into().unwrap(), memory);
@@ -88,7 +88,7 @@ impl Guest {
         self.shared.writes.load(Ordering::Relaxed)
     }
 
-    /// Returns when nobody writes any more.
+    /// Returns when no thread writes any more.
     pub(crate) fn pause(&self) {
         let mut run = self.shared.state.lock().unwrap();
         run.paused = true;

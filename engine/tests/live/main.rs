@@ -14,6 +14,7 @@ mod guest;
 mod own;
 mod relay;
 mod tls;
+mod told;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;

@@ -304,8 +304,8 @@ fn every_thread_calls_the_hook_with_its_name() {
     let precopy = connect(source(&guest).thread_hook(at_source), ours).unwrap();
     move_over(&guest, precopy, 1).unwrap();
     receiving.end().unwrap();
-    assert!(here.lock().unwrap().iter().eq(["mig-return", "mig-send-0", "mig-send-1"]));
-    assert!(there.lock().unwrap().iter().eq(["mig-accept", "mig-recv"]));
+    assert!(here.lock().unwrap().iter().eq(["mig-alive", "mig-return", "mig-send-0", "mig-send-1"]));
+    assert!(there.lock().unwrap().iter().eq(["mig-accept", "mig-alive", "mig-recv"]));
 }
 
 /// As a runtime polls a future, on one of its threads.

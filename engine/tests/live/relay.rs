@@ -13,7 +13,8 @@ pub(crate) struct Relay {
     open: Arc<Mutex<Vec<TcpStream>>>,
 }
 
-/// Cuts connection number `connection`, counted from 0 (main), when so many bytes have gone to the destination.
+/// Cuts connection number `connection`, counted from 0 (main), when so many bytes have gone to the
+/// destination.
 #[derive(Clone, Copy)]
 pub(crate) struct Cut {
     pub(crate) connection: usize,

@@ -21,8 +21,8 @@ pub const TIMEOUT: Duration = Duration::from_millis(50);
 /// Parallel channels at most.
 const MAX_CHANNELS: usize = 3;
 
-/// The bytes as the main channel of a migration, over a socket that the destination has inherited. They are the input.
-/// True: a whole guest has arrived.
+/// The bytes as the main channel of a migration, over a socket that the destination has inherited.
+/// They are the input. True: a whole guest has arrived.
 pub fn destination(input: &[u8], timeout: Duration) -> bool {
     let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     let endpoint = Inherited::new(theirs).expect("a descriptor can be inherited").give_away();
@@ -34,8 +34,8 @@ pub fn destination(input: &[u8], timeout: Duration) -> bool {
 
 /// The bytes on main and up to three channels.
 ///
-/// Input: pieces of a byte (the connection: main is 0 modulo 4) and counted bytes. All connections that are written to are there
-/// before the first byte. True: a whole guest has arrived.
+/// Input: pieces of a byte (the connection: main is 0 modulo 4) and counted bytes. All connections
+/// that are written to are there before the first byte. True: a whole guest has arrived.
 pub fn channels(input: &[u8], timeout: Duration) -> bool {
     let mut input = Input(input);
     let mut writes = Vec::new();
@@ -51,8 +51,9 @@ pub(crate) fn give_back(arrived: Arrived) -> Result<()> {
     Ok(())
 }
 
-/// Receives `writes`, each to the connection with that number, 0 being main, by a destination on a unix socket. With `hears` the
-/// source waits for the answer; without, it says at once that no more will come.
+/// Receives `writes`, each to the connection with that number, 0 being main, by a destination on a
+/// unix socket. With `hears` the source waits for the answer; without, it says at once that no more
+/// will come.
 pub(crate) fn receive(
     builder: DestinationBuilder,
     writes: Vec<(usize, &[u8])>,

@@ -1,4 +1,5 @@
-//! An input, taken from its front. What is not there is zero or empty, so that any bytes are an input.
+//! An input, taken from its front. What is not there is zero or empty, so that any bytes are an
+//! input.
 
 /// The rest of an input.
 #[derive(Clone, Copy, Debug)]

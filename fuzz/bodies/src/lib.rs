@@ -1,13 +1,15 @@
-//! What the fuzz targets do with their bytes: a library, so that stable Rust replays the corpora (`tests/replay.rs`).
+//! What the fuzz targets do with their bytes: a library, so that stable Rust replays the corpora
+//! (`tests/replay.rs`).
 //!
 //! ```text
 //!  fuzz/targets (libFuzzer, nightly) ──┐
 //!  fuzz/corpus, mutated by replay.rs ──┴─> one function a target ──> wire, codecs, TLS records, recordings, destinations
 //! ```
 //!
-//! A function returns whatever the bytes are, soon, and panics where the code under test breaks a promise: what was parsed is
-//! not what is encoded, a byte beyond a buffer is written, a cut stream is taken for a whole one, the engine contradicts itself.
-//! How each reads its input is told at its head; `src/bin/seeds.rs` writes the seeds in that form.
+//! A function returns whatever the bytes are, soon, and panics where the code under test breaks a
+//! promise: what was parsed is not what is encoded, a byte beyond a buffer is written, a cut stream
+//! is taken for a whole one, the engine contradicts itself. How each reads its input is told at its
+//! head; `src/bin/seeds.rs` writes the seeds in that form.
 
 mod destination;
 mod input;

@@ -9,10 +9,12 @@ pub fn zlib(input: &[u8]) {
     channel(&Zlib::default(), input);
 }
 
-/// Payloads for one decoder after the other: it writes nothing beyond the pages, and fails for good once it has failed.
+/// Payloads for one decoder after the other: it writes nothing beyond the pages, and fails for good
+/// once it has failed.
 ///
-/// Input: how; then packets, each of a byte (pages: this modulo 8, and 1) and a counted payload. In an even way the payloads are
-/// those bytes. In an odd one the bytes are what the pages hold, and go through an encoder first.
+/// Input: how; then packets, each of a byte (pages: this modulo 8, and 1) and a counted payload. In
+/// an even way the payloads are those bytes. In an odd one the bytes are what the pages hold, and
+/// go through an encoder first.
 pub fn zstd(input: &[u8]) {
     channel(&Zstd::default(), input);
 }

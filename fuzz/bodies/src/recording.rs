@@ -18,10 +18,11 @@ use crate::wire::visit;
 /// Bytes of a file at most.
 const MAX_FILE: u32 = 4 << 20;
 
-/// A file in memory: each page and device of it as a [`Recording`], and a destination that reads it.
+/// A file in memory: each page and device of it as a [`Recording`], and a destination that reads
+/// it.
 ///
-/// Input: pieces of a be32 (where in the file, modulo 4 MiB) and counted bytes. Between them are holes. True: the
-/// recording could be read to its end, and a whole guest has arrived.
+/// Input: pieces of a be32 (where in the file, modulo 4 MiB) and counted bytes. Between them are
+/// holes. True: the recording could be read to its end, and a whole guest has arrived.
 pub fn recording(input: &[u8], timeout: Duration) -> bool {
     let file = memfd_create("stream", MemfdFlags::CLOEXEC).expect("a file in memory");
     let file = File::from(file);

@@ -16,8 +16,9 @@ const MAX_CHANGES: usize = 8;
 /// Bytes that change.
 const CHANGE_LEN: usize = 6;
 
-/// A whole stream of a legal source, with up to eight changes. Without any it is received, and every byte of RAM is the
-/// source's. A connection that ends before its part of RAM has come makes a failure.
+/// A whole stream of a legal source, with up to eight changes. Without any it is received, and
+/// every byte of RAM is the source's. A connection that ends before its part of RAM has come makes
+/// a failure.
 ///
 /// Input: three bytes for the source's style (`style`); changes of six bytes each (`Change`).
 pub fn streams(input: &[u8]) {
@@ -118,7 +119,8 @@ impl Change {
         usize::from(self.step) % recording.steps.len().max(1)
     }
 
-    /// Ends a connection before the last of its part of RAM: the SYNC of a channel, the end of main's section.
+    /// Ends a connection before the last of its part of RAM: the SYNC of a channel, the end of
+    /// main's section.
     fn cuts_ram(&self, recording: &Recording) -> bool {
         let step = self.step(recording);
         let lane = |step: &Step| if let Step::Send { lane, .. } = step { Some(*lane) } else { None };

@@ -10,11 +10,11 @@ const HANDSHAKE: u8 = 22;
 /// A key update, which wants one back or does not.
 const KEY_UPDATES: [&[u8]; 2] = [&[24, 0, 0, 1, 0], &[24, 0, 0, 1, 1]];
 
-/// Records that a peer with the right key has sealed, whatever is in them, and bytes between: no data comes out but what was
-/// sealed as data, in order.
+/// Records that a peer with the right key has sealed, whatever is in them, and bytes between: no
+/// data comes out but what was sealed as data, in order.
 ///
-/// Input: how many bytes are received at a time, as a power of two modulo 16; then pieces of a byte and counted bytes. The byte
-/// is a record's content; 0: the bytes are received as they are.
+/// Input: how many bytes are received at a time, as a power of two modulo 16; then pieces of a byte
+/// and counted bytes. The byte is a record's content; 0: the bytes are received as they are.
 pub fn tls(input: &[u8]) {
     let mut input = Input(input);
     let at_a_time = 1_usize << (input.u8() % 16);

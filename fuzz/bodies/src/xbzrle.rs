@@ -9,8 +9,8 @@ const GUARD: [u8; 64] = [0xa5; 64];
 
 /// A delta on a page, and the delta of two pages.
 ///
-/// Input: how; then, in an even way, the delta. In an odd one a counted half and the rest: the two pages, filled up with what
-/// the other has.
+/// Input: how; then, in an even way, the delta. In an odd one a counted half and the rest: the two
+/// pages, filled up with what the other has.
 pub fn xbzrle(input: &[u8]) {
     let mut input = Input(input);
     if input.u8().is_multiple_of(2) {

@@ -1,5 +1,6 @@
-//! The corpora of the fuzz targets on stable Rust: each file, and some thousand alterations of them by number. It finds what has
-//! been found before, and what lies close by; libFuzzer finds the rest (fuzz/README.md).
+//! The corpora of the fuzz targets on stable Rust: each file, and some thousand alterations of them
+//! by number. It finds what has been found before, and what lies close by; libFuzzer finds the rest
+//! (fuzz/README.md).
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "test code may panic")]
 
 use std::path::Path;

@@ -91,7 +91,7 @@ impl Trial {
             let endpoint = &endpoint;
             let player = scope.spawn(move || {
                 let heard = Player::new(endpoint).play(recording, &over);
-                // Whoever waits for a destination that hangs has to be woken to say so.
+                // A thread that waits for a destination that hangs has to be woken to say so.
                 canceller.cancel();
                 heard
             });
@@ -118,7 +118,7 @@ impl Trial {
     /// As [`Trial::run`].
     pub fn receive(&self, recording: &Recording, memory: &Memory) -> Outcome<(Verdict, Received)> {
         let blocks = memory.provide(0xa5)?;
-        let destination = Destination::builder(blocks.clone()).timeout(self.timeout);
+        let destination = Destination::builder(blocks.clone()).timeout(self.timeout).device_packets(true);
         let mut received = Received {
             blocks,
             early: EarlySections::default(),

@@ -53,7 +53,11 @@ fn connections_that_fall_silent() -> Outcome {
             &["setup, main (unix:", "waiting for the stream header at byte 0", silence],
         ),
         ("only channels", multifd().stopped(Lane::Main, 0), &["main channel on unix:", "within 300ms"]),
-        ("nobody", Recording { steps: Vec::new(), ending: Ending::Wait }, &["no main channel on unix:"]),
+        (
+            "no connections",
+            Recording { steps: Vec::new(), ending: Ending::Wait },
+            &["no main channel on unix:"],
+        ),
     ])?;
     missed([
         (

@@ -32,8 +32,9 @@ fn cut_at(
     Ok(())
 }
 
-/// A cut within what proves a connection to be main or a channel makes a stranger of it: main is waited for until the
-/// timeout, and without a channel a sync point or pages never come. Every other cut is seen at once.
+/// A cut within what proves a connection to be main or a channel makes a stranger of it: main is
+/// waited for until the timeout, and without a channel a sync point or pages never come. Every
+/// other cut is seen at once.
 fn expected(lane: Lane, at: usize) -> &'static [ErrorKind] {
     match (lane, at) {
         (Lane::Main, 0..4) => &[ErrorKind::Deadline],

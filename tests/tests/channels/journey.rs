@@ -59,7 +59,7 @@ impl Journey {
         let checkpoint = self.receive(&mut source)?;
         let mut destination = self.vm.clone().incoming("defer").paused().spawn("destination")?;
         self.send(&checkpoint, &mut destination)?;
-        assert_eq!(destination.serial().mark(), 0, "the guest stands still");
+        assert_eq!(destination.serial().mark(), 0, "the guest is paused");
         destination.resume()?;
         destination.serial().wait_lines(3, 0, SOON)?;
         let before = source.quit()?;

@@ -66,7 +66,7 @@ impl Journey {
 }
 
 fn goes_on(source: Qemu, mut destination: Qemu) -> Outcome {
-    assert_eq!(destination.serial().mark(), 0, "the guest stands still");
+    assert_eq!(destination.serial().mark(), 0, "the guest is paused");
     destination.resume()?;
     destination.serial().wait_lines(3, 0, SOON)?;
     let before = source.quit()?;

@@ -7,7 +7,7 @@ use multifd_tests::{Outcome, ZeroPages};
 
 use crate::fixture::{TIMEOUT, arrives};
 
-const MOMENT: Duration = Duration::from_millis(60);
+const A_WHILE: Duration = Duration::from_millis(60);
 
 fn sample(channels: u8) -> (Recording, Memory) {
     let mut memory = Memory::small(12);
@@ -30,7 +30,7 @@ fn lanes_connect_in_any_order() -> Outcome {
 #[test]
 fn main_connects_last() -> Outcome {
     let (recording, memory) = sample(2);
-    let recording = recording.preceded("header", 0, [Step::Pause(MOMENT)]);
+    let recording = recording.preceded("header", 0, [Step::Pause(A_WHILE)]);
     arrives(&recording, &memory)?;
     Ok(())
 }
@@ -41,7 +41,7 @@ fn hello_after(mut recording: Recording, channel: usize, what: &str) -> Recordin
     let sync = recording.steps.remove(recording.position("sync", channel));
     let hello = recording.steps.remove(recording.position("hello", channel));
     let lanes = [Lane::Main, Lane::Channel(0), Lane::Channel(1), Lane::Channel(2)];
-    recording.preceded(what, 0, [Step::Pause(MOMENT), hello, sync]).connecting(lanes)
+    recording.preceded(what, 0, [Step::Pause(A_WHILE), hello, sync]).connecting(lanes)
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn the_list_of_blocks_is_overtaken_by_pages() -> Outcome {
     // The first sync point of the channels is held back with main, so that they are at their first
     // page when it comes.
     let (recording, memory) = sample(2);
-    arrives(&recording.preceded("block", 0, [Step::Pause(MOMENT)]), &memory)?;
+    arrives(&recording.preceded("block", 0, [Step::Pause(A_WHILE)]), &memory)?;
     Ok(())
 }
 
@@ -118,7 +118,7 @@ fn copies(style: Style, newer: [u8; PAGE]) -> Outcome {
     let of_channel_0 = |step: &Step| matches!(step, Step::Send { lane: Lane::Channel(0), .. });
     let (slow, fast): (Vec<_>, Vec<_>) = late.into_iter().partition(of_channel_0);
     recording.steps.extend(fast);
-    recording.steps.push(Step::Pause(MOMENT));
+    recording.steps.push(Step::Pause(A_WHILE));
     recording.steps.extend(slow);
     arrives(&recording, &memory)?;
     Ok(())

@@ -27,7 +27,7 @@ fn a_checkpoint_a_stream_and_a_mapped_ram_file_say_the_same() -> Outcome {
     for path in [&stream, &mapped] {
         let found = tune(&of(path), &FLAGS)?;
         assert_eq!(found["ram_bytes"], known["ram_bytes"]);
-        // The guest has run a moment between one file and the next.
+        // The guest has run for a while between one file and the next.
         for kind in ["zero", "duplicate", "incompressible", "text", "other"] {
             near(&found["pages"][kind], &known["pages"][kind], 0.01);
         }

@@ -80,7 +80,7 @@ impl Work {
             memory.write_slice(&vec![request.seed; *len as usize], *at).unwrap();
         }
         vring.add_used(request.head, request.fill.iter().map(|(_, len)| len).sum()).unwrap();
-        // Nobody may be listening any more.
+        // There may be no listener any more.
         _ = vring.signal_used_queue();
     }
 }

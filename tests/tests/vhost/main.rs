@@ -24,5 +24,6 @@ mod order;
 mod partly;
 mod peers;
 mod queues;
+mod rings;
 mod script;
 mod state;

@@ -35,6 +35,11 @@ struct Guest {
 
 /// testpmd connects to us: nothing has to be waited for but that.
 fn guest() -> Option<Guest> {
+    guest_with(1)
+}
+
+/// The same with several queue pairs at the back-end, of which the guest uses the first.
+fn guest_with(pairs: u64) -> Option<Guest> {
     let dpdk = peers::dir().join("dpdk/usr");
     if !dpdk.join("bin/dpdk-testpmd").exists() {
         skipped("no dpdk-testpmd (tests/peers/install gets it)").unwrap();
@@ -50,7 +55,8 @@ fn guest() -> Option<Guest> {
         let mut named = all.filter(|path| path.to_string_lossy().contains(name));
         named.next().unwrap().display().to_string()
     };
-    let device = format!("net_vhost0,iface={},queues=1,client=1", scratch.path("net.sock").display());
+    let iface = scratch.path("net.sock");
+    let device = format!("net_vhost0,iface={},queues={pairs},client=1", iface.display());
     let mut command = Command::new(dpdk.join("bin/dpdk-testpmd"));
     command
         .env("LD_LIBRARY_PATH", &libraries)
@@ -58,7 +64,7 @@ fn guest() -> Option<Guest> {
         .args(["-l", "0,1", "--no-huge", "-m", "128", "--no-pci", "--no-shconf", "--no-telemetry"])
         .args(["--file-prefix", &format!("multifd-{}", std::process::id()), "--vdev", &device])
         .args(["--", "--forward-mode=io", "--auto-start", "--total-num-mbufs=2048", "--no-mlockall"])
-        .args(["--stats-period", "100"])
+        .args(["--stats-period", "100", &format!("--rxq={pairs}"), &format!("--txq={pairs}")])
         .stdin(Stdio::null())
         .stdout(Stdio::null());
     let testpmd = Process::spawn("testpmd", &mut command).unwrap();
@@ -71,9 +77,15 @@ fn guest() -> Option<Guest> {
     let memory = memory();
     let (receive, send) = (Queue::new(&memory, RX, 64).unwrap(), Queue::new(&memory, TX, 64).unwrap());
     let devices = devices(&memory);
-    let device = VhostDevice::new("nic", user, VERSION_1)
+    let mut device = VhostDevice::new("nic", user, VERSION_1)
         .ring(receive.ring(), receive.events().unwrap())
         .ring(send.ring(), send.events().unwrap());
+    for unused in 2..2 * pairs {
+        let queue = Queue::new(&memory, GuestAddress(0x40_0000 + 0x4000 * unused), 64).unwrap();
+        let (mut ring, events) = (queue.ring(), queue.events().unwrap());
+        ring.enabled = false;
+        device = device.ring(ring, events);
+    }
     devices.add(device).unwrap();
     devices.start().unwrap();
     Some(Guest { memory, devices, receive, send, _testpmd: testpmd, _scratch: scratch })
@@ -174,4 +186,18 @@ fn no_packet_is_lost_from_the_log_in_rounds() {
         }
     }
     vhost.stop();
+}
+
+#[test]
+fn a_guest_uses_one_of_two_queue_pairs_of_testpmd() {
+    let Some(mut guest) = guest_with(2) else { return };
+    let (into, from) = (GuestAddress(HIGH.0 + 0x3000), GuestAddress(0x30_0000));
+    assert_eq!(guest.echo(&frame(1), into, from), frame(1));
+    guest.devices.stop().unwrap();
+    let state = guest.devices.state("nic").unwrap();
+    let enabled: Vec<_> = state.rings.iter().map(|ring| ring.map(|ring| ring.enabled)).collect();
+    assert_eq!(enabled, [Some(true), Some(true), Some(false), Some(false)]);
+    while guest.receive.used().unwrap().is_some() {}
+    guest.devices.start().unwrap();
+    assert_eq!(guest.echo(&frame(2), into, from), frame(2));
 }

@@ -3,7 +3,7 @@
 use multifd_engine::vhost::vhost::vhost_user::message::{
     FrontendReq, VhostUserInflight, VhostUserProtocolFeatures,
 };
-use multifd_engine::vhost::{Inflight, RingEvents, VhostDevice, VhostState};
+use multifd_engine::vhost::{Inflight, Ring, RingEvents, VhostDevice, VhostState};
 use multifd_engine::vm_memory::GuestAddress;
 use multifd_tests::virtio::VERSION_1;
 
@@ -19,8 +19,14 @@ fn events(drivers: &[Driver]) -> Vec<RingEvents> {
 fn a_state_that_does_not_fit_is_refused_with_both_values() {
     let memory = memory();
     let drivers: Vec<_> = (0..4).map(|ring| Driver::new(&memory, GuestAddress(ring * 0x4000))).collect();
-    let rings = drivers.iter().map(|driver| driver.queue.ring()).collect();
-    let state = VhostState { features: VERSION_1 | 1 << 5, protocol_features: 0x2003, rings, inflight: None };
+    let rings = drivers.iter().map(|driver| Some(driver.queue.ring())).collect();
+    let state = VhostState {
+        features: VERSION_1 | 1 << 5,
+        protocol_features: 0x2003,
+        rings,
+        inflight: None,
+        back_end: None,
+    };
     let refused = |state: &VhostState, queues: usize, here: usize| {
         let (_own, socket) = Own::start(Filler::new(queues));
         let user = attach(socket, wanted()).user;
@@ -42,6 +48,23 @@ fn a_state_that_does_not_fit_is_refused_with_both_values() {
         error(&state, 4, 4),
         "vhost device nic: the state needs protocol features 0x1001, its back-end here has 0x800b: not 0x1000"
     );
+}
+
+/// A back-end may take the size of the ring for 0 entries, or for 65536.
+#[test]
+fn a_ring_of_a_size_that_none_can_have_is_refused_when_the_device_is_added() {
+    for size in [0, 3, 100, 32769] {
+        let memory = memory();
+        let drivers = [Driver::new(&memory, GuestAddress(0))];
+        let (_own, socket) = Own::start(Filler::new(2));
+        let user = attach(socket, wanted()).user;
+        let odd = Ring { size, ..drivers[0].queue.ring() };
+        let added = device("nic", user, &drivers).ring(odd, drivers[0].queue.events().unwrap());
+        let error = devices(&memory).add(added).unwrap_err().chain();
+        let text =
+            format!("vhost device nic: adding its ring 1: size of a vhost ring: {size}, expected 1..=32768");
+        assert!(error.starts_with(&text), "{error}");
+    }
 }
 
 #[test]

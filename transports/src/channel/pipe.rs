@@ -1,7 +1,7 @@
 //! A channel over pipes: in one direction, or in both through a command.
 //!
-//! A pipe has no timeouts and nobody can shut it down, so our ends are non-blocking, and whoever
-//! waits waits for the pipe and for a [`Wake`].
+//! A pipe has no timeouts and cannot be shut down, so our ends are non-blocking, and each
+//! wait is for the pipe and for a [`Wake`].
 
 use std::io::{self, ErrorKind, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

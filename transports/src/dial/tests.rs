@@ -16,7 +16,7 @@ fn tcp(port: u16) -> Endpoint {
     Endpoint::Tcp { host: "127.0.0.1".to_owned(), port }
 }
 
-/// A port on which nobody listens.
+/// A port on which nothing listens.
 fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
@@ -260,7 +260,7 @@ fn machines_are_dialled_by_number_and_say_who_does_not_answer() {
         };
         assert!(source.to_string().contains("are for listening"), "{source}");
     }
-    // Where machines reach themselves, it succeeds; else nobody answers.
+    // Where machines reach themselves, it succeeds; else nothing answers.
     let options = DialOptions { deadline: Duration::from_millis(300), ..DialOptions::default() };
     match dial_with(&vsock(1, port), options) {
         Ok(channel) => assert_eq!(channel.peer(), format!("vsock:1:{port}")),

@@ -71,7 +71,7 @@ fn what_is_not_finished_is_gone() {
         channel.send_all(b"half").unwrap();
         if close {
             channel.closer().close();
-            assert!(!place.path.exists(), "at once, whoever still has the channel");
+            assert!(!place.path.exists(), "at once, though the channel is still held");
             assert_eq!(channel.send_all(b"more").unwrap_err().kind(), ErrorKind::ConnectionAborted);
             assert_eq!(channel.finish_sending().unwrap_err().kind(), ErrorKind::ConnectionAborted);
         }

@@ -215,4 +215,10 @@ fn return_messages() {
     same!(ReturnMessage, SwitchoverAck, [0, 7, 0, 0]);
     let hello = Hello { version: 1, features: 0x0203 };
     same!(ReturnMessage, ReturnMessage::Hello(hello), b"\x4d\x46\0\x0a\0\x01\0\0\0\0\0\0\x02\x03");
+    same!(ReturnMessage, ReturnMessage::Alive, b"\x4d\x47\0\0");
+    let failure = Failure { phase: 5, reason: "no RAM block vga".to_owned() };
+    same!(ReturnMessage, ReturnMessage::Failure(failure), b"\x4d\x48\0\x11\x05no RAM block vga");
+    same!(ReturnMessage, ReturnMessage::Loaded(0x0102), b"\x4d\x49\0\x08\0\0\0\0\0\0\x01\x02");
+    let later = ReturnMessage::Extension { kind: 0x4dff, body: vec![7] };
+    same!(ReturnMessage, later, b"\x4d\xff\0\x01\x07");
 }

@@ -332,10 +332,10 @@ fn device_state_lengths() {
 fn return_message_lengths_are_refused_before_their_bytes_arrive() {
     let good =
         |kind: u16, len: u16| ReturnMessage::parse(&[kind.to_be_bytes(), len.to_be_bytes()].concat()).is_ok();
-    let hello = 0x4d46;
-    for (kind, min, max) in
-        [(1, 4, 4), (2, 4, 4), (3, 14, 268), (4, 12, 12), (5, 2, 256), (6, 4, 4), (7, 0, 0), (hello, 10, 512)]
-    {
+    let (hello, alive, failure, loaded, later) = (0x4d46, 0x4d47, 0x4d48, 0x4d49, 0x4dff);
+    let qemu = [(1, 4, 4), (2, 4, 4), (3, 14, 268), (4, 12, 12), (5, 2, 256), (6, 4, 4), (7, 0, 0)];
+    let ours = [(hello, 10, 512), (alive, 0, 0), (failure, 1, 512), (loaded, 8, 8), (later, 0, 512)];
+    for (kind, min, max) in qemu.into_iter().chain(ours) {
         assert!(good(kind, min) && good(kind, max), "type {kind}");
         assert!(!good(kind, max + 1) && (min == 0 || !good(kind, min - 1)), "type {kind}");
     }
@@ -348,6 +348,7 @@ fn return_message_bodies() {
     assert!(value(6, 1).is_ok() && value(6, 0).is_err() && value(6, 2).is_err());
     assert!(ReturnMessage::parse(b"\0\x05\0\x04\x02vga").is_err(), "name shorter than the message");
     assert!(ReturnMessage::parse(b"\0\x05\0\x04\x04vga").is_err(), "name longer than the message");
+    assert!(ReturnMessage::parse(b"\x4d\x48\0\x02\x01\xff").is_err(), "a reason that is no text");
     let later = b"\x4d\x46\0\x0c\0\x02\0\0\0\0\0\0\0\x01ab";
     let hello = ReturnMessage::Hello(Hello { version: 2, features: 1 });
     assert_eq!(ReturnMessage::parse(later), Ok(Some((hello, later.len()))));

@@ -153,7 +153,7 @@ fn a_whole_stream_is_answered_in_order_and_ends_at_the_devices() {
     let mut session = Session::new(true);
     session.run(stream(4)).unwrap();
     assert!(session.is_done());
-    let hello = ReturnMessage::Hello(Hello { version: dialect::VERSION, features: dialect::FEATURE_DELTAS });
+    let hello = ReturnMessage::Hello(Hello { version: dialect::VERSION, features: dialect::FEATURES });
     let expected = [
         Effect::OpenReturnPath,
         Effect::Answer(Phase::Setup, ReturnMessage::SwitchoverAck),

@@ -11,12 +11,26 @@ use crate::guest::{Absent, Mappings, PageTable, RamBlock};
 
 /// Provider of the memory for the blocks that a source announces.
 ///
-/// Called once, on the receiving thread, before any page arrives. Return exactly one block for each
+/// [`open`](Self::open) is called once, on the receiving thread, before any page arrives. Return exactly one block for each
 /// entry, in any order, with the entry's name and length; refuse what does not fit your machine
 /// with an error of your own.
 ///
 /// A `Vec<RamBlock>` is the provider of a VMM whose memory is there already.
 pub trait IncomingRam: Send {
+    /// What the source's embedder has said of its VM by [`SourceBuilder::vm_state`](crate::SourceBuilder::vm_state), before
+    /// [`open`](Self::open): to make the VM of it, or to refuse it while nothing has moved. Not called if nothing was said.
+    ///
+    /// # Errors
+    /// Whatever makes this machine unfit for that VM. By default: it is not expected here.
+    fn configure(
+        &mut self,
+        _name: &str,
+        _version: u32,
+        _state: &[u8],
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Err("it is not expected here".into())
+    }
+
     /// Memory for `announced`. Lengths are whole pages; names are unique; the sum is bounded by the
     /// peer's word only, so map lazily.
     ///

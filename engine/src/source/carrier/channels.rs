@@ -65,6 +65,10 @@ impl Channels {
         SendWorker::start(channel, id, self.rounds.clone(), shared, crew)
     }
 
+    pub(super) fn syncs_at_flush(&self) -> bool {
+        self.sync_points == SyncPoints::AtFlush
+    }
+
     pub(super) fn workers(&self) -> usize {
         self.rounds.workers()
     }

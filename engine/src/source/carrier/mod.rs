@@ -46,6 +46,15 @@ impl Carrier {
         }
     }
 
+    /// Pieces of RAM without a page, and without a sync point, may go out at any time.
+    pub(super) fn takes_empty_pieces(&self) -> bool {
+        match self {
+            Self::Main => true,
+            Self::Channels(channels) => channels.syncs_at_flush(),
+            Self::File(_) => false,
+        }
+    }
+
     /// Begins the RAM section with the list of blocks.
     pub(super) fn announce(&self, main: &mut MainWriter, shared: &SourceShared) -> Result<()> {
         match self {

@@ -109,7 +109,8 @@ impl Migration {
         }
         self.open_urgent_channel()?;
         let mut ledger = DowntimeLedger::default();
-        self.begin_switch_over(&mut ledger)?;
+        let busy = self.alive.busy();
+        self.begin_switch_over(&mut ledger, &busy)?;
         let begun = Instant::now();
         let urgent = UrgentPages::new(MOST_WANTED, &self.shared.ram.dirty);
         if self.shared.urgent.set(urgent).is_err() {
@@ -125,6 +126,8 @@ impl Migration {
         ledger.last_ram_us = micros(begun.elapsed());
         let begun = Instant::now();
         self.hand_over_early(state)?;
+        // The background stream has main from here on.
+        self.alive.end();
         ledger.device_state_us = micros(begun.elapsed());
         Ok(Switched { settings, place, ledger, handed_over: Instant::now() })
     }

@@ -1,8 +1,9 @@
 //! What a destination says, in terms of the migration.
 
 use std::ops::Range;
+use std::time::Duration;
 
-use multifd_wire::{BlockName, ReturnMessage};
+use multifd_wire::{BlockName, Failure, ReturnMessage};
 
 use crate::error::{Error, Phase, Result};
 use crate::guest::PAGE;
@@ -12,8 +13,14 @@ use crate::work::BlockIndex;
 /// A message of the destination that means something to this source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum ReturnEvent {
+    /// The destination is alive, and not done yet.
+    Alive,
+    /// The destination has failed. Its refusal follows.
+    Failing(Failure),
     /// The destination is multifd, and can do this beyond QEMU's protocol.
     Hello { features: u64 },
+    /// The destination has loaded the device state, in this time. Its word that the guest has arrived follows.
+    Loaded(Duration),
     /// All before the PING with this value has been dealt with.
     Pong(u32),
     /// The guest at the destination waits for these pages.
@@ -26,6 +33,8 @@ pub(super) enum ReturnEvent {
     Shut(u32),
     /// The devices are ready for the switchover.
     SwitchoverAck,
+    /// A message of a later version of the dialect, which can be left out.
+    Unknown,
 }
 
 /// Makes events of messages: a request for pages may name the block of the request before.
@@ -46,6 +55,10 @@ impl ReturnEvents {
         urgent: bool,
     ) -> Result<ReturnEvent> {
         Ok(match message {
+            ReturnMessage::Alive => ReturnEvent::Alive,
+            ReturnMessage::Extension { .. } => ReturnEvent::Unknown,
+            ReturnMessage::Failure(failure) => ReturnEvent::Failing(failure),
+            ReturnMessage::Loaded(micros) => ReturnEvent::Loaded(Duration::from_micros(micros)),
             ReturnMessage::Hello(hello) => ReturnEvent::Hello { features: hello.features },
             ReturnMessage::Pong(value) => ReturnEvent::Pong(value),
             ReturnMessage::Shut(status) => ReturnEvent::Shut(status),

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use multifd_transports::Channel;
-use multifd_wire::ReturnMessage;
+use multifd_wire::{Failure, RAM_PING, ReturnMessage, SETUP_PING};
 
 use self::event::{ReturnEvent, ReturnEvents};
 use super::shared::SourceShared;
@@ -19,6 +19,7 @@ use crate::run::counters::Counters;
 use crate::run::state::MigrationState;
 use crate::run::stop::{Monitor, StopSwitch};
 use crate::run::workers::Crew;
+use crate::stream::dialect;
 use crate::work::{BlockIndex, Requested, UrgentPages, WantedPage};
 
 /// Reads the return path on a thread of its own until SHUT, the destination's last message. Clones are of the same.
@@ -51,6 +52,25 @@ struct Received {
     resumed: bool,
     /// Nothing is sent any more.
     closing: bool,
+    /// How far the destination has come, by its PONGs.
+    reached: Reached,
+    /// Why it fails, in its own words.
+    failure: Option<Failure>,
+    /// Signs of life while it has nothing else to say.
+    signs: u64,
+    /// How long it took to load the device state.
+    load: Option<Duration>,
+}
+
+/// How far the destination has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Reached {
+    #[default]
+    Nothing,
+    /// It has the list of RAM blocks.
+    Blocks,
+    /// It has all of RAM.
+    Ram,
 }
 
 /// Value of the PING between the device state of a post-copy and the command that starts the guest: its PONG says that the
@@ -62,6 +82,46 @@ impl Received {
     fn phase(&self) -> Phase {
         if self.may_arrive { Phase::Commit } else { Phase::Active }
     }
+
+    fn on_pong(&mut self, value: u32) {
+        self.pong = self.pong.max(value);
+        match value {
+            SETUP_PING => self.reached = Reached::Blocks,
+            RAM_PING => self.reached = Reached::Ram,
+            _ => {}
+        }
+    }
+
+    /// Where the destination is: it works off what comes in order.
+    fn phase_there(&self) -> Phase {
+        match self.reached {
+            Reached::Nothing => Phase::Setup,
+            Reached::Blocks => Phase::Active,
+            Reached::Ram => Phase::Device,
+        }
+    }
+
+    /// The destination's refusal, if one has come.
+    fn refusal(&self) -> Option<Error> {
+        let status = self.refused?;
+        let (phase, detail) = match &self.failure {
+            Some(failure) => {
+                let phase = dialect::phase_of(failure).unwrap_or_else(|| self.phase_there());
+                (phase, format!("the destination failed: {}", printable(&failure.reason)))
+            }
+            None => {
+                let detail =
+                    format!("the destination failed and reported status {status}; why, it says there");
+                (self.phase_there(), detail)
+            }
+        };
+        Some(Error::new(ErrorKind::PeerAborted(status), phase, detail))
+    }
+}
+
+/// What a peer says, without anything that a terminal takes for a command.
+fn printable(text: &str) -> String {
+    text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
 }
 
 impl ReturnPathReader {
@@ -79,12 +139,10 @@ impl ReturnPathReader {
     /// Waits for the answer to PING(`value`), or to a later one with a larger value: the destination has done all that came
     /// before it.
     pub(super) fn wait_for_pong(&self, value: u32, timeout: Duration) -> Result<()> {
-        self.received
-            .wait(&self.stop, Some(timeout), |received| (received.pong >= value).then_some(()))
-            .ok_or_else(|| {
-                let detail = format!("no PONG({value:#x}) within {timeout:?}");
-                Error::new(ErrorKind::Deadline, Phase::Active, detail).on(self.name.clone())
-            })
+        self.wait_while_alive(timeout, |received| (received.pong >= value).then_some(())).ok_or_else(|| {
+            let detail = format!("no PONG({value:#x}) within {timeout:?}");
+            Error::new(ErrorKind::Deadline, Phase::Active, detail).on(self.name.clone())
+        })
     }
 
     /// From here on the destination may say that it has the guest.
@@ -94,8 +152,7 @@ impl ReturnPathReader {
 
     /// The destination's refusal, if one has come.
     pub(super) fn refusal(&self) -> Option<Error> {
-        let (refused, phase) = self.received.read(|received| (received.refused, received.phase()));
-        refused.map(|status| refusal(phase, status).on(self.name.clone()))
+        self.received.read(Received::refusal).map(|refusal| refusal.on(self.name.clone()))
     }
 
     /// When the devices of a post-copy had been loaded, if they have.
@@ -154,16 +211,37 @@ impl ReturnPathReader {
         )
     }
 
-    /// Waits for SHUT(0). An error if something else ends the migration, or nothing does within `timeout`.
+    /// How long the destination took to load the device state, if it has said so.
+    pub(super) fn load_time(&self) -> Option<Duration> {
+        self.received.read(|received| received.load)
+    }
+
+    /// Waits for as long as the destination says, within each `timeout`, that it is alive.
+    fn wait_while_alive<R>(
+        &self,
+        timeout: Duration,
+        mut ready: impl FnMut(&mut Received) -> Option<R>,
+    ) -> Option<R> {
+        let mut signs = self.received.read(|received| received.signs);
+        loop {
+            if let Some(value) = self.received.wait(&self.stop, Some(timeout), &mut ready) {
+                return Some(value);
+            }
+            let now = self.received.read(|received| received.signs);
+            if self.stop.tripped() || now == signs {
+                return None;
+            }
+            signs = now;
+        }
+    }
+
+    /// Waits for SHUT(0). An error if something else ends the migration, or nothing comes within `timeout`, no sign of life either.
     pub(super) fn wait_for_shut(&self, timeout: Duration) -> Result<()> {
-        self.received.wait(&self.stop, Some(timeout), |received| received.arrived.then_some(())).ok_or_else(
-            || {
-                let detail = format!(
-                    "the destination did not confirm within {timeout:?}; it may run the guest or not"
-                );
-                Error::new(ErrorKind::Deadline, Phase::Commit, detail).on(self.name.clone())
-            },
-        )
+        self.wait_while_alive(timeout, |received| received.arrived.then_some(())).ok_or_else(|| {
+            let detail =
+                format!("the destination did not confirm within {timeout:?}; it may run the guest or not");
+            Error::new(ErrorKind::Deadline, Phase::Commit, detail).on(self.name.clone())
+        })
     }
 }
 
@@ -194,6 +272,14 @@ impl Worker {
                 ReturnEvent::Resumed => {
                     self.received.modify_and_notify(|received| received.resumed = true);
                 }
+                ReturnEvent::Alive => self.received.modify_silently(|received| received.signs += 1),
+                ReturnEvent::Failing(failure) => {
+                    self.received.modify_silently(|received| received.failure = Some(failure));
+                }
+                ReturnEvent::Loaded(time) => {
+                    self.received.modify_silently(|received| received.load = Some(time));
+                }
+                ReturnEvent::Unknown => {}
                 ReturnEvent::RequestPages { block, pages } => self.request(block, pages)?,
                 // Nothing here waits for it.
                 ReturnEvent::SwitchoverAck => {}
@@ -262,7 +348,7 @@ impl Worker {
             session.enter(MigrationState::PostcopyActive)?;
         }
         self.received.modify_and_notify(|received| {
-            received.pong = received.pong.max(value);
+            received.on_pong(value);
             received.loaded = received.loaded.or_else(|| loaded.then(Instant::now));
         });
         Ok(())
@@ -328,18 +414,16 @@ impl Worker {
     }
 
     fn refused(&self, status: u32) -> Error {
-        self.received.modify_and_notify(|received| received.refused = Some(status));
-        refusal(self.phase(), status)
+        let refusal = self.received.modify_and_notify(|received| {
+            received.refused = Some(status);
+            received.refusal()
+        });
+        refusal.unwrap_or_else(|| Error::bug(Phase::Active, "a refusal that is none"))
     }
 }
 
 /// How an alert in the clear begins: type 21, version 3.x. No message begins so.
 const TLS_ALERT: &[u8; 2] = &[21, 3];
-
-fn refusal(phase: Phase, status: u32) -> Error {
-    let detail = format!("the destination failed and reported status {status}");
-    Error::new(ErrorKind::PeerAborted(status), phase, detail)
-}
 
 #[cfg(test)]
 mod tests {

@@ -14,7 +14,7 @@ use super::*;
 use crate::testing::{LONG, spawn};
 use crate::{Arrival, DialOptions, Listener, TransportError};
 
-/// What a descriptor looks like that came from the parent process: nobody owns it, and it would
+/// What a descriptor looks like that came from the parent process: nothing owns it, and it would
 /// outlive an exec.
 fn inherited(descriptor: impl Into<OwnedFd>) -> Endpoint {
     let descriptor = descriptor.into();
@@ -61,7 +61,7 @@ fn a_connected_socket_is_a_channel_of_its_own() {
     let mut back = [0; 4];
     channel.recv_exact(&mut back).unwrap();
     assert_eq!(&back, b"back");
-    // Nobody else has it: the other side sees its end.
+    // Nothing else has it: the other side sees its end.
     drop(channel);
     let theirs = Channel::try_from(theirs).unwrap();
     theirs.recv_exact(&mut [0; 5]).unwrap();

@@ -187,7 +187,7 @@ fn a_record_that_stalls_times_out() {
     let error = other.recv_exact(&mut [0; 1000]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     assert!(error.to_string().contains("the timeout"), "{error}");
-    // Nobody takes what we send: it ends, too.
+    // The peer takes nothing of what we send: it ends, too.
     let (one, _other) = pair(credentials.client(), credentials.server());
     one.set_timeout(Some(BRIEF)).unwrap();
     let error = one.send_all(&vec![0; 64 << 20 /* bytes */]).unwrap_err();
@@ -292,18 +292,18 @@ fn a_peer_that_is_gone_is_an_error_for_a_sender() {
     }
     assert!(one.finish_sending().is_err());
     let (one, other) = pair(credentials.client(), credentials.server());
-    // An end that has all it wants and leaves does not hinder a goodbye.
+    // An end that has all it wants and leaves does not hinder a close_notify.
     drop(other);
     let _ = one.finish_sending();
 }
 
-/// Tickets and key updates that nobody reads must not be in the socket when it is closed: the reset
+/// Tickets and key updates that are not read must not be in the socket when it is closed: the reset
 /// would destroy what is under way.
 #[test]
 fn a_sender_that_never_receives_does_not_reset_the_connection() {
     let credentials = Credentials::new();
     let (one, other) = pair(credentials.client(), credentials.server().refresh_keys_after(bytes(1)));
-    // Key updates only: the server's data would be data that somebody must read.
+    // Key updates only: the server's data would be data that must be read.
     let receiver = spawn("tls-no-reset", move || {
         let mut received = 0;
         other.recv_each(32 << 20, &mut |data| received += data.len()).unwrap();

@@ -192,13 +192,13 @@ where
         ours.recv_exact(&mut received).unwrap();
         ours.send_all(&received).unwrap();
         ours.finish_sending().unwrap();
-        // The foreign end's goodbye.
+        // The foreign end's close_notify.
         assert_eq!(ours.recv(&mut [0; 8]).unwrap(), 0);
     });
     foreign.write_all(&sent).unwrap();
     foreign.flush().unwrap();
     let mut back = Vec::new();
-    // To the goodbye: rustls takes an end without it for an error.
+    // To the close_notify: rustls takes an end without it for an error.
     foreign.read_to_end(&mut back).unwrap();
     assert!(back[..4] == *b"QEVM" && back[4..] == sent);
     foreign.conn.send_close_notify();
@@ -293,10 +293,10 @@ fn rustls_suite() -> SupportedCipherSuite {
 #[test]
 fn an_end_between_records_is_an_end_with_and_without_a_goodbye() {
     let credentials = Credentials::new();
-    for goodbye in [true, false] {
+    for notified in [true, false] {
         let (one, other) = pair(credentials.client(), credentials.server());
         one.send_all(b"last").unwrap();
-        if goodbye {
+        if notified {
             one.finish_sending().unwrap();
             one.finish_sending().unwrap();
             assert!(one.send_all(b"x").is_err());
@@ -321,7 +321,7 @@ fn nothing_of_what_is_sent_is_seen_on_the_way() {
     let serving = Serving::tcp(credentials.server());
     let relay = relay::Relay::to(&serving.endpoint(), None, None);
     let (one, other) = say_hello(dial(&relay.endpoint, credentials.client()).unwrap(), &serving);
-    let secret = b"a page of the guest, which nobody else may read";
+    let secret = b"a page of the guest, which no other may read";
     one.send_all(&secret.repeat(1000)).unwrap();
     other.recv_each(secret.len() * 1000, &mut |_| {}).unwrap();
     other.send_all(secret).unwrap();
