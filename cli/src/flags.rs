@@ -161,6 +161,11 @@ pub(crate) struct Send {
     /// Ask the destination to confirm also behind exec:, whose command must pass on what it answers
     #[arg(long, conflicts_with = "no_return_path")]
     pub(crate) return_path: bool,
+    /// Start the guest at the destination at once, and have its RAM follow while it runs (QEMU: capability postcopy-ram)
+    #[arg(long, conflicts_with_all = ["mapped_ram", "no_return_path"])]
+    pub(crate) postcopy: bool,
+    #[command(flatten)]
+    pub(crate) following: Following,
     /// To file: give each page a fixed place, written by --channels threads
     #[arg(long)]
     pub(crate) mapped_ram: bool,
@@ -172,6 +177,28 @@ pub(crate) struct Send {
     pub(crate) zero_page_detection: Option<ZeroPageDetection>,
     #[command(flatten)]
     pub(crate) sockets: SourceSockets,
+}
+
+/// How RAM follows a guest that runs at the destination.
+#[derive(Debug, Args)]
+pub(crate) struct Following {
+    /// With --postcopy: a connection of its own for pages that the guest waits for (QEMU: capability postcopy-preempt)
+    #[arg(long, requires = "postcopy")]
+    pub(crate) postcopy_preempt: bool,
+    /// With --postcopy: limit of what goes before the guest asks for it, such as 100MiB/s; 0: unlimited. Default: unlimited
+    #[arg(long, value_name = "RATE", requires = "postcopy", value_parser = human::rate)]
+    pub(crate) max_postcopy_bandwidth: Option<Rate>,
+    /// With --postcopy: when the link breaks, dial again for this long, and go on where it broke (QEMU: migrate-recover).
+    /// Default: end with exit code 3
+    #[arg(long, value_name = "TIME", requires = "postcopy", value_parser = human::duration)]
+    pub(crate) recover: Option<Duration>,
+}
+
+impl Following {
+    /// Bytes per second of what nothing waits for.
+    pub(crate) fn max_bandwidth(&self) -> Option<NonZeroU64> {
+        self.max_postcopy_bandwidth.and_then(|Rate(rate)| rate)
+    }
 }
 
 #[derive(Debug, Args)]

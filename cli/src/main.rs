@@ -10,6 +10,7 @@ mod flags;
 mod human;
 mod inspect;
 mod outcome;
+mod postcopy;
 mod progress;
 mod receive;
 mod send;

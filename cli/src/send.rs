@@ -1,5 +1,7 @@
 //! `multifd send DIR URI`
 
+use std::time::Instant;
+
 use multifd_engine::{Checkpoint, Error, ErrorKind, Phase, Progress, Remedy, Report, ZeroCopyStats};
 use multifd_transports::Endpoint;
 use serde_json::json;
@@ -8,7 +10,7 @@ use crate::flags::{Common, Send};
 use crate::human::show_bytes;
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
-use crate::{signals, tls};
+use crate::{postcopy, signals, tls};
 
 pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
     let mut reached = None;
@@ -42,6 +44,7 @@ pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
 }
 
 fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Failure> {
+    let begun = Instant::now();
     let checkpoint = Checkpoint::open(&flags.dir)?;
     let mut builder = checkpoint
         .source()?
@@ -49,6 +52,9 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         .max_bandwidth(common.max_bandwidth())
         .mapped_ram(flags.mapped_ram)
         .direct_io(flags.direct_io)
+        .postcopy(flags.postcopy)
+        .postcopy_preempt(flags.following.postcopy_preempt)
+        .max_postcopy_bandwidth(flags.following.max_bandwidth())
         .timeout(common.timeout)
         .socket_options(flags.sockets.options())
         .channel_endpoints(flags.sockets.channel_uri.clone())
@@ -66,15 +72,24 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         builder = builder.tls(tls);
     }
     let source = builder.build()?;
+    let before_source = begun.elapsed();
     signals::cancel_on_signal(source.canceller());
     let progress = source.progress();
     let result = progress::shown(common, &progress, Lines::Watched, || {
         let mut precopy = source.connect(&flags.uri)?;
+        if flags.postcopy {
+            let postcopy = precopy.switch_to_postcopy(checkpoint.device_state())?;
+            return postcopy::serve(postcopy, &flags.uri, flags.following.recover);
+        }
         precopy.round()?;
         precopy.stop_copy()?.commit(checkpoint.device_state())
     });
     *reached = Some(progress.now());
-    Ok(result?)
+    let mut report = result?;
+    if let Some(run_after) = report.postcopy.as_mut().and_then(|postcopy| postcopy.run_after.as_mut()) {
+        *run_after += before_source;
+    }
+    Ok(report)
 }
 
 /// What must be the same at the destination, and where that says why it failed. `None` if the

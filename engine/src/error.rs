@@ -84,6 +84,8 @@ pub enum Phase {
     Connect,
     /// Device state moves, the guest is stopped.
     Device,
+    /// The guest runs at the destination, its RAM follows.
+    Postcopy,
     /// Headers and the list of RAM blocks.
     Setup,
 }
@@ -242,7 +244,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.phase)?;
         // A cancel, say, that came too late: the operator must not take it for one that came in time.
-        if self.handed_over && self.phase != Phase::Commit {
+        if self.handed_over && !matches!(self.phase, Phase::Commit | Phase::Postcopy) {
             f.write_str(", after the hand-over")?;
         }
         f.write_str(if self.channel.is_some() { ", " } else { ": " })?;
@@ -264,6 +266,7 @@ impl fmt::Display for Phase {
             Self::Commit => "commit",
             Self::Connect => "connect",
             Self::Device => "device",
+            Self::Postcopy => "post-copy",
             Self::Setup => "setup",
         })
     }

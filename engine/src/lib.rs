@@ -58,8 +58,8 @@ pub use run::counters::{ChannelProgress, Progress};
 pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, ProgressReader};
 pub use run::state::MigrationState;
 pub use source::{
-    AuditReport, Control, DeviceState, MissedPages, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats,
-    ZeroCopySend, ZeroCopyStats, ZeroPages,
+    AuditReport, Control, DeviceState, MissedPages, Postcopy, PostcopyReport, Precopy, Served, Source,
+    SourceBuilder, StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats, ZeroPages,
 };
 pub use stream::sections::EarlySections;
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::convergence::{DowntimeLedger, RoundRecord};
 use crate::run::counters::Progress;
 use crate::run::session::Session;
-use crate::source::{AuditReport, XbzrleStats, ZeroCopyStats};
+use crate::source::{AuditReport, PostcopyReport, XbzrleStats, ZeroCopyStats};
 
 /// The account of a migration that has ended well.
 #[derive(Clone, Debug)]
@@ -36,6 +36,8 @@ pub struct Report {
     pub xbzrle: Option<XbzrleStats>,
     /// What became of zero-copy sends, if there were any.
     pub zero_copy: Option<ZeroCopyStats>,
+    /// What a post-copy took, if there was one.
+    pub postcopy: Option<PostcopyReport>,
     /// What was compared with what had been sent, if [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for.
     pub audit: Option<AuditReport>,
     /// How its threads waited for pages, if the guest ran here before its RAM was here.
@@ -124,6 +126,7 @@ impl Report {
             xbzrle: None,
             zero_copy: None,
             faults: None,
+            postcopy: None,
             audit: None,
         }
     }
@@ -218,6 +221,9 @@ impl fmt::Display for Report {
                  {recoveries} recoveries",
                 fault_us.p50, fault_us.p99, fault_us.max
             )?;
+        }
+        if let Some(postcopy) = &self.postcopy {
+            write!(f, "\npost-copy    {postcopy}")?;
         }
         if !self.decisions.is_empty() {
             write!(f, "\nledger       {}", self.ledger)?;

@@ -30,8 +30,8 @@ pub struct HostMemory {
     file: Option<FileOffset>,
     /// `file`, if stores to the memory and writes to the file are the same thing.
     shared_file: Option<FileOffset>,
-    /// Of huge pages (hugetlbfs).
-    huge: bool,
+    /// Bytes in a page of the kernel's: more than [`PAGE`] for huge pages (hugetlbfs).
+    host_page: usize,
     // Owns the mapping; only its drop matters.
     _owner: Arc<dyn Any + Send + Sync>,
 }
@@ -52,9 +52,12 @@ impl HostMemory {
             NonNull::new(region.as_ptr()).ok_or_else(|| io::Error::other("region without an address"))?;
         let file = region.file_offset().cloned();
         let shared_file = file.clone().filter(|_| region.flags() & libc::MAP_SHARED != 0);
-        let huge =
-            region.flags() & libc::MAP_HUGETLB != 0 || file.as_ref().is_some_and(|file| is_huge(file.file()));
-        Ok(Self { start, len: region.size(), file, shared_file, huge, _owner: region })
+        let host_page = match file.as_ref().and_then(|file| huge_page_of(file.file())) {
+            Some(size) => size,
+            None if region.flags() & libc::MAP_HUGETLB != 0 => huge_page_of_flags(region.flags())?,
+            None => PAGE,
+        };
+        Ok(Self { start, len: region.size(), file, shared_file, host_page, _owner: region })
     }
 
     /// Maps the first `len` bytes of `file`, shared, for reading and writing. The file must be that
@@ -178,13 +181,18 @@ impl HostMemory {
         self.shared_file.as_ref().is_some_and(|file| {
             // SAFETY: the descriptor is open; the request takes no pointer.
             let flags = unsafe { libc::fcntl(file.file().as_raw_fd(), libc::F_GETFL) };
-            flags >= 0 && flags & libc::O_ACCMODE != libc::O_RDONLY && !self.huge
+            flags >= 0 && flags & libc::O_ACCMODE != libc::O_RDONLY && !self.is_huge()
         })
     }
 
     /// True for huge pages (hugetlbfs), also without a file.
     pub(super) fn is_huge(&self) -> bool {
-        self.huge
+        self.host_page > PAGE
+    }
+
+    /// Bytes in a page of the kernel's: 4096, or more for huge pages (hugetlbfs). Transparent huge pages are 4096.
+    pub fn host_page_size(&self) -> usize {
+        self.host_page
     }
 
     /// Which pages of the range are in memory.
@@ -330,12 +338,26 @@ fn probe(slice: &VolatileSlice<'_>, write: bool) -> io::Result<()> {
 /// HUGETLBFS_MAGIC of linux/magic.h.
 const HUGETLBFS_MAGIC: libc::__fsword_t = 0x958458f6;
 
-fn is_huge(file: &File) -> bool {
+fn huge_page_of(file: &File) -> Option<usize> {
     // SAFETY: statfs is plain data, for which zeros are valid.
     let mut statfs: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the descriptor is open; the call fills `statfs`.
     let done = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut statfs) };
-    done == 0 && statfs.f_type == HUGETLBFS_MAGIC
+    let huge = done == 0 && statfs.f_type == HUGETLBFS_MAGIC;
+    usize::try_from(statfs.f_bsize).ok().filter(|_| huge)
+}
+
+/// Bytes in a page of anonymous memory that was mapped with MAP_HUGETLB: in the flags, or the system's default.
+fn huge_page_of_flags(flags: i32) -> io::Result<usize> {
+    let shift = (flags >> libc::MAP_HUGE_SHIFT) & libc::MAP_HUGE_MASK;
+    if shift != 0 {
+        return 1_usize.checked_shl(shift.unsigned_abs()).ok_or_else(|| io::ErrorKind::InvalidInput.into());
+    }
+    let meminfo = std::fs::read_to_string("/proc/meminfo")?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("Hugepagesize:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok());
+    kib.and_then(|kib| kib.checked_mul(1024))
+        .ok_or_else(|| io::Error::other("/proc/meminfo does not say how large a huge page is"))
 }
 
 impl std::fmt::Debug for HostMemory {

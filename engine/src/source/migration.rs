@@ -3,21 +3,24 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use multifd_transports::PeerVanished;
-use multifd_wire::{Command, Configuration, HELLO_PING, RAM_PING, SETUP_PING};
+use multifd_transports::{Channel, PeerVanished};
+use multifd_wire::{Advise, Command, Configuration, HELLO_PING, RAM_PING, SETUP_PING};
 
 use super::alive::{Busy, KeepAlive};
 use super::audit::AuditReport;
 use super::carrier::Carrier;
 use super::control::Control;
 use super::device_state::DeviceState;
+use super::dialer::Dialer;
 use super::main_writer::MainWriter;
+use super::postcopy::{PostcopySettings, PreemptStyle};
 use super::return_path::ReturnPathReader;
 use super::rounds::RoundContext;
 use super::shared::SourceShared;
 use crate::convergence::DowntimeLedger;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Remedy, Result};
+use crate::guest::PAGE;
 use crate::report::Report;
 use crate::run::counters::Counters;
 use crate::run::session::{HandOver, NoteEnd};
@@ -47,6 +50,12 @@ pub(super) struct Migration {
     pub(super) alive: KeepAlive,
     /// Device sections that go before the end of RAM.
     pub(super) early: EarlySections,
+    /// Makes further connections.
+    pub(super) dialer: Dialer,
+    /// A post-copy may follow.
+    pub(super) postcopy: Option<PostcopySettings>,
+    /// Connected before the switch to post-copy.
+    pub(super) urgent_channel: Option<Arc<Channel>>,
     /// Send SWITCHOVER_START.
     pub(super) switchover_start: bool,
     pub(super) pause_before_switchover: bool,
@@ -63,10 +72,18 @@ pub(super) struct Migration {
 impl Migration {
     /// Header, configuration, return path, the list of blocks and the first sync point.
     pub(super) fn set_up(&mut self, configuration: &Configuration) -> Result<()> {
+        if self.postcopy.is_some_and(|settings| settings.preempt_style == PreemptStyle::AtSetup) {
+            self.open_urgent_channel()?;
+        }
         self.main.header(configuration);
         if self.return_path.is_some() {
             self.main.command(Command::OpenReturnPath)?;
             self.main.ping(HELLO_PING)?;
+        }
+        if self.postcopy.is_some() {
+            let page_sizes = self.shared.ram.host_page_sizes();
+            let advise = Advise { page_sizes, target_page: PAGE as u64 };
+            self.main.command(Command::PostcopyAdvise(Some(advise)))?;
         }
         self.main.raw(&self.early.before_ram)?;
         self.section(Section::Start)?;
@@ -84,6 +101,17 @@ impl Migration {
 
     /// The guest is paused: the last dirty bits, the last pages.
     pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger, busy: &Busy) -> Result<()> {
+        self.begin_switch_over(ledger, busy)?;
+        let begun = Instant::now();
+        self.section(Section::End)?;
+        self.ask_how_far(RAM_PING)?;
+        ledger.last_ram_us = micros(begun.elapsed());
+        self.audit = busy.rest(|| self.shared.ram.audit(&self.shared, &self.crew))?;
+        Ok(())
+    }
+
+    /// The guest is paused: the last dirty bits, and the announcement.
+    pub(super) fn begin_switch_over(&mut self, ledger: &mut DowntimeLedger, busy: &Busy) -> Result<()> {
         let begun = Instant::now();
         self.logs.last_sync(Phase::Active, &self.shared.ram.dirty)?;
         self.shared.ram.take_changes()?;
@@ -97,14 +125,9 @@ impl Migration {
         self.control.begin_switchover();
         self.alive.end_of_ram();
         self.enter(MigrationState::Device)?;
-        let begun = Instant::now();
         if self.switchover_start {
             self.main.command(Command::SwitchoverStart)?;
         }
-        self.section(Section::End)?;
-        self.ask_how_far(RAM_PING)?;
-        ledger.last_ram_us = micros(begun.elapsed());
-        self.audit = busy.rest(|| self.shared.ram.audit(&self.shared, &self.crew))?;
         Ok(())
     }
 

@@ -32,7 +32,7 @@ enum When {
 impl Fault {
     fn strike(self, control: &Control, destination: &mut Qemu) {
         match self {
-            Self::Cancel => control.cancel(),
+            Self::Cancel => assert!(control.cancel()),
             Self::Kill => {
                 let process = destination.process();
                 // Returns when the kernel has closed its sockets.
