@@ -77,7 +77,7 @@ macro_rules! counters {
                     ..Progress::default()
                 };
                 let parallel = lock(&self.parallel);
-                progress.channels = parallel.iter().filter(|channel| channel.name != URGENT).count() as u64;
+                progress.channels = parallel.len() as u64;
                 progress.per_channel.push(self.main.read());
                 progress.per_channel.extend(parallel.iter().map(|channel| channel.read()));
                 progress.per_channel.extend(lock(&self.urgent).iter().map(|channel| channel.read()));
@@ -142,9 +142,6 @@ pub(crate) struct ChannelCounters {
     counters: CachePadded<PerChannel>,
 }
 
-/// The name of a channel of pages that a guest waits for.
-const URGENT: &str = "urgent";
-
 /// What a source expects, as of the last bitmap sync.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Estimate {
@@ -175,11 +172,6 @@ impl Counters {
     /// Counts a parallel channel, with its bytes.
     pub(crate) fn channel(&self, id: u8, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
         self.parallel(ChannelCounters::new(format!("channel {id}")).with_bytes_of(channel))
-    }
-
-    /// Counts a channel of urgent pages, with its bytes; it is none of the parallel ones.
-    pub(crate) fn urgent(&self, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
-        self.parallel(ChannelCounters::new(URGENT.to_owned()).with_bytes_of(channel))
     }
 
     /// Counts a thread that moves pages between memory and a file; the bytes are main's.
