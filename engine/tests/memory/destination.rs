@@ -104,15 +104,21 @@ fn huge_pages_arrive_from_and_in_huge_pages() {
         Ok(pool) => pool,
         Err(why) => return crate::skip::skipped(&why),
     };
-    let huge = || block(map(READ_WRITE, PRIVATE | libc::MAP_HUGETLB, None, 3 * HUGE).unwrap());
+    // Reserved, unlike those of a VMM that overcommits: other tests may use the pool, too.
+    let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+    let huge = || block(map(READ_WRITE, private, None, 3 * HUGE).unwrap());
     let shared = || {
         let file = memfd(libc::MFD_HUGETLB, 3 * HUGE * PAGE).unwrap();
-        block(map(READ_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE, Some(file), 3 * HUGE).unwrap())
+        block(map(READ_WRITE, libc::MAP_SHARED, Some(file), 3 * HUGE).unwrap())
     };
     let small = || block(map(READ_WRITE, PRIVATE, None, 3 * HUGE).unwrap());
     for way in WAYS {
-        let pairs = [(huge(), small()), (small(), huge()), (shared(), shared())];
-        for (kind, (here, there)) in pairs.into_iter().enumerate() {
+        for kind in ["from", "in", "both"] {
+            let (here, there) = match kind {
+                "from" => (huge(), small()),
+                "in" => (small(), huge()),
+                _ => (shared(), shared()),
+            };
             // One huge page is in use, of which a part holds data; the others stay as they are.
             fill(&here, HUGE + 5..HUGE + 40);
             go(way, &here, &there, || ()).success(&way);

@@ -74,13 +74,6 @@ impl BlockSinks {
     pub(crate) fn new(announced: &[BlockEntry], blocks: &[RamBlock]) -> Result<Self> {
         RamBlock::check_all(blocks)
             .map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
-        let of_source = |block: &RamBlock| announced.iter().any(|entry| entry.name == *block.name());
-        if let Some(extra) = blocks.iter().find(|block| !of_source(block)) {
-            return Err(incompatible(format!(
-                "RAM block {} is here, and the source has none of that name: it would stay as it is",
-                extra.name()
-            )));
-        }
         let mut by_name = HashMap::with_capacity(announced.len());
         let mappings = Mappings::read()
             .inspect_err(|error| tracing::warn!(%error, "how guest memory is mapped cannot be seen"))
@@ -101,6 +94,13 @@ impl BlockSinks {
             let read_only = is_read_only(mappings.as_ref(), block)?;
             let sink = BlockSink::new(block, read_only, absent, &page_table);
             by_name.insert(entry.name.clone(), Arc::new(sink));
+        }
+        let of_source = |block: &RamBlock| announced.iter().any(|entry| entry.name == *block.name());
+        if let Some(extra) = blocks.iter().find(|block| !of_source(block)) {
+            return Err(incompatible(format!(
+                "RAM block {} is here, and the source has none of that name: it would stay as it is",
+                extra.name()
+            )));
         }
         Ok(Self(by_name))
     }
