@@ -12,6 +12,7 @@ mod inspect;
 mod outcome;
 mod progress;
 mod receive;
+mod sandbox;
 mod send;
 mod signals;
 mod sockets;
