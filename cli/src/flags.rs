@@ -87,6 +87,11 @@ pub(crate) struct Common {
     /// URI
     #[arg(long, global = true, value_name = "NAME", requires = "tls_dir")]
     pub(crate) tls_hostname: Option<String>,
+    /// Let the process open any file and start any program also once it reads what others wrote.
+    /// Default: only its own files, and no programs, where the kernel can see to it; no sandbox
+    /// with exec:
+    #[arg(long, global = true)]
+    pub(crate) no_sandbox: bool,
     /// One JSON object on stdout instead of a table
     #[arg(long, global = true)]
     pub(crate) json: bool,

@@ -13,6 +13,7 @@ mod outcome;
 mod postcopy;
 mod progress;
 mod receive;
+mod sandbox;
 mod send;
 mod signals;
 mod sockets;

@@ -12,6 +12,7 @@ use crate::flags::{Common, Receive};
 use crate::human::tell;
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
+use crate::sandbox::Sandbox;
 use crate::{signals, tls};
 
 pub(crate) fn run(flags: &Receive, common: &Common) -> Outcome {
@@ -29,6 +30,7 @@ pub(crate) fn run(flags: &Receive, common: &Common) -> Outcome {
 fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Failure> {
     let tls = tls::server(flags, common)?;
     let writer = CheckpointWriter::create(&flags.out)?;
+    Sandbox::new().filling(writer.folder()).listening(&flags.uri).enter(common);
     let mut builder = Destination::builder(writer.ram())
         .switchover_ack(flags.switchover_ack.into())
         .direct_io(flags.direct_io)

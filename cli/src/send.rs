@@ -10,6 +10,7 @@ use crate::flags::{Common, Send};
 use crate::human::show_bytes;
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
+use crate::sandbox::Sandbox;
 use crate::{postcopy, signals, tls};
 
 pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
@@ -72,6 +73,8 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         builder = builder.tls(tls);
     }
     let source = builder.build()?;
+    let sandbox = Sandbox::new().reading(&flags.dir).dialling(&flags.uri);
+    flags.sockets.channel_uri.iter().fold(sandbox, Sandbox::dialling).enter(common);
     let before_source = begun.elapsed();
     signals::cancel_on_signal(source.canceller());
     let progress = source.progress();

@@ -28,7 +28,7 @@ pub struct CheckpointWriter {
     blocks: Arc<Mutex<Vec<CheckpointBlock>>>,
     finished: bool,
     /// Last, so that the directory stays locked until it is removed.
-    _in_the_making: Partial,
+    in_the_making: Partial,
 }
 
 /// Makes a sparse file for every block that the source announces.
@@ -66,11 +66,16 @@ impl CheckpointWriter {
             partial,
             blocks: Arc::default(),
             finished: false,
-            _in_the_making: in_the_making,
+            in_the_making,
         };
         let ram = writer.partial.join("ram");
         partial::private_dir(&ram).map_err(|error| storage("making directory", &ram, error))?;
         Ok(writer)
+    }
+
+    /// Where the files are until the checkpoint gets its name, beside which it is.
+    pub fn folder(&self) -> &Path {
+        &self.partial
     }
 
     /// The memory for a destination that fills this checkpoint.
@@ -197,7 +202,7 @@ impl Drop for CheckpointWriter {
         if self.finished {
             return;
         }
-        if let Err(error) = fs::remove_dir_all(&self.partial) {
+        if let Err(error) = self.in_the_making.remove(&self.partial) {
             tracing::warn!(%error, path = %self.partial.display(), "an unfinished checkpoint is left");
         }
     }
