@@ -87,9 +87,22 @@ pub(crate) struct Common {
     /// URI
     #[arg(long, global = true, value_name = "NAME", requires = "tls_dir")]
     pub(crate) tls_hostname: Option<String>,
+    /// Let the process open any file and start any program also once it reads what others wrote.
+    /// Default: only its own files, and no programs, where the kernel can see to it; no sandbox
+    /// with exec:
+    #[arg(long, global = true)]
+    pub(crate) no_sandbox: bool,
     /// One JSON object on stdout instead of a table
     #[arg(long, global = true)]
     pub(crate) json: bool,
+    /// How progress is told on stderr; auto: a line that is rewritten on a terminal, else a line
+    /// every few seconds; json: an event a second, one a line
+    #[arg(long, global = true, value_enum, value_name = "HOW", default_value_t = ProgressKind::Auto)]
+    pub(crate) progress: ProgressKind,
+    /// Do not let the system write this process into a core dump, nor others of this user look into
+    /// it: it holds the guest's RAM and keys. The RAM itself is never in one
+    #[arg(long, global = true)]
+    pub(crate) no_core_dump: bool,
     /// No progress
     #[arg(short, long, global = true)]
     pub(crate) quiet: bool,
@@ -112,6 +125,22 @@ pub(crate) struct Receive {
     /// when the source has nothing left to send and waits
     #[arg(long, value_enum, default_value_t = Ack::Auto)]
     pub(crate) switchover_ack: Ack,
+    /// When the link breaks after the source has switched to post-copy, listen again at the same
+    /// address, for this long each time. Default: fail, and leave the rest of the guest at the source
+    #[arg(long, value_name = "TIME", value_parser = human::duration)]
+    pub(crate) recover: Option<Duration>,
+    /// Refuse a guest with more RAM than this, such as 64G; 0: no limit. Default: what is free in the
+    /// file system of --out, since a source decides how much of its RAM is not zero
+    #[arg(long, value_name = "SIZE", value_parser = human::size)]
+    pub(crate) max_ram: Option<u64>,
+    /// Memory that the source can make this process use, all channels together, files in the page
+    /// cache apart
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = human::size)]
+    pub(crate) max_memory: u64,
+    /// Give up when the guest has not come whole after this time, however it comes. Default: never,
+    /// as long as a byte comes within --timeout
+    #[arg(long, value_name = "TIME", value_parser = human::duration)]
+    pub(crate) deadline: Option<Duration>,
     /// With TLS: accept a source whose certificate has this subject (CN=host,O=Example) or
     /// alternative name (host.example); * is any text. May be repeated. Default: every source with
     /// a certificate of the CA
@@ -137,6 +166,11 @@ pub(crate) struct Send {
     /// Ask the destination to confirm also behind exec:, whose command must pass on what it answers
     #[arg(long, conflicts_with = "no_return_path")]
     pub(crate) return_path: bool,
+    /// Start the guest at the destination at once, and have its RAM follow while it runs (QEMU: capability postcopy-ram)
+    #[arg(long, conflicts_with_all = ["mapped_ram", "no_return_path"])]
+    pub(crate) postcopy: bool,
+    #[command(flatten)]
+    pub(crate) following: Following,
     /// To file: give each page a fixed place, written by --channels threads
     #[arg(long)]
     pub(crate) mapped_ram: bool,
@@ -148,6 +182,28 @@ pub(crate) struct Send {
     pub(crate) zero_page_detection: Option<ZeroPageDetection>,
     #[command(flatten)]
     pub(crate) sockets: SourceSockets,
+}
+
+/// How RAM follows a guest that runs at the destination.
+#[derive(Debug, Args)]
+pub(crate) struct Following {
+    /// With --postcopy: a connection of its own for pages that the guest waits for (QEMU: capability postcopy-preempt)
+    #[arg(long, requires = "postcopy")]
+    pub(crate) postcopy_preempt: bool,
+    /// With --postcopy: limit of what goes before the guest asks for it, such as 100MiB/s; 0: unlimited. Default: unlimited
+    #[arg(long, value_name = "RATE", requires = "postcopy", value_parser = human::rate)]
+    pub(crate) max_postcopy_bandwidth: Option<Rate>,
+    /// With --postcopy: when the link breaks, dial again for this long, and go on where it broke (QEMU: migrate-recover).
+    /// Default: end with exit code 3
+    #[arg(long, value_name = "TIME", requires = "postcopy", value_parser = human::duration)]
+    pub(crate) recover: Option<Duration>,
+}
+
+impl Following {
+    /// Bytes per second of what nothing waits for.
+    pub(crate) fn max_bandwidth(&self) -> Option<NonZeroU64> {
+        self.max_postcopy_bandwidth.and_then(|Rate(rate)| rate)
+    }
 }
 
 #[derive(Debug, Args)]
@@ -237,6 +293,14 @@ pub(crate) struct Convergence {
     /// Total time after which to give up
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) deadline: Option<Duration>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProgressKind {
+    Auto,
+    Json,
+    Lines,
+    None,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

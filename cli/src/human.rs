@@ -17,6 +17,19 @@ pub(crate) fn tell(text: impl Display) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
+/// The text with control characters written out, `\u{1b}`: names that a peer chose, or what a command
+/// said, must not steer a terminal or begin a line of their own.
+pub(crate) fn visible(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            c if c.is_control() || ('\u{202a}'..='\u{202e}').contains(&c) => out.extend(c.escape_default()),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
 const RATE_GRAMMAR: &str =
     "NUMBER with K, M, G, T (times 1024), KB.. (times 1000), KiB.., or kbit, Mbit, Gbit, then /s if you like";
 const SIZE_GRAMMAR: &str = "NUMBER with K, M, G, T or KiB.. (times 1024), KB.. (times 1000)";
@@ -144,6 +157,13 @@ mod tests {
         assert_eq!(bytes("1.5MB/s"), Some(1_500_000));
         assert_eq!(bytes("10 Mbit"), Some(1_250_000));
         assert_eq!(bytes("0"), None);
+    }
+
+    #[test]
+    fn what_a_peer_says_cannot_steer_a_terminal() {
+        let text = "block \"\u{1b}]0;x\u{7}\" \u{9b}2J\r\nmultifd: all is well, é \u{202e}txt";
+        let shown = visible(text);
+        assert_eq!(shown, "block \"\\u{1b}]0;x\\u{7}\" \\u{9b}2J\\r\\nmultifd: all is well, é \\u{202e}txt");
     }
 
     #[test]

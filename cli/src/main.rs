@@ -10,8 +10,10 @@ mod flags;
 mod human;
 mod inspect;
 mod outcome;
+mod postcopy;
 mod progress;
 mod receive;
+mod sandbox;
 mod send;
 mod signals;
 mod sockets;
@@ -32,6 +34,12 @@ fn main() -> ExitCode {
         return ExitCode::from(outcome::FAILED);
     }
     let flags = Flags::parse();
+    if flags.common.no_core_dump
+        && let Err(error) = nix::sys::prctl::set_dumpable(false)
+    {
+        human::tell(format_args!("multifd: core dumps cannot be switched off: {error}"));
+        return ExitCode::from(outcome::FAILED);
+    }
     if !flags.command.migrates() {
         signals::end_on_signal();
     }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::flags::Common;
-use crate::human::tell;
+use crate::human::{self, tell};
 
 /// Why a migration, or its preparation, has failed.
 pub(crate) enum Failure {
@@ -26,6 +26,7 @@ impl From<Error> for Failure {
 pub(crate) struct Outcome {
     status: Status,
     error: Option<String>,
+    hint: Option<String>,
     code: u8,
     table: String,
     keys: Map<String, Value>,
@@ -50,12 +51,15 @@ impl Outcome {
     pub(crate) fn migrated(report: &Report, extra: &str) -> Self {
         let mut outcome = Self::shown(format!("{report}\n{extra}"), json!({}));
         outcome.keys = object(json!(report.figures()));
-        outcome
+        match report.postcopy {
+            Some(postcopy) => outcome.with("postcopy", json!(postcopy)),
+            None => outcome,
+        }
     }
 
     /// Something to look at.
     pub(crate) fn shown(table: String, keys: Value) -> Self {
-        Self { status: Status::Completed, error: None, code: DONE, table, keys: object(keys) }
+        Self { status: Status::Completed, error: None, hint: None, code: DONE, table, keys: object(keys) }
     }
 
     /// An empty result: the output was written elsewhere.
@@ -73,7 +77,14 @@ impl Outcome {
             Failure::Usage(reason) => (Status::Failed, USAGE, reason.clone()),
         };
         let figures = Figures::so_far(&progress.unwrap_or_default());
-        Self { status, error: Some(text), code, table: String::new(), keys: object(json!(figures)) }
+        Self {
+            status,
+            error: Some(text),
+            hint: None,
+            code,
+            table: String::new(),
+            keys: object(json!(figures)),
+        }
     }
 
     /// Failed for a reason outside of a migration.
@@ -81,10 +92,17 @@ impl Outcome {
         Self {
             status: Status::Failed,
             error: Some(error),
+            hint: None,
             code: FAILED,
             table: String::new(),
             keys: Map::new(),
         }
+    }
+
+    /// Adds what the operator may look at.
+    pub(crate) fn hinting(mut self, hint: Option<String>) -> Self {
+        self.hint = hint;
+        self
     }
 
     /// Adds a key to the JSON object.
@@ -96,12 +114,18 @@ impl Outcome {
     /// Prints the result and gives the exit code.
     pub(crate) fn report(self, common: &Common) -> ExitCode {
         if let Some(error) = &self.error {
-            tell(format_args!("multifd: {error}"));
+            tell(format_args!("multifd: {}", human::visible(error)));
+        }
+        if let Some(hint) = &self.hint {
+            tell(format_args!("  {}", human::visible(hint)));
         }
         if common.json {
             let mut keys = Map::new();
             keys.insert("status".to_owned(), json!(self.status));
             keys.insert("error".to_owned(), json!(self.error));
+            if let Some(hint) = &self.hint {
+                keys.insert("hint".to_owned(), json!(hint));
+            }
             keys.extend(self.keys);
             print(&format!("{:#}\n", Value::Object(keys)));
         } else {
@@ -124,6 +148,7 @@ fn status_and_code(error: &Error) -> (Status, u8) {
 /// The error, and the flag that may help.
 fn with_remedy(error: &Error) -> String {
     match error.remedy() {
+        Some(Remedy::RaiseMaxRam) => format!("{} (see --max-ram)", error.chain()),
         Some(Remedy::SetUpTls) => format!("{} (see --tls-dir)", error.chain()),
         _ => error.chain(),
     }

@@ -1,4 +1,5 @@
-//! The live line: one that is rewritten on a terminal, one a round otherwise, none with `-q`.
+//! How far a migration has come, on the standard error: a line that is rewritten on a terminal, a line
+//! every few seconds elsewhere, or JSON; nothing with `-q`.
 
 use std::io::IsTerminal;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -6,13 +7,24 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use multifd_engine::{PAGE, Progress, ProgressReader, RoundRecord};
+use multifd_engine::{Progress, ProgressReader, RoundRecord};
+use serde_json::json;
 
-use crate::flags::Common;
-use crate::human::{show_bytes, tell};
+use crate::flags::{Common, ProgressKind};
+use crate::human::tell;
+
+mod snapshot;
+
+use snapshot::{Meter, Snapshot};
 
 /// Between two looks at the counters.
 const INTERVAL: Duration = Duration::from_millis(200);
+
+/// Between two lines where there is no terminal.
+const LINES_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Between two JSON events.
+const EVENTS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Where one line a round goes if there is no terminal.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -23,6 +35,26 @@ pub(crate) enum Lines {
     Told,
 }
 
+/// What is written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Bar,
+    Events,
+    Lines,
+    Nothing,
+}
+
+fn form(common: &Common) -> Form {
+    match common.progress {
+        _ if common.quiet => Form::Nothing,
+        ProgressKind::None => Form::Nothing,
+        ProgressKind::Json => Form::Events,
+        ProgressKind::Lines => Form::Lines,
+        ProgressKind::Auto if std::io::stderr().is_terminal() => Form::Bar,
+        ProgressKind::Auto => Form::Lines,
+    }
+}
+
 /// Runs `work` and shows `progress` meanwhile.
 pub(crate) fn shown<T>(
     common: &Common,
@@ -30,17 +62,18 @@ pub(crate) fn shown<T>(
     lines: Lines,
     work: impl FnOnce() -> T,
 ) -> T {
-    if common.quiet {
+    let form = form(common);
+    if form == Form::Nothing {
         return work();
     }
     let (done, finished) = channel::<()>();
     thread::scope(|scope| {
         scope.spawn(move || {
-            let mut display = Display::new(lines);
+            let mut display = Display::new(form, lines);
             while let Err(RecvTimeoutError::Timeout) = finished.recv_timeout(INTERVAL) {
-                display.update(&progress.now());
+                display.update(&progress.now(), Instant::now());
             }
-            display.end();
+            display.end(&progress.now(), Instant::now());
         });
         let result = work();
         drop(done);
@@ -50,10 +83,7 @@ pub(crate) fn shown<T>(
 
 /// Progress of work that is not a migration: on a terminal only, as there are no rounds to report.
 pub(crate) fn bar(common: &Common, template: &str) -> ProgressBar {
-    if common.quiet || !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    drawn(template)
+    if form(common) == Form::Bar { drawn(template) } else { ProgressBar::hidden() }
 }
 
 fn drawn(template: &str) -> ProgressBar {
@@ -65,50 +95,65 @@ fn drawn(template: &str) -> ProgressBar {
 }
 
 /// Reports a finished round of a live source, where there is no live line.
-pub(crate) fn line(round: &RoundRecord) {
-    if !std::io::stderr().is_terminal() {
-        tell(round);
+pub(crate) fn line(common: &Common, round: &RoundRecord) {
+    match form(common) {
+        Form::Lines => tell(round),
+        Form::Events => tell(json!({ "event": "round", "round": round })),
+        Form::Bar | Form::Nothing => {}
     }
 }
 
 struct Display {
+    form: Form,
     bar: Option<ProgressBar>,
     lines: Lines,
-    rounds: u64,
-    last: (Instant, u64),
+    meter: Meter,
+    /// What was written last, and when.
+    told: Option<(Snapshot, Instant)>,
 }
 
 impl Display {
-    fn new(lines: Lines) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| drawn("{bar:24} {msg}"));
-        Self { bar, lines, rounds: 0, last: (Instant::now(), 0) }
+    fn new(form: Form, lines: Lines) -> Self {
+        let bar = (form == Form::Bar).then(|| drawn("{bar:24} {msg}"));
+        Self { form, bar, lines, meter: Meter::new(Instant::now()), told: None }
     }
 
-    fn update(&mut self, now: &Progress) {
-        let (then, wire) = std::mem::replace(&mut self.last, (Instant::now(), now.wire_bytes));
-        let seconds = then.elapsed().as_secs_f64();
-        let rate = (now.wire_bytes - wire) as f64 * 8.0 / seconds / 1e9;
-        let pages = now.pages_normal + now.pages_zero + now.pages_xbzrle;
-        let message = format!(
-            "round {}  {} of {}  wire {}  {rate:.2} Gbit/s",
-            now.rounds,
-            show_bytes(pages * PAGE as u64),
-            show_bytes(now.ram_bytes),
-            show_bytes(now.wire_bytes)
-        );
+    fn update(&mut self, progress: &Progress, now: Instant) {
+        let snapshot = self.meter.measure(progress, now);
         if let Some(bar) = &self.bar {
-            bar.set_length(now.ram_bytes);
-            bar.set_position((pages * PAGE as u64).min(now.ram_bytes));
-            bar.set_message(message);
-        } else if now.rounds > self.rounds && self.lines == Lines::Watched {
-            self.rounds = now.rounds;
-            tell(&message);
+            // A length of 0 would be a full bar.
+            bar.set_length(snapshot.ram_bytes.max(1));
+            bar.set_position(snapshot.done_bytes.min(snapshot.ram_bytes));
+            bar.set_message(snapshot.to_string());
+        } else if self.is_due(&snapshot, now) {
+            self.write(snapshot, now);
         }
     }
 
-    fn end(self) {
+    /// The first time that anything has come, then at intervals; lines also with each new round.
+    fn is_due(&self, snapshot: &Snapshot, now: Instant) -> bool {
+        let interval = if self.form == Form::Events { EVENTS_INTERVAL } else { LINES_INTERVAL };
+        match &self.told {
+            _ if snapshot.wire_bytes == 0 => false,
+            None => self.lines == Lines::Watched || self.form == Form::Events,
+            Some((last, _)) if last.rounds < snapshot.rounds && self.lines == Lines::Watched => true,
+            Some((_, at)) => now.duration_since(*at) >= interval,
+        }
+    }
+
+    fn write(&mut self, snapshot: Snapshot, now: Instant) {
+        match self.form {
+            Form::Events => tell(snapshot.event("progress")),
+            _ => tell(&snapshot),
+        }
+        self.told = Some((snapshot, now));
+    }
+
+    fn end(mut self, progress: &Progress, now: Instant) {
         if let Some(bar) = self.bar {
             bar.finish_and_clear();
+        } else if self.form == Form::Events {
+            tell(self.meter.measure(progress, now).event("end"));
         }
     }
 }

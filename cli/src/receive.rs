@@ -1,14 +1,18 @@
 //! `multifd receive URI --out DIR`
 
+use std::path::Path;
+
 use multifd_codecs::Codecs;
 use multifd_engine::{CheckpointWriter, Destination, Progress, Report};
 use multifd_transports::Endpoint;
+use nix::sys::statvfs::statvfs;
 use serde_json::json;
 
 use crate::flags::{Common, Receive};
 use crate::human::tell;
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
+use crate::sandbox::Sandbox;
 use crate::{signals, tls};
 
 pub(crate) fn run(flags: &Receive, common: &Common) -> Outcome {
@@ -26,16 +30,28 @@ pub(crate) fn run(flags: &Receive, common: &Common) -> Outcome {
 fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Failure> {
     let tls = tls::server(flags, common)?;
     let writer = CheckpointWriter::create(&flags.out)?;
+    Sandbox::new().filling(writer.folder()).listening(&flags.uri).enter(common);
     let mut builder = Destination::builder(writer.ram())
         .switchover_ack(flags.switchover_ack.into())
         .direct_io(flags.direct_io)
+        .postcopy(true)
         .timeout(common.timeout)
+        .max_memory(flags.max_memory)
+        .deadline(flags.deadline)
         .socket_options(flags.sockets.options());
+    match flags.max_ram {
+        Some(0) => {}
+        Some(limit) => builder = builder.max_ram(limit),
+        None => builder = builder.max_ram(free_space(&flags.out)?),
+    }
     if let Some(channels) = common.channels {
         builder = builder.channels(channels);
     }
     if let Some(choice) = common.codec {
         builder = builder.codecs(Codecs::empty().with(choice.codec()));
+    }
+    if let Some(limit) = flags.recover {
+        builder = builder.recover(limit);
     }
     if let Some(tls) = tls {
         builder = builder.tls(tls);
@@ -59,4 +75,13 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     });
     *reached = Some(progress.now());
     Ok(result?)
+}
+
+/// Bytes that are free where the checkpoint will be.
+fn free_space(out: &Path) -> Result<u64, Failure> {
+    let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let found = statvfs(parent).map_err(|error| {
+        Failure::Usage(format!("{}: free space cannot be told: {error}; see --max-ram", parent.display()))
+    })?;
+    Ok(found.blocks_available().saturating_mul(found.fragment_size()))
 }

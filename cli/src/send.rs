@@ -1,13 +1,17 @@
 //! `multifd send DIR URI`
 
-use multifd_engine::{Checkpoint, Progress, Report, ZeroCopyStats};
+use std::time::Instant;
+
+use multifd_engine::{Checkpoint, Error, ErrorKind, Phase, Progress, Remedy, Report, ZeroCopyStats};
 use multifd_transports::Endpoint;
 use serde_json::json;
 
 use crate::flags::{Common, Send};
+use crate::human::show_bytes;
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
-use crate::{signals, tls};
+use crate::sandbox::Sandbox;
+use crate::{postcopy, signals, tls};
 
 pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
     let mut reached = None;
@@ -28,11 +32,20 @@ pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
                 None => outcome,
             }
         }
-        Err(error) => Outcome::failed(&error, reached),
+        Err(failure) => {
+            let hint = match &failure {
+                Failure::Migration(error) if error.remedy() == Some(Remedy::CompareSettings) => {
+                    settings_to_compare(flags, common, error)
+                }
+                _ => None,
+            };
+            Outcome::failed(&failure, reached).hinting(hint)
+        }
     }
 }
 
 fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Failure> {
+    let begun = Instant::now();
     let checkpoint = Checkpoint::open(&flags.dir)?;
     let mut builder = checkpoint
         .source()?
@@ -40,6 +53,9 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         .max_bandwidth(common.max_bandwidth())
         .mapped_ram(flags.mapped_ram)
         .direct_io(flags.direct_io)
+        .postcopy(flags.postcopy)
+        .postcopy_preempt(flags.following.postcopy_preempt)
+        .max_postcopy_bandwidth(flags.following.max_bandwidth())
         .timeout(common.timeout)
         .socket_options(flags.sockets.options())
         .channel_endpoints(flags.sockets.channel_uri.clone())
@@ -57,13 +73,52 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         builder = builder.tls(tls);
     }
     let source = builder.build()?;
+    let sandbox = Sandbox::new().reading(&flags.dir).dialling(&flags.uri);
+    flags.sockets.channel_uri.iter().fold(sandbox, Sandbox::dialling).enter(common);
+    let before_source = begun.elapsed();
     signals::cancel_on_signal(source.canceller());
     let progress = source.progress();
     let result = progress::shown(common, &progress, Lines::Watched, || {
         let mut precopy = source.connect(&flags.uri)?;
+        if flags.postcopy {
+            let postcopy = precopy.switch_to_postcopy(checkpoint.device_state())?;
+            return postcopy::serve(postcopy, &flags.uri, flags.following.recover);
+        }
         precopy.round()?;
         precopy.stop_copy()?.commit(checkpoint.device_state())
     });
     *reached = Some(progress.now());
-    Ok(result?)
+    let mut report = result?;
+    if let Some(run_after) = report.postcopy.as_mut().and_then(|postcopy| postcopy.run_after.as_mut()) {
+        *run_after += before_source;
+    }
+    Ok(report)
+}
+
+/// What must be the same at the destination, and where that says why it failed. `None` if the
+/// checkpoint cannot be read any more.
+fn settings_to_compare(flags: &Send, common: &Common, error: &Error) -> Option<String> {
+    let checkpoint = Checkpoint::open(&flags.dir).ok()?;
+    let manifest = checkpoint.manifest();
+    let channels = common.channels.unwrap_or(0);
+    let guess = match (error.kind(), error.phase()) {
+        (ErrorKind::Transport, Phase::Connect) => "It takes fewer channels than these, it seems. ",
+        (ErrorKind::Deadline, Phase::Active | Phase::Setup) => {
+            "It waits for more channels than these, it seems. "
+        }
+        _ => "",
+    };
+    let multifd = match channels {
+        0 => "capability multifd off".to_owned(),
+        channels => {
+            let codec = common.codec.map_or("none", |choice| choice.family().name());
+            format!("capability multifd on, multifd-channels {channels}, multifd-compression {codec}")
+        }
+    };
+    let blocks = manifest.blocks.iter().map(|block| format!("{} {}", block.idstr, show_bytes(block.length)));
+    Some(format!(
+        "{guess}The destination's own log says why (a QEMU's standard error). To compare with it: {multifd}; machine {}; RAM and ROM {}",
+        manifest.machine,
+        blocks.collect::<Vec<_>>().join(", "),
+    ))
 }

@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use multifd_engine::{Canceller, HandOver};
+use nix::sys::signal::{SigSet, Signal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
@@ -47,6 +48,10 @@ pub(crate) fn install() -> io::Result<()> {
     // Handled, so that a file that grows past the limit of the process is an error of the write, as
     // on a full disk. Not ignored, which commands behind exec: would inherit.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
+    // A parent that blocked them for itself has handed that on; no thread could get them then. Before
+    // any other thread is there.
+    let ours = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGXFSZ];
+    ours.into_iter().collect::<SigSet>().thread_unblock()?;
     let mut handled = vec![SIGINT, SIGQUIT, SIGTERM];
     // nohup is there so that this does not end the process.
     handled.extend(Some(SIGHUP).filter(|signal| (ignored() >> (signal - 1)) & 1 == 0));

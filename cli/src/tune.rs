@@ -12,6 +12,7 @@ use serde_json::json;
 use crate::flags::{Common, Rate, Tune};
 use crate::outcome::Outcome;
 use crate::progress;
+use crate::sandbox::Sandbox;
 
 pub(crate) fn run(flags: &Tune, common: &Common) -> Outcome {
     match tune(flags, common) {
@@ -33,6 +34,12 @@ fn tune(flags: &Tune, common: &Common) -> Result<Findings, String> {
         file.map(|file| (file, path)).map_err(|error| unwritten(path, &error))
     });
     let page = page.transpose()?;
+    let sandbox = Sandbox::new().connecting();
+    match &flags.source {
+        Some(source) => sandbox.at_rest(source),
+        None => sandbox.all_files(),
+    }
+    .enter(common);
     let bar = progress::bar(common, "{bar:24} {percent} % {msg}");
     let findings = multifd_tune::find(&config(flags, common), &|progress| {
         bar.set_length(progress.total);

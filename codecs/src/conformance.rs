@@ -21,15 +21,24 @@ use crate::error::DecodeFailed;
 /// # Panics
 /// At the first rule that `codec` breaks, with the rule and what was seen instead.
 pub fn check(codec: &dyn Codec) {
-    names_are_for_people(codec);
-    no_pages_need_no_payload(codec);
-    every_batch_comes_back(codec);
-    streams_are_long(codec);
-    channels_are_independent(codec);
-    wrong_page_counts_are_refused(codec);
-    wrong_lengths_are_refused(codec);
-    damage_is_contained(codec);
+    for (_, check) in CHECKS {
+        check(codec);
+    }
 }
+
+type Check = fn(&dyn Codec);
+
+/// Each with its name. For each there is a codec that only it finds wrong (`tests.rs`).
+const CHECKS: [(&str, Check); 8] = [
+    ("names_are_for_people", names_are_for_people),
+    ("no_pages_need_no_payload", no_pages_need_no_payload),
+    ("every_batch_comes_back", every_batch_comes_back),
+    ("streams_are_long", streams_are_long),
+    ("channels_are_independent", channels_are_independent),
+    ("wrong_page_counts_are_refused", wrong_page_counts_are_refused),
+    ("wrong_lengths_are_refused", wrong_lengths_are_refused),
+    ("damage_is_contained", damage_is_contained),
+];
 
 fn names_are_for_people(codec: &dyn Codec) {
     let (name, described) = (codec.name(), codec.describe());
@@ -206,19 +215,35 @@ impl Channel {
         assert!(received.is_err(), "{what}: the decoder went on after its error");
     }
 
-    /// Decodes into the middle of a larger buffer, and sees that the rest is left alone.
+    /// Decodes, and sees that only the pages are written to.
     fn decode(&mut self, payload: &[u8], len: usize, what: &str) -> (Result<(), DecodeFailed>, Vec<u8>) {
-        const GUARD: [u8; 64] = [0xa5; 64];
-        let mut memory = GUARD.to_vec();
-        memory.resize(GUARD.len() + len, 0x5a);
-        memory.extend_from_slice(&GUARD);
-        let pages = memory.get_mut(GUARD.len()..GUARD.len() + len).unwrap_or_default();
-        let received = self.decoder.recv_pages(payload, pages);
-        let whole = memory.starts_with(&GUARD) && memory.ends_with(&GUARD);
-        assert!(whole, "{what}: recv_pages() wrote outside of its pages");
-        memory.drain(..GUARD.len());
-        memory.truncate(len);
-        (received, memory)
+        let mut memory = Guarded::new(len);
+        let received = self.decoder.recv_pages(payload, memory.pages());
+        assert!(memory.is_whole(), "{what}: recv_pages() wrote outside of its pages");
+        (received, memory.pages().to_vec())
+    }
+}
+
+/// Pages in the middle of a larger buffer.
+struct Guarded {
+    memory: Vec<u8>,
+    len: usize,
+}
+
+impl Guarded {
+    const GUARD: [u8; 64] = [0xa5; 64];
+
+    fn new(len: usize) -> Self {
+        Self { memory: [&Self::GUARD, vec![0x5a; len].as_slice(), &Self::GUARD].concat(), len }
+    }
+
+    fn pages(&mut self) -> &mut [u8] {
+        let pages = Self::GUARD.len()..Self::GUARD.len() + self.len;
+        self.memory.get_mut(pages).unwrap_or_else(|| panic!("the guards are around {} bytes", self.len))
+    }
+
+    fn is_whole(&self) -> bool {
+        self.memory.starts_with(&Self::GUARD) && self.memory.ends_with(&Self::GUARD)
     }
 }
 

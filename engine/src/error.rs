@@ -61,6 +61,11 @@ pub enum ErrorKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Remedy {
+    /// The destination ended the migration, or waits for something else: its own log says why. Number of channels, codec,
+    /// machine type, sizes of RAM and ROM, or TLS may be set differently at the two ends.
+    CompareSettings,
+    /// The guest has more RAM than this end was told to take: allow more, or find room for it.
+    RaiseMaxRam,
     /// The peer speaks TLS: give this end credentials, too.
     SetUpTls,
 }
@@ -79,6 +84,8 @@ pub enum Phase {
     Connect,
     /// Device state moves, the guest is stopped.
     Device,
+    /// The guest runs at the destination, its RAM follows.
+    Postcopy,
     /// Headers and the list of RAM blocks.
     Setup,
 }
@@ -237,7 +244,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.phase)?;
         // A cancel, say, that came too late: the operator must not take it for one that came in time.
-        if self.handed_over && self.phase != Phase::Commit {
+        if self.handed_over && !matches!(self.phase, Phase::Commit | Phase::Postcopy) {
             f.write_str(", after the hand-over")?;
         }
         f.write_str(if self.channel.is_some() { ", " } else { ": " })?;
@@ -259,6 +266,7 @@ impl fmt::Display for Phase {
             Self::Commit => "commit",
             Self::Connect => "connect",
             Self::Device => "device",
+            Self::Postcopy => "post-copy",
             Self::Setup => "setup",
         })
     }

@@ -42,7 +42,10 @@ pub use at_rest::recording::{
 };
 pub use config::{DestinationConfig, SourceConfig, parameter, rule};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
-pub use destination::{Arrived, Destination, DestinationBuilder, DevicePacket, IncomingRam, SwitchoverAck};
+pub use destination::{
+    Arrived, Destination, DestinationBuilder, DevicePacket, Incoming, IncomingRam, PostcopyEnd,
+    PostcopyGuest, SwitchoverAck,
+};
 pub use dirty::{
     Coverage, DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance,
 };
@@ -50,13 +53,13 @@ pub use dirty::{
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use error::{Error, ErrorKind, Phase, Remedy, Result};
 pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock, RamChanges};
-pub use report::{Figures, Report};
+pub use report::{FaultLatency, Figures, PostcopyFigures, Report, ThreadWaits};
 pub use run::counters::{ChannelProgress, Progress};
 pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, ProgressReader};
 pub use run::state::MigrationState;
 pub use source::{
-    AuditReport, Control, DeviceState, MissedPages, Precopy, Source, SourceBuilder, StopCopy, XbzrleStats,
-    ZeroCopySend, ZeroCopyStats, ZeroPages,
+    AuditReport, Control, DeviceState, MissedPages, Postcopy, PostcopyReport, Precopy, Served, Source,
+    SourceBuilder, StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats, ZeroPages,
 };
 pub use stream::sections::EarlySections;
 

@@ -329,8 +329,29 @@ impl Qemu {
         self.execute("migrate-set-parameters", Value::Object(parameters)).map(drop)
     }
 
+    /// Switches to post-copy as soon as QEMU can: the guest goes on at the destination, its RAM
+    /// follows.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub fn start_postcopy(&mut self) -> Outcome {
+        self.execute("migrate-start-postcopy", json!({})).map(drop)
+    }
+
+    /// Starts to migrate as [`Qemu::migrate`] does, but goes on with a post-copy that is paused.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub fn resume_postcopy(&mut self, uri: &str) -> Outcome {
+        self.forget_events();
+        self.execute("migrate", json!({ "uri": uri, "resume": true })).map(drop)
+    }
+
     /// Waits until QEMU has measured the bandwidth once.
-    fn wait_first_window(&mut self, within: Duration) -> Outcome {
+    ///
+    /// # Errors
+    /// When it has not after `within`, or QEMU is gone.
+    pub fn wait_first_window(&mut self, within: Duration) -> Outcome {
         self.look_until("migration bandwidth", within, |report| {
             let measured = report.all.pointer("/ram/mbps").and_then(Value::as_f64);
             measured.is_some_and(|rate| rate > 0.0) || report.ended()

@@ -169,6 +169,11 @@ impl Receive {
         &mut self.process
     }
 
+    /// The process alone.
+    pub fn into_process(self) -> Process {
+        self.process
+    }
+
     /// Waits until the guest has arrived and is stored on disk.
     ///
     /// # Errors

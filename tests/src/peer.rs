@@ -15,7 +15,9 @@
 mod codec;
 pub mod command;
 pub mod devices;
+mod lie;
 mod memory;
+mod messages;
 mod packets;
 mod player;
 mod reading;
@@ -28,6 +30,7 @@ mod trial;
 
 pub use codec::Codec;
 pub use memory::{Memory, PAGE, PageAt};
+pub use messages::Messages;
 pub use packets::field;
 pub use player::{Heard, Player};
 pub use reading::Stage;

@@ -82,6 +82,12 @@ impl QemuBuilder {
         }
     }
 
+    /// Firmware of 64 KiB in the place of QEMU's own.
+    #[must_use]
+    pub fn firmware(self, image: &Path) -> Self {
+        self.argument("-bios").argument(image.display().to_string())
+    }
+
     /// Content of the guest's RAM above 1 MiB before it starts. For the source side only: a
     /// destination starts with zeros.
     #[must_use]

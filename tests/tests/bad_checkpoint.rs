@@ -90,6 +90,8 @@ fn a_manifest_that_cannot_be_true() -> Outcome {
     refused(file, "reading", manifest(|it| it["format"] = json!(-1)))?;
     refused(file, "no RAM blocks", manifest(|it| it["blocks"] = json!([])))?;
     refused(file, "blocks", manifest(|it| drop(it.as_object_mut().map(|it| it.remove("blocks")))))?;
+    let plus = format!("+{}", "f".repeat(31));
+    refused(file, "expected 32 hexadecimal digits", manifest(move |it| it["uuid"] = json!(plus)))?;
     refused(file, "uuid \"12\", expected 32 hexadecimal digits", manifest(|it| it["uuid"] = json!("12")))?;
     refused(file, "block pc.ram: page size 16384, expected 4096", block("page_size", json!(16384)))?;
     refused(file, "block pc.ram: length 0, expected whole pages", block("length", json!(0)))?;
@@ -116,6 +118,13 @@ fn files_outside_of_the_checkpoint() -> Outcome {
     ] {
         let says = format!("block pc.ram: file {file:?}, expected ram/NAME");
         refused("manifest.json", &says, block("file", json!(file)))?;
+    }
+    for file in ["ram/00.img", "device-state.bin", "manifest.json"] {
+        refused(file, "a link", |directory| {
+            let (path, elsewhere) = (directory.join(file), directory.join("elsewhere"));
+            fs::rename(&path, &elsewhere)?;
+            Ok(symlink(&elsewhere, &path)?)
+        })?;
     }
     refused("ram/.", "no file", block("file", json!("ram/.")))?;
     refused("ram/a\u{0}b", "reading", block("file", json!("ram/a\u{0}b")))

@@ -2,7 +2,7 @@
 
 #[cfg(test)]
 mod tests {
-    use std::path::{Path, PathBuf};
+    use std::path::Path;
     use std::time::Duration;
 
     use multifd_tests::{
@@ -101,34 +101,6 @@ mod tests {
             destination.wait_completed(SOON)?;
             assert_eq!(destination.run_state()?, "running", "as it was at the source");
             destination.serial().wait_lines(3, 0, SOON)?;
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn a_source_with_postcopy_allowed_is_refused_and_its_guest_runs_on() -> Outcome {
-        skip_without_qemu!();
-        let mut programs = vec![(PathBuf::from(multifd_tests::qemu::PROGRAM), None)];
-        // Before 10.1, a QEMU does not let postcopy and channels be on together.
-        programs.extend(newest_qemu().into_iter().flat_map(|path| [(path.clone(), None), (path, Some(2))]));
-        for (program, channels) in programs {
-            let scratch = Scratch::new()?;
-            let out = scratch.path("checkpoint");
-            let mut source = guest(&scratch)?.program(&program).spawn("source")?;
-            source.serial().wait_lines(2, 0, SOON)?;
-            let mut receive = Receive::listen("tcp:127.0.0.1:0", &out)?;
-            let settings = Settings { capabilities: vec!["postcopy-ram"], ..settings(channels) };
-            source.set_up(&settings, Side::Source)?;
-            source.migrate(receive.uri())?;
-            assert_eq!(source.wait_end(SOON)?.status, "failed");
-            let (status, _) = receive.process().wait_end(SOON)?;
-            let said = receive.process().stderr().text();
-            assert_eq!(status.code(), Some(1), "{said}");
-            assert!(said.contains("switch off capability postcopy-ram at the source"), "{said}");
-            assert!(!out.exists());
-            source.resume()?;
-            let mark = source.serial().mark();
-            source.serial().wait_lines(3, mark, SOON)?;
         }
         Ok(())
     }

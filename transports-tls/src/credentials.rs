@@ -54,7 +54,13 @@ impl Directory {
         let mut roots = RootCertStore::empty();
         for certificate in certificates(&path)? {
             warn_if_expired(&path, &certificate);
-            roots.add(certificate).map_err(|error| InvalidCredentials::new(&path, error.to_string()))?;
+            roots.add(certificate).map_err(|error| {
+                let problem = match error {
+                    rustls::Error::InvalidCertificate(problem) => unusable_certificate(&problem),
+                    other => other.to_string(),
+                };
+                InvalidCredentials::new(&path, problem)
+            })?;
         }
         Ok(Arc::new(roots))
     }
@@ -100,15 +106,30 @@ impl Directory {
         }
         warn_if_readable_by_all(&key);
         let certificates = certificates(&chain)?;
-        let private = PrivateKeyDer::from_pem_file(&key)
-            .map_err(|error| InvalidCredentials::new(&key, pem_problem(error, "private key")))?;
-        let identity = CertifiedKey::from_der(certificates, private, provider).map_err(|error| {
-            let text = match error {
-                rustls::Error::InconsistentKeys(_) => format!("not the key of {}", chain.display()),
-                other => other.to_string(),
+        let private = PrivateKeyDer::from_pem_file(&key).map_err(|error| {
+            let problem = if is_encrypted(&key) {
+                format!(
+                    "the private key is encrypted, and no password can be given: decrypt it (openssl pkey -in {} -out ...)",
+                    key.display()
+                )
+            } else {
+                pem_problem(error, "private key")
             };
-            InvalidCredentials::new(&key, text)
+            InvalidCredentials::new(&key, problem)
         })?;
+        let identity =
+            CertifiedKey::from_der(certificates, private, provider).map_err(|error| match error {
+                rustls::Error::InconsistentKeys(_) => {
+                    InvalidCredentials::new(&key, format!("not the key of {}", chain.display()))
+                }
+                rustls::Error::InvalidCertificate(problem) => {
+                    InvalidCredentials::new(&chain, unusable_certificate(&problem))
+                }
+                other => InvalidCredentials::new(
+                    &key,
+                    format!("a private key of a kind or size that cannot be used, {KEY_KINDS} ({other})"),
+                ),
+            })?;
         Ok(Some(Arc::new(identity)))
     }
 
@@ -151,6 +172,27 @@ fn pem_problem(error: PemError, what: &str) -> String {
     }
 }
 
+/// What a key may be.
+const KEY_KINDS: &str = "expected RSA of 2048 bits or more, ECDSA (P-256, P-384, P-521) or Ed25519";
+
+/// A certificate file that rustls does not read, in words for its owner.
+fn unusable_certificate(problem: &rustls::CertificateError) -> String {
+    // rustls gives no variant to a version: the text has its name.
+    let said = problem.to_string();
+    if said.contains("UnsupportedCertVersion") {
+        return "a certificate of X.509 version 1 or 2, expected version 3 (openssl: add an extensions section)"
+            .to_owned();
+    }
+    format!("a certificate that cannot be read: {said}")
+}
+
+/// Whether a file holds a key that a password protects, in either of the forms that openssl writes.
+fn is_encrypted(key: &Path) -> bool {
+    let text = fs::read(key).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    text.contains("BEGIN ENCRYPTED PRIVATE KEY") || text.contains("Proc-Type: 4,ENCRYPTED")
+}
+
 /// A CA that has expired signs for rustls as before: a root is a name and a key to it. QEMU refuses
 /// the file.
 fn warn_if_expired(path: &Path, certificate: &[u8]) {
@@ -169,7 +211,8 @@ fn warn_if_expired(path: &Path, certificate: &[u8]) {
 fn warn_if_readable_by_all(key: &Path) {
     let Ok(metadata) = fs::metadata(key) else { return };
     let mode = metadata.permissions().mode() & 0o777;
-    if mode & 0o004 != 0 {
-        tracing::warn!(key = %key.display(), "the private key is readable by everybody, mode {mode:o}; expected 600");
+    if mode & 0o044 != 0 {
+        let who = if mode & 0o004 != 0 { "everybody" } else { "its group" };
+        tracing::warn!(key = %key.display(), "the private key is readable by {who}, mode {mode:o}; expected 600");
     }
 }

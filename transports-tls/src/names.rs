@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use x509_parser::extensions::GeneralName;
 use x509_parser::objects::{oid_registry, oid2abbrev};
 use x509_parser::prelude::{FromDer, X509Certificate};
+use x509_parser::time::ASN1Time;
 use x509_parser::x509::{RelativeDistinguishedName, X509Name};
 
 /// The names and dates of a certificate. Nothing in them is verified by having been read.
@@ -21,6 +22,7 @@ pub(crate) struct Names {
     alternative: Vec<Alternative>,
     pub(crate) not_before: String,
     pub(crate) not_after: String,
+    pub(crate) has_expired: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,6 +83,7 @@ impl Names {
             alternative,
             not_before: certificate.validity().not_before.to_string(),
             not_after: certificate.validity().not_after.to_string(),
+            has_expired: certificate.validity().not_after < ASN1Time::now(),
         }
     }
 

@@ -38,6 +38,7 @@ impl Revocation {
             decided.push(about);
             revocation.lists.push(list.as_raw().to_vec().into());
             revocation.warnings.extend(outdated(list, now));
+            revocation.warnings.extend(from_the_future(list, now));
         }
         Ok(revocation)
     }
@@ -65,6 +66,15 @@ fn scope<'a>(list: &'a CertificateRevocationList<'_>) -> Option<&'a [u8]> {
     extensions
         .find(|extension| extension.oid == OID_X509_EXT_ISSUER_DISTRIBUTION_POINT)
         .map(|found| found.value)
+}
+
+/// Such a list decides for as long as it is the newest, whatever the CA says meanwhile.
+fn from_the_future(list: &CertificateRevocationList<'_>, now: ASN1Time) -> Option<String> {
+    let begins = Some(list.last_update()).filter(|begins| *begins > now)?;
+    let issuer = shown_subject(list.issuer());
+    Some(format!(
+        "the revocation list of \"{issuer}\" is of {begins}, which is to come: it decides over all others. Is the clock of this machine right?"
+    ))
 }
 
 fn outdated(list: &CertificateRevocationList<'_>, now: ASN1Time) -> Option<String> {

@@ -119,7 +119,7 @@ impl TlsServer {
         let seen = Seen::default();
         let parts = self.handshake(client, &seen, stage).await;
         let stream = match parts {
-            Ok(parts) => TlsStream::new(parts, self.settings),
+            Ok(parts) => TlsStream::new(parts, self.settings).with_client_certificate(seen.certificate()),
             // A connection that was opened and closed: a port scan, a health check.
             Err(Failure::Ended(0)) => return Ok(None),
             Err(failure) => {

@@ -25,6 +25,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 use rustix::net::{RecvFlags, recv};
+use rustls::pki_types::CertificateDer;
 use socket2::Socket;
 
 use super::handshake::Parts;
@@ -36,9 +37,7 @@ use super::secrets::{Direction, Secrets};
 use super::socket::AsyncSocket;
 use super::{alert, alert::Role};
 
-/// Timeout of a sender whose connection broke, until the receiver has read the peer's alert, which
-/// gives the reason.
-const PEER_ALERT_TIMEOUT: Duration = Duration::from_millis(500);
+mod reason;
 
 /// An encrypted connection on a blocking socket. One thread may send while another receives.
 pub struct TlsStream {
@@ -56,6 +55,8 @@ pub struct TlsStream {
     received_end: Mutex<Option<Ended>>,
     end_received: Condvar,
     settings: Settings,
+    /// The client's, of a server that asks for one.
+    client_certificate: Option<CertificateDer<'static>>,
 }
 
 /// What both ends of a connection know of it.
@@ -110,7 +111,18 @@ impl TlsStream {
             received_end: Mutex::default(),
             end_received: Condvar::new(),
             settings,
+            client_certificate: None,
         }
+    }
+
+    /// Notes whose certificate the handshake has verified.
+    pub(crate) fn with_client_certificate(self, certificate: Option<CertificateDer<'static>>) -> Self {
+        Self { client_certificate: certificate, ..self }
+    }
+
+    /// The client's certificate, in DER, which was verified. `None` at a client's end, and of a client without one.
+    pub fn client_certificate(&self) -> Option<&[u8]> {
+        self.client_certificate.as_deref()
     }
 
     /// The socket below, whose options may be looked at.
@@ -373,33 +385,6 @@ impl TlsStream {
         }
     }
 
-    fn end_of_connection(&self, opener: &Opener) -> Ended {
-        match opener.partial() {
-            0 if opener.has_received_data() || self.settings.role == Role::Server => Ended::Well,
-            0 => Ended::Badly(
-                ErrorKind::UnexpectedEof,
-                self.with_hint(opener, "the peer closed the connection without an alert"),
-            ),
-            partial => Ended::Badly(
-                ErrorKind::UnexpectedEof,
-                format!("the connection ended after {partial} bytes of a TLS record"),
-            ),
-        }
-    }
-
-    /// A server of TLS 1.3 looks at the client's certificate when the client is through with its
-    /// handshake.
-    fn with_hint(&self, opener: &Opener, text: &str) -> String {
-        if opener.has_received_data() || self.settings.role == Role::Server {
-            return text.to_owned();
-        }
-        let maybe = match self.settings.certified {
-            true => "it may have refused our certificate, and says why on its side",
-            false => "it may demand a client certificate, and we have none",
-        };
-        format!("{text}, right after the TLS handshake: {maybe}")
-    }
-
     fn follow_key(&self, receiving: &mut Receiving, answer: bool) {
         match lock(&self.secrets).next(Direction::Receive, self.settings.provider) {
             Ok(protection) => receiving.opener.rekey(protection),
@@ -450,24 +435,6 @@ impl TlsStream {
         *lock(&self.received_end) = Some(ended.clone());
         self.end_received.notify_all();
         receiving.ended = Some(ended);
-    }
-
-    /// The peer's alert says more than "broken pipe".
-    fn explain_broken(&self, error: io::Error) -> io::Error {
-        if !matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) {
-            return error;
-        }
-        let listened = self.listen();
-        if let Err(said) = listened {
-            return said;
-        }
-        let received_end = lock(&self.received_end);
-        let received_end =
-            self.end_received.wait_timeout_while(received_end, PEER_ALERT_TIMEOUT, |end| end.is_none());
-        match &*received_end.unwrap_or_else(PoisonError::into_inner).0 {
-            Some(Ended::Badly(kind, text)) => io::Error::new(*kind, text.clone()),
-            _ => error,
-        }
     }
 }
 

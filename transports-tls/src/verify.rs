@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
@@ -25,17 +25,44 @@ pub(crate) struct Witness<V: ?Sized> {
 
 /// The peer's certificate, if one came.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Seen(Arc<Mutex<Option<Names>>>);
+pub(crate) struct Seen(Arc<Mutex<SeenChain>>);
+
+#[derive(Debug, Default)]
+struct SeenChain {
+    names: Option<Names>,
+    /// In DER.
+    certificate: Option<CertificateDer<'static>>,
+    /// The certificates that came with it.
+    intermediates: Vec<Names>,
+}
 
 impl Seen {
-    fn note(&self, certificate: &CertificateDer<'_>) -> Names {
+    fn note(&self, certificate: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>]) -> Names {
         let names = Names::of(certificate);
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(names.clone());
+        *self.lock() = SeenChain {
+            names: Some(names.clone()),
+            certificate: Some(certificate.clone().into_owned()),
+            intermediates: intermediates.iter().map(|certificate| Names::of(certificate)).collect(),
+        };
         names
     }
 
     pub(crate) fn names(&self) -> Option<Names> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock().names.clone()
+    }
+
+    /// The certificate itself.
+    pub(crate) fn certificate(&self) -> Option<CertificateDer<'static>> {
+        self.lock().certificate.clone()
+    }
+
+    /// The first of those that came with the certificate that has expired.
+    fn expired_intermediate(&self) -> Option<Names> {
+        self.lock().intermediates.iter().find(|names| names.has_expired).cloned()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, SeenChain> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -81,7 +108,7 @@ impl<V: ServerCertVerifier + ?Sized> ServerCertVerifier for Witness<V> {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.seen.note(end_entity);
+        self.seen.note(end_entity, intermediates);
         self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
     }
 
@@ -101,7 +128,7 @@ impl<V: ClientCertVerifier + ?Sized> ClientCertVerifier for Witness<V> {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let names = self.seen.note(end_entity);
+        let names = self.seen.note(end_entity, intermediates);
         let verified = self.inner.verify_client_cert(end_entity, intermediates, now)?;
         if self.allowed.is_empty() || self.allowed.iter().any(|pattern| names.match_pattern(pattern)) {
             return Ok(verified);
@@ -175,7 +202,13 @@ impl Circumstances<'_> {
                 self.ca.display()
             )),
             Problem::Expired | Problem::ExpiredContext { .. } => {
-                refused(format!("it expired at {}", names.not_after))
+                match self.seen.expired_intermediate().filter(|_| !names.has_expired) {
+                    Some(signer) => refused(format!(
+                        "{signer}, a CA certificate that came with it, expired at {}",
+                        signer.not_after
+                    )),
+                    None => refused(format!("it expired at {}", names.not_after)),
+                }
             }
             Problem::NotValidYet | Problem::NotValidYetContext { .. } => {
                 refused(format!("it is not valid before {}", names.not_before))

@@ -44,6 +44,7 @@ pub use accept::Arrival;
 pub use accept::first_bytes::OpeningLen;
 pub use accept::listener::Listener;
 pub use channel::Channel;
+pub use channel::broken::PeerVanished;
 pub use channel::byte_stream::ByteStream;
 pub use channel::closer::Closer;
 pub use channel::zero_copy::ZeroCopy;

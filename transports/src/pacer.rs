@@ -55,6 +55,20 @@ impl Pacer {
         }
     }
 
+    /// Counts `bytes` that go without a wait: what follows waits for them, too.
+    pub fn charge(&self, bytes: usize) {
+        let mut line = self.lock();
+        line.advance(Instant::now());
+        line.reserve(bytes);
+    }
+
+    /// How long until all that was counted is paid for; `None`: it is.
+    pub fn debt(&self) -> Option<Duration> {
+        let mut line = self.lock();
+        line.advance(Instant::now());
+        line.wait(line.reserved)
+    }
+
     /// Ends every wait, now and later. Never blocks for long.
     pub fn stop(&self) {
         self.lock().stopped = true;

@@ -69,7 +69,10 @@ pub use return_path::{
 pub use split::{DeviceSection, split_tail};
 pub use stream::{STREAM_MAGIC, STREAM_VERSION, StreamHeader};
 pub use tail::{TailEnd, TailScanner};
-pub use vmdesc::{DeviceDescription, FieldDescription, MAX_VMDESC, StructDescription, VmDescription};
+pub use vmdesc::{
+    DeviceDescription, FieldDescription, MAX_VMDESC, MAX_VMDESC_NODES, StructDescription, VMDESC_NODE_LEN,
+    VmDescription,
+};
 
 /// The first lines that the package shows.
 #[cfg(doctest)]

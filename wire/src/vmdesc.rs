@@ -81,9 +81,16 @@ pub struct FieldDescription {
     pub struct_: Option<Box<StructDescription>>,
 }
 
-/// Longest description in bytes: 64 MiB. A PC has some 50 KiB, each vCPU adds about 8 KiB. Parsed,
-/// a description takes up to ten times its length.
+/// Longest description in bytes: 64 MiB. A PC has some 50 KiB, each vCPU adds about 8 KiB.
 pub const MAX_VMDESC: u32 = 64 << 20;
+
+/// Most devices, structures and fields of a description. A PC has some 700, each vCPU adds about 100.
+/// Parsed, each takes up to [`VMDESC_NODE_LEN`] bytes beside its names: a text of `{}` after `{}` has
+/// one in three bytes.
+pub const MAX_VMDESC_NODES: usize = 1 << 19;
+
+/// Bytes that a device, structure or field takes when it is parsed, names apart.
+pub const VMDESC_NODE_LEN: usize = 192;
 
 impl VmDescription {
     /// Parses the JSON text, without the type byte and the length before it. Nesting is limited to
@@ -96,7 +103,21 @@ impl VmDescription {
             let expected = format!("at most {MAX_VMDESC}");
             return Err(Invalid::new("vm description", format_args!("{} bytes", json.len()), expected));
         }
+        let nodes = Self::nodes(json);
+        if nodes > MAX_VMDESC_NODES {
+            let expected = format!("at most {MAX_VMDESC_NODES}");
+            let seen = format_args!("{nodes} devices, structures and fields");
+            return Err(Invalid::new("vm description", seen, expected));
+        }
         serde_json::from_slice(json).map_err(|error| Invalid::new("vm description", error, "the json of one"))
+    }
+}
+
+impl VmDescription {
+    /// Most devices, structures and fields that this JSON text can hold: its opening braces, those in
+    /// names included.
+    pub fn nodes(json: &[u8]) -> usize {
+        json.iter().filter(|byte| **byte == b'{').count()
     }
 }
 
@@ -196,5 +217,18 @@ mod tests {
         for text in ["", "{}", "[]", "{\"devices\": 1}", "{\"devices\": []} x"] {
             assert!(VmDescription::parse(text.as_bytes()).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_description_of_too_many_parts_is_refused_before_it_is_parsed() {
+        let parts = |count: usize| {
+            let parts = "{},".repeat(count);
+            format!("{{\"page_size\":4096,\"devices\":[],\"x\":[{}]}}", parts.trim_end_matches(','))
+        };
+        assert!(VmDescription::parse(parts(MAX_VMDESC_NODES - 1).as_bytes()).is_ok());
+        let error = VmDescription::parse(parts(MAX_VMDESC_NODES).as_bytes()).unwrap_err().to_string();
+        assert!(error.contains("524289 devices, structures and fields, expected at most 524288"), "{error}");
+        assert!(size_of::<FieldDescription>() + size_of::<StructDescription>() <= VMDESC_NODE_LEN);
+        assert!(size_of::<DeviceDescription>() <= VMDESC_NODE_LEN);
     }
 }

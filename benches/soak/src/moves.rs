@@ -153,7 +153,7 @@ fn send<G: Guest>(
             let last = round + 1 == rounds;
             match fate {
                 Fate::CancelledHere if last => cancel(control.clone(), in_the_middle, &mut precopy)?,
-                Fate::CancelledThere if last => there.cancel(),
+                Fate::CancelledThere if last => _ = there.cancel(),
                 _ => {}
             }
             precopy.round()?;

@@ -86,10 +86,8 @@ impl Guest for Threads {
     }
 
     fn run(&mut self) -> Result<()> {
-        for number in 0..=WRITERS {
-            if self.threads.len() as u64 > WRITERS {
-                break;
-            }
+        let numbers = if self.threads.is_empty() { 0..WRITERS + 1 } else { 0..0 };
+        for number in numbers {
             let (shared, mut random) = (Arc::clone(&self.shared), Random::new(self.seed + number));
             let name = if number == WRITERS { "balloon" } else { "writer" };
             self.threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(move || {

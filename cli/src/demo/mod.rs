@@ -120,9 +120,7 @@ fn move_over(source: Source, uri: &str, guest: &Guest, common: &Common) -> Resul
     while !precopy.converged() {
         let record = precopy.round()?;
         guest.throttle(record.throttle_percent);
-        if !common.quiet {
-            progress::line(record);
-        }
+        progress::line(common, record);
     }
     guest.pause();
     Ok(precopy.stop_copy()?.commit(&DeviceState::none())?)

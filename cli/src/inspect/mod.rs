@@ -20,11 +20,13 @@ use serde_json::json;
 use crate::flags::{Common, Inspect};
 use crate::outcome::Outcome;
 use crate::progress;
+use crate::sandbox::Sandbox;
 
 /// Whatever stops an inspection, in one line.
 type Result<T> = std::result::Result<T, String>;
 
 pub(crate) fn run(flags: &Inspect, common: &Common) -> Outcome {
+    Sandbox::new().at_rest(&flags.path).enter(common);
     let bar = progress::bar(common, "{bar:24} {bytes} of {total_bytes}");
     let progress = |position: u64, len: u64| {
         bar.set_length(len);

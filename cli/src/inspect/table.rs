@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::findings::{Device, Findings, Held, Kind, Pages};
 use super::values::{Content, ElementView, FieldView, Scalar, StructureView};
-use crate::human::show_bytes;
+use crate::human::{show_bytes, visible};
 
 /// The table; with the fields of each device, if `fields`.
 pub(super) fn of(findings: &Findings, fields: bool) -> String {
@@ -28,7 +28,7 @@ pub(super) fn of(findings: &Findings, fields: bool) -> String {
 /// A label and its text, in the columns of the reports.
 fn line(out: &mut String, label: &str, text: &str) {
     // Writing to a string does not fail.
-    let _ = writeln!(out, "{label:<12} {text}");
+    let _ = writeln!(out, "{label:<12} {}", visible(text));
 }
 
 fn head(out: &mut String, findings: &Findings) {
@@ -223,14 +223,15 @@ fn indented(depth: usize, name: &str) -> String {
 /// Lines with their columns two blanks apart; `left` says which are aligned to the left. The last
 /// column of a row is not padded.
 fn columns(out: &mut String, indent: &str, rows: &[Vec<String>], left: impl Fn(usize) -> bool) {
+    let rows: Vec<Vec<_>> = rows.iter().map(|row| row.iter().map(|cell| visible(cell)).collect()).collect();
     let mut widths = Vec::new();
-    for row in rows {
+    for row in &rows {
         widths.resize(widths.len().max(row.len()), 0);
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
     }
-    for row in rows {
+    for row in &rows {
         let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| {
             if left(column) { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
         });

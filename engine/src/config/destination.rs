@@ -20,6 +20,12 @@ pub struct DestinationConfig {
     /// Reads the pages of a `mapped-ram` file past the page cache (O_DIRECT); anything else that comes is refused then. The
     /// memory must begin at a multiple of the disk's block size. Default: no.
     pub direct_io: bool,
+    /// Lets the source switch to post-copy, also one that makes a connection of its own for urgent pages then. Connections are
+    /// accepted until the end, if the source announces that it may switch. Default: no.
+    pub postcopy: bool,
+    /// When the link of a post-copy is gone, listen again at the same address, for this long each time; `None`: give up. Default:
+    /// `None`.
+    pub recover: Option<Duration>,
     /// When to acknowledge the switch-over unasked. Default: [`SwitchoverAck::Auto`].
     pub switchover_ack: SwitchoverAck,
     /// Most bytes of devices' sections, which are kept in memory until the guest is loaded. Default: `None`, half of the
@@ -28,6 +34,19 @@ pub struct DestinationConfig {
     /// How long to wait for the source: to connect, for the next byte of the main stream, for the rest of a packet. Default:
     /// 60 s. A multifd source that is held says that it is alive; a QEMU that was paused by hand sends nothing.
     pub timeout: Duration,
+    /// Bytes of guest RAM, all blocks together, that a source may announce. Default: any number that the memory's provider
+    /// takes.
+    pub max_ram: Option<u64>,
+    /// Bytes of memory that the source can make this end use beside guest RAM: buffers and windows of all channels, device
+    /// state, its description. A channel takes up to 2 MiB, with zstd and a window of the highest level 34 MiB. Default: half
+    /// of the machine's memory.
+    pub max_memory: Option<u64>,
+    /// Time from the first byte of the main channel until everything has come, however slowly it comes. Default: none; a peer
+    /// that sends a byte per `timeout` is patiently served.
+    pub deadline: Option<Duration>,
+    /// Takes device state over parallel channels (VFIO), which is kept in memory: [`Arrived::device_packets`](crate::Arrived::device_packets).
+    /// Default: no, a source that sends some is refused.
+    pub device_packets: bool,
     /// How the connections' sockets are tuned. Default: as for [`SourceConfig`](crate::SourceConfig).
     pub socket: SocketOptions,
 }
@@ -37,9 +56,15 @@ impl Default for DestinationConfig {
         Self {
             channels: None,
             direct_io: false,
+            postcopy: false,
+            recover: None,
             switchover_ack: SwitchoverAck::Auto,
             max_device_state: None,
             timeout: DEFAULT_TIMEOUT,
+            max_ram: None,
+            max_memory: None,
+            deadline: None,
+            device_packets: false,
             socket: SocketOptions::default(),
         }
     }

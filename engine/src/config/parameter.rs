@@ -86,6 +86,8 @@ pub const DOWNTIME_LIMIT: Number = number("downtime-limit", 0..=2_000_000, 300);
 pub const MAX_BANDWIDTH: Number = number("max-bandwidth", 0..=u64::MAX, 128 << 20);
 /// Largest throttle of auto-converge, in percent of a vCPU's time; at least `cpu-throttle-initial`.
 pub const MAX_CPU_THROTTLE: Number = number("max-cpu-throttle", 1..=99, 99);
+/// Bytes per second of the background stream of a post-copy; 0: no limit.
+pub const MAX_POSTCOPY_BANDWIDTH: Number = number("max-postcopy-bandwidth", 0..=u64::MAX, 0);
 /// Bytes per second over all channels at the switch-over; 0: no limit. This engine's own: QEMU has no limit there.
 pub const MAX_SWITCHOVER_BANDWIDTH: Number = number("max-switchover-bandwidth", 0..=u64::MAX, 0);
 /// Parallel channels; of a file with mapped-ram: threads.
@@ -116,6 +118,7 @@ pub const ALL: &[Parameter] = &[
     Parameter::Number(DOWNTIME_LIMIT),
     Parameter::Number(MAX_BANDWIDTH),
     Parameter::Number(MAX_CPU_THROTTLE),
+    Parameter::Number(MAX_POSTCOPY_BANDWIDTH),
     Parameter::Number(MAX_SWITCHOVER_BANDWIDTH),
     Parameter::Number(MULTIFD_CHANNELS),
     Parameter::Choice(MULTIFD_COMPRESSION),

@@ -18,6 +18,10 @@ pub enum Feature {
     DirectIo,
     /// Pages at fixed places of a file.
     MappedRam,
+    /// RAM that follows a guest which runs at the destination.
+    Postcopy,
+    /// A connection of its own for pages that the guest waits for.
+    PostcopyPreempt,
     /// Encrypted channels.
     Tls,
     /// Pages as differences.
@@ -56,6 +60,8 @@ pub const RULES: &[Rule] = &[
     excludes(Feature::MappedRam, Feature::Compression, "pages have fixed places"),
     excludes(Feature::MappedRam, Feature::Xbzrle, "pages have fixed places"),
     excludes(Feature::MappedRam, Feature::Tls, "a file is not a connection"),
+    excludes(Feature::Postcopy, Feature::MappedRam, "a file runs no guest"),
+    needs(Feature::PostcopyPreempt, Feature::Postcopy, "no guest waits for pages before"),
     needs(Feature::DirectIo, Feature::MappedRam, "a plain stream is not aligned"),
     needs(Feature::Compression, Feature::Channels, "the main channel is not compressed"),
     needs(Feature::ChannelAddresses, Feature::Channels, "there are none"),
@@ -94,6 +100,8 @@ impl fmt::Display for Feature {
             Self::Compression => "compression",
             Self::DirectIo => "direct I/O",
             Self::MappedRam => "mapped-ram",
+            Self::Postcopy => "post-copy",
+            Self::PostcopyPreempt => "a channel for pages that are asked for",
             Self::Tls => "TLS",
             Self::Xbzrle => "xbzrle",
             Self::ZeroCopySend => "zero-copy send",

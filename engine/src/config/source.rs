@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::parameter;
 use super::rule::{self, Feature};
-use crate::convergence::{AutoConverge, Limits};
+use crate::convergence::{AutoConverge, Limits, OnStall};
 use crate::run::session::DEFAULT_TIMEOUT;
 use crate::source::{ZeroCopySend, ZeroPages};
 
@@ -56,6 +56,16 @@ pub struct SourceConfig {
     /// Has the destination confirm that the guest has arrived. Without it, it is not known whether it did. Default: `None`, yes
     /// over sockets; no to a command, which has to pass answers on if this is set, and over a pipe or to a file, which cannot.
     pub return_path: Option<bool>,
+    /// Allows [`Precopy::switch_to_postcopy`](crate::Precopy::switch_to_postcopy): the destination must allow it, too (QEMU's
+    /// capability `postcopy-ram`). Over sockets, with a return path. xbzrle and codecs serve up to the switch. Parallel channels,
+    /// too, but a QEMU before 10.1 takes no migration that has both. Default: no.
+    pub postcopy: bool,
+    /// Gives the pages that the guest waits for in a post-copy a connection of their own, so that they do not queue behind
+    /// others (QEMU's capability `postcopy-preempt`, from 7.1 on, which the destination must have on). Default: no.
+    pub postcopy_preempt: bool,
+    /// Bytes per second of a post-copy's background stream. Pages that the guest waits for count, but never wait. Default: no
+    /// limit.
+    pub max_postcopy_bandwidth: Option<NonZeroU64>,
     /// For tests of a VMM and its dirty logs: keeps a digest of what was sent of each page (8 bytes a page, 2 MiB for a GiB of
     /// guest), and compares all of RAM with them when the guest is paused and its last RAM has gone. Pages that have changed
     /// without a dirty bit end the migration with [`MissedPages`](crate::MissedPages), and the guest runs on. Costs a copy of
@@ -105,6 +115,9 @@ impl Default for SourceConfig {
             limits: Limits::default(),
             auto_converge: None,
             return_path: None,
+            postcopy: false,
+            postcopy_preempt: false,
+            max_postcopy_bandwidth: None,
             audit: false,
             switchover_start: false,
             pause_before_switchover: false,
@@ -122,6 +135,7 @@ impl SourceConfig {
             return Err(rule.to_string());
         }
         self.check_file(around)?;
+        self.check_postcopy(around)?;
         self.check_sockets(around)
     }
 
@@ -149,6 +163,8 @@ impl SourceConfig {
             Feature::Compression => around.codec.id() != CodecId::NONE,
             Feature::DirectIo => self.direct_io,
             Feature::MappedRam => self.mapped_ram,
+            Feature::Postcopy => self.postcopy,
+            Feature::PostcopyPreempt => self.postcopy_preempt,
             Feature::Tls => around.tls,
             Feature::Xbzrle => self.xbzrle_cache.is_some(),
             Feature::ZeroCopySend => self.zero_copy != ZeroCopySend::Off,
@@ -169,6 +185,25 @@ impl SourceConfig {
             _ if self.return_path == Some(true) && one_way => {
                 let text = "a return path was asked for, but nothing comes back over a pipe or from a file";
                 Err(text.to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A post-copy is a conversation.
+    fn check_postcopy(&self, around: Surroundings<'_>) -> Result<(), String> {
+        if self.limits.on_stall == OnStall::Postcopy && !self.postcopy {
+            return Err("post-copy at a stall was asked for, but post-copy is not allowed".to_owned());
+        }
+        if !self.postcopy {
+            return Ok(());
+        }
+        if self.return_path == Some(false) {
+            return Err("post-copy needs a return path, over which pages are asked for".to_owned());
+        }
+        match (around.opened, around.endpoint) {
+            (Some(Opened { two_way: false, .. }), _) | (None, Some(Endpoint::File { .. })) => {
+                Err("post-copy over a pipe or to a file, where nothing can be asked for".to_owned())
             }
             _ => Ok(()),
         }
@@ -246,6 +281,23 @@ mod tests {
         // What a descriptor is, is not known yet.
         assert_eq!(says(&mapped, &Uncompressed, Some("fd:7")), "");
         assert!(says(&mapped, &Uncompressed, Some("unix:s")).contains("mapped-ram goes to file: only"));
+    }
+
+    #[test]
+    fn a_postcopy_needs_somebody_who_can_ask() {
+        let postcopy = SourceConfig { postcopy: true, ..SourceConfig::default() };
+        assert_eq!(says(&postcopy, &Uncompressed, Some("tcp:h:1")), "");
+        assert!(says(&postcopy, &Uncompressed, Some("file:f")).contains("where nothing can be asked for"));
+        let mute = SourceConfig { return_path: Some(false), ..postcopy.clone() };
+        assert!(says(&mute, &Uncompressed, None).contains("post-copy needs a return path"));
+        let mapped = SourceConfig { mapped_ram: true, ..postcopy.clone() };
+        assert!(says(&mapped, &Uncompressed, Some("file:f")).contains("a file runs no guest"));
+        let preempt = SourceConfig { postcopy: false, postcopy_preempt: true, ..postcopy.clone() };
+        assert!(says(&preempt, &Uncompressed, None).contains("needs post-copy"));
+        let limits = Limits { on_stall: OnStall::Postcopy, ..Limits::default() };
+        let stall = SourceConfig { limits, ..SourceConfig::default() };
+        assert!(says(&stall, &Uncompressed, None).contains("post-copy is not allowed"));
+        assert_eq!(says(&SourceConfig { limits, ..postcopy }, &Uncompressed, None), "");
     }
 
     #[test]

@@ -40,6 +40,9 @@ pub enum OnStall {
     /// Go on, as QEMU does: the guest's load may change.
     #[default]
     Continue,
+    /// Hand the guest over at once, and have its RAM follow: [`Precopy::switch_to_postcopy`](crate::Precopy::switch_to_postcopy).
+    /// Also when the deadline has passed.
+    Postcopy,
     /// Stop the guest at a local minimum, if that takes no longer than this second limit.
     SwitchBelow(Duration),
 }
@@ -157,10 +160,13 @@ impl Convergence {
             );
         }
         if let Some(deadline) = limits.deadline.filter(|deadline| facts.elapsed >= *deadline) {
-            let reason = format!(
-                "give up: {expected:.1?} is over the limit of {limit:?}, the deadline of {deadline:?} has passed"
+            let why = format!(
+                "{expected:.1?} is over the limit of {limit:?}, the deadline of {deadline:?} has passed"
             );
-            return (Decision::AbortDeadline, reason);
+            return match limits.on_stall {
+                OnStall::Postcopy => (Decision::Postcopy, format!("switch to post-copy: {why}")),
+                _ => (Decision::AbortDeadline, format!("give up: {why}")),
+            };
         }
         let over = format!("{expected:.1?} is over the limit of {limit:?}");
         if self.rounds_without_progress < STALLED_ROUNDS {
@@ -171,6 +177,7 @@ impl Convergence {
         let gives_up = limits.stall_deadline.is_some_and(|limit| for_so_long >= limit);
         match limits.on_stall {
             OnStall::Abort => (Decision::AbortStalled, format!("give up: {stalled}")),
+            OnStall::Postcopy => (Decision::Postcopy, format!("switch to post-copy: {stalled}")),
             OnStall::SwitchBelow(second) if self.at_minimum(facts) && expected <= second => (
                 Decision::SwitchOverStalled,
                 format!("switch over: {stalled}, but within the second limit of {second:?}"),

@@ -16,6 +16,8 @@ pub enum Decision {
     AbortDeadline,
     /// Another round.
     Continue,
+    /// Pause the guest and switch to post-copy: the rounds do not shrink, or the total deadline has passed.
+    Postcopy,
     /// Stop the guest: what is left fits the downtime limit.
     SwitchOver,
     /// Stop the guest: the rounds do not shrink, and what is left fits the second limit.

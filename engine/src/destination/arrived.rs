@@ -1,16 +1,15 @@
 //! A guest that has arrived, but does not run anywhere yet.
 
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use multifd_wire::{Configuration, VmDescription, split_tail};
+use multifd_wire::{Configuration, VmDescription};
 
 use super::alive::Alive;
 use super::driver::ReceivedMain;
 use super::return_path::ReturnPath;
 use super::shared::{DestinationShared, DevicePacket};
-use super::tail::Described;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::report::Report;
 use crate::run::counters::Progress;
@@ -32,11 +31,13 @@ const SETTLE: Duration = Duration::from_secs(5);
 /// too, waits for as long as it takes.
 #[must_use = "the source waits to be told whether its guest has arrived"]
 pub struct Arrived {
-    stream: ReceivedMain,
+    stream: Arc<ReceivedMain>,
     device_packets: Vec<DevicePacket>,
     return_path: ReturnPath,
     shared: Arc<DestinationShared>,
     crew: Arc<Crew>,
+    /// The source has let go of the guest before this: nothing that fails here gives it back.
+    switched: bool,
     ended: bool,
     alive: Alive,
     /// When all of it was here.
@@ -45,7 +46,7 @@ pub struct Arrived {
 
 impl Arrived {
     pub(super) fn new(
-        stream: ReceivedMain,
+        stream: Arc<ReceivedMain>,
         return_path: ReturnPath,
         shared: Arc<DestinationShared>,
         crew: Arc<Crew>,
@@ -53,7 +54,23 @@ impl Arrived {
     ) -> Self {
         let since = Instant::now();
         let device_packets = shared.take_device_packets();
-        Self { stream, device_packets, return_path, shared, crew, ended: false, alive, since }
+        Self {
+            stream,
+            device_packets,
+            return_path,
+            shared,
+            crew,
+            switched: false,
+            ended: false,
+            alive,
+            since,
+        }
+    }
+
+    /// A guest that came by post-copy.
+    pub(super) fn switched(mut self) -> Self {
+        self.switched = true;
+        self
     }
 
     /// Machine type, and what else the source said of itself.
@@ -74,14 +91,7 @@ impl Arrived {
     /// The one section that a source made by [`DeviceState::opaque`](crate::DeviceState::opaque):
     /// its version and bytes. `None` if the device state is anything else.
     pub fn opaque_state(&self, name: &str) -> Option<(u32, &[u8])> {
-        let Described { end, description } = self.stream.tail.described.as_ref()?;
-        let sections = self.device_state().get(..end.devices_len)?;
-        match &split_tail(sections, Some(description)).ok()?[..] {
-            [section] if section.head.idstr == name => {
-                Some((section.head.version_id, sections.get(section.payload.clone())?))
-            }
-            _ => None,
-        }
+        self.stream.tail.opaque(name)
     }
 
     /// What the source said of the fields in its device sections; not every source does.
@@ -177,13 +187,18 @@ impl Arrived {
         if self.shared.session.hand_over() != HandOver::Before {
             return Ok(());
         }
-        self.return_path.check_source_listens()?;
+        self.return_path.check_source_listens().map_err(|error| self.marked(error))?;
         let stop = &self.shared.session.stop;
         if stop.seal() {
             self.shared.session.set_hand_over(HandOver::Begun);
             return Ok(());
         }
-        Err(stop.cause_or(Error::stopped(Phase::Device)))
+        Err(self.marked(stop.cause_or(Error::stopped(Phase::Device))))
+    }
+
+    /// An error of a guest that the source has let go of says so.
+    fn marked(&self, error: Error) -> Error {
+        if self.switched { error.after_hand_over() } else { error }
     }
 
     fn fail(&mut self, error: Error) {
@@ -191,7 +206,12 @@ impl Arrived {
         // What ended it before is the better reason.
         let stop = &self.shared.session.stop;
         let why = stop.look_at_cause(dialect::failure).unwrap_or_else(|| dialect::failure(&error));
-        self.return_path.abort(Some(why));
+        if self.switched {
+            // The source keeps its memory as long as it is not told that the guest is gone.
+            self.return_path.hang_up();
+        } else {
+            self.return_path.abort(Some(why));
+        }
         self.shared.session.note_end_of_failed();
         self.wind_up();
     }
@@ -210,5 +230,11 @@ impl Drop for Arrived {
             let detail = "the guest was dropped without having been taken over";
             self.fail(Error::new(ErrorKind::Incompatible, Phase::Device, detail));
         }
+    }
+}
+
+impl fmt::Debug for Arrived {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Arrived").field("stream", &self.stream).finish_non_exhaustive()
     }
 }

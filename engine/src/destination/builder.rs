@@ -79,6 +79,21 @@ impl DestinationBuilder {
         self
     }
 
+    /// Whether the source may switch to post-copy: see [`DestinationConfig::postcopy`].
+    #[must_use]
+    pub fn postcopy(mut self, postcopy: bool) -> Self {
+        self.config.postcopy = postcopy;
+        self
+    }
+
+    /// How long to wait for the source when the link of a post-copy is gone: see
+    /// [`DestinationConfig::recover`].
+    #[must_use]
+    pub fn recover(mut self, limit: Duration) -> Self {
+        self.config.recover = Some(limit);
+        self
+    }
+
     /// When to acknowledge the switch-over unasked: see [`DestinationConfig::switchover_ack`].
     #[must_use]
     pub fn switchover_ack(mut self, ack: SwitchoverAck) -> Self {
@@ -97,6 +112,34 @@ impl DestinationBuilder {
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.config.timeout = timeout;
+        self
+    }
+
+    /// Limit on guest RAM: see [`DestinationConfig::max_ram`].
+    #[must_use]
+    pub fn max_ram(mut self, bytes: u64) -> Self {
+        self.config.max_ram = Some(bytes);
+        self
+    }
+
+    /// Limit on memory beside guest RAM: see [`DestinationConfig::max_memory`].
+    #[must_use]
+    pub fn max_memory(mut self, bytes: u64) -> Self {
+        self.config.max_memory = Some(bytes);
+        self
+    }
+
+    /// Limit on the time of the whole migration: see [`DestinationConfig::deadline`].
+    #[must_use]
+    pub fn deadline(mut self, deadline: Option<Duration>) -> Self {
+        self.config.deadline = deadline;
+        self
+    }
+
+    /// Device state over parallel channels: see [`DestinationConfig::device_packets`].
+    #[must_use]
+    pub fn device_packets(mut self, take: bool) -> Self {
+        self.config.device_packets = take;
         self
     }
 
@@ -150,8 +193,8 @@ impl DestinationBuilder {
 
     fn served_by(self, listener: Listener, session: Arc<Session>) -> Destination {
         let listener = Arc::new(listener.opening_len(super::channels::accept::opening_len));
-        let Self { config, ram, codecs, hook, .. } = self;
-        Destination { listener, session, config, ram, codecs, hook }
+        let Self { config, ram, codecs, tls, hook } = self;
+        Destination { listener, session, config, ram: Some(ram), codecs, tls, hook }
     }
 
     fn check(&self, endpoint: &Endpoint, takes_several: bool, is_file: bool) -> Result<()> {

@@ -3,13 +3,16 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use multifd_wire::{Configuration, Footer, Item, StreamHeader};
+use multifd_wire::{BlockName, Configuration, DiscardRange, Footer, Item, StreamHeader};
 
 use super::arrival;
 use super::early::EarlyDevices;
 use super::machine::{Effect, Expected, Facts, Input, Machine, Observed};
 use super::mapped::PageReaders;
 use super::place::IncomingRam;
+use super::postcopy::package::Package;
+use super::postcopy::serving::Serving;
+use super::postcopy::{Guest, listen};
 use super::ram_reader::{Mark, RamReader};
 use super::return_path::ReturnPath;
 use super::shared::DestinationShared;
@@ -17,6 +20,7 @@ use super::stream_end;
 use super::switchover::SwitchoverAck;
 use super::tail::{self, Tail};
 use crate::error::{Error, Phase, Result};
+use crate::run::budget::Share;
 use crate::run::counters::Counters;
 use crate::stream::MainReader;
 use crate::stream::sections::EarlySections;
@@ -34,58 +38,125 @@ pub(super) struct ReceivedMain {
     /// When the source announced its last RAM: it had stopped the guest then. `None` in a stream
     /// without that, such as a background snapshot's.
     pub(super) guest_stopped: Option<Instant>,
+    /// Of the tail.
+    _memory: Share,
+}
+
+/// How far the stream goes while the guest may still run at the source.
+pub(super) enum Switched {
+    /// To its end: all of RAM is here.
+    Arrived(Arc<ReceivedMain>),
+    /// To RUN: pages follow, which the driver reads.
+    Running(Box<Driver>),
 }
 
 /// Reads the main channel, from the stream header to the last byte.
-pub(super) struct Driver<'a> {
+pub(super) struct Driver {
     reader: MainReader,
-    shared: &'a Arc<DestinationShared>,
+    shared: Arc<DestinationShared>,
     return_path: ReturnPath,
     machine: Machine,
     readers: PageReaders,
-    incoming: &'a mut dyn IncomingRam,
+    incoming: Box<dyn IncomingRam>,
+    guest: Guest,
     ram: Option<RamReader>,
     early: EarlyDevices,
+    /// Items come from here before they come from main.
+    package: Option<Package>,
+    /// From LISTEN on.
+    serving: Option<Arc<Serving>>,
+    /// The devices' sections of a package.
+    devices: Vec<u8>,
+    /// Theirs.
+    devices_memory: Share,
+    /// PINGs to be answered when the devices have been loaded.
+    when_loaded: Vec<u32>,
 }
 
-impl<'a> Driver<'a> {
-    /// `incoming` provides the memory that pages go to.
+impl Driver {
+    /// `incoming` provides the memory that pages go to; `guest`: where the guest of a post-copy runs.
     pub(super) fn new(
         reader: MainReader,
-        shared: &'a Arc<DestinationShared>,
+        shared: &Arc<DestinationShared>,
         return_path: ReturnPath,
         ack: SwitchoverAck,
         readers: PageReaders,
-        incoming: &'a mut dyn IncomingRam,
+        incoming: Box<dyn IncomingRam>,
+        guest: Guest,
     ) -> Self {
-        let machine = Machine::new(return_path.leads_back(), ack);
-        let early = EarlyDevices::with_limit(shared.max_device_state);
-        Self { reader, shared, return_path, machine, readers, incoming, ram: None, early }
+        let package = (guest != Guest::NoPostcopy).then_some(shared.limits.device_state);
+        let machine = Machine::new(return_path.leads_back(), ack, package);
+        Self {
+            reader,
+            shared: Arc::clone(shared),
+            return_path,
+            machine,
+            readers,
+            incoming,
+            guest,
+            ram: None,
+            early: EarlyDevices::new(shared.limits.device_state, shared.limits.memory.share()),
+            package: None,
+            serving: None,
+            devices: Vec::new(),
+            devices_memory: shared.limits.memory.share(),
+            when_loaded: Vec::new(),
+        }
     }
 
-    /// Reads to the end.
-    pub(super) fn run(mut self) -> Result<ReceivedMain> {
+    /// Reads to the end, or up to where the guest may run.
+    pub(super) fn run(mut self) -> Result<Switched> {
         let name = self.reader.name();
-        let begins = self.live_part().map_err(|error| error.on(name.clone()))?;
-        self.devices_part(begins).map_err(|error| error.on(name))
+        let live = self.live_part();
+        if live.is_err()
+            && let Some(serving) = &self.serving
+        {
+            serving.give_back();
+        }
+        let begins = live.map_err(|error| error.on(name.clone()))?;
+        if self.machine.has_switched() {
+            return Ok(Switched::Running(Box::new(self)));
+        }
+        self.devices_part(begins)
+            .map(|received| Switched::Arrived(Arc::new(received)))
+            .map_err(|error| error.on(name))
     }
 
-    /// Everything before the devices' part; the item that this begins with.
+    /// Everything before the devices' part, and the item that this begins with; or before what
+    /// follows RUN.
     fn live_part(&mut self) -> Result<Option<Item>> {
         loop {
-            let input = match self.machine.expects()? {
+            match self.machine.expects()? {
                 Expected::Tail { begins } => return Ok(begins),
-                expected => self.read(expected)?,
-            };
-            let observed = Observed {
-                now: Instant::now(),
-                pages: self.shared.session.counters.pages(),
-                has_channels: self.shared.channels.has_channels(),
-            };
-            for effect in self.machine.on(input, &observed)? {
-                self.perform(effect)?;
+                expected => self.step(expected)?,
+            }
+            if self.machine.has_switched() {
+                return Ok(None);
             }
         }
+    }
+
+    /// What follows RUN, to the end of the stream.
+    pub(super) fn postcopy_part(&mut self) -> Result<()> {
+        let name = self.reader.name();
+        let mut pages = || loop {
+            match self.machine.expects()? {
+                Expected::End => return Ok(()),
+                expected => self.step(expected)?,
+            }
+        };
+        pages().map_err(|error: Error| error.on(name))
+    }
+
+    fn step(&mut self, expected: Expected) -> Result<()> {
+        let input = self.read(expected)?;
+        let observed = Observed {
+            now: Instant::now(),
+            pages: self.shared.session.counters.pages(),
+            has_channels: self.shared.channels.has_channels(),
+        };
+        let effects = self.machine.on(input, &observed)?;
+        effects.into_iter().try_for_each(|effect| self.perform(effect))
     }
 
     fn read(&mut self, expected: Expected) -> Result<Input> {
@@ -96,12 +167,12 @@ impl<'a> Driver<'a> {
                 let what = "the configuration section";
                 Input::Configuration(reader.next(Phase::Setup, what, Configuration::parse)?)
             }
-            Expected::Item => Input::Item(reader.next(Phase::Active, "a section or command", Item::parse)?),
+            Expected::Item => Input::Item(match &mut self.package {
+                Some(package) => package.item()?,
+                None => reader.next(Phase::Active, "a section or command", Item::parse)?,
+            }),
             Expected::Blocks { mapped } => {
-                let configuration = configuration(self.machine.facts())?;
-                let (shared, incoming) = (self.shared, &mut *self.incoming);
-                let ram = RamReader::open(reader, shared, configuration, incoming, &self.readers, mapped)?;
-                self.ram = Some(ram);
+                self.open_blocks(mapped)?;
                 Input::Blocks
             }
             Expected::Records { mapped } => {
@@ -126,33 +197,93 @@ impl<'a> Driver<'a> {
                 }
                 Input::Device(end)
             }
-            Expected::Tail { .. } => return Err(Error::bug(Phase::Device, "the devices' part is no input")),
+            Expected::Package { len } => {
+                self.devices_memory.grow_to(len, Phase::Device, "the package of a post-copy")?;
+                self.package = Some(Package::read(reader, len)?);
+                Input::Package
+            }
+            Expected::PackagedDevices { head } => {
+                let none = || Error::bug(Phase::Device, "devices of a package that is not there");
+                self.devices = self.package.as_mut().ok_or_else(none)?.devices(head)?;
+                Input::Devices
+            }
+            Expected::Tail { .. } | Expected::End => {
+                return Err(Error::bug(Phase::Device, "the end of the live part is no input"));
+            }
         })
+    }
+
+    /// Reads the list of blocks, and has memory provided for them.
+    fn open_blocks(&mut self, mapped: bool) -> Result<()> {
+        let facts = self.machine.facts();
+        let (configuration, advise) = (configuration(facts)?, facts.advise);
+        let (shared, incoming) = (&self.shared, &mut *self.incoming);
+        let kinds = (mapped, advise.is_some());
+        let ram = RamReader::open(&mut self.reader, shared, configuration, incoming, &self.readers, kinds)?;
+        if let Some(advise) = advise {
+            listen::check_memory(ram.sinks(), advise, self.guest)?;
+        }
+        self.ram = Some(ram);
+        Ok(())
     }
 
     fn perform(&mut self, effect: Effect) -> Result<()> {
         match effect {
-            Effect::Answer(phase, message) => self.return_path.send(phase, &message),
-            Effect::CheckUuid(uuid) => self.shared.on_uuid(uuid),
-            Effect::CountRound => {
-                Counters::add(&self.shared.session.counters.rounds, 1);
-                Ok(())
+            Effect::Answer(phase, message) => self.return_path.send(phase, &message)?,
+            Effect::AnswerWhenLoaded(value) => self.when_loaded.push(value),
+            Effect::CheckUuid(uuid) => self.shared.on_uuid(uuid)?,
+            Effect::CountRound => Counters::add(&self.shared.session.counters.rounds, 1),
+            Effect::Discard { block, ranges } => self.discard(&block, &ranges)?,
+            Effect::KeepEarly { within_ram } => self.early.place(within_ram),
+            Effect::KeepListening => {
+                listen::check_kernel(self.guest)?;
+                self.shared.keep_listening();
             }
-            Effect::KeepEarly { within_ram } => {
-                self.early.place(within_ram);
-                Ok(())
-            }
-            Effect::OpenReturnPath => {
-                self.return_path.open();
-                Ok(())
-            }
+            Effect::Listen => self.listen()?,
+            Effect::OpenReturnPath => self.return_path.open(),
+            Effect::Resume => self.serving()?.resume()?,
+            Effect::Run => self.leave_package()?,
+            Effect::SendBitmap(block) => self.send_bitmap(&block)?,
             Effect::SpeakDialect => {
                 self.shared.speak_dialect();
                 self.return_path.speak_dialect();
-                Ok(())
             }
-            Effect::SyncPoint => self.shared.sync_point(),
+            Effect::SyncPoint => self.shared.sync_point()?,
         }
+        Ok(())
+    }
+
+    fn discard(&self, block: &BlockName, ranges: &[DiscardRange]) -> Result<()> {
+        let none = || Error::bug(Phase::Device, "pages are discarded before there are blocks");
+        let sink = self.ram.as_ref().ok_or_else(none)?.sinks().find(block.as_str())?;
+        ranges.iter().try_for_each(|range| sink.discard(*range))
+    }
+
+    /// The pages that are not here by now are those that follow.
+    fn listen(&mut self) -> Result<()> {
+        // What still comes on a channel would be older than the discards.
+        self.shared.channels.finish();
+        let none = || Error::bug(Phase::Device, "LISTEN before there are blocks");
+        let ram = self.ram.as_mut().ok_or_else(none)?;
+        let serving = listen::arm(&self.shared, ram.sinks(), self.guest, &self.return_path)?;
+        ram.switch(&serving);
+        self.serving = Some(serving);
+        Ok(())
+    }
+
+    fn serving(&self) -> Result<&Arc<Serving>> {
+        self.serving.as_ref().ok_or_else(|| Error::bug(Phase::Device, "post-copy before LISTEN"))
+    }
+
+    fn leave_package(&mut self) -> Result<()> {
+        let none = || Error::bug(Phase::Device, "RUN outside of a package");
+        self.package.take().ok_or_else(none)?.end()
+    }
+
+    fn send_bitmap(&self, block: &BlockName) -> Result<()> {
+        let none = || Error::bug(Phase::Active, "a recovery before there are blocks");
+        let sink = self.ram.as_ref().ok_or_else(none)?.sinks().find(block.as_str())?;
+        self.return_path.send_bitmap(block, &sink.received())
     }
 
     /// The devices' part, and what must be true of RAM at its end. `begins`: its first item, if it
@@ -165,16 +296,51 @@ impl<'a> Driver<'a> {
             item.encode(&mut begun);
         }
         let timeout = self.shared.session.timeout;
-        let tail = tail::read(&mut self.reader, &begun, timeout, self.shared.max_device_state)?;
+        let mut memory = self.shared.limits.memory.share();
+        memory.grow_to(begun.len(), Phase::Device, "device state")?;
+        let most = self.shared.limits.device_state;
+        let tail = tail::read(&mut self.reader, &begun, timeout, most, &mut memory)?;
         arrival::check_all_came(ram.sinks(), &early, &tail)?;
         stream_end::wait(&mut self.reader, &self.return_path, timeout)?;
-        let Facts { configuration, switchover_start, guest_stopped } = self.machine.facts().clone();
-        let none = || Error::bug(Phase::Device, "the devices' part without a configuration");
-        let configuration = configuration.ok_or_else(none)?;
-        Ok(ReceivedMain { configuration, switchover_start, early, tail, guest_stopped })
+        received(self.machine.facts(), early, tail, memory)
+    }
+
+    /// What the embedder gets of a guest that may run: everything but RAM.
+    pub(super) fn take_devices(&mut self) -> Result<(ReceivedMain, Vec<u32>)> {
+        let early =
+            std::mem::replace(&mut self.early, EarlyDevices::new(0, self.shared.limits.memory.share()));
+        let (early, behind) = early.into_parts();
+        if !behind.is_empty() {
+            return Err(Error::bug(Phase::Device, "devices between the last RAM and the package"));
+        }
+        let tail = Tail::packaged(std::mem::take(&mut self.devices))?;
+        let memory = std::mem::replace(&mut self.devices_memory, self.shared.limits.memory.share());
+        let received = received(self.machine.facts(), early, tail, memory)?;
+        Ok((received, std::mem::take(&mut self.when_loaded)))
+    }
+
+    /// What a post-copy shares with other threads.
+    pub(super) fn share(&self) -> Result<Arc<Serving>> {
+        self.serving().map(Arc::clone)
+    }
+
+    /// Goes on over another link.
+    pub(super) fn recover(&mut self, reader: MainReader, return_path: ReturnPath) -> Result<()> {
+        self.machine.recover()?;
+        if let Some(ram) = &mut self.ram {
+            ram.forget_last_block();
+        }
+        (self.reader, self.return_path) = (reader, return_path);
+        Ok(())
     }
 }
 
+fn received(facts: &Facts, early: EarlySections, tail: Tail, memory: Share) -> Result<ReceivedMain> {
+    let Facts { switchover_start, guest_stopped, .. } = *facts;
+    let configuration = configuration(facts)?.clone();
+    Ok(ReceivedMain { configuration, switchover_start, early, tail, guest_stopped, _memory: memory })
+}
+
 fn configuration(facts: &Facts) -> Result<&Configuration> {
-    facts.configuration.as_ref().ok_or_else(|| Error::bug(Phase::Setup, "RAM before the configuration"))
+    facts.configuration.as_ref().ok_or_else(|| Error::bug(Phase::Setup, "no configuration before this"))
 }

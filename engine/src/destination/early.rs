@@ -4,6 +4,7 @@ use multifd_wire::{Footer, Item, SectionHead, SectionId, TailScanner};
 
 use super::machine::DeviceEnd;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::run::budget::Share;
 use crate::stream::MainReader;
 use crate::stream::sections::{EarlySections, Found, find_footer, goes_on};
 use crate::stream::vm_state::VmState;
@@ -22,12 +23,13 @@ pub(super) struct EarlyDevices {
     vm: Option<VmState>,
     /// Most bytes that are kept.
     limit: usize,
+    memory: Share,
 }
 
 impl EarlyDevices {
-    /// None yet, and no more than so many bytes.
-    pub(super) fn with_limit(limit: usize) -> Self {
-        Self { kept: EarlySections::default(), open: Vec::new(), seen: Vec::new(), vm: None, limit }
+    /// None yet, and no more than so many bytes. `memory` holds what is kept.
+    pub(super) fn new(limit: usize, memory: Share) -> Self {
+        Self { kept: EarlySections::default(), open: Vec::new(), seen: Vec::new(), vm: None, limit, memory }
     }
 
     /// Reads one FULL section behind its `head`, its footer included. `ram`: the RAM section, if it
@@ -81,7 +83,9 @@ impl EarlyDevices {
             self.open.extend_from_slice(reader.buffered().get(..taken).unwrap_or_default());
             reader.consume(taken);
             scanned -= taken.min(scanned);
-            if self.kept.before_ram.len() + self.kept.within_ram.len() + self.open.len() > self.limit {
+            let kept = self.kept.before_ram.len() + self.kept.within_ram.len() + self.open.len();
+            self.memory.grow_to(kept, Phase::Active, "device state before the end of RAM")?;
+            if kept > self.limit {
                 let detail = format!("more than {} bytes of device state before the end of RAM", self.limit);
                 return Err(Error::misbehaved(Phase::Active, detail));
             }

@@ -4,7 +4,7 @@
 //! ```text
 //!  Opening ─ configuration ─> BeforeRam ─ ram START ─> Blocks ─> Records ─ EOS ─> Footer ─> Live
 //!                              │  ^ │                              ^  FLUSH: sync point      │ │
-//!                              │  └─┴─ command, early device       └── ram PART, ram END ────┘ │
+//!                              │  └─┴─ command, early device       └── ram PART, ram END ────┘ │ PACKAGED: postcopy.rs
 //!                              │                                       command, early device   │
 //!                              └── EOF: refused                        EOF, or a device behind END ──> Tail
 //! ```
@@ -16,7 +16,7 @@
 use std::time::Instant;
 
 use multifd_wire::{
-    Command, Configuration, HELLO_PING, Hello, Item, RAM_SECTION, RAM_SECTION_VERSION, ReturnMessage,
+    Advise, Command, Configuration, HELLO_PING, Hello, Item, RAM_SECTION, RAM_SECTION_VERSION, ReturnMessage,
     SectionHead, SectionId,
 };
 
@@ -26,16 +26,14 @@ use crate::stream::dialect;
 use crate::stream::mapped_layout::CAPABILITY;
 
 mod events;
+mod postcopy;
 mod ram;
 #[cfg(test)]
 mod tests;
 
 pub(super) use events::{DeviceEnd, Effect, Expected, Input, Observed};
+use postcopy::Postcopy;
 use ram::{Piece, Ram};
-
-/// Refusal of POSTCOPY_ADVISE.
-const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not supported here and would lose the guest: \
-    switch off capability postcopy-ram at the source (and dirty-bitmaps, if it is on)";
 
 /// The main stream of one migration.
 ///
@@ -47,6 +45,10 @@ pub(super) struct Machine {
     facts: Facts,
     ack: Acknowledgement,
     return_path: ReturnDirection,
+    postcopy: Postcopy,
+    max_package: usize,
+    /// The RAM section of a guest that may run here.
+    switched: Option<SectionId>,
     /// Devices were read since the last live item.
     open_devices: bool,
 }
@@ -58,8 +60,10 @@ pub(super) struct Facts {
     pub(super) configuration: Option<Configuration>,
     /// SWITCHOVER_START was in the stream.
     pub(super) switchover_start: bool,
-    /// When END of RAM began: the source had stopped the guest then.
+    /// When END of RAM began, or the switch to post-copy: the source had stopped the guest then.
     pub(super) guest_stopped: Option<Instant>,
+    /// The source may switch to post-copy.
+    pub(super) advise: Option<Advise>,
 }
 
 /// Whether anything can be said to the source.
@@ -90,8 +94,16 @@ enum State {
     Live(Ram),
     /// In the section of an early device.
     Device(SectionHead, Option<Ram>),
+    /// Behind PACKAGED: so many bytes are to be read as a stream of their own.
+    Package(Ram, usize),
+    /// Between two items of a package.
+    Packaged(Ram),
+    /// In the devices' part of a package, behind the head of the first.
+    PackagedDevices(Ram, SectionHead),
     /// Behind all that the machine decides about.
     Tail(Option<Item>),
+    /// Behind the end of a post-copy.
+    Done,
     /// An input was refused.
     Failed,
 }
@@ -99,8 +111,9 @@ enum State {
 type Effects = Vec<Effect>;
 
 impl Machine {
-    /// `two_way`: a source at the other end of the main channel could hear an answer.
-    pub(super) fn new(two_way: bool, ack: SwitchoverAck) -> Self {
+    /// `two_way`: a source at the other end of the main channel could hear an answer. `max_package`:
+    /// a source may switch to post-copy, with at most so many bytes of device state.
+    pub(super) fn new(two_way: bool, ack: SwitchoverAck, max_package: Option<usize>) -> Self {
         let return_path =
             if two_way { ReturnDirection::Closed } else { ReturnDirection::OneWay { wanted: false } };
         Self {
@@ -108,6 +121,9 @@ impl Machine {
             facts: Facts::default(),
             ack: Acknowledgement::new(ack),
             return_path,
+            postcopy: if max_package.is_some() { Postcopy::Allowed } else { Postcopy::Refused },
+            max_package: max_package.unwrap_or(0),
+            switched: None,
             open_devices: false,
         }
     }
@@ -116,13 +132,16 @@ impl Machine {
     pub(super) fn expects(&self) -> Result<Expected> {
         Ok(match &self.state {
             State::Opening => Expected::Configuration,
-            State::BeforeRam | State::Live(_) => Expected::Item,
+            State::BeforeRam | State::Live(_) | State::Packaged(_) => Expected::Item,
             State::Blocks(ram) => Expected::Blocks { mapped: ram.mapped },
             State::Records(ram, _) => Expected::Records { mapped: ram.mapped },
             State::Footer(..) => Expected::Footer,
             State::Device(head, ram) => {
                 Expected::Device { head: head.clone(), ram: ram.as_ref().map(|ram| ram.id) }
             }
+            State::Package(_, len) => Expected::Package { len: *len },
+            State::PackagedDevices(_, head) => Expected::PackagedDevices { head: head.clone() },
+            State::Done => Expected::End,
             State::Tail(begins) => Expected::Tail { begins: begins.clone() },
             State::Failed => return Err(Error::bug(Phase::Active, "a stream is read on after its failure")),
         })
@@ -131,6 +150,11 @@ impl Machine {
     /// What the stream has said so far.
     pub(super) fn facts(&self) -> &Facts {
         &self.facts
+    }
+
+    /// The guest may run here: the source has sent RUN.
+    pub(super) fn has_switched(&self) -> bool {
+        self.postcopy.has_switched()
     }
 
     /// Takes the next input; what it leads to, in order.
@@ -164,6 +188,10 @@ impl Machine {
                 self.open_devices = true;
                 ram.map_or(State::BeforeRam, State::Live)
             }
+            (State::Package(ram, _), Input::Package) | (State::PackagedDevices(ram, _), Input::Devices) => {
+                State::Packaged(ram)
+            }
+            (State::Packaged(ram), Input::Item(item)) => self.on_packaged_item(ram, item, &mut effects)?,
             (State::Device(_, ram), Input::Device(DeviceEnd::Stream)) => self.tail(ram, None, observed)?,
             (state, input) => {
                 return Err(Error::bug(Phase::Active, format_args!("{input:?} in state {state:?}")));
@@ -191,6 +219,10 @@ impl Machine {
         observed: &Observed,
         effects: &mut Effects,
     ) -> Result<State> {
+        let last = matches!(item, Item::Eof | Item::SectionFull(_));
+        if let Some(ram) = ram.as_ref().filter(|_| last && self.postcopy.has_switched()) {
+            return self.on_last_item(ram, &item);
+        }
         match item {
             Item::Eof => return self.tail(ram, Some(Item::Eof), observed),
             Item::SectionFull(head) if ram.as_ref().is_some_and(Ram::ended) => {
@@ -203,14 +235,11 @@ impl Machine {
             effects.push(Effect::KeepEarly { within_ram: ram.is_some() });
         }
         match item {
-            Item::Command(command) => {
-                self.on_command(&command, effects)?;
-                Ok(ram.map_or(State::BeforeRam, State::Live))
-            }
+            Item::Command(command) => self.on_command(command, ram, observed, effects),
             Item::SectionStart(head) => self.on_start(ram, &head),
             Item::SectionPart(id) => Ok(State::Records(Ram::go_on(ram, id)?, Piece::Part)),
             Item::SectionEnd(id) => {
-                self.facts.guest_stopped = Some(observed.now);
+                self.facts.guest_stopped.get_or_insert(observed.now);
                 Ok(State::Records(Ram::go_on(ram, id)?, Piece::End))
             }
             Item::Eof | Item::SectionFull(_) => {
@@ -261,35 +290,27 @@ impl Machine {
         Ok(State::Live(ram))
     }
 
-    // Post-copy begins here: a command that moves `Live` into a state in which the guest may run
-    // before its RAM has come.
-    fn on_command(&mut self, command: &Command, effects: &mut Effects) -> Result<()> {
-        match *command {
-            Command::OpenReturnPath => self.open_return_path(effects),
+    fn on_command(
+        &mut self,
+        command: Command,
+        ram: Option<Ram>,
+        observed: &Observed,
+        effects: &mut Effects,
+    ) -> Result<State> {
+        match command {
+            Command::OpenReturnPath => self.open_return_path(effects)?,
             Command::Ping(value) => {
                 if value == HELLO_PING {
                     let hello = Hello { version: dialect::VERSION, features: dialect::FEATURES };
                     effects.push(Effect::SpeakDialect);
                     self.answer(Phase::Setup, ReturnMessage::Hello(hello), effects)?;
                 }
-                self.answer(Phase::Active, ReturnMessage::Pong(value), effects)
+                self.answer(Phase::Active, ReturnMessage::Pong(value), effects)?;
             }
-            Command::SwitchoverStart => {
-                self.facts.switchover_start = true;
-                Ok(())
-            }
-            // What was recorded can no longer switch to postcopy: only a source that hears answers
-            // does.
-            Command::PostcopyAdvise(_) if matches!(self.return_path, ReturnDirection::OneWay { .. }) => {
-                Ok(())
-            }
-            // Once it has begun postcopy, a source cannot go back: its guest would be lost with the
-            // refusal.
-            Command::PostcopyAdvise(_) => Err(Error::incompatible(Phase::Setup, NO_POSTCOPY)),
-            ref other => {
-                Err(Error::incompatible(Phase::Active, format!("command {other:?} is not supported")))
-            }
+            Command::SwitchoverStart => self.facts.switchover_start = true,
+            other => return self.on_postcopy_command(other, ram, observed, effects),
         }
+        Ok(ram.map_or(State::BeforeRam, State::Live))
     }
 
     fn open_return_path(&mut self, effects: &mut Effects) -> Result<()> {

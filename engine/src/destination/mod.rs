@@ -9,6 +9,7 @@
 //!    machine ─────── what each thing on main means: no I/O, no thread, no clock
 //!    ram_reader ──── pages on main
 //!    early, tail ─── device sections before the end of RAM, and behind it
+//!  postcopy/ ─────── a guest that runs here before its RAM is here
 //!  mapped ×N ─────── pages at fixed places of a file              one thread each, `mig-recv-N`
 //!  alive ─────────── says that this end is alive while the embedder has the guest   `mig-alive`
 //!  place/ ────────── the blocks, and how a page is written or cleared
@@ -19,11 +20,13 @@ mod arrival;
 mod arrived;
 mod builder;
 mod channels;
+mod deadline;
 mod driver;
 mod early;
 mod machine;
 mod mapped;
 mod place;
+mod postcopy;
 mod ram_reader;
 mod refusals;
 mod return_path;
@@ -35,7 +38,7 @@ mod tail;
 use std::sync::Arc;
 
 use multifd_codecs::Codecs;
-use multifd_transports::{Channel, Endpoint, Listener, ThreadHook};
+use multifd_transports::{Channel, Endpoint, Listener, ThreadHook, TlsServer};
 
 pub use arrived::Arrived;
 pub use builder::DestinationBuilder;
@@ -51,8 +54,13 @@ use crate::run::workers::Crew;
 use crate::stream::{MainReader, dialect};
 use alive::Alive;
 use channels::accept::{Accepting, Main};
-use driver::{Driver, ReceivedMain};
+use deadline::Deadline;
+use driver::{Driver, Switched};
 use mapped::PageReaders;
+use postcopy::Guest;
+use postcopy::at_rest::{AtRest, Recovering};
+use postcopy::recover::Relisten;
+pub use postcopy::running::{PostcopyEnd, PostcopyGuest};
 use return_path::ReturnPath;
 use shared::DestinationShared;
 
@@ -61,9 +69,26 @@ pub struct Destination {
     listener: Arc<Listener>,
     session: Arc<Session>,
     config: DestinationConfig,
-    ram: Box<dyn IncomingRam>,
+    /// Taken when the source comes.
+    ram: Option<Box<dyn IncomingRam>>,
     codecs: Codecs,
+    tls: Option<TlsServer>,
     hook: ThreadHook,
+}
+
+/// A guest up to where it may run here.
+#[derive(Debug)]
+pub enum Incoming {
+    /// All of it is here: load the device state, then [`Arrived::accept`].
+    Arrived(Arrived),
+    /// All of it but RAM, which follows.
+    Postcopy(PostcopyGuest),
+}
+
+/// What a source has sent while its guest could still run there.
+enum Begun {
+    Arrived(Arrived),
+    Switched(Box<Driver>, Arc<Crew>),
 }
 
 impl Destination {
@@ -86,10 +111,41 @@ impl Destination {
     /// Waits for the source and receives the whole guest. All of RAM has landed when this returns;
     /// the source waits for [`Arrived::accept`].
     ///
+    /// With [`DestinationBuilder::postcopy`], also when the source switches to post-copy: then the
+    /// guest can no longer run at the source ([`Error::source_may_resume`] is false of all errors
+    /// from there on), and this returns when its last page is here.
+    ///
     /// # Errors
     /// Anything that keeps the guest from arriving whole. The source has been told then, if it
     /// listens.
-    pub fn receive(mut self) -> Result<Arrived> {
+    pub fn receive(self) -> Result<Arrived> {
+        let guest = if self.config.postcopy { Guest::AtRest } else { Guest::NoPostcopy };
+        let recover =
+            Recovering { limit: self.config.recover, relisten: self.relisten(), at: self.endpoint() };
+        match self.begin(guest)? {
+            Begun::Arrived(arrived) => Ok(arrived),
+            Begun::Switched(driver, crew) => AtRest::start(driver, &crew)
+                .and_then(|at_rest| at_rest.receive(&recover))
+                .map_err(Error::after_hand_over),
+        }
+    }
+
+    /// Waits for the source and receives the guest, up to where it may run here: that is when all of
+    /// RAM is here, or, with [`DestinationBuilder::postcopy`], when the source has switched to
+    /// post-copy. See docs/postcopy.md.
+    ///
+    /// # Errors
+    /// As [`Destination::receive`]; and a source that may switch is refused by name when pages
+    /// cannot follow the guest into the memory that is there.
+    pub fn receive_live(self) -> Result<Incoming> {
+        let guest = if self.config.postcopy { Guest::Here } else { Guest::NoPostcopy };
+        match self.begin(guest)? {
+            Begun::Arrived(arrived) => Ok(Incoming::Arrived(arrived)),
+            Begun::Switched(driver, crew) => PostcopyGuest::start(driver, &crew).map(Incoming::Postcopy),
+        }
+    }
+
+    fn begin(mut self, guest: Guest) -> Result<Begun> {
         self.session.enter(MigrationState::Setup)?;
         let crew = Arc::new(Crew::new(self.session.stop.clone()).with_hook(self.hook.clone()));
         let shared = DestinationShared::new(&self.session, self.codecs.clone(), &self.config, &self.listener);
@@ -100,28 +156,52 @@ impl Destination {
         let listener = Arc::clone(&self.listener);
         crew.spawn("mig-accept", Phase::Accept, move || accepting.run(&listener))?;
 
-        let result = self.wait_for_main(&main, &shared).and_then(|main| self.run_main(main, &shared, &crew));
-        let result = result.and_then(|(stream, return_path)| {
-            let alive = Alive::start(&return_path, &crew)?;
-            Ok((stream, return_path, alive))
-        });
+        let result =
+            self.wait_for_main(&main, &shared).and_then(|main| self.run_main(main, guest, &shared, &crew));
         // Nothing that comes now can be of use: no channel may join, and no page be stored, once
-        // this has returned.
-        shared.stop_accepting();
-        let over = main.wait(&self.session.stop, None, |main| main.over.then_some(()));
-        match result {
-            Ok((stream, return_path, alive)) if over.is_some() => {
+        // this has returned. But the source of a post-copy may still connect for urgent pages.
+        let running = matches!(&result, Ok((Switched::Running(_), _)));
+        let over = || {
+            shared.stop_accepting();
+            main.wait(&self.session.stop, None, |main| main.over.then_some(())).is_some()
+        };
+        let goes_on = running || over();
+        let result = match result {
+            Ok(switched) if goes_on => {
                 shared.channels.finish();
-                Ok(Arrived::new(stream, return_path, shared, crew, alive))
+                self.begun(switched, &shared, &crew)
             }
-            ended => {
-                let error = ended.err().unwrap_or_else(|| Error::stopped(Phase::Active));
-                let cause = self.session.fail(error, &crew);
-                // A main channel that came too late to be taken; a command behind it is ended now.
-                drop(main.modify_silently(|main| main.channel.take()));
-                Err(shared.refusals.explain(cause))
+            ended => Err(ended.err().unwrap_or_else(|| Error::stopped(Phase::Active))),
+        };
+        result.map_err(|error| {
+            let cause = self.session.fail(error, &crew);
+            // A main channel that came too late to be taken; a command behind it is ended now.
+            drop(main.modify_silently(|main| main.channel.take()));
+            shared.refusals.explain(cause)
+        })
+    }
+
+    fn begun(
+        &self,
+        (switched, return_path): (Switched, ReturnPath),
+        shared: &Arc<DestinationShared>,
+        crew: &Arc<Crew>,
+    ) -> Result<Begun> {
+        match switched {
+            Switched::Arrived(stream) => {
+                let alive = Alive::start(&return_path, crew)?;
+                let (shared, crew) = (Arc::clone(shared), Arc::clone(crew));
+                Ok(Begun::Arrived(Arrived::new(stream, return_path, shared, crew, alive)))
+            }
+            Switched::Running(driver) => {
+                self.session.enter(MigrationState::PostcopyActive)?;
+                Ok(Begun::Switched(driver, Arc::clone(crew)))
             }
         }
+    }
+
+    fn relisten(&self) -> Relisten {
+        Relisten { options: self.session.socket_options(&self.config.socket), tls: self.tls.clone() }
     }
 
     fn wait_for_main(
@@ -145,10 +225,12 @@ impl Destination {
     fn run_main(
         &mut self,
         channel: Channel,
+        guest: Guest,
         shared: &Arc<DestinationShared>,
         crew: &Arc<Crew>,
-    ) -> Result<(ReceivedMain, ReturnPath)> {
+    ) -> Result<(Switched, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
+        let deadline = Deadline::start(self.config.deadline, crew)?;
         self.session.counters.main.count_bytes_of(&channel);
         self.session.enter(MigrationState::Active)?;
         self.session.begin();
@@ -162,7 +244,11 @@ impl Destination {
         let (ack, direct) = (self.config.switchover_ack, self.config.direct_io);
         let readers = PageReaders { crew: Arc::clone(crew), count: self.config.channels, direct };
         let reader = MainReader::of_main(channel, &self.session);
-        let driver = Driver::new(reader, shared, return_path.clone(), ack, readers, &mut *self.ram);
-        Ok((driver.run()?, return_path))
+        let none = || Error::bug(Phase::Setup, "memory is provided twice");
+        let ram = self.ram.take().ok_or_else(none)?;
+        let driver = Driver::new(reader, shared, return_path.clone(), ack, readers, ram, guest);
+        let switched = driver.run()?;
+        drop(deadline);
+        Ok((switched, return_path))
     }
 }

@@ -7,9 +7,10 @@ use std::sync::atomic::Ordering;
 use multifd_wire::{BlockListFormat, BlockRef, Configuration, RamRecord};
 
 use super::mapped::PageReaders;
-use super::place::{BlockSink, BlockSinks, IncomingRam};
+use super::place::{BlockSink, BlockSinks, IncomingRam, Pager};
+use super::postcopy::serving::Serving;
 use super::shared::DestinationShared;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, ErrorKind, Phase, Remedy, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
 use crate::run::counters::{ChannelCounters, Counters};
 use crate::stream::{MainReader, block_list};
@@ -17,6 +18,12 @@ use crate::stream::{MainReader, block_list};
 /// Reads pages on main.
 pub(super) struct RamReader {
     sinks: Arc<BlockSinks>,
+    /// The guest may run: no difference to an older page can come.
+    switched: bool,
+    /// What places pages of a guest that runs.
+    pager: Option<Arc<Pager>>,
+    /// A page has come.
+    placed: bool,
     /// The block that CONTINUE refers to; kept over sections.
     last_block: Option<Arc<BlockSink>>,
 }
@@ -30,35 +37,72 @@ pub(super) enum Mark {
 
 impl RamReader {
     /// Reads the list of blocks, the first thing in START, and opens memory for them. With
-    /// `mapped`, their pages have come, too, when this returns.
+    /// `mapped`, their pages have come, too, when this returns. `advised`: a source that may switch
+    /// to post-copy says the page size of blocks with huge pages.
     pub(super) fn open(
         reader: &mut MainReader,
         shared: &DestinationShared,
         configuration: &Configuration,
         ram: &mut dyn IncomingRam,
         readers: &PageReaders,
-        mapped: bool,
+        (mapped, advised): (bool, bool),
     ) -> Result<Self> {
         let file = readers.check(reader, mapped)?;
-        let format = BlockListFormat { mapped_ram: mapped, ..BlockListFormat::default() };
+        let format =
+            BlockListFormat { mapped_ram: mapped, page_sizes: advised, ..BlockListFormat::default() };
         let announced = block_list::read(reader, PAGE_SIZE, format)?;
+        let total: u64 = announced.iter().map(|entry| entry.used_len).sum();
+        if let Some(limit) = shared.limits.ram.filter(|limit| total > *limit) {
+            let detail = format!(
+                "the source's guest has {total} bytes of RAM in {} blocks, limit is {limit}",
+                announced.len()
+            );
+            return Err(Error::new(ErrorKind::GuestMemory, Phase::Setup, detail)
+                .remedied_by(Some(Remedy::RaiseMaxRam)));
+        }
         let blocks = ram.open(configuration, &announced).map_err(|error| {
             Error::new(ErrorKind::GuestMemory, Phase::Setup, "no memory for the source's RAM blocks")
                 .because(error)
         })?;
-        let total: u64 = announced.iter().map(|entry| entry.used_len).sum();
         shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
         let sinks = Arc::new(BlockSinks::new(&announced, &blocks)?);
         shared.publish(Arc::clone(&sinks));
         if let Some(file) = file {
             readers.load(file, &announced, &sinks, shared)?;
         }
-        Ok(Self { sinks, last_block: None })
+        Ok(Self::of(sinks))
+    }
+
+    fn of(sinks: Arc<BlockSinks>) -> Self {
+        Self { sinks, switched: false, pager: None, placed: false, last_block: None }
+    }
+
+    /// Reads a channel of urgent pages, which has a last block of its own.
+    pub(super) fn of_urgent(serving: &Serving) -> Self {
+        let mut reader = Self::of(Arc::clone(serving.sinks()));
+        reader.switch(serving);
+        reader
     }
 
     /// Where the pages are.
-    pub(super) fn sinks(&self) -> &BlockSinks {
+    pub(super) fn sinks(&self) -> &Arc<BlockSinks> {
         &self.sinks
+    }
+
+    /// The guest may run from now on.
+    pub(super) fn switch(&mut self, serving: &Serving) {
+        self.switched = true;
+        self.pager = serving.pager().map(Arc::clone);
+    }
+
+    /// True once a page has come.
+    pub(super) fn has_placed(&self) -> bool {
+        self.placed
+    }
+
+    /// Over a new link, the first page names its block.
+    pub(super) fn forget_last_block(&mut self) {
+        self.last_block = None;
     }
 
     /// Reads page records up to one that is none. `mapped`: there may be no page records.
@@ -74,39 +118,73 @@ impl RamReader {
         result
     }
 
+    /// Reads one record. `None`: it was a page.
+    pub(super) fn read_one(
+        &mut self,
+        reader: &mut MainReader,
+        counters: &ChannelCounters,
+    ) -> Result<Option<Mark>> {
+        let mut pages = Pages::default();
+        let mark = self.record(reader, false, &mut pages);
+        pages.count(counters);
+        mark
+    }
+
     fn records(&mut self, reader: &mut MainReader, mapped: bool, pages: &mut Pages) -> Result<Mark> {
         loop {
-            let record =
-                reader.next(Phase::Active, "a RAM record", |bytes| RamRecord::parse(bytes, PAGE_SIZE))?;
-            match record {
-                RamRecord::EndOfSection => return Ok(Mark::EndOfRecords),
-                record if mapped => {
-                    let detail = format!("{record:?} in a mapped-ram stream, where pages have fixed places");
-                    return Err(Error::misbehaved(Phase::Active, detail));
-                }
-                RamRecord::Flush => return Ok(Mark::Flush),
-                RamRecord::Page { offset, block } => {
-                    let sink = self.sink(block)?;
-                    let page = sink.page_at(offset)?;
-                    sink.write(page, reader.take(Phase::Active, "a page", PAGE)?, &sink.best_place())?;
-                    pages.normal += 1;
-                }
-                RamRecord::Zero { offset, block } => {
-                    let sink = self.sink(block)?;
-                    sink.clear([sink.page_at(offset)?])?;
-                    pages.zero += 1;
-                }
-                RamRecord::Xbzrle { offset, block, len } => {
-                    let sink = self.sink(block)?;
-                    let page = sink.page_at(offset)?;
-                    sink.apply(page, reader.take(Phase::Active, "an xbzrle record", len.into())?)?;
-                    pages.xbzrle += 1;
-                }
-                RamRecord::MemSize { .. } => {
-                    return Err(Error::misbehaved(Phase::Active, "a second list of RAM blocks"));
-                }
+            if let Some(mark) = self.record(reader, mapped, pages)? {
+                return Ok(mark);
             }
         }
+    }
+
+    fn record(&mut self, reader: &mut MainReader, mapped: bool, pages: &mut Pages) -> Result<Option<Mark>> {
+        let record =
+            reader.next(Phase::Active, "a RAM record", |bytes| RamRecord::parse(bytes, PAGE_SIZE))?;
+        match record {
+            RamRecord::EndOfSection => return Ok(Some(Mark::EndOfRecords)),
+            record if mapped => {
+                let detail = format!("{record:?} in a mapped-ram stream, where pages have fixed places");
+                return Err(Error::misbehaved(Phase::Active, detail));
+            }
+            RamRecord::Flush => return Ok(Some(Mark::Flush)),
+            RamRecord::Page { offset, block } => {
+                let pager = self.pager.clone();
+                let sink = self.sink(block)?;
+                let page = sink.page_at(offset)?;
+                let content = reader.take(Phase::Active, "a page", PAGE)?;
+                match pager {
+                    Some(pager) => pager.put(sink, page, Some(content))?,
+                    None => sink.write(page, content, &sink.best_place())?,
+                }
+                pages.normal += 1;
+            }
+            RamRecord::Zero { offset, block } => {
+                let pager = self.pager.clone();
+                let sink = self.sink(block)?;
+                let page = sink.page_at(offset)?;
+                match pager {
+                    Some(pager) => pager.put(sink, page, None)?,
+                    None => sink.clear([page])?,
+                }
+                pages.zero += 1;
+            }
+            RamRecord::Xbzrle { .. } if self.switched => {
+                let detail = "a difference after the switch to post-copy, expected a whole page";
+                return Err(Error::misbehaved(Phase::Active, detail));
+            }
+            RamRecord::Xbzrle { offset, block, len } => {
+                let sink = self.sink(block)?;
+                let page = sink.page_at(offset)?;
+                sink.apply(page, reader.take(Phase::Active, "an xbzrle record", len.into())?)?;
+                pages.xbzrle += 1;
+            }
+            RamRecord::MemSize { .. } => {
+                return Err(Error::misbehaved(Phase::Active, "a second list of RAM blocks"));
+            }
+        }
+        self.placed = true;
+        Ok(None)
     }
 
     /// The block of a page record. Most refer to the last one: that costs no look-up.

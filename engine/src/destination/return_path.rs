@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use multifd_transports::Channel;
-use multifd_wire::{Failure, ReturnMessage};
+use multifd_wire::{BlockName, Failure, ReturnMessage};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::lock;
@@ -14,6 +14,9 @@ use crate::run::stop::lock;
 const SHUT_SUCCESS: u32 = 0;
 /// Status in SHUT: it has not, and never will on this connection.
 const SHUT_FAILED: u32 = 1;
+
+/// What closes the bitmap of a block. Spec: docs/wire.md §11.
+const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
 
 /// How long a SHUT of 8 bytes may wait for room in the socket, when everybody waits for the end.
 const LAST_MESSAGE: Duration = Duration::from_millis(100);
@@ -87,6 +90,24 @@ impl ReturnPath {
         }
         self.write(std::slice::from_ref(message))
             .map_err(|error| Error::io(phase, format_args!("sending {message:?}"), error).on(self.name()))
+    }
+
+    /// Tells the source which pages of the block are here. `received`: a bit a page, from the lowest
+    /// bit of each byte on.
+    pub(crate) fn send_bitmap(&self, block: &BlockName, received: &[u8]) -> Result<()> {
+        let state = lock(&self.state);
+        if *state != State::Open {
+            return Err(Error::stopped(Phase::Active));
+        }
+        let mut bytes = Vec::with_capacity(received.len() + 300);
+        ReturnMessage::RecvBitmap(block.clone()).encode(&mut bytes);
+        bytes.extend((received.len() as u64).to_be_bytes());
+        bytes.extend_from_slice(received);
+        bytes.extend(BITMAP_END.to_be_bytes());
+        self.channel.send_all(&bytes).map_err(|error| {
+            let doing = format_args!("sending which pages of RAM block {block} are here").to_string();
+            Error::io(Phase::Active, doing, error).on(self.name())
+        })
     }
 
     /// Tells a source that understands it that this end is alive. False: it does not, or it has been told of the end.
@@ -168,6 +189,11 @@ impl ReturnPath {
         if let Err(error) = told {
             tracing::debug!(%error, "the source could not be told of the failure");
         }
+    }
+
+    /// Says nothing any more, and ends the connection: the source finds that its link is gone.
+    pub(crate) fn hang_up(&self) {
+        self.channel.closer().close();
     }
 
     /// A message that is being sent is out at once, unless the source takes nothing: then it would not take SHUT either.

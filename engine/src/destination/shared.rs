@@ -1,7 +1,7 @@
 //! What the receiving threads share.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 
 use multifd_codecs::{Codec, Codecs};
 use multifd_transports::Listener;
@@ -9,12 +9,14 @@ use multifd_wire::{DeviceStatePacket, PacketFlags};
 
 use super::channels::sync::ChannelSync;
 use super::place::BlockSinks;
+use super::postcopy::serving::Serving;
 use super::refusals::Refusals;
 use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::os::memory::most_kept;
+use crate::run::budget::{Budget, Share};
 use crate::run::session::Session;
-use crate::run::stop::{Monitor, StopSwitch};
+use crate::run::stop::{Monitor, StopSwitch, lock};
 
 /// Device state that came over a parallel channel, for the device that knows what it means.
 #[derive(Clone, Debug)]
@@ -31,22 +33,58 @@ pub(crate) struct DestinationShared {
     pub(crate) channels: ChannelSync,
     pub(crate) refusals: Refusals,
     pub(crate) codecs: Codecs,
-    /// Most bytes of the devices' sections that are kept.
-    pub(crate) max_device_state: usize,
-    listener: Arc<Listener>,
+    pub(crate) limits: ReceiveLimits,
+    listener: Mutex<Arc<Listener>>,
+    /// Connections are accepted until the end: a source that may switch to post-copy makes one for
+    /// urgent pages when it does.
+    keeps_listening: AtomicBool,
     /// HELLO was said: the source may send packets of the multifd dialect.
     dialect: AtomicBool,
+    /// One for each connection that may carry urgent pages.
+    urgent: Arc<()>,
     facts: Monitor<Facts>,
+}
+
+/// A connection that may carry urgent pages, as long as this lives.
+pub(crate) struct UrgentCandidate(#[expect(dead_code, reason = "counted, not read")] Arc<()>);
+
+/// Most connections that may carry urgent pages. A source makes one, strangers the others.
+const MAX_URGENT: usize = 8;
+/// What a source may make this end use.
+pub(crate) struct ReceiveLimits {
+    /// Bytes of guest RAM.
+    pub(crate) ram: Option<u64>,
+    /// Memory beside it.
+    pub(crate) memory: Budget,
+    /// Most bytes of the devices' sections that are kept.
+    pub(crate) device_state: usize,
+    /// Device state over parallel channels is taken.
+    pub(crate) device_packets: bool,
+}
+
+impl ReceiveLimits {
+    pub(crate) fn of(config: &DestinationConfig) -> Self {
+        Self {
+            ram: config.max_ram,
+            memory: Budget::new(config.max_memory.unwrap_or_else(|| most_kept() as u64)),
+            device_state: config.max_device_state.unwrap_or_else(most_kept),
+            device_packets: config.device_packets,
+        }
+    }
 }
 
 /// What is learnt while the stream comes in.
 #[derive(Default)]
 struct Facts {
     sinks: Option<Arc<BlockSinks>>,
+    /// From LISTEN on.
+    serving: Weak<Serving>,
     codec: Option<Arc<dyn Codec>>,
     uuid: Option<[u8; 16]>,
     device_packets: Vec<DevicePacket>,
+    /// Bytes of all that were announced.
     device_bytes: usize,
+    device_memory: Vec<Share>,
 }
 
 /// Device state over parallel channels is kept in memory: at most 1 GiB of it.
@@ -62,10 +100,12 @@ impl DestinationShared {
         Arc::new(Self {
             session: Arc::clone(session),
             channels: ChannelSync::new(&session.stop, config.channels),
-            max_device_state: config.max_device_state.unwrap_or_else(most_kept),
+            limits: ReceiveLimits::of(config),
             refusals: Refusals::default(),
             codecs,
-            listener: Arc::clone(listener),
+            listener: Mutex::new(Arc::clone(listener)),
+            urgent: Arc::default(),
+            keeps_listening: AtomicBool::new(false),
             dialect: AtomicBool::new(false),
             facts: Monitor::new(Facts::default(), &session.stop),
         })
@@ -82,8 +122,12 @@ impl DestinationShared {
     /// As [`ChannelSync::flush`].
     pub(crate) fn sync_point(&self) -> Result<()> {
         let limit = self.session.timeout;
-        self.listener.close();
-        if !self.listener.wait_closed(limit) {
+        if self.keeps_listening() {
+            return self.channels.flush(limit);
+        }
+        let listener = self.listener();
+        listener.close();
+        if !listener.wait_closed(limit) {
             let detail = format!("the last connections were not accepted within {limit:?}");
             return Err(Error::new(ErrorKind::Deadline, Phase::Accept, detail));
         }
@@ -94,9 +138,58 @@ impl DestinationShared {
         Ok(())
     }
 
+    /// Accepts connections until the end, however long they are silent.
+    pub(crate) fn keep_listening(&self) {
+        self.keeps_listening.store(true, Ordering::Relaxed);
+        self.listener().keep_silent();
+    }
+
+    /// Connections are accepted until the end.
+    pub(crate) fn keeps_listening(&self) -> bool {
+        self.keeps_listening.load(Ordering::Relaxed)
+    }
+
     /// All channels are here, or none can be of use any more.
     pub(crate) fn stop_accepting(&self) {
-        stop_accepting(&self.listener);
+        stop_accepting(&self.listener());
+    }
+
+    /// As [`stop_accepting`](Self::stop_accepting), and returns when the address is free.
+    pub(crate) fn end_accepting(&self) {
+        self.stop_accepting();
+        if !self.listener().wait_closed(self.session.timeout) {
+            tracing::warn!(endpoint = %self.listener().endpoint(), "still listening");
+        }
+    }
+
+    fn listener(&self) -> Arc<Listener> {
+        Arc::clone(&lock(&self.listener))
+    }
+
+    /// Connections come on another listener from now on.
+    pub(crate) fn listen_to(&self, listener: Arc<Listener>) {
+        *lock(&self.listener) = listener;
+    }
+
+    /// LISTEN: pages come for `serving` from now on.
+    pub(crate) fn serve(&self, serving: &Arc<Serving>) {
+        self.facts.modify_and_notify(|facts| facts.serving = Arc::downgrade(serving));
+    }
+
+    /// Waits for LISTEN.
+    pub(crate) fn serving(&self) -> Result<Arc<Serving>> {
+        let serving = self.facts.wait(self.stop(), None, |facts| facts.serving.upgrade());
+        serving.ok_or_else(|| Error::stopped(Phase::Active))
+    }
+
+    /// Counts a connection that may carry urgent pages.
+    pub(crate) fn urgent_candidate(&self) -> Result<UrgentCandidate> {
+        let candidate = Arc::clone(&self.urgent);
+        if Arc::strong_count(&self.urgent) <= MAX_URGENT + 1 {
+            return Ok(UrgentCandidate(candidate));
+        }
+        let detail = format!("more than {MAX_URGENT} connections that may carry urgent pages");
+        Err(Error::misbehaved(Phase::Accept, detail))
     }
 
     /// From now on the source may send packets of the multifd dialect.
@@ -174,9 +267,20 @@ impl DestinationShared {
     /// A packet of device state is about to come, on any channel: asked before there is memory for
     /// it.
     pub(crate) fn expect_device_packet(&self, device: &DeviceStatePacket) -> Result<()> {
+        if !self.limits.device_packets {
+            let detail = format!(
+                "device {} sends state over parallel channels, which is not taken here (a checkpoint cannot hold it)",
+                device.idstr.escape_default()
+            );
+            return Err(Error::incompatible(Phase::Device, detail));
+        }
+        let len = DeviceStatePacket::LEN + device.payload_len as usize;
+        let mut share = self.limits.memory.share();
+        share.grow_to(len, Phase::Device, "device state on channels")?;
         self.facts.modify_silently(|facts| {
             // Small packets cost more than what is in them.
-            facts.device_bytes += DeviceStatePacket::LEN + device.payload_len as usize;
+            facts.device_bytes += len;
+            facts.device_memory.push(share);
             if facts.device_bytes <= MAX_DEVICE_BYTES {
                 return Ok(());
             }

@@ -2,9 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use multifd_wire::{TailEnd, TailScanner, VmDescription};
+use multifd_wire::{Item, ItemType, TailEnd, TailScanner, VMDESC_NODE_LEN, VmDescription, split_tail};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::guest::PAGE;
+use crate::run::budget::Share;
 use crate::stream::MainReader;
 
 /// A source that sends no vmdescription and waits for our SHUT shows its end only by falling
@@ -28,6 +30,37 @@ pub(crate) struct Described {
 }
 
 impl Tail {
+    /// The devices of a post-copy, `sections`, with an end as a pre-copy has it, so that they can be
+    /// sent on: QEMU waits for a description. This one describes no device.
+    pub(super) fn packaged(sections: Vec<u8>) -> Result<Self> {
+        let devices_len = sections.len();
+        let mut bytes = sections;
+        Item::Eof.encode(&mut bytes);
+        let description =
+            VmDescription { configuration: None, page_size: Some(PAGE as u64), devices: Vec::new() };
+        let cannot = |error: serde_json::Error| Error::bug(Phase::Device, error);
+        let text = serde_json::to_vec(&description).map_err(cannot)?;
+        let len = u32::try_from(text.len()).map_err(|error| Error::bug(Phase::Device, error))?;
+        bytes.push(ItemType::VmDescription.byte());
+        bytes.extend(len.to_be_bytes());
+        let begin = bytes.len();
+        bytes.extend(text);
+        let end = TailEnd { devices_len, total: bytes.len(), vmdesc: begin..bytes.len() };
+        Ok(Self { bytes, described: Some(Described { end, description }) })
+    }
+
+    /// The one section that the tail consists of, if it has this name: its version and payload.
+    pub(super) fn opaque(&self, name: &str) -> Option<(u32, &[u8])> {
+        let description = self.described.as_ref().map(|described| &described.description);
+        let sections = self.sections();
+        match &split_tail(sections, description).ok()?[..] {
+            [section] if section.head.idstr == name => {
+                Some((section.head.version_id, sections.get(section.payload.clone())?))
+            }
+            _ => None,
+        }
+    }
+
     /// The FULL sections.
     pub(super) fn sections(&self) -> &[u8] {
         // Without a description, EOF is the last byte.
@@ -38,8 +71,15 @@ impl Tail {
 
 /// Reads to the end of the stream, which the vmdescription marks (docs/wire.md §16.3). `begun`: its
 /// first sections, if they were read already.
-/// `most`: bytes that are kept of it.
-pub(crate) fn read(reader: &mut MainReader, begun: &[u8], timeout: Duration, most: usize) -> Result<Tail> {
+///
+/// `most`: bytes that are kept of it. `memory` holds what it takes, also afterwards.
+pub(crate) fn read(
+    reader: &mut MainReader,
+    begun: &[u8],
+    timeout: Duration,
+    most: usize,
+    memory: &mut Share,
+) -> Result<Tail> {
     let quiet = QUIET.min(timeout);
     let channel = reader.channel().clone();
     let limit = |duration| {
@@ -48,24 +88,33 @@ pub(crate) fn read(reader: &mut MainReader, begun: &[u8], timeout: Duration, mos
             .map_err(|error| Error::io(Phase::Device, "setting up the socket", error))
     };
     limit(quiet)?;
-    let result = scan(reader, begun, timeout, most);
+    let result = scan(reader, begun, timeout, TailScanner::with_limit(most), memory);
     limit(timeout)?;
     result.map_err(|error| error.on(reader.name()))
 }
 
-fn scan(reader: &mut MainReader, begun: &[u8], timeout: Duration, most: usize) -> Result<Tail> {
+fn scan(
+    reader: &mut MainReader,
+    begun: &[u8],
+    timeout: Duration,
+    mut scanner: TailScanner,
+    memory: &mut Share,
+) -> Result<Tail> {
     let refused = |invalid| Error::invalid(Phase::Device, invalid);
-    let mut scanner = TailScanner::with_limit(most);
     let mut end = scanner.push(begun).map_err(refused)?;
     let mut last_byte = Instant::now();
     loop {
         let (before, fed) = (scanner.bytes().len(), reader.buffered().len());
         if end.is_none() {
+            memory.grow_to(before + fed, Phase::Device, "device state")?;
             end = scanner.push(reader.buffered()).map_err(refused)?;
         }
         if let Some(end) = end {
             let mut bytes = scanner.into_bytes();
             let json = bytes.get(end.vmdesc.clone()).unwrap_or_default();
+            // The names in it are in the text, too.
+            let parsed = VmDescription::nodes(json) * VMDESC_NODE_LEN + json.len();
+            memory.grow_to(bytes.len() + parsed, Phase::Device, "the description of device state")?;
             let description =
                 VmDescription::parse(json).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
             bytes.truncate(end.total);

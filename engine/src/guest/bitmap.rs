@@ -100,6 +100,17 @@ impl DirtyBitmap {
         })
     }
 
+    /// One word's bits, which stay.
+    pub(crate) fn word(&self, word: usize) -> u64 {
+        self.words.get(word).map_or(0, |word| word.load(Ordering::Relaxed))
+    }
+
+    /// Takes those of one word's bits that are in `mask`, as far as they are set.
+    pub(crate) fn take_bits(&self, word: usize, mask: u64) -> u64 {
+        // Acquire: as in `take_word`.
+        self.words.get(word).map_or(0, |word| word.fetch_and(!mask, Ordering::Acquire) & mask)
+    }
+
     /// Takes one page's bit. True: it was set, and the page belongs to the caller. False: it was
     /// clear, because the page is clean or another caller has taken it.
     pub fn take(&self, page: usize) -> bool {

@@ -32,13 +32,14 @@ pub struct RamBlock {
     memory: HostMemory,
     /// Shared by clones: what one attempt has written to is fresh for none of them.
     fresh: Arc<AtomicBool>,
+    host_page: Option<usize>,
 }
 
 impl RamBlock {
     /// A block over all of `memory`, which must begin at a page and be a whole number of pages, at
     /// least one: a migration refuses other blocks by name before it connects.
     pub fn new(name: BlockName, memory: HostMemory) -> Self {
-        Self { name, memory, fresh: Arc::default() }
+        Self { name, memory, fresh: Arc::default(), host_page: None }
     }
 
     /// One block for each region of a VMM's guest memory, named by its guest physical address:
@@ -68,6 +69,19 @@ impl RamBlock {
     pub fn fresh(mut self) -> Self {
         self.fresh = Arc::new(AtomicBool::new(true));
         self
+    }
+
+    /// Says how many bytes a page of the destination's kernel has behind this block, where that is not as it is here: a
+    /// checkpoint that goes to memory of huge pages. For a post-copy, which moves such pages whole.
+    #[must_use]
+    pub fn with_host_page_size(mut self, bytes: usize) -> Self {
+        self.host_page = Some(bytes);
+        self
+    }
+
+    /// Bytes in a page of the kernel's: 4096, or more for huge pages.
+    pub fn host_page_size(&self) -> usize {
+        self.host_page.unwrap_or(self.memory.host_page_size())
     }
 
     /// The name on the wire (idstr).

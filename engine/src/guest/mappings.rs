@@ -17,6 +17,21 @@ struct Mapping {
     anonymous: bool,
     /// Its page faults go to a userfaultfd.
     paged: bool,
+    /// Bytes of its pages.
+    page: usize,
+    /// Its pages are locked in memory.
+    locked: bool,
+    /// No huge page is made of its pages.
+    no_huge: bool,
+}
+
+/// What a pager has to know of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Paging {
+    /// Bytes of a page that is there as a whole or not at all.
+    pub(crate) host_page: usize,
+    /// The kernel may put a huge page in the place of its pages.
+    pub(crate) may_be_huge: bool,
 }
 
 /// What loads and stores may do.
@@ -53,9 +68,16 @@ impl Mappings {
         for line in text.lines() {
             if let Some(flags) = line.strip_prefix("VmFlags:") {
                 if let Some(last) = mappings.last_mut() {
+                    let has = |wanted: &str| flags.split(' ').any(|flag| flag == wanted);
                     // Faults on pages that are missing, and on pages of a file that this mapping
                     // does not have yet.
-                    last.paged = flags.split(' ').any(|flag| matches!(flag, "um" | "ui"));
+                    last.paged = has("um") || has("ui");
+                    (last.locked, last.no_huge) = (has("lo"), has("nh"));
+                }
+            } else if let Some(size) = line.strip_prefix("KernelPageSize:") {
+                let kib = size.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<usize>().ok());
+                if let (Some(last), Some(kib)) = (mappings.last_mut(), kib) {
+                    last.page = kib * 1024;
                 }
             } else if let Some(mapping) = Mapping::parse(line) {
                 mappings.push(mapping);
@@ -79,6 +101,35 @@ impl Mappings {
     /// Pages of the block that are filled by a userfaultfd's owner.
     pub(crate) fn paged(&self, block: &RamBlock) -> Option<Range<usize>> {
         self.parts(block).find(|(_, mapping)| mapping.paged).map(|(range, _)| pages(&range))
+    }
+
+    /// What a pager has to know of the block. Read with pagers.
+    ///
+    /// # Errors
+    /// Why a pager cannot fill it.
+    pub(crate) fn paging(&self, block: &RamBlock) -> Result<Paging, String> {
+        let mut covered = 0;
+        let mut paging = None;
+        for (range, mapping) in self.parts(block) {
+            covered += range.end - range.start;
+            if mapping.paged {
+                return Err("its page faults go to another userfaultfd already".to_owned());
+            }
+            if mapping.locked {
+                return Err("it is locked in memory".to_owned());
+            }
+            if !mapping.anonymous && block.memory().shared_file().is_none() {
+                return Err("it is neither private memory nor shared with a file".to_owned());
+            }
+            let may_be_huge = !mapping.no_huge && !block.memory().is_huge();
+            let this = Paging { host_page: mapping.page, may_be_huge };
+            if paging.is_some_and(|first| first != this) {
+                return Err("its parts are mapped differently".to_owned());
+            }
+            paging = Some(this);
+        }
+        let whole = paging.filter(|_| covered == block.used_len());
+        whole.ok_or_else(|| "not all of it is mapped".to_owned())
     }
 
     /// What its absent pages are.
@@ -137,6 +188,9 @@ impl Mapping {
             // Private huge pages without a file are a file to the kernel, of this name.
             anonymous: private && (inode == "0" || path == "/anon_hugepage (deleted)"),
             paged: false,
+            page: PAGE,
+            locked: false,
+            no_huge: false,
         })
     }
 }
@@ -148,12 +202,13 @@ mod tests {
     const SMAPS: &str = "\
 7f0000000000-7f0000001000 rw-p 00000000 00:00 0 
 Size:                  4 kB
-VmFlags: rd wr mr mw me ac
+VmFlags: rd wr mr mw me ac nh lo
 7f0000001000-7f0000002000 ---p 00000000 00:00 0 
 VmFlags: mr mw me nr sd
 7f0000002000-7f0000003000 rw-s 00000000 00:01 1027                       /memfd:a b (deleted)
 VmFlags: rd wr sh mr mw me ms um sd
 7f0000003000-7f0000203000 r--p 00000000 00:10 77                         /anon_hugepage (deleted)
+KernelPageSize:     2048 kB
 VmFlags: rd mr mw me ht
 ";
 
@@ -171,5 +226,8 @@ VmFlags: rd mr mw me ht
                 (true, false, true, false),
             ]
         );
+        let sizes: Vec<_> = mappings.iter().map(|m| (m.page, m.locked, m.no_huge)).collect();
+        let plain = (PAGE, false, false);
+        assert_eq!(sizes, [(PAGE, true, true), plain, plain, (2 << 20, false, false)]);
     }
 }

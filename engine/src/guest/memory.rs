@@ -30,8 +30,8 @@ pub struct HostMemory {
     file: Option<FileOffset>,
     /// `file`, if stores to the memory and writes to the file are the same thing.
     shared_file: Option<FileOffset>,
-    /// Of huge pages (hugetlbfs).
-    huge: bool,
+    /// Bytes in a page of the kernel's: more than [`PAGE`] for huge pages (hugetlbfs).
+    host_page: usize,
     // Owns the mapping; only its drop matters.
     _owner: Arc<dyn Any + Send + Sync>,
 }
@@ -52,9 +52,12 @@ impl HostMemory {
             NonNull::new(region.as_ptr()).ok_or_else(|| io::Error::other("region without an address"))?;
         let file = region.file_offset().cloned();
         let shared_file = file.clone().filter(|_| region.flags() & libc::MAP_SHARED != 0);
-        let huge =
-            region.flags() & libc::MAP_HUGETLB != 0 || file.as_ref().is_some_and(|file| is_huge(file.file()));
-        Ok(Self { start, len: region.size(), file, shared_file, huge, _owner: region })
+        let host_page = match file.as_ref().and_then(|file| huge_page_of(file.file())) {
+            Some(size) => size,
+            None if region.flags() & libc::MAP_HUGETLB != 0 => huge_page_of_flags(region.flags())?,
+            None => PAGE,
+        };
+        Ok(Self { start, len: region.size(), file, shared_file, host_page, _owner: region })
     }
 
     /// Maps the first `len` bytes of `file`, shared, for reading and writing. The file must be that
@@ -92,7 +95,21 @@ impl HostMemory {
             MmapRegionError::Mmap(error) => error,
             other => io::Error::new(io::ErrorKind::InvalidInput, other),
         })?;
-        Self::from_region(Arc::new(region))
+        let memory = Self::from_region(Arc::new(region))?;
+        memory.keep_out_of_core_dumps()?;
+        Ok(memory)
+    }
+
+    /// Has the kernel leave the memory out of core dumps of this process (`MADV_DONTDUMP`): a guest's
+    /// RAM holds its keys. Memory that is mapped here is left out from the start.
+    ///
+    /// # Errors
+    /// What madvise says.
+    pub fn keep_out_of_core_dumps(&self) -> io::Result<()> {
+        // SAFETY: [start, start + len) is mapped for as long as `self` is there, and the advice changes
+        // nothing that can be read or written.
+        let outcome = unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, libc::MADV_DONTDUMP) };
+        if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
     /// Bytes.
@@ -164,13 +181,18 @@ impl HostMemory {
         self.shared_file.as_ref().is_some_and(|file| {
             // SAFETY: the descriptor is open; the request takes no pointer.
             let flags = unsafe { libc::fcntl(file.file().as_raw_fd(), libc::F_GETFL) };
-            flags >= 0 && flags & libc::O_ACCMODE != libc::O_RDONLY && !self.huge
+            flags >= 0 && flags & libc::O_ACCMODE != libc::O_RDONLY && !self.is_huge()
         })
     }
 
     /// True for huge pages (hugetlbfs), also without a file.
     pub(super) fn is_huge(&self) -> bool {
-        self.huge
+        self.host_page > PAGE
+    }
+
+    /// Bytes in a page of the kernel's: 4096, or more for huge pages (hugetlbfs). Transparent huge pages are 4096.
+    pub fn host_page_size(&self) -> usize {
+        self.host_page
     }
 
     /// Which pages of the range are in memory.
@@ -232,6 +254,40 @@ impl HostMemory {
         self.populate(offset, len, libc::MADV_POPULATE_WRITE)
     }
 
+    /// Makes pages missing, also in the file that the memory is shared with: what they held is gone.
+    pub(crate) fn drop_pages(&self, offset: usize, len: usize) -> io::Result<()> {
+        let slice = self.slice(offset, len).ok_or(io::ErrorKind::InvalidInput)?;
+        let done = match &self.shared_file {
+            Some(file) => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                let too_far = |_| io::Error::from(io::ErrorKind::InvalidInput);
+                let start = i64::try_from(file.start() + offset as u64).map_err(too_far)?;
+                let len = i64::try_from(len).map_err(too_far)?;
+                // SAFETY: the descriptor is open; the call takes no pointer.
+                unsafe { libc::fallocate(file.file().as_raw_fd(), mode, start, len) }
+            }
+            None => {
+                let start = slice.ptr_guard_mut().as_ptr().cast();
+                // SAFETY: the range is mapped, see `slice`; that its content goes is what is asked for.
+                unsafe { libc::madvise(start, slice.len(), libc::MADV_DONTNEED) }
+            }
+        };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Whether the kernel may put huge pages in the place of its pages.
+    pub(crate) fn allow_huge_pages(&self, allow: bool) -> io::Result<()> {
+        let advice = if allow { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+        let slice = self.slice(0, self.len).ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: the range is mapped, see `slice`; its content stays as it is.
+        if unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), advice) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        // A kernel without such pages.
+        if error.raw_os_error() == Some(libc::EINVAL) { Ok(()) } else { Err(error) }
+    }
+
     fn populate(&self, offset: usize, len: usize, advice: i32) -> io::Result<()> {
         // The kernel takes whole pages, and memory starts at one.
         let (first, last) = (offset / PAGE * PAGE, offset.saturating_add(len).next_multiple_of(PAGE));
@@ -282,16 +338,45 @@ fn probe(slice: &VolatileSlice<'_>, write: bool) -> io::Result<()> {
 /// HUGETLBFS_MAGIC of linux/magic.h.
 const HUGETLBFS_MAGIC: libc::__fsword_t = 0x958458f6;
 
-fn is_huge(file: &File) -> bool {
+fn huge_page_of(file: &File) -> Option<usize> {
     // SAFETY: statfs is plain data, for which zeros are valid.
     let mut statfs: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the descriptor is open; the call fills `statfs`.
     let done = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut statfs) };
-    done == 0 && statfs.f_type == HUGETLBFS_MAGIC
+    let huge = done == 0 && statfs.f_type == HUGETLBFS_MAGIC;
+    usize::try_from(statfs.f_bsize).ok().filter(|_| huge)
+}
+
+/// Bytes in a page of anonymous memory that was mapped with MAP_HUGETLB: in the flags, or the system's default.
+fn huge_page_of_flags(flags: i32) -> io::Result<usize> {
+    let shift = (flags >> libc::MAP_HUGE_SHIFT) & libc::MAP_HUGE_MASK;
+    if shift != 0 {
+        return 1_usize.checked_shl(shift.unsigned_abs()).ok_or_else(|| io::ErrorKind::InvalidInput.into());
+    }
+    let meminfo = std::fs::read_to_string("/proc/meminfo")?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("Hugepagesize:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok());
+    kib.and_then(|kib| kib.checked_mul(1024))
+        .ok_or_else(|| io::Error::other("/proc/meminfo does not say how large a huge page is"))
 }
 
 impl std::fmt::Debug for HostMemory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("HostMemory").field("len", &self.len).field("file", &self.file.is_some()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_is_mapped_here_is_in_no_core_dump() {
+        let memory = HostMemory::anonymous(1 << 20).unwrap();
+        let start = memory.slice(0, 1).unwrap().ptr_guard().as_ptr().addr();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mapping = smaps.split_once(&format!("\n{start:x}-")).unwrap().1;
+        let flags = mapping.lines().find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
+        assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
     }
 }

@@ -1,4 +1,5 @@
-//! The kernel's side of [`UserfaultLog`](crate::UserfaultLog): a descriptor and its requests.
+//! The kernel's side of [`UserfaultLog`](crate::UserfaultLog), and in `missing` of a pager: a
+//! descriptor and its requests.
 //! Layouts are those of linux/userfaultfd.h; the `userfaultfd` crate does not know write-protection
 //! without faults.
 #![expect(unsafe_code, reason = "the requests have no safe wrapper")]
@@ -11,6 +12,10 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use crate::os::ioctl::request;
 use crate::os::pagemap::{PageQuery, PageRun};
+
+mod missing;
+
+pub(crate) use missing::{MemoryEvent, MissingPages, Wake};
 
 const UFFD_API: u64 = 0xaa;
 /// Faults of system calls and vCPUs are not delivered to us. None is with [`Features::WP_ASYNC`],
@@ -68,6 +73,10 @@ pub(crate) struct Features(pub(crate) u64);
 
 impl Features {
     const WP: u64 = 1;
+    const EVENT_REMOVE: u64 = 1 << 3;
+    const MISSING_HUGETLBFS: u64 = 1 << 4;
+    const MISSING_SHMEM: u64 = 1 << 5;
+    const THREAD_ID: u64 = 1 << 8;
     const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
     const WP_UNPOPULATED: u64 = 1 << 13;
     const WP_ASYNC: u64 = 1 << 15;
@@ -77,6 +86,11 @@ impl Features {
     pub(crate) const NEEDED: Self =
         Self(Self::WP | Self::WP_HUGETLBFS_SHMEM | Self::WP_UNPOPULATED | Self::WP_ASYNC);
 
+    /// What a pager is built on: missing pages of any memory, and being told of pages that are
+    /// dropped (Linux 4.11), and of the thread that waits (4.14).
+    pub(crate) const PAGER: Self =
+        Self(Self::EVENT_REMOVE | Self::MISSING_HUGETLBFS | Self::MISSING_SHMEM | Self::THREAD_ID);
+
     /// The names of what `self` has and `other` has not.
     pub(crate) fn missing_in(self, other: Self) -> Vec<&'static str> {
         [
@@ -84,6 +98,10 @@ impl Features {
             (Self::WP_HUGETLBFS_SHMEM, "UFFD_FEATURE_WP_HUGETLBFS_SHMEM"),
             (Self::WP_UNPOPULATED, "UFFD_FEATURE_WP_UNPOPULATED"),
             (Self::WP_ASYNC, "UFFD_FEATURE_WP_ASYNC"),
+            (Self::EVENT_REMOVE, "UFFD_FEATURE_EVENT_REMOVE"),
+            (Self::MISSING_HUGETLBFS, "UFFD_FEATURE_MISSING_HUGETLBFS"),
+            (Self::MISSING_SHMEM, "UFFD_FEATURE_MISSING_SHMEM"),
+            (Self::THREAD_ID, "UFFD_FEATURE_THREAD_ID"),
         ]
         .into_iter()
         .filter_map(|(bit, name)| (self.0 & !other.0 & bit != 0).then_some(name))
@@ -94,7 +112,16 @@ impl Features {
 impl Userfault {
     /// By the system call, or by the device where a filter forbids the call.
     pub(crate) fn open() -> io::Result<Self> {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
+        Self::open_with(UFFD_USER_MODE_ONLY)
+    }
+
+    /// The same, for faults of system calls and vCPUs, too.
+    fn open_for_kernel() -> io::Result<Self> {
+        Self::open_with(0)
+    }
+
+    fn open_with(mode: i32) -> io::Result<Self> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | mode;
         // SAFETY: takes no pointer.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
         let refused = match i32::try_from(fd) {

@@ -41,7 +41,8 @@ macro_rules! counters {
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
         #[non_exhaustive]
         pub struct ChannelProgress {
-            /// `main`, or `channel 3`; for threads at a file, whose bytes are those of main, `thread 3`.
+            /// `main`, or `channel 3`; for threads at a file, whose bytes are those of main, `thread 3`; `urgent` for pages that
+            /// are asked for in a post-copy.
             pub name: String,
             /// Bytes sent.
             pub bytes_sent: u64,
@@ -57,6 +58,8 @@ macro_rules! counters {
             estimate: Mutex<Estimate>,
             pub(crate) main: ChannelCounters,
             parallel: Mutex<Vec<Arc<ChannelCounters>>>,
+            /// Of a post-copy's channels for pages that are asked for: one after the other.
+            urgent: Mutex<Vec<Arc<ChannelCounters>>>,
         }
 
         /// The counters of a [`ChannelCounters`].
@@ -77,6 +80,7 @@ macro_rules! counters {
                 progress.channels = parallel.len() as u64;
                 progress.per_channel.push(self.main.read());
                 progress.per_channel.extend(parallel.iter().map(|channel| channel.read()));
+                progress.per_channel.extend(lock(&self.urgent).iter().map(|channel| channel.read()));
                 for channel in &progress.per_channel {
                     $(progress.$channel += channel.$channel;)*
                 }
@@ -105,6 +109,12 @@ counters! {
         ram_bytes,
         /// Passes over RAM (dirty sync count).
         rounds,
+        /// Requests of a post-copy for pages that a guest waits for.
+        requests,
+        /// Pages that were asked for so, each as often as it was.
+        pages_requested,
+        /// New links of a post-copy whose link had gone.
+        recoveries,
     }
     channel {
         /// Packets with pages, of a parallel channel.
@@ -167,6 +177,13 @@ impl Counters {
     /// Counts a thread that moves pages between memory and a file; the bytes are main's.
     pub(crate) fn thread(&self, id: usize) -> Arc<ChannelCounters> {
         self.parallel(ChannelCounters::new(format!("thread {id}")))
+    }
+
+    /// Counts a channel for pages that are asked for, with its bytes.
+    pub(crate) fn urgent(&self, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
+        let counters = Arc::new(ChannelCounters::new("urgent".to_owned()).with_bytes_of(channel));
+        lock(&self.urgent).push(Arc::clone(&counters));
+        counters
     }
 
     fn parallel(&self, counters: ChannelCounters) -> Arc<ChannelCounters> {

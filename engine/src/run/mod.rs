@@ -1,5 +1,6 @@
 //! What runs a migration, and what ends it.
 
+pub(crate) mod budget;
 pub(crate) mod counters;
 pub(crate) mod open_set;
 pub(crate) mod session;

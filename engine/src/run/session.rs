@@ -202,11 +202,17 @@ impl Canceller {
         Self(Arc::clone(session))
     }
 
-    /// Cancels. Has no effect on a migration that has ended.
-    pub fn cancel(&self) {
-        // Not an error: what is over cannot be cancelled.
-        let _ = self.0.enter(MigrationState::Cancelling);
+    /// Cancels. Has no effect on a migration that has ended. False: the guest has been handed over to the destination of a
+    /// post-copy, and needs what is here; the migration goes on.
+    pub fn cancel(&self) -> bool {
+        if let Err(refused) = self.0.enter(MigrationState::Cancelling)
+            && self.0.state().is_postcopy()
+        {
+            tracing::warn!(%refused, "not cancelled: the guest runs at the destination and waits for its RAM");
+            return false;
+        }
         self.0.stop.trip(Error::new(ErrorKind::Cancelled, Phase::Active, "cancelled by the caller"));
+        true
     }
 
     /// How far the hand-over has come, for a caller who is about to end the process.

@@ -4,8 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// What `query-migrate` calls `status`. QEMU has two more, `colo` and `wait-unplug`, for what this engine does not do. No
-/// migration gets to the states of postcopy yet.
+/// What `query-migrate` calls `status`. QEMU has two more, `colo` and `wait-unplug`, for what this engine does not do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -27,6 +26,8 @@ pub enum MigrationState {
     None,
     /// The guest runs at the destination, its RAM follows.
     PostcopyActive,
+    /// The devices load at the destination of a postcopy; its guest does not run yet.
+    PostcopyDevice,
     /// The link broke during postcopy.
     PostcopyPaused,
     /// Postcopy goes on over a new link.
@@ -42,7 +43,7 @@ pub enum MigrationState {
 use MigrationState as S;
 
 /// Every state, in the order of the status enum's declaration.
-const ALL: [S; 13] = [
+const ALL: [S; 14] = [
     S::Active,
     S::Cancelled,
     S::Cancelling,
@@ -51,6 +52,7 @@ const ALL: [S; 13] = [
     S::Failed,
     S::None,
     S::PostcopyActive,
+    S::PostcopyDevice,
     S::PostcopyPaused,
     S::PostcopyRecover,
     S::PostcopyRecoverSetup,
@@ -68,8 +70,10 @@ const TRANSITIONS: &[(S, &[S])] = &[
     // A destination goes from active to completed at once, it has no guest to stop.
     (S::Active, &[S::PreSwitchover, S::Device, S::Completed, S::PostcopyActive, S::Failed, S::Cancelling]),
     (S::PreSwitchover, &[S::Device, S::Failed, S::Cancelling]),
-    (S::Device, &[S::Completed, S::PostcopyActive, S::Failed, S::Cancelling]),
-    (S::PostcopyActive, &[S::Completed, S::PostcopyPaused]),
+    (S::Device, &[S::Completed, S::PostcopyActive, S::PostcopyDevice, S::Failed, S::Cancelling]),
+    // Failed: the destination says so. The guest is at the source still, or lost: the error tells.
+    (S::PostcopyActive, &[S::Completed, S::PostcopyPaused, S::Failed]),
+    (S::PostcopyDevice, &[S::Completed, S::PostcopyActive, S::PostcopyPaused, S::Failed]),
     (S::PostcopyPaused, &[S::PostcopyRecoverSetup]),
     (S::PostcopyRecoverSetup, &[S::PostcopyRecover, S::PostcopyPaused]),
     (S::PostcopyRecover, &[S::PostcopyActive, S::PostcopyPaused]),
@@ -80,6 +84,15 @@ impl MigrationState {
     /// Whether `next` may follow at once.
     pub fn may_become(self, next: Self) -> bool {
         TRANSITIONS.iter().any(|(from, to)| *from == self && to.contains(&next))
+    }
+
+    /// Whether the guest has been handed over to the destination of a postcopy, where its RAM follows.
+    pub fn is_postcopy(self) -> bool {
+        use S::{PostcopyActive, PostcopyDevice, PostcopyPaused, PostcopyRecover, PostcopyRecoverSetup};
+        matches!(
+            self,
+            PostcopyActive | PostcopyDevice | PostcopyPaused | PostcopyRecover | PostcopyRecoverSetup
+        )
     }
 
     /// Whether the migration is over.
@@ -104,6 +117,7 @@ impl fmt::Display for MigrationState {
             S::Failed => "failed",
             S::None => "none",
             S::PostcopyActive => "postcopy-active",
+            S::PostcopyDevice => "postcopy-device",
             S::PostcopyPaused => "postcopy-paused",
             S::PostcopyRecover => "postcopy-recover",
             S::PostcopyRecoverSetup => "postcopy-recover-setup",
@@ -119,19 +133,20 @@ mod tests {
 
     /// One row a state, one column a state, in the order of `ALL`: x may follow.
     const TABLE: &str = "
-active                  ..xxxx.x...x.
-cancelled               ............x
-cancelling              .x...........
-completed               ............x
-device                  ..xx.x.x.....
-failed                  ............x
-none                    ............x
-postcopy-active         ...x....x....
-postcopy-paused         ..........x..
-postcopy-recover        .......xx....
-postcopy-recover-setup  ........xx...
-pre-switchover          ..x.xx.......
-setup                   x.x..x.......
+active                  ..xxxx.x....x.
+cancelled               .............x
+cancelling              .x............
+completed               .............x
+device                  ..xx.x.xx.....
+failed                  .............x
+none                    .............x
+postcopy-active         ...x.x...x....
+postcopy-device         ...x.x.x.x....
+postcopy-paused         ...........x..
+postcopy-recover        .......x.x....
+postcopy-recover-setup  .........xx...
+pre-switchover          ..x.xx........
+setup                   x.x..x........
 ";
 
     #[test]

@@ -292,6 +292,27 @@ impl SourceBuilder {
         self
     }
 
+    /// Whether the guest may be handed over before its RAM: see [`SourceConfig::postcopy`].
+    #[must_use]
+    pub fn postcopy(mut self, postcopy: bool) -> Self {
+        self.config.postcopy = postcopy;
+        self
+    }
+
+    /// A connection for pages that the guest waits for: see [`SourceConfig::postcopy_preempt`].
+    #[must_use]
+    pub fn postcopy_preempt(mut self, preempt: bool) -> Self {
+        self.config.postcopy_preempt = preempt;
+        self
+    }
+
+    /// Bytes per second of a post-copy: see [`SourceConfig::max_postcopy_bandwidth`].
+    #[must_use]
+    pub fn max_postcopy_bandwidth(mut self, bytes_per_second: Option<NonZeroU64>) -> Self {
+        self.config.max_postcopy_bandwidth = bytes_per_second;
+        self
+    }
+
     /// Announcement of the switch-over: see [`SourceConfig::switchover_start`].
     #[must_use]
     pub fn switchover_start(mut self, switchover_start: bool) -> Self {
@@ -337,7 +358,7 @@ impl SourceBuilder {
         }
         dialect::check_codec(&*codec, Phase::Setup)?;
         let session = Session::new(config.timeout);
-        let control = Control::new(&session, config.max_bandwidth, config.limits);
+        let control = Control::new(&session, &config);
         Ok(Source { config, guest, codec, tls, hook, session, control })
     }
 }

@@ -5,15 +5,17 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
-use multifd_transports::{Channel, DialOptions, Endpoint, Stopper, dial, encrypt};
+use multifd_transports::{Channel, Endpoint, encrypt};
 
 use super::alive::KeepAlive;
 use super::builder::Source;
 use super::carrier::{Carrier, Channels, File, SyncPoints};
+use super::dialer::Dialer;
 use super::main_writer::MainWriter;
 use super::migration::Migration;
 use super::outgoing::{OutgoingRam, ZeroPages};
 use super::page_cache::PageCache;
+use super::postcopy::{PostcopySettings, PreemptStyle};
 use super::precopy::Precopy;
 use super::return_path::ReturnPathReader;
 use super::shared::SourceShared;
@@ -42,8 +44,8 @@ struct Parts {
     carrier: Carrier,
     shared: Arc<SourceShared>,
     return_path: Option<ReturnPathReader>,
-    logs: LogSet,
     alive: KeepAlive,
+    logs: LogSet,
 }
 
 impl Source {
@@ -72,9 +74,16 @@ impl Source {
         self.session.enter(MigrationState::Setup)?;
         let crew = Crew::new(self.session.stop.clone()).with_hook(self.hook.clone());
         let convergence = Convergence::new(self.config.auto_converge);
-        match self.open(connections, &crew) {
+        let dialer = Dialer {
+            session: Arc::clone(&self.session),
+            socket: self.config.socket.clone(),
+            tls: self.tls.clone(),
+            hook: self.hook.clone(),
+            endpoint: connections.endpoint().cloned(),
+        };
+        match self.open(connections, &dialer, &crew) {
             Ok(parts) => {
-                let mut migration = self.migration(parts, crew);
+                let mut migration = self.migration(parts, dialer, crew);
                 let busy = migration.alive.busy();
                 let result = migration.set_up(&self.guest.configuration);
                 migration.caused(result)?;
@@ -85,8 +94,8 @@ impl Source {
         }
     }
 
-    fn migration(&self, parts: Parts, crew: Crew) -> Migration {
-        let Parts { main, carrier, shared, return_path, logs, alive } = parts;
+    fn migration(&self, parts: Parts, dialer: Dialer, crew: Crew) -> Migration {
+        let Parts { main, carrier, shared, return_path, alive, logs } = parts;
         Migration {
             main,
             carrier,
@@ -95,6 +104,12 @@ impl Source {
             crew,
             return_path,
             early: self.guest.early.clone(),
+            dialer,
+            postcopy: self.config.postcopy.then_some(PostcopySettings {
+                preempt: self.config.postcopy_preempt,
+                preempt_style: PreemptStyle::for_machine(&self.guest.configuration),
+            }),
+            urgent_channel: None,
             switchover_start: self.config.switchover_start,
             pause_before_switchover: self.config.pause_before_switchover,
             logs,
@@ -106,7 +121,7 @@ impl Source {
         }
     }
 
-    fn open(&mut self, mut connections: Connections<'_>, crew: &Crew) -> Result<Parts> {
+    fn open(&mut self, mut connections: Connections<'_>, dialer: &Dialer, crew: &Crew) -> Result<Parts> {
         self.count_channels(&connections)?;
         let endpoint = connections.endpoint();
         self.check(endpoint, None)?;
@@ -119,9 +134,10 @@ impl Source {
         let parallel = self.config.channels > 0;
         let ram =
             OutgoingRam::new(std::mem::take(&mut self.guest.ram), &self.guest.notes, zero_pages, parallel)?;
+        let ram = if self.config.postcopy { ram.for_postcopy()? } else { ram };
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
         self.session.counters.expect(Estimate { remaining_bytes: ram.total_bytes(), ..Estimate::default() });
-        let main = self.next_connection(&mut connections, None)?;
+        let main = self.next_connection(&mut connections, dialer, None)?;
         self.session.counters.main.count_bytes_of(&main);
         let file = MainFile::of(&main);
         let opened = Opened { file: file.is_some(), two_way: main.is_two_way() };
@@ -151,24 +167,24 @@ impl Source {
             }
             Some(file) => Carrier::File(File::plain(file)),
             None if config.channels == 0 => Carrier::Main,
-            None => Carrier::Channels(self.connect_channels(&mut connections, &shared, crew)?),
+            None => Carrier::Channels(self.connect_channels(&mut connections, dialer, &shared, crew)?),
         };
-        let main = MainWriter::new(main, file);
         let piece_of_ram = carrier.takes_empty_pieces().then(MainWriter::empty_piece_of_ram);
-        let alive = KeepAlive::start(main.channel(), return_path.is_some(), piece_of_ram, crew)?;
-        Ok(Parts { main, carrier, shared, return_path, logs, alive })
+        let alive = KeepAlive::start(&main, return_path.is_some(), piece_of_ram, crew)?;
+        Ok(Parts { main: MainWriter::new(main, file), carrier, shared, return_path, alive, logs })
     }
 
     fn connect_channels(
         &self,
         connections: &mut Connections<'_>,
+        dialer: &Dialer,
         shared: &Arc<SourceShared>,
         crew: &Crew,
     ) -> Result<Channels> {
         let count = self.config.channels;
         let channels = Channels::new(count, SyncPoints::for_machine(&self.guest.configuration), crew);
         for id in (0..=u8::MAX).take(count) {
-            let channel = self.next_connection(connections, Some(id))?;
+            let channel = self.next_connection(connections, dialer, Some(id))?;
             channels.start(channel, id, shared, crew)?;
         }
         Ok(channels)
@@ -206,45 +222,30 @@ impl Source {
     fn wants_return_path(&self, endpoint: Option<&Endpoint>, main: Opened) -> bool {
         // Most commands store or pass on, and answer nothing.
         let answers = main.two_way && !matches!(endpoint, Some(Endpoint::Exec(_)));
-        self.config.return_path.unwrap_or(answers)
+        self.config.return_path.unwrap_or(answers || self.config.postcopy)
     }
 
     /// Main, or the parallel channel `id`.
-    fn next_connection(&self, connections: &mut Connections<'_>, id: Option<u8>) -> Result<Arc<Channel>> {
+    fn next_connection(
+        &self,
+        connections: &mut Connections<'_>,
+        dialer: &Dialer,
+        id: Option<u8>,
+    ) -> Result<Arc<Channel>> {
         let name = id.map_or_else(|| "main".to_owned(), |id| format!("channel {id}"));
         let channel = match connections {
             Connections::Own(channels) => {
                 let none = || Error::bug(Phase::Connect, format_args!("no connection for {name}"));
                 let connection = channels.next().ok_or_else(none)?;
-                encrypt(connection, &self.dial_options())
+                encrypt(connection, &dialer.options(self.session.timeout, &self.session.stop))
                     .map_err(|error| Error::io(Phase::Connect, "shaking hands", error).on(&name))?
             }
             Connections::Dialled(main) => {
                 let own = id.and_then(|id| self.config.channel_endpoints.iter().cycle().nth(id.into()));
-                self.dial(own.unwrap_or(main), &name)?
+                dialer.dial(own.unwrap_or(main), &name, &self.session.stop)?
             }
         };
-        let channel = self.session.adopt(channel, Phase::Connect)?;
-        self.session.close_on_stop(&channel);
-        Ok(channel)
-    }
-
-    fn dial(&self, endpoint: &Endpoint, name: &str) -> Result<Channel> {
-        dial(endpoint, &self.dial_options()).map_err(|error| Error::transport(Phase::Connect, error).on(name))
-    }
-
-    /// What ends with the migration, if it waits until then.
-    fn dial_options(&self) -> DialOptions {
-        let stopper = Stopper::new();
-        let options = DialOptions {
-            deadline: self.session.timeout,
-            stopper: stopper.clone(),
-            socket: self.session.socket_options(&self.config.socket),
-            tls: self.tls.clone(),
-            thread_hook: self.hook.clone(),
-        };
-        self.session.stop.on_trip(move || stopper.stop());
-        options
+        dialer.adopt(channel, &self.session.stop)
     }
 }
 

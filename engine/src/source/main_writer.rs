@@ -61,6 +61,12 @@ impl MainWriter {
         self.flush()
     }
 
+    /// A command that others follow.
+    pub(super) fn queue(&mut self, command: Command) -> Result<()> {
+        Item::Command(command).encode(&mut self.buffer);
+        if self.buffer.len() >= FLUSH_AT { self.flush() } else { Ok(()) }
+    }
+
     pub(super) fn ping(&mut self, value: u32) -> Result<()> {
         self.command(Command::Ping(value))
     }
@@ -120,6 +126,12 @@ impl MainWriter {
     /// How a page record of the block names it, after all records so far.
     pub(super) fn naming(&mut self) -> &mut BlockNaming {
         &mut self.naming
+    }
+
+    /// Ends the stream of a post-copy, which has no vmdescription.
+    pub(super) fn eof(&mut self) -> Result<()> {
+        Item::Eof.encode(&mut self.buffer);
+        self.flush()
     }
 
     /// Buffered bytes. A caller that writes to the channel directly must send these first.

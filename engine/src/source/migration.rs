@@ -3,20 +3,24 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use multifd_wire::{Command, Configuration, HELLO_PING, RAM_PING, SETUP_PING};
+use multifd_transports::{Channel, PeerVanished};
+use multifd_wire::{Advise, Command, Configuration, HELLO_PING, RAM_PING, SETUP_PING};
 
 use super::alive::{Busy, KeepAlive};
 use super::audit::AuditReport;
 use super::carrier::Carrier;
 use super::control::Control;
 use super::device_state::DeviceState;
+use super::dialer::Dialer;
 use super::main_writer::MainWriter;
+use super::postcopy::{PostcopySettings, PreemptStyle};
 use super::return_path::ReturnPathReader;
 use super::rounds::RoundContext;
 use super::shared::SourceShared;
 use crate::convergence::DowntimeLedger;
 use crate::dirty::LogSet;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::error::{Error, ErrorKind, Phase, Remedy, Result};
+use crate::guest::PAGE;
 use crate::report::Report;
 use crate::run::counters::Counters;
 use crate::run::session::{HandOver, NoteEnd};
@@ -46,6 +50,12 @@ pub(super) struct Migration {
     pub(super) alive: KeepAlive,
     /// Device sections that go before the end of RAM.
     pub(super) early: EarlySections,
+    /// Makes further connections.
+    pub(super) dialer: Dialer,
+    /// A post-copy may follow.
+    pub(super) postcopy: Option<PostcopySettings>,
+    /// Connected before the switch to post-copy.
+    pub(super) urgent_channel: Option<Arc<Channel>>,
     /// Send SWITCHOVER_START.
     pub(super) switchover_start: bool,
     pub(super) pause_before_switchover: bool,
@@ -62,10 +72,18 @@ pub(super) struct Migration {
 impl Migration {
     /// Header, configuration, return path, the list of blocks and the first sync point.
     pub(super) fn set_up(&mut self, configuration: &Configuration) -> Result<()> {
+        if self.postcopy.is_some_and(|settings| settings.preempt_style == PreemptStyle::AtSetup) {
+            self.open_urgent_channel()?;
+        }
         self.main.header(configuration);
         if self.return_path.is_some() {
             self.main.command(Command::OpenReturnPath)?;
             self.main.ping(HELLO_PING)?;
+        }
+        if self.postcopy.is_some() {
+            let page_sizes = self.shared.ram.host_page_sizes();
+            let advise = Advise { page_sizes, target_page: PAGE as u64 };
+            self.main.command(Command::PostcopyAdvise(Some(advise)))?;
         }
         self.main.raw(&self.early.before_ram)?;
         self.section(Section::Start)?;
@@ -83,6 +101,17 @@ impl Migration {
 
     /// The guest is paused: the last dirty bits, the last pages.
     pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger, busy: &Busy) -> Result<()> {
+        self.begin_switch_over(ledger, busy)?;
+        let begun = Instant::now();
+        self.section(Section::End)?;
+        self.ask_how_far(RAM_PING)?;
+        ledger.last_ram_us = micros(begun.elapsed());
+        self.audit = busy.rest(|| self.shared.ram.audit(&self.shared, &self.crew))?;
+        Ok(())
+    }
+
+    /// The guest is paused: the last dirty bits, and the announcement.
+    pub(super) fn begin_switch_over(&mut self, ledger: &mut DowntimeLedger, busy: &Busy) -> Result<()> {
         let begun = Instant::now();
         self.logs.last_sync(Phase::Active, &self.shared.ram.dirty)?;
         self.shared.ram.take_changes()?;
@@ -96,14 +125,9 @@ impl Migration {
         self.control.begin_switchover();
         self.alive.end_of_ram();
         self.enter(MigrationState::Device)?;
-        let begun = Instant::now();
         if self.switchover_start {
             self.main.command(Command::SwitchoverStart)?;
         }
-        self.section(Section::End)?;
-        self.ask_how_far(RAM_PING)?;
-        ledger.last_ram_us = micros(begun.elapsed());
-        self.audit = busy.rest(|| self.shared.ram.audit(&self.shared, &self.crew))?;
         Ok(())
     }
 
@@ -223,7 +247,20 @@ impl Migration {
             return cause.after_hand_over();
         }
         self.shared.session.set_hand_over(HandOver::Before);
-        cause
+        let remedy = ended_by_destination(&cause).then_some(Remedy::CompareSettings);
+        cause.remedied_by(remedy)
+    }
+}
+
+/// Whether the destination refused, hung up, or did not do what was waited for. One that has vanished is none of that.
+fn ended_by_destination(cause: &Error) -> bool {
+    let vanished = std::error::Error::source(cause)
+        .and_then(|source| source.downcast_ref::<std::io::Error>())
+        .is_some_and(PeerVanished::is_in);
+    match cause.kind() {
+        ErrorKind::PeerAborted(_) => true,
+        ErrorKind::Transport | ErrorKind::Deadline => !vanished,
+        _ => false,
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  Source::builder ─ connect ─> Precopy ─ round ... ─ stop_copy ─> StopCopy ─ commit ─> Report
+//!                                  └─ switch_to_postcopy ─> Postcopy ─ serve, recover, serve ... ─> Report
 //!    connect ────── main, the carrier and its workers
 //!    migration ──── the connected parts; sections, each with a sync point   on the caller's thread
 //!    main_writer ── header, block list, records, device state
@@ -15,6 +16,8 @@
 //!    zero_copy ──── pages without a copy by the kernel, while it pays
 //!    alive ──────── says that this end is alive while the embedder has it     one thread, `mig-alive`
 //!    return_path ── what the destination says, as events                    one thread, `mig-return`
+//!    postcopy ───── the switch, the background stream, recovery              on the caller's thread
+//!                   pages that are asked for, with a channel of their own    one thread, `mig-urgent`
 //! ```
 
 mod alive;
@@ -24,11 +27,13 @@ mod carrier;
 mod connect;
 mod control;
 mod device_state;
+mod dialer;
 mod main_writer;
 mod migration;
 mod outgoing;
 mod packet;
 mod page_cache;
+mod postcopy;
 mod precopy;
 mod return_path;
 mod rounds;
@@ -41,5 +46,6 @@ pub use control::Control;
 pub use device_state::DeviceState;
 pub use outgoing::ZeroPages;
 pub use page_cache::XbzrleStats;
+pub use postcopy::{Postcopy, PostcopyReport, Served};
 pub use precopy::{Precopy, StopCopy};
 pub use zero_copy::{ZeroCopySend, ZeroCopyStats};

@@ -9,11 +9,11 @@ use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{
-    Absent, Attached, BlockChanges, DirtyBitmap, Found, Mappings, PageTable, Parts, READING, RamBlock,
+    Absent, Attached, BlockChanges, DirtyBitmap, Found, Mappings, PAGE, PageTable, Parts, READING, RamBlock,
     RamChanges,
 };
 use crate::source::audit::Digests;
-use crate::work::{BlockIndex, PerBlock, Round};
+use crate::work::{BlockIndex, HostPages, PerBlock, Round};
 
 /// How pages that are all zero go out (QEMU's zero-page-detection).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -74,6 +74,8 @@ pub(super) struct OutgoingBlock {
     /// What its pages are that the page table does not have.
     absent: Absent,
     pub(super) zero_route: ZeroRoute,
+    /// Pages in a page of the destination's kernel.
+    pub(super) per_host: usize,
     /// Pages of the blocks before this one.
     first_key: u64,
     /// What the VMM does to it meanwhile.
@@ -94,6 +96,10 @@ pub(super) struct OutgoingRam {
     pub(super) blocks: PerBlock<OutgoingBlock>,
     /// The dirty logs write here.
     pub(super) dirty: PerBlock<Arc<DirtyBitmap>>,
+    /// The same in host pages, for a post-copy.
+    pub(super) host_pages: HostPages,
+    /// The list says how large huge pages are.
+    lists_host_pages: bool,
     /// The first pass is under way: holes that were found at its begin can be taken for zero. A page that was written since
     /// is in a dirty log, and goes out again.
     holes_hold: AtomicBool,
@@ -127,7 +133,9 @@ impl OutgoingRam {
             let digests = notes.audit.then(|| Digests::new(block.pages()));
             let paged = notes.paged.contains(block.name());
             let (data, absent) = OutgoingBlock::what_is_absent(&block, mappings.as_ref(), paged)?;
-            let outgoing = OutgoingBlock { block, data, absent, zero_route, first_key, changes, digests };
+            let per_host = (block.host_page_size() / PAGE).max(1);
+            let outgoing =
+                OutgoingBlock { block, data, absent, zero_route, per_host, first_key, changes, digests };
             first_key += outgoing.block.pages() as u64;
             blocks.push(outgoing);
         }
@@ -137,7 +145,40 @@ impl OutgoingRam {
             dirty.set_range(0, dirty.pages());
             Arc::new(dirty)
         });
-        Ok(Self { blocks, dirty, holes_hold: AtomicBool::new(true), page_table, attached })
+        let host_pages = HostPages::new(&dirty, &blocks.map(|outgoing| outgoing.per_host));
+        Ok(Self {
+            blocks,
+            dirty,
+            host_pages,
+            lists_host_pages: false,
+            holes_hold: AtomicBool::new(true),
+            page_table,
+            attached,
+        })
+    }
+
+    /// Sees to it that a post-copy can follow.
+    pub(super) fn for_postcopy(mut self) -> Result<Self> {
+        for OutgoingBlock { block, per_host, .. } in self.blocks.iter() {
+            let size = block.host_page_size();
+            let whole = block.pages().is_multiple_of(*per_host);
+            if size < PAGE || !size.is_power_of_two() || !whole {
+                let detail = format!(
+                    "RAM block {} of {:#x} bytes, in host pages of {size:#x} bytes: expected a power of two, at least {PAGE:#x}, \
+                     and whole host pages",
+                    block.name(),
+                    block.used_len()
+                );
+                return Err(Error::new(ErrorKind::ApiMisuse, Phase::Setup, detail));
+            }
+        }
+        self.lists_host_pages = true;
+        Ok(self)
+    }
+
+    /// The sizes of host pages, as ADVISE has them.
+    pub(super) fn host_page_sizes(&self) -> u64 {
+        self.blocks.iter().fold(0, |sizes, block| sizes | (block.per_host * PAGE) as u64)
     }
 
     /// The block with this name.
@@ -211,7 +252,8 @@ impl OutgoingRam {
         self.blocks.iter().map(|outgoing| BlockEntry {
             name: outgoing.block.name().clone(),
             used_len: outgoing.block.used_len(),
-            page_size: None,
+            page_size: (self.lists_host_pages && outgoing.per_host > 1)
+                .then_some((outgoing.per_host * PAGE) as u64),
             guest_address: None,
             mapped_ram: None,
         })
@@ -290,7 +332,7 @@ impl Deref for HeldBlock<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest::{HostMemory, PAGE};
+    use crate::guest::HostMemory;
 
     /// The kernel says that an address of a whole packet was bad, not which.
     #[test]

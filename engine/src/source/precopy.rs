@@ -18,9 +18,9 @@ use crate::run::session::{Canceller, ProgressReader};
 /// Dropped before [`Precopy::stop_copy`] and [`StopCopy::commit`], the migration is cancelled and the guest is still here.
 #[must_use = "dropping it cancels the migration"]
 pub struct Precopy {
-    migration: Migration,
+    pub(super) migration: Migration,
     convergence: Convergence,
-    decisions: Vec<RoundRecord>,
+    pub(super) decisions: Vec<RoundRecord>,
     /// Since when the guest has been paused, if the embedder has said so.
     paused: Option<Instant>,
 }
@@ -96,6 +96,12 @@ impl Precopy {
         self.decisions
             .last()
             .is_some_and(|last| matches!(last.decision, Decision::SwitchOver | Decision::SwitchOverStalled))
+    }
+
+    /// True when the last round's decision was to switch to post-copy ([`OnStall::Postcopy`](crate::OnStall)). Then: pause the
+    /// guest, and [`Precopy::switch_to_postcopy`].
+    pub fn wants_postcopy(&self) -> bool {
+        self.decisions.last().is_some_and(|last| last.decision == Decision::Postcopy)
     }
 
     /// What was decided after each round so far, and why.

@@ -1,6 +1,6 @@
 //! The list of RAM blocks, the first thing in the RAM section. Spec: docs/wire.md §5.1.
 
-use multifd_wire::{BlockEntry, BlockListBuilder, BlockListFormat, PageSize, RamRecord};
+use multifd_wire::{BlockEntry, BlockListBuilder, BlockListFormat, PageSize, Parsed, RamRecord};
 
 use super::mapped_layout::next_entry;
 use super::reader::{ByteSource, ItemReader};
@@ -8,7 +8,8 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 
 const WHAT: &str = "the list of RAM blocks";
 
-/// Reads the whole list; with `mapped-ram`, past the pages of every block.
+/// Reads the whole list; with `mapped-ram`, past the pages of every block. With page sizes in
+/// `format`, an entry may have one or not: nothing else that follows an entry looks like one.
 pub(crate) fn read<S: ByteSource>(
     reader: &mut ItemReader<S>,
     page: PageSize,
@@ -23,7 +24,7 @@ pub(crate) fn read<S: ByteSource>(
     let mut list = BlockListBuilder::new(total, page);
     while !list.complete() {
         let position = reader.position();
-        let entry = reader.next(Phase::Setup, WHAT, |bytes| BlockEntry::parse(bytes, format))?;
+        let entry = reader.next(Phase::Setup, WHAT, |bytes| parse(bytes, page, format))?;
         let (name, next) = (entry.name.clone(), next_entry(&entry, reader.position()));
         let next = list.push(entry).and(next).map_err(|invalid| {
             let detail = format!("{WHAT} at byte {position} is invalid");
@@ -34,4 +35,48 @@ pub(crate) fn read<S: ByteSource>(
         }
     }
     Ok(list.finish())
+}
+
+/// A name begins with its length, which is not 0; a record with an offset of pages and its flags in the
+/// lowest bits, all of which are 0 in the size of a huge page.
+fn parse(bytes: &[u8], page: PageSize, format: BlockListFormat) -> Parsed<BlockEntry> {
+    let plain = BlockEntry::parse(bytes, BlockListFormat { page_sizes: false, ..format })?;
+    let Some((_, used)) = plain.as_ref().filter(|_| format.page_sizes) else { return Ok(plain) };
+    let Some(next) = bytes.get(*used..).and_then(|rest| rest.first_chunk()) else { return Ok(None) };
+    let next = u64::from_be_bytes(*next);
+    if next.is_power_of_two() && next > page.bytes_u64() && next < 1 << 56 {
+        return BlockEntry::parse(bytes, format);
+    }
+    Ok(plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use multifd_wire::BlockName;
+
+    use super::*;
+
+    #[test]
+    fn an_entry_has_the_size_of_huge_pages_or_what_follows_it() {
+        let format = BlockListFormat { page_sizes: true, ..BlockListFormat::default() };
+        let entry = |page_size| BlockEntry {
+            name: BlockName::try_from("pc.ram").unwrap(),
+            used_len: 4 << 20,
+            page_size,
+            guest_address: None,
+            mapped_ram: None,
+        };
+        for page_size in [None, Some(2 << 20), Some(1 << 30)] {
+            let mut bytes = Vec::new();
+            entry(page_size).encode(&mut bytes);
+            let len = bytes.len();
+            for follows in [0x10_u64.to_be_bytes(), 0x200_u64.to_be_bytes(), *b"\x07pc.bios"] {
+                let mut bytes = bytes.clone();
+                bytes.extend(follows);
+                let parsed = parse(&bytes, PageSize::K4, format).unwrap();
+                assert_eq!(parsed, Some((entry(page_size), len)), "{follows:?}");
+            }
+            assert_eq!(parse(&bytes[..len - 1], PageSize::K4, format).unwrap(), None);
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod block_list;
 pub(crate) mod dialect;
+pub(crate) mod foreign;
 mod main_source;
 pub(crate) mod mapped_layout;
 mod reader;

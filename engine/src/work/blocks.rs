@@ -38,6 +38,16 @@ impl<T> PerBlock<T> {
         self.0.partition_point(before).checked_sub(1).map(BlockIndex)
     }
 
+    /// The block behind this one; behind the last, the first.
+    pub(super) fn after(&self, block: BlockIndex) -> BlockIndex {
+        BlockIndex(if block.0 + 1 < self.0.len() { block.0 + 1 } else { 0 })
+    }
+
+    /// The first block. `None`: there are none.
+    pub(super) fn first(&self) -> Option<BlockIndex> {
+        (!self.0.is_empty()).then_some(BlockIndex(0))
+    }
+
     /// Every block with its index.
     pub fn indexed(&self) -> impl Iterator<Item = (BlockIndex, &T)> {
         self.0.iter().enumerate().map(|(index, item)| (BlockIndex(index), item))

@@ -10,6 +10,7 @@
 //! clears the bit. A request only changes the order, so that one that is lost costs time and no page.
 
 mod blocks;
+mod host_pages;
 mod next;
 mod round;
 mod urgent;
@@ -18,3 +19,5 @@ pub use blocks::{BlockIndex, PerBlock};
 pub use next::{Next, Origin, Place};
 pub use round::{Batch, Claim, Round};
 pub use urgent::{Requested, UrgentPages, WantedPage};
+
+pub(crate) use host_pages::{HostPages, ScanPlace};

@@ -120,7 +120,8 @@ impl Change {
     }
 
     /// Ends a connection before the last of its part of RAM: the SYNC of a channel, the end of
-    /// main's section.
+    /// main's section. A channel that never said its number may be one that never was: a source
+    /// that has it sees it fail.
     fn cuts_ram(&self, recording: &Recording) -> bool {
         let step = self.step(recording);
         let lane = |step: &Step| if let Step::Send { lane, .. } = step { Some(*lane) } else { None };
@@ -131,7 +132,8 @@ impl Change {
             _ => false,
         };
         let last = recording.steps.iter().rposition(|step| lane(step) == Some(cut) && is_ram(step));
-        self.kind == 0 && last.is_some_and(|last| step <= last)
+        let is_hello = matches!(recording.steps.get(step), Some(Step::Send { what: "hello", .. }));
+        self.kind == 0 && !is_hello && last.is_some_and(|last| step <= last)
     }
 
     fn apply(&self, recording: &mut Recording) {

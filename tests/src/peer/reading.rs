@@ -62,13 +62,28 @@ impl Reading {
         Ok(pings)
     }
 
+    /// As [`Reading::push`]; gives the lengths of what was read, one message after the other.
+    pub(super) fn push_cutting(&mut self, bytes: &[u8]) -> Outcome<Vec<usize>> {
+        self.bytes.extend_from_slice(bytes);
+        let mut lens = Vec::new();
+        loop {
+            let before = self.bytes.len();
+            let more = self.step(&mut Vec::new())?;
+            let read = before - self.bytes.len();
+            lens.extend(Some(read).filter(|read| *read > 0));
+            if !more && read == 0 {
+                return Ok(lens);
+            }
+        }
+    }
+
     /// False when more bytes are needed.
     fn step(&mut self, pings: &mut Vec<u32>) -> Outcome<bool> {
-        let skipped = self.skip.min(self.bytes.len());
-        self.bytes.drain(..skipped);
-        self.skip -= skipped;
         if self.skip > 0 {
-            return Ok(false);
+            let skipped = self.skip.min(self.bytes.len());
+            self.bytes.drain(..skipped);
+            self.skip -= skipped;
+            return Ok(self.skip == 0);
         }
         let used = match &mut self.place {
             Place::Header => {

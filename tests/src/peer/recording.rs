@@ -207,10 +207,28 @@ impl Recording {
 }
 
 impl Step {
-    fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         match self {
             Self::Send { bytes, .. } => bytes,
             _ => &[],
+        }
+    }
+
+    pub(super) fn is_send(&self) -> bool {
+        matches!(self, Self::Send { .. })
+    }
+
+    pub(super) fn lane(&self) -> Option<Lane> {
+        match self {
+            Self::Send { lane, .. } => Some(*lane),
+            _ => None,
+        }
+    }
+
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Send { what, .. } => what,
+            _ => "",
         }
     }
 }

@@ -118,7 +118,7 @@ impl Trial {
     /// As [`Trial::run`].
     pub fn receive(&self, recording: &Recording, memory: &Memory) -> Outcome<(Verdict, Received)> {
         let blocks = memory.provide(0xa5)?;
-        let destination = Destination::builder(blocks.clone()).timeout(self.timeout);
+        let destination = Destination::builder(blocks.clone()).timeout(self.timeout).device_packets(true);
         let mut received = Received {
             blocks,
             early: EarlySections::default(),

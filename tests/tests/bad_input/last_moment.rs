@@ -159,6 +159,7 @@ fn a_source_that_never_listens_does_not_hold_up_a_cancel() -> Outcome {
         (result, begun.elapsed())
     });
     assert_eq!(result.err().map(|error| error.kind()), Some(ErrorKind::Cancelled));
-    assert!(took < Duration::from_secs(8), "{took:?}");
+    // Not by its timeout.
+    assert!(took < Duration::from_secs(60), "{took:?}");
     Ok(())
 }

@@ -16,6 +16,8 @@ mod fixture;
 #[cfg(test)]
 mod last_moment;
 #[cfg(test)]
+mod memory;
+#[cfg(test)]
 mod mutations;
 #[cfg(test)]
 mod packets;

@@ -188,7 +188,19 @@ fn more_device_state_than_fits_is_refused_before_it_comes() -> Outcome {
     };
     let steps = (0..17).map(|id| announced(Lane::Channel(id)));
     recording = recording.preceded("packet", 0, steps.chain([Step::Pause(Duration::from_millis(200))]));
-    refused([("17 times", recording, &["bytes of device state on channels, expected at most 1073741824"])])
+    let taken =
+        |builder: multifd_engine::DestinationBuilder| builder.device_packets(true).max_memory(1 << 30);
+    Trial::unix()?.refuses_with(
+        &recording,
+        &["device state on channels would take", "limit is 1073741824"],
+        taken,
+    )?;
+    // Unless they are asked for, none are taken.
+    refused([(
+        "17 times",
+        recording,
+        &["device vfio sends state over parallel channels, which is not taken here"],
+    )])
 }
 
 #[test]
@@ -199,9 +211,9 @@ fn device_state_cannot_be_kept_in_a_checkpoint() -> Outcome {
     recorder.part(&memory, &memory.all());
     recorder.device_packet(0, "0000:00:05.0/vfio", &[1; 100]);
     recorder.end(&memory, &[]);
-    refused([(
-        "vfio",
-        recorder.finish(),
-        &["device 0000:00:05.0/vfio sent state over channels, a checkpoint cannot hold that"],
-    )])
+    let recording = recorder.finish();
+    let says = "device 0000:00:05.0/vfio sent state over channels, a checkpoint cannot hold that";
+    Trial::unix()?.refuses_with(&recording, &[says], |builder| builder.device_packets(true))?;
+    let says = "device 0000:00:05.0/vfio sends state over parallel channels, which is not taken here";
+    refused([("vfio", recording, &[says])])
 }

@@ -1,8 +1,8 @@
 //! The section stream on main: header, configuration, commands, sections, the end.
 
 use multifd_tests::Outcome;
-use multifd_tests::peer::{Lane, Recorder, Recording, Style};
-use multifd_wire::{Advise, BlockName, Command, Configuration, Item, SectionHead, SectionId};
+use multifd_tests::peer::{Lane, Recorder, Recording, Style, Trial};
+use multifd_wire::{Advise, BlockName, Command, Configuration, DiscardRange, Item, SectionHead, SectionId};
 
 use crate::fixture::{multifd, recording, refused, single};
 
@@ -93,6 +93,64 @@ fn commands() -> Outcome {
         ("COLO", command(Command::EnableColo), &["EnableColo is not supported"]),
         ("RECV_BITMAP", command(Command::RecvBitmap(BlockName::try_from("pc.ram")?)), &["RecvBitmap"]),
     ])
+}
+
+/// A source that may switch, and does it wrongly: all of these before it has let go of its guest.
+#[test]
+fn steps_to_postcopy() -> Outcome {
+    let advised = || recording(&Style { advise: true, ..Style::default() });
+    let command = |command| advised().inserted("part", 0, &item(Item::Command(command)));
+    let discard = |block: &str, offset, len| -> Outcome<Recording> {
+        let ranges = vec![DiscardRange { offset, len }];
+        Ok(command(Command::RamDiscard { block: BlockName::try_from(block)?, ranges }))
+    };
+    let packaged = |items: &[Item]| {
+        let bytes: Vec<u8> = items.iter().cloned().flat_map(item).collect();
+        let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        let package = [item(Item::Command(Command::Packaged(len))), bytes].concat();
+        advised().inserted("part", 0, &package)
+    };
+    let (listen, run) = (Item::Command(Command::PostcopyListen), Item::Command(Command::PostcopyRun));
+    let cases: [(&str, Recording, &[&str]); 9] = [
+        ("a block that is not there", discard("pc.rom", 0, 4096)?, &["unknown RAM block \"pc.rom\""]),
+        (
+            "half a page",
+            discard("pc.ram", 2048, 2048)?,
+            &["a discard of 0x800 bytes at 0x800 in RAM block pc.ram"],
+        ),
+        ("past the end", discard("pc.ram", 0, 9 * 4096)?, &["a discard of 0x9000 bytes at 0x0"]),
+        ("no bytes", discard("pc.ram", 0, 0)?, &["a discard of 0x0 bytes"]),
+        (
+            "a package of 4 GiB",
+            command(Command::Packaged(u32::MAX)),
+            &["a package of 4294967295 bytes, expected 1 to"],
+        ),
+        (
+            "LISTEN twice",
+            packaged(&[listen.clone(), listen.clone()]),
+            &["PostcopyListen) in a package, out of order"],
+        ),
+        (
+            "RUN without LISTEN",
+            packaged(std::slice::from_ref(&run)),
+            &["PostcopyRun) in a package, out of order"],
+        ),
+        (
+            "a package without RUN",
+            packaged(std::slice::from_ref(&listen)),
+            &["the package ended after 5 bytes"],
+        ),
+        (
+            "ram in a package",
+            packaged(&[listen, Item::SectionPart(SectionId(7)), run]),
+            &["in a package, out of order"],
+        ),
+    ];
+    for (done, recording, says) in cases {
+        let refused = Trial::unix()?.refuses_with(&recording, says, |builder| builder.postcopy(true));
+        refused.unwrap_or_else(|failure| panic!("{done}: {failure}"));
+    }
+    Ok(())
 }
 
 #[test]

@@ -38,6 +38,7 @@ enum Stranger {
     Crowd,
     SecondSource,
     LateChannel,
+    OtherSource,
 }
 
 /// When it comes.
@@ -65,7 +66,7 @@ const TWO_ANNOUNCED: Way = Way { channels: 2, announced: true, encrypted: false 
 const ENCRYPTED: Way = Way { channels: 2, announced: false, encrypted: true };
 
 impl Stranger {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Closes,
         Self::Resets,
         Self::TwoBytes,
@@ -79,6 +80,7 @@ impl Stranger {
         Self::Crowd,
         Self::SecondSource,
         Self::LateChannel,
+        Self::OtherSource,
     ];
 
     /// Over plain connections, main's header is main's, and a channel that comes before the source
@@ -88,13 +90,19 @@ impl Stranger {
             Self::PlainHeader => way.encrypted || when != When::Before,
             Self::SecondSource => when != When::Before,
             Self::LateChannel => when != When::Before,
+            Self::OtherSource => way.encrypted,
             _ => true,
         }
     }
 
     /// Comes, says its piece, and gives what is to stay open. A listener that is closed refuses it,
     /// which is as good.
-    fn send_strangers(self, endpoint: &Endpoint, certificates: &Path) -> io::Result<Vec<TcpStream>> {
+    fn send_strangers(
+        self,
+        endpoint: &Endpoint,
+        certificates: &Path,
+        strange_channels: &mut Vec<Channel>,
+    ) -> io::Result<Vec<TcpStream>> {
         let Endpoint::Tcp { host, port } = endpoint else { return Err(io::Error::other("not TCP")) };
         let connect = || TcpStream::connect((host.as_str(), *port));
         let say = |bytes: &[u8]| {
@@ -115,8 +123,20 @@ impl Stranger {
             Self::TlsHello => say(&[&[22, 3, 1, 0, 200, 1, 0, 0, 196, 3, 3][..], &[7; 194]].concat()),
             Self::HalfAHello => say(&hello(1)[..30]),
             Self::PlainHeader => say(b"QEVM\0\0\0\x03"),
+            // A client of the same CA, which says that it is the source's first channel.
+            Self::OtherSource => {
+                let tls = TlsClient::from_directory(&certificates.join("other")).map_err(io::Error::other)?;
+                let deadline = Duration::from_secs(1);
+                let options = DialOptions { tls: Some(tls), deadline, ..DialOptions::default() };
+                if let Ok(channel) = dial(endpoint, &options) {
+                    let _ = channel.send_all(&hello(0));
+                    strange_channels.push(channel);
+                }
+                Ok(Vec::new())
+            }
             Self::NoCertificate => {
-                let tls = TlsClient::from_directory(certificates).map_err(io::Error::other)?;
+                let tls =
+                    TlsClient::from_directory(&certificates.join("without")).map_err(io::Error::other)?;
                 // Where nothing listens it is tried again until then.
                 let deadline = Duration::from_secs(1);
                 let options = DialOptions { tls: Some(tls), deadline, ..DialOptions::default() };
@@ -211,10 +231,11 @@ fn recording(channels: u8) -> (Memory, Recording) {
 /// The migration ends well, and its guest is whole.
 fn survives(way: Way, when: When, strangers: &[Stranger]) -> Outcome {
     let scratch = Scratch::new()?;
-    let (good, without) = (scratch.path("good"), scratch.path("without"));
+    let [good, without, other] = ["good", "without", "other"].map(|name| scratch.path(name));
     let authority = Authority::new("test CA")?;
     authority.issue(&good, Some(&Member::server()), Some(&Member::client()))?;
     authority.issue(&without, Some(&Member::server()), None)?;
+    authority.issue(&other, None, Some(&Member::new("another source", &[])))?;
     let (memory, recording) = recording(way.channels);
     let blocks = memory.provide(0xa5)?;
     let mut builder = Destination::builder(blocks.clone()).timeout(TIMEOUT);
@@ -230,11 +251,12 @@ fn survives(way: Way, when: When, strangers: &[Stranger]) -> Outcome {
     let (begun, canceller) = (Instant::now(), destination.canceller());
     let (played, result) = thread::scope(|scope| {
         let source = scope.spawn(|| {
-            let mut stay = Vec::new();
+            let (mut stay, mut channels) = (Vec::new(), Vec::new());
             let mut send_strangers = || {
-                strangers
-                    .iter()
-                    .for_each(|it| stay.extend(it.send_strangers(&endpoint, &without).unwrap_or_default()))
+                for stranger in strangers {
+                    let sent = stranger.send_strangers(&endpoint, scratch.dir(), &mut channels);
+                    stay.extend(sent.unwrap_or_default());
+                }
             };
             if when == When::Before {
                 send_strangers();
@@ -306,7 +328,8 @@ fn the_listener_is_closed_when_all_channels_are_there() -> Outcome {
                 let (mut sound, mut refused) =
                     (Sound { endpoint: &endpoint, tls: None, lanes: Vec::new(), heard: Vec::new() }, false);
                 let played = sound.play(&recording, |_| {
-                    let connected = Stranger::Closes.send_strangers(&endpoint, Path::new(""));
+                    let connected =
+                        Stranger::Closes.send_strangers(&endpoint, Path::new(""), &mut Vec::new());
                     refused =
                         matches!(connected, Err(error) if error.kind() == io::ErrorKind::ConnectionRefused);
                 });
@@ -429,7 +452,7 @@ fn a_destination_that_only_saw_strangers_says_what_the_last_one_was() -> Outcome
     ] {
         let destination = Destination::builder(memory().provide(0)?).timeout(Duration::from_secs(2));
         let destination = destination.listen(&Endpoint::Tcp { host: "127.0.0.1".to_owned(), port: 0 })?;
-        let stay = stranger.send_strangers(&destination.endpoint(), Path::new(""))?;
+        let stay = stranger.send_strangers(&destination.endpoint(), Path::new(""), &mut Vec::new())?;
         let error = destination.receive().err().ok_or_else(|| Failure::new("it succeeded"))?.chain();
         for part in [
             "no main channel on tcp:127.0.0.1:",

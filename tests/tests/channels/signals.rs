@@ -49,6 +49,26 @@ fn what_a_dropped_terminal_sends_cancels_as_ctrl_c_does() -> Outcome {
 }
 
 #[test]
+fn signals_that_the_parent_has_blocked_cancel_all_the_same() -> Outcome {
+    let place = Place::new(false)?;
+    let (uri, checkpoint) = (place.scratch.unix_uri("socket"), place.checkpoint());
+    for signal in ["TERM", "HUP", "INT"] {
+        let mut env = Command::new("env");
+        env.arg(format!("--block-signal={signal}")).arg(Multifd::binary()?);
+        env.args(["receive", &uri, "--out", &checkpoint, "--json"]);
+        let mut receive = Process::spawn("receive", env.stdin(Stdio::null()).stdout(Stdio::piped()))?;
+        receive.stderr().wait_for("listening on ", 0, SOON)?;
+        receive.signal(match signal {
+            "TERM" => Signal::TERM,
+            "HUP" => Signal::HUP,
+            _ => Signal::INT,
+        })?;
+        assert_eq!(ended(&mut receive)?.code, 130, "{signal}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_save_to_a_file_that_is_hung_up_leaves_no_file() -> Outcome {
     let place = Place::new(false)?;
     let (stream, checkpoint) = (format!("file:{}", place.path("stream")), place.checkpoint());
@@ -134,11 +154,14 @@ fn two_signals_after_the_source_was_told_of_success_end_with_exit_code_0() -> Ou
     // They stay open: the destination waits for their end.
     let mut sockets = Vec::new();
     thread::scope(|scope| -> Outcome {
-        for lane in [Lane::Main, Lane::Channel(0), Lane::Channel(1)] {
-            let socket = UnixStream::connect(scratch.path("socket"))?;
-            sockets.push(socket.try_clone()?);
-            let bytes = recording.bytes(lane);
-            scope.spawn(move || (&socket).write_all(&bytes));
+        let lanes = [Lane::Main, Lane::Channel(0), Lane::Channel(1)];
+        // All of them first, as a source does: from the first sync point on nothing listens.
+        for _ in lanes {
+            sockets.push(UnixStream::connect(scratch.path("socket"))?);
+        }
+        for (lane, socket) in lanes.into_iter().zip(&sockets) {
+            let (mut socket, bytes) = (socket.try_clone()?, recording.bytes(lane));
+            scope.spawn(move || socket.write_all(&bytes));
         }
         read_to_success(&mut sockets[0])
     })?;

@@ -90,6 +90,8 @@ impl Way {
     pub(crate) fn receive(self, path: &Path, checkpoint: &Path) -> Outcome<Process> {
         let out = checkpoint.display().to_string();
         let mut arguments = vec!["receive".into(), self.uri(path), "--out".into(), out, "--json".into()];
+        // A disk that is too small for all of RAM is no reason to refuse it here.
+        arguments.extend(["--max-ram".into(), "0".into()]);
         self.flags(&mut arguments);
         Multifd::spawn("receive", arguments)
     }

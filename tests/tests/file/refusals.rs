@@ -142,7 +142,27 @@ fn files_that_hold_no_stream() -> Outcome {
     fs::write(&file, "QEV")?;
     refused(PLAIN, "the file ends at byte 3")?;
     fs::write(&file, [0x1f, 0x8b, 8, 0, 0])?;
-    refused(PLAIN, "magic 0x1f8b0800, expected 0x5145564d")?;
+    refused(PLAIN, "packed by gzip, unpack it first")?;
+    let header = [b"LibvirtQemudSave", &[2, 0, 0, 0, 4, 16, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0][..]].concat();
+    fs::write(&file, &header)?;
+    refused(
+        PLAIN,
+        "a libvirt save image (virsh save): its stream begins at byte 4192, file:FILE,offset=4192",
+    )?;
+    for command in ["inspect", "tune", "send"] {
+        let path = file.display().to_string();
+        let mut multifd = Multifd::spawn(
+            command,
+            [command, &path, "tcp:127.0.0.1:1"].iter().take(if command == "send" { 3 } else { 2 }),
+        )?;
+        assert_eq!(multifd.wait(SOON)?.code(), Some(1), "{command}");
+        let said = multifd.stderr();
+        said.wait_for("file:FILE,offset=4192", 0, SOON)?;
+    }
+    fs::write(&file, b"QFI\xfb\0\0\0\x03")?;
+    refused(PLAIN, "a qcow2 image")?;
+    fs::write(&file, b"some text")?;
+    refused(PLAIN, "magic 0x736f6d65, expected 0x5145564d")?;
     fs::write(&file, [0x11, 0x22, 0x33, 0x44, 0])?;
     refused(PLAIN, "what went over a parallel channel")?;
 

@@ -2,7 +2,9 @@
 
 use std::num::NonZeroU64;
 
-use multifd_engine::{Control, DeviceState, Error, ErrorKind, MigrationState, Precopy};
+use multifd_engine::{
+    Control, DeviceState, Error, ErrorKind, HostMemory, MigrationState, PAGE, Phase, Precopy, RamBlock,
+};
 use multifd_tests::{Outcome, Qemu, process::Signal, skip_without_qemu};
 
 use super::device::Device;
@@ -30,7 +32,7 @@ enum When {
 impl Fault {
     fn strike(self, control: &Control, destination: &mut Qemu) {
         match self {
-            Self::Cancel => control.cancel(),
+            Self::Cancel => assert!(control.cancel()),
             Self::Kill => {
                 let process = destination.process();
                 // Returns when the kernel has closed its sockets.
@@ -133,4 +135,34 @@ second_attempts! {
     a_second_attempt_after_the_destination_died_in_a_round: Kill, InRound;
     a_second_attempt_after_the_destination_died_before_the_stop: Kill, BeforeStop;
     a_second_attempt_after_the_destination_died_before_the_commit: Kill, BeforeCommit;
+}
+
+/// QEMU says no more than a status; where it was shows all the same.
+#[test]
+fn what_qemu_refuses_has_the_phase_in_which_it_did() -> Outcome {
+    skip_without_qemu!();
+    let guest = Guest::new()?;
+    let (_destination, uri) = guest.destination(&Way::default())?;
+    let stranger = RamBlock::new("stranger".try_into()?, HostMemory::anonymous(PAGE)?);
+    let refused = |error: Error, phase: Phase| {
+        assert_eq!((error.kind(), error.phase()), (ErrorKind::PeerAborted(1), phase), "{error}");
+        assert!(error.source_may_resume() && error.to_string().contains("reported status 1"), "{error}");
+    };
+    let error = match guest.still_source(Some(stranger), &uri) {
+        Ok(mut precopy) => loop {
+            if let Err(error) = precopy.round() {
+                break error;
+            }
+        },
+        Err(error) => error,
+    };
+    refused(error, Phase::Setup);
+
+    let (_destination, uri) = guest.destination(&Way::default())?;
+    let mut precopy = guest.still_source(None, &uri).map_err(text)?;
+    precopy.round().map_err(text)?;
+    let stopped = precopy.stop_copy().map_err(text)?;
+    let unknown = stopped.commit(&DeviceState::opaque("no-device-of-qemu", 1, b"state"));
+    refused(unknown.expect_err("QEMU has no such device"), Phase::Device);
+    Ok(())
 }

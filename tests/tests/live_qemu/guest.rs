@@ -105,6 +105,17 @@ impl Guest {
         builder.build()?.connect(to)
     }
 
+    /// Connects a source of the guest as it stands, with one block more if that is given.
+    pub(crate) fn still_source(&self, more: Option<RamBlock>, to: &Endpoint) -> Result<Precopy, Error> {
+        let blocks = self.blocks.iter().cloned().chain(more).collect();
+        Source::builder(blocks, self.checkpoint.configuration().clone())
+            .switchover_start(self.checkpoint.manifest().switchover_start)
+            .paused_guest()
+            .timeout(SOON)
+            .build()?
+            .connect(to)
+    }
+
     /// So many rounds while the device writes; it stops, and the guest goes over.
     pub(crate) fn move_over(&self, mut precopy: Precopy, device: &Device, rounds: u64) -> Outcome<Report> {
         for _ in 0..rounds {

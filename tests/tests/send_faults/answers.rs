@@ -96,7 +96,7 @@ fn postcopy_is_refused_by_name() -> Outcome {
     let request =
         ReturnMessage::RequestPages { block: Some(BlockName::try_from("pc.ram")?), offset: 0, len: 4096 };
     let ended = Way::default().send(|destination| says(destination, Stage::Started, &request))?;
-    let error = ended.failed(true, &["RequestPages", "postcopy is not supported"]);
+    let error = ended.failed(true, &["RequestPages", "no postcopy is under way"]);
     assert_eq!(error.kind(), ErrorKind::Incompatible);
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The same for `multifd send`: exit codes and texts.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use multifd_tests::peer::command::{ended, interrupt};
 use multifd_tests::peer::{Memory, Recorder, Sink, Stage, Style, Trial};
@@ -68,6 +68,45 @@ fn what_leaves_the_guest_here_ends_with_exit_code_1() -> Outcome {
 }
 
 #[test]
+fn a_destination_that_ends_it_brings_up_the_settings_to_compare() -> Outcome {
+    let trial = checkpoint()?;
+    // What the destination does, and what that looks like.
+    for (channels, takes, done, says) in [
+        ("0", 0, "stall", "It waits for more channels than these, it seems."),
+        ("2", 2, "cut", "multifd-channels 2, multifd-compression none"),
+        ("0", 0, "refuse", "capability multifd off"),
+    ] {
+        let sink = Sink::unix()?;
+        let uri = sink.endpoint().to_string();
+        let mut send = send(&trial.checkpoint(), &uri, &["--channels", channels, "--timeout", "2s"])?;
+        let mut destination = sink.accept(takes)?;
+        match done {
+            "cut" => destination.cut_main(),
+            // Takes everything, and does not answer: it has not all of its channels.
+            "stall" => {
+                destination.polite = false;
+                destination.read_to(Stage::Moving)?;
+                while destination.read_to(Stage::RamSent).is_ok() {}
+            }
+            _ => {
+                destination.read_to(Stage::Started)?;
+                destination.say(&ReturnMessage::Shut(1));
+            }
+        }
+        let ended = ended(&mut send)?;
+        let hint = ended.json["hint"].as_str().unwrap_or_default();
+        assert_eq!(ended.code, 1, "{done}: {}", ended.stderr);
+        for says in [says, "The destination's own log says why", "RAM and ROM pc.ram 5.9 MiB"] {
+            assert!(hint.contains(says) && ended.stderr.contains(says), "{done}, {says}: {}", ended.stderr);
+        }
+    }
+    let scratch = Scratch::new()?;
+    let mut nobody = send(&trial.checkpoint(), &scratch.unix_uri("nobody"), &["--timeout", "300ms"])?;
+    assert!(ended(&mut nobody)?.json.get("hint").is_none());
+    Ok(())
+}
+
+#[test]
 fn silence_after_the_last_byte_ends_with_exit_code_3() -> Outcome {
     let trial = checkpoint()?;
     for (channels, hang_up) in [(0, true), (2, true), (2, false)] {
@@ -121,11 +160,10 @@ fn ctrl_c_ends_a_send_at_once() -> Outcome {
         let mut send = send(&trial.checkpoint(), &uri, &["--channels", &count])?;
         let mut destination = sink.accept(channels)?;
         destination.read_to(Stage::Started)?;
-        let begun = Instant::now();
         interrupt(&send)?;
+        // Waits for less time than the command's timeout is.
         let ended = ended(&mut send)?;
         assert_eq!((ended.code, &ended.json["status"]), (130, &"cancelled".into()), "{}", ended.stderr);
-        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     }
     Ok(())
 }

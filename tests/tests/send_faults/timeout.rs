@@ -18,7 +18,7 @@ fn nobody_listens() -> Outcome {
     for endpoint in [Endpoint::Unix(scratch.path("nobody")), free_port] {
         for channels in BOTH {
             let ended = Way::channels(channels).timeout(TIMEOUT).send_to(&endpoint)?;
-            assert!(ended.took >= TIMEOUT && ended.took < TIMEOUT * 10, "{:?}", ended.took);
+            assert!(ended.took >= TIMEOUT, "{:?}", ended.took);
             let uri = endpoint.to_string();
             let error =
                 ended.failed(true, &["connect, main: no connection", &uri, "gave up after", "limit is 400"]);
@@ -35,7 +35,6 @@ fn somebody_accepts_and_never_reads() -> Outcome {
     {
         let way = Way { codec, ..Way::channels(channels) }.timeout(TIMEOUT);
         let ended = way.send(|destination| destination.wait_for_the_end())?;
-        assert!(ended.took < TIMEOUT * 10, "{:?}", ended.took);
         let error = ended.failed(true, &[place, "no byte moved for 400ms, the timeout"]);
         assert_eq!(error.kind(), ErrorKind::Deadline);
     }

@@ -1,6 +1,6 @@
 //! Back-ends that refuse, are silent, or go: clear errors in time, and a guest that is whole.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use multifd_engine::vhost::vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use multifd_engine::vhost::{Announcement, EventFd, VhostDevice, VhostDevices, VhostRegion, VhostUser};
@@ -33,10 +33,8 @@ fn scripted(
 
 /// What a migration of these devices says when it begins.
 fn start_error(devices: &VhostDevices, memory: &Memory) -> String {
-    let begun = Instant::now();
     let uri = "tcp:127.0.0.1:1".parse().unwrap();
     let error = source(blocks(memory)).dirty_log(devices.log()).build().unwrap().connect(&uri).err().unwrap();
-    assert!(begun.elapsed() < 10 * SHORT, "{:?}", begun.elapsed());
     assert_eq!(error.kind(), ErrorKind::GuestMemory, "not the dead address: nothing was sent");
     assert!(error.source_may_resume());
     let prefix = "setup: dirty log vhost could not be started: ";

@@ -4,8 +4,8 @@ use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use socket2::Socket;
@@ -34,6 +34,8 @@ pub struct Listener {
     /// Whether nothing listens any more, for threads that wait for that.
     closed: (Mutex<bool>, Condvar),
     opening: OpeningLen,
+    /// Connections that say nothing are kept.
+    keeps_silent: Arc<AtomicBool>,
     /// The number that the next connection gets, over all calls of `serve`.
     next_number: AtomicU64,
     tls: Option<TlsServer>,
@@ -110,6 +112,13 @@ impl Listener {
     pub fn opening_len(mut self, opening: OpeningLen) -> Self {
         self.opening = opening;
         self
+    }
+
+    /// From now on a connection may be silent for longer than the timeout, also one that has been
+    /// accepted already: one that is made before there is anything to say on it. The limit on their
+    /// number stays.
+    pub fn keep_silent(&self) {
+        self.keeps_silent.store(true, Ordering::Relaxed);
     }
 
     /// Where it listens: as asked for, with a port 0 replaced by the one that was given.
@@ -196,6 +205,7 @@ impl Listener {
         let terms = Terms {
             first_bytes,
             opening: self.opening,
+            keeps_silent: Arc::clone(&self.keeps_silent),
             timeout,
             options: self.options.clone(),
             tls: self.tls.clone(),
@@ -271,6 +281,7 @@ impl Listener {
             closing: Stopper::new(),
             closed: (Mutex::new(false), Condvar::new()),
             opening: |_| 0,
+            keeps_silent: Arc::default(),
             next_number: AtomicU64::new(1),
             tls: None,
         }

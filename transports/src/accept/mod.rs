@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use socket2::Socket;
@@ -244,6 +246,7 @@ fn is_own_fault(error: &io::Error) -> bool {
 pub(crate) struct Terms {
     pub(crate) first_bytes: usize,
     pub(crate) opening: OpeningLen,
+    pub(crate) keeps_silent: Arc<AtomicBool>,
     pub(crate) timeout: Duration,
     pub(crate) options: SocketOptions,
     pub(crate) tls: Option<TlsServer>,
@@ -253,11 +256,12 @@ async fn identify(
     number: u64,
     peer: String,
     client: Client,
-    Terms { first_bytes, opening, timeout, options, .. }: Terms,
+    Terms { first_bytes, opening, keeps_silent, timeout, options, .. }: Terms,
 ) -> Arrival {
     let begun = Instant::now();
     let mut first = FirstBytes::new(first_bytes, opening);
-    let channel = match within(timeout, receive(&mut first, client)).await {
+    let received = within_or_kept(timeout, &keeps_silent, receive(&mut first, client)).await;
+    let channel = match received {
         None => return Arrival::TimedOut { number, peer, waited: begun.elapsed() },
         Some(Ok(None)) => return Arrival::Closed { number, peer, received: first.received() },
         Some(Ok(Some(client))) => {
@@ -277,7 +281,7 @@ async fn identify_tls(number: u64, peer: String, client: Client, tls: TlsServer,
     match client.tune(&terms.options) {
         Ok(()) => {
             let first = FirstBytes::new(terms.first_bytes, terms.opening);
-            shake_hands(number, peer, client, &tls, first, terms.timeout).await
+            shake_hands(number, peer, client, &tls, first, (terms.timeout, &terms.keeps_silent)).await
         }
         Err(error) => Arrival::Failed { number, peer, error },
     }
@@ -290,11 +294,12 @@ async fn shake_hands(
     client: Client,
     tls: &TlsServer,
     mut first: FirstBytes,
-    timeout: Duration,
+    (timeout, keeps_silent): (Duration, &AtomicBool),
 ) -> Arrival {
     let begun = Instant::now();
     let mut stage = Stage::Handshake(0);
-    let accepted = within(timeout, tls.accept(client, &mut first, &mut stage)).await;
+    let accepting = tls.accept(client, &mut first, &mut stage);
+    let accepted = within_or_kept(timeout, keeps_silent, accepting).await;
     let error = match (accepted, stage) {
         (Some(Ok(Some(stream))), _) => {
             let channel = Channel::over(Stream::Tls(Box::new(stream)), peer).push_back(first.so_far());
@@ -309,6 +314,21 @@ async fn shake_hands(
         (None, _) => return Arrival::TimedOut { number, peer, waited: begun.elapsed() },
     };
     Arrival::Failed { number, peer, error }
+}
+
+/// The result of `work`, or `None` when `timeout` is over and silence is not kept.
+async fn within_or_kept<T>(
+    timeout: Duration,
+    keeps_silent: &AtomicBool,
+    work: impl Future<Output = T>,
+) -> Option<T> {
+    let mut work = pin!(work);
+    loop {
+        match within(timeout, &mut work).await {
+            None if keeps_silent.load(Ordering::Relaxed) => {}
+            outcome => return outcome,
+        }
+    }
 }
 
 /// Receives the first bytes; gives the client back, or `None` if it closed before.

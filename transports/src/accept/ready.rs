@@ -2,6 +2,7 @@
 
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -70,7 +71,9 @@ async fn identify_tls(
 ) -> Arrival {
     let peer = channel.peer().to_owned();
     match channel.into_socket().and_then(|(socket, _)| Client::new(socket)) {
-        Ok(client) => shake_hands(number, peer, client, &tls, first, timeout).await,
+        Ok(client) => {
+            shake_hands(number, peer, client, &tls, first, (timeout, &AtomicBool::new(false))).await
+        }
         Err(error) => Arrival::Failed { number, peer, error },
     }
 }

@@ -3,6 +3,7 @@
 //! When TCP gives a connection up, the kernel hands its error to one call, whichever is first; every
 //! other call on the same socket gets a broken pipe, or the end of what is received.
 
+use std::fmt;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd as _;
 
@@ -18,6 +19,27 @@ pub(crate) enum Broken {
     Otherwise(i32),
 }
 
+/// The error within an [`io::Error`] of a connection whose peer acknowledges nothing any more: its
+/// machine or the network is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerVanished(i32);
+
+impl PeerVanished {
+    /// Whether this is the reason for `error`.
+    pub fn is_in(error: &io::Error) -> bool {
+        error.get_ref().is_some_and(|reason| reason.is::<Self>())
+    }
+}
+
+impl fmt::Display for PeerVanished {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let error = io::Error::from_raw_os_error(self.0);
+        write!(f, "the peer has vanished, it acknowledges nothing any more: {error}")
+    }
+}
+
+impl std::error::Error for PeerVanished {}
+
 impl Broken {
     fn of(error: &io::Error) -> Option<Self> {
         match error.raw_os_error()? {
@@ -30,11 +52,7 @@ impl Broken {
     fn error(self) -> io::Error {
         match self {
             // Must not look like a timeout, after which the call may be repeated.
-            Self::Vanished(code) => {
-                let error = io::Error::from_raw_os_error(code);
-                let text = format!("the peer has vanished, it acknowledges nothing any more: {error}");
-                io::Error::new(ErrorKind::ConnectionReset, text)
-            }
+            Self::Vanished(code) => io::Error::new(ErrorKind::ConnectionReset, PeerVanished(code)),
             Self::Otherwise(code) => io::Error::from_raw_os_error(code),
         }
     }
@@ -167,6 +185,7 @@ mod tests {
                 let error = call(&channel);
                 assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
                 assert!(error.to_string().starts_with("the peer has vanished"), "{error}");
+                assert!(PeerVanished::is_in(&error));
             }
         }
     }

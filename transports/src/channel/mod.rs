@@ -18,7 +18,7 @@ use crate::file::FileStream;
 use crate::os::socket;
 
 mod acknowledged;
-mod broken;
+pub(crate) mod broken;
 mod bulk;
 pub(crate) mod byte_stream;
 pub(crate) mod closer;
@@ -297,6 +297,15 @@ impl Channel {
         match &self.link.stream {
             Stream::Tls(tls) => tls.keys_refreshed(),
             Stream::File(_) | Stream::Pipe(_) | Stream::Socket(_) => 0,
+        }
+    }
+
+    /// The certificate, in DER, by which a TLS client has authenticated itself to this end. `None` for
+    /// any other channel.
+    pub fn client_certificate(&self) -> Option<&[u8]> {
+        match &self.link.stream {
+            Stream::Tls(tls) => tls.client_certificate(),
+            Stream::File(_) | Stream::Pipe(_) | Stream::Socket(_) => None,
         }
     }
 

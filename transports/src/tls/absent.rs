@@ -91,4 +91,8 @@ impl TlsStream {
     pub(crate) fn keys_refreshed(&self) -> u64 {
         match *self {}
     }
+
+    pub(crate) fn client_certificate(&self) -> Option<&[u8]> {
+        match *self {}
+    }
 }

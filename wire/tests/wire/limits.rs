@@ -85,6 +85,16 @@ fn items_and_footers_of_other_types() {
         assert_eq!(Item::parse(&[byte]).is_ok(), known, "{byte:#x}");
         assert_eq!(Footer::parse(&[byte]).is_ok(), byte == 0x7e);
     }
+    let named = [
+        (5, "subsection"),
+        (6, "vm description"),
+        (7, "configuration"),
+        (0x7e, "section footer"),
+        (9, "0x09,"),
+    ];
+    for (byte, name) in named {
+        assert!(refused(Item::parse(&[byte])).contains(name), "{byte:#x}");
+    }
     let no_name = Item::parse(b"\x04\0\0\0\x01\0\0\0\0\x01\0\0\0\x01");
     assert_eq!(refused(no_name), "section name: 0 bytes, expected 1..=255 bytes");
 }
@@ -149,7 +159,7 @@ fn ram_record_flags() {
         }
     }
     for (flags, flag) in
-        [(0x80, "HOOK"), (0x100, "COMPRESS_PAGE"), (1, "FULL"), (0x0a, "more than one"), (0x800, "unknown")]
+        [(0x80, "HOOK"), (0x100, "COMPRESS_PAGE"), (1, "FULL"), (0x0a, "more than one"), (0x400, "unknown")]
     {
         assert!(refused(parse(flags)).contains(flag), "{flags:#x}");
     }
@@ -352,4 +362,12 @@ fn return_message_bodies() {
     let later = b"\x4d\x46\0\x0c\0\x02\0\0\0\0\0\0\0\x01ab";
     let hello = ReturnMessage::Hello(Hello { version: 2, features: 1 });
     assert_eq!(ReturnMessage::parse(later), Ok(Some((hello, later.len()))));
+}
+
+#[test]
+fn a_tail_is_given_back_as_it_came() {
+    let mut scanner = TailScanner::new();
+    assert_eq!(scanner.push(b"\x04device"), Ok(None));
+    assert_eq!(scanner.bytes(), b"\x04device");
+    assert_eq!(scanner.into_bytes(), b"\x04device");
 }

@@ -93,7 +93,9 @@ impl Manifest {
     pub(super) fn uuid_bytes(&self) -> Result<Option<[u8; 16]>, String> {
         let Some(text) = &self.uuid else { return Ok(None) };
         match u128::from_str_radix(text, 16) {
-            Ok(uuid) if text.len() == 32 => Ok(Some(uuid.to_be_bytes())),
+            Ok(uuid) if text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
+                Ok(Some(uuid.to_be_bytes()))
+            }
             _ => Err(format!("uuid {text:?}, expected 32 hexadecimal digits")),
         }
     }

@@ -10,18 +10,41 @@ use std::path::Path;
 /// lock when the process is gone, however it ended; its number says less, since it means another
 /// process in another container, and later.
 #[derive(Debug)]
-pub(super) struct Partial(#[expect(dead_code, reason = "held for its lock")] File);
+pub(super) struct Partial {
+    #[expect(dead_code, reason = "held for its lock")]
+    directory: File,
+    /// For the removal, which opens the directory and one in it: a process that may open no more
+    /// files must not leave a guest's RAM behind.
+    spare: Vec<File>,
+}
+
+/// Directories that are open at once while one is removed.
+const OPEN_IN_REMOVAL: usize = 2;
 
 impl Partial {
     pub(super) fn make(path: &Path) -> io::Result<Self> {
         private_dir(path)?;
+        Self::of(path).inspect_err(|_| {
+            // It is empty, and its removal needs no descriptor.
+            let _ = fs::remove_dir(path);
+        })
+    }
+
+    fn of(path: &Path) -> io::Result<Self> {
         let directory = open(path)?;
         // A file system without locks: no other process can lock the directory in order to sweep
         // it, either.
         if let Err(error) = directory.try_lock() {
             tracing::debug!(%error, path = %path.display(), "no lock on the checkpoint in the making");
         }
-        Ok(Self(directory))
+        let spare = (0..OPEN_IN_REMOVAL).map(|_| directory.try_clone()).collect::<io::Result<_>>()?;
+        Ok(Self { directory, spare })
+    }
+
+    /// Removes the directory at `path`, and all in it.
+    pub(super) fn remove(&mut self, path: &Path) -> io::Result<()> {
+        self.spare.clear();
+        fs::remove_dir_all(path)
     }
 }
 

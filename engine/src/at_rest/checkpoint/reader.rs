@@ -1,6 +1,8 @@
 //! Reading a checkpoint, to look at it or to send it on.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use multifd_wire::{BlockName, Configuration};
@@ -8,7 +10,9 @@ use multifd_wire::{BlockName, Configuration};
 use super::{DEVICE_STATE, EARLY_STATE, EarlyState, MANIFEST, Manifest, storage};
 use crate::error::Result;
 use crate::guest::{HostMemory, RamBlock};
+use crate::os::memory::most_kept;
 use crate::source::{DeviceState, Source, SourceBuilder};
+use crate::stream::foreign;
 use crate::stream::sections::EarlySections;
 
 /// A checkpoint that was opened and found whole.
@@ -27,6 +31,9 @@ impl Checkpoint {
     /// # Errors
     /// `Storage`, naming the file and what is wrong with it.
     pub fn open(directory: &Path) -> Result<Self> {
+        if directory.is_file() {
+            return Err(storage("reading", directory, is_no_checkpoint(directory)));
+        }
         let path = directory.join(MANIFEST);
         let json = read_file(&path)?;
         let manifest: Manifest =
@@ -85,7 +92,8 @@ impl Checkpoint {
             let name = BlockName::try_from(block.idstr.as_str())
                 .map_err(|invalid| storage("naming", &path, invalid))?;
             let len = usize::try_from(block.length).map_err(|error| storage("mapping", &path, error))?;
-            let file = File::open(&path).map_err(|error| storage("opening", &path, error))?;
+            let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path);
+            let file = opened.map_err(|error| storage("opening", &path, error))?;
             let memory = HostMemory::map_file_read_only(file, len)
                 .map_err(|error| storage("mapping", &path, error))?;
             Ok(RamBlock::new(name, memory))
@@ -121,13 +129,34 @@ fn read_early(path: &Path, parts: &EarlyState) -> Result<EarlySections> {
     Ok(EarlySections { before_ram, within_ram })
 }
 
+/// What a file is that was taken for a checkpoint.
+fn is_no_checkpoint(path: &Path) -> String {
+    let mut first = [0; foreign::LEN];
+    let read = File::open(path).and_then(|mut file| file.read(&mut first));
+    let first = first.get(..read.unwrap_or(0)).unwrap_or_default();
+    let found = foreign::what_it_is(first);
+    let found = found.or_else(|| first.starts_with(b"QEVM").then(|| "a recorded stream".to_owned()));
+    let found = found.unwrap_or_else(|| "a file".to_owned());
+    format!(
+        "it is {found}; expected a checkpoint's directory, which receive makes of a stream: receive file:FILE --out DIR"
+    )
+}
+
 fn read_file(path: &Path) -> Result<Vec<u8>> {
-    file_len(path)?;
+    let (len, most) = (file_len(path)?, most_kept() as u64);
+    if len > most {
+        return Err(storage("reading", path, format!("{len} bytes, expected at most {most}")));
+    }
     fs::read(path).map_err(|error| storage("reading", path, error))
 }
 
-/// Bytes in a regular file; anything else could keep its reader waiting for ever.
+/// Bytes in a regular file; anything else could keep its reader waiting for ever, and a symbolic link
+/// could make a file of this machine part of a guest.
 fn file_len(path: &Path) -> Result<u64> {
-    let found = fs::metadata(path).map_err(|error| storage("reading", path, error))?;
-    if found.is_file() { Ok(found.len()) } else { Err(storage("reading", path, "this is no file")) }
+    let found = fs::symlink_metadata(path).map_err(|error| storage("reading", path, error))?;
+    if found.is_file() {
+        Ok(found.len())
+    } else {
+        Err(storage("reading", path, "this is no file (a link, a directory, a device?)"))
+    }
 }

@@ -17,6 +17,7 @@ use crate::destination::{Arrived, IncomingRam};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{HostMemory, PAGE, RamBlock};
 use crate::run::stop::lock;
+use crate::stream::sections::EarlySections;
 
 /// A checkpoint in the making, under a temporary name beside the final one. Dropped unfinished, it
 /// is removed.
@@ -27,7 +28,7 @@ pub struct CheckpointWriter {
     blocks: Arc<Mutex<Vec<CheckpointBlock>>>,
     finished: bool,
     /// Last, so that the directory stays locked until it is removed.
-    _in_the_making: Partial,
+    in_the_making: Partial,
 }
 
 /// Makes a sparse file for every block that the source announces.
@@ -42,6 +43,8 @@ impl CheckpointWriter {
     /// # Errors
     /// `Storage` if there is something at `target`, or nothing can be written there.
     pub fn create(target: &Path) -> Result<Self> {
+        // Without `.` and `/` at its end, where a directory cannot get its name by a rename.
+        let target = &target.components().collect::<PathBuf>();
         if target.symlink_metadata().is_ok() {
             let detail = format!("{} exists, a checkpoint needs a new name", target.display());
             return Err(Error::new(ErrorKind::Storage, Phase::Setup, detail));
@@ -63,11 +66,16 @@ impl CheckpointWriter {
             partial,
             blocks: Arc::default(),
             finished: false,
-            _in_the_making: in_the_making,
+            in_the_making,
         };
         let ram = writer.partial.join("ram");
         partial::private_dir(&ram).map_err(|error| storage("making directory", &ram, error))?;
         Ok(writer)
+    }
+
+    /// Where the files are until the checkpoint gets its name, beside which it is.
+    pub fn folder(&self) -> &Path {
+        &self.partial
     }
 
     /// The memory for a destination that fills this checkpoint.
@@ -90,22 +98,23 @@ impl CheckpointWriter {
             return Err(Error::new(ErrorKind::Incompatible, Phase::Device, detail));
         }
         let manifest = self.manifest(arrived);
-        let mut state = Vec::new();
-        arrived.configuration().encode(&mut state);
-        state.extend_from_slice(arrived.device_state());
-        self.write(DEVICE_STATE, &state)?;
+        let mut configuration = Vec::new();
+        arrived.configuration().encode(&mut configuration);
+        self.write(DEVICE_STATE, &[&configuration, arrived.device_state()])?;
         if manifest.early_state.is_some() {
-            self.write(EARLY_STATE, &arrived.early_sections().concat())?;
+            let EarlySections { before_ram, within_ram, .. } = arrived.early_sections();
+            self.write(EARLY_STATE, &[before_ram, within_ram])?;
         }
         if let Some(json) = arrived.description_text() {
-            self.write(DESCRIPTION, json)?;
+            self.write(DESCRIPTION, &[json])?;
         }
         for block in &manifest.blocks {
             self.sync(&block.file)?;
+            self.check_len(block)?;
         }
         let json = serde_json::to_vec_pretty(&manifest)
             .map_err(|error| storage("writing", &self.partial.join(MANIFEST), error))?;
-        self.write(MANIFEST, &json)?;
+        self.write(MANIFEST, &[&json])?;
         self.sync("ram")?;
         self.sync("")?;
         // What has its name may be sent on: no cancel may tell the source to run on after that.
@@ -155,16 +164,31 @@ impl CheckpointWriter {
         }
     }
 
-    fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+    fn write(&self, name: &str, parts: &[&[u8]]) -> Result<()> {
         let path = self.partial.join(name);
         private_file()
             .write(true)
             .open(&path)
             .and_then(|mut file| {
-                file.write_all(bytes)?;
+                parts.iter().try_for_each(|part| file.write_all(part))?;
                 file.sync_all()
             })
             .map_err(|error| storage("writing", &path, error))
+    }
+
+    /// What was stored behind the end of a file that another process has cut is lost.
+    fn check_len(&self, block: &CheckpointBlock) -> Result<()> {
+        let path = self.partial.join(&block.file);
+        let found = fs::metadata(&path).map_err(|error| storage("checking", &path, error))?.len();
+        if found == block.length {
+            return Ok(());
+        }
+        let problem = format!(
+            "{found} bytes, expected the {} of RAM block {}: another process has changed the file",
+            block.length,
+            block.idstr.escape_default()
+        );
+        Err(storage("checking", &path, problem))
     }
 
     fn sync(&self, name: &str) -> Result<()> {
@@ -178,7 +202,7 @@ impl Drop for CheckpointWriter {
         if self.finished {
             return;
         }
-        if let Err(error) = fs::remove_dir_all(&self.partial) {
+        if let Err(error) = self.in_the_making.remove(&self.partial) {
             tracing::warn!(%error, path = %self.partial.display(), "an unfinished checkpoint is left");
         }
     }
@@ -228,4 +252,44 @@ fn sparse(path: &Path, len: u64) -> std::io::Result<HostMemory> {
     let file = private_file().read(true).write(true).open(path)?;
     file.set_len(len)?;
     HostMemory::map_file(file, usize::try_from(len).map_err(std::io::Error::other)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder() -> tempfile::TempDir {
+        tempfile::tempdir().unwrap()
+    }
+
+    #[test]
+    fn a_block_that_another_process_has_cut_is_noticed() {
+        let folder = folder();
+        let writer = CheckpointWriter::create(&folder.path().join("ck")).unwrap();
+        let entry = BlockEntry {
+            name: "pc.ram".try_into().unwrap(),
+            used_len: 8 * PAGE as u64,
+            page_size: None,
+            guest_address: None,
+            mapped_ram: None,
+        };
+        let _blocks = writer.ram().open(&Configuration::new("pc"), &[entry]).unwrap();
+        let block = lock(&writer.blocks).first().cloned().unwrap();
+        writer.check_len(&block).unwrap();
+        let file = OpenOptions::new().write(true).open(writer.partial.join(&block.file)).unwrap();
+        file.set_len(PAGE as u64).unwrap();
+        let error = writer.check_len(&block).unwrap_err().chain();
+        assert!(error.contains("00.img: 4096 bytes, expected the 32768 of RAM block pc.ram"), "{error}");
+    }
+
+    #[test]
+    fn a_name_that_ends_in_a_dot_or_a_slash_is_that_of_the_directory() {
+        let folder = folder();
+        for name in ["ck/.", "ck/", "ck/./"] {
+            let writer = CheckpointWriter::create(&folder.path().join(name)).unwrap();
+            assert_eq!(writer.target, folder.path().join("ck"));
+            assert_eq!(writer.target.as_os_str(), folder.path().join("ck").as_os_str());
+        }
+        CheckpointWriter::create(&folder.path().join("ck/..")).unwrap_err();
+    }
 }

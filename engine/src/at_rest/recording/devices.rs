@@ -1,6 +1,7 @@
 //! What a stream holds beside RAM.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
 
 use multifd_wire::{DeviceDescription, Invalid, SectionHead, Structure, VmDescription, split_tail};
 
@@ -17,6 +18,31 @@ pub struct Devices {
     pub description: Option<Arc<VmDescription>>,
     /// Bytes behind the end of the stream, which mean nothing.
     pub trailing_bytes: u64,
+    layouts: OnceLock<Layouts>,
+}
+
+/// Where in a description each device is: a stream may describe a great many.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Layouts(HashMap<String, HashMap<u32, usize>>);
+
+impl Layouts {
+    pub(super) fn of(description: &VmDescription) -> Self {
+        let mut layouts = Self::default();
+        for (index, device) in description.devices.iter().enumerate() {
+            let instances = layouts.0.entry(device.name.clone()).or_default();
+            instances.entry(device.instance_id).or_insert(index);
+        }
+        layouts
+    }
+
+    /// The first that has this name and instance.
+    pub(super) fn find<'d>(
+        &self,
+        description: &'d VmDescription,
+        head: &SectionHead,
+    ) -> Option<&'d DeviceDescription> {
+        description.devices.get(*self.0.get(&head.idstr)?.get(&head.instance_id)?)
+    }
 }
 
 /// One section.
@@ -40,9 +66,18 @@ pub enum SectionContent {
 }
 
 impl Devices {
+    pub(super) fn new(
+        sections: Vec<RecordedSection>,
+        description: Option<Arc<VmDescription>>,
+        trailing_bytes: u64,
+    ) -> Self {
+        Self { sections, description, trailing_bytes, layouts: OnceLock::new() }
+    }
+
     /// What is known of the layout of a section.
     pub fn description_of(&self, section: &RecordedSection) -> Option<&DeviceDescription> {
-        describing(self.description.as_deref()?, &section.head)
+        let description = self.description.as_deref()?;
+        self.layouts.get_or_init(|| Layouts::of(description)).find(description, &section.head)
     }
 
     /// A device's payload with its layout, ready to be taken apart. `None` if the source did not
@@ -74,7 +109,7 @@ impl Devices {
                 all.push(RecordedSection { head: section.head, content });
             }
         }
-        Ok(Self { sections: all, description, trailing_bytes: 0 })
+        Ok(Self::new(all, description, 0))
     }
 }
 
@@ -98,15 +133,6 @@ impl Checkpoint {
         Devices::from_tail(&self.early_sections().concat(), state.sections(), state.end())
             .map_err(|error| Error::invalid(Phase::Device, error))
     }
-}
-
-pub(super) fn describing<'d>(
-    description: &'d VmDescription,
-    head: &SectionHead,
-) -> Option<&'d DeviceDescription> {
-    let same =
-        |device: &&DeviceDescription| device.name == head.idstr && device.instance_id == head.instance_id;
-    description.devices.iter().find(same)
 }
 
 /// Adds to what is kept of all devices together, up to half of the machine's memory: a file

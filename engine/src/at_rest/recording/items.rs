@@ -1,9 +1,11 @@
 //! The items of a stream: RAM's are left to the caller, all others are read here.
 
+use std::collections::HashMap;
+
 use multifd_wire::{Command, Footer, Item, RAM_SECTION, SectionHead, SectionId};
 
 use super::description::{self, Described};
-use super::devices::{self, Devices, RecordedSection, SectionContent};
+use super::devices::{self, Devices, Layouts, RecordedSection, SectionContent};
 use super::file::FileReader;
 use super::invalid;
 use super::opaque::{self, Known};
@@ -13,6 +15,10 @@ pub(super) struct Items<'f> {
     pub(super) reader: FileReader<'f>,
     ram: Option<SectionId>,
     sections: Vec<RecordedSection>,
+    /// Of each number in `sections` the place of its live section, if it has one: a file may have a
+    /// great many sections and pieces.
+    places: HashMap<SectionId, Option<usize>>,
+    layouts: Layouts,
     /// Bytes of payloads in `sections`.
     kept: usize,
     described: Option<Described>,
@@ -41,7 +47,26 @@ impl<'f> Items<'f> {
         let lens =
             sections.iter().map(|section| usize::try_from(section.payload_len()).unwrap_or(usize::MAX));
         let kept = lens.fold(0, usize::saturating_add);
-        Self { reader, ram, sections, kept, described, trailing_bytes: 0 }
+        let layouts = described.as_ref().map(|all| Layouts::of(&all.description)).unwrap_or_default();
+        let mut items = Self {
+            reader,
+            ram,
+            sections: Vec::new(),
+            places: HashMap::new(),
+            layouts,
+            kept,
+            described,
+            trailing_bytes: 0,
+        };
+        sections.into_iter().for_each(|section| items.push(section));
+        items
+    }
+
+    fn push(&mut self, section: RecordedSection) {
+        let live = matches!(section.content, SectionContent::Live(_)).then_some(self.sections.len());
+        let place = self.places.entry(section.head.id).or_default();
+        *place = place.or(live);
+        self.sections.push(section);
     }
 
     pub(super) fn into_parts(self) -> (FileReader<'f>, Vec<RecordedSection>) {
@@ -51,7 +76,7 @@ impl<'f> Items<'f> {
     pub(super) fn into_devices(self) -> Devices {
         let Self { sections, described, trailing_bytes, .. } = self;
         let description = described.map(|described| described.description);
-        Devices { sections, description, trailing_bytes }
+        Devices::new(sections, description, trailing_bytes)
     }
 
     /// Reads up to the next piece of RAM, or to the end.
@@ -72,16 +97,15 @@ impl<'f> Items<'f> {
                     }
                 },
                 Item::SectionStart(head) => {
-                    self.sections.push(RecordedSection { head, content: SectionContent::Live(0) });
-                    self.live(self.sections.len() - 1)?;
+                    let index = self.sections.len();
+                    self.push(RecordedSection { head, content: SectionContent::Live(0) });
+                    self.live(index)?;
                 }
                 Item::SectionPart(id) | Item::SectionEnd(id) if Some(id) == self.ram => {
                     return Ok(Next::RamPiece);
                 }
                 Item::SectionPart(id) | Item::SectionEnd(id) => {
-                    let begun = self.sections.iter().position(|section| {
-                        section.head.id == id && matches!(section.content, SectionContent::Live(_))
-                    });
+                    let begun = self.places.get(&id).copied().flatten();
                     let index = begun.ok_or_else(|| {
                         invalid(
                             Phase::Active,
@@ -108,12 +132,13 @@ impl<'f> Items<'f> {
 
     fn device(&mut self, head: SectionHead) -> Result<()> {
         let described = self.described.as_ref();
-        let len = described.and_then(|all| devices::describing(&all.description, &head)?.payload_len());
-        let known = Known { ram: self.ram, sections: &self.sections };
+        let layouts = &self.layouts;
+        let len = described.and_then(|all| layouts.find(&all.description, &head)?.payload_len());
+        let known = Known { ram: self.ram, places: &self.places };
         let (mut payload, kept) = (Vec::new(), &mut self.kept);
         let keep = |bytes: &[u8]| devices::keep(&mut payload, kept, bytes);
         opaque::payload(&mut self.reader, &head, len, &known, keep)?;
-        self.sections.push(RecordedSection { head, content: SectionContent::Device(payload) });
+        self.push(RecordedSection { head, content: SectionContent::Device(payload) });
         Ok(())
     }
 
@@ -123,7 +148,7 @@ impl<'f> Items<'f> {
         let section =
             section.ok_or_else(|| Error::bug(Phase::Active, format_args!("section {index} of a file")))?;
         let head = section.head.clone();
-        let known = Known { ram: self.ram, sections: &self.sections };
+        let known = Known { ram: self.ram, places: &self.places };
         let mut len = 0;
         let count = |bytes: &[u8]| {
             len += bytes.len() as u64;

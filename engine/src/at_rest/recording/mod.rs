@@ -34,6 +34,7 @@ use multifd_wire::{
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::stream::block_list;
+use crate::stream::foreign;
 use crate::stream::mapped_layout::CAPABILITY;
 use description::Described;
 use file::{FileReader, StreamFile};
@@ -80,14 +81,6 @@ struct Start {
     /// Devices that are saved early come before RAM.
     early: Vec<RecordedSection>,
 }
-
-/// What a stream that went through a filter begins with.
-const PACKED: [(&[u8], &str); 4] = [
-    (&[0x1f, 0x8b], "gzip"),
-    (&[0x28, 0xb5, 0x2f, 0xfd], "zstd"),
-    (&[0xfd, b'7', b'z', b'X', b'Z'], "xz"),
-    (b"BZh", "bzip2"),
-];
 
 impl Recording {
     /// Opens a recorded stream and reads as far as the list of RAM blocks.
@@ -182,12 +175,12 @@ impl Parts {
 
 /// Says what a file is that is something else than a stream, where that is easy to tell.
 fn check_first_bytes(reader: &mut FileReader<'_>) -> Result<()> {
-    let first = reader.peek(Phase::Setup, "the stream header", 8)?;
+    let first = reader.peek(Phase::Setup, "the stream header", foreign::LEN)?;
     if first.is_empty() {
         return Err(invalid(Phase::Setup, "the file is empty"));
     }
-    if let Some((_, name)) = PACKED.iter().find(|(magic, _)| first.starts_with(magic)) {
-        return Err(invalid(Phase::Setup, format!("a file packed by {name}, unpack it first")));
+    if let Some(what) = foreign::what_it_is(first) {
+        return Err(invalid(Phase::Setup, format!("no migration stream, it is {what}")));
     }
     if first.starts_with(&MULTIFD_MAGIC.to_be_bytes()) {
         return Err(invalid(

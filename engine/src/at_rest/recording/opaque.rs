@@ -1,8 +1,9 @@
 //! Sections whose length only their owner knows. Spec: docs/wire.md §16.3.
 
+use std::collections::HashMap;
+
 use multifd_wire::{Footer, SectionHead, SectionId};
 
-use super::devices::RecordedSection;
 use super::file::FileReader;
 use super::invalid;
 use crate::error::{Phase, Result};
@@ -64,7 +65,7 @@ pub(super) fn payload(
 /// The sections that later pieces may belong to, and those that have been.
 pub(super) struct Known<'k> {
     pub(super) ram: Option<SectionId>,
-    pub(super) sections: &'k [RecordedSection],
+    pub(super) places: &'k HashMap<SectionId, Option<usize>>,
 }
 
 fn footer_is_at(reader: &FileReader<'_>, len: u64, id: SectionId) -> Result<bool> {
@@ -77,6 +78,6 @@ fn footer_is_at(reader: &FileReader<'_>, len: u64, id: SectionId) -> Result<bool
 /// Can a stream go on like this after a section? If the file ends there, or within the end of the
 /// items, this section is whole.
 fn plausible(next: &[u8], known: &Known<'_>, at_end: bool) -> Option<bool> {
-    let seen = |id| known.sections.iter().any(|section| section.head.id == id);
+    let seen = |id| known.places.contains_key(&id);
     goes_on(next, known.ram, seen).or_else(|| at_end.then_some(matches!(next, [] | [0])))
 }

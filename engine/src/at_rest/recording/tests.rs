@@ -199,6 +199,25 @@ fn a_description_that_lies_is_not_believed() {
     }
 }
 
+/// A reader that looks through all sections for each piece would be at it for minutes.
+#[test]
+fn half_a_million_sections_with_a_piece_each_are_read() {
+    const COUNT: u32 = 500_000;
+    let mut stream = Stream::new(&[]).ram_start(&[("pc.ram", 4096)]);
+    let ids = || (10..10 + COUNT).map(SectionId);
+    for id in ids() {
+        let head = SectionHead { id, idstr: "x".to_owned(), instance_id: id.0, version_id: 1 };
+        stream = stream.item(Item::SectionStart(head)).footer(id);
+    }
+    for id in ids().rev() {
+        stream = stream.item(Item::SectionPart(id)).bytes(&[1]).footer(id);
+    }
+    let file = stream.item(Item::SectionEnd(RAM)).end_of_piece().item(Item::Eof).file();
+    let (_, devices) = read(file.path()).unwrap();
+    assert_eq!(devices.sections.len(), COUNT as usize);
+    assert!(devices.sections.iter().all(|section| section.payload_len() == 1));
+}
+
 #[test]
 fn bytes_behind_the_end_are_counted() {
     for junk in [&[0][..], &[0; 5000], b"}", b"junk without that byte"] {

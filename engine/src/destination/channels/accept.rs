@@ -3,23 +3,27 @@
 //! A connection is nothing until it has proved what it is: main by the stream's magic, a channel by a whole initial packet that
 //! fits. Until then nothing that becomes of it ends the migration; it is closed, with a warning. See docs/channels.md.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use multifd_transports::{Arrival, Channel, Listener};
 use multifd_wire::{InitialPacket, MULTIFD_MAGIC, STREAM_MAGIC};
 
 use super::sync::JoinError;
 use super::worker::ChannelWorker;
+use crate::destination::postcopy::urgent;
 use crate::destination::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::run::stop::Monitor;
+use crate::run::stop::{Monitor, lock};
 use crate::run::workers::Crew;
+use crate::stream::foreign;
 
 /// Accepts until the listener is closed or stopped: hands main over, starts a worker for every other channel.
 pub(crate) struct Accepting {
     shared: Arc<DestinationShared>,
     crew: Arc<Crew>,
     main: Monitor<Main>,
+    /// Channels of authenticated clients that have come before main, whose client is the source.
+    early: Mutex<Vec<Channel>>,
 }
 
 /// What is known of the main channel, and of connections that may still become it.
@@ -30,11 +34,29 @@ pub(crate) struct Main {
     came: bool,
     /// Nothing more will be accepted.
     pub(crate) over: bool,
+    /// By which its client has authenticated itself.
+    certificate: Option<Vec<u8>>,
 }
+
+/// Channels that may wait for main: as many as a source has.
+const MAX_EARLY: usize = 255;
 
 /// How long the opening message of a connection is: nothing is known of a channel before its initial packet has come whole.
 pub(crate) fn opening_len(first: [u8; 4]) -> usize {
     if u32::from_be_bytes(first) == MULTIFD_MAGIC { InitialPacket::LEN } else { 0 }
+}
+
+/// Of a file, as much as it takes to say what it is; of anything else, what there is already.
+fn beginning(channel: &Channel, first: [u8; 4]) -> Vec<u8> {
+    let mut beginning = first.to_vec();
+    if channel.file_handle().is_some() {
+        beginning.resize(foreign::LEN, 0);
+        // Once more from the first byte on; a shorter file, or one that cannot be read, says less.
+        if channel.recv_exact(&mut beginning).is_err() {
+            beginning.truncate(first.len());
+        }
+    }
+    beginning
 }
 
 impl Accepting {
@@ -43,6 +65,7 @@ impl Accepting {
             shared: Arc::clone(shared),
             crew: Arc::clone(crew),
             main: Monitor::new(Main::default(), crew.stop()),
+            early: Mutex::default(),
         }
     }
 
@@ -59,7 +82,8 @@ impl Accepting {
             if let Err(error) = self.on_arrival(arrival, listener) {
                 stop.trip(error);
             }
-            if self.main.read(|main| main.came) && self.shared.channels.is_full() {
+            let complete = self.main.read(|main| main.came) && self.shared.channels.is_full();
+            if complete && !self.shared.keeps_listening() {
                 listener.close();
             }
         });
@@ -125,6 +149,15 @@ impl Accepting {
                     let detail = "a second main channel: another source moves its guest in here already";
                     return refused(Error::misbehaved(Phase::Accept, detail));
                 }
+                let certificate = channel.client_certificate().map(<[u8]>::to_vec);
+                self.main.modify_silently(|main| main.certificate = certificate);
+                // Before main is read: a sync point must not slip through in between.
+                for early in std::mem::take(&mut *lock(&self.early)) {
+                    match self.join_authenticated(early) {
+                        Err(JoinError::Late(error)) => self.shared.refusals.note(&error),
+                        joined => joined?,
+                    }
+                }
                 self.main.modify_and_notify(|main| main.channel = Some(channel));
                 Ok(())
             }
@@ -132,19 +165,53 @@ impl Accepting {
                 let detail = "what went over a parallel channel, expected a main channel's stream";
                 refused(Error::new(ErrorKind::InvalidStream, Phase::Accept, detail))
             }
-            MULTIFD_MAGIC => self.join(channel).map_err(|error| match error {
-                JoinError::Early(error) => JoinError::Early(error.on(peer)),
-                JoinError::Late(error) => JoinError::Late(error.on(peer)),
-            }),
+            MULTIFD_MAGIC => self.join_or_wait(channel),
             // A TLS record of the handshake: type 22, version 3.x.
             tls if tls >> 16 == 0x1603 => refused(Error::unexpected_tls(Phase::Accept, "peer")),
+            _ if several && self.shared.keeps_listening() && urgent::can_begin(first) => {
+                urgent::start(channel, &self.shared, &self.crew)
+                    .map_err(|error| JoinError::Late(error.on(peer)))
+            }
             other => {
+                if let Some(what) = foreign::what_it_is(&beginning(&channel, first)) {
+                    let detail = format!("no migration stream, it is {what}");
+                    return refused(Error::new(ErrorKind::InvalidStream, Phase::Accept, detail));
+                }
                 let detail = format!(
                     "magic {other:#010x}, expected {STREAM_MAGIC:#010x} (main) or {MULTIFD_MAGIC:#010x} (channel)"
                 );
                 refused(Error::new(ErrorKind::InvalidStream, Phase::Accept, detail))
             }
         }
+    }
+
+    /// Of a client that has authenticated itself nothing is known before main has: another client of the same CA could
+    /// take the place of a channel of the source.
+    fn join_or_wait(&self, channel: Channel) -> Result<(), JoinError> {
+        if channel.client_certificate().is_none() || self.main.read(|main| main.came) {
+            return self.join_authenticated(channel);
+        }
+        let mut early = lock(&self.early);
+        if early.len() == MAX_EARLY {
+            let detail = format!("more than {MAX_EARLY} channels, and no main channel yet");
+            return Err(JoinError::Late(Error::misbehaved(Phase::Accept, detail).on(channel.peer())));
+        }
+        early.push(channel);
+        Ok(())
+    }
+
+    /// A channel must have shown the certificate that main has: a source has one. A strange one never ends the migration.
+    fn join_authenticated(&self, channel: Channel) -> Result<(), JoinError> {
+        let peer = channel.peer().to_owned();
+        let same = |main: &Main| !main.came || main.certificate.as_deref() == channel.client_certificate();
+        if !self.main.read(same) {
+            let detail = "a channel with another certificate than that of main: it is another source's";
+            return Err(JoinError::Late(Error::misbehaved(Phase::Accept, detail).on(peer)));
+        }
+        self.join(channel).map_err(|error| match error {
+            JoinError::Early(error) => JoinError::Early(error.on(peer)),
+            JoinError::Late(error) => JoinError::Late(error.on(peer)),
+        })
     }
 
     /// A connection that says that it is a channel. Until the first sync point it may be one of the source, which has pages for

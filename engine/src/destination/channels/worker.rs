@@ -14,9 +14,13 @@ use crate::destination::shared::{DestinationShared, DevicePacket};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
 use crate::io::IoVecs;
+use crate::run::budget::Share;
 use crate::run::counters::{ChannelCounters, Counters};
 use crate::run::workers::Crew;
 use crate::stream::dialect;
+
+/// Bytes of a packet's pages.
+const PAGES_LEN: usize = pages_per_packet(PAGE_SIZE) * PAGE;
 
 const HEADER_LEN: usize = header_len(PAGE_SIZE);
 
@@ -33,6 +37,8 @@ pub(crate) struct ChannelWorker {
     payload: Vec<u8>,
     pages: Vec<u8>,
     ranges: IoVecs,
+    /// Of the buffers, and of the decoder's window.
+    memory: Share,
 }
 
 impl ChannelWorker {
@@ -56,6 +62,7 @@ impl ChannelWorker {
             payload: Vec::new(),
             pages: Vec::new(),
             ranges: IoVecs::default(),
+            memory: shared.limits.memory.share(),
         };
         crew.spawn("mig-recv", Phase::Accept, move || worker.run())
     }
@@ -221,6 +228,7 @@ impl ChannelWorker {
     }
 
     fn receive_payload(&mut self, packet: &RamPacket<'_>) -> Result<()> {
+        self.hold(self.payload.capacity().max(packet.payload_len()) + self.pages.capacity())?;
         let mut payload = std::mem::take(&mut self.payload);
         payload.resize(packet.payload_len(), 0);
         self.receive(Phase::Active, "a packet's payload", &mut payload)?;
@@ -230,11 +238,18 @@ impl ChannelWorker {
 
     fn receive_decoded(&mut self, sink: &BlockSink, packet: &RamPacket<'_>) -> Result<()> {
         self.receive_payload(packet)?;
-        self.pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
+        self.hold(self.payload.capacity() + PAGES_LEN)?;
+        self.pages.resize(PAGES_LEN, 0);
         let pages = self.pages.get_mut(..packet.normal_pages() * PAGE).ok_or_else(|| too_large(packet))?;
         let decoder = self.decoder.as_mut();
         let decoder = decoder.ok_or_else(|| Error::bug(Phase::Active, "packed pages without a decoder"))?;
         decoder.recv_pages(&self.payload, pages).map_err(codec_error)?;
+        let memory = decoder.memory();
+        self.memory.grow_to(
+            self.payload.capacity() + PAGES_LEN + memory,
+            Phase::Active,
+            "the decoder's window",
+        )?;
         store(sink, packet, pages, &sink.best_place())
     }
 
@@ -244,8 +259,9 @@ impl ChannelWorker {
         packet: &RamPacket<'_>,
         place: &impl PlacePages,
     ) -> Result<()> {
+        self.hold(self.payload.capacity() + PAGES_LEN)?;
         let mut pages = std::mem::take(&mut self.pages);
-        pages.resize(pages_per_packet(PAGE_SIZE) * PAGE, 0);
+        pages.resize(PAGES_LEN, 0);
         let content = pages.get_mut(..packet.payload_len()).ok_or_else(|| too_large(packet))?;
         let received = self.channel.recv_exact(content).map_err(|error| pages_missing(packet, error));
         let stored = received.and_then(|()| store(sink, packet, content, place));
@@ -261,10 +277,22 @@ impl ChannelWorker {
         let device =
             DeviceStatePacket::parse(&header).map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
         self.shared.expect_device_packet(&device)?;
-        let mut data = vec![0; device.payload_len as usize];
+        let mut data = Vec::new();
+        let len = device.payload_len as usize;
+        data.try_reserve_exact(len).map_err(|error| {
+            let detail = format!("no memory for {len} bytes of device state");
+            Error::new(ErrorKind::PeerMisbehaved, Phase::Device, detail).because(error)
+        })?;
+        data.resize(len, 0);
         self.receive(Phase::Device, "device state", &mut data)?;
         self.shared.on_device_packet(DevicePacket { device, data });
         Ok(())
+    }
+
+    /// Before buffers of so many bytes are there.
+    fn hold(&mut self, bytes: usize) -> Result<()> {
+        let window = self.decoder.as_ref().map_or(0, |decoder| decoder.memory());
+        self.memory.grow_to(bytes + window, Phase::Active, "the channel's buffers")
     }
 
     fn receive(&self, phase: Phase, what: &str, into: &mut [u8]) -> Result<()> {

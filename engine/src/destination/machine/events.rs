@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use multifd_wire::{Configuration, Item, ReturnMessage, SectionHead, SectionId};
+use multifd_wire::{BlockName, Configuration, DiscardRange, Item, ReturnMessage, SectionHead, SectionId};
 
 use crate::error::Phase;
 
@@ -13,6 +13,8 @@ pub(in crate::destination) enum Input {
     Blocks,
     /// Stream header and configuration.
     Configuration(Configuration),
+    /// The devices' sections of a package were read.
+    Devices,
     /// A device section before the end of RAM was read.
     Device(DeviceEnd),
     /// End of the records of a piece of RAM.
@@ -23,6 +25,8 @@ pub(in crate::destination) enum Input {
     Footer(SectionId),
     /// A command, the head of a section, or the end of the items.
     Item(Item),
+    /// The bytes of a package were read: items come from there now.
+    Package,
 }
 
 /// How the section of a device that came before the end of RAM ended.
@@ -49,17 +53,36 @@ pub(in crate::destination) struct Observed {
 pub(in crate::destination) enum Effect {
     /// Send on the return path; errors are of this phase.
     Answer(Phase, ReturnMessage),
+    /// Answer this PING when the guest's device state has been loaded.
+    AnswerWhenLoaded(u32),
     /// The source has this uuid, as each of its channels must.
     CheckUuid([u8; 16]),
     /// Another pass over RAM has begun.
     CountRound,
+    /// These pages are as if they had never come.
+    Discard {
+        /// The block.
+        block: BlockName,
+        /// Bytes of it.
+        ranges: Vec<DiscardRange>,
+    },
     /// The device sections read since the last live item were early.
     KeepEarly {
         /// RAM has begun before them.
         within_ram: bool,
     },
+    /// Connections may come until the end: the source may switch to post-copy.
+    KeepListening,
+    /// Serve page faults from now on.
+    Listen,
     /// Messages may go out on the return path.
     OpenReturnPath,
+    /// The source goes on with post-copy over this link.
+    Resume,
+    /// The package ends; the guest may run.
+    Run,
+    /// Tell the source which pages of the block are here.
+    SendBitmap(BlockName),
     /// From now on channels may carry packets of the multifd dialect.
     SpeakDialect,
     /// Wait until every channel has reached its SYNC.
@@ -83,10 +106,22 @@ pub(in crate::destination) enum Expected {
         /// The RAM section, if it has begun.
         ram: Option<SectionId>,
     },
+    /// Nothing: a post-copy has ended. The machine is done.
+    End,
     /// The footer of a section.
     Footer,
-    /// A section or a command.
+    /// A section or a command; in a package, of the package.
     Item,
+    /// The bytes of a package.
+    Package {
+        /// How many.
+        len: usize,
+    },
+    /// The sections of a package's devices.
+    PackagedDevices {
+        /// The head of the first, which was read.
+        head: SectionHead,
+    },
     /// Records of RAM, up to FLUSH or the end of the piece.
     Records {
         /// Pages lie elsewhere: no record may hold one.

@@ -25,6 +25,8 @@ enum SyncRule {
     /// Every end of a section (machine types up to 8.0). Also right for a stream without channels:
     /// nothing is waited for.
     AtSectionEnd,
+    /// Nowhere: no page comes on a channel after the switch to post-copy.
+    Never,
 }
 
 /// The RAM section, from its START on.
@@ -45,6 +47,11 @@ pub(super) struct Ram {
 impl Ram {
     pub(super) fn new(id: SectionId, mapped: bool) -> Self {
         Self { id, mapped, rule: SyncRule::Unknown, ended: false, ended_in_sync: false, synced: false }
+    }
+
+    /// The section behind the switch to post-copy: its END is to come again.
+    pub(super) fn behind_switch(id: SectionId) -> Self {
+        Self { rule: SyncRule::Never, ..Self::new(id, false) }
     }
 
     /// A further piece of section `id` begins.
@@ -85,7 +92,7 @@ impl Ram {
             SyncRule::Unknown => self.rule = SyncRule::AtFlush,
             // Per-round sources say so in START; a stray FLUSH of a stream without channels (QEMU
             // 8.1.0) means nothing.
-            SyncRule::AtSectionEnd => return Ok(()),
+            SyncRule::AtSectionEnd | SyncRule::Never => return Ok(()),
             SyncRule::AtFlush => effects.push(Effect::CountRound),
         }
         self.sync(piece, effects);

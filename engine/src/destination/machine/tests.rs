@@ -9,6 +9,8 @@ use super::*;
 use crate::destination::channels::sync_state::{MainWait, SyncState};
 use crate::error::ErrorKind;
 
+mod postcopy;
+
 const RAM: SectionId = SectionId(2);
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -26,7 +28,7 @@ struct Session {
 impl Session {
     fn new(two_way: bool) -> Self {
         Self {
-            machine: Machine::new(two_way, SwitchoverAck::Auto),
+            machine: Machine::new(two_way, SwitchoverAck::Auto, None),
             sync: SyncState::new(None),
             now: Instant::now(),
             pages: 0,

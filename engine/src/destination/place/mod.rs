@@ -5,12 +5,14 @@ mod file;
 mod mapping;
 mod page_bits;
 mod sinks;
+mod userfault;
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use multifd_codecs::xbzrle;
+use multifd_wire::DiscardRange;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{Absent, Found, PAGE, PageTable, READING, RamBlock};
@@ -21,6 +23,8 @@ pub(crate) use mapping::Mapping;
 pub(crate) use sinks::BlockSinks;
 pub(super) use sinks::Gap;
 pub use sinks::IncomingRam;
+use userfault::PagedBlock;
+pub(crate) use userfault::{Pager, Wanted};
 
 /// A way to put whole pages in their place. To the guest a page is there when the call returns, and
 /// not before.
@@ -58,6 +62,8 @@ pub(crate) struct BlockSink {
     /// What its pages are that the page table does not have.
     absent: Absent,
     page_table: Arc<PageTable>,
+    /// From LISTEN on, if a guest waits for pages.
+    paged: OnceLock<PagedBlock>,
 }
 
 const ZEROS: [u8; PAGE] = [0; PAGE];
@@ -89,6 +95,7 @@ impl BlockSink {
             read_only,
             absent,
             page_table: Arc::clone(page_table),
+            paged: OnceLock::new(),
         }
     }
 
@@ -170,6 +177,59 @@ impl BlockSink {
             .map_err(|error| self.fault("writing", pages.clone(), error))?;
         self.note_written(pages.start, pages.len());
         Ok(())
+    }
+
+    /// Pages that have come are as if they had not: they are stale, or were never sent.
+    pub(crate) fn discard(&self, range: DiscardRange) -> Result<()> {
+        let DiscardRange { offset, len } = range;
+        let pages = || {
+            let first = self.block.page_at(offset)?;
+            let last = self.block.page_at(offset.checked_add(len)?.checked_sub(PAGE as u64)?)?;
+            (first <= last).then_some(first..last + 1)
+        };
+        let pages = pages().ok_or_else(|| {
+            let (name, end) = (self.block.name(), self.block.used_len());
+            let detail = format!(
+                "a discard of {len:#x} bytes at {offset:#x} in RAM block {name}: expected pages of {PAGE} bytes below {end:#x}"
+            );
+            Error::misbehaved(Phase::Device, detail)
+        })?;
+        self.came.clear_range(pages.start, pages.len());
+        Ok(())
+    }
+
+    /// True if the page has come.
+    fn has_come(&self, page: usize) -> bool {
+        self.came.test(page)
+    }
+
+    /// Runs of pages that have not come, each of whole groups of `group` pages.
+    fn missing(&self, group: usize) -> Result<Vec<Range<usize>>> {
+        let gaps = self.came.gaps(group);
+        let first = |pages: &Range<usize>| pages.clone().find(|page| self.came.test(*page));
+        let partial = gaps.iter().filter(|_| group > 1).find_map(first);
+        let after = |page: &usize| !self.came.all(*page..(*page + group).min(self.block.pages()));
+        let hosts = (0..self.block.pages()).step_by(group).filter(|page| group > 1 && self.came.test(*page));
+        let Some(page) = partial.or_else(|| hosts.into_iter().find(after)) else { return Ok(gaps) };
+        let detail = format!(
+            "only a part of the {group} pages around page {page} of RAM block {} is here, and not discarded",
+            self.block.name()
+        );
+        Err(Error::misbehaved(Phase::Device, detail))
+    }
+
+    /// From now on a pager fills the block.
+    fn page_by(&self, paged: PagedBlock) -> Result<()> {
+        self.paged.set(paged).map_err(|_| Error::bug(Phase::Device, "a block that is paged twice"))
+    }
+
+    fn paged(&self) -> Result<&PagedBlock> {
+        self.paged.get().ok_or_else(|| Error::bug(Phase::Active, "a block that no pager fills"))
+    }
+
+    /// Which pages have come: a bit a page, from the lowest of each byte on, in words of 8 bytes.
+    pub(crate) fn received(&self) -> Vec<u8> {
+        self.came.to_bytes()
     }
 
     /// Makes pages zero. Memory that is zero already is left alone, so that holes stay holes.

@@ -46,6 +46,46 @@ impl PageBits {
         }
     }
 
+    pub(super) fn clear_range(&self, first: usize, count: usize) {
+        for page in first..first.saturating_add(count) {
+            if let Some(part) = self.parts.get(page / PART_PAGES).and_then(OnceLock::get) {
+                part.take(page % PART_PAGES);
+            }
+        }
+    }
+
+    /// Runs of pages without a bit, each of whole groups of `group` pages.
+    pub(super) fn gaps(&self, group: usize) -> Vec<Range<usize>> {
+        let mut gaps: Vec<Range<usize>> = Vec::new();
+        let mut page = 0;
+        while page < self.pages {
+            let part = page / PART_PAGES;
+            // A part that was never made is one run.
+            let unmade = self.parts.get(part).is_some_and(|part| part.get().is_none());
+            let end = if unmade { (part + 1) * PART_PAGES } else { page + group }.min(self.pages);
+            if unmade || !self.test(page) {
+                match gaps.last_mut() {
+                    Some(last) if last.end == page => last.end = end,
+                    _ => gaps.push(page..end),
+                }
+            }
+            page = end;
+        }
+        gaps
+    }
+
+    /// All bits, from the lowest of each byte on, padded to words of 8 bytes.
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0_u8; self.pages.div_ceil(64) * 8];
+        for (index, byte) in bytes.iter_mut().enumerate() {
+            let first = index * 8;
+            if self.parts.get(first / PART_PAGES).is_some_and(|part| part.get().is_some()) {
+                *byte = (0..8).filter(|bit| self.test(first + bit)).map(|bit| 1_u8 << bit).sum();
+            }
+        }
+        bytes
+    }
+
     pub(super) fn all(&self, mut pages: Range<usize>) -> bool {
         pages.all(|page| self.test(page))
     }
@@ -77,6 +117,23 @@ mod tests {
         let written = PageBits::new(usize::MAX >> 24);
         assert!(!written.test(12345) && written.parts.iter().all(|part| part.get().is_none()));
         assert_eq!(written.missing(), (usize::MAX >> 24, Some(0)));
+    }
+
+    #[test]
+    fn gaps_are_what_has_no_bit_and_the_bytes_what_has_one() {
+        let bits = PageBits::new(2 * PART_PAGES + 16);
+        let all = 0..2 * PART_PAGES + 16;
+        assert_eq!(bits.gaps(1), std::slice::from_ref(&all));
+        bits.set_range(PART_PAGES, PART_PAGES + 12);
+        bits.clear_range(PART_PAGES + 3, 2);
+        let last = 2 * PART_PAGES + 12;
+        assert_eq!(bits.gaps(1), [0..PART_PAGES, PART_PAGES + 3..PART_PAGES + 5, last..last + 4]);
+        let bytes = bits.to_bytes();
+        assert_eq!(
+            (bytes.len(), bytes[PART_PAGES / 8 - 1], bytes[PART_PAGES / 8]),
+            (2 * PART_PAGES / 8 + 8, 0, 0xe7)
+        );
+        assert_eq!(bytes[2 * PART_PAGES / 8..], [0xff, 0x0f, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]

@@ -110,6 +110,16 @@ impl BlockSinks {
         self.0.get(name).ok_or_else(unknown)
     }
 
+    /// All of them.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Arc<BlockSink>> {
+        self.0.values()
+    }
+
+    /// How many blocks.
+    pub(in crate::destination) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// Blocks of which pages never came, by name.
     pub(in crate::destination) fn gaps(&self) -> Vec<Gap> {
         let mut gaps: Vec<Gap> = self.0.values().filter_map(|sink| sink.gap()).collect();

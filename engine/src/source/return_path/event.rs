@@ -25,6 +25,10 @@ pub(super) enum ReturnEvent {
     Pong(u32),
     /// The guest at the destination waits for these pages.
     RequestPages { block: BlockIndex, pages: Range<usize> },
+    /// The bitmap of this block's pages that have arrived follows.
+    Received { block: BlockIndex },
+    /// The destination of a post-copy goes on.
+    Resumed,
     /// The last message: 0 if the guest has arrived.
     Shut(u32),
     /// The devices are ready for the switchover.
@@ -43,7 +47,7 @@ impl ReturnEvents {
     /// `urgent`: pages may be asked for.
     ///
     /// # Errors
-    /// `Incompatible` for messages of a post-copy that this source does not do; `PeerMisbehaved` for pages that are not there.
+    /// `Incompatible` for messages of a post-copy where there is none; `PeerMisbehaved` for pages that are not there.
     pub(super) fn event(
         &mut self,
         message: ReturnMessage,
@@ -63,10 +67,18 @@ impl ReturnEvents {
                 let block = self.block(block, ram)?;
                 ReturnEvent::RequestPages { block, pages: pages(ram, block, offset, len)? }
             }
+            ReturnMessage::RecvBitmap(name) if urgent => {
+                let block = ram.find(name.as_str()).ok_or_else(|| {
+                    let detail = format!("a bitmap of RAM block {name}, which is not in this guest");
+                    Error::misbehaved(Phase::Postcopy, detail)
+                })?;
+                ReturnEvent::Received { block }
+            }
+            ReturnMessage::ResumeAck(_) if urgent => ReturnEvent::Resumed,
             other @ (ReturnMessage::RequestPages { .. }
             | ReturnMessage::RecvBitmap(_)
             | ReturnMessage::ResumeAck(_)) => {
-                let detail = format!("{other:?}: postcopy is not supported");
+                let detail = format!("{other:?}, but no postcopy is under way");
                 return Err(Error::incompatible(Phase::Active, detail));
             }
         })
@@ -86,16 +98,18 @@ impl ReturnEvents {
     }
 }
 
-/// The pages of a request: whole ones, at least one, all in the block.
+/// The pages of a request: whole host pages, at least one, all in the block.
 fn pages(ram: &OutgoingRam, block: BlockIndex, offset: u64, len: u32) -> Result<Range<usize>> {
-    let block = &ram.blocks.at(block).block;
+    let outgoing = ram.blocks.at(block);
+    let (block, host_page) = (&outgoing.block, outgoing.per_host * PAGE);
     let end = offset.checked_add(u64::from(len)).filter(|end| *end <= block.used_len());
-    let page = |at: u64| usize::try_from(at).ok().filter(|at| at % PAGE == 0).map(|at| at / PAGE);
+    let page = |at: u64| usize::try_from(at).ok().filter(|at| at % host_page == 0).map(|at| at / PAGE);
     match (page(offset), end.and_then(page)) {
         (Some(first), Some(end)) if first < end => Ok(first..end),
         _ => {
             let detail = format!(
-                "a request for {len} bytes at {offset:#x} of RAM block {}, expected whole pages of {:#x} bytes",
+                "a request for {len} bytes at {offset:#x} of RAM block {}, expected whole pages of {host_page:#x} bytes \
+                 within {:#x} bytes",
                 block.name(),
                 block.used_len()
             );
@@ -148,11 +162,16 @@ mod tests {
     fn messages_of_a_postcopy_are_refused_by_name_where_pages_cannot_be_asked_for() {
         let ram = ram(&[("a", 8)]);
         let bitmap = ReturnMessage::RecvBitmap("a".try_into().unwrap());
+        let events = &mut ReturnEvents::default();
+        let block = ram.find("a").unwrap();
+        assert_eq!(events.event(bitmap.clone(), &ram, true).unwrap(), ReturnEvent::Received { block });
+        let unknown = ReturnMessage::RecvBitmap("z".try_into().unwrap());
+        assert_eq!(events.event(unknown, &ram, true).unwrap_err().kind(), ErrorKind::PeerMisbehaved);
         for message in [request(Some("a"), 0, 4096), bitmap, ReturnMessage::ResumeAck(1)] {
             let name = format!("{message:?}");
             let error = ReturnEvents::default().event(message, &ram, false).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Incompatible);
-            assert!(error.to_string().contains(&format!("{name}: postcopy is not supported")), "{error}");
+            assert!(error.to_string().contains(&format!("{name}, but no postcopy is under way")), "{error}");
         }
     }
 }

@@ -1,12 +1,13 @@
 //! The return path, from the source's end.
 
 mod event;
+pub(super) mod received_pages;
 
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use multifd_transports::Channel;
 use multifd_wire::{Failure, RAM_PING, ReturnMessage, SETUP_PING};
@@ -14,12 +15,15 @@ use multifd_wire::{Failure, RAM_PING, ReturnMessage, SETUP_PING};
 use self::event::{ReturnEvent, ReturnEvents};
 use super::shared::SourceShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::run::counters::Counters;
+use crate::run::state::MigrationState;
 use crate::run::stop::{Monitor, StopSwitch};
 use crate::run::workers::Crew;
 use crate::stream::dialect;
-use crate::work::{BlockIndex, Requested, WantedPage};
+use crate::work::{BlockIndex, Requested, UrgentPages, WantedPage};
 
-/// Reads the return path on a thread of its own until SHUT, the destination's last message.
+/// Reads the return path on a thread of its own until SHUT, the destination's last message. Clones are of the same.
+#[derive(Clone)]
 pub(super) struct ReturnPathReader {
     received: Monitor<Received>,
     stop: StopSwitch,
@@ -37,6 +41,17 @@ struct Received {
     refused: Option<u32>,
     /// The largest value of a PONG.
     pong: u32,
+    /// When [`LOADED_PING`] was answered.
+    loaded: Option<Instant>,
+    /// The destination has ended the connection.
+    ended: bool,
+    /// The block whose bitmap was asked for, and then the bitmap.
+    asked_for: Option<BlockIndex>,
+    bitmap: Option<Vec<u8>>,
+    /// RESUME was acknowledged.
+    resumed: bool,
+    /// Nothing is sent any more.
+    closing: bool,
     /// How far the destination has come, by its PONGs.
     reached: Reached,
     /// Why it fails, in its own words.
@@ -57,6 +72,10 @@ enum Reached {
     /// It has all of RAM.
     Ram,
 }
+
+/// Value of the PING between the device state of a post-copy and the command that starts the guest: its PONG says that the
+/// devices are loaded.
+pub(super) const LOADED_PING: u32 = 0x42;
 
 impl Received {
     /// Where the migration is, as far as the return path knows.
@@ -111,7 +130,8 @@ impl ReturnPathReader {
         let received = Monitor::new(Received::default(), crew.stop());
         let name = format!("return path ({})", channel.peer());
         let reader = Self { received: received.clone(), stop: crew.stop().clone(), name: name.clone() };
-        let worker = Worker { channel, shared, received, unparsed: Vec::new() };
+        let stop = crew.stop().clone();
+        let worker = Worker { channel, shared, stop, received, unparsed: Vec::new() };
         crew.spawn("mig-return", Phase::Setup, move || worker.run().map_err(|error| error.on(name)))?;
         Ok(reader)
     }
@@ -133,6 +153,62 @@ impl ReturnPathReader {
     /// The destination's refusal, if one has come.
     pub(super) fn refusal(&self) -> Option<Error> {
         self.received.read(Received::refusal).map(|refusal| refusal.on(self.name.clone()))
+    }
+
+    /// When the devices of a post-copy had been loaded, if they have.
+    pub(super) fn loaded(&self) -> Option<Instant> {
+        self.received.read(|received| received.loaded)
+    }
+
+    /// True if the destination has ended the connection.
+    pub(super) fn ended(&self) -> bool {
+        self.received.read(|received| received.ended)
+    }
+
+    /// Waits until pages are wanted, for `limit` at most.
+    pub(super) fn wait_for_request(&self, urgent: &UrgentPages, limit: Duration) {
+        self.received.wait(&self.stop, Some(limit), |_| (!urgent.is_empty()).then_some(()));
+    }
+
+    /// Waits until pages are wanted. False: none will be any more.
+    pub(super) fn next_request(&self, urgent: &UrgentPages) -> bool {
+        let wanted = self.received.wait(&self.stop, None, |received| {
+            if received.closing { Some(false) } else { (!urgent.is_empty()).then_some(true) }
+        });
+        wanted.unwrap_or(false)
+    }
+
+    /// True when SHUT may come.
+    pub(super) fn is_ending(&self) -> bool {
+        self.received.read(|received| received.may_arrive)
+    }
+
+    /// Ends every [`ReturnPathReader::next_request`].
+    pub(super) fn close(&self) {
+        self.received.modify_and_notify(|received| received.closing = true);
+    }
+
+    /// Says whose bitmap is asked for next. The command may only go afterwards.
+    pub(super) fn expect_bitmap(&self, block: BlockIndex) {
+        self.received.modify_silently(|received| received.asked_for = Some(block));
+    }
+
+    /// Waits for the bitmap that was asked for.
+    pub(super) fn wait_for_bitmap(&self, timeout: Duration) -> Result<Vec<u8>> {
+        self.received.wait(&self.stop, Some(timeout), |received| received.bitmap.take()).ok_or_else(|| {
+            let detail = format!("no bitmap of the pages that have arrived within {timeout:?}");
+            Error::new(ErrorKind::Deadline, Phase::Postcopy, detail).on(self.name.clone())
+        })
+    }
+
+    /// Waits until the destination says that it goes on.
+    pub(super) fn wait_for_resumed(&self, timeout: Duration) -> Result<()> {
+        self.received.wait(&self.stop, Some(timeout), |received| received.resumed.then_some(())).ok_or_else(
+            || {
+                let detail = format!("the destination did not go on within {timeout:?}");
+                Error::new(ErrorKind::Deadline, Phase::Postcopy, detail).on(self.name.clone())
+            },
+        )
     }
 
     /// How long the destination took to load the device state, if it has said so.
@@ -173,6 +249,7 @@ impl ReturnPathReader {
 struct Worker {
     channel: Arc<Channel>,
     shared: Arc<SourceShared>,
+    stop: StopSwitch,
     received: Monitor<Received>,
     /// What was received and is no whole message yet.
     unparsed: Vec<u8>,
@@ -190,8 +267,10 @@ impl Worker {
                 ReturnEvent::Hello { features } => {
                     self.shared.peer_features.store(features, Ordering::Relaxed);
                 }
-                ReturnEvent::Pong(value) => {
-                    self.received.modify_and_notify(|received| received.on_pong(value));
+                ReturnEvent::Pong(value) => self.pong(value)?,
+                ReturnEvent::Received { block } => self.bitmap(block)?,
+                ReturnEvent::Resumed => {
+                    self.received.modify_and_notify(|received| received.resumed = true);
                 }
                 ReturnEvent::Alive => self.received.modify_silently(|received| received.signs += 1),
                 ReturnEvent::Failing(failure) => {
@@ -229,10 +308,14 @@ impl Worker {
     /// Receives a piece, or returns without one to be called again: a destination sends only when it has something to report.
     fn receive(&mut self) -> Result<()> {
         let mut piece = [0; 1024];
-        let phase = || self.received.read(Received::phase);
+        let phase = || self.phase();
         match self.channel.recv(&mut piece) {
             Ok(0) => {
-                let detail = "the destination closed the return path without SHUT: the guest did not arrive";
+                self.received.modify_silently(|received| received.ended = true);
+                let detail = match self.shared.session.state().is_postcopy() {
+                    true => "the destination closed the return path without SHUT",
+                    false => "the destination closed the return path without SHUT: the guest did not arrive",
+                };
                 Err(Error::new(ErrorKind::Transport, phase(), detail))
             }
             Ok(len) => {
@@ -241,11 +324,57 @@ impl Worker {
                 self.unparsed.extend_from_slice(piece);
                 Ok(())
             }
-            Err(error) if error.kind() == io::ErrorKind::TimedOut && !self.shared.session.stop.tripped() => {
-                Ok(())
+            Err(error) if error.kind() == io::ErrorKind::TimedOut && !self.stop.tripped() => Ok(()),
+            Err(error) => {
+                let reset = error.raw_os_error() == Some(libc::ECONNRESET);
+                self.received.modify_silently(|received| received.ended |= reset);
+                Err(Error::io(phase(), "reading", error))
             }
-            Err(error) => Err(Error::io(phase(), "reading", error)),
         }
+    }
+
+    fn phase(&self) -> Phase {
+        if self.shared.session.state().is_postcopy() {
+            Phase::Postcopy
+        } else {
+            self.received.read(Received::phase)
+        }
+    }
+
+    fn pong(&self, value: u32) -> Result<()> {
+        let session = &self.shared.session;
+        let loaded = value == LOADED_PING && session.state() == MigrationState::PostcopyDevice;
+        if loaded {
+            session.enter(MigrationState::PostcopyActive)?;
+        }
+        self.received.modify_and_notify(|received| {
+            received.on_pong(value);
+            received.loaded = received.loaded.or_else(|| loaded.then(Instant::now));
+        });
+        Ok(())
+    }
+
+    /// The raw bytes behind RECV_BITMAP.
+    fn bitmap(&mut self, block: BlockIndex) -> Result<()> {
+        let name = self.shared.ram.blocks.at(block).block.name().clone();
+        let asked_for = self.received.modify_silently(|received| received.asked_for.take());
+        if asked_for != Some(block) {
+            let asked_for = asked_for.map(|block| self.shared.ram.blocks.at(block).block.name());
+            let asked_for = asked_for.map_or_else(|| "none".to_owned(), |name| format!("that of {name}"));
+            let detail = format!("a bitmap of RAM block {name}, {asked_for} was asked for");
+            return Err(Error::misbehaved(Phase::Postcopy, detail));
+        }
+        let expected = received_pages::len(self.shared.ram.blocks.at(block).block.pages());
+        let whole = received_pages::HEAD + expected + received_pages::MARK;
+        while self.unparsed.len() < whole {
+            received_pages::check_head(&self.unparsed, expected, &name)?;
+            self.receive()?;
+        }
+        received_pages::check_head(&self.unparsed, expected, &name)?;
+        let bytes: Vec<u8> = self.unparsed.drain(..whole).collect();
+        let bitmap = received_pages::content(bytes, &name)?;
+        self.received.modify_and_notify(|received| received.bitmap = Some(bitmap));
+        Ok(())
     }
 
     /// Pages before their turn.
@@ -253,16 +382,24 @@ impl Worker {
         let urgent = self.shared.urgent.get();
         let urgent =
             urgent.ok_or_else(|| Error::bug(Phase::Active, "pages were asked for where none may be"))?;
-        for page in pages {
+        let counters = &self.shared.session.counters;
+        Counters::add(&counters.requests, 1);
+        Counters::add(&counters.pages_requested, pages.len());
+        // A host page is asked for by its first page.
+        for page in pages.step_by(self.shared.ram.blocks.at(block).per_host) {
             match urgent.request(WantedPage { block, page }) {
                 Requested::Queued | Requested::Repeated => {}
-                // It goes in its turn.
-                Requested::Full => tracing::debug!(page, "the queue of wanted pages is full"),
+                Requested::Full => {
+                    tracing::debug!(page, "the queue of wanted pages is full: they go in their turn");
+                    break;
+                }
                 Requested::Unknown => {
                     return Err(Error::bug(Phase::Active, format_args!("page {page} is not in its block")));
                 }
             }
         }
+        // The threads that send may wait for it.
+        self.received.modify_and_notify(|_| ());
         Ok(())
     }
 
@@ -292,7 +429,7 @@ const TLS_ALERT: &[u8; 2] = &[21, 3];
 mod tests {
     use super::*;
     use crate::source::shared::tests::{ram, shared};
-    use crate::work::{Place, UrgentPages};
+    use crate::work::Place;
 
     /// A return path of a source with one block `a` of 8 pages; and the destination's end.
     fn return_path(crew: &Crew, shared: &Arc<SourceShared>) -> (ReturnPathReader, Channel) {

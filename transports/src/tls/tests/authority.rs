@@ -58,6 +58,20 @@ impl Authority {
         fs::write(dir.join("ca-cert.pem"), self.0.pem()).unwrap();
     }
 
+    /// Signed by a CA between, whose certificate comes along and has expired.
+    pub(super) fn member_by_expired_intermediate(&self, member: &Member) -> Identity {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "between");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let now = OffsetDateTime::now_utc();
+        (params.not_before, params.not_after) = (now - Duration::days(9), now - Duration::days(1));
+        let between = CertifiedIssuer::signed_by(params, KeyPair::generate().unwrap(), &self.0).unwrap();
+        let chain = between.pem();
+        let Identity { certificate, key } = Self(between).member(member);
+        Identity { certificate: certificate + &chain, key }
+    }
+
     pub(super) fn member(&self, member: &Member) -> Identity {
         let mut params = CertificateParams::new(member.hosts.clone()).unwrap();
         params.distinguished_name.push(DnType::OrganizationName, "Example, Inc");

@@ -66,6 +66,21 @@ fn another_ca() {
 }
 
 #[test]
+fn an_expired_certificate_between_the_ca_and_the_peer_is_the_one_that_is_named() {
+    let authority = Authority::new("test CA");
+    let good = Credentials::made(&authority, &Member::server(), Some(&Member::client()));
+    let bad = Credentials::made(&authority, &Member::server(), Some(&Member::client()));
+    for end in ["server", "client"] {
+        authority.member_by_expired_intermediate(&Member::server()).write(bad.path(), end);
+    }
+    let says_so = |text: &str| {
+        says(text, &["\"CN=between\", a CA certificate that came with it, expired at ", "+00:00"]);
+    };
+    says_so(&refused_client(bad.client(), good.server()).0);
+    says_so(&refused_server(good.client(), bad.server()).1);
+}
+
+#[test]
 fn expired_and_not_valid_yet() {
     let authority = Authority::new("test CA");
     let (old, new) =
@@ -204,5 +219,20 @@ fn files_that_cannot_be_used_are_named() {
         fs::write(dir.join("server-cert.pem"), text).unwrap();
         fs::set_permissions(dir.join("server-cert.pem"), fs::Permissions::from_mode(0o600)).unwrap();
     };
-    says(&problem(&garbage), &["server-key.pem"]);
+    says(&problem(&garbage), &["server-cert.pem: a certificate that cannot be read"]);
+    for (label, begin) in [("ENCRYPTED PRIVATE KEY", ""), ("RSA PRIVATE KEY", "Proc-Type: 4,ENCRYPTED\n\n")] {
+        let encrypted = |dir: &PathBuf| {
+            let text = format!("-----BEGIN {label}-----\n{begin}AAAA\n-----END {label}-----\n");
+            fs::write(dir.join("server-key.pem"), text).unwrap();
+        };
+        says(&problem(&encrypted), &["server-key.pem: the private key is encrypted", "openssl pkey -in"]);
+    }
+    let ed448 = |dir: &PathBuf| {
+        let text = "-----BEGIN PRIVATE KEY-----\nMEcCAQAwBQYDK2VxBDsEOXxsCP4XIgnEJ3UThvEqcLfenNAXv1maPDdlJl97gKyR\nXo1H+QEwhH4z5O4nh2QucI7VLxO0CSviGQ==\n-----END PRIVATE KEY-----\n";
+        fs::write(dir.join("server-key.pem"), text).unwrap();
+    };
+    says(
+        &problem(&ed448),
+        &["server-key.pem: a private key of a kind or size that cannot be used, expected RSA"],
+    );
 }

@@ -187,6 +187,18 @@ fn an_outdated_list_is_warned_of_at_both_ends_unless_a_newer_one_is_there() {
 }
 
 #[test]
+fn a_list_of_a_day_to_come_is_warned_of_at_both_ends() {
+    let authority = Revoking::new();
+    authority.write(&[
+        &List { made: -1, next: 9, number: 1, revoked: &[CLIENT] },
+        &List { made: 3, next: 9, number: 2, revoked: &[] },
+    ]);
+    let warnings = authority.warnings();
+    assert_eq!(warnings.matches("WARN").count(), 2, "{warnings}");
+    says(&warnings, &["ca-crl.pem", "the revocation list of \"CN=test CA\" is of ", "which is to come"]);
+}
+
+#[test]
 fn an_expired_ca_is_warned_of_at_both_ends() {
     assert_eq!(Revoking::new().warnings(), "");
     let warnings = Revoking::until(-1).warnings();

@@ -1,0 +1,231 @@
+//! Post-copy at the source: the guest runs at the destination, and its RAM follows.
+//!
+//! ```text
+//!  Precopy ─ switch_to_postcopy ─> Postcopy ── serve ──> Completed
+//!    switch: last dirty bits, discards,          ^   └──> Paused ─┐ the link broke
+//!    devices, RUN (the hand-over)                └──── recover ───┘ nothing is lost
+//! ```
+//!
+//! What goes over one connection is a [`Link`](link::Link): its threads and its stop switch end with it, the rest stays.
+
+mod link;
+mod recover;
+mod report;
+mod sender;
+mod switch;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use multifd_transports::Channel;
+use multifd_wire::Configuration;
+
+use self::link::Link;
+use super::carrier::Carrier;
+use super::control::Control;
+use super::dialer::Dialer;
+use super::migration::{Migration, micros};
+use super::shared::SourceShared;
+use crate::convergence::{DowntimeLedger, RoundRecord};
+use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::report::Report;
+use crate::run::session::{HandOver, ProgressReader};
+use crate::run::state::MigrationState;
+use crate::work::ScanPlace;
+
+pub use report::PostcopyReport;
+
+/// What a source was told about a post-copy that may come.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PostcopySettings {
+    /// Pages that are asked for have a connection of their own.
+    pub(super) preempt: bool,
+    pub(super) preempt_style: PreemptStyle,
+}
+
+/// When the channel for pages that are asked for is connected, and how it ends; the destination's machine type decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PreemptStyle {
+    /// At the switch, and closed after SHUT: machine types from 8.0 on.
+    AtSwitch,
+    /// With main, and ended by a record: machine types up to 7.2.
+    AtSetup,
+}
+
+impl PreemptStyle {
+    pub(super) fn for_machine(configuration: &Configuration) -> Self {
+        match configuration.machine_version() {
+            Some(version) if version <= (7, 2) => Self::AtSetup,
+            _ => Self::AtSwitch,
+        }
+    }
+}
+
+/// A guest that runs at its destination, or is about to, and needs the RAM that is here.
+///
+/// The source's memory may only be freed or written when [`Postcopy::serve`] has completed. Dropped before that, the link is
+/// cut, and the guest stops at the next page that it lacks.
+#[must_use = "the guest at the destination waits for its RAM"]
+pub struct Postcopy {
+    shared: Arc<SourceShared>,
+    control: Control,
+    carrier: Carrier,
+    dialer: Dialer,
+    settings: PostcopySettings,
+    /// `None`: paused, or over.
+    link: Option<Link>,
+    /// Where the background stream goes on.
+    place: ScanPlace,
+    setup: Duration,
+    decisions: Vec<RoundRecord>,
+    ledger: DowntimeLedger,
+    handed_over: Instant,
+    /// When the destination had loaded the devices.
+    running: Option<Instant>,
+    recoveries: u64,
+}
+
+/// Why [`Postcopy::serve`] came back.
+#[derive(Debug)]
+pub enum Served {
+    /// All of RAM is at the destination, which has said so. What is here may be freed.
+    Completed(Box<Report>),
+    /// The link is broken, for this reason. The guest runs on at the destination up to the next page that it lacks; nothing is
+    /// lost if [`Postcopy::recover`] follows.
+    Paused(Error),
+}
+
+impl Postcopy {
+    /// Serves until all of RAM is at the destination, or the link breaks: pages that the guest waits for first, all others in
+    /// the background, each once.
+    ///
+    /// # Errors
+    /// The destination gave the guest up. [`Error::source_may_resume`] is true if that was before it had loaded the devices: then
+    /// the guest may run on here. Else it is lost. `ApiMisuse` if there is nothing to serve.
+    pub fn serve(&mut self) -> Result<Served> {
+        let Some(link) = &mut self.link else {
+            let detail = format!("the migration is {}: there is no link to serve", self.control.state());
+            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Postcopy, detail));
+        };
+        match link.serve(&self.shared, self.control.postcopy_pacer(), &mut self.place) {
+            Ok(()) => self.complete().map(|report| Served::Completed(Box::new(report))),
+            Err(error) => self.broken(error),
+        }
+    }
+
+    /// Steers the migration from other threads.
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
+    /// Tells how far it has come, from any thread.
+    pub fn progress(&self) -> ProgressReader {
+        ProgressReader::new(&self.shared.session)
+    }
+
+    /// Pages that have not been sent.
+    pub fn pages_left(&self) -> usize {
+        self.shared.ram.host_pages.left()
+    }
+
+    /// After the package with RUN.
+    fn new(migration: Migration, parts: switch::Switched, decisions: Vec<RoundRecord>) -> Result<Self> {
+        let switch::Switched { settings, place, ledger, handed_over } = parts;
+        let Migration {
+            main,
+            carrier,
+            shared,
+            control,
+            crew,
+            return_path,
+            dialer,
+            urgent_channel,
+            setup,
+            ..
+        } = migration;
+        let return_path =
+            return_path.ok_or_else(|| Error::bug(Phase::Postcopy, "a post-copy without a return path"))?;
+        control.set_link(crew.stop());
+        let link = Link::new(main, return_path, crew);
+        let mut this = Self {
+            shared,
+            control,
+            carrier,
+            dialer,
+            settings,
+            link: Some(link),
+            place,
+            setup,
+            decisions,
+            ledger,
+            handed_over,
+            running: None,
+            recoveries: 0,
+        };
+        this.start_urgent(urgent_channel)?;
+        Ok(this)
+    }
+
+    /// Gives the link its channel for pages that are asked for.
+    fn start_urgent(&mut self, channel: Option<Arc<Channel>>) -> Result<()> {
+        let (Some(link), Some(channel)) = (&mut self.link, channel) else { return Ok(()) };
+        link.start_urgent(channel, self.settings.preempt_style, self.place, &self.shared)
+    }
+
+    fn complete(&mut self) -> Result<Report> {
+        let link = self.link.take();
+        let link = link.ok_or_else(|| Error::bug(Phase::Postcopy, "completed without a link"))?;
+        let session = &self.shared.session;
+        session.complete();
+        session.set_hand_over(HandOver::Done);
+        self.running = self.running.or_else(|| link.loaded());
+        self.carrier.dismiss_workers();
+        link.close();
+        let mut report = Report::of(session, session.elapsed(), self.shared.codec.describe());
+        session.close_channels();
+        let waited = self.running.map(|running| running.saturating_duration_since(self.handed_over));
+        self.ledger.acknowledgement_us = micros(waited.unwrap_or_default());
+        report.setup = self.setup;
+        report.downtime = self.ledger.total();
+        report.ledger = self.ledger;
+        report.decisions = std::mem::take(&mut self.decisions);
+        report.xbzrle = self.shared.cache.as_ref().map(|cache| cache.stats());
+        report.zero_copy = self.shared.zero_copy_stats(&report.progress);
+        report.postcopy = Some(PostcopyReport {
+            requests: report.progress.requests,
+            pages_requested: report.progress.pages_requested,
+            recoveries: self.recoveries,
+            run_after: self.running.map(|running| session.elapsed().saturating_sub(running.elapsed())),
+        });
+        Ok(report)
+    }
+
+    /// The link has ended because of `error`: what that means for the guest.
+    fn broken(&mut self, error: Error) -> Result<Served> {
+        let link = self.link.take();
+        let link = link.ok_or_else(|| Error::bug(Phase::Postcopy, "broken without a link"))?;
+        let end = link.end(error);
+        self.running = self.running.or(end.loaded);
+        let session = &self.shared.session;
+        if self.running.is_none() && self.recoveries == 0 && end.by_peer {
+            // The destination answers LOADED_PING before it starts the guest, and has not.
+            session.enter(MigrationState::Failed)?;
+            session.set_hand_over(HandOver::Before);
+            return Err(end.cause.noting("its devices were not loaded: the guest may run on at the source"));
+        }
+        if end.refused {
+            session.enter(MigrationState::Failed)?;
+            let lost = "the guest is lost there; its RAM as it was at the switch is still at the source";
+            return Err(end.cause.noting(lost).after_hand_over());
+        }
+        session.enter(MigrationState::PostcopyPaused)?;
+        let lacks = format!(
+            "the guest at the destination lacks {} pages or more, which are still at the source; if the destination has \
+             ended, the guest is gone",
+            self.pages_left()
+        );
+        let cause = end.cause.noting(lacks).after_hand_over();
+        tracing::debug!(cause = %cause.chain(), "post-copy is paused");
+        Ok(Served::Paused(cause))
+    }
+}

@@ -1,0 +1,173 @@
+//! Threads that touch memory whose pages follow, in order, at random, and from many at once.
+#![allow(clippy::indexing_slicing, clippy::expect_used, reason = "test code may panic")]
+
+use multifd_engine::{PAGE, PostcopyEnd, PostcopyFigures, RamBlock};
+use multifd_tests::{Failure, Outcome, skip};
+
+use crate::author::{Author, content};
+use crate::memory::{HUGE, Kind, Pair, check, load, start, text};
+
+const PAGES: usize = 4 * HUGE / PAGE;
+
+/// A host page of any kind.
+const LAST: usize = HUGE / PAGE;
+
+/// The order in which a thread touches pages.
+#[derive(Clone, Copy, Debug)]
+enum Touch {
+    InOrder,
+    /// By a step that is prime to the number of pages.
+    AtRandom(usize),
+}
+
+/// Touches pages of all blocks but the last of all, which ends the test, and checks each.
+fn touch(memory: &[RamBlock], how: Touch, count: usize) {
+    let pages = memory.iter().map(RamBlock::pages).sum::<usize>() - LAST;
+    for index in 0..count.min(pages) {
+        let mut page = match how {
+            Touch::InOrder => index,
+            Touch::AtRandom(step) => index * step % pages,
+        };
+        let mut block = 0;
+        while page >= memory[block].pages() {
+            page -= memory[block].pages();
+            block += 1;
+        }
+        assert!(load(&memory[block], page) == content(block, page, false), "page {page} of block {block}");
+    }
+}
+
+/// Answers requests, up to one for the last pages of all. Gives how many there were.
+fn serve(mut author: Author, last: (usize, usize)) -> Outcome<(Author, u64)> {
+    for asked in 1.. {
+        let (block, page) = author.request()?;
+        author.host_page(block, page)?;
+        if block == last.0 && page >= last.1 {
+            return Ok((author, asked));
+        }
+    }
+    Err(Failure::new("requests without an end"))
+}
+
+/// Threads fault on nothing but requested pages; then the rest comes.
+fn faults(kinds: &[(Kind, usize)], threads: &[Touch], count: usize) -> Outcome<PostcopyFigures> {
+    let Pair { author, mut guest, memory } = Pair::switched(kinds)?;
+    guest.loaded().map_err(text)?;
+    let last_block = memory.len() - 1;
+    let last = memory[last_block].pages() - LAST;
+    let serving = start(move || serve(author, (last_block, last)));
+    let toucher = |how: &Touch| {
+        let (memory, how) = (memory.clone(), *how);
+        start(move || touch(&memory, how, count))
+    };
+    let touching: Vec<_> = threads.iter().map(toucher).collect();
+    let region = memory.clone();
+    let ending = start(move || {
+        let panicked = touching.into_iter().filter_map(|thread| thread.join().err()).count();
+        assert!(load(&region[last_block], last + 2) == content(last_block, last + 2, false));
+        panicked
+    });
+    // First: threads that nobody answers wait for ever.
+    let (mut author, asked) = serving.join().map_err(|_| Failure::new("the source panicked"))??;
+    let panicked = ending.join().map_err(|_| Failure::new("the last page is not the source's"))?;
+    assert_eq!(panicked, 0);
+    author.background()?;
+    let finishing = start(move || author.finish());
+    let PostcopyEnd::Completed(report) = guest.wait().map_err(text)? else {
+        return Err(Failure::new("the post-copy paused"));
+    };
+    finishing.join().map_err(|_| Failure::new("the source panicked"))??;
+    check(&memory);
+    let figures = report.faults.clone().ok_or_else(|| Failure::new("no figures"))?;
+    assert_eq!(figures.requests, asked, "each is asked for once");
+    assert!(figures.faults >= figures.requests, "{figures:?}");
+    assert_eq!(figures.fault_us.histogram.iter().sum::<u64>(), figures.faults);
+    Ok(figures)
+}
+
+const SIXTEEN: [Touch; 16] = {
+    let mut all = [Touch::InOrder; 16];
+    let mut index = 0;
+    while index < 16 {
+        all[index] = Touch::AtRandom(2 * index * index + 37);
+        index += 1;
+    }
+    all
+};
+
+#[test]
+fn pages_that_threads_touch_come_when_they_are_asked_for() -> Outcome {
+    let kinds = [(Kind::Anonymous, PAGES), (Kind::Memfd, PAGES)];
+    for threads in [&[Touch::InOrder][..], &[Touch::AtRandom(1031)], &SIXTEEN] {
+        let figures = faults(&kinds, threads, 600)?;
+        assert!(figures.threads.len() <= threads.len() + 1, "{figures:?}");
+        assert!(figures.requests > 100, "{figures:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn huge_pages_come_as_a_whole() -> Outcome {
+    let kinds = [(Kind::Anonymous, PAGES), (Kind::Huge, 2 * PAGES)];
+    if let Some(why) = Kind::Huge.missing(2 * PAGES * PAGE) {
+        skip!("{why}");
+    }
+    let figures = faults(&kinds, &SIXTEEN, 600)?;
+    assert!(figures.pages_requested > figures.requests, "{figures:?}");
+    Ok(())
+}
+
+/// A balloon, say: what it has dropped is zero, whatever the source sends.
+#[test]
+fn a_page_that_is_dropped_meanwhile_is_zero_and_stays_so() -> Outcome {
+    for kind in [Kind::Anonymous, Kind::Memfd] {
+        let Pair { mut author, mut guest, memory } = Pair::switched(&[(kind, PAGES)])?;
+        guest.loaded().map_err(text)?;
+        // Some of them are here, others are not.
+        author.host_page(0, 101)?;
+        let dropped = 96..160;
+        let region = memory[0].clone();
+        let range = dropped.clone();
+        start(move || drop_pages(&region, range)).join().map_err(|_| Failure::new("no drop"))?;
+        let author = start(move || author.background().map(|()| author)).join();
+        let author = author.map_err(|_| Failure::new("the source panicked"))??;
+        for page in dropped.clone() {
+            assert!(load(&memory[0], page) == [0; PAGE], "page {page} of {kind:?}");
+        }
+        let finishing = start(move || author.finish());
+        let end = guest.wait().map_err(text)?;
+        assert!(matches!(end, PostcopyEnd::Completed(_)), "{end:?}");
+        finishing.join().map_err(|_| Failure::new("the source panicked"))??;
+        for page in 0..PAGES {
+            let expected = if dropped.contains(&page) { [0; PAGE] } else { content(0, page, false) };
+            assert!(load(&memory[0], page) == expected, "page {page} of {kind:?}");
+        }
+    }
+    Ok(())
+}
+
+#[expect(unsafe_code, reason = "a guest's balloon drops pages by madvise")]
+fn drop_pages(block: &RamBlock, pages: std::ops::Range<usize>) {
+    let slice = block.memory().slice(pages.start * PAGE, pages.len() * PAGE).expect("pages of the block");
+    let advice = if block.memory().file().is_some() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+    // SAFETY: the range is mapped; that its content goes is what the test is about.
+    let done = unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), advice) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// The last descriptor of a userfaultfd, closed, would let every missing page read as zero.
+#[test]
+fn what_is_missing_is_never_read_as_zero_whatever_becomes_of_the_destination() -> Outcome {
+    let Pair { author, guest, memory } = Pair::switched(&[(Kind::Anonymous, PAGES)])?;
+    guest.loaded().map_err(text)?;
+    drop(guest);
+    drop(author);
+    let smaps = std::fs::read_to_string("/proc/self/smaps")?;
+    let start = memory[0].memory().slice(0, 1).map_or(0, |slice| slice.ptr_guard().as_ptr() as usize);
+    let of_block = smaps.split_once(&format!("{start:x}-")).map_or("", |(_, rest)| rest);
+    let flags = of_block.lines().find_map(|line| line.strip_prefix("VmFlags:")).unwrap_or_default();
+    assert!(flags.split(' ').any(|flag| flag == "um"), "faults still wait: {flags}");
+    // A page that had come is there.
+    assert!(load(&memory[0], 0) == content(0, 0, false));
+    Ok(())
+}
