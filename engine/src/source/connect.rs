@@ -61,7 +61,7 @@ impl Source {
     /// The same over connections that the caller has made: main and one for each parallel channel, in the order of their
     /// numbers. They are sockets of any family, or one pipe or file for main alone; [`Channel`] is made from any of them,
     /// close-on-exec or not. Socket options are left as they are. With TLS they are plain sockets, on each of which this end shakes
-    /// hands as the client; the certificate must be for [`TlsClient::hostname`].
+    /// hands as the client; the certificate must be for [`TlsClient::hostname`](crate::TlsClient::hostname).
     ///
     /// # Errors
     /// As [`connect`](Self::connect), and `ApiMisuse` for channel addresses, which are about dialling, or another number of channels.

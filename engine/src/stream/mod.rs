@@ -10,5 +10,4 @@ pub(crate) mod sections;
 pub(crate) mod vm_state;
 
 pub(crate) use main_source::MainReader;
-#[cfg(feature = "at-rest")]
 pub(crate) use reader::{ByteSource, ItemReader, SeekError};

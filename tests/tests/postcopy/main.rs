@@ -4,6 +4,8 @@
 mod author;
 mod faults;
 mod fixture;
+#[path = "../../../engine/tests/dirty/huge_pages.rs"]
+mod huge_pages;
 mod memory;
 mod recovery;
 

@@ -39,19 +39,6 @@ impl Kind {
         ftruncate(&file, len as u64)?;
         Ok(HostMemory::map_file(file, len)?)
     }
-
-    /// Why there is no such memory, if so: huge pages have to be in the pool.
-    pub(crate) fn missing(self, len: usize) -> Option<String> {
-        if self != Self::Huge {
-            return None;
-        }
-        let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
-        let free = std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<usize>().ok());
-        let wanted = len / HUGE;
-        (free.unwrap_or(0) < wanted).then(|| {
-            format!("{} huge pages are free, {wanted} are needed: write nr_hugepages", free.unwrap_or(0))
-        })
-    }
 }
 
 /// A destination and its scripted source, up to the switch.
