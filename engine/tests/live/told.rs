@@ -86,7 +86,7 @@ fn fails<R: IncomingRam + 'static>(ram: impl Fn() -> R, phase: Phase, says: &str
 #[test]
 fn the_source_reads_why_and_where_the_destination_failed() {
     fails(|| blocks(&["rom"]), Phase::Setup, "the destination failed: main (tcp:127.0.0.1:");
-    fails(|| blocks(&["rom"]), Phase::Setup, "RAM block rom is here, and the source has none of that name");
+    fails(|| blocks(&["rom"]), Phase::Setup, "RAM block ram is unknown here");
     // What a terminal takes for a command is none.
     fails(|| Full, Phase::Setup, "no memory for the source's RAM blocks: 3 of 4 hugepages  [31m are taken");
 }
