@@ -20,7 +20,7 @@ use multifd_transports::Endpoint;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
-use tracing::{debug, info};
+use tracing::{debug, trace};
 
 use crate::flags::Common;
 
@@ -156,16 +156,16 @@ impl Sandbox {
     /// From here on the process does only this, unless the flags say otherwise.
     pub(crate) fn enter(self, common: &Common) {
         if common.no_sandbox || self.commands {
-            debug!(commands = self.commands, "no sandbox");
+            trace!(commands = self.commands, "no sandbox");
             return;
         }
         match self.restrict_files() {
-            Ok(status) => debug!(?status, "files restricted by Landlock"),
-            Err(error) => info!(%error, "files are not restricted by Landlock"),
+            Ok(status) => trace!(?status, "files restricted by Landlock"),
+            Err(error) => debug!(%error, "files are not restricted by Landlock"),
         }
         match filter().and_then(|filter| seccompiler::apply_filter_all_threads(&filter)) {
-            Ok(()) => debug!(refused = refused().len(), "system calls restricted by seccomp"),
-            Err(error) => info!(%error, "system calls are not restricted by seccomp"),
+            Ok(()) => trace!(refused = refused().len(), "system calls restricted by seccomp"),
+            Err(error) => debug!(%error, "system calls are not restricted by seccomp"),
         }
     }
 
