@@ -43,7 +43,7 @@ pub(crate) fn run(flags: &Demo, common: &Common) -> Outcome {
                 &format!("dirty log    {log}\nverified     {pages} pages of the stopped guest, all equal\n");
             if let Some(touched) = there.get("touched") {
                 proof +=
-                    &format!("the guest    used {touched} pages at the destination before all were there\n");
+                    &format!("guest        used {touched} pages at the destination before all were there\n");
             }
             with_postcopy(Outcome::migrated(&report, &proof), &report, there)
                 .with("verified", json!(true))

@@ -1,6 +1,7 @@
 //! Post-copy from this engine to this engine: the guest's threads read its memory at the destination while it comes.
 #![allow(
     clippy::cast_possible_truncation,
+    clippy::explicit_write,
     clippy::indexing_slicing,
     clippy::unwrap_used,
     reason = "test code may panic"
