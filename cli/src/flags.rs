@@ -36,7 +36,7 @@ pub(crate) enum Command {
     Demo(Demo),
     /// The other process of the demo
     #[command(hide = true)]
-    DemoDestination,
+    DemoDestination(DemoDestination),
     /// Show what is in a checkpoint or a recorded stream
     Inspect(Inspect),
     /// Be the destination of any QEMU or multifd source; write a checkpoint
@@ -54,7 +54,7 @@ impl Command {
     pub(crate) fn migrates(&self) -> bool {
         match self {
             Self::Demo(_) | Self::Receive(_) | Self::Send(_) => true,
-            Self::DemoDestination | Self::Inspect(_) | Self::Tune(_) | Self::TlsInit(_) => false,
+            Self::DemoDestination(_) | Self::Inspect(_) | Self::Tune(_) | Self::TlsInit(_) => false,
         }
     }
 }
@@ -276,8 +276,21 @@ pub(crate) struct Demo {
     /// Send pages that are written again as differences, with a cache of this size (a power of two)
     #[arg(long, value_name = "SIZE", value_parser = human::cache)]
     pub(crate) xbzrle_cache: Option<u64>,
+    /// Start the guest at the destination at once, and have its RAM follow while it runs
+    #[arg(long)]
+    pub(crate) postcopy: bool,
+    /// With --postcopy: a connection of its own for pages that the guest waits for
+    #[arg(long, requires = "postcopy")]
+    pub(crate) postcopy_preempt: bool,
     #[command(flatten)]
     pub(crate) convergence: Convergence,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoDestination {
+    /// The guest may run here before its RAM is here
+    #[arg(long)]
+    pub(crate) postcopy: bool,
 }
 
 /// When a live source gives up, or stops its guest although that takes longer than it should.

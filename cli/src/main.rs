@@ -48,7 +48,7 @@ fn main() -> ExitCode {
     }
     let outcome = match &flags.command {
         Command::Demo(demo) => demo::run(demo, &flags.common),
-        Command::DemoDestination => demo::destination::run(&flags.common),
+        Command::DemoDestination(there) => demo::destination::run(there, &flags.common),
         Command::Inspect(inspect) => inspect::run(inspect, &flags.common),
         Command::Receive(receive) => receive::run(receive, &flags.common),
         Command::Send(send) => send::run(send, &flags.common),

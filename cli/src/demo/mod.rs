@@ -1,9 +1,10 @@
 //! `multifd demo`: a guest that is being written moves from this process to another, and every page
-//! is compared.
+//! is compared. With `--postcopy` it goes on there before its RAM is there.
 
 mod content;
 pub(crate) mod destination;
 mod guest;
+mod vcpus;
 
 use multifd_codecs::CodecChoice;
 use multifd_engine::wire::Configuration;
@@ -11,13 +12,14 @@ use multifd_engine::{
     AutoConverge, DeviceState, DirtyMarker, Error, Progress, Report, SoftwareLog, Source, SourceBuilder,
     UserfaultLog,
 };
-use serde_json::json;
+use multifd_transports::Endpoint;
+use serde_json::{Value, json};
 
 use crate::flags::{Common, Demo, Rate};
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
-use crate::signals;
-use destination::Process;
+use crate::{postcopy, signals};
+use destination::{Arrival, Process};
 use guest::Guest;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -33,13 +35,17 @@ pub(crate) fn run(flags: &Demo, common: &Common) -> Outcome {
     }
     let mut reached = None;
     match migrate(flags, common, &mut reached) {
-        Ok(Moved { report, log, pages }) => {
+        Ok(Moved { report, log, pages, there }) => {
             let over = report.over_limit(common.downtime_limit);
             let mut proof: String = report.decisions.iter().map(|round| format!("  {round}\n")).collect();
             proof.extend(over.iter().map(|why| format!("downtime     {why}\n")));
             proof +=
                 &format!("dirty log    {log}\nverified     {pages} pages of the stopped guest, all equal\n");
-            Outcome::migrated(&report, &proof)
+            if let Some(touched) = there.get("touched") {
+                proof +=
+                    &format!("guest        used {touched} pages at the destination before all were there\n");
+            }
+            with_postcopy(Outcome::migrated(&report, &proof), &report, there)
                 .with("verified", json!(true))
                 .with("dirty_log", json!(log))
                 .with("downtime_ledger", json!(report.ledger))
@@ -55,17 +61,28 @@ pub(crate) fn run(flags: &Demo, common: &Common) -> Outcome {
     }
 }
 
+/// The figures of both ends of a post-copy.
+fn with_postcopy(outcome: Outcome, report: &Report, there: Value) -> Outcome {
+    let Some(postcopy) = &report.postcopy else { return outcome };
+    let mut both = there;
+    if let (Value::Object(both), Value::Object(here)) = (&mut both, json!(postcopy)) {
+        both.extend(here);
+    }
+    outcome.with("postcopy", both)
+}
+
 struct Moved {
     report: Report,
     log: &'static str,
     /// Pages that were compared.
     pages: usize,
+    there: Value,
 }
 
 fn migrate(flags: &Demo, common: &Common, reached: &mut Option<Progress>) -> Result<Moved> {
     let Rate(dirty_rate) = flags.dirty_rate;
     let mut guest = Guest::new(flags.ram)?;
-    let process = Process::start()?;
+    let process = Process::start(flags.postcopy)?;
     let (builder, marker) = with_log(settings(flags, common, &guest)?, &guest);
     let log = if marker.is_some() { "software bitmap: there is no userfaultfd here" } else { "userfaultfd" };
     guest.run(dirty_rate.map_or(0, std::num::NonZeroU64::get), marker.as_ref())?;
@@ -73,24 +90,27 @@ fn migrate(flags: &Demo, common: &Common, reached: &mut Option<Progress>) -> Res
     let source = builder.build()?;
     signals::cancel_on_signal(source.canceller());
     let progress = source.progress();
-    let result =
-        progress::shown(common, &progress, Lines::Told, || move_over(source, &process.uri, &guest, common));
+    let result = progress::shown(common, &progress, Lines::Told, || {
+        let uri = process.uri.parse()?;
+        if flags.postcopy { follow(source, &uri, &guest) } else { move_over(source, &uri, &guest, common) }
+    });
     *reached = Some(progress.now());
     let report = result?;
-    let arrived = process.hashes()?;
-    Ok(Moved { report, log, pages: compare(&guest, &arrived)? })
+    let Arrival { figures, hashes } = process.arrived()?;
+    Ok(Moved { report, log, pages: compare(&guest, &hashes)?, there: figures })
 }
 
 fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilder> {
-    let choice = common.codec.unwrap_or(match common.channels {
-        Some(0) => CodecChoice::None,
-        _ => DEFAULT_CODEC,
-    });
+    // What follows the guest in post-copy goes on main.
+    let channels = common.channels.unwrap_or(if flags.postcopy { 0 } else { DEFAULT_CHANNELS });
+    let choice = common.codec.unwrap_or(if channels == 0 { CodecChoice::None } else { DEFAULT_CODEC });
     let configuration = Configuration::new(MACHINE);
     let mut builder = Source::builder(vec![guest.block.clone()], configuration)
-        .channels(common.channels.unwrap_or(DEFAULT_CHANNELS))
+        .channels(channels)
         .codec(choice.codec())
         .max_bandwidth(common.max_bandwidth())
+        .postcopy(flags.postcopy)
+        .postcopy_preempt(flags.postcopy_preempt)
         .limits(flags.convergence.limits(common.downtime_limit))
         .timeout(common.timeout);
     if flags.auto_converge {
@@ -115,8 +135,15 @@ fn with_log(builder: SourceBuilder, guest: &Guest) -> (SourceBuilder, Option<Dir
     }
 }
 
-fn move_over(source: Source, uri: &str, guest: &Guest, common: &Common) -> Result<Report> {
-    let mut precopy = source.connect(&uri.parse()?)?;
+/// All of RAM follows the guest.
+fn follow(source: Source, uri: &Endpoint, guest: &Guest) -> Result<Report> {
+    let precopy = source.connect(uri)?;
+    guest.pause();
+    Ok(postcopy::serve(precopy.switch_to_postcopy(&DeviceState::none())?, uri, None)?)
+}
+
+fn move_over(source: Source, uri: &Endpoint, guest: &Guest, common: &Common) -> Result<Report> {
+    let mut precopy = source.connect(uri)?;
     while !precopy.converged() {
         let record = precopy.round()?;
         guest.throttle(record.throttle_percent);

@@ -36,6 +36,8 @@ pub(crate) struct Pager {
     wake: Wake,
     /// Nothing reads events any more.
     stopped: AtomicBool,
+    /// Memory is being given back, or has been.
+    released: AtomicBool,
 }
 
 /// What a pager knows of a block.
@@ -181,6 +183,7 @@ impl Pager {
             figures: Mutex::default(),
             wake,
             stopped: AtomicBool::new(false),
+            released: AtomicBool::new(false),
         })
     }
 
@@ -361,6 +364,12 @@ impl Pager {
                 Ok(true)
             }
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Ok(false),
+            // Heard of when the block was its own again: giving it back has woken all who waited.
+            Err(error)
+                if error.raw_os_error() == Some(libc::ENOENT) && self.released.load(Ordering::Acquire) =>
+            {
+                Ok(true)
+            }
             Err(error) => Err(sink.fault("clearing", host * paged.per()..(host + 1) * paged.per(), error)),
         }
     }
@@ -396,6 +405,7 @@ impl Pager {
     /// Every page is here, or will never be: nothing waits for one any more. The order matters: while
     /// the descriptor is there, memory is taken back from it, and only then it is closed.
     pub(crate) fn release(&self) -> Result<()> {
+        self.released.store(true, Ordering::Release);
         for sink in &self.blocks {
             let paged = sink.paged()?;
             self.missing.unregister(paged.address, paged.len).map_err(|error| {

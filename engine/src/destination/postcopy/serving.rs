@@ -176,7 +176,7 @@ impl Serving {
     /// than the one that is half here.
     fn serve(self: Arc<Self>, mut driver: Box<Driver>) {
         let guard = PauseOnPanic(Arc::clone(&self));
-        let whole = driver.postcopy_part().and_then(|()| self.check_all_came());
+        let whole = driver.postcopy_part().and_then(|()| self.wait_for_urgent());
         match whole.and_then(|()| self.let_go()) {
             Ok(()) => self.stage.modify_and_notify(|stage| {
                 if !matches!(stage, Stage::Over) {
@@ -213,6 +213,23 @@ impl Serving {
     pub(super) fn note_loaded(&self) {
         let load = self.since.elapsed();
         self.loaded.modify_and_notify(|loaded| _ = loaded.get_or_insert(load));
+    }
+
+    /// Main has ended. Pages that went over a connection of their own may come after that, and so may
+    /// the connection: its pages and the end of main are in no order.
+    fn wait_for_urgent(&self) -> Result<()> {
+        let session = &self.shared.session;
+        let whole = self.stage.wait(&session.stop, Some(session.timeout), |stage| {
+            let given_up = matches!(stage, Stage::Over) || lock(&self.link).broken.is_some();
+            let checked = self.check_all_came();
+            (given_up || checked.is_ok()).then_some(checked)
+        });
+        whole.unwrap_or_else(|| self.check_all_came())
+    }
+
+    /// Pages have come over a connection of their own.
+    pub(super) fn note_urgent_pages(&self) {
+        self.stage.modify_and_notify(|_| ());
     }
 
     fn check_all_came(&self) -> Result<()> {
@@ -256,6 +273,8 @@ impl Serving {
         link.broken.get_or_insert(error);
         link.asks = false;
         link.return_path.hang_up();
+        drop(link);
+        self.stage.modify_and_notify(|_| ());
     }
 
     /// Nothing hears of page faults any more: the guest's threads wait for their pages, for ever.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use multifd_transports::Channel;
 
+use super::serving::Serving;
 use crate::destination::ram_reader::{Mark, RamReader};
 use crate::destination::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -37,7 +38,7 @@ pub(in crate::destination) fn start(
         let counters = shared.session.counters.urgent(&channel);
         let mut reader = MainReader::of_main(Arc::clone(&channel), &shared.session);
         let mut ram = RamReader::of_urgent(&serving);
-        let ended = records(&mut reader, &mut ram, &counters);
+        let ended = records(&mut reader, &mut ram, &counters, &serving);
         channel.closer().close();
         drop(candidate);
         match ended {
@@ -51,10 +52,16 @@ pub(in crate::destination) fn start(
 
 /// Until the source ends the channel, between two records. It is silent for as long as the guest
 /// waits for nothing.
-fn records(reader: &mut MainReader, ram: &mut RamReader, counters: &ChannelCounters) -> Result<()> {
+fn records(
+    reader: &mut MainReader,
+    ram: &mut RamReader,
+    counters: &ChannelCounters,
+    serving: &Serving,
+) -> Result<()> {
     const WHAT: &str = "an urgent page";
     loop {
         while reader.buffered().is_empty() {
+            serving.note_urgent_pages();
             match reader.fill(Phase::Active, WHAT) {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),

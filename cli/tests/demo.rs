@@ -1,0 +1,49 @@
+//! `multifd demo` as people run it.
+#![expect(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "helpers of tests, outside of the tests themselves"
+)]
+
+use std::process::Command;
+
+use multifd_engine::UserfaultLog;
+use serde_json::{Value, json};
+
+/// The JSON object of a demo of 64 MiB, which must succeed.
+fn demo(flags: &[&str]) -> Value {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_multifd"));
+    let output = command.args(["demo", "--ram", "64M", "--json", "-q"]).args(flags).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let object: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&object["status"], &object["verified"]), (&json!("completed"), &json!(true)), "{object:#}");
+    object
+}
+
+#[test]
+fn a_live_guest_arrives_whole() {
+    let object = demo(&[]);
+    assert_eq!(object["ram_bytes"], json!(64 << 20));
+    assert!(object.get("postcopy").is_none(), "{object:#}");
+}
+
+#[test]
+fn a_guest_that_goes_on_before_its_ram_is_there_finds_every_page() {
+    if let Err(error) = UserfaultLog::new() {
+        eprintln!("skipped: userfaultfd: {error}");
+        return;
+    }
+    for flags in [&["--postcopy"][..], &["--postcopy", "--postcopy-preempt"]] {
+        let object = demo(flags);
+        let figures = &object["postcopy"];
+        let number = |key: &str| figures[key].as_u64().unwrap_or_else(|| panic!("{key}: {object:#}"));
+        assert!(
+            number("requests") > 0 && number("pages_requested") > 0 && number("touched") > 0,
+            "{object:#}"
+        );
+        assert_eq!(number("recoveries"), 0);
+        let (_, _) = (number("run_ms"), number("blocktime_ms"));
+        let wait = |key: &str| figures["fault_us"][key].as_u64().unwrap();
+        assert!(wait("p50") <= wait("p99") && wait("p99") <= wait("max") && wait("max") > 0, "{object:#}");
+    }
+}

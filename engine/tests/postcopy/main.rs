@@ -1,0 +1,240 @@
+//! Post-copy from this engine to this engine: the guest's threads read its memory at the destination while it comes.
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::explicit_write,
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "test code may panic"
+)]
+
+#[path = "../dirty/skip.rs"]
+mod skip;
+
+use std::fs::File;
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use multifd_engine::transports::{Endpoint, Listener};
+use multifd_engine::vm_memory::Bytes;
+use multifd_engine::wire::Configuration;
+use multifd_engine::{
+    Control, Destination, DeviceState, DirtyMarker, HostMemory, Incoming, PAGE, Postcopy, PostcopyEnd,
+    PostcopyGuest, ProgressReader, RamBlock, Report, Served, SoftwareLog, Source, UserfaultLog,
+};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+const SOON: Duration = Duration::from_secs(120);
+const BLOCKS: [(&str, usize); 2] = [("pc.ram", 2048), ("vga.vram", 300)];
+
+/// How a guest moves.
+#[derive(Clone, Copy, Debug, Default)]
+struct Move {
+    /// Its memory is shared with a file, at both ends.
+    memfd: bool,
+    /// Pages that are asked for have a connection of their own.
+    preempt: bool,
+    /// The link is cut after the first request, and replaced.
+    cut: bool,
+}
+
+fn memory(memfd: bool) -> Vec<RamBlock> {
+    BLOCKS
+        .map(|(name, pages)| {
+            let memory = if memfd {
+                let file = File::from(memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
+                ftruncate(&file, (pages * PAGE) as u64).unwrap();
+                HostMemory::map_file(file, pages * PAGE).unwrap()
+            } else {
+                HostMemory::anonymous(pages * PAGE).unwrap()
+            };
+            RamBlock::new(name.try_into().unwrap(), memory)
+        })
+        .to_vec()
+}
+
+fn write(block: &RamBlock, page: usize, value: usize) {
+    let bytes = ((value << 16 | page) as u64 | 1 << 63).to_le_bytes();
+    block.memory().slice(page * PAGE, PAGE).unwrap().write_slice(&bytes.repeat(PAGE / 8), 0).unwrap();
+}
+
+/// Loads a page, as a vCPU would: a fault waits for it.
+fn load(block: &RamBlock, page: usize) -> [u8; PAGE] {
+    let mut bytes = [0; PAGE];
+    block.memory().slice(page * PAGE, PAGE).unwrap().read_slice(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// A guest in its rounds: writes here and there until it is stopped.
+fn run(blocks: &[RamBlock], marker: &DirtyMarker, stopped: &AtomicBool) {
+    for turn in 1.. {
+        for (number, block) in blocks.iter().enumerate() {
+            let page = turn * 7 % block.pages();
+            write(block, page, turn);
+            marker.mark(number, (page * PAGE) as u64, PAGE as u64);
+        }
+        if stopped.load(Ordering::Acquire) {
+            return;
+        }
+        thread::yield_now();
+    }
+}
+
+/// Two rounds, while the guest writes; then a third of its pages are stale, and it switches.
+fn rounds_and_switch(source: Source, here: &[RamBlock], marker: &DirtyMarker, to: &Endpoint) -> Postcopy {
+    let mut precopy = source.connect(to).unwrap();
+    let stopped = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| run(here, marker, &stopped));
+        let rounds = [precopy.round().map(drop), precopy.round().map(drop)];
+        stopped.store(true, Ordering::Release);
+        guest.join().unwrap();
+        rounds.into_iter().for_each(Result::unwrap);
+    });
+    for (number, block) in here.iter().enumerate() {
+        for page in (0..block.pages()).step_by(3) {
+            write(block, page, 0xabc);
+            marker.mark(number, (page * PAGE) as u64, PAGE as u64);
+        }
+    }
+    precopy.switch_to_postcopy(&DeviceState::opaque("devices", 1, b"state")).unwrap()
+}
+
+/// Serves to the end; `recover`: where the destination waits after a link was cut.
+fn serve(mut postcopy: Postcopy, recover: Option<&Endpoint>) -> Report {
+    match (postcopy.serve().unwrap(), recover) {
+        (Served::Completed(report), None) => *report,
+        (Served::Paused(error), Some(to)) => {
+            assert!(!error.source_may_resume(), "{error}");
+            postcopy.recover(to, SOON).unwrap();
+            serve(postcopy, None)
+        }
+        (Served::Completed(_), Some(_)) => panic!("completed over a link that was cut"),
+        (Served::Paused(error), None) => panic!("paused: {}", error.chain()),
+    }
+}
+
+/// Waits for the RAM to the end; `recover`: where to wait for the source after a link was cut.
+fn wait(mut guest: PostcopyGuest, recover: Option<Listener>) -> Report {
+    match (guest.wait().unwrap(), recover) {
+        (PostcopyEnd::Completed(report), None) => *report,
+        (PostcopyEnd::Paused(_), Some(listener)) => {
+            guest.recover(listener, SOON).unwrap();
+            wait(guest, None)
+        }
+        (PostcopyEnd::Completed(_), Some(_)) => panic!("completed over a link that was cut"),
+        (PostcopyEnd::Paused(error), None) => panic!("paused: {}", error.chain()),
+    }
+}
+
+/// Until the first request nothing goes that is not asked for; then the link is cut, or all goes.
+fn after_the_first_request(progress: &ProgressReader, control: &Control, cut: bool) {
+    let begun = std::time::Instant::now();
+    while progress.now().requests == 0 {
+        assert!(begun.elapsed() < SOON, "no request for a page");
+        thread::yield_now();
+    }
+    if cut {
+        control.pause_postcopy();
+    }
+    control.set_max_postcopy_bandwidth(None);
+}
+
+/// Reads each page of all blocks once, in the order of `step` (odd), and compares it with the source's.
+fn read_all(there: &[RamBlock], here: &[RamBlock], step: usize) {
+    for (ours, source) in there.iter().zip(here) {
+        let round = ours.pages().next_power_of_two();
+        for page in (0..round).map(|turn| turn * step % round).filter(|page| *page < ours.pages()) {
+            assert!(load(ours, page) == load(source, page), "page {page} of {}", ours.name());
+        }
+    }
+}
+
+/// Moves a guest whose threads read all of its memory as soon as it runs at the destination: the reports of both ends.
+fn moved(how: Move) -> (Report, Report) {
+    let (here, there) = (memory(how.memfd), memory(how.memfd));
+    for block in &here {
+        (0..block.pages()).filter(|page| page % 4 != 0).for_each(|page| write(block, page, 1));
+    }
+    let log = SoftwareLog::new(&here);
+    let marker = log.marker();
+    let any: Endpoint = "tcp:127.0.0.1:0".parse().unwrap();
+    let destination = Destination::builder(there.clone()).postcopy(true).timeout(SOON).listen(&any).unwrap();
+    let to = destination.endpoint();
+    let again = how.cut.then(|| Listener::bind(&any).unwrap());
+    let again_at = again.as_ref().map(Listener::endpoint);
+    let source = Source::builder(here.clone(), Configuration::new("test-10.0"))
+        .dirty_log(log)
+        .postcopy(true)
+        .postcopy_preempt(how.preempt)
+        .max_postcopy_bandwidth(NonZeroU64::new(1))
+        .timeout(SOON)
+        .build()
+        .unwrap();
+    let (progress, control) = (source.progress(), source.control());
+    thread::scope(|scope| {
+        let serving = scope.spawn(|| {
+            let postcopy = rounds_and_switch(source, &here, &marker, &to);
+            serve(postcopy, again_at.as_ref())
+        });
+        let Incoming::Postcopy(guest) = destination.receive_live().unwrap() else { panic!("no switch") };
+        assert_eq!(guest.opaque_state("devices"), Some((1, &b"state"[..])));
+        guest.loaded().unwrap();
+        for step in [1, 1237, 4095] {
+            let (there, here) = (&there, &here);
+            scope.spawn(move || read_all(there, here, step));
+        }
+        scope.spawn(|| after_the_first_request(&progress, &control, how.cut));
+        let received = wait(guest, again);
+        (serving.join().unwrap(), received)
+    })
+}
+
+/// Moves, and looks at both reports; the guest's threads have compared every page.
+fn check(how: Move) {
+    let (sent, received) = moved(how);
+    let (sent, received) = (sent.postcopy.unwrap(), received.faults.unwrap());
+    assert!(sent.run_after.is_some(), "{how:?}");
+    let recoveries = u64::from(how.cut);
+    assert_eq!((sent.recoveries, received.recoveries), (recoveries, recoveries), "{how:?}");
+    // What was asked for last may have come before the source read of it.
+    assert!((1..=received.requests).contains(&sent.requests), "{how:?}: {sent:?} {received:?}");
+    assert!((1..=received.pages_requested).contains(&sent.pages_requested), "{how:?}: {sent:?} {received:?}");
+    let waits = &received.fault_us;
+    assert!(received.faults > 0 && waits.p50 <= waits.p99 && waits.p99 <= waits.max, "{received:?}");
+    assert_eq!(received.threads.iter().map(|thread| thread.faults).sum::<u64>(), received.faults);
+}
+
+/// Says why there is no post-copy here, if so.
+fn missing() -> bool {
+    let missing = UserfaultLog::new().err();
+    if let Some(error) = &missing {
+        skip::skipped(&format!("userfaultfd: {error}"));
+    }
+    missing.is_some()
+}
+
+#[test]
+fn threads_read_anonymous_memory_while_it_comes() {
+    if !missing() {
+        check(Move::default());
+        check(Move { preempt: true, ..Move::default() });
+    }
+}
+
+#[test]
+fn threads_read_memory_that_is_shared_with_a_file_while_it_comes() {
+    if !missing() {
+        check(Move { memfd: true, ..Move::default() });
+        check(Move { memfd: true, preempt: true, ..Move::default() });
+    }
+}
+
+#[test]
+fn a_link_that_is_cut_is_replaced_at_both_ends_while_threads_wait() {
+    if !missing() {
+        check(Move { cut: true, ..Move::default() });
+        check(Move { cut: true, preempt: true, ..Move::default() });
+    }
+}
