@@ -221,6 +221,7 @@ impl Arrived {
         // No thread is left that could add a channel behind this.
         self.shared.session.close_channels();
         self.crew.join();
+        self.shared.session.stop.release();
     }
 }
 

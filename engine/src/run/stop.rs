@@ -64,6 +64,12 @@ impl StopSwitch {
         inner.sealed
     }
 
+    /// No thread is left that a trip would wake. What would have run then keeps memory and connections
+    /// alive, this switch among them.
+    pub(crate) fn release(&self) {
+        let _never = std::mem::take(&mut lock(&self.0.inner).on_trip);
+    }
+
     pub(crate) fn tripped(&self) -> bool {
         self.0.tripped.load(Ordering::Acquire)
     }

@@ -203,6 +203,7 @@ impl Migration {
         self.alive.end();
         self.crew.join();
         let session = &self.shared.session;
+        session.stop.release();
         let mut report = Report::of(session, session.elapsed(), self.shared.codec.describe());
         session.close_channels();
         report.setup = self.setup;

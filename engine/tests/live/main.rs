@@ -10,6 +10,7 @@
 mod audit;
 mod faults;
 mod file;
+mod freed;
 mod guest;
 mod own;
 mod relay;

@@ -195,6 +195,7 @@ impl PostcopyGuest {
         self.over = true;
         self.serving.shared().session.close_channels();
         self.crew.join();
+        self.serving.shared().session.stop.release();
     }
 }
 
