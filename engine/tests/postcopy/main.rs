@@ -25,7 +25,7 @@ use multifd_engine::{
 };
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
-const SOON: Duration = Duration::from_secs(120);
+const SOON: Duration = Duration::from_secs(60);
 const BLOCKS: [(&str, usize); 2] = [("pc.ram", 2048), ("vga.vram", 300)];
 
 /// How a guest moves.
@@ -129,9 +129,10 @@ fn wait(mut guest: PostcopyGuest, recover: Option<Listener>) -> Report {
 }
 
 /// Until the first request nothing goes that is not asked for; then the link is cut, or all goes.
-fn after_the_first_request(progress: &ProgressReader, control: &Control, cut: bool) {
+fn after_the_first_request(progress: &ProgressReader, control: &Control, switched: &AtomicBool, cut: bool) {
     let begun = std::time::Instant::now();
-    while progress.now().requests == 0 {
+    // A link can be cut when the switch is over at the source, too.
+    while progress.now().requests == 0 || !switched.load(Ordering::Acquire) {
         assert!(begun.elapsed() < SOON, "no request for a page");
         thread::yield_now();
     }
@@ -173,9 +174,11 @@ fn moved(how: Move) -> (Report, Report) {
         .build()
         .unwrap();
     let (progress, control) = (source.progress(), source.control());
+    let switched = AtomicBool::new(false);
     thread::scope(|scope| {
         let serving = scope.spawn(|| {
             let postcopy = rounds_and_switch(source, &here, &marker, &to);
+            switched.store(true, Ordering::Release);
             serve(postcopy, again_at.as_ref())
         });
         let Incoming::Postcopy(guest) = destination.receive_live().unwrap() else { panic!("no switch") };
@@ -185,7 +188,7 @@ fn moved(how: Move) -> (Report, Report) {
             let (there, here) = (&there, &here);
             scope.spawn(move || read_all(there, here, step));
         }
-        scope.spawn(|| after_the_first_request(&progress, &control, how.cut));
+        scope.spawn(|| after_the_first_request(&progress, &control, &switched, how.cut));
         let received = wait(guest, again);
         (serving.join().unwrap(), received)
     })

@@ -43,6 +43,8 @@ pub(in crate::destination) struct Serving {
 struct Link {
     return_path: ReturnPath,
     urgent: Vec<Closer>,
+    /// How many links there were before.
+    number: u64,
     /// Pages may be asked for: not while a new link is being set up.
     asks: bool,
     /// The block of the last request: the next of the same block need not name it.
@@ -79,9 +81,17 @@ pub(in crate::destination) enum Waited {
 struct PauseOnPanic(Arc<Serving>);
 
 impl Link {
-    fn new(return_path: &ReturnPath, asks: bool) -> Self {
+    fn new(return_path: &ReturnPath, number: u64, asks: bool) -> Self {
         let return_path = return_path.clone();
-        Self { return_path, urgent: Vec::new(), asks, last_asked: None, for_good: false, broken: None }
+        Self {
+            return_path,
+            urgent: Vec::new(),
+            number,
+            asks,
+            last_asked: None,
+            for_good: false,
+            broken: None,
+        }
     }
 }
 
@@ -97,7 +107,7 @@ impl Serving {
             sinks: Arc::clone(sinks),
             pager,
             stage: Monitor::new(Stage::Serving, &shared.session.stop),
-            link: Mutex::new(Link::new(return_path, true)),
+            link: Mutex::new(Link::new(return_path, 0, true)),
             loaded: Monitor::new(None, &shared.session.stop),
             since: Instant::now(),
             received: OnceLock::new(),
@@ -269,7 +279,19 @@ impl Serving {
 
     /// A channel beside main has failed: main finds that the link is gone.
     pub(super) fn break_link(&self, error: Error) {
+        self.break_link_if(error, |_| true);
+    }
+
+    /// The same, of this link only: what is heard of late must not break the one that replaced it.
+    pub(super) fn break_link_of(&self, number: u64, error: Error) {
+        self.break_link_if(error, |link| link.number == number);
+    }
+
+    fn break_link_if(&self, error: Error, fits: impl FnOnce(&Link) -> bool) {
         let mut link = lock(&self.link);
+        if !fits(&link) {
+            return;
+        }
         link.broken.get_or_insert(error);
         link.asks = false;
         link.return_path.hang_up();
@@ -283,9 +305,11 @@ impl Serving {
         self.break_link(error);
     }
 
-    /// Makes a channel for urgent pages part of the link.
-    pub(super) fn add_urgent(&self, closer: Closer) {
-        lock(&self.link).urgent.push(closer);
+    /// Makes a channel for urgent pages part of the link, and gives the number of that.
+    pub(super) fn add_urgent(&self, closer: Closer) -> u64 {
+        let mut link = lock(&self.link);
+        link.urgent.push(closer);
+        link.number
     }
 
     /// The state says more than is needed here: a step that the table does not have is a message.
@@ -344,7 +368,9 @@ impl Serving {
 
     /// Goes on over a new link.
     pub(super) fn replace_link(&self, return_path: &ReturnPath) {
-        *lock(&self.link) = Link::new(return_path, false);
+        let mut link = lock(&self.link);
+        *link = Link::new(return_path, link.number + 1, false);
+        drop(link);
         if let Some(pager) = &self.pager {
             pager.forget_parts();
         }

@@ -34,7 +34,7 @@ pub(in crate::destination) fn start(
     crew.spawn("mig-urgent", Phase::Active, move || {
         // Before LISTEN, there is nothing that can be urgent.
         let Ok(serving) = shared.serving() else { return Ok(()) };
-        serving.add_urgent(channel.closer());
+        let link = serving.add_urgent(channel.closer());
         let counters = shared.session.counters.urgent(&channel);
         let mut reader = MainReader::of_main(Arc::clone(&channel), &shared.session);
         let mut ram = RamReader::of_urgent(&serving);
@@ -43,7 +43,7 @@ pub(in crate::destination) fn start(
         drop(candidate);
         match ended {
             Ok(()) => {}
-            Err(error) if ram.has_placed() => serving.break_link(error.on("urgent pages")),
+            Err(error) if ram.has_placed() => serving.break_link_of(link, error.on("urgent pages")),
             Err(error) => shared.refusals.note(&error.on(channel.peer())),
         }
         Ok(())
