@@ -220,6 +220,7 @@ impl Arrived {
         self.alive.end();
         // No thread is left that could add a channel behind this.
         self.shared.session.close_channels();
+        self.shared.end_of_service();
         self.crew.join();
         self.shared.session.stop.release();
     }

@@ -85,6 +85,8 @@ struct Facts {
     /// Bytes of all that were announced.
     device_bytes: usize,
     device_memory: Vec<Share>,
+    /// The migration has ended: there will be no `serving`.
+    over: bool,
 }
 
 /// Device state over parallel channels is kept in memory: at most 1 GiB of it.
@@ -176,10 +178,18 @@ impl DestinationShared {
         self.facts.modify_and_notify(|facts| facts.serving = Arc::downgrade(serving));
     }
 
-    /// Waits for LISTEN.
+    /// Waits for LISTEN, which may never come.
     pub(crate) fn serving(&self) -> Result<Arc<Serving>> {
-        let serving = self.facts.wait(self.stop(), None, |facts| facts.serving.upgrade());
-        serving.ok_or_else(|| Error::stopped(Phase::Active))
+        let serving = self.facts.wait(self.stop(), None, |facts| {
+            let serving = facts.serving.upgrade();
+            (serving.is_some() || facts.over).then_some(serving)
+        });
+        serving.flatten().ok_or_else(|| Error::stopped(Phase::Active))
+    }
+
+    /// Nothing is served any more, or ever was: the migration has ended.
+    pub(crate) fn end_of_service(&self) {
+        self.facts.modify_and_notify(|facts| facts.over = true);
     }
 
     /// Counts a connection that may carry urgent pages.

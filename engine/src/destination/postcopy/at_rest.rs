@@ -63,6 +63,7 @@ impl AtRest {
             self.serving.abandon();
             self.serving.shared().session.note_end_of_failed();
             self.serving.shared().session.close_channels();
+            self.serving.shared().end_of_service();
             self.crew.join();
         }
         result

@@ -194,6 +194,7 @@ impl PostcopyGuest {
     fn wind_up(&mut self) {
         self.over = true;
         self.serving.shared().session.close_channels();
+        self.serving.shared().end_of_service();
         self.crew.join();
         self.serving.shared().session.stop.release();
     }
