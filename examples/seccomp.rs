@@ -24,7 +24,7 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// What every thread makes: memory, locks, its own begin and end. `clock_gettime` and `getrandom` are calls only where the kernel
-/// has no vDSO for them.
+/// has no vDSO for them; the C library's allocator opens and reads the list of CPUs, once, on any thread.
 const ALWAYS: &[i64] = &[
     libc::SYS_clock_gettime,
     libc::SYS_close,
@@ -37,7 +37,9 @@ const ALWAYS: &[i64] = &[
     libc::SYS_mprotect,
     libc::SYS_mremap,
     libc::SYS_munmap,
+    libc::SYS_openat,
     libc::SYS_prctl,
+    libc::SYS_read,
     libc::SYS_rseq,
     libc::SYS_rt_sigprocmask,
     libc::SYS_sched_getaffinity,
@@ -72,11 +74,12 @@ const THREADS: &[(&str, &[i64])] = &[
             libc::SYS_write,
         ],
     ),
-    ("mig-alive", &[libc::SYS_sendmsg, libc::SYS_sendto, libc::SYS_shutdown]),
+    ("mig-alive", &[libc::SYS_getsockopt, libc::SYS_sendmsg, libc::SYS_sendto, libc::SYS_shutdown]),
     (
         "mig-recv",
         &[
             libc::SYS_fcntl,
+            libc::SYS_getsockopt,
             libc::SYS_ioctl,
             libc::SYS_lseek,
             libc::SYS_pread64,
@@ -89,10 +92,11 @@ const THREADS: &[(&str, &[i64])] = &[
             libc::SYS_shutdown,
         ],
     ),
-    ("mig-return", &[libc::SYS_recvfrom, libc::SYS_shutdown]),
+    ("mig-return", &[libc::SYS_getsockopt, libc::SYS_recvfrom, libc::SYS_shutdown]),
     (
         "mig-send",
         &[
+            libc::SYS_getsockopt,
             libc::SYS_ioctl,
             libc::SYS_process_vm_readv,
             libc::SYS_sendmsg,
