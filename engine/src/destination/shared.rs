@@ -50,6 +50,7 @@ pub(crate) struct UrgentCandidate(#[expect(dead_code, reason = "counted, not rea
 
 /// Most connections that may carry urgent pages. A source makes one, strangers the others.
 const MAX_URGENT: usize = 8;
+
 /// What a source may make this end use.
 pub(crate) struct ReceiveLimits {
     /// Bytes of guest RAM.

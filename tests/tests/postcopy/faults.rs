@@ -68,7 +68,7 @@ fn faults(kinds: &[(Kind, usize)], threads: &[Touch], count: usize) -> Outcome<P
         assert!(load(&region[last_block], last + 2) == content(last_block, last + 2, false));
         panicked
     });
-    // First: threads that nobody answers wait for ever.
+    // First: threads that get no answer wait for ever.
     let (mut author, asked) = serving.join().map_err(|_| Failure::new("the source panicked"))??;
     let panicked = ending.join().map_err(|_| Failure::new("the last page is not the source's"))?;
     assert_eq!(panicked, 0);

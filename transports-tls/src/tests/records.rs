@@ -138,7 +138,7 @@ fn records_of_another_kind_or_version_and_in_the_clear_are_refused() {
     {
         assert_eq!(clear(&header).open(), Err(Bad::Header(header)));
     }
-    // SSL 2, HTTP, an alert, a change of cipher and data that nobody has encrypted.
+    // SSL 2, HTTP, an alert, a change of cipher and data that is not encrypted.
     let cases: [&[u8]; 5] = [
         &[0x80, 0x2e, 1, 0, 2, 0],
         b"HTTP/1.1 400 Bad Request",
@@ -154,7 +154,7 @@ fn records_of_another_kind_or_version_and_in_the_clear_are_refused() {
 #[test]
 fn messages_that_may_not_come_after_the_handshake_are_refused() {
     // HelloRequest, ClientHello, ServerHello, EndOfEarlyData, EncryptedExtensions, Certificate, CertificateRequest,
-    // CertificateVerify, Finished, what nobody knows.
+    // CertificateVerify, Finished, an unknown type.
     for kind in [0, 1, 2, 5, 8, 11, 13, 15, 20, 99] {
         let refused = Peer::new().sends(content::HANDSHAKE, &[kind, 0, 0, 0]).opener().open();
         assert_eq!(refused, Err(Bad::Message(kind)));

@@ -16,7 +16,7 @@ use crate::guest::PAGE;
 const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not supported here and would lose the guest: \
     switch off capability postcopy-ram at the source (and dirty-bitmaps, if it is on)";
 
-/// Most bytes of a package, whatever else is allowed: it is read while the guest stands still.
+/// Most bytes of a package, whatever else is allowed: it is read while the guest is paused.
 const MAX_PACKAGE: usize = 256 << 20;
 
 /// How far a post-copy has come.
