@@ -182,8 +182,10 @@ fn recovers(preempt: bool) -> Outcome {
         destination.execute("migrate-recover", json!({ "uri": uri }))?;
     }
     let report = rest.check(destination, send)?;
+    // QEMU is active again before the source has heard so: a second break that comes in between breaks the recovery,
+    // and both are replaced by one.
     let recoveries = report.object().pointer("/postcopy/recoveries").and_then(Value::as_u64);
-    assert_eq!(recoveries, Some(2), "{report}");
+    assert!(matches!(recoveries, Some(1 | 2)), "{report}");
     Ok(())
 }
 
