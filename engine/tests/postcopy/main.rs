@@ -129,15 +129,15 @@ fn wait(mut guest: PostcopyGuest, recover: Option<Listener>) -> Report {
 }
 
 /// Until the first request nothing goes that is not asked for; then the link is cut, or all goes.
-fn after_the_first_request(progress: &ProgressReader, control: &Control, switched: &AtomicBool, cut: bool) {
+fn after_the_first_request(progress: &ProgressReader, control: &Control, cut: bool) {
     let begun = std::time::Instant::now();
-    // A link can be cut when the switch is over at the source, too.
-    while progress.now().requests == 0 || !switched.load(Ordering::Acquire) {
+    while progress.now().requests == 0 {
         assert!(begun.elapsed() < SOON, "no request for a page");
         thread::yield_now();
     }
     if cut {
-        control.pause_postcopy();
+        // The switch may not have come back at the source by now.
+        control.pause_postcopy().unwrap();
     }
     control.set_max_postcopy_bandwidth(None);
 }
@@ -174,13 +174,9 @@ fn moved(how: Move) -> (Report, Report) {
         .build()
         .unwrap();
     let (progress, control) = (source.progress(), source.control());
-    let switched = AtomicBool::new(false);
     thread::scope(|scope| {
-        let serving = scope.spawn(|| {
-            let postcopy = rounds_and_switch(source, &here, &marker, &to);
-            switched.store(true, Ordering::Release);
-            serve(postcopy, again_at.as_ref())
-        });
+        let serving =
+            scope.spawn(|| serve(rounds_and_switch(source, &here, &marker, &to), again_at.as_ref()));
         let Incoming::Postcopy(guest) = destination.receive_live().unwrap() else { panic!("no switch") };
         assert_eq!(guest.opaque_state("devices"), Some((1, &b"state"[..])));
         guest.loaded().unwrap();
@@ -188,7 +184,7 @@ fn moved(how: Move) -> (Report, Report) {
             let (there, here) = (&there, &here);
             scope.spawn(move || read_all(there, here, step));
         }
-        scope.spawn(|| after_the_first_request(&progress, &control, &switched, how.cut));
+        scope.spawn(|| after_the_first_request(&progress, &control, how.cut));
         let received = wait(guest, again);
         (serving.join().unwrap(), received)
     })
