@@ -104,8 +104,15 @@ impl Session {
         lock(&self.started).elapsed()
     }
 
+    /// Lets go of the connections that this end has closed, whose descriptors go with their last users. What went over them
+    /// stays counted.
+    pub(crate) fn retire_closed_channels(&self) {
+        self.channels.retire(|channel| channel.is_closed(), |channel| bytes_of(channel));
+        self.counters.retire_closed_channels();
+    }
+
     pub(crate) fn wire_bytes(&self) -> u64 {
-        self.channels.sum(|channel| channel.bytes_sent() + channel.bytes_received())
+        self.channels.sum(|channel| bytes_of(channel))
     }
 
     pub(crate) fn progress(&self) -> Progress {
@@ -225,6 +232,10 @@ impl Canceller {
     pub fn close_channels(&self) {
         self.0.close_channels();
     }
+}
+
+fn bytes_of(channel: &Channel) -> u64 {
+    channel.bytes_sent() + channel.bytes_received()
 }
 
 #[cfg(test)]

@@ -7,6 +7,8 @@
 )]
 
 mod faults;
+#[path = "../postcopy/open_files.rs"]
+mod open_files;
 mod peer;
 
 use std::num::NonZeroU64;
@@ -52,14 +54,18 @@ fn devices() -> DeviceState {
 struct There(JoinHandle<(Peer, LinkEnd)>);
 
 impl There {
-    fn start(mut peer: Peer, script: Script, resumed: bool) -> (Channel, Self) {
+    fn start(peer: Peer, script: Script, resumed: bool) -> (Channel, Self) {
         let (ours, theirs) = Channel::pair().unwrap();
+        (ours, Self::over(theirs, peer, script, resumed))
+    }
+
+    fn over(theirs: Channel, mut peer: Peer, script: Script, resumed: bool) -> Self {
         let thread = std::thread::Builder::new();
         let thread = thread.spawn(move || {
             let end = peer.link(&theirs, &script, resumed);
             (peer, end)
         });
-        (ours, Self(thread.unwrap()))
+        Self(thread.unwrap())
     }
 
     fn end(self) -> (Peer, LinkEnd) {

@@ -7,6 +7,8 @@ mod fixture;
 #[path = "../../../engine/tests/dirty/huge_pages.rs"]
 mod huge_pages;
 mod memory;
+#[path = "../../../engine/tests/postcopy/open_files.rs"]
+mod open_files;
 mod recovery;
 
 use std::io::{Read as _, Write as _};

@@ -101,7 +101,9 @@ fn go_on(serving: &Arc<Serving>, mut driver: Box<Driver>, channel: Channel, crew
         let return_path = ReturnPath::new(Arc::clone(&channel));
         return_path.open();
         serving.replace_link(&return_path);
-        driver.recover(MainReader::of_main(channel, session), return_path)
+        driver.recover(MainReader::of_main(channel, session), return_path)?;
+        session.retire_closed_channels();
+        Ok(())
     });
     match adopted {
         Ok(()) => serving.start(driver, crew),
