@@ -76,7 +76,8 @@ impl Postcopy {
         self.shared.session.enter(MigrationState::PostcopyRecover)?;
         let mut main = MainWriter::new(channel, None);
         main.enter(Phase::Postcopy);
-        let resumed = self.ask_what_has_arrived(&mut main, &return_path).and_then(|()| {
+        let said = self.shared.id.get().map_or(Ok(()), |id| main.raw(&id.opening()));
+        let resumed = said.and_then(|()| self.ask_what_has_arrived(&mut main, &return_path)).and_then(|()| {
             let urgent = match urgent {
                 _ if !self.settings.preempt => None,
                 Ok(own) => own,
