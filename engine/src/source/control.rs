@@ -1,6 +1,7 @@
 //! Steering a migration from other threads while it runs.
 
 use std::num::NonZeroU64;
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -136,6 +137,11 @@ impl Control {
     /// Where the migration is.
     pub fn state(&self) -> MigrationState {
         self.session.state()
+    }
+
+    /// Every state that the migration enters from now on, in its order (QEMU's capability `events`).
+    pub fn state_changes(&self) -> Receiver<MigrationState> {
+        self.session.state_changes()
     }
 
     pub(super) fn pacer(&self) -> &Arc<Pacer> {
