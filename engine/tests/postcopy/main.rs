@@ -7,6 +7,10 @@
     reason = "test code may panic"
 )]
 
+#[path = "../live/credentials.rs"]
+mod credentials;
+mod recovery;
+mod relay;
 #[path = "../dirty/skip.rs"]
 mod skip;
 
@@ -16,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use multifd_engine::transports::{Endpoint, Listener};
+use multifd_engine::transports::{Endpoint, Listener, TlsClient, TlsServer};
 use multifd_engine::vm_memory::Bytes;
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
@@ -37,6 +41,8 @@ struct Move {
     preempt: bool,
     /// The link is cut after the first request, and replaced.
     cut: bool,
+    /// All connections are encrypted.
+    tls: bool,
 }
 
 fn memory(memfd: bool) -> Vec<RamBlock> {
@@ -161,18 +167,26 @@ fn moved(how: Move) -> (Report, Report) {
     let log = SoftwareLog::new(&here);
     let marker = log.marker();
     let any: Endpoint = "tcp:127.0.0.1:0".parse().unwrap();
-    let destination = Destination::builder(there.clone()).postcopy(true).timeout(SOON).listen(&any).unwrap();
+    let credentials = how.tls.then(|| credentials::credentials("CA"));
+    let server = credentials.as_ref().map(|dir| TlsServer::from_directory(dir.path()).unwrap());
+    let mut destination = Destination::builder(there.clone()).postcopy(true).timeout(SOON);
+    if let Some(server) = &server {
+        destination = destination.tls(server.clone());
+    }
+    let destination = destination.listen(&any).unwrap();
     let to = destination.endpoint();
-    let again = how.cut.then(|| Listener::bind(&any).unwrap());
+    let again = how.cut.then(|| Listener::bind(&any).unwrap().tls(server));
     let again_at = again.as_ref().map(Listener::endpoint);
-    let source = Source::builder(here.clone(), Configuration::new("test-10.0"))
+    let mut source = Source::builder(here.clone(), Configuration::new("test-10.0"))
         .dirty_log(log)
         .postcopy(true)
         .postcopy_preempt(how.preempt)
         .max_postcopy_bandwidth(NonZeroU64::new(1))
-        .timeout(SOON)
-        .build()
-        .unwrap();
+        .timeout(SOON);
+    if let Some(dir) = &credentials {
+        source = source.tls(TlsClient::from_directory(dir.path()).unwrap());
+    }
+    let source = source.build().unwrap();
     let (progress, control) = (source.progress(), source.control());
     thread::scope(|scope| {
         let serving =
@@ -235,5 +249,15 @@ fn a_link_that_is_cut_is_replaced_at_both_ends_while_threads_wait() {
     if !missing() {
         check(Move { cut: true, ..Move::default() });
         check(Move { cut: true, preempt: true, ..Move::default() });
+    }
+}
+
+#[test]
+fn all_connections_of_a_postcopy_are_encrypted_those_of_a_recovery_too() {
+    if !missing() {
+        for cut in [false, true] {
+            check(Move { tls: true, cut, ..Move::default() });
+            check(Move { tls: true, cut, preempt: true, ..Move::default() });
+        }
     }
 }
