@@ -319,6 +319,17 @@ impl Qemu {
         })
     }
 
+    /// Waits until no more than that many bytes of this round are left, or the migration ended.
+    ///
+    /// # Errors
+    /// When there are more after `within` or QEMU is gone.
+    pub fn wait_remaining(&mut self, bytes: u64, within: Duration) -> Outcome {
+        self.look_until(format_args!("{bytes} bytes left"), within, |report| {
+            let remaining = report.all.pointer("/ram/remaining").and_then(Value::as_u64);
+            remaining.is_some_and(|remaining| remaining <= bytes) || report.rounds > 1 || report.ended()
+        })
+    }
+
     /// Changes a parameter, also while a migration runs.
     ///
     /// # Errors
