@@ -238,7 +238,14 @@ impl Qemu {
     /// When QEMU cannot listen there.
     pub fn listen(&mut self, uri: &str) -> Outcome<String> {
         self.forget_events();
-        self.execute("migrate-incoming", json!({ "uri": uri, "exit-on-error": false }))?;
+        let listening = self.execute("migrate-incoming", json!({ "uri": uri, "exit-on-error": false }));
+        match listening {
+            // QEMU before 9.1, which exits.
+            Err(refused) if refused.to_string().contains("'exit-on-error' is unexpected") => {
+                self.execute("migrate-incoming", json!({ "uri": uri }))?
+            }
+            other => other?,
+        };
         let report = self.migration()?;
         let port = report.all.pointer("/socket-address/0/port").and_then(Value::as_str);
         Ok(match (uri.strip_suffix(":0"), port) {

@@ -180,10 +180,10 @@ fn every_page_arrives_at_the_newest_qemu() -> Outcome {
     Ok(())
 }
 
-fn recovers(preempt: bool, tls: bool) -> Outcome {
+fn recovers(program: Option<PathBuf>, preempt: bool, tls: bool) -> Outcome {
     let mut capabilities = vec!["postcopy-ram"];
     capabilities.extend(preempt.then_some("postcopy-preempt"));
-    let mut rest = Rest::new(None, "pc", capabilities)?;
+    let mut rest = Rest::new(program, "pc", capabilities)?;
     if tls {
         rest = rest.with_tls()?;
     }
@@ -212,26 +212,26 @@ fn recovers(preempt: bool, tls: bool) -> Outcome {
 #[test]
 fn a_link_that_breaks_twice_is_replaced() -> Outcome {
     skip_without_qemu!();
-    recovers(false, false)
+    recovers(None, false, false)
 }
 
 #[test]
 fn a_link_that_breaks_twice_is_replaced_with_its_channel_for_pages_that_are_asked_for() -> Outcome {
     skip_without_qemu!();
-    recovers(true, false)
+    recovers(None, true, false)
 }
 
 #[test]
 fn an_encrypted_link_that_breaks_twice_is_replaced() -> Outcome {
     skip_without_qemu!();
-    recovers(false, true)
+    recovers(None, false, true)
 }
 
 #[test]
 fn an_encrypted_link_that_breaks_twice_is_replaced_with_its_channel_for_pages_that_are_asked_for() -> Outcome
 {
     skip_without_qemu!();
-    recovers(true, true)
+    recovers(None, true, true)
 }
 
 #[test]
@@ -252,4 +252,23 @@ fn a_destination_that_dies_is_named_and_the_checkpoint_is_kept() -> Outcome {
     let (destination, uri) = rest.destination(&rest.scratch.unix_uri("again"))?;
     let send = rest.send(&uri, &[])?;
     rest.check(destination, send).map(drop)
+}
+
+/// Another QEMU than the one of the tests above.
+#[test]
+#[ignore = "MULTIFD_TEST_QEMU=qemu-system-x86_64 cargo test --test postcopy_send -- --ignored"]
+fn every_way_into_another_qemu() -> Outcome {
+    let Some(program) = std::env::var_os("MULTIFD_TEST_QEMU").map(PathBuf::from) else {
+        multifd_tests::skip!("MULTIFD_TEST_QEMU names no QEMU")
+    };
+    for preempt in [false, true] {
+        for uri in [None, Some("tcp:127.0.0.1:0")] {
+            arrives(Some(program.clone()), "pc", preempt, uri)?;
+            runs_at_once(Some(program.clone()), "pc", preempt, uri)?;
+        }
+        for tls in [false, true] {
+            recovers(Some(program.clone()), preempt, tls)?;
+        }
+    }
+    Ok(())
 }

@@ -4,16 +4,18 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::num::NonZeroU64;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::mpsc::Receiver;
 use std::thread;
 
-use multifd_engine::transports::{Channel, Endpoint, Listener};
-use multifd_engine::wire::Configuration;
+use multifd_engine::transports::{Channel, DialOptions, Endpoint, Listener, TlsClient, TlsServer, dial};
+use multifd_engine::wire::{BlockRef, Configuration, PageSize, RamRecord};
 use multifd_engine::{
     Destination, DeviceState, ErrorKind, Incoming, MigrationState, PAGE, Postcopy, PostcopyEnd,
     PostcopyGuest, RamBlock, Served, Source,
 };
 
+use crate::credentials::two_of;
 use crate::relay::Relay;
 use crate::{SOON, load, memory, missing, write};
 
@@ -37,22 +39,34 @@ fn address(endpoint: &Endpoint) -> String {
 
 /// A guest whose pages hold `value` and their number, up to where it runs at its destination.
 fn running(value: usize, preempt: bool) -> Pair {
+    let pair = running_by(value, preempt, None);
+    pair.relay.wait_loaded();
+    pair
+}
+
+/// The same, encrypted if there are credentials.
+fn running_by(value: usize, preempt: bool, credentials: Option<&Path>) -> Pair {
     let (here, there) = (memory(false), memory(false));
     for block in &here {
         (0..block.pages()).for_each(|page| write(block, page, value));
     }
-    let destination =
-        Destination::builder(there.clone()).postcopy(true).timeout(SOON).listen(&any()).unwrap();
+    let mut destination = Destination::builder(there.clone()).postcopy(true).timeout(SOON);
+    if let Some(dir) = credentials {
+        destination = destination.tls(TlsServer::from_directory(dir).unwrap());
+    }
+    let destination = destination.listen(&any()).unwrap();
     let relay = Relay::to(address(&destination.endpoint()).parse().unwrap(), &[]);
     let changes = destination.state_changes();
-    let source = Source::builder(here.clone(), Configuration::new("test-10.0"))
+    let mut source = Source::builder(here.clone(), Configuration::new("test-10.0"))
         .paused_guest()
         .postcopy(true)
         .postcopy_preempt(preempt)
         .max_postcopy_bandwidth(NonZeroU64::new(1))
-        .timeout(SOON)
-        .build()
-        .unwrap();
+        .timeout(SOON);
+    if let Some(dir) = credentials {
+        source = source.tls(TlsClient::from_directory(dir).unwrap());
+    }
+    let source = source.build().unwrap();
     let states = [source.control().state_changes(), changes];
     let (postcopy, guest) = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
@@ -64,7 +78,6 @@ fn running(value: usize, preempt: bool) -> Pair {
         let postcopy = precopy.switch_to_postcopy(&DeviceState::opaque("devices", 1, b"state")).unwrap();
         (postcopy, receiving.join().unwrap())
     });
-    relay.wait_loaded();
     Pair { postcopy, guest, here, there, states, relay }
 }
 
@@ -211,4 +224,25 @@ fn a_connection_for_urgent_pages_that_is_cut_alone_pauses_both_ends_and_nothing_
     let ended = pair.guest.wait().unwrap();
     assert!(matches!(ended, PostcopyEnd::Paused(_)), "{ended:?}");
     pair.recover_and_complete();
+}
+
+/// Its certificate is by the right CA, and another's.
+#[test]
+fn pages_of_another_client_of_the_same_ca_are_not_taken() {
+    if missing() {
+        return;
+    }
+    let [ours, another] = two_of("CA");
+    let mut pair = running_by(1, false, Some(ours.path()));
+    let tls = Some(TlsClient::from_directory(another.path()).unwrap());
+    let stranger = dial(&pair.relay.uri().parse().unwrap(), &DialOptions { tls, ..DialOptions::default() });
+    let stranger = stranger.unwrap();
+    let block = BlockRef::Named(pair.here[0].name().clone());
+    let mut page = Vec::new();
+    RamRecord::Zero { offset: 5 * PAGE as u64, block }.encode(PageSize::K4, &mut page);
+    stranger.set_timeout(Some(SOON)).unwrap();
+    stranger.send_all(&page).unwrap();
+    let closed = stranger.recv(&mut [0]);
+    assert!(!matches!(closed, Ok(1..)), "{closed:?}");
+    pair.complete();
 }

@@ -12,9 +12,10 @@ use multifd_engine::{
     Destination, HostMemory, Incoming, IncomingRam, MigrationState, PAGE, PostcopyEnd, PostcopyGuest,
     RamBlock,
 };
+use multifd_tests::qemu::PROGRAM;
 use multifd_tests::{Authority, Failure, Fill, Member, Outcome, Qemu, QemuBuilder, Scratch, Settings, skip};
 
-use crate::fixture::{SOON, When, guest, missing_kvm, settings, switch};
+use crate::fixture::{ALWAYS, SOON, When, guest, missing_kvm, settings, switch};
 use crate::memory::{load, start, text};
 
 /// How both ends reach each other.
@@ -220,19 +221,23 @@ cells! {
 
 /// What the tests above are a sample of, and the machine type whose connection of its own comes first.
 #[test]
-#[ignore = "takes a minute or two: cargo test --test postcopy -- --ignored"]
+#[ignore = "takes minutes: MULTIFD_TEST_QEMU=qemu-system-x86_64 cargo test --test postcopy -- --ignored"]
 fn qemu_serves_what_is_used_here_in_every_way() -> Outcome {
     if let Some(why) = skip::missing_qemu().or_else(missing_kvm) {
         skip!("{why}");
     }
-    for when in crate::fixture::ALWAYS {
+    let program = std::env::var_os("MULTIFD_TEST_QEMU").unwrap_or_else(|| PROGRAM.into());
+    let machines = ["pc", "pc-i440fx-7.2"];
+    let run = |machine: &str, cell| {
+        runs_here(|builder| builder.program(Path::new(&program)).machine(machine), cell)
+            .map_err(|failure| Failure::new(format!("{machine} {cell:?}: {failure}")))
+    };
+    for when in ALWAYS {
         for preempt in [false, true] {
             for over in [Over::Tcp, Over::Unix, Over::Tls] {
                 for cut in [false, true] {
                     let cell = Cell { when, preempt, over, cut };
-                    runs_here(|machine| machine, cell)
-                        .and_then(|()| runs_here(|machine| machine.machine("pc-i440fx-7.2"), cell))
-                        .map_err(|failure| Failure::new(format!("{cell:?}: {failure}")))?;
+                    machines.iter().try_for_each(|machine| run(machine, cell))?;
                 }
             }
         }
