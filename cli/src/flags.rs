@@ -303,8 +303,9 @@ pub(crate) struct DemoDestination {
 /// When a live source gives up, or stops its guest although that takes longer than it should.
 #[derive(Debug, Args)]
 pub(crate) struct Convergence {
-    /// When rounds no longer shrink: continue, abort, switch over at a minimum within --stall-limit, or have the rest of RAM
-    /// follow the guest (post-copy); the last also when --deadline has passed
+    /// When rounds no longer shrink: continue, abort, switch over at a minimum within
+    /// --stall-limit, or have the rest of RAM follow the guest (post-copy); the last also when
+    /// --deadline has passed
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = Stall::Continue)]
     pub(crate) on_stall: Stall,
     /// The second downtime limit, for --on-stall switch

@@ -242,7 +242,8 @@ impl DestinationShared {
         let _ = self.certificate.set(main.client_certificate().map(<[u8]>::to_vec));
     }
 
-    /// Checks that a connection that comes later is of the client that main was: another of the same CA is not the source.
+    /// Checks that a connection that comes later is of the client that main was: another of the
+    /// same CA is not the source.
     pub(crate) fn check_client(&self, channel: &Channel) -> Result<()> {
         let expected = self.certificate.get().and_then(Option::as_deref);
         if expected == channel.client_certificate() {

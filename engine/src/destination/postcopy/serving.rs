@@ -151,8 +151,8 @@ impl Serving {
         }
     }
 
-    /// Asks for a host page. What fails is the link over which it was asked for, whatever replaces that: it is broken before
-    /// another can be there. False: nothing can be asked for.
+    /// Asks for a host page. What fails is the link over which it was asked for, whatever replaces
+    /// that: it is broken before another can be there. False: nothing can be asked for.
     pub(super) fn request(&self, pager: &Pager, wanted: &Wanted) -> bool {
         let mut link = lock(&self.link);
         if !link.asks {
