@@ -9,6 +9,8 @@
 //! A page is placed once. That a page has come is noted after it is there; that a thread waits for
 //! it, before it is looked whether it has come: one of the two sees the other.
 
+mod block;
+
 use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -18,9 +20,11 @@ use std::time::Instant;
 use super::{BlockSink, BlockSinks, PlacePages};
 use crate::destination::postcopy::figures::FaultFigures;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::{DirtyBitmap, Mappings, PAGE, RamBlock};
+use crate::guest::{Mappings, PAGE, RamBlock};
 use crate::os::userfaultfd::{MemoryEvent, MissingPages, Wake};
 use crate::run::stop::lock;
+
+pub(crate) use block::PagedBlock;
 
 /// Fills the missing pages of all blocks.
 pub(crate) struct Pager {
@@ -40,31 +44,9 @@ pub(crate) struct Pager {
     released: AtomicBool,
 }
 
-/// What a pager knows of a block.
-pub(crate) struct PagedBlock {
-    address: u64,
-    len: u64,
-    /// Bytes.
-    host_page: usize,
-    /// The kernel may make huge pages of it again.
-    may_be_huge: bool,
-    /// Host pages that have been asked for.
-    requested: DirtyBitmap,
-    /// Host pages of which a part has come.
-    gathered: Mutex<Vec<Gathered>>,
-}
-
 struct Waiting {
     thread: u32,
     since: Instant,
-}
-
-/// A huge page in the making.
-struct Gathered {
-    host: usize,
-    content: Vec<u8>,
-    here: Vec<bool>,
-    zero: bool,
 }
 
 /// A page that is to be asked for.
@@ -75,9 +57,6 @@ pub(crate) struct Wanted {
     pub(crate) len: u32,
 }
 
-/// Huge pages in the making: a source sends one at a time on each channel.
-const MAX_GATHERED: usize = 8;
-
 /// Places whole host pages of one block.
 struct Placing<'p> {
     missing: &'p MissingPages,
@@ -87,34 +66,6 @@ struct Placing<'p> {
 impl PlacePages for Placing<'_> {
     fn place(&self, _: &RamBlock, offset: usize, content: &[u8], _: impl FnOnce() -> bool) -> io::Result<()> {
         self.missing.copy(self.paged.address + offset as u64, content)
-    }
-}
-
-impl PagedBlock {
-    /// What the block is to a pager; an error says why it can be none.
-    fn of(block: &RamBlock, mappings: &Mappings) -> Result<Self, String> {
-        let paging = mappings.paging(block)?;
-        let pages = block.pages() * PAGE;
-        if !pages.is_multiple_of(paging.host_page) {
-            return Err(format!("its {pages} bytes are no whole number of pages of {}", paging.host_page));
-        }
-        Ok(Self {
-            address: block.memory().address(),
-            len: block.used_len(),
-            host_page: paging.host_page,
-            may_be_huge: paging.may_be_huge,
-            requested: DirtyBitmap::new(pages / paging.host_page),
-            gathered: Mutex::default(),
-        })
-    }
-
-    /// Target pages in a host page.
-    fn per(&self) -> usize {
-        self.host_page / PAGE
-    }
-
-    fn at(&self, host: usize) -> u64 {
-        self.address + (host * self.host_page) as u64
     }
 }
 
@@ -434,37 +385,6 @@ impl Pager {
 
     fn has_stopped(&self) -> bool {
         self.stopped.load(Ordering::Acquire)
-    }
-}
-
-impl PagedBlock {
-    /// Adds a target page; the host page, if that makes it whole.
-    fn gather(&self, page: usize, content: Option<&[u8]>) -> Result<Option<Gathered>> {
-        let (host, index) = (page / self.per(), page % self.per());
-        let mut all = lock(&self.gathered);
-        let at = match all.iter().position(|gathered| gathered.host == host) {
-            Some(at) => at,
-            None if all.len() >= MAX_GATHERED => {
-                let detail = format!("parts of more than {MAX_GATHERED} huge pages, expected whole ones");
-                return Err(Error::misbehaved(Phase::Active, detail));
-            }
-            None => {
-                let (content, here) = (vec![0; self.host_page], vec![false; self.per()]);
-                all.push(Gathered { host, content, here, zero: true });
-                all.len() - 1
-            }
-        };
-        let none = || Error::bug(Phase::Active, "a huge page in the making is gone");
-        let gathered = all.get_mut(at).ok_or_else(none)?;
-        let place = gathered.content.get_mut(index * PAGE..(index + 1) * PAGE).ok_or_else(none)?;
-        match content {
-            Some(content) => place.copy_from_slice(content),
-            None => place.fill(0),
-        }
-        gathered.zero &= content.is_none();
-        *gathered.here.get_mut(index).ok_or_else(none)? = true;
-        let whole = gathered.here.iter().all(|here| *here);
-        Ok(whole.then(|| all.swap_remove(at)))
     }
 }
 
