@@ -8,6 +8,7 @@ mod fixture;
 mod huge_pages;
 mod memory;
 mod recovery;
+mod traps;
 
 use std::io::{Read as _, Write as _};
 use std::path::PathBuf;

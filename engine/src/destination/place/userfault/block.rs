@@ -1,5 +1,6 @@
 //! A block that a pager fills, and its huge pages in the making.
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use crate::error::{Error, Phase, Result};
@@ -14,6 +15,8 @@ pub(crate) struct PagedBlock {
     pub(super) host_page: usize,
     /// The kernel may make huge pages of it again.
     pub(super) may_be_huge: bool,
+    /// Slices that it is cut into.
+    slices: usize,
     /// Host pages that have been asked for.
     pub(super) requested: DirtyBitmap,
     /// Host pages of which a part has come.
@@ -32,8 +35,8 @@ pub(super) struct Gathered {
 const MAX_GATHERED: usize = 8;
 
 impl PagedBlock {
-    /// What the block is to a pager; an error says why it can be none.
-    pub(super) fn of(block: &RamBlock, mappings: &Mappings) -> Result<Self, String> {
+    /// What the block is to a pager with that many slices; an error says why it can be none.
+    pub(super) fn of(block: &RamBlock, mappings: &Mappings, slices: usize) -> Result<Self, String> {
         let paging = mappings.paging(block)?;
         let pages = block.pages() * PAGE;
         if !pages.is_multiple_of(paging.host_page) {
@@ -44,6 +47,7 @@ impl PagedBlock {
             len: block.used_len(),
             host_page: paging.host_page,
             may_be_huge: paging.may_be_huge,
+            slices: slices.max(1),
             requested: DirtyBitmap::new(pages / paging.host_page),
             gathered: Mutex::default(),
         })
@@ -56,6 +60,23 @@ impl PagedBlock {
 
     pub(super) fn at(&self, host: usize) -> u64 {
         self.address + (host * self.host_page) as u64
+    }
+
+    /// The slice that this host page is in.
+    pub(super) fn slice_of(&self, host: usize) -> usize {
+        host * self.slices / self.requested.pages().max(1)
+    }
+
+    /// The host pages of a slice, of which a small block may have none.
+    pub(super) fn part(&self, slice: usize) -> Range<usize> {
+        let first = |slice: usize| (slice * self.requested.pages()).div_ceil(self.slices);
+        first(slice)..first(slice + 1)
+    }
+
+    /// The address and length of a slice's part.
+    pub(super) fn part_at(&self, slice: usize) -> (u64, u64) {
+        let part = self.part(slice);
+        (self.at(part.start), (part.len() * self.host_page) as u64)
     }
 
     /// Adds a target page; the host page, if that makes it whole.
@@ -85,5 +106,30 @@ impl PagedBlock {
         *gathered.here.get_mut(index).ok_or_else(none)? = true;
         let whole = gathered.here.iter().all(|here| *here);
         Ok(whole.then(|| all.swap_remove(at)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_page_is_in_the_slice_whose_part_it_is() {
+        for (hosts, slices) in [(1, 1), (1, 4), (3, 4), (64, 4), (1000, 16), (1001, 7)] {
+            let paged = PagedBlock {
+                address: 1 << 20,
+                len: (hosts * PAGE) as u64,
+                host_page: PAGE,
+                may_be_huge: false,
+                slices,
+                requested: DirtyBitmap::new(hosts),
+                gathered: Mutex::default(),
+            };
+            let parts: Vec<_> = (0..slices).flat_map(|slice| paged.part(slice)).collect();
+            assert!(parts.into_iter().eq(0..hosts), "{hosts} {slices}");
+            for slice in 0..slices {
+                assert!(paged.part(slice).all(|host| paged.slice_of(host) == slice), "{hosts} {slices}");
+            }
+        }
     }
 }
