@@ -166,9 +166,9 @@ fn a_page_that_comes_again_unasked_does_not_undo_what_the_guest_has_written() ->
         Pair::switched(&[(Kind::Anonymous, PAGES), (Kind::Memfd, PAGES)])?;
     guest.loaded().map_err(text)?;
     let written = [0xa5; PAGE];
-    for block in 0..2 {
+    for (block, region) in memory.iter().enumerate() {
         author.host_page(block, 33)?;
-        let region = memory[block].clone();
+        let region = region.clone();
         let writing = start(move || {
             let slice = region.memory().slice(33 * PAGE, PAGE).expect("a page of the block");
             slice.write_slice(&written, 0).expect("a page's bytes");
