@@ -54,7 +54,7 @@ struct Flags {
     #[arg(long, value_name = "MIB", default_value_t = 8192)]
     rest_ram: u32,
     #[command(flatten)]
-    postcopy: postcopy::destination::Flags,
+    postcopy: postcopy::destination::Faulting,
     /// Writes every run here as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,

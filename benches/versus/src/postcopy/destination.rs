@@ -22,7 +22,7 @@ use super::guest::{Walk, log2_pages, touches};
 
 /// How the bench starts itself for that.
 #[derive(Clone, Debug, Default, Args)]
-pub(crate) struct Flags {
+pub(crate) struct Faulting {
     /// Where to listen
     #[arg(long, hide = true, value_name = "URI")]
     pub(crate) destination: Option<String>,
@@ -49,7 +49,7 @@ pub(crate) const COMPARED_FROM: usize = (1 << 20) / PAGE;
 const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Receives one guest, and prints the figures.
-pub(crate) fn run(uri: &str, flags: &Flags) -> Outcome {
+pub(crate) fn run(uri: &str, flags: &Faulting) -> Outcome {
     let ram = FreshRam::default();
     let blocks = Arc::clone(&ram.0);
     let destination = Destination::builder(ram)
@@ -73,7 +73,7 @@ pub(crate) fn run(uri: &str, flags: &Flags) -> Outcome {
     Ok(())
 }
 
-fn run_on(mut guest: PostcopyGuest, main: &RamBlock, flags: &Flags) -> Outcome<Value> {
+fn run_on(mut guest: PostcopyGuest, main: &RamBlock, flags: &Faulting) -> Outcome<Value> {
     guest.loaded().map_err(fail)?;
     let running = SystemTime::now().duration_since(UNIX_EPOCH).map_err(fail)?;
     let ram_mib = u32::try_from(main.used_len() >> 20).map_err(fail)?;
@@ -90,7 +90,9 @@ fn run_on(mut guest: PostcopyGuest, main: &RamBlock, flags: &Flags) -> Outcome<V
         thread.join().map_err(|_| Failure::new("a thread panicked"))?;
     }
     let running = running.as_micros().to_string();
-    Ok(json!({ "running_at_us": running, "postcopy": report.postcopy, "downtime_ms": report.figures().downtime_ms }))
+    Ok(
+        json!({ "running_at_us": running, "postcopy": report.postcopy, "downtime_ms": report.figures().downtime_ms }),
+    )
 }
 
 fn touch(main: &RamBlock, walk: Walk, count: u32) {

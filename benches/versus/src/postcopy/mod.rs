@@ -15,7 +15,7 @@ use std::time::Duration;
 use multifd_tests::{During as _, Outcome};
 use serde_json::{Value, json};
 
-use self::destination::Flags;
+use self::destination::Faulting;
 use self::moves::{Cost, Stage};
 use self::resume::{AtRest, Start};
 use crate::scenario::Way;
@@ -31,7 +31,8 @@ pub(crate) enum Scenario {
 }
 
 /// In the order in which they run.
-pub(crate) const ALL: [Scenario; 3] = [Scenario::Faults(None), Scenario::Faults(Some(1000)), Scenario::Resume];
+pub(crate) const ALL: [Scenario; 3] =
+    [Scenario::Faults(None), Scenario::Faults(Some(1000)), Scenario::Resume];
 
 const WAYS: [Way; 4] = [Way::QemuToQemu, Way::OursToOurs, Way::QemuToOurs, Way::OursToQemu];
 
@@ -46,7 +47,7 @@ impl Scenario {
 
     /// Runs and prints it. `ram_mib`: of the guest whose threads fault; `rest_mib`: of the guest at
     /// rest.
-    pub(crate) fn run(self, ram_mib: u32, rest_mib: u32, repeat: u32, flags: &Flags) -> Outcome<Value> {
+    pub(crate) fn run(self, ram_mib: u32, rest_mib: u32, repeat: u32, flags: &Faulting) -> Outcome<Value> {
         println!("\n{}", self.name());
         match self {
             Self::Faults(mbit) => faults(self.name(), ram_mib, mbit, repeat, flags),
@@ -55,7 +56,7 @@ impl Scenario {
     }
 }
 
-fn faults(name: &str, ram_mib: u32, mbit: Option<u32>, repeat: u32, flags: &Flags) -> Outcome<Value> {
+fn faults(name: &str, ram_mib: u32, mbit: Option<u32>, repeat: u32, flags: &Faulting) -> Outcome<Value> {
     let stage = match Stage::new(ram_mib, flags, mbit) {
         Ok(stage) => stage,
         Err(failure) => {
@@ -63,9 +64,16 @@ fn faults(name: &str, ram_mib: u32, mbit: Option<u32>, repeat: u32, flags: &Flag
             return Ok(json!({ "scenario": name, "skipped": failure.to_string() }));
         }
     };
-    println!("  {ram_mib} MiB with content, a page in 4 touched at random by {} threads; a channel for pages that", stage.vcpus);
-    println!("  are asked for at both ends. qemu's threads are vCPUs (tcg), and it loads a PC's devices; ours load none,");
-    println!("  and come from a checkpoint. Latencies are the destination's own, read off its powers of two.");
+    println!(
+        "  {ram_mib} MiB with content, a page in 4 touched at random by {} threads; a channel for pages that",
+        stage.vcpus
+    );
+    println!(
+        "  are asked for at both ends. qemu's threads are vCPUs (tcg), and it loads a PC's devices; ours load none,"
+    );
+    println!(
+        "  and come from a checkpoint. Latencies are the destination's own, read off its powers of two."
+    );
     let mut costs: Vec<(Way, Vec<Cost>)> = WAYS.map(|way| (way, Vec::new())).to_vec();
     for _ in 0..repeat.max(1) {
         for (way, runs) in &mut costs {
@@ -73,10 +81,12 @@ fn faults(name: &str, ram_mib: u32, mbit: Option<u32>, repeat: u32, flags: &Flag
         }
     }
     print_faults(&costs);
-    let ways = costs.iter().map(|(way, runs)| {
-        json!({ "way": way.name(), "runs": runs.iter().map(run_of).collect::<Vec<_>>() })
-    });
-    Ok(json!({ "scenario": name, "ram_mib": ram_mib, "threads": stage.vcpus, "ways": ways.collect::<Vec<_>>() }))
+    let ways = costs
+        .iter()
+        .map(|(way, runs)| json!({ "way": way.name(), "runs": runs.iter().map(run_of).collect::<Vec<_>>() }));
+    Ok(
+        json!({ "scenario": name, "ram_mib": ram_mib, "threads": stage.vcpus, "ways": ways.collect::<Vec<_>>() }),
+    )
 }
 
 fn run_of(cost: &Cost) -> Value {
@@ -121,8 +131,12 @@ fn print_faults(costs: &[(Way, Vec<Cost>)]) {
 
 fn resume(ram_mib: u32, repeat: u32) -> Outcome<Value> {
     let guest = AtRest::new(ram_mib)?;
-    println!("  {ram_mib} MiB of RAM, an eighth of it touched, in files that are in memory, into the same qemu. From the command");
-    println!("  until the guest runs: by qemu when all of RAM is loaded, by multifd send --postcopy before, and its RAM follows.");
+    println!(
+        "  {ram_mib} MiB of RAM, an eighth of it touched, in files that are in memory, into the same qemu. From the command"
+    );
+    println!(
+        "  until the guest runs: by qemu when all of RAM is loaded, by multifd send --postcopy before, and its RAM follows."
+    );
     let (mut qemu, mut ours): (Vec<Start>, Vec<Start>) = (Vec::new(), Vec::new());
     for _ in 0..repeat.max(1) {
         qemu.push(guest.by_qemu().during("qemu, mapped-ram")?);

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use multifd_tests::skip::newest_qemu;
 use multifd_tests::{
-    CheckpointFiles, CommandReport, Failure, Fill, Host, Multifd, Network, Outcome, Process, Qemu, QemuBuilder,
-    Scratch, Settings, Side, ram,
+    CheckpointFiles, CommandReport, Failure, Fill, Host, Multifd, Network, Outcome, Process, Qemu,
+    QemuBuilder, Scratch, Settings, Side, ram,
 };
 use serde_json::{Value, json};
 
-use super::destination::{COMPARED_FROM, Flags, LISTENING, MAIN_RAM};
+use super::destination::{COMPARED_FROM, Faulting, LISTENING, MAIN_RAM};
 use super::guest::{HALTED, write_firmware};
 use super::latency::Latency;
 use crate::guest::{TIMEOUT, receive};
@@ -27,7 +27,7 @@ pub(crate) struct Stage {
     /// A cable between two hosts; none: this machine's loopback.
     network: Option<Network>,
     /// Of the scenario.
-    flags: Flags,
+    flags: Faulting,
     _scratch: Scratch,
 }
 
@@ -45,7 +45,7 @@ pub(crate) struct Cost {
 const BEFORE_THE_SWITCH: u64 = 8 << 20;
 
 impl Stage {
-    pub(crate) fn new(ram_mib: u32, flags: &Flags, mbit: Option<u32>) -> Outcome<Self> {
+    pub(crate) fn new(ram_mib: u32, flags: &Faulting, mbit: Option<u32>) -> Outcome<Self> {
         let scratch = Scratch::new()?;
         let firmware = scratch.path("firmware");
         let vcpus = flags.threads.max(1);
@@ -62,8 +62,8 @@ impl Stage {
         }
         let checkpoint = scratch.path("checkpoint");
         let stage = Self { vcpus, builder, checkpoint, network, flags: flags.clone(), _scratch: scratch };
+        // As it runs, so that it runs where it comes: it is halted.
         let mut source = stage.source(&[])?;
-        source.stop()?;
         receive(&mut source, &stage.checkpoint, &[])?;
         source.quit()?;
         Ok(stage)

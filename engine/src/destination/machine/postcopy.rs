@@ -13,8 +13,8 @@ use crate::error::{Error, Phase, Result};
 use crate::guest::PAGE;
 
 /// Refusal of POSTCOPY_ADVISE.
-const NO_POSTCOPY: &str = "the source may switch to postcopy, which is switched off here: switch it on (DestinationBuilder::postcopy; \
-    QEMU's capability postcopy-ram), or switch off capability postcopy-ram at the source";
+const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not allowed here: allow it (DestinationBuilder::postcopy), or \
+    switch off capability postcopy-ram at the source (and dirty-bitmaps, if it is on)";
 
 /// Most bytes of a package, whatever else is allowed: it is read while the guest is paused.
 const MAX_PACKAGE: usize = 256 << 20;
