@@ -99,8 +99,10 @@ fn run_of(cost: &Cost) -> Value {
     })
 }
 
-/// What is read off a run, and the part of QEMU's that is aimed at.
-const COLUMNS: [(&str, fn(&Cost) -> f64, f64); 4] = [
+/// What is read off a run: its name, how, and the part of QEMU's that is aimed at.
+type Column = (&'static str, fn(&Cost) -> f64, f64);
+
+const COLUMNS: [Column; 4] = [
     ("p50 µs", |cost| cost.latency.quantile(0.5), 0.5),
     ("p99 µs", |cost| cost.latency.quantile(0.99), 0.5),
     ("downtime ms", |cost| ms(cost.downtime), 1.0),
