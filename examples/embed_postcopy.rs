@@ -204,12 +204,14 @@ fn main() -> Result<()> {
         Ok::<_, Box<dyn Error + Send + Sync>>((sent, received))
     })?;
 
-    let (sent, received) = (sent.postcopy.ok_or("no post-copy")?, received.faults.ok_or("no faults")?);
+    let sent = sent.postcopy.ok_or("no post-copy")?;
+    let received = received.postcopy.ok_or("no post-copy")?;
+    let faults = received.faults.ok_or("no faults")?;
     println!("source: {sent}");
     assert_eq!((sent.recoveries, received.recoveries), (1, 1));
     println!(
         "embed_postcopy: every page was the source's, {} of them waited for, p99 {} us; over one link and then another",
-        received.faults, received.fault_us.p99
+        faults.faults, faults.fault_us.p99
     );
     Ok(())
 }

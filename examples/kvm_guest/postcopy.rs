@@ -119,8 +119,9 @@ pub(crate) fn destination() -> Result<()> {
     };
     running.wait_for_laps(5);
     running.pause()?;
-    let faults = report.faults.ok_or("no figures")?;
-    assert!(faults.faults > 0 && faults.requests > 0, "{faults:?}");
+    let postcopy = report.postcopy.ok_or("no post-copy")?;
+    let faults = postcopy.faults.ok_or("no figures")?;
+    assert!(faults.faults > 0 && postcopy.requests > 0, "{faults:?}");
     println!("quiet {:016x}", hash(&ram, quiet(&ram)));
     // Every addition is in the data and in the counter: a page that was lost, or came late, would
     // show here.

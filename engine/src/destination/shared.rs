@@ -35,6 +35,8 @@ pub(crate) struct DestinationShared {
     pub(crate) refusals: Refusals,
     pub(crate) codecs: Codecs,
     pub(crate) limits: ReceiveLimits,
+    /// Threads that hear of page faults, if the guest runs here before its RAM is here.
+    pub(crate) fault_threads: usize,
     listener: Mutex<Arc<Listener>>,
     /// Connections are accepted until the end: a source that may switch to post-copy makes one for
     /// urgent pages when it does.
@@ -109,6 +111,7 @@ impl DestinationShared {
             session: Arc::clone(session),
             channels: ChannelSync::new(&session.stop, config.channels),
             limits: ReceiveLimits::of(config),
+            fault_threads: config.fault_threads,
             refusals: Refusals::default(),
             codecs,
             listener: Mutex::new(Arc::clone(listener)),

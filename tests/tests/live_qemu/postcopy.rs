@@ -29,7 +29,7 @@ fn goes_on(way: &Way, when: When) -> Outcome {
     }
     device.write(WRITES)?;
     let report = guest.switch_over(precopy, &device).map_err(|failure| destination.explain(failure))?;
-    assert!(report.postcopy.is_some_and(|postcopy| postcopy.run_after.is_some()), "{report}");
+    assert!(report.postcopy.as_ref().is_some_and(|postcopy| postcopy.run_after.is_some()), "{report}");
     guest.check_goes_on(destination)
 }
 
