@@ -105,6 +105,7 @@ impl Migration {
         let begun = Instant::now();
         self.section(Section::End)?;
         self.ask_how_far(RAM_PING)?;
+        self.shared.ram.check_holes()?;
         ledger.last_ram_us = micros(begun.elapsed());
         self.audit = busy.rest(|| self.shared.ram.audit(&self.shared, &self.crew))?;
         Ok(())
