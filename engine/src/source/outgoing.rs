@@ -136,7 +136,7 @@ impl OutgoingRam {
             let digests = notes.audit.then(|| Digests::new(block.pages()));
             let paged = notes.paged.contains(block.name());
             let (data, absent) =
-                OutgoingBlock::what_is_absent(&block, mappings.as_ref(), paged)?;
+                OutgoingBlock::what_is_absent(&block, &page_table, mappings.as_ref(), paged)?;
             let per_host = (block.host_page_size() / PAGE).max(1);
             let outgoing =
                 OutgoingBlock { block, data, absent, zero_route, per_host, first_key, changes, digests };
@@ -279,6 +279,7 @@ impl OutgoingBlock {
     /// Pages that may hold data, and what those are that the page table does not have.
     fn what_is_absent(
         block: &RamBlock,
+        page_table: &PageTable,
         mappings: Option<&Mappings>,
         paged: bool,
     ) -> Result<(Option<DirtyBitmap>, Absent)> {
@@ -288,7 +289,8 @@ impl OutgoingBlock {
         }
         mappings.map_or(Ok(()), |mappings| pagers::refuse(mappings, block, Phase::Setup))?;
         let absent = mappings.map_or(Absent::Unknown, |mappings| mappings.absent(block));
-        let data = block.data_pages().map_err(|error| {
+        let huge = page_table.huge_data_pages(block, absent).transpose();
+        let data = huge.or_else(|| block.data_pages().transpose()).transpose().map_err(|error| {
             let detail = format!("looking for holes in RAM block {}", block.name());
             Error::new(ErrorKind::GuestMemory, Phase::Setup, detail).because(error)
         })?;

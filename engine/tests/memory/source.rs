@@ -96,6 +96,27 @@ fn huge_pages_that_nothing_has_touched_need_no_pool() {
     }
 }
 
+/// A page of one makes all of it present: what the guest has not used of it has to be read.
+#[test]
+fn transparent_huge_pages_arrive_and_untouched_ones_stay_so() {
+    const HUGE: usize = (2 << 20) / PAGE;
+    for way in WAYS {
+        let huge = || {
+            let block = block(map(READ_WRITE, PRIVATE, None, 6 * HUGE).unwrap());
+            advise(&block, 0..6 * HUGE, libc::MADV_HUGEPAGE);
+            block
+        };
+        let (here, there) = (huge(), huge());
+        fill(&here, 2 * HUGE + 5..2 * HUGE + 40);
+        let before = populated(&here);
+        go(way, &here, &there, || ()).success(&way);
+        assert_eq!(populated(&here), before, "{way:?}");
+        for number in [0, 2 * HUGE + 4, 2 * HUGE + 5, 2 * HUGE + 39, 2 * HUGE + 40, 6 * HUGE - 1] {
+            assert_eq!(page(&there, number), page(&here, number), "{way:?} {number}");
+        }
+    }
+}
+
 #[test]
 fn untouched_memory_stays_so() {
     for way in WAYS {
