@@ -282,6 +282,9 @@ pub(crate) struct Demo {
     /// With --postcopy: a connection of its own for pages that the guest waits for
     #[arg(long, requires = "postcopy")]
     pub(crate) postcopy_preempt: bool,
+    /// When the guest is paused, compare all of its RAM with what was sent: finds writes that the dirty log has missed
+    #[arg(long, conflicts_with = "postcopy")]
+    pub(crate) audit: bool,
     #[command(flatten)]
     pub(crate) convergence: Convergence,
 }
@@ -306,6 +309,10 @@ pub(crate) struct Convergence {
     /// Total time after which to give up
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) deadline: Option<Duration>,
+    /// Limit over all channels while the guest is paused, such as 10Gbit/s, where --max-bandwidth does not hold; 0: unlimited.
+    /// Default: unlimited
+    #[arg(long, value_name = "RATE", value_parser = human::rate)]
+    pub(crate) max_switchover_bandwidth: Option<Rate>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -330,7 +337,14 @@ impl Convergence {
             Stall::Continue => OnStall::Continue,
             Stall::Switch => OnStall::SwitchBelow(self.stall_limit),
         };
-        Limits { downtime_limit, on_stall, deadline: self.deadline, ..Limits::default() }
+        let max_switchover_bandwidth = self.max_switchover_bandwidth.and_then(|Rate(limit)| limit);
+        Limits {
+            downtime_limit,
+            on_stall,
+            deadline: self.deadline,
+            max_switchover_bandwidth,
+            ..Limits::default()
+        }
     }
 }
 
@@ -413,6 +427,16 @@ mod tests {
             assert!(flags.common.json && flags.common.quiet);
             assert_eq!(flags.common.channels, Some(2));
         }
+    }
+
+    #[test]
+    fn the_limit_of_the_switch_over_is_one_of_its_own() {
+        let line = "multifd demo --max-bandwidth 2KiB/s --max-switchover-bandwidth 1KiB/s";
+        let flags = Flags::try_parse_from(line.split(' ')).unwrap();
+        let Command::Demo(demo) = flags.command else { panic!("not a demo") };
+        let limits = demo.convergence.limits(Duration::ZERO);
+        assert_eq!(limits.max_switchover_bandwidth, NonZeroU64::new(1 << 10));
+        assert_eq!(flags.common.max_bandwidth(), NonZeroU64::new(2 << 10));
     }
 
     #[test]
