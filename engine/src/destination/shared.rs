@@ -90,9 +90,6 @@ struct Facts {
     over: bool,
 }
 
-/// Device state over parallel channels is kept in memory: at most 1 GiB of it.
-const MAX_DEVICE_BYTES: usize = 1 << 30;
-
 impl DestinationShared {
     pub(crate) fn new(
         session: &Arc<Session>,
@@ -292,13 +289,12 @@ impl DestinationShared {
             // Small packets cost more than what is in them.
             facts.device_bytes += len;
             facts.device_memory.push(share);
-            if facts.device_bytes <= MAX_DEVICE_BYTES {
+            let most = self.limits.device_state;
+            if facts.device_bytes <= most {
                 return Ok(());
             }
-            let detail = format!(
-                "{} bytes of device state on channels, expected at most {MAX_DEVICE_BYTES}",
-                facts.device_bytes
-            );
+            let bytes = facts.device_bytes;
+            let detail = format!("{bytes} bytes of device state on channels, expected at most {most}");
             Err(Error::misbehaved(Phase::Device, detail))
         })
     }

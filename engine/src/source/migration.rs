@@ -185,7 +185,7 @@ impl Migration {
         state.check()?;
         let begun = Instant::now();
         ledger.state_save_us = micros(begun.duration_since(last_ram_sent));
-        self.main.raw(state.sections())?;
+        state.send(|bytes| self.main.raw(bytes))?;
         let return_path = self.return_path.as_ref();
         let sent = self.carrier.finish(state.end(), &mut self.main, return_path, &self.shared)?;
         ledger.device_state_us = micros(sent.duration_since(begun));
