@@ -129,6 +129,10 @@ pub(crate) struct Receive {
     /// address, for this long each time. Default: fail, and leave the rest of the guest at the source
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) recover: Option<Duration>,
+    /// How long the source may be silent between two rounds: for a QEMU that is held before the switch-over
+    /// (pause-before-switchover), which cannot say that it is alive. Its host must answer --keepalive. Default: --timeout
+    #[arg(long, value_name = "TIME", value_parser = human::duration)]
+    pub(crate) hold_timeout: Option<Duration>,
     /// Refuse a guest with more RAM than this, such as 64G; 0: no limit. Default: what is free in the
     /// file system of --out, since a source decides how much of its RAM is not zero
     #[arg(long, value_name = "SIZE", value_parser = human::size)]

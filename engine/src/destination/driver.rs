@@ -7,6 +7,7 @@ use multifd_wire::{BlockName, Configuration, DiscardRange, Footer, Item, StreamH
 
 use super::arrival;
 use super::early::EarlyDevices;
+use super::hold;
 use super::machine::{Effect, Expected, Facts, Input, Machine, Observed};
 use super::mapped::PageReaders;
 use super::place::IncomingRam;
@@ -169,7 +170,13 @@ impl Driver {
             }
             Expected::Item => Input::Item(match &mut self.package {
                 Some(package) => package.item()?,
-                None => reader.next(Phase::Active, "a section or command", Item::parse)?,
+                None => {
+                    // Before there is RAM, a source has nothing to be held for.
+                    if let Some(limit) = self.shared.limits.hold.filter(|_| self.ram.is_some()) {
+                        hold::wait_between_rounds(reader, limit)?;
+                    }
+                    reader.next(Phase::Active, "a section or command", Item::parse)?
+                }
             }),
             Expected::Blocks { mapped } => {
                 self.open_blocks(mapped)?;

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
 use multifd_codecs::{Codec, Codecs};
 use multifd_transports::Listener;
@@ -57,10 +58,12 @@ pub(crate) struct ReceiveLimits {
     pub(crate) ram: Option<u64>,
     /// Memory beside it.
     pub(crate) memory: Budget,
-    /// Most bytes of the devices' sections that are kept.
+    /// Most bytes of the devices' sections that are kept, and of device state over channels.
     pub(crate) device_state: usize,
     /// Device state over parallel channels is taken.
     pub(crate) device_packets: bool,
+    /// How long it may be silent between two rounds, where that is longer than the timeout.
+    pub(crate) hold: Option<Duration>,
 }
 
 impl ReceiveLimits {
@@ -70,6 +73,7 @@ impl ReceiveLimits {
             memory: Budget::new(config.max_memory.unwrap_or_else(|| most_kept() as u64)),
             device_state: config.max_device_state.unwrap_or_else(most_kept),
             device_packets: config.device_packets,
+            hold: config.hold_timeout,
         }
     }
 }
