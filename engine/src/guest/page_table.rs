@@ -418,6 +418,6 @@ struct MappingQuery {
 // The size is part of the request's number.
 const _: () = assert!(size_of::<MappingQuery>() == 0x68);
 
-mod huge;
 #[cfg(test)]
 mod tests;
+mod walk;

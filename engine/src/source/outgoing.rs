@@ -234,16 +234,17 @@ impl OutgoingRam {
     }
 
     fn look_at_plugged(&self, block: &OutgoingBlock, pages: &[usize], found: &mut Found) -> Result<()> {
-        let hole = |page: &usize| block.data.as_ref().is_some_and(|data| !data.test(*page));
         let first_pass = self.holes_hold.load(Ordering::Relaxed);
-        if first_pass && pages.iter().all(hole) {
+        let known = |page: &usize| first_pass && block.data.as_ref().is_some_and(|data| !data.test(*page));
+        if pages.iter().all(known) {
             found.all_zero(pages.len());
-        } else {
-            self.page_table
-                .look(&block.block, block.absent, pages, found)
-                .map_err(|bad| block.block.fault(READING, bad.page..bad.page + 1, bad.cause))?;
+            return Ok(());
         }
-        if (first_pass || block.changes.is_none()) && found.zeros().any(|zero| zero) {
+        self.page_table
+            .look(&block.block, block.absent, pages, found)
+            .map_err(|bad| block.block.fault(READING, bad.page..bad.page + 1, bad.cause))?;
+        let meanwhile = pages.iter().zip(found.zeros()).any(|(page, zero)| zero && !known(page));
+        if meanwhile && (first_pass || block.changes.is_none()) {
             self.pagers.note_holes();
         }
         Ok(())
@@ -289,8 +290,8 @@ impl OutgoingBlock {
         }
         mappings.map_or(Ok(()), |mappings| pagers::refuse(mappings, block, Phase::Setup))?;
         let absent = mappings.map_or(Absent::Unknown, |mappings| mappings.absent(block));
-        let huge = page_table.huge_data_pages(block, absent).transpose();
-        let data = huge.or_else(|| block.data_pages().transpose()).transpose().map_err(|error| {
+        let walked = page_table.data_pages(block, absent).transpose();
+        let data = walked.or_else(|| block.data_pages().transpose()).transpose().map_err(|error| {
             let detail = format!("looking for holes in RAM block {}", block.name());
             Error::new(ErrorKind::GuestMemory, Phase::Setup, detail).because(error)
         })?;

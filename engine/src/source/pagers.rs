@@ -7,10 +7,11 @@ use super::outgoing::OutgoingBlock;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{Absent, Mappings, RamBlock};
 
-/// The look for userfaultfds when the migration begins, and again behind each pass in which holes were taken for zero.
+/// The look for userfaultfds when the migration begins, and again behind each pass in which holes were taken for zero that had
+/// not been there at the beginning.
 ///
 /// The kernel tells them in /proc/self/smaps only, and walks the page tables for it: 15 ms a GiB in pages of 4 KiB, next to
-/// nothing in huge ones. So it is not read behind a pass that has seen no hole. Holes of a block whose VMM tells what it gives back
+/// nothing in huge ones. So it is not read behind a pass without such a hole. Holes of a block whose VMM tells what it gives back
 /// (`RamChanges`) count in the first pass only, since those of later ones are what it told.
 #[derive(Debug)]
 pub(super) struct PagerWatch {
@@ -39,7 +40,7 @@ impl PagerWatch {
         })
     }
 
-    /// Pages that are not there go as zero.
+    /// Pages that are not there any more go as zero.
     pub(super) fn note_holes(&self) {
         // A load where it is set already: all workers come by here.
         if !self.holes_taken.load(Ordering::Relaxed) {

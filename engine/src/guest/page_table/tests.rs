@@ -116,7 +116,7 @@ fn huge_file() -> Option<File> {
 
 /// Pages that may hold data, as runs.
 fn data(block: &RamBlock, absent: Absent) -> Option<Vec<Range<usize>>> {
-    let data = PageTable::of_this_process().huge_data_pages(block, absent).unwrap()?;
+    let data = PageTable::of_this_process().data_pages(block, absent).unwrap()?;
     let mut runs: Vec<Range<usize>> = Vec::new();
     for page in (0..block.pages()).filter(|page| data.test(*page)) {
         match runs.last_mut().filter(|run| run.end == page) {
@@ -128,10 +128,17 @@ fn data(block: &RamBlock, absent: Absent) -> Option<Vec<Range<usize>>> {
 }
 
 #[test]
+fn untouched_memory_is_known_from_one_walk() {
+    assert_eq!(data(&block(), Absent::Zero), Some(vec![0..1, 5..8, 200..201]));
+    assert_eq!(data(&block(), Absent::InFile), None, "its file is asked for its holes");
+    let [_, _, old] = kernels();
+    assert!(old.data_pages(&block(), Absent::Unknown).unwrap().is_none());
+}
+
+#[test]
 fn untouched_huge_pages_are_known_from_one_walk() {
     let private = huge_block(None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB);
     assert_eq!(data(&private, Absent::Zero), Some(Vec::new()));
-    assert_eq!(data(&block(), Absent::Zero), None, "of other memory a walk gains nothing");
     let Some(file) = huge_file() else { return skip::skipped("no hugetlbfs here") };
     let shared = huge_block(Some(&file), libc::MAP_SHARED);
     assert_eq!(data(&shared, Absent::InFile), Some(Vec::new()));
