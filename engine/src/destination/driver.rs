@@ -161,6 +161,12 @@ impl Driver {
     }
 
     fn read(&mut self, expected: Expected) -> Result<Input> {
+        // Before there is RAM a source has nothing to be held for, and behind a switch it goes on at once.
+        let may_be_held = self.ram.is_some() && self.package.is_none() && !self.machine.has_switched();
+        let between_rounds = may_be_held && matches!(expected, Expected::Item | Expected::Footer);
+        if let Some(limit) = self.shared.limits.hold.filter(|_| between_rounds) {
+            hold::wait_between_rounds(&mut self.reader, limit)?;
+        }
         let reader = &mut self.reader;
         Ok(match expected {
             Expected::Configuration => {
@@ -170,13 +176,7 @@ impl Driver {
             }
             Expected::Item => Input::Item(match &mut self.package {
                 Some(package) => package.item()?,
-                None => {
-                    // Before there is RAM, a source has nothing to be held for.
-                    if let Some(limit) = self.shared.limits.hold.filter(|_| self.ram.is_some()) {
-                        hold::wait_between_rounds(reader, limit)?;
-                    }
-                    reader.next(Phase::Active, "a section or command", Item::parse)?
-                }
+                None => reader.next(Phase::Active, "a section or command", Item::parse)?,
             }),
             Expected::Blocks { mapped } => {
                 self.open_blocks(mapped)?;
