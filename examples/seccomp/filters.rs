@@ -70,7 +70,7 @@ const THREADS: &[(&str, &[i64])] = &[
             libc::SYS_getsockopt,
             libc::SYS_ioctl,
             libc::SYS_poll,
-            libc::SYS_sendto,
+            libc::SYS_sendmsg,
             libc::SYS_shutdown,
             libc::SYS_write,
         ],

@@ -15,7 +15,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use filters::Filters;
 use multifd_engine::{
@@ -82,7 +82,10 @@ fn send(source: Source, to: &Endpoint) -> Result<Report> {
     let mut precopy = source.connect(to)?;
     precopy.round()?;
     // Long enough for a sign of life: the guest is held between rounds.
-    thread::park_timeout(std::time::Duration::from_millis(600));
+    let held = Instant::now();
+    while let Some(left) = Duration::from_millis(600).checked_sub(held.elapsed()) {
+        thread::park_timeout(left);
+    }
     precopy.round()?;
     Ok(precopy.stop_copy()?.commit(&DeviceState::none())?)
 }

@@ -23,7 +23,8 @@ fn between<'a>(text: &'a str, begin: &str, end: &str) -> Outcome<&'a str> {
 
 /// The names of threads in a text: `mig-send` of `"mig-send-{id}"` and of `mig-send-N`.
 fn names(text: &str, quote: char) -> BTreeSet<String> {
-    let found = text.split(&format!("{quote}mig-")).skip(1).filter_map(|rest| rest.split(quote).next());
+    let begin = format!("{quote}mig-");
+    let found = text.split(&begin).skip(1).filter_map(|rest| rest.split(quote).next());
     found.map(|name| format!("mig-{}", name.trim_end_matches("-{id}").trim_end_matches("-N"))).collect()
 }
 
