@@ -114,14 +114,14 @@ fn huge_file() -> Option<File> {
     Some(file)
 }
 
-/// Pages that may hold data, as runs.
-fn data(block: &RamBlock, absent: Absent) -> Option<Vec<Range<usize>>> {
+/// Pages that may hold data: the first of each run, and the one behind it.
+fn data(block: &RamBlock, absent: Absent) -> Option<Vec<(usize, usize)>> {
     let data = PageTable::of_this_process().data_pages(block, absent).unwrap()?;
-    let mut runs: Vec<Range<usize>> = Vec::new();
+    let mut runs: Vec<(usize, usize)> = Vec::new();
     for page in (0..block.pages()).filter(|page| data.test(*page)) {
-        match runs.last_mut().filter(|run| run.end == page) {
-            Some(run) => run.end += 1,
-            None => runs.push(page..page + 1),
+        match runs.last_mut().filter(|(_, end)| *end == page) {
+            Some((_, end)) => *end += 1,
+            None => runs.push((page, page + 1)),
         }
     }
     Some(runs)
@@ -129,7 +129,7 @@ fn data(block: &RamBlock, absent: Absent) -> Option<Vec<Range<usize>>> {
 
 #[test]
 fn untouched_memory_is_known_from_one_walk() {
-    assert_eq!(data(&block(), Absent::Zero), Some(vec![0..1, 5..8, 200..201]));
+    assert_eq!(data(&block(), Absent::Zero), Some(vec![(0, 1), (5, 8), (200, 201)]));
     assert_eq!(data(&block(), Absent::InFile), None, "its file is asked for its holes");
     let [_, _, old] = kernels();
     assert!(old.data_pages(&block(), Absent::Unknown).unwrap().is_none());
@@ -153,7 +153,7 @@ fn untouched_huge_pages_are_known_from_one_walk() {
             return skip::skipped("other programs use up the pool of huge pages");
         }
     }
-    let middle = Some(vec![HUGE..2 * HUGE]);
+    let middle = Some(vec![(HUGE, 2 * HUGE)]);
     assert_eq!((data(&private, Absent::Zero), data(&shared, Absent::InFile)), (middle.clone(), middle));
     // Another process has written what this one has not mapped yet.
     let theirs = huge_block(Some(&file), libc::MAP_SHARED);
