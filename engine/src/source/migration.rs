@@ -103,6 +103,7 @@ impl Migration {
     pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger, busy: &Busy) -> Result<()> {
         self.begin_switch_over(ledger, busy)?;
         let begun = Instant::now();
+        self.shared.ram.begin_last_pass();
         self.section(Section::End)?;
         self.ask_how_far(RAM_PING)?;
         self.shared.ram.check_holes()?;

@@ -108,6 +108,8 @@ pub(super) struct OutgoingRam {
     holes_hold: AtomicBool,
     page_table: PageTable,
     pagers: PagerWatch,
+    /// Nothing has run since holes were looked for, or registers a userfaultfd.
+    guest_paused: bool,
     attached: Option<Attached>,
 }
 
@@ -125,7 +127,7 @@ impl OutgoingRam {
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Setup, "no RAM blocks"));
         }
         let attached = notes.changes.as_ref().map(|changes| changes.attach(&ram)).transpose()?;
-        let pagers = PagerWatch::begin(notes.guest_paused);
+        let pagers = PagerWatch::begin();
         let mappings = pagers.mappings()?;
         let page_table = PageTable::of_this_process();
         let mut first_key = 0;
@@ -158,6 +160,7 @@ impl OutgoingRam {
             holes_hold: AtomicBool::new(true),
             page_table,
             pagers,
+            guest_paused: notes.guest_paused,
             attached,
         })
     }
@@ -208,6 +211,14 @@ impl OutgoingRam {
         })
     }
 
+    /// No pass follows that would send what was written since holes were looked for: they are not believed any more, even if this
+    /// pass is the first.
+    pub(super) fn begin_last_pass(&self) {
+        if !self.guest_paused {
+            self.forget_holes();
+        }
+    }
+
     /// The first pass is over.
     pub(super) fn forget_holes(&self) {
         self.holes_hold.store(false, Ordering::Relaxed);
@@ -215,7 +226,7 @@ impl OutgoingRam {
 
     /// Behind a pass over RAM: that what went as zero because it is not there was no page that is filled on demand.
     pub(super) fn check_holes(&self) -> Result<()> {
-        self.pagers.check(self.blocks.iter())
+        if self.guest_paused { Ok(()) } else { self.pagers.check(self.blocks.iter()) }
     }
 
     /// Finds out which of `pages` are zero without being read, and that the others can be read.

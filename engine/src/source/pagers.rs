@@ -19,16 +19,14 @@ pub(super) struct PagerWatch {
     smaps: Option<File>,
     /// Holes were taken for zero since the last look.
     holes_taken: AtomicBool,
-    /// Nothing runs that could register one.
-    guest_paused: bool,
 }
 
 impl PagerWatch {
-    pub(super) fn begin(guest_paused: bool) -> Self {
+    pub(super) fn begin() -> Self {
         let smaps = File::open("/proc/self/smaps")
             .inspect_err(|error| tracing::warn!(%error, "userfaultfds of guest memory cannot be seen"))
             .ok();
-        Self { smaps, holes_taken: AtomicBool::default(), guest_paused }
+        Self { smaps, holes_taken: AtomicBool::default() }
     }
 
     /// How memory is mapped now. `None`: it cannot be told.
@@ -54,7 +52,7 @@ impl PagerWatch {
     /// A userfaultfd was registered meanwhile: what went as zero may not be zero.
     pub(super) fn check<'b>(&self, blocks: impl IntoIterator<Item = &'b OutgoingBlock>) -> Result<()> {
         // The end of the round orders it.
-        if self.guest_paused || !self.holes_taken.swap(false, Ordering::Relaxed) {
+        if !self.holes_taken.swap(false, Ordering::Relaxed) {
             return Ok(());
         }
         let Some(mappings) = self.mappings()? else { return Ok(()) };
