@@ -23,6 +23,7 @@ mod channels;
 mod deadline;
 mod driver;
 mod early;
+mod hold;
 mod machine;
 mod mapped;
 mod place;
