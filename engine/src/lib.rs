@@ -43,8 +43,8 @@ pub use at_rest::recording::{
 pub use config::{DestinationConfig, SourceConfig, parameter, rule};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{
-    Arrived, Destination, DestinationBuilder, DevicePacket, Incoming, IncomingRam, PostcopyEnd,
-    PostcopyGuest, SwitchoverAck,
+    Arrived, Destination, DestinationBuilder, DevicePacket, DigestsDiffer, Incoming, IncomingRam,
+    PostcopyEnd, PostcopyGuest, SwitchoverAck,
 };
 pub use dirty::{
     Coverage, DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance,
@@ -53,7 +53,7 @@ pub use dirty::{
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use error::{Error, ErrorKind, Phase, Remedy, Result};
 pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock, RamChanges};
-pub use report::{FaultLatency, Figures, PostcopyFigures, Report, ThreadWaits};
+pub use report::{DigestVerdict, FaultLatency, Figures, PostcopyFigures, Report, ThreadWaits};
 pub use run::counters::{ChannelProgress, Progress};
 pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, ProgressReader};
 pub use run::state::MigrationState;

@@ -40,8 +40,20 @@ pub struct Report {
     pub postcopy: Option<PostcopyReport>,
     /// What was compared with what had been sent, if [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for.
     pub audit: Option<AuditReport>,
+    /// Whether all of RAM is at the destination what it was at the source, where both ends are multifd and kept a digest of it
+    /// ([`SourceConfig::digest`](crate::SourceConfig::digest)).
+    pub digest: Option<DigestVerdict>,
     /// How its threads waited for pages, if the guest ran here before its RAM was here.
     pub faults: Option<PostcopyFigures>,
+}
+
+/// What a comparison of digests has come to. A difference is an error, because of [`DigestsDiffer`](crate::DigestsDiffer).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum DigestVerdict {
+    /// Every page was placed as it was sent.
+    Equal,
 }
 
 /// A post-copy, as the destination saw it.
@@ -107,6 +119,9 @@ pub struct Figures {
     pub codec: String,
     /// Bytes on the wire per second of the total time.
     pub throughput_bytes_per_s: u64,
+    /// [`Report::digest`]: `equal`; not there without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub digest: Option<DigestVerdict>,
     /// [`Report::faults`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub postcopy: Option<PostcopyFigures>,
@@ -128,6 +143,7 @@ impl Report {
             faults: None,
             postcopy: None,
             audit: None,
+            digest: None,
         }
     }
 
@@ -151,6 +167,7 @@ impl Report {
     pub fn figures(&self) -> Figures {
         Figures {
             codec: self.codec.clone(),
+            digest: self.digest,
             postcopy: self.faults.clone(),
             ..Figures::of(&self.progress, self.total, self.setup, self.downtime)
         }
@@ -173,6 +190,7 @@ impl Figures {
             downtime_ms: ms(downtime),
             progress: progress.clone(),
             codec: String::new(),
+            digest: None,
             postcopy: None,
             throughput_bytes_per_s: u64::try_from(per_second).unwrap_or(u64::MAX),
         }
@@ -198,6 +216,9 @@ impl fmt::Display for Report {
             progress.pages_normal, progress.pages_zero, progress.pages_xbzrle, progress.rounds
         )?;
         write!(f, "channels     {} ({})", progress.channels, figures.codec)?;
+        if let Some(DigestVerdict::Equal) = self.digest {
+            f.write_str("\ndigest       equal")?;
+        }
         if let Some(stats) = &self.xbzrle {
             let looked_up = (stats.hits + stats.misses).max(1);
             let off = if stats.switched_off { ", switched off" } else { "" };

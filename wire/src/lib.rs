@@ -58,13 +58,14 @@ pub use invalid::{Invalid, Parsed};
 pub use item::{Footer, Item, ItemType, SectionHead, SectionId};
 pub use multifd::{
     CodecId, DeviceStatePacket, InitialPacket, MAX_DEVICE_STATE_PAYLOAD, MAX_PAYLOAD, MULTIFD_MAGIC,
-    PACKET_PREFIX_LEN, PacketFlags, PacketKind, RamPacket, RamPacketHeader, header_len, pages_per_packet,
+    PACKET_PREFIX_LEN, PacketChecks, PacketFlags, PacketKind, RamPacket, RamPacketHeader, header_len,
+    pages_per_packet,
 };
 pub use names::BlockName;
 pub use page_size::PageSize;
 pub use ram::{BlockRef, RAM_SECTION, RAM_SECTION_VERSION, RamRecord};
 pub use return_path::{
-    ALIVE_PING, Failure, HELLO_PING, Hello, MAX_RETURN_MESSAGE, RAM_PING, ReturnMessage, SETUP_PING,
+    ALIVE_PING, Failure, HELLO_PING, Hello, MAX_RETURN_MESSAGE, RAM_PING, ReturnMessage, SETUP_PING, Wishes,
 };
 pub use split::{DeviceSection, split_tail};
 pub use stream::{STREAM_MAGIC, STREAM_VERSION, StreamHeader};

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use multifd_codecs::{Codec, CodecId};
 use multifd_transports::{Endpoint, SocketOptions};
+use multifd_wire::Wishes;
 use serde::Serialize;
 
 use super::parameter;
@@ -71,6 +72,14 @@ pub struct SourceConfig {
     /// without a dirty bit end the migration with [`MissedPages`](crate::MissedPages), and the guest runs on. Costs a copy of
     /// each page that is sent, and downtime: all of RAM is read, on all cores. Default: no.
     pub audit: bool,
+    /// Gives each packet of the parallel channels a checksum, which another multifd looks at before it places a page of it: what
+    /// was changed on the way ends the migration, and names channel, packet and block. TLS sees the same, and what was
+    /// changed on purpose, too. Costs a copy of each page and a hash of it, at both ends. Not with zero-copy send. Default: yes.
+    pub checksums: bool,
+    /// Keeps a digest of all RAM as its pages are sent, 8 bytes a page, and has another multifd, which keeps one as they are
+    /// placed, compare them when the last page is there, before the guest is handed over. Up to a switch to post-copy, and not
+    /// with zero-copy send. Costs as `checksums`, together not more than one of them. Default: yes.
+    pub digest: bool,
     /// Announces the switch-over to the destination's devices: QEMU 10.0 with machine types from 10.0 on. Default: no.
     pub switchover_start: bool,
     /// Has [`Precopy::stop_copy`](crate::Precopy::stop_copy) wait for [`Control::proceed`](crate::Control::proceed) before the
@@ -119,6 +128,8 @@ impl Default for SourceConfig {
             postcopy_preempt: false,
             max_postcopy_bandwidth: None,
             audit: false,
+            checksums: true,
+            digest: true,
             switchover_start: false,
             pause_before_switchover: false,
             timeout: DEFAULT_TIMEOUT,
@@ -128,6 +139,13 @@ impl Default for SourceConfig {
 }
 
 impl SourceConfig {
+    /// What another multifd is to check.
+    pub(crate) fn wishes(&self) -> Wishes {
+        // What the kernel sends later may have another content than what was hashed.
+        let known = self.zero_copy == ZeroCopySend::Off;
+        Wishes { checksums: self.checksums && self.channels > 0 && known, digest: self.digest && known }
+    }
+
     /// The one place that knows what may be combined: with each other, with the codec and TLS, and with where it goes to.
     pub(crate) fn check(&self, around: Surroundings<'_>) -> Result<(), String> {
         self.check_values()?;

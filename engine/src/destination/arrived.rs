@@ -11,7 +11,7 @@ use super::driver::ReceivedMain;
 use super::return_path::ReturnPath;
 use super::shared::{DestinationShared, DevicePacket};
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::report::Report;
+use crate::report::{DigestVerdict, Report};
 use crate::run::counters::Progress;
 use crate::run::session::HandOver;
 use crate::run::workers::Crew;
@@ -150,6 +150,8 @@ impl Arrived {
         }
         let mut report = Report::of(&self.shared.session, total, self.codec());
         report.downtime = downtime;
+        let compared = self.shared.wishes().digest && !self.switched;
+        report.digest = compared.then_some(DigestVerdict::Equal);
         report.ledger.load_us = u64::try_from(load.as_micros()).unwrap_or(u64::MAX);
         self.wind_up();
         told.map(|()| report)

@@ -232,8 +232,10 @@ impl Driver {
             Effect::Answer(phase, message) => self.return_path.send(phase, &message)?,
             Effect::AnswerWhenLoaded(value) => self.when_loaded.push(value),
             Effect::CheckUuid(uuid) => self.shared.on_uuid(uuid)?,
+            Effect::Compare { block, digest } => self.compare(&block, digest)?,
             Effect::CountRound => Counters::add(&self.shared.session.counters.rounds, 1),
             Effect::Discard { block, ranges } => self.discard(&block, &ranges)?,
+            Effect::Heed(wishes) => self.shared.heed(wishes),
             Effect::KeepEarly { within_ram } => self.early.place(within_ram),
             Effect::KeepListening => {
                 listen::check_kernel(self.guest)?;
@@ -251,6 +253,14 @@ impl Driver {
             Effect::SyncPoint => self.shared.sync_point()?,
         }
         Ok(())
+    }
+
+    fn compare(&self, block: &BlockName, digest: u64) -> Result<()> {
+        let none = || Error::bug(Phase::Active, "a digest is compared before there are blocks");
+        let sinks = self.ram.as_ref().ok_or_else(none)?.sinks();
+        sinks.find(block.as_str())?.compare(digest)?;
+        // With the last of them, before device state.
+        if sinks.are_compared() { sinks.check_digests() } else { Ok(()) }
     }
 
     fn discard(&self, block: &BlockName, ranges: &[DiscardRange]) -> Result<()> {
@@ -301,6 +311,9 @@ impl Driver {
         let most = self.shared.limits.device_state;
         let tail = tail::read(&mut self.reader, &begun, timeout, most, &mut memory)?;
         arrival::check_all_came(ram.sinks(), &early, &tail)?;
+        if self.shared.wishes().digest {
+            ram.sinks().check_digests()?;
+        }
         stream_end::wait(&mut self.reader, &self.return_path, timeout)?;
         received(self.machine.facts(), early, tail, memory)
     }

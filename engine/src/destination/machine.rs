@@ -16,8 +16,8 @@
 use std::time::Instant;
 
 use multifd_wire::{
-    Advise, Command, Configuration, HELLO_PING, Hello, Item, RAM_SECTION, RAM_SECTION_VERSION, ReturnMessage,
-    SectionHead, SectionId,
+    Advise, BlockName, Command, Configuration, HELLO_PING, Hello, Item, RAM_SECTION, RAM_SECTION_VERSION,
+    ReturnMessage, SectionHead, SectionId, Wishes,
 };
 
 use super::switchover::{Acknowledgement, SwitchoverAck};
@@ -64,6 +64,8 @@ pub(super) struct Facts {
     pub(super) guest_stopped: Option<Instant>,
     /// The source may switch to post-copy.
     pub(super) advise: Option<Advise>,
+    /// The source has been told what this end can do.
+    introduced: bool,
 }
 
 /// Whether anything can be said to the source.
@@ -303,14 +305,40 @@ impl Machine {
                 if value == HELLO_PING {
                     let hello = Hello { version: dialect::VERSION, features: dialect::FEATURES };
                     effects.push(Effect::SpeakDialect);
+                    self.facts.introduced = self.return_path == ReturnDirection::Open;
                     self.answer(Phase::Setup, ReturnMessage::Hello(hello), effects)?;
+                }
+                // What was recorded wished, too, but was not told that its wishes are heeded.
+                if let Some(wishes) = Wishes::of_ping(value).filter(|_| self.facts.introduced) {
+                    effects.push(Effect::Heed(wishes));
                 }
                 self.answer(Phase::Active, ReturnMessage::Pong(value), effects)?;
             }
+            Command::Digest { block, digest } => self.on_digest(ram.as_ref(), block, digest, effects)?,
             Command::SwitchoverStart => self.facts.switchover_start = true,
             other => return self.on_postcopy_command(other, ram, observed, effects),
         }
         Ok(ram.map_or(State::BeforeRam, State::Live))
+    }
+
+    /// What the pages of a block have to be.
+    fn on_digest(
+        &self,
+        ram: Option<&Ram>,
+        block: BlockName,
+        digest: u64,
+        effects: &mut Effects,
+    ) -> Result<()> {
+        if !self.facts.introduced {
+            let detail = format!("a digest of RAM block {block}, from a source that has asked for no HELLO");
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        if !ram.is_some_and(Ram::ended) {
+            let detail = format!("a digest of RAM block {block} before the END of ram");
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        effects.push(Effect::Compare { block, digest });
+        Ok(())
     }
 
     fn open_return_path(&mut self, effects: &mut Effects) -> Result<()> {

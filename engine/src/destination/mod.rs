@@ -42,7 +42,7 @@ use multifd_transports::{Channel, Endpoint, Listener, ThreadHook, TlsServer};
 
 pub use arrived::Arrived;
 pub use builder::DestinationBuilder;
-pub use place::IncomingRam;
+pub use place::{DigestsDiffer, IncomingRam};
 pub use shared::DevicePacket;
 pub use switchover::SwitchoverAck;
 

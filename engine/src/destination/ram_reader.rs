@@ -66,6 +66,9 @@ impl RamReader {
         })?;
         shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
         let sinks = Arc::new(BlockSinks::new(&announced, &blocks)?);
+        if shared.wishes().digest {
+            sinks.keep_digests();
+        }
         shared.publish(Arc::clone(&sinks));
         if let Some(file) = file {
             readers.load(file, &announced, &sinks, shared)?;

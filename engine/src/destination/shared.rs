@@ -1,11 +1,11 @@
 //! What the receiving threads share.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use multifd_codecs::{Codec, Codecs};
 use multifd_transports::Listener;
-use multifd_wire::{DeviceStatePacket, PacketFlags};
+use multifd_wire::{DeviceStatePacket, PacketFlags, Wishes};
 
 use super::channels::sync::ChannelSync;
 use super::place::BlockSinks;
@@ -40,6 +40,8 @@ pub(crate) struct DestinationShared {
     keeps_listening: AtomicBool,
     /// HELLO was said: the source may send packets of the multifd dialect.
     dialect: AtomicBool,
+    /// What the source wishes to be checked. Set before there is memory for its pages.
+    wishes: OnceLock<Wishes>,
     /// One for each connection that may carry urgent pages.
     urgent: Arc<()>,
     facts: Monitor<Facts>,
@@ -110,6 +112,7 @@ impl DestinationShared {
             urgent: Arc::default(),
             keeps_listening: AtomicBool::new(false),
             dialect: AtomicBool::new(false),
+            wishes: OnceLock::new(),
             facts: Monitor::new(Facts::default(), &session.stop),
         })
     }
@@ -211,6 +214,16 @@ impl DestinationShared {
     /// True if packets of the multifd dialect may come.
     pub(crate) fn speaks_dialect(&self) -> bool {
         self.dialect.load(Ordering::Relaxed)
+    }
+
+    /// The source wishes these checks. The first word counts: one that came between pages would be too late.
+    pub(crate) fn heed(&self, wishes: Wishes) {
+        self.wishes.get_or_init(|| wishes);
+    }
+
+    /// What the source wishes to be checked.
+    pub(crate) fn wishes(&self) -> Wishes {
+        self.wishes.get().copied().unwrap_or_default()
     }
 
     /// Main has read the list of blocks: pages can land.

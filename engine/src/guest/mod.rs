@@ -4,6 +4,7 @@
 mod bitmap;
 mod block;
 mod changes;
+mod digests;
 mod holes;
 mod mappings;
 mod memory;
@@ -17,5 +18,6 @@ pub use memory::HostMemory;
 pub(crate) use bitmap::PAGES_PER_WORD;
 pub(crate) use block::{PAGE_SIZE, READING};
 pub(crate) use changes::{Attached, BlockChanges, Parts};
+pub(crate) use digests::{PageDigests, hash, zero_hash};
 pub(crate) use mappings::{Absent, Mappings};
 pub(crate) use page_table::{Found, PageTable};

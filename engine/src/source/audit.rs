@@ -4,18 +4,16 @@ use std::fmt;
 use std::num::NonZero;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use multifd_wire::{BlockName, pages_per_packet};
 use serde::Serialize;
 use thiserror::Error;
-use twox_hash::XxHash3_64;
 
 use super::outgoing::OutgoingRam;
 use super::shared::SourceShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::{DirtyBitmap, Found, PAGE, PAGE_SIZE};
+use crate::guest::{DirtyBitmap, Found, PAGE, PAGE_SIZE, hash};
 use crate::run::stop::Monitor;
 use crate::run::workers::Crew;
 use crate::work::{BlockIndex, Claim, Round};
@@ -39,35 +37,8 @@ pub struct MissedPages {
     pub blocks: Vec<(BlockName, Vec<usize>)>,
 }
 
-/// A digest of what was sent last of each page of a block.
-#[derive(Debug)]
-pub(super) struct Digests(Box<[AtomicU64]>);
-
 /// Ranges of pages that an error's text names.
 const NAMED: usize = 32;
-
-impl Digests {
-    pub(super) fn new(pages: usize) -> Self {
-        Self((0..pages).map(|_| AtomicU64::new(0)).collect())
-    }
-
-    /// `content` is what goes out as this page.
-    pub(super) fn note(&self, page: usize, content: &[u8; PAGE]) -> Result<()> {
-        // Relaxed: the end of the round orders it before the audit.
-        self.at(page)?.store(digest(content), Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn at(&self, page: usize) -> Result<&AtomicU64> {
-        let missing = || Error::bug(Phase::Active, format_args!("page {page} has no digest"));
-        self.0.get(page).ok_or_else(missing)
-    }
-}
-
-/// Of content that a guest wrote, by no means to deceive.
-fn digest(content: &[u8; PAGE]) -> u64 {
-    XxHash3_64::oneshot(content)
-}
 
 #[derive(Default)]
 struct Progress {
@@ -82,7 +53,7 @@ impl OutgoingRam {
     /// # Errors
     /// `GuestMemory` because of [`MissedPages`].
     pub(super) fn audit(&self, shared: &Arc<SourceShared>, crew: &Crew) -> Result<Option<AuditReport>> {
-        if self.blocks.iter().all(|block| block.digests().is_none()) {
+        if !self.audits {
             return Ok(None);
         }
         let begun = Instant::now();
@@ -134,7 +105,7 @@ impl OutgoingRam {
                         format_args!("page {page} is outside of its block"),
                     ));
                 }
-                if digests.at(*page)?.load(Ordering::Relaxed) != digest(&content) {
+                if !digests.is_noted(*page, hash(&content))? {
                     missed.push((batch.block, *page));
                 }
             }

@@ -116,6 +116,7 @@ impl Source {
             setup: Duration::ZERO,
             rounds: 0,
             audit: None,
+            wishes: self.config.wishes(),
             alive,
             _note_end: NoteEnd(Arc::clone(&self.session)),
         }
@@ -152,6 +153,7 @@ impl Source {
             packets: CachePadded::default(),
             cache: config.xbzrle_cache.map(PageCache::new),
             peer_features: AtomicU64::new(0),
+            agreed: OnceLock::new(),
             zero_copy: config.zero_copy,
             urgent: OnceLock::new(),
         });

@@ -9,7 +9,7 @@ use super::outgoing::{HeldBlock, OutgoingBlock, OutgoingRam, ZeroRoute};
 use super::page_cache::{Lookup, PageCache};
 use super::rounds::RoundContext;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::{Found, PAGE};
+use crate::guest::{Found, PAGE, PageDigests, hash, zero_hash};
 use crate::stream::dialect;
 
 /// Buffers are kept from packet to packet. 512 KiB of pages at most.
@@ -21,6 +21,8 @@ pub(super) struct Packet {
     pub(super) zero: Vec<u64>,
     /// Private copies of the `normal` pages, back to back. Empty: they go straight from guest memory.
     pub(super) pages: Vec<u8>,
+    /// Hashes of these copies, if they were asked for.
+    pub(super) hashes: Vec<u64>,
     /// Offsets of the pages that go as differences.
     pub(super) delta: Vec<u64>,
     /// Their payload.
@@ -39,6 +41,7 @@ impl Packet {
         self.blank.clear();
         self.zero.clear();
         self.pages.clear();
+        self.hashes.clear();
         self.delta.clear();
         self.delta_payload.clear();
     }
@@ -52,7 +55,7 @@ impl Packet {
         pages: &[usize],
     ) -> Result<()> {
         if block.digests().is_some() {
-            return self.copy_in(ram, block, pages, None);
+            return self.copy_in(ram, block, pages, None, false);
         }
         ram.look(block, pages, &mut self.found)?;
         let seek_zero = block.zero_route != ZeroRoute::Content;
@@ -102,25 +105,20 @@ impl Packet {
     }
 
     /// Copies pages to private memory, keeps those that are not zero, and turns those into differences that the cache knows.
+    /// `hashed`: the hashes of what is kept are wanted.
     pub(super) fn copy_in(
         &mut self,
         ram: &OutgoingRam,
         block: &HeldBlock<'_>,
         pages: &[usize],
         cache: Option<(&PageCache, RoundContext)>,
+        hashed: bool,
     ) -> Result<()> {
         let seek_zero = block.zero_route != ZeroRoute::Content;
+        let mut noting = block.digests().map(PageDigests::noting);
         ram.look(block, pages, &mut self.found)?;
         for (page, absent) in pages.iter().zip(self.found.zeros()) {
             let offset = (page * PAGE) as u64;
-            if seek_zero && absent {
-                block.digests().map_or(Ok(()), |digests| digests.note(*page, &ZEROS))?;
-                if let Some((cache, _)) = cache {
-                    cache.zeroed(block.key(*page));
-                }
-                self.zero.push(offset);
-                continue;
-            }
             let start = self.pages.len();
             self.pages.resize(start + PAGE, 0);
             let copy = self.pages.last_chunk_mut::<PAGE>();
@@ -128,8 +126,8 @@ impl Packet {
             if !absent && !block.block.load_page(*page, copy) {
                 return Err(outside());
             }
-            block.digests().map_or(Ok(()), |digests| digests.note(*page, copy))?;
-            if seek_zero && zero::is_zero(copy) {
+            if seek_zero && (absent || zero::is_zero(copy)) {
+                noting.as_mut().map_or(Ok(()), |noting| noting.note(*page, zero_hash()))?;
                 if let Some((cache, _)) = cache {
                     cache.zeroed(block.key(*page));
                 }
@@ -137,12 +135,19 @@ impl Packet {
                 self.zero.push(offset);
                 continue;
             }
+            let hash = (hashed || noting.is_some()).then(|| hash(copy));
+            if let (Some(noting), Some(hash)) = (&mut noting, hash) {
+                noting.note(*page, hash)?;
+            }
             self.one_delta.clear();
             let lookup = cache.map_or(Lookup::Plain, |(cache, context)| {
                 cache.lookup(block.key(*page), copy, context, &mut self.one_delta)
             });
             match lookup {
-                Lookup::Plain => self.normal.push(offset),
+                Lookup::Plain => {
+                    self.normal.push(offset);
+                    self.hashes.extend(hash);
+                }
                 Lookup::Delta => {
                     self.pages.truncate(start);
                     self.delta.push(offset);

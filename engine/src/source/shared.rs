@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use crossbeam_utils::CachePadded;
 use multifd_codecs::Codec;
 use multifd_transports::Pacer;
-use multifd_wire::pages_per_packet;
+use multifd_wire::{Wishes, pages_per_packet};
 
 use super::outgoing::OutgoingRam;
 use super::page_cache::PageCache;
@@ -31,6 +31,8 @@ pub(super) struct SourceShared {
     pub(super) cache: Option<PageCache>,
     /// Features of a multifd destination; 0: not known yet, or a QEMU.
     pub(super) peer_features: AtomicU64,
+    /// What the destination checks. Set before the first page goes.
+    pub(super) agreed: OnceLock<Wishes>,
     pub(super) zero_copy: ZeroCopySend,
     /// Pages that are wanted before their turn. Not set: none may be asked for.
     pub(super) urgent: OnceLock<UrgentPages>,
@@ -46,6 +48,11 @@ impl SourceShared {
     /// The cache, if it serves this round on the main channel: every destination takes differences there.
     pub(super) fn deltas_for_main(&self, context: RoundContext) -> Option<&PageCache> {
         self.cache.as_ref().filter(|cache| cache.serves(context))
+    }
+
+    /// What the destination checks: nothing as long as it is not known.
+    pub(super) fn agreed(&self) -> Wishes {
+        self.agreed.get().copied().unwrap_or_default()
     }
 
     /// The pages of `round`, those that are wanted first.
@@ -109,6 +116,7 @@ pub(in crate::source) mod tests {
             packets: CachePadded::default(),
             cache: None,
             peer_features: AtomicU64::new(0),
+            agreed: OnceLock::new(),
             zero_copy: ZeroCopySend::Off,
             urgent: OnceLock::new(),
         })

@@ -7,10 +7,10 @@
 use std::time::Duration;
 
 use multifd_codecs::{Codec, CodecId};
-use multifd_wire::Failure;
+use multifd_wire::{Failure, Wishes};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::PAGE;
+use crate::guest::{PAGE, hash};
 
 /// Version that HELLO carries.
 pub(crate) const VERSION: u16 = 1;
@@ -27,8 +27,31 @@ const FEATURE_ALIVE: u64 = 1 << 2;
 /// Feature: the destination says how long it took to load the device state, before its SHUT.
 const FEATURE_LOAD_TIME: u64 = 1 << 3;
 
+/// Feature: checksums of packets are looked at.
+const FEATURE_CHECKSUMS: u64 = 1 << 6;
+
+/// Feature: digests of the pages that were placed are kept, and compared with the source's at the end of RAM.
+const FEATURE_DIGEST: u64 = 1 << 7;
+
 /// All that a destination of this version can do.
-pub(crate) const FEATURES: u64 = FEATURE_DELTAS | FEATURE_REASONS | FEATURE_ALIVE | FEATURE_LOAD_TIME;
+pub(crate) const FEATURES: u64 =
+    FEATURE_DELTAS | FEATURE_REASONS | FEATURE_ALIVE | FEATURE_LOAD_TIME | FEATURE_CHECKSUMS | FEATURE_DIGEST;
+
+/// What a destination with these features does of a source's wishes.
+pub(crate) fn granted(wishes: Wishes, features: u64) -> Wishes {
+    let has = |feature: u64| features & feature != 0;
+    Wishes {
+        checksums: wishes.checksums && has(FEATURE_CHECKSUMS),
+        digest: wishes.digest && has(FEATURE_DIGEST),
+    }
+}
+
+/// The checksum of a packet's content, from the hash of each page in it. Of differences it is the hash of
+/// their payload.
+pub(crate) fn checksum_of_pages(hashes: &[u64]) -> u64 {
+    let bytes: Vec<u8> = hashes.iter().flat_map(|hash| hash.to_be_bytes()).collect();
+    hash(&bytes)
+}
 
 /// Between two signs of life of an end whose embedder has it in hand.
 pub(crate) const ALIVE_INTERVAL: Duration = Duration::from_millis(250);

@@ -13,6 +13,7 @@ mod file;
 mod freed;
 mod guest;
 mod own;
+mod proof;
 mod relay;
 mod tls;
 mod told;

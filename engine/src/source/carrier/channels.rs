@@ -7,12 +7,12 @@ use std::sync::atomic::Ordering;
 use multifd_codecs::{CodecId, Encoder};
 use multifd_transports::Channel;
 use multifd_wire::{
-    Configuration, InitialPacket, MAX_PAYLOAD, PacketFlags, RamPacketHeader, RamRecord, header_len,
-    pages_per_packet,
+    Configuration, InitialPacket, MAX_PAYLOAD, PacketChecks, PacketFlags, RamPacketHeader, RamRecord,
+    header_len, pages_per_packet,
 };
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::PAGE_SIZE;
+use crate::guest::{PAGE_SIZE, hash};
 use crate::io::IoVecs;
 use crate::run::counters::{ChannelCounters, Counters};
 use crate::run::workers::Crew;
@@ -22,6 +22,7 @@ use crate::source::packet::{Content, Packet};
 use crate::source::rounds::{RoundContext, Rounds, Work, ZeroReport};
 use crate::source::shared::SourceShared;
 use crate::source::zero_copy::ZeroCopySender;
+use crate::stream::dialect;
 use crate::work::{Batch, Place, Round};
 
 /// The parallel channels of a migration.
@@ -189,8 +190,10 @@ impl SendWorker {
         let block = &shared.ram.hold(batch.block);
         let cache = shared.deltas_for_peer(context).map(|cache| (cache, context));
         self.packet.clear();
-        if self.encoder.is_some() || cache.is_some() {
-            self.packet.copy_in(&shared.ram, block, batch.pages, cache)?;
+        let checksums = shared.agreed().checksums;
+        if self.encoder.is_some() || cache.is_some() || checksums {
+            // What a checksum is of may not change before it is sent.
+            self.packet.copy_in(&shared.ram, block, batch.pages, cache, checksums)?;
         } else {
             self.packet.sort_out(&shared.ram, block, batch.pages)?;
         }
@@ -229,6 +232,7 @@ impl SendWorker {
                 (&packet.normal, &packet.zero),
                 payload.len(),
             )?;
+            seal_pages(&mut self.header, &self.shared, packet)?;
             send_private(&self.channel, &self.shared, &self.header, payload)?;
         }
         Counters::add(&self.counters.packets, 1);
@@ -249,6 +253,7 @@ impl SendWorker {
             (&packet.normal, &packet.zero),
             payload_len,
         )?;
+        seal_pages(&mut self.header, &self.shared, packet)?;
         self.shared.pace(self.header.len() + payload_len)?;
         let mut ranges = self.ranges.start();
         let zero_copy = self.zero_copy.as_mut().filter(|zero_copy| zero_copy.pays());
@@ -276,6 +281,9 @@ impl SendWorker {
         let payload = &packet.delta_payload;
         let flags = PacketFlags::pages(CodecId::DIALECT_DELTA);
         encode_header(&mut self.header, &self.shared, block, flags, (&packet.delta, &[]), payload.len())?;
+        if self.shared.agreed().checksums {
+            seal(&mut self.header, hash(payload))?;
+        }
         send_private(&self.channel, &self.shared, &self.header, payload)?;
         Counters::add(&self.counters.packets, 1);
         Counters::add(&self.counters.pages_xbzrle, packet.delta.len());
@@ -296,6 +304,9 @@ impl SendWorker {
             payload_len: 0,
         }
         .encode(PAGE_SIZE, &mut self.header);
+        if self.shared.agreed().checksums {
+            seal(&mut self.header, dialect::checksum_of_pages(&[]))?;
+        }
         self.send_bytes(Phase::Active, &self.header)
     }
 
@@ -333,6 +344,22 @@ fn encode_header(
     }
     .encode(PAGE_SIZE, header);
     Ok(())
+}
+
+/// Adds checksums to the header of a packet with pages, if the destination looks at them.
+fn seal_pages(header: &mut [u8], shared: &SourceShared, packet: &Packet) -> Result<()> {
+    if !shared.agreed().checksums {
+        return Ok(());
+    }
+    let (hashes, pages) = (packet.hashes.len(), packet.normal.len());
+    if hashes != pages {
+        return Err(Error::bug(Phase::Active, format_args!("{hashes} hashes of {pages} pages in a packet")));
+    }
+    seal(header, dialect::checksum_of_pages(&packet.hashes))
+}
+
+fn seal(header: &mut [u8], content: u64) -> Result<()> {
+    PacketChecks::seal(header, content, hash).map_err(|invalid| Error::bug(Phase::Active, invalid))
 }
 
 /// One vectored write of a packet whose payload is private memory.

@@ -47,7 +47,7 @@ fn send_batch(
     let block = &shared.ram.hold(batch.block);
     packet.clear();
     match shared.deltas_for_main(context) {
-        Some(cache) => packet.copy_in(&shared.ram, block, batch.pages, Some((cache, context)))?,
+        Some(cache) => packet.copy_in(&shared.ram, block, batch.pages, Some((cache, context)), false)?,
         None => packet.sort_out(&shared.ram, block, batch.pages)?,
     }
     let counters = &shared.session.counters.main;
