@@ -141,6 +141,10 @@ pub(crate) struct Receive {
     /// as long as a byte comes within --timeout
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) deadline: Option<Duration>,
+    /// Read all RAM again when the last page is there, and refuse a guest of which a page is not what was placed. It is
+    /// paused meanwhile
+    #[arg(long)]
+    pub(crate) verify: bool,
     /// With TLS: accept a source whose certificate has this subject (CN=host,O=Example) or
     /// alternative name (host.example); * is any text. May be repeated. Default: every source with
     /// a certificate of the CA
@@ -181,7 +185,20 @@ pub(crate) struct Send {
     #[arg(long, value_enum, value_name = "HOW")]
     pub(crate) zero_page_detection: Option<ZeroPageDetection>,
     #[command(flatten)]
+    pub(crate) proof: Proof,
+    #[command(flatten)]
     pub(crate) sockets: SourceSockets,
+}
+
+/// What another multifd checks of what is sent.
+#[derive(Debug, Args)]
+pub(crate) struct Proof {
+    /// No checksums of the parallel channels' packets, which a multifd destination compares before it places a page
+    #[arg(long)]
+    pub(crate) no_checksums: bool,
+    /// No digest of all RAM, which a multifd destination compares with its own before the guest is handed over
+    #[arg(long)]
+    pub(crate) no_digest: bool,
 }
 
 /// How RAM follows a guest that runs at the destination.
@@ -282,6 +299,8 @@ pub(crate) struct Demo {
     /// With --postcopy: a connection of its own for pages that the guest waits for
     #[arg(long, requires = "postcopy")]
     pub(crate) postcopy_preempt: bool,
+    #[command(flatten)]
+    pub(crate) proof: Proof,
     #[command(flatten)]
     pub(crate) convergence: Convergence,
 }

@@ -56,6 +56,8 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         .postcopy(flags.postcopy)
         .postcopy_preempt(flags.following.postcopy_preempt)
         .max_postcopy_bandwidth(flags.following.max_bandwidth())
+        .checksums(!flags.proof.no_checksums)
+        .digest(!flags.proof.no_digest)
         .timeout(common.timeout)
         .socket_options(flags.sockets.options())
         .channel_endpoints(flags.sockets.channel_uri.clone())

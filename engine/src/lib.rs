@@ -43,8 +43,8 @@ pub use at_rest::recording::{
 pub use config::{DestinationConfig, SourceConfig, parameter, rule};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{
-    Arrived, Destination, DestinationBuilder, DevicePacket, DigestsDiffer, Incoming, IncomingRam,
-    PostcopyEnd, PostcopyGuest, SwitchoverAck,
+    Arrived, ChangedPages, Destination, DestinationBuilder, DevicePacket, DigestsDiffer, Incoming,
+    IncomingRam, PostcopyEnd, PostcopyGuest, SwitchoverAck,
 };
 pub use dirty::{
     Coverage, DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance,
@@ -67,6 +67,7 @@ pub use stream::sections::EarlySections;
 #[doc(hidden)]
 pub mod unstable {
     pub use crate::convergence::{Convergence, RoundFacts};
+    pub use crate::guest::hash as page_hash;
     pub use crate::os::pagemap::{PageQuery, PageRun};
     pub use crate::work::{
         Batch, BlockIndex, Claim, Next, Origin, PerBlock, Place, Requested, Round, UrgentPages, WantedPage,

@@ -38,7 +38,8 @@ pub struct Report {
     pub zero_copy: Option<ZeroCopyStats>,
     /// What a post-copy took, if there was one.
     pub postcopy: Option<PostcopyReport>,
-    /// What was compared with what had been sent, if [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for.
+    /// What was compared with what had been sent, if [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for; with what
+    /// had been placed, if [`DestinationConfig::verify`](crate::DestinationConfig::verify) was.
     pub audit: Option<AuditReport>,
     /// Whether all of RAM is at the destination what it was at the source, where both ends are multifd and kept a digest of it
     /// ([`SourceConfig::digest`](crate::SourceConfig::digest)).

@@ -111,6 +111,8 @@ fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilde
         .max_bandwidth(common.max_bandwidth())
         .postcopy(flags.postcopy)
         .postcopy_preempt(flags.postcopy_preempt)
+        .checksums(!flags.proof.no_checksums)
+        .digest(!flags.proof.no_digest)
         .limits(flags.convergence.limits(common.downtime_limit))
         .timeout(common.timeout);
     if flags.auto_converge {

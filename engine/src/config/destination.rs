@@ -47,6 +47,11 @@ pub struct DestinationConfig {
     /// Takes device state over parallel channels (VFIO), which is kept in memory: [`Arrived::device_packets`](crate::Arrived::device_packets).
     /// Default: no, a source that sends some is refused.
     pub device_packets: bool,
+    /// Reads all RAM again when the last page is there, on all cores, and compares each page with a digest of what was placed
+    /// there, from whatever source: memory that was changed since, or is bad, is refused with
+    /// [`ChangedPages`](crate::ChangedPages), and the guest runs on at its source. The guest is paused meanwhile. Not of pages that
+    /// follow a switch to post-copy, nor of a `mapped-ram` file, which is refused. Default: no.
+    pub verify: bool,
     /// How the connections' sockets are tuned. Default: as for [`SourceConfig`](crate::SourceConfig).
     pub socket: SocketOptions,
 }
@@ -65,6 +70,7 @@ impl Default for DestinationConfig {
             max_memory: None,
             deadline: None,
             device_packets: false,
+            verify: false,
             socket: SocketOptions::default(),
         }
     }

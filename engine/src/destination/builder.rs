@@ -143,6 +143,13 @@ impl DestinationBuilder {
         self
     }
 
+    /// RAM read again at the end: see [`DestinationConfig::verify`].
+    #[must_use]
+    pub fn verify(mut self, verify: bool) -> Self {
+        self.config.verify = verify;
+        self
+    }
+
     /// How sockets are tuned: see [`DestinationConfig::socket`].
     #[must_use]
     pub fn socket_options(mut self, options: SocketOptions) -> Self {

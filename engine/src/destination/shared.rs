@@ -40,6 +40,8 @@ pub(crate) struct DestinationShared {
     keeps_listening: AtomicBool,
     /// HELLO was said: the source may send packets of the multifd dialect.
     dialect: AtomicBool,
+    /// All that is placed is read again at the end.
+    pub(crate) verifies: bool,
     /// What the source wishes to be checked. Set before there is memory for its pages.
     wishes: OnceLock<Wishes>,
     /// One for each connection that may carry urgent pages.
@@ -112,6 +114,7 @@ impl DestinationShared {
             urgent: Arc::default(),
             keeps_listening: AtomicBool::new(false),
             dialect: AtomicBool::new(false),
+            verifies: config.verify,
             wishes: OnceLock::new(),
             facts: Monitor::new(Facts::default(), &session.stop),
         })

@@ -10,7 +10,7 @@ use crate::error::{Error, Phase, Result};
 
 /// A hash of bytes that a guest wrote: it finds what was changed by accident, by no means what was made to deceive. On the wire
 /// between two multifd ends (docs/wire.md §27.6): XXH3 of 64 bits, seed 0.
-pub(crate) fn hash(bytes: &[u8]) -> u64 {
+pub fn hash(bytes: &[u8]) -> u64 {
     XxHash3_64::oneshot(bytes)
 }
 
@@ -52,9 +52,10 @@ impl PageDigests {
         Noting { digests: self, change: 0 }
     }
 
-    /// Whether the page was noted last with content of this hash.
-    pub(crate) fn is_noted(&self, page: usize, hash: u64) -> Result<bool> {
-        Ok(self.at(page)?.load(Ordering::Relaxed) == digest(page, hash))
+    /// Whether the page was noted last with content of this hash; `None` for one that never was.
+    pub(crate) fn is_as_noted(&self, page: usize, hash: u64) -> Result<Option<bool>> {
+        let noted = self.at(page)?.load(Ordering::Relaxed);
+        Ok((noted != NONE).then(|| noted == digest(page, hash)))
     }
 
     /// A digest of all pages. What notes pages must have ended, with anything that orders memory.
@@ -150,9 +151,10 @@ mod tests {
     #[test]
     fn a_page_that_the_block_does_not_have_is_a_bug_and_what_was_not_noted_is_nothing() {
         let digests = PageDigests::new(5);
-        assert!(digests.noting().note(5, 0).is_err() && digests.is_noted(5, 0).is_err());
-        assert!(!digests.is_noted(4, 0).unwrap());
+        assert!(digests.noting().note(5, 0).is_err() && digests.is_as_noted(5, 0).is_err());
+        assert_eq!(digests.is_as_noted(4, 0).unwrap(), None);
         digests.noting().note(4, 0).unwrap();
-        assert!(digests.is_noted(4, 0).unwrap() && !digests.is_noted(4, 1).unwrap());
+        assert_eq!(digests.is_as_noted(4, 0).unwrap(), Some(true));
+        assert_eq!(digests.is_as_noted(4, 1).unwrap(), Some(false));
     }
 }

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::num::NonZero;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,19 +12,25 @@ use thiserror::Error;
 use super::outgoing::OutgoingRam;
 use super::shared::SourceShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::{DirtyBitmap, Found, PAGE, PAGE_SIZE, hash};
+use crate::guest::{DirtyBitmap, Found, PAGE, PAGE_SIZE, hash, page_names};
 use crate::run::stop::Monitor;
 use crate::run::workers::Crew;
 use crate::work::{BlockIndex, Claim, Round};
 
-/// What an audit has compared.
+/// What was compared of RAM, page by page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct AuditReport {
-    /// Pages that were compared with what was sent of them: all of RAM.
+    /// Pages that were read: all of RAM; at a destination, all that has come.
     pub pages: u64,
     /// How long it took, while the guest was paused.
     pub took: Duration,
+}
+
+impl AuditReport {
+    pub(crate) fn new(pages: u64, took: Duration) -> Self {
+        Self { pages, took }
+    }
 }
 
 /// Pages whose content is not what was sent of them, although the guest is paused and no dirty log has
@@ -36,9 +41,6 @@ pub struct MissedPages {
     /// By block, in ascending order.
     pub blocks: Vec<(BlockName, Vec<usize>)>,
 }
-
-/// Ranges of pages that an error's text names.
-const NAMED: usize = 32;
 
 #[derive(Default)]
 struct Progress {
@@ -105,7 +107,7 @@ impl OutgoingRam {
                         format_args!("page {page} is outside of its block"),
                     ));
                 }
-                if !digests.is_noted(*page, hash(&content))? {
+                if digests.is_as_noted(*page, hash(&content))? != Some(true) {
                     missed.push((batch.block, *page));
                 }
             }
@@ -131,37 +133,8 @@ impl fmt::Display for MissedPages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count: usize = self.blocks.iter().map(|(_, pages)| pages.len()).sum();
         write!(f, "{count} pages have changed without a dirty bit since they were sent")?;
-        let mut room = NAMED;
-        for (block, pages) in &self.blocks {
-            let ranges = ranges(pages);
-            let named: Vec<_> = ranges.iter().take(room).map(named).collect();
-            if named.is_empty() {
-                return f.write_str("; and more blocks");
-            }
-            write!(f, "; RAM block {block}: {}", named.join(", "))?;
-            if named.len() < ranges.len() {
-                f.write_str(", and more")?;
-            }
-            room -= named.len();
-        }
-        Ok(())
+        page_names::write(f, &self.blocks)
     }
-}
-
-/// Neighbouring pages.
-fn ranges(pages: &[usize]) -> Vec<Range<usize>> {
-    let mut ranges: Vec<Range<usize>> = Vec::new();
-    for page in pages {
-        match ranges.last_mut() {
-            Some(last) if last.end == *page => last.end += 1,
-            _ => ranges.push(*page..*page + 1),
-        }
-    }
-    ranges
-}
-
-fn named(range: &Range<usize>) -> String {
-    if range.len() == 1 { range.start.to_string() } else { format!("{}..{}", range.start, range.end) }
 }
 
 #[cfg(test)]

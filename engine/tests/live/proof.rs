@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use multifd_codecs::{Codec, Uncompressed, Zlib, Zstd};
 use multifd_engine::{
-    Arrived, Destination, DeviceState, DigestVerdict, DigestsDiffer, Error, HostMemory, PAGE, RamBlock,
-    Report, Source, SourceBuilder,
+    Arrived, ChangedPages, Destination, DeviceState, DigestVerdict, DigestsDiffer, Error, HostMemory, PAGE,
+    RamBlock, Report, Source, SourceBuilder,
 };
 use multifd_wire::Configuration;
 
@@ -176,4 +176,48 @@ fn a_flipped_bit_without_checksums_and_digest_is_not_found() {
         one != other
     });
     assert_eq!(differs.count(), 1);
+}
+
+/// Moves a paused guest, and changes a byte at the destination between its last page and the end.
+fn spoilt(way: fn(SourceBuilder) -> SourceBuilder, verify: bool, spoil: bool) -> Result<Report, Error> {
+    let (here, there) = (filled(512), block(512));
+    let destination = Destination::builder(vec![there.clone()]).timeout(SOON).verify(verify);
+    let destination = destination.listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let to = destination.endpoint();
+    let receiving =
+        std::thread::Builder::new().spawn(move || destination.receive().and_then(Arrived::accept)).unwrap();
+    let source = Source::builder(vec![here], Configuration::new("test-10.0")).paused_guest().timeout(SOON);
+    let mut precopy = way(source).build().unwrap().connect(&to).unwrap();
+    // When this returns, all pages have been placed.
+    precopy.round().unwrap();
+    if spoil {
+        there.memory().slice(300 * PAGE + 7, 1).unwrap().copy_from(&[0xa5_u8]);
+        there.memory().slice(303 * PAGE + 7, 1).unwrap().copy_from(&[0xa5_u8]);
+    }
+    let sent = precopy.stop_copy().and_then(|last| last.commit(&DeviceState::none()));
+    let received = receiving.join().unwrap();
+    assert_eq!(sent.is_ok(), received.is_ok());
+    assert!(sent.err().is_none_or(|error| error.source_may_resume()));
+    received
+}
+
+#[test]
+fn memory_that_was_changed_behind_the_engines_back_is_found_when_it_is_read_again() {
+    let ways: [fn(SourceBuilder) -> SourceBuilder; 4] = [
+        |source| source,
+        |source| source.channels(2),
+        |source| source.channels(2).codec(Arc::new(Zlib::default())),
+        // A source that knows nothing of digests.
+        |source| source.channels(1).checksums(false).digest(false),
+    ];
+    for way in ways {
+        let error = spoilt(way, true, true).unwrap_err();
+        let changed = std::error::Error::source(&error).unwrap().downcast_ref::<ChangedPages>().unwrap();
+        assert_eq!(changed.blocks, [("pc.ram".try_into().unwrap(), vec![300, 303])], "{error}");
+        let text = "2 pages are not what was placed in them; RAM block pc.ram: 300, 303";
+        assert!(error.to_string().contains(text), "{error}");
+        assert_eq!(spoilt(way, true, false).unwrap().audit.unwrap().pages, 512);
+        // The digest is of what was placed: without another look it cannot know.
+        assert_eq!(spoilt(way, false, true).unwrap().audit, None);
+    }
 }

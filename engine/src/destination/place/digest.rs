@@ -1,13 +1,14 @@
 //! Digests of the pages that were placed, compared with the source's.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use multifd_wire::BlockName;
 use thiserror::Error;
 
-use super::{BlockSink, BlockSinks};
+use super::{BlockSink, BlockSinks, ZEROS};
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::PageDigests;
+use crate::guest::{Found, PAGE, PageDigests, READING, hash, zero_hash};
 
 /// RAM blocks whose pages were not placed as the source has sent them: the cause of the error with which a comparison of digests
 /// ends a migration.
@@ -22,6 +23,9 @@ pub struct DigestsDiffer {
 fn names(blocks: &[BlockName]) -> String {
     blocks.iter().map(BlockName::as_str).collect::<Vec<_>>().join(", ")
 }
+
+/// Pages for which the page table is asked in one go.
+const AT_A_TIME: usize = 128;
 
 /// The digests of a block.
 #[derive(Debug)]
@@ -89,6 +93,33 @@ impl BlockSink {
             return Ok(());
         }
         Err(Error::bug(Phase::Active, format_args!("{noted} hashes of {pages} pages that were placed")))
+    }
+
+    /// Reads pages again: how many have come, and which of them are not what was placed there.
+    pub(in crate::destination) fn changed(&self, pages: Range<usize>) -> Result<(u64, Vec<usize>)> {
+        let none = || Error::bug(Phase::Device, "pages are verified of which no digests were kept");
+        let digests = &self.digests.get().ok_or_else(none)?.pages;
+        let (mut found, mut changed, mut read) = (Found::default(), Vec::new(), 0);
+        let all: Vec<usize> = pages.collect();
+        for batch in all.chunks(AT_A_TIME) {
+            let looked = self.page_table.look(&self.block, self.absent, batch, &mut found);
+            looked.map_err(|bad| self.fault(READING, bad.page..bad.page + 1, bad.cause))?;
+            for (page, zero) in batch.iter().zip(found.zeros()) {
+                let hash = if zero { zero_hash() } else { self.hash_of(*page)? };
+                if let Some(same) = digests.is_as_noted(*page, hash)? {
+                    read += 1;
+                    changed.extend((!same).then_some(*page));
+                }
+            }
+        }
+        Ok((read, changed))
+    }
+
+    fn hash_of(&self, page: usize) -> Result<u64> {
+        let mut content = ZEROS;
+        let read = self.block.memory().read(page * PAGE, &mut content);
+        read.map_err(|error| self.fault(READING, page..page + 1, error))?;
+        Ok(hash(&content))
     }
 
     /// Compares the digest of all pages with the source's, when all have been placed.
