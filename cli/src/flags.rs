@@ -66,8 +66,8 @@ pub(crate) struct Common {
     /// number for receive
     #[arg(long, global = true, value_name = "N", value_parser = human::channels)]
     pub(crate) channels: Option<usize>,
-    /// none, zlib or zstd, with a level as in zstd:3, on the parallel channels. For receive: refuse
-    /// any other. For tune: only this and none
+    /// none, lz4 (to a multifd destination), zlib or zstd, with a level as in zstd:3, on the parallel
+    /// channels. For receive: refuse any other. For tune: only this and none
     #[arg(long, global = true, value_name = "CODEC", value_parser = codec)]
     pub(crate) codec: Option<CodecChoice>,
     /// Limit over all channels, such as 1Gbit/s, 100MiB/s or 512K; 0: unlimited

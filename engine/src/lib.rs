@@ -75,6 +75,8 @@ pub mod unstable {
 }
 
 // What the first lines of an embedder need; the rest is in the modules below.
+#[cfg(feature = "lz4")]
+pub use multifd_codecs::Lz4;
 #[cfg(feature = "zlib")]
 pub use multifd_codecs::Zlib;
 #[cfg(feature = "zstd")]

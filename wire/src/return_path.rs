@@ -90,23 +90,30 @@ pub struct Wishes {
     pub checksums: bool,
     /// A digest of RAM is to be compared at the end.
     pub digest: bool,
+    /// The packets of a channel may have different codecs.
+    pub mixed: bool,
 }
 
 impl Wishes {
     const PING: u32 = 0x6d66_7700;
     const CHECKSUMS: u32 = 1 << 0;
     const DIGEST: u32 = 1 << 1;
+    const MIXED: u32 = 1 << 2;
 
     /// The value of the PING.
     pub fn ping(self) -> u32 {
         let bit = |set: bool, bit: u32| if set { bit } else { 0 };
-        Self::PING | bit(self.checksums, Self::CHECKSUMS) | bit(self.digest, Self::DIGEST)
+        Self::PING
+            | bit(self.checksums, Self::CHECKSUMS)
+            | bit(self.digest, Self::DIGEST)
+            | bit(self.mixed, Self::MIXED)
     }
 
     /// The wishes of a PING; `None` for one that is something else. Those of later versions are passed over.
     pub fn of_ping(value: u32) -> Option<Self> {
         let has = |bit: u32| value & bit != 0;
-        let wishes = Self { checksums: has(Self::CHECKSUMS), digest: has(Self::DIGEST) };
+        let (checksums, digest) = (has(Self::CHECKSUMS), has(Self::DIGEST));
+        let wishes = Self { checksums, digest, mixed: has(Self::MIXED) };
         (value & !0xff == Self::PING).then_some(wishes)
     }
 }

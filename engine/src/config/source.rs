@@ -140,10 +140,14 @@ impl Default for SourceConfig {
 
 impl SourceConfig {
     /// What another multifd is to check.
-    pub(crate) fn wishes(&self) -> Wishes {
+    pub(crate) fn wishes(&self, codec: &dyn Codec) -> Wishes {
         // What the kernel sends later may have another content than what was hashed.
         let known = self.zero_copy == ZeroCopySend::Off;
-        Wishes { checksums: self.checksums && self.channels > 0 && known, digest: self.digest && known }
+        Wishes {
+            checksums: self.checksums && self.channels > 0 && known,
+            digest: self.digest && known,
+            mixed: self.channels > 0 && codec.id() != CodecId::NONE,
+        }
     }
 
     /// The one place that knows what may be combined: with each other, with the codec and TLS, and with where it goes to.

@@ -42,7 +42,7 @@ impl DestinationBuilder {
         self
     }
 
-    /// The codecs that may come in. Default: none, zlib, zstd. Which one it is, the packets say.
+    /// The codecs that may come in. Default: none, zlib, zstd, and lz4 of other multifds. Which one it is, the packets say.
     #[must_use]
     pub fn codecs(mut self, codecs: Codecs) -> Self {
         self.codecs = codecs;

@@ -22,9 +22,9 @@ use super::tail::{self, Tail};
 use crate::error::{Error, Phase, Result};
 use crate::run::budget::Share;
 use crate::run::counters::Counters;
-use crate::stream::MainReader;
 use crate::stream::sections::EarlySections;
 use crate::stream::vm_state::VmState;
+use crate::stream::{MainReader, dialect};
 
 /// What came in on the main channel, RAM apart.
 #[derive(Debug)]
@@ -85,7 +85,8 @@ impl Driver {
         guest: Guest,
     ) -> Self {
         let package = (guest != Guest::NoPostcopy).then_some(shared.limits.device_state);
-        let machine = Machine::new(return_path.leads_back(), ack, package);
+        let machine =
+            Machine::new(return_path.leads_back(), ack, package).offering(dialect::features(&shared.codecs));
         Self {
             reader,
             shared: Arc::clone(shared),

@@ -47,6 +47,8 @@ pub(super) struct Machine {
     return_path: ReturnDirection,
     postcopy: Postcopy,
     max_package: usize,
+    /// What this end can do, as HELLO says it.
+    features: u64,
     /// The RAM section of a guest that may run here.
     switched: Option<SectionId>,
     /// Devices were read since the last live item.
@@ -125,9 +127,15 @@ impl Machine {
             return_path,
             postcopy: if max_package.is_some() { Postcopy::Allowed } else { Postcopy::Refused },
             max_package: max_package.unwrap_or(0),
+            features: dialect::FEATURES,
             switched: None,
             open_devices: false,
         }
+    }
+
+    /// What HELLO is to say.
+    pub(super) fn offering(self, features: u64) -> Self {
+        Self { features, ..self }
     }
 
     /// What is to be read next, and how it is to be handed over.
@@ -303,7 +311,7 @@ impl Machine {
             Command::OpenReturnPath => self.open_return_path(effects)?,
             Command::Ping(value) => {
                 if value == HELLO_PING {
-                    let hello = Hello { version: dialect::VERSION, features: dialect::FEATURES };
+                    let hello = Hello { version: dialect::VERSION, features: self.features };
                     effects.push(Effect::SpeakDialect);
                     self.facts.introduced = self.return_path == ReturnDirection::Open;
                     self.answer(Phase::Setup, ReturnMessage::Hello(hello), effects)?;

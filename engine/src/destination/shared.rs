@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
-use multifd_codecs::{Codec, Codecs};
+use multifd_codecs::{Codec, CodecId, Codecs};
 use multifd_transports::Listener;
 use multifd_wire::{DeviceStatePacket, PacketFlags, Wishes};
 
@@ -246,11 +246,13 @@ impl DestinationShared {
         })
     }
 
-    /// The codec of a packet with pages: known here, and the same for the whole migration.
+    /// The codec of a packet with pages: known here, and the same for the whole migration, unless the source has announced
+    /// that it mixes them.
     pub(crate) fn codec(&self, flags: PacketFlags) -> Result<Arc<dyn Codec>> {
+        let mixed = self.wishes().mixed;
         self.facts.modify_silently(|facts| match &facts.codec {
             Some(codec) if codec.id() == flags.codec() => Ok(Arc::clone(codec)),
-            Some(codec) => Err(Error::misbehaved(
+            Some(codec) if !mixed => Err(Error::misbehaved(
                 Phase::Active,
                 format!(
                     "packet with codec {:#x} after packets with {} ({:#x})",
@@ -259,15 +261,19 @@ impl DestinationShared {
                     codec.id().value()
                 ),
             )),
-            None => {
-                let found = self.codecs.get(flags.codec());
+            first => {
+                let of_dialect = flags.codec().is_reserved();
+                let found = self.codecs.get(flags.codec()).filter(|_| !of_dialect || self.speaks_dialect());
                 let codec = found.ok_or_else(|| {
                     let known: Vec<_> = self.codecs.iter().map(|codec| codec.name()).collect();
                     let seen = flags.codec().value();
                     let detail = format!("packet with codec {seen:#x}; known here: {}", known.join(", "));
                     Error::incompatible(Phase::Active, detail)
                 })?;
-                facts.codec = Some(Arc::clone(codec));
+                // The migration's codec is what is not none, if anything is.
+                if first.as_ref().is_none_or(|first| first.id() == CodecId::NONE) {
+                    facts.codec = Some(Arc::clone(codec));
+                }
                 Ok(Arc::clone(codec))
             }
         })

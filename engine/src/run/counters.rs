@@ -121,6 +121,8 @@ counters! {
         packets,
         /// Pages that went with their content, compressed or not.
         pages_normal,
+        /// Those of them that no codec makes shorter, and that went without one although there is one.
+        pages_uncompressed,
         /// Pages that went as "is zero".
         pages_zero,
         /// Pages that went as a difference to their older content.

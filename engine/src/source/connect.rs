@@ -116,7 +116,7 @@ impl Source {
             setup: Duration::ZERO,
             rounds: 0,
             audit: None,
-            wishes: self.config.wishes(),
+            wishes: self.config.wishes(&*self.codec),
             alive,
             _note_end: NoteEnd(Arc::clone(&self.session)),
         }

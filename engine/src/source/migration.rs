@@ -103,13 +103,16 @@ impl Migration {
 
     /// Waits until it is known what the destination can do, if that makes a difference to the first page.
     fn agree(&self) -> Result<()> {
-        let (Some(return_path), None) = (&self.return_path, self.shared.agreed.get()) else { return Ok(()) };
-        if self.wishes == Wishes::default() {
+        let codec = &*self.shared.codec;
+        let Some(return_path) = &self.return_path else { return dialect::check_peer(codec, 0) };
+        if self.wishes == Wishes::default() || self.shared.agreed.get().is_some() {
             return Ok(());
         }
         // With this PONG, a HELLO has come, or never will.
         return_path.wait_for_pong(HELLO_PING, self.shared.session.timeout)?;
-        let agreed = dialect::granted(self.wishes, self.shared.peer_features.load(Ordering::Relaxed));
+        let features = self.shared.peer_features.load(Ordering::Relaxed);
+        dialect::check_peer(codec, features)?;
+        let agreed = dialect::granted(self.wishes, features);
         if agreed.digest {
             self.shared.ram.keep_digests();
         }

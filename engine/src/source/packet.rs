@@ -2,7 +2,7 @@
 
 use std::io;
 
-use multifd_codecs::zero;
+use multifd_codecs::{looks_random, zero};
 use vm_memory::VolatileSlice;
 
 use super::outgoing::{HeldBlock, OutgoingBlock, OutgoingRam, ZeroRoute};
@@ -11,6 +11,30 @@ use super::rounds::RoundContext;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{Found, PAGE, PageDigests, hash, zero_hash};
 use crate::stream::dialect;
+
+/// What becomes of pages that are copied.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Treatment<'c> {
+    /// Those that it knows go as differences.
+    pub(super) cache: Option<(&'c PageCache, RoundContext)>,
+    /// Hashes of those that go with their content are wanted.
+    pub(super) hashed: bool,
+    /// Those that no codec makes shorter go without one.
+    pub(super) apart: bool,
+}
+
+/// Pages that no codec makes shorter, in a packet of their own.
+#[derive(Default)]
+pub(super) struct RawPages {
+    pub(super) offsets: Vec<u64>,
+    /// Private copies, back to back.
+    pub(super) pages: Vec<u8>,
+    /// Hashes of these, if they were asked for.
+    pub(super) hashes: Vec<u64>,
+}
+
+/// Fewer pages than these do not pay for a header of their own: they go with the others.
+const APART: usize = 8;
 
 /// Buffers are kept from packet to packet. 512 KiB of pages at most.
 #[derive(Default)]
@@ -23,6 +47,8 @@ pub(super) struct Packet {
     pub(super) pages: Vec<u8>,
     /// Hashes of these copies, if they were asked for.
     pub(super) hashes: Vec<u64>,
+    /// Pages that go apart from the others, without a codec.
+    pub(super) raw: RawPages,
     /// Offsets of the pages that go as differences.
     pub(super) delta: Vec<u64>,
     /// Their payload.
@@ -42,6 +68,9 @@ impl Packet {
         self.zero.clear();
         self.pages.clear();
         self.hashes.clear();
+        self.raw.offsets.clear();
+        self.raw.pages.clear();
+        self.raw.hashes.clear();
         self.delta.clear();
         self.delta_payload.clear();
     }
@@ -55,7 +84,7 @@ impl Packet {
         pages: &[usize],
     ) -> Result<()> {
         if block.digests().is_some() {
-            return self.copy_in(ram, block, pages, None, false);
+            return self.copy_in(ram, block, pages, Treatment::default());
         }
         ram.look(block, pages, &mut self.found)?;
         let seek_zero = block.zero_route != ZeroRoute::Content;
@@ -104,15 +133,13 @@ impl Packet {
         }
     }
 
-    /// Copies pages to private memory, keeps those that are not zero, and turns those into differences that the cache knows.
-    /// `hashed`: the hashes of what is kept are wanted.
+    /// Copies pages to private memory, keeps those that are not zero, and treats them as it is wanted.
     pub(super) fn copy_in(
         &mut self,
         ram: &OutgoingRam,
         block: &HeldBlock<'_>,
         pages: &[usize],
-        cache: Option<(&PageCache, RoundContext)>,
-        hashed: bool,
+        Treatment { cache, hashed, apart }: Treatment<'_>,
     ) -> Result<()> {
         let seek_zero = block.zero_route != ZeroRoute::Content;
         let mut noting = block.digests().map(PageDigests::noting);
@@ -144,6 +171,12 @@ impl Packet {
                 cache.lookup(block.key(*page), copy, context, &mut self.one_delta)
             });
             match lookup {
+                Lookup::Plain if apart && looks_random(copy) => {
+                    self.raw.offsets.push(offset);
+                    self.raw.pages.extend_from_slice(copy);
+                    self.raw.hashes.extend(hash);
+                    self.pages.truncate(start);
+                }
                 Lookup::Plain => {
                     self.normal.push(offset);
                     self.hashes.extend(hash);
@@ -155,6 +188,11 @@ impl Packet {
                 }
                 Lookup::Unchanged => self.pages.truncate(start),
             }
+        }
+        if self.raw.offsets.len() < APART && !self.normal.is_empty() {
+            self.normal.append(&mut self.raw.offsets);
+            self.pages.append(&mut self.raw.pages);
+            self.hashes.append(&mut self.raw.hashes);
         }
         Ok(())
     }

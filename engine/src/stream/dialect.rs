@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use multifd_codecs::{Codec, CodecId};
+use multifd_codecs::{Codec, CodecId, Codecs};
 use multifd_wire::{Failure, Wishes};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -33,9 +33,41 @@ const FEATURE_CHECKSUMS: u64 = 1 << 6;
 /// Feature: digests of the pages that were placed are kept, and compared with the source's at the end of RAM.
 const FEATURE_DIGEST: u64 = 1 << 7;
 
-/// All that a destination of this version can do.
-pub(crate) const FEATURES: u64 =
-    FEATURE_DELTAS | FEATURE_REASONS | FEATURE_ALIVE | FEATURE_LOAD_TIME | FEATURE_CHECKSUMS | FEATURE_DIGEST;
+/// Feature: packets of different codecs on one channel are taken.
+const FEATURE_MIXED: u64 = 1 << 8;
+
+/// All that a destination of this version can do, whatever its codecs are.
+pub(crate) const FEATURES: u64 = FEATURE_DELTAS
+    | FEATURE_REASONS
+    | FEATURE_ALIVE
+    | FEATURE_LOAD_TIME
+    | FEATURE_CHECKSUMS
+    | FEATURE_DIGEST
+    | FEATURE_MIXED;
+
+/// Feature: packets of this codec are taken.
+fn feature_of(codec: CodecId) -> u64 {
+    1 << (32 + codec.value() / 2)
+}
+
+/// All that a destination with these codecs can do.
+pub(crate) fn features(codecs: &Codecs) -> u64 {
+    codecs.iter().fold(FEATURES, |features, codec| features | feature_of(codec.id()))
+}
+
+/// Refuses to send packets of a codec that only another multifd has, unless a destination with these
+/// features is one that has it.
+pub(crate) fn check_peer(codec: &dyn Codec, features: u64) -> Result<()> {
+    if !codec.id().is_reserved() || features & feature_of(codec.id()) != 0 {
+        return Ok(());
+    }
+    let detail = format!(
+        "the destination takes no packets of codec {}, which only another multifd has that was built with it; expected a codec \
+         that it has, such as zstd",
+        codec.name()
+    );
+    Err(Error::incompatible(Phase::Setup, detail))
+}
 
 /// What a destination with these features does of a source's wishes.
 pub(crate) fn granted(wishes: Wishes, features: u64) -> Wishes {
@@ -43,6 +75,7 @@ pub(crate) fn granted(wishes: Wishes, features: u64) -> Wishes {
     Wishes {
         checksums: wishes.checksums && has(FEATURE_CHECKSUMS),
         digest: wishes.digest && has(FEATURE_DIGEST),
+        mixed: wishes.mixed && has(FEATURE_MIXED) && has(feature_of(CodecId::NONE)),
     }
 }
 
@@ -121,7 +154,7 @@ fn short(wanted: usize, left: usize) -> Error {
 /// Refuses a codec whose id means something else in the dialect.
 pub(crate) fn check_codec(codec: &dyn Codec, phase: Phase) -> Result<()> {
     let id = codec.id();
-    if !id.is_reserved() {
+    if !id.is_reserved() || (id == CodecId::DIALECT_LZ4 && codec.name() == "lz4") {
         return Ok(());
     }
     let detail = format!(
@@ -188,6 +221,21 @@ mod tests {
                 assert!(error.to_string().contains(&start), "{error}");
             }
         }
+    }
+
+    #[test]
+    fn a_destination_says_which_codecs_it_has_and_grants_what_it_can() {
+        let none = Codecs::empty().with(Arc::new(Uncompressed));
+        assert_eq!(features(&none), 0x0000_0001_0000_01cf);
+        let own = none.clone().with(Arc::new(Own(CodecId::new(0x3e).unwrap())));
+        assert_eq!(features(&own), 0x8000_0001_0000_01cf);
+        let all = Wishes { checksums: true, digest: true, mixed: true };
+        assert_eq!(granted(all, features(&none)), all);
+        // Pages cannot go as they are to one that takes only a codec.
+        let only = Codecs::empty().with(Arc::new(Own(CodecId::new(0x18).unwrap())));
+        assert_eq!(granted(all, features(&only)), Wishes { mixed: false, ..all });
+        assert_eq!(granted(all, 0x0f), Wishes::default());
+        assert_eq!(granted(Wishes::default(), u64::MAX), Wishes::default());
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod faults;
 mod file;
 mod freed;
 mod guest;
+mod mixed;
 mod own;
 mod proof;
 mod relay;

@@ -90,18 +90,19 @@ fn commands() {
 
 #[test]
 fn wishes_of_a_multifd_source() {
-    for (checksums, digest, ping) in [
-        (false, false, b"mfw\0"),
-        (true, false, b"mfw\x01"),
-        (false, true, b"mfw\x02"),
-        (true, true, b"mfw\x03"),
+    let wishes = |checksums, digest, mixed| Wishes { checksums, digest, mixed };
+    for (wishes, ping) in [
+        (wishes(false, false, false), b"mfw\0"),
+        (wishes(true, false, false), b"mfw\x01"),
+        (wishes(false, true, false), b"mfw\x02"),
+        (wishes(false, false, true), b"mfw\x04"),
+        (wishes(true, true, true), b"mfw\x07"),
     ] {
-        let wishes = Wishes { checksums, digest };
         assert_eq!(wishes.ping(), u32::from_be_bytes(*ping));
         assert_eq!(Wishes::of_ping(wishes.ping()), Some(wishes));
     }
     // Those of a later version are passed over, and another PING has none.
-    assert_eq!(Wishes::of_ping(0x6d66_77fd), Some(Wishes { checksums: true, digest: false }));
+    assert_eq!(Wishes::of_ping(0x6d66_77f9), Some(wishes(true, false, false)));
     for ping in [HELLO_PING, 0x6d66_7800, 0x6d66_76ff, 0, 1] {
         assert_eq!(Wishes::of_ping(ping), None);
     }

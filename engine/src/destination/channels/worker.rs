@@ -33,13 +33,14 @@ pub(crate) struct ChannelWorker {
     /// The number that the peer gave the channel.
     id: u8,
     sinks: Option<Arc<BlockSinks>>,
-    decoder: Option<Box<dyn Decoder>>,
+    /// One for each codec that has come, each with its own history of the channel.
+    decoders: Vec<(CodecId, Box<dyn Decoder>)>,
     payload: Vec<u8>,
     pages: Vec<u8>,
     /// Of the pages of a packet.
     hashes: Vec<u64>,
     ranges: IoVecs,
-    /// Of the buffers, and of the decoder's window.
+    /// Of the buffers, and of the decoders' windows.
     memory: Share,
 }
 
@@ -60,7 +61,7 @@ impl ChannelWorker {
             shared: Arc::clone(shared),
             id,
             sinks: None,
-            decoder: None,
+            decoders: Vec::new(),
             payload: Vec::new(),
             pages: Vec::new(),
             hashes: Vec::new(),
@@ -173,12 +174,15 @@ impl ChannelWorker {
         let codec = self.shared.codec(packet.flags())?;
         if packet.normal_pages() > 0 {
             if codec.id() != CodecId::NONE {
-                if self.decoder.is_none() {
-                    self.decoder = Some(codec.decoder().map_err(codec_error)?);
+                if self.decoders.iter().all(|(id, _)| *id != codec.id()) {
+                    self.decoders.push((codec.id(), codec.decoder().map_err(codec_error)?));
                 }
                 self.receive_decoded(sink, packet, checks)?;
             } else {
                 self.receive_plain(sink, packet, checks)?;
+                if self.shared.wishes().mixed {
+                    Counters::add(&self.counters.pages_uncompressed, packet.normal_pages());
+                }
             }
         }
         let zero: Vec<usize> =
@@ -273,14 +277,15 @@ impl ChannelWorker {
         self.hold(self.payload.capacity() + PAGES_LEN)?;
         self.pages.resize(PAGES_LEN, 0);
         let pages = self.pages.get_mut(..packet.normal_pages() * PAGE).ok_or_else(|| too_large(packet))?;
-        let decoder = self.decoder.as_mut();
+        let mut decoders = self.decoders.iter_mut();
+        let decoder = decoders.find(|(id, _)| *id == packet.flags().codec()).map(|(_, decoder)| decoder);
         let decoder = decoder.ok_or_else(|| Error::bug(Phase::Active, "packed pages without a decoder"))?;
         decoder.recv_pages(&self.payload, pages).map_err(|error| not_decoded(packet, error))?;
-        let memory = decoder.memory();
+        let memory = windows(&self.decoders);
         self.memory.grow_to(
             self.payload.capacity() + PAGES_LEN + memory,
             Phase::Active,
-            "the decoder's window",
+            "the decoders' windows",
         )?;
         check(sink, packet, pages, checks, &mut self.hashes)?;
         store(sink, packet, pages, &self.hashes, &sink.best_place())
@@ -327,8 +332,7 @@ impl ChannelWorker {
 
     /// Before buffers of so many bytes are there.
     fn hold(&mut self, bytes: usize) -> Result<()> {
-        let window = self.decoder.as_ref().map_or(0, |decoder| decoder.memory());
-        self.memory.grow_to(bytes + window, Phase::Active, "the channel's buffers")
+        self.memory.grow_to(bytes + windows(&self.decoders), Phase::Active, "the channel's buffers")
     }
 
     fn receive(&self, phase: Phase, what: &str, into: &mut [u8]) -> Result<()> {
@@ -337,6 +341,11 @@ impl ChannelWorker {
             .recv_exact(into)
             .map_err(|error| Error::io(phase, format_args!("receiving {what} ({wanted} bytes)"), error))
     }
+}
+
+/// Bytes that the decoders hold.
+fn windows(decoders: &[(CodecId, Box<dyn Decoder>)]) -> usize {
+    decoders.iter().map(|(_, decoder)| decoder.memory()).sum()
 }
 
 /// Leaves the hashes of `pages` in `hashes`, if anything is made of them. An error if they are not what was sent.

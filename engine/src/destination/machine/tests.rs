@@ -292,7 +292,7 @@ fn items_out_of_order_are_the_peers_fault() {
 
 #[test]
 fn wishes_are_heeded_and_digests_compared_for_a_source_that_was_told_what_this_end_can_do() {
-    let wishes = Wishes { checksums: true, digest: true };
+    let wishes = Wishes { checksums: true, digest: true, mixed: false };
     let block = || BlockName::try_from("pc.ram").unwrap();
     let digest = || command(Command::Digest { block: block(), digest: 7 });
     let [asks, wishing] = [HELLO_PING, wishes.ping()].map(|value| command(Command::Ping(value)));

@@ -18,7 +18,7 @@ use crate::run::counters::{ChannelCounters, Counters};
 use crate::run::workers::Crew;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::{OutgoingBlock, ZeroRoute};
-use crate::source::packet::{Content, Packet};
+use crate::source::packet::{Content, Packet, Treatment};
 use crate::source::rounds::{RoundContext, Rounds, Work, ZeroReport};
 use crate::source::shared::SourceShared;
 use crate::source::zero_copy::ZeroCopySender;
@@ -190,10 +190,12 @@ impl SendWorker {
         let block = &shared.ram.hold(batch.block);
         let cache = shared.deltas_for_peer(context).map(|cache| (cache, context));
         self.packet.clear();
-        let checksums = shared.agreed().checksums;
-        if self.encoder.is_some() || cache.is_some() || checksums {
+        let agreed = shared.agreed();
+        if self.encoder.is_some() || cache.is_some() || agreed.checksums {
             // What a checksum is of may not change before it is sent.
-            self.packet.copy_in(&shared.ram, block, batch.pages, cache, checksums)?;
+            let apart = agreed.mixed && self.encoder.is_some();
+            let treatment = Treatment { cache, hashed: agreed.checksums, apart };
+            self.packet.copy_in(&shared.ram, block, batch.pages, treatment)?;
         } else {
             self.packet.sort_out(&shared.ram, block, batch.pages)?;
         }
@@ -202,7 +204,24 @@ impl SendWorker {
             self.rounds.post(ZeroReport { block: batch.block, offsets })?;
         }
         self.send_deltas(block)?;
+        self.send_raw(block)?;
         self.send_pages(block)
+    }
+
+    /// Pages that no codec makes shorter: they take no time of it, at either end.
+    fn send_raw(&mut self, block: &OutgoingBlock) -> Result<()> {
+        let raw = &self.packet.raw;
+        if raw.offsets.is_empty() {
+            return Ok(());
+        }
+        let (flags, pages) = (PacketFlags::pages(CodecId::NONE), raw.offsets.len());
+        encode_header(&mut self.header, &self.shared, block, flags, (&raw.offsets, &[]), raw.pages.len())?;
+        seal_pages(&mut self.header, &self.shared, pages, &raw.hashes)?;
+        send_private(&self.channel, &self.shared, &self.header, &raw.pages)?;
+        Counters::add(&self.counters.packets, 1);
+        Counters::add(&self.counters.pages_normal, pages);
+        Counters::add(&self.counters.pages_uncompressed, pages);
+        Ok(())
     }
 
     fn send_pages(&mut self, block: &OutgoingBlock) -> Result<()> {
@@ -232,7 +251,7 @@ impl SendWorker {
                 (&packet.normal, &packet.zero),
                 payload.len(),
             )?;
-            seal_pages(&mut self.header, &self.shared, packet)?;
+            seal_pages(&mut self.header, &self.shared, normal, &packet.hashes)?;
             send_private(&self.channel, &self.shared, &self.header, payload)?;
         }
         Counters::add(&self.counters.packets, 1);
@@ -253,7 +272,7 @@ impl SendWorker {
             (&packet.normal, &packet.zero),
             payload_len,
         )?;
-        seal_pages(&mut self.header, &self.shared, packet)?;
+        seal_pages(&mut self.header, &self.shared, packet.normal.len(), &packet.hashes)?;
         self.shared.pace(self.header.len() + payload_len)?;
         let mut ranges = self.ranges.start();
         let zero_copy = self.zero_copy.as_mut().filter(|zero_copy| zero_copy.pays());
@@ -347,15 +366,15 @@ fn encode_header(
 }
 
 /// Adds checksums to the header of a packet with pages, if the destination looks at them.
-fn seal_pages(header: &mut [u8], shared: &SourceShared, packet: &Packet) -> Result<()> {
+fn seal_pages(header: &mut [u8], shared: &SourceShared, pages: usize, hashes: &[u64]) -> Result<()> {
     if !shared.agreed().checksums {
         return Ok(());
     }
-    let (hashes, pages) = (packet.hashes.len(), packet.normal.len());
-    if hashes != pages {
-        return Err(Error::bug(Phase::Active, format_args!("{hashes} hashes of {pages} pages in a packet")));
+    if hashes.len() != pages {
+        let detail = format!("{} hashes of {pages} pages in a packet", hashes.len());
+        return Err(Error::bug(Phase::Active, detail));
     }
-    seal(header, dialect::checksum_of_pages(&packet.hashes))
+    seal(header, dialect::checksum_of_pages(hashes))
 }
 
 fn seal(header: &mut [u8], content: u64) -> Result<()> {
