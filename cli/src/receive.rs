@@ -8,7 +8,7 @@ use multifd_transports::Endpoint;
 use nix::sys::statvfs::statvfs;
 use serde_json::json;
 
-use crate::flags::{Common, Receive};
+use crate::flags::{CodecFlag, Common, Receive};
 use crate::human::tell;
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
@@ -55,7 +55,7 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     if let Some(channels) = common.channels {
         builder = builder.channels(channels);
     }
-    if let Some(choice) = common.codec {
+    if let Some(choice) = common.codec.and_then(CodecFlag::fixed) {
         builder = builder.codecs(Codecs::empty().with(choice.codec()));
     }
     if let Some(limit) = flags.recover {

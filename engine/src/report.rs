@@ -118,6 +118,8 @@ pub struct Figures {
     pub progress: Progress,
     /// [`Report::codec`].
     pub codec: String,
+    /// Seconds of CPU time in which pages were encoded, or decoded, on all channels.
+    pub codec_cpu_s: f64,
     /// Bytes on the wire per second of the total time.
     pub throughput_bytes_per_s: u64,
     /// [`Report::digest`]: `equal`; not there without one.
@@ -191,6 +193,7 @@ impl Figures {
             downtime_ms: ms(downtime),
             progress: progress.clone(),
             codec: String::new(),
+            codec_cpu_s: progress.codec_us as f64 / 1e6,
             digest: None,
             postcopy: None,
             throughput_bytes_per_s: u64::try_from(per_second).unwrap_or(u64::MAX),
@@ -217,6 +220,10 @@ impl fmt::Display for Report {
             progress.pages_normal, progress.pages_zero, progress.pages_xbzrle, progress.rounds
         )?;
         write!(f, "channels     {} ({})", progress.channels, figures.codec)?;
+        if progress.codec_us > 0 {
+            let (saved, seconds) = (mib(progress.bytes_saved), figures.codec_cpu_s);
+            write!(f, "\ncodec        {saved:.1} MiB saved in {seconds:.2} s of this end's CPUs")?;
+        }
         if let Some(DigestVerdict::Equal) = self.digest {
             f.write_str("\ndigest       equal")?;
         }

@@ -58,8 +58,8 @@ pub use invalid::{Invalid, Parsed};
 pub use item::{Footer, Item, ItemType, SectionHead, SectionId};
 pub use multifd::{
     CodecId, DeviceStatePacket, InitialPacket, MAX_DEVICE_STATE_PAYLOAD, MAX_PAYLOAD, MULTIFD_MAGIC,
-    PACKET_PREFIX_LEN, PacketChecks, PacketFlags, PacketKind, RamPacket, RamPacketHeader, header_len,
-    pages_per_packet,
+    PACKET_PREFIX_LEN, PacketChecks, PacketFlags, PacketKind, RamPacket, RamPacketHeader, codec_stream,
+    header_len, pages_per_packet, put_codec_stream,
 };
 pub use names::BlockName;
 pub use page_size::PageSize;

@@ -15,7 +15,7 @@ use multifd_engine::{
 use multifd_transports::Endpoint;
 use serde_json::{Value, json};
 
-use crate::flags::{Common, Demo, Rate};
+use crate::flags::{CodecFlag, Common, Demo, Rate};
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
 use crate::{postcopy, signals};
@@ -103,11 +103,13 @@ fn migrate(flags: &Demo, common: &Common, reached: &mut Option<Progress>) -> Res
 fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilder> {
     // What follows the guest in post-copy goes on main.
     let channels = common.channels.unwrap_or(if flags.postcopy { 0 } else { DEFAULT_CHANNELS });
-    let choice = common.codec.unwrap_or(if channels == 0 { CodecChoice::None } else { DEFAULT_CODEC });
+    let default = CodecFlag::Fixed(if channels == 0 { CodecChoice::None } else { DEFAULT_CODEC });
+    let choice = common.codec.unwrap_or(default);
     let configuration = Configuration::new(MACHINE);
     let mut builder = Source::builder(vec![guest.block.clone()], configuration)
         .channels(channels)
-        .codec(choice.codec())
+        .codec(choice.fixed().unwrap_or(CodecChoice::None).codec())
+        .auto_codec(choice == CodecFlag::Auto)
         .max_bandwidth(common.max_bandwidth())
         .postcopy(flags.postcopy)
         .postcopy_preempt(flags.postcopy_preempt)

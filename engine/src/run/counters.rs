@@ -127,6 +127,10 @@ counters! {
         pages_zero,
         /// Pages that went as a difference to their older content.
         pages_xbzrle,
+        /// Microseconds in which pages were encoded, or decoded.
+        codec_us,
+        /// Bytes that this has saved on the wire.
+        bytes_saved,
         /// System calls that were to send without copying.
         zero_copy_sends,
         /// Those of them that the kernel has copied after all.

@@ -169,6 +169,13 @@ impl SourceBuilder {
         self
     }
 
+    /// The codec of each packet by what is measured: see [`SourceConfig::auto_codec`].
+    #[must_use]
+    pub fn auto_codec(mut self, auto_codec: bool) -> Self {
+        self.config.auto_codec = auto_codec;
+        self
+    }
+
     /// A checksum for each packet: see [`SourceConfig::checksums`].
     #[must_use]
     pub fn checksums(mut self, checksums: bool) -> Self {

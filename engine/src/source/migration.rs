@@ -248,7 +248,7 @@ impl Migration {
         self.crew.join();
         let session = &self.shared.session;
         session.stop.release();
-        let mut report = Report::of(session, session.elapsed(), self.shared.codec.describe());
+        let mut report = Report::of(session, session.elapsed(), self.shared.codec_in_words());
         session.close_channels();
         report.setup = self.setup;
         report.downtime = ledger.total();

@@ -4,9 +4,10 @@
 //! The source asks by PING(HELLO_PING), a multifd destination answers HELLO with its features
 //! before the PONG. A packet of the dialect is sent only after that.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use multifd_codecs::{Codec, CodecId, Codecs};
+use multifd_codecs::{Codec, CodecId, Codecs, Uncompressed};
 use multifd_wire::{Failure, Wishes};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -53,6 +54,30 @@ fn feature_of(codec: CodecId) -> u64 {
 /// All that a destination with these codecs can do.
 pub(crate) fn features(codecs: &Codecs) -> u64 {
     codecs.iter().fold(FEATURES, |features, codec| features | feature_of(codec.id()))
+}
+
+/// The codecs between which a source may choose by packet, towards a destination with these features: the cheapest first,
+/// each with the number of its stream among those of its kind. None, or one, if there is no choice.
+pub(crate) fn codecs_by_cost(features: u64) -> impl Iterator<Item = (Arc<dyn Codec>, u8)> {
+    let mut codecs: Vec<(Arc<dyn Codec>, u8)> = vec![(Arc::new(Uncompressed), 0)];
+    #[cfg(feature = "lz4")]
+    codecs.push((Arc::new(multifd_codecs::Lz4), 0));
+    #[cfg(feature = "zstd")]
+    {
+        use multifd_codecs::{Zstd, ZstdLevel};
+        let levels = [ZstdLevel::at::<1>(), ZstdLevel::at::<3>(), ZstdLevel::at::<9>()];
+        codecs.extend(
+            (0..)
+                .zip(levels)
+                .map(|(stream, level)| -> (Arc<dyn Codec>, u8) { (Arc::new(Zstd::from(level)), stream) }),
+        );
+    }
+    // What zstd does for less.
+    #[cfg(feature = "zlib")]
+    if !cfg!(feature = "zstd") || features & feature_of(CodecId::ZSTD) == 0 {
+        codecs.push((Arc::new(multifd_codecs::Zlib::default()), 0));
+    }
+    codecs.into_iter().filter(move |(codec, _)| features & feature_of(codec.id()) != 0)
 }
 
 /// Refuses to send packets of a codec that only another multifd has, unless a destination with these
@@ -168,9 +193,7 @@ pub(crate) fn check_codec(codec: &dyn Codec, phase: Phase) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use multifd_codecs::{CodecError, Codecs, Decoder, Encoder, Uncompressed};
+    use multifd_codecs::{CodecError, Decoder, Encoder};
     use multifd_wire::Configuration;
 
     use super::*;
@@ -236,6 +259,22 @@ mod tests {
         assert_eq!(granted(all, features(&only)), Wishes { mixed: false, ..all });
         assert_eq!(granted(all, 0x0f), Wishes::default());
         assert_eq!(granted(Wishes::default(), u64::MAX), Wishes::default());
+    }
+
+    #[test]
+    fn a_source_chooses_among_what_both_ends_have() {
+        let names = |codecs: &Codecs| -> Vec<String> {
+            let all = codecs_by_cost(features(codecs));
+            all.map(|(codec, stream)| format!("{} {stream}", codec.describe())).collect()
+        };
+        let none = Codecs::empty().with(Arc::new(Uncompressed));
+        assert_eq!(names(&Codecs::default()), ["none 0", "lz4 0", "zstd:1 0", "zstd:3 1", "zstd:9 2"]);
+        assert_eq!(
+            names(&none.clone().with(Arc::new(multifd_codecs::Zlib::default()))),
+            ["none 0", "zlib:1 0"]
+        );
+        assert_eq!(names(&none), ["none 0"]);
+        assert_eq!(codecs_by_cost(0).count(), 0, "a QEMU");
     }
 
     #[test]

@@ -128,7 +128,7 @@ fn a_bit_that_flips_in_a_packet_ends_the_move_before_a_page_is_placed() {
         let (sent, received) = (sent.unwrap_err(), received.unwrap_err());
         assert!(sent.source_may_resume(), "{flip:?}: {sent}");
         let text = received.to_string();
-        assert!(text.contains("channel 0 (tcp:"), "{flip:?}: {text}");
+        assert!(text.contains("channel 0 (tcp:"), "{flip:?}: {text}; the source: {sent}");
         if byte >= HEADER {
             assert!(text.contains(" with 112 pages of RAM block pc.ram was changed on the way"), "{text}");
             assert!(text.contains("packet "), "{text}");

@@ -22,6 +22,7 @@ struct RawChecks {
     flags: U32,
     content: U64,
     header: U64,
+    stream: u8,
 }
 
 /// The packet has checksums.
@@ -61,6 +62,24 @@ impl PacketChecks {
         let expected = format!("{:#018x}, which it came with", checks.header);
         Err(Invalid::new("checksum of a packet's header", format_args!("{seen:#018x}"), expected))
     }
+}
+
+/// Says in an encoded header, which is not sealed yet, to which of several streams of its codec the payload belongs. Spec:
+/// docs/wire.md §27.8.
+///
+/// # Errors
+/// It is shorter than any header.
+pub fn put_codec_stream(header: &mut [u8], stream: u8) -> Result<(), Invalid> {
+    fields(header)?.stream = stream;
+    Ok(())
+}
+
+/// To which of several streams of its codec the payload behind this header belongs: 0 where there is one.
+///
+/// # Errors
+/// It is shorter than any header.
+pub fn codec_stream(header: &mut [u8]) -> Result<u8, Invalid> {
+    Ok(fields(header)?.stream)
 }
 
 fn fields(header: &mut [u8]) -> Result<&mut RawChecks, Invalid> {
@@ -123,8 +142,19 @@ mod tests {
     }
 
     #[test]
+    fn a_header_says_the_stream_of_its_codec_and_is_sealed_with_it() {
+        let mut header = packet();
+        assert_eq!(codec_stream(&mut header).unwrap(), 0);
+        put_codec_stream(&mut header, 3).unwrap();
+        PacketChecks::seal(&mut header, 5, hash).unwrap();
+        assert_eq!((header[56], codec_stream(&mut header).unwrap()), (3, 3));
+        put_codec_stream(&mut header, 2).unwrap();
+        assert!(PacketChecks::open(&mut header, hash).is_err());
+    }
+
+    #[test]
     fn what_is_shorter_than_a_header_is_refused() {
-        for len in [0, 35, 55] {
+        for len in [0, 35, 56] {
             assert!(PacketChecks::open(&mut vec![0; len], hash).is_err());
             assert!(PacketChecks::seal(&mut vec![0; len], 0, hash).is_err());
         }

@@ -9,7 +9,7 @@ mod packet;
 
 use zerocopy::big_endian::U32;
 
-pub use checks::PacketChecks;
+pub use checks::{PacketChecks, codec_stream, put_codec_stream};
 pub use codec_id::CodecId;
 pub use device_state::{DeviceStatePacket, MAX_DEVICE_STATE_PAYLOAD};
 pub use flags::PacketFlags;

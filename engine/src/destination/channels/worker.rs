@@ -2,11 +2,13 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
-use multifd_codecs::{CodecId, Decoder};
+use multifd_codecs::{Codec, CodecId, Decoder};
 use multifd_transports::Channel;
 use multifd_wire::{
-    DeviceStatePacket, PACKET_PREFIX_LEN, PacketChecks, PacketKind, RamPacket, header_len, pages_per_packet,
+    DeviceStatePacket, PACKET_PREFIX_LEN, PacketChecks, PacketKind, RamPacket, codec_stream, header_len,
+    pages_per_packet,
 };
 
 use crate::destination::place::{BlockSink, BlockSinks, PlacePages};
@@ -22,6 +24,12 @@ use crate::stream::dialect;
 /// Bytes of a packet's pages.
 const PAGES_LEN: usize = pages_per_packet(PAGE_SIZE) * PAGE;
 
+/// A codec, and which of its streams.
+type StreamId = (CodecId, u8);
+
+/// Most streams of codecs on a channel: a source has no use for more levels at a time.
+const MAX_STREAMS: usize = 8;
+
 const HEADER_LEN: usize = header_len(PAGE_SIZE);
 
 /// The worker of one channel. Owns its buffers: at most 1 MiB of payload and 512 KiB of decoded
@@ -33,8 +41,10 @@ pub(crate) struct ChannelWorker {
     /// The number that the peer gave the channel.
     id: u8,
     sinks: Option<Arc<BlockSinks>>,
-    /// One for each codec that has come, each with its own history of the channel.
-    decoders: Vec<(CodecId, Box<dyn Decoder>)>,
+    /// One for each stream of a codec that has come, each with its own history of the channel.
+    decoders: Vec<(StreamId, Box<dyn Decoder>)>,
+    /// The stream of the packet that is being read.
+    stream: StreamId,
     payload: Vec<u8>,
     pages: Vec<u8>,
     /// Of the pages of a packet.
@@ -62,6 +72,7 @@ impl ChannelWorker {
             id,
             sinks: None,
             decoders: Vec::new(),
+            stream: (CodecId::NONE, 0),
             payload: Vec::new(),
             pages: Vec::new(),
             hashes: Vec::new(),
@@ -144,7 +155,9 @@ impl ChannelWorker {
             true => PacketChecks::open(header, hash).map_err(invalid)?,
             false => None,
         };
+        let stream = if self.shared.wishes().mixed { codec_stream(header).map_err(invalid)? } else { 0 };
         let packet = RamPacket::parse(header, PAGE_SIZE).map_err(invalid)?;
+        self.stream = (packet.flags().codec(), stream);
         if let Some(block) = packet.block() {
             let sinks = match &self.sinks {
                 Some(sinks) => Arc::clone(sinks),
@@ -174,9 +187,7 @@ impl ChannelWorker {
         let codec = self.shared.codec(packet.flags())?;
         if packet.normal_pages() > 0 {
             if codec.id() != CodecId::NONE {
-                if self.decoders.iter().all(|(id, _)| *id != codec.id()) {
-                    self.decoders.push((codec.id(), codec.decoder().map_err(codec_error)?));
-                }
+                self.have_decoder(&*codec)?;
                 self.receive_decoded(sink, packet, checks)?;
             } else {
                 self.receive_plain(sink, packet, checks)?;
@@ -192,6 +203,18 @@ impl ChannelWorker {
         Counters::add(&counters.packets, 1);
         Counters::add(&counters.pages_normal, packet.normal_pages());
         Counters::add(&counters.pages_zero, packet.zero_pages());
+        Ok(())
+    }
+
+    fn have_decoder(&mut self, codec: &dyn Codec) -> Result<()> {
+        if self.decoders.iter().any(|(stream, _)| *stream == self.stream) {
+            return Ok(());
+        }
+        if self.decoders.len() >= MAX_STREAMS {
+            let detail = format!("more than {MAX_STREAMS} streams of codecs");
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        self.decoders.push((self.stream, codec.decoder().map_err(codec_error)?));
         Ok(())
     }
 
@@ -278,14 +301,18 @@ impl ChannelWorker {
         self.pages.resize(PAGES_LEN, 0);
         let pages = self.pages.get_mut(..packet.normal_pages() * PAGE).ok_or_else(|| too_large(packet))?;
         let mut decoders = self.decoders.iter_mut();
-        let decoder = decoders.find(|(id, _)| *id == packet.flags().codec()).map(|(_, decoder)| decoder);
+        let decoder = decoders.find(|(stream, _)| *stream == self.stream).map(|(_, decoder)| decoder);
         let decoder = decoder.ok_or_else(|| Error::bug(Phase::Active, "packed pages without a decoder"))?;
+        let begun = Instant::now();
         decoder.recv_pages(&self.payload, pages).map_err(|error| not_decoded(packet, error))?;
+        let took = usize::try_from(begun.elapsed().as_micros()).unwrap_or(usize::MAX);
+        Counters::add(&self.counters.codec_us, took);
+        Counters::add(&self.counters.bytes_saved, pages.len().saturating_sub(self.payload.len()));
         let memory = windows(&self.decoders);
         self.memory.grow_to(
             self.payload.capacity() + PAGES_LEN + memory,
             Phase::Active,
-            "the decoders' windows",
+            "the decoder's window",
         )?;
         check(sink, packet, pages, checks, &mut self.hashes)?;
         store(sink, packet, pages, &self.hashes, &sink.best_place())
@@ -344,7 +371,7 @@ impl ChannelWorker {
 }
 
 /// Bytes that the decoders hold.
-fn windows(decoders: &[(CodecId, Box<dyn Decoder>)]) -> usize {
+fn windows(decoders: &[(StreamId, Box<dyn Decoder>)]) -> usize {
     decoders.iter().map(|(_, decoder)| decoder.memory()).sum()
 }
 
