@@ -83,7 +83,7 @@ fn moved(
     channels: usize,
     (checksums, digest): (bool, bool),
 ) -> Report {
-    let there = vec![block(guest.pages() * PAGE >> 20)];
+    let there = vec![block((guest.pages() * PAGE) >> 20)];
     let anywhere = "tcp:127.0.0.1:0".parse().expect("an endpoint");
     let destination = Destination::builder(there).listen(&anywhere).expect("a port");
     let to = destination.endpoint();

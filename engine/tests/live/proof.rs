@@ -49,7 +49,11 @@ fn flipped(
     flip: Option<Flip>,
     set: impl FnOnce(SourceBuilder) -> SourceBuilder,
 ) -> (Result<Report, Error>, Result<Report, Error>) {
-    let destination = Destination::builder(vec![there.clone()]).timeout(SOON);
+    let mut destination = Destination::builder(vec![there.clone()]).timeout(SOON);
+    if flip.is_some_and(|flip| flip.connection > 0) {
+        // The relay may be slow to make this connection: it is waited for.
+        destination = destination.channels(1);
+    }
     let destination = destination.listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     let to = destination.endpoint();
     let to = flip.map_or_else(|| to.clone(), |flip| Relay::flipping(&to, flip).uri);
@@ -64,6 +68,8 @@ fn flipped(
     let sent = send();
     (sent, receiving.join().unwrap())
 }
+
+type Set = fn(SourceBuilder) -> SourceBuilder;
 
 fn codecs() -> [Arc<dyn Codec>; 3] {
     [Arc::new(Lz4), Arc::new(Zlib::default()), Arc::new(Zstd::default())]
@@ -80,7 +86,7 @@ fn nothing_wrong_was_placed(here: &RamBlock, there: &RamBlock) {
 
 #[test]
 fn the_digest_of_a_guest_that_wrote_all_the_time_is_equal() {
-    let ways: [fn(SourceBuilder) -> SourceBuilder; 7] = [
+    let ways: [Set; 7] = [
         |source| source,
         |source| source.channels(3),
         |source| source.channels(2).codec(Arc::new(Zstd::default())),
@@ -103,7 +109,7 @@ fn both_ends_say_that_the_digest_is_equal_and_neither_does_without_one() {
     let (sent, received) = flipped(&here, &there, None, |source| source.channels(1));
     assert_eq!(sent.unwrap().digest, Some(DigestVerdict::Equal));
     assert_eq!(received.unwrap().digest, Some(DigestVerdict::Equal));
-    let ways: [fn(SourceBuilder) -> SourceBuilder; 3] = [
+    let ways: [Set; 3] = [
         |source| source.channels(1).digest(false),
         |source| source.channels(1).zero_copy_send(multifd_engine::ZeroCopySend::Always),
         |source| source.return_path(false),
@@ -158,8 +164,7 @@ fn whatever_a_codec_makes_of_a_flipped_bit_no_wrong_page_is_placed() {
 
 #[test]
 fn the_digest_finds_what_no_checksum_was_there_to_find_and_names_the_block() {
-    let ways: [(usize, fn(SourceBuilder) -> SourceBuilder); 2] =
-        [(0, |source| source), (1, |source| source.channels(1).checksums(false))];
+    let ways: [(usize, Set); 2] = [(0, |source| source), (1, |source| source.channels(1).checksums(false))];
     for (connection, way) in ways {
         let here = filled(512);
         // In the middle of a page, whatever else is on its channel.
@@ -191,7 +196,7 @@ fn a_flipped_bit_without_checksums_and_digest_is_not_found() {
 }
 
 /// Moves a paused guest, and changes a byte at the destination between its last page and the end.
-fn spoilt(way: fn(SourceBuilder) -> SourceBuilder, verify: bool, spoil: bool) -> Result<Report, Error> {
+fn spoilt(way: Set, verify: bool, spoil: bool) -> Result<Report, Error> {
     let (here, there) = (filled(512), block(512));
     let destination = Destination::builder(vec![there.clone()]).timeout(SOON).verify(verify);
     let destination = destination.listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
@@ -215,7 +220,7 @@ fn spoilt(way: fn(SourceBuilder) -> SourceBuilder, verify: bool, spoil: bool) ->
 
 #[test]
 fn memory_that_was_changed_behind_the_engines_back_is_found_when_it_is_read_again() {
-    let ways: [fn(SourceBuilder) -> SourceBuilder; 4] = [
+    let ways: [Set; 4] = [
         |source| source,
         |source| source.channels(2),
         |source| source.channels(2).codec(Arc::new(Zlib::default())),

@@ -163,10 +163,8 @@ impl Incoming {
                     self.channel_bytes += read;
                     if let Some(kept) = self.kept.as_mut() {
                         kept.resize(kept.len().max(index + 1), Vec::new());
-                        kept.iter_mut()
-                            .nth(index)
-                            .into_iter()
-                            .for_each(|kept| kept.extend(piece.iter().take(read)));
+                        let kept = kept.get_mut(index).into_iter();
+                        kept.for_each(|kept| kept.extend(piece.iter().take(read)));
                     }
                 }
                 _ => *channel = None,
