@@ -286,9 +286,10 @@ mod tests {
                 "pages_xbzrle",
                 "channels",
                 "throughput_bytes_per_s",
+                "bytes_saved",
             ];
             assert!(numbers.iter().all(|key| figures[key].is_u64()), "{figures}");
-            assert!(figures["codec"].is_string(), "{figures}");
+            assert!(figures["codec"].is_string() && figures["codec_cpu_s"].is_f64(), "{figures}");
             assert_eq!(figures["per_channel"][1]["name"], "thread 0");
             assert_eq!(figures["per_channel"][1]["pages_normal"], 0);
         }

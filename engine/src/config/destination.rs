@@ -38,8 +38,8 @@ pub struct DestinationConfig {
     /// takes.
     pub max_ram: Option<u64>,
     /// Bytes of memory that the source can make this end use beside guest RAM: buffers and windows of all channels, device
-    /// state, its description. A channel takes up to 2 MiB, with zstd and a window of the highest level 34 MiB. Default: half
-    /// of the machine's memory.
+    /// state, its description. A channel takes up to 2 MiB, with zstd and a window of the highest level 34 MiB. Digests of pages
+    /// that have come are not in it: 2 MiB for a GiB of them. Default: half of the machine's memory.
     pub max_memory: Option<u64>,
     /// Time from the first byte of the main channel until everything has come, however slowly it comes. Default: none; a peer
     /// that sends a byte per `timeout` is patiently served.

@@ -59,25 +59,27 @@ pub(crate) fn features(codecs: &Codecs) -> u64 {
 /// The codecs between which a source may choose by packet, towards a destination with these features: the cheapest first,
 /// each with the number of its stream among those of its kind. None, or one, if there is no choice.
 pub(crate) fn codecs_by_cost(features: u64) -> impl Iterator<Item = (Arc<dyn Codec>, u8)> {
-    let mut codecs: Vec<(Arc<dyn Codec>, u8)> = vec![(Arc::new(Uncompressed), 0)];
+    type Stream = (Arc<dyn Codec>, u8);
+    let has = move |codec: CodecId| features & feature_of(codec) != 0;
+    let codecs = std::iter::once::<Stream>((Arc::new(Uncompressed), 0));
     #[cfg(feature = "lz4")]
-    codecs.push((Arc::new(multifd_codecs::Lz4), 0));
+    let codecs = codecs.chain(std::iter::once::<Stream>((Arc::new(multifd_codecs::Lz4), 0)));
     #[cfg(feature = "zstd")]
-    {
+    let codecs = {
         use multifd_codecs::{Zstd, ZstdLevel};
         let levels = [ZstdLevel::at::<1>(), ZstdLevel::at::<3>(), ZstdLevel::at::<9>()];
-        codecs.extend(
-            (0..)
-                .zip(levels)
-                .map(|(stream, level)| -> (Arc<dyn Codec>, u8) { (Arc::new(Zstd::from(level)), stream) }),
-        );
-    }
-    // What zstd does for less.
+        codecs.chain(
+            (0..).zip(levels).map(|(stream, level)| -> Stream { (Arc::new(Zstd::from(level)), stream) }),
+        )
+    };
+    // Where there is zstd, it does for less what zlib does.
     #[cfg(feature = "zlib")]
-    if !cfg!(feature = "zstd") || features & feature_of(CodecId::ZSTD) == 0 {
-        codecs.push((Arc::new(multifd_codecs::Zlib::default()), 0));
-    }
-    codecs.into_iter().filter(move |(codec, _)| features & feature_of(codec.id()) != 0)
+    let codecs = {
+        let instead = !cfg!(feature = "zstd") || !has(CodecId::ZSTD);
+        let zlib = || -> Stream { (Arc::new(multifd_codecs::Zlib::default()), 0) };
+        codecs.chain(instead.then(zlib))
+    };
+    codecs.filter(move |(codec, _)| has(codec.id()))
 }
 
 /// Refuses to send packets of a codec that only another multifd has, unless a destination with these

@@ -49,11 +49,7 @@ fn flipped(
     flip: Option<Flip>,
     set: impl FnOnce(SourceBuilder) -> SourceBuilder,
 ) -> (Result<Report, Error>, Result<Report, Error>) {
-    let mut destination = Destination::builder(vec![there.clone()]).timeout(SOON);
-    if flip.is_some_and(|flip| flip.connection > 0) {
-        // The relay may be slow to make this connection: it is waited for.
-        destination = destination.channels(1);
-    }
+    let destination = Destination::builder(vec![there.clone()]).timeout(SOON);
     let destination = destination.listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     let to = destination.endpoint();
     let to = flip.map_or_else(|| to.clone(), |flip| Relay::flipping(&to, flip).uri);

@@ -46,14 +46,23 @@ impl Relay {
         // Ends with the process: a test that is over has no more connections to pass on.
         thread::Builder::new()
             .spawn(move || {
+                // A destination accepts no channel behind the first sync point on main: main is held back until it has the
+                // channel on which a bit flips.
+                let (last_held, mut held) = (flip.map_or(0, |flip| flip.connection), Vec::new());
                 for (number, source) in listener.incoming().enumerate() {
                     let source = source.unwrap();
                     let Ok(there) = TcpStream::connect((host.as_str(), port)) else { return };
-                    let left = cut.filter(|cut| cut.connection == number).map(|cut| cut.after);
-                    let flip = flip.filter(|flip| flip.connection == number).map(|flip| flip.byte);
                     all.lock().unwrap().extend([source.try_clone().unwrap(), there.try_clone().unwrap()]);
-                    pass(source.try_clone().unwrap(), there.try_clone().unwrap(), left, flip);
-                    pass(there, source, None, None);
+                    held.push((number, source, there));
+                    if number < last_held {
+                        continue;
+                    }
+                    for (number, source, there) in held.drain(..) {
+                        let left = cut.filter(|cut| cut.connection == number).map(|cut| cut.after);
+                        let flip = flip.filter(|flip| flip.connection == number).map(|flip| flip.byte);
+                        pass(source.try_clone().unwrap(), there.try_clone().unwrap(), left, flip);
+                        pass(there, source, None, None);
+                    }
                 }
             })
             .unwrap();
