@@ -9,7 +9,7 @@ pub enum Command {
     Digest {
         /// The block.
         block: BlockName,
-        /// The digest. Spec: docs/wire.md §27.7.
+        /// The digest. Spec: docs/wire.md §27.8.
         digest: u64,
     },
     /// 8: turn COLO on.

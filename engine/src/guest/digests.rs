@@ -9,7 +9,7 @@ use super::PAGE;
 use crate::error::{Error, Phase, Result};
 
 /// A hash of bytes that a guest wrote: it finds what was changed by accident, by no means what was made to deceive. On the wire
-/// between two multifd ends (docs/wire.md §27.6): XXH3 of 64 bits, seed 0.
+/// between two multifd ends (docs/wire.md §27.7): XXH3 of 64 bits, seed 0.
 pub fn hash(bytes: &[u8]) -> u64 {
     XxHash3_64::oneshot(bytes)
 }
@@ -88,7 +88,7 @@ impl Drop for Noting<'_> {
     }
 }
 
-/// A page's part in the digest of its block: the same content at another place counts differently. Spec: docs/wire.md §27.7.
+/// A page's part in the digest of its block: the same content at another place counts differently. Spec: docs/wire.md §27.8.
 fn digest(page: usize, hash: u64) -> u64 {
     // The finalizer of SplitMix64.
     let mut mixed = hash ^ (page as u64).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);

@@ -156,6 +156,7 @@ impl Source {
             auto_codec: config.auto_codec,
             decided: Mutex::default(),
             agreed: OnceLock::new(),
+            id: OnceLock::new(),
             zero_copy: config.zero_copy,
             urgent: OnceLock::new(),
         });

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use crossbeam_utils::CachePadded;
 use multifd_codecs::Codec;
 use multifd_transports::Pacer;
-use multifd_wire::{Wishes, pages_per_packet};
+use multifd_wire::{MigrationId, Wishes, pages_per_packet};
 
 use super::outgoing::OutgoingRam;
 use super::page_cache::PageCache;
@@ -38,6 +38,8 @@ pub(super) struct SourceShared {
     pub(super) decided: Mutex<Vec<String>>,
     /// What the destination checks. Set before the first page goes.
     pub(super) agreed: OnceLock<Wishes>,
+    /// What a multifd destination knows this migration by, if it has said so.
+    pub(super) id: OnceLock<MigrationId>,
     pub(super) zero_copy: ZeroCopySend,
     /// Pages that are wanted before their turn. Not set: none may be asked for.
     pub(super) urgent: OnceLock<UrgentPages>,
@@ -140,6 +142,7 @@ pub(in crate::source) mod tests {
             auto_codec: false,
             decided: Mutex::default(),
             agreed: OnceLock::new(),
+            id: OnceLock::new(),
             zero_copy: ZeroCopySend::Off,
             urgent: OnceLock::new(),
         })

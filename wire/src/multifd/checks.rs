@@ -4,7 +4,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::Invalid;
 
 /// Checksums of a RAM packet between two multifd ends, in bytes of its header that QEMU sends as 0 and
-/// does not look at. Spec: docs/wire.md §27.6.
+/// does not look at. Spec: docs/wire.md §27.7.
 ///
 /// What hashes is the caller's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +65,7 @@ impl PacketChecks {
 }
 
 /// Says in an encoded header, which is not sealed yet, to which of several streams of its codec the payload belongs. Spec:
-/// docs/wire.md §27.8.
+/// docs/wire.md §27.9.
 ///
 /// # Errors
 /// It is shorter than any header.

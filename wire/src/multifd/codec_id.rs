@@ -22,7 +22,7 @@ impl CodecId {
     pub const ZSTD: Self = Self(0x04);
     /// The dialect's xbzrle packets; not a codec of a migration (docs/wire.md §27.2).
     pub const DIALECT_DELTA: Self = Self(0x06);
-    /// The dialect's lz4: each packet is a block of its own (docs/wire.md §27.8).
+    /// The dialect's lz4: each packet is a block of its own (docs/wire.md §27.9).
     pub const DIALECT_LZ4: Self = Self(0x0a);
     /// Intel QPL: QEMU's, not implemented here.
     pub const QPL: Self = Self(0x08);
