@@ -1,5 +1,6 @@
-//! What checksums and the digest cost: the hash alone, and whole moves over loopback with neither, either and both, in
-//! turns, so that a busy machine is one for all. Arguments: MiB of guest (256), turns (9).
+//! What checksums and the digest cost: the hash alone, and whole moves over loopback with neither,
+//! either and both, in turns, so that a busy machine is one for all. Arguments: MiB of guest (256),
+//! turns (9).
 
 use std::hint::black_box;
 use std::thread;

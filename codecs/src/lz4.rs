@@ -5,8 +5,8 @@ use lz4_flex::block::{DecompressError, compress_into, decompress_into, get_maxim
 use crate::codec::{Codec, CodecId, Decoder, Encoder};
 use crate::error::{CodecError, DecodeFailed, EncodeFailed};
 
-/// The codec `lz4` (docs/wire.md §27.9): between two multifd ends only, QEMU has none. The fastest of all, and the one that saves
-/// least. Memory per channel: 16 KiB to send, none to receive.
+/// The codec `lz4` (docs/wire.md §27.9): between two multifd ends only, QEMU has none. The fastest
+/// of all, and the one that saves least. Memory per channel: 16 KiB to send, none to receive.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Lz4;
 

@@ -1,4 +1,5 @@
-//! All RAM that was placed, read again when the last page is there: what has changed it since is found.
+//! All RAM that was placed, read again when the last page is there: what has changed it since is
+//! found.
 
 use std::fmt;
 use std::num::NonZero;

@@ -8,8 +8,9 @@ use twox_hash::XxHash3_64;
 use super::PAGE;
 use crate::error::{Error, Phase, Result};
 
-/// A hash of bytes that a guest wrote: it finds what was changed by accident, by no means what was made to deceive. On the wire
-/// between two multifd ends (docs/wire.md §27.7): XXH3 of 64 bits, seed 0.
+/// A hash of bytes that a guest wrote: it finds what was changed by accident, by no means what was
+/// made to deceive. On the wire between two multifd ends (docs/wire.md §27.7): XXH3 of 64 bits,
+/// seed 0.
 pub fn hash(bytes: &[u8]) -> u64 {
     XxHash3_64::oneshot(bytes)
 }
@@ -20,8 +21,9 @@ pub(crate) fn zero_hash() -> u64 {
     *ZERO.get_or_init(|| hash(&[0; PAGE]))
 }
 
-/// For each page of a block a digest of its content, and one of all of them, which changes with each: to compare the block at
-/// two ends costs no pass over its pages. 8 bytes a page, made where pages are noted.
+/// For each page of a block a digest of its content, and one of all of them, which changes with
+/// each: to compare the block at two ends costs no pass over its pages. 8 bytes a page, made where
+/// pages are noted.
 #[derive(Debug)]
 pub(crate) struct PageDigests {
     pages: usize,
@@ -35,7 +37,8 @@ const PART_PAGES: usize = 1 << 14;
 /// No digest.
 const NONE: u64 = 0;
 
-/// Several pages of one block that are noted by one thread. The sum of all pages changes when it is dropped.
+/// Several pages of one block that are noted by one thread. The sum of all pages changes when it is
+/// dropped.
 pub(crate) struct Noting<'d> {
     digests: &'d PageDigests,
     change: u64,
@@ -88,7 +91,8 @@ impl Drop for Noting<'_> {
     }
 }
 
-/// A page's part in the digest of its block: the same content at another place counts differently. Spec: docs/wire.md §27.8.
+/// A page's part in the digest of its block: the same content at another place counts differently.
+/// Spec: docs/wire.md §27.8.
 fn digest(page: usize, hash: u64) -> u64 {
     // The finalizer of SplitMix64.
     let mut mixed = hash ^ (page as u64).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);

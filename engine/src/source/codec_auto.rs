@@ -1,8 +1,9 @@
 //! Which codec a channel's next packet has, decided from what was measured: no clock, no threads.
 //!
-//! What a byte of a guest costs by a codec is the longer of two times: encoding it and handing it to the kernel, on the channel's
-//! thread, and what is left of it on the link. The first is measured where the codec is used. The second shows when the thread
-//! waits for the link; as long as it does not, the link may be faster than anything that was seen.
+//! What a byte of a guest costs by a codec is the longer of two times: encoding it and handing it
+//! to the kernel, on the channel's thread, and what is left of it on the link. The first is
+//! measured where the codec is used. The second shows when the thread waits for the link; as long
+//! as it does not, the link may be faster than anything that was seen.
 
 use std::fmt;
 use std::time::Duration;
@@ -83,7 +84,8 @@ const WINDOW: u32 = 16;
 /// Packets between two looks at another codec than the current.
 const TRY_AFTER: u32 = 64;
 
-/// How much faster the link may have become in a window without a wait, at the most and at the least.
+/// How much faster the link may have become in a window without a wait, at the most and at the
+/// least.
 const MOST_HOPE: f64 = 0.02;
 const LEAST_HOPE: f64 = 0.001;
 
@@ -194,7 +196,8 @@ impl Chooser {
         Some(Change { from, to, before: before * 1024.0, after: after * 1024.0, waited: self.waited })
     }
 
-    /// A change to a cheaper codec that is soon taken back was made in hope of a faster link, in vain.
+    /// A change to a cheaper codec that is soon taken back was made in hope of a faster link, in
+    /// vain.
     fn learn_to_hope(&mut self, cheaper: bool) {
         match (cheaper, self.since_cheaper.take()) {
             (true, _) => self.since_cheaper = Some(0),
@@ -203,7 +206,8 @@ impl Chooser {
         }
     }
 
-    /// What was not thought of shows in the sum: a destination that is slow to decode, a core that others use.
+    /// What was not thought of shows in the sum: a destination that is slow to decode, a core that
+    /// others use.
     fn correct(&mut self, took: f64) {
         let expected = self.here(self.current);
         for candidate in &mut self.candidates {
@@ -265,7 +269,8 @@ fn nanos(time: Duration) -> f64 {
 mod tests {
     use super::*;
 
-    /// ns to encode a byte, and bytes on the wire for 1000 of them: of the pages of a Linux guest, none, lz4, zstd 1, 3, 9.
+    /// ns to encode a byte, and bytes on the wire for 1000 of them: of the pages of a Linux guest,
+    /// none, lz4, zstd 1, 3, 9.
     const LINUX: [(f64, usize); 5] = [(0.0, 1000), (0.6, 470), (1.34, 320), (2.2, 300), (10.7, 283)];
     /// Of pages that do not compress.
     const RANDOM: [(f64, usize); 5] = [(0.0, 1000), (0.3, 1000), (0.8, 1000), (0.9, 1000), (4.0, 1000)];
@@ -278,7 +283,8 @@ mod tests {
     /// What the sockets hold, in bytes.
     const BUFFER: f64 = 4e6;
 
-    /// A channel in virtual time: the link drains what is in the sockets while the next packet is encoded.
+    /// A channel in virtual time: the link drains what is in the sockets while the next packet is
+    /// encoded.
     #[derive(Default)]
     struct Channel {
         held: f64,

@@ -31,7 +31,8 @@ fn filled(pages: usize) -> RamBlock {
     block
 }
 
-/// Text in every page that `filled` leaves zero, and in every other one: 4 of 8 pages do not compress.
+/// Text in every page that `filled` leaves zero, and in every other one: 4 of 8 pages do not
+/// compress.
 pub(crate) fn half_text(pages: usize) -> RamBlock {
     let block = filled(pages);
     let text: Vec<u8> =
@@ -76,7 +77,7 @@ fn nothing_wrong_was_placed(here: &RamBlock, there: &RamBlock) {
     let (mut sent, mut placed) = ([0; PAGE], [0; PAGE]);
     for page in 0..here.pages() {
         assert!(here.read_page(page, &mut sent) && there.read_page(page, &mut placed));
-        assert!(placed == sent || placed == [0; PAGE], "page {page} was placed as nobody sent it");
+        assert!(placed == sent || placed == [0; PAGE], "page {page} is not what was sent, nor empty");
     }
 }
 
@@ -119,7 +120,8 @@ fn both_ends_say_that_the_digest_is_equal_and_neither_does_without_one() {
 #[test]
 fn a_bit_that_flips_in_a_packet_ends_the_move_before_a_page_is_placed() {
     let here = filled(512);
-    // Behind the packet with the first sync point: it goes before it is known what the destination can do.
+    // Behind the packet with the first sync point: it goes before it is known what the destination
+    // can do.
     let first = INITIAL + HEADER;
     let in_headers = [0, 3, 7, 11, 17, 20, 35, 36, 39, 44, 50, 55, 60, 64, 100, 319, 320, 327, 1000, 1343];
     let in_pages = [HEADER, HEADER + 1, HEADER + 40_000, HEADER + 112 * PAGE - 1, 3 * HEADER + 250 * PAGE];

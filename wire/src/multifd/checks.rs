@@ -3,8 +3,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::Invalid;
 
-/// Checksums of a RAM packet between two multifd ends, in bytes of its header that QEMU sends as 0 and
-/// does not look at. Spec: docs/wire.md §27.7.
+/// Checksums of a RAM packet between two multifd ends, in bytes of its header that QEMU sends as 0
+/// and does not look at. Spec: docs/wire.md §27.7.
 ///
 /// What hashes is the caller's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

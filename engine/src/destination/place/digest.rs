@@ -10,8 +10,8 @@ use super::{BlockSink, BlockSinks, ZEROS};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{Found, PAGE, PageDigests, READING, hash, zero_hash};
 
-/// RAM blocks whose pages were not placed as the source has sent them: the cause of the error with which a comparison of digests
-/// ends a migration.
+/// RAM blocks whose pages were not placed as the source has sent them: the cause of the error with
+/// which a comparison of digests ends a migration.
 #[derive(Debug, Error)]
 #[error("digest: different; RAM blocks that are not what the source has sent: {}", names(.blocks))]
 #[non_exhaustive]
@@ -51,7 +51,8 @@ impl BlockSinks {
             .all(|sink| sink.digests.get().is_some_and(|digests| digests.compared.load(Ordering::Relaxed)))
     }
 
-    /// The guest may be loaded: every block was compared with what the source has sent, and is that.
+    /// The guest may be loaded: every block was compared with what the source has sent, and is
+    /// that.
     pub(in crate::destination) fn check_digests(&self) -> Result<()> {
         let state = |sink: &BlockSink, flag: fn(&KeptDigests) -> &AtomicBool| {
             sink.digests.get().is_some_and(|digests| flag(digests).load(Ordering::Relaxed))

@@ -1,4 +1,5 @@
-//! How the pages of a channel are encoded: not at all, by the migration's codec, or by what suits the link at the moment.
+//! How the pages of a channel are encoded: not at all, by the migration's codec, or by what suits
+//! the link at the moment.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +17,8 @@ pub(super) enum Encoding {
     Plain,
     /// By one codec.
     Fixed(CodecId, Box<dyn Encoder>),
-    /// By the codec that is best at the moment. `None` before it is known which the destination has.
+    /// By the codec that is best at the moment. `None` before it is known which the destination
+    /// has.
     Auto(Option<Auto>),
 }
 
@@ -54,7 +56,8 @@ impl Encoding {
         })
     }
 
-    /// What the destination can do is known: `features`, 0 for a QEMU, which has been told of one codec.
+    /// What the destination can do is known: `features`, 0 for a QEMU, which has been told of one
+    /// codec.
     pub(super) fn settle(&mut self, features: u64) {
         if matches!(self, Self::Auto(None)) {
             let streams: Vec<Stream> = dialect::codecs_by_cost(features).map(Stream::of).collect();
