@@ -149,6 +149,18 @@ const THREADS: &[(&str, &[i64])] = &[
         ],
     ),
     ("mig-urgent-in", &[libc::SYS_getsockopt, libc::SYS_recvfrom, libc::SYS_shutdown]),
+    (
+        "mig-verify",
+        &[
+            libc::SYS_getsockopt,
+            libc::SYS_ioctl,
+            libc::SYS_lseek,
+            libc::SYS_mincore,
+            libc::SYS_pread64,
+            libc::SYS_process_vm_readv,
+            libc::SYS_shutdown,
+        ],
+    ),
 ];
 
 /// A filter for each kind of thread, made before any of them is there: what makes it needs more than they may.

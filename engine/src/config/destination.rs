@@ -45,8 +45,8 @@ pub struct DestinationConfig {
     /// takes.
     pub max_ram: Option<u64>,
     /// Bytes of memory that the source can make this end use beside guest RAM: buffers and windows of all channels, device
-    /// state, its description. A channel takes up to 2 MiB, with zstd and a window of the highest level 34 MiB. Default: half
-    /// of the machine's memory.
+    /// state, its description. A channel takes up to 2 MiB, with zstd and a window of the highest level 34 MiB. Digests of pages
+    /// that have come are not in it: 2 MiB for a GiB of them. Default: half of the machine's memory.
     pub max_memory: Option<u64>,
     /// Time from the first byte of the main channel until everything has come, however slowly it comes. Default: none; a peer
     /// that sends a byte per `timeout` is patiently served.
@@ -54,6 +54,11 @@ pub struct DestinationConfig {
     /// Takes device state over parallel channels (VFIO), which is kept in memory: [`Arrived::device_packets`](crate::Arrived::device_packets).
     /// Default: no, a source that sends some is refused.
     pub device_packets: bool,
+    /// Reads all RAM again when the last page is there, on all cores, and compares each page with a digest of what was placed
+    /// there, from whatever source: memory that was changed since, or is bad, is refused with
+    /// [`ChangedPages`](crate::ChangedPages), and the guest runs on at its source. The guest is paused meanwhile. Not of pages that
+    /// follow a switch to post-copy, nor of a `mapped-ram` file, which is refused. Default: no.
+    pub verify: bool,
     /// How the connections' sockets are tuned. Default: as for [`SourceConfig`](crate::SourceConfig).
     pub socket: SocketOptions,
 }
@@ -77,6 +82,7 @@ impl Default for DestinationConfig {
             max_memory: None,
             deadline: None,
             device_packets: false,
+            verify: false,
             socket: SocketOptions::default(),
         }
     }

@@ -42,7 +42,7 @@ impl DestinationBuilder {
         self
     }
 
-    /// The codecs that may come in. Default: none, zlib, zstd. Which one it is, the packets say.
+    /// The codecs that may come in. Default: none, zlib, zstd, and lz4 of other multifds. Which one it is, the packets say.
     #[must_use]
     pub fn codecs(mut self, codecs: Codecs) -> Self {
         self.codecs = codecs;
@@ -155,6 +155,13 @@ impl DestinationBuilder {
     #[must_use]
     pub fn device_packets(mut self, take: bool) -> Self {
         self.config.device_packets = take;
+        self
+    }
+
+    /// RAM read again at the end: see [`DestinationConfig::verify`].
+    #[must_use]
+    pub fn verify(mut self, verify: bool) -> Self {
+        self.config.verify = verify;
         self
     }
 

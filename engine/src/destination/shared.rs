@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
-use multifd_codecs::{Codec, Codecs};
+use multifd_codecs::{Codec, CodecId, Codecs};
 use multifd_transports::{Channel, Listener};
-use multifd_wire::{DeviceStatePacket, MigrationId, PacketFlags};
+use multifd_wire::{DeviceStatePacket, MigrationId, PacketFlags, Wishes};
 
 use super::channels::sync::ChannelSync;
 use super::place::BlockSinks;
@@ -44,6 +44,10 @@ pub(crate) struct DestinationShared {
     keeps_listening: AtomicBool,
     /// HELLO was said: the source may send packets of the multifd dialect.
     dialect: AtomicBool,
+    /// All that is placed is read again at the end.
+    pub(crate) verifies: bool,
+    /// What the source wishes to be checked. Set before there is memory for its pages.
+    wishes: OnceLock<Wishes>,
     /// What the source was told that this migration is known by.
     id: OnceLock<MigrationId>,
     /// By which the source has authenticated itself, if it has.
@@ -121,6 +125,8 @@ impl DestinationShared {
             urgent: Arc::default(),
             keeps_listening: AtomicBool::new(false),
             dialect: AtomicBool::new(false),
+            verifies: config.verify,
+            wishes: OnceLock::new(),
             facts: Monitor::new(Facts::default(), &session.stop),
         })
     }
@@ -224,6 +230,16 @@ impl DestinationShared {
         self.dialect.load(Ordering::Relaxed)
     }
 
+    /// The source wishes these checks. The first word counts: one that came between pages would be too late.
+    pub(crate) fn heed(&self, wishes: Wishes) {
+        self.wishes.get_or_init(|| wishes);
+    }
+
+    /// What the source wishes to be checked.
+    pub(crate) fn wishes(&self) -> Wishes {
+        self.wishes.get().copied().unwrap_or_default()
+    }
+
     /// What the source is to be told that this migration is known by.
     pub(crate) fn make_id(&self) -> MigrationId {
         // The keys are random: told apart, not kept secret.
@@ -274,11 +290,13 @@ impl DestinationShared {
         })
     }
 
-    /// The codec of a packet with pages: known here, and the same for the whole migration.
+    /// The codec of a packet with pages: known here, and the same for the whole migration, unless the source has announced
+    /// that it mixes them.
     pub(crate) fn codec(&self, flags: PacketFlags) -> Result<Arc<dyn Codec>> {
+        let mixed = self.wishes().mixed;
         self.facts.modify_silently(|facts| match &facts.codec {
             Some(codec) if codec.id() == flags.codec() => Ok(Arc::clone(codec)),
-            Some(codec) => Err(Error::misbehaved(
+            Some(codec) if !mixed => Err(Error::misbehaved(
                 Phase::Active,
                 format!(
                     "packet with codec {:#x} after packets with {} ({:#x})",
@@ -287,15 +305,19 @@ impl DestinationShared {
                     codec.id().value()
                 ),
             )),
-            None => {
-                let found = self.codecs.get(flags.codec());
+            first => {
+                let of_dialect = flags.codec().is_reserved();
+                let found = self.codecs.get(flags.codec()).filter(|_| !of_dialect || self.speaks_dialect());
                 let codec = found.ok_or_else(|| {
                     let known: Vec<_> = self.codecs.iter().map(|codec| codec.name()).collect();
                     let seen = flags.codec().value();
                     let detail = format!("packet with codec {seen:#x}; known here: {}", known.join(", "));
                     Error::incompatible(Phase::Active, detail)
                 })?;
-                facts.codec = Some(Arc::clone(codec));
+                // The migration's codec is what is not none, if anything is.
+                if first.as_ref().is_none_or(|first| first.id() == CodecId::NONE) {
+                    facts.codec = Some(Arc::clone(codec));
+                }
                 Ok(Arc::clone(codec))
             }
         })

@@ -24,6 +24,7 @@ mod alive;
 mod audit;
 mod builder;
 mod carrier;
+mod codec_auto;
 mod connect;
 mod control;
 mod device_state;
