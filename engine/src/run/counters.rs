@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use crossbeam_utils::CachePadded;
 use multifd_transports::Channel;
@@ -106,11 +106,11 @@ macro_rules! counters {
 
         impl ChannelCounters {
             fn read(&self) -> ChannelProgress {
-                let channel = self.channel.get();
+                let (bytes_sent, bytes_received) = lock(&self.bytes).read();
                 ChannelProgress {
                     name: self.name.clone(),
-                    bytes_sent: channel.map_or(0, |channel| channel.bytes_sent()),
-                    bytes_received: channel.map_or(0, |channel| channel.bytes_received()),
+                    bytes_sent,
+                    bytes_received,
                     $($channel: self.counters.$channel.load(Ordering::Relaxed),)*
                 }
             }
@@ -154,9 +154,31 @@ counters! {
 /// The counters of one channel, written by its worker: on cache lines that no other worker writes.
 pub(crate) struct ChannelCounters {
     name: String,
-    /// `None`: bytes are counted elsewhere.
-    channel: OnceLock<Arc<Channel>>,
+    bytes: Mutex<Bytes>,
     counters: CachePadded<PerChannel>,
+}
+
+/// The bytes of a channel, whose connection may be replaced by another.
+#[derive(Default)]
+struct Bytes {
+    /// `None`: bytes are counted elsewhere, or the connection is gone.
+    channel: Option<Arc<Channel>>,
+    /// Over connections that are gone: sent, received.
+    before: (u64, u64),
+}
+
+impl Bytes {
+    /// Sent, received.
+    fn read(&self) -> (u64, u64) {
+        let (sent, received) = self.before;
+        let now = self.channel.as_ref();
+        now.map_or(self.before, |now| (sent + now.bytes_sent(), received + now.bytes_received()))
+    }
+
+    fn replace(&mut self, channel: Option<Arc<Channel>>) {
+        self.before = self.read();
+        self.channel = channel;
+    }
 }
 
 /// What a source expects, as of the last bitmap sync.
@@ -209,6 +231,12 @@ impl Counters {
         counters
     }
 
+    /// Lets go of the connections that this end has closed; their bytes stay counted.
+    pub(crate) fn retire_closed_channels(&self) {
+        self.main.retire_closed();
+        lock(&self.parallel).iter().chain(&*lock(&self.urgent)).for_each(|channel| channel.retire_closed());
+    }
+
     /// Pages that have come or gone, in whatever form.
     pub(crate) fn pages(&self) -> u64 {
         let Progress { pages_normal, pages_zero, pages_xbzrle, .. } = self.read(0);
@@ -222,7 +250,7 @@ impl Counters {
 
 impl ChannelCounters {
     fn new(name: String) -> Self {
-        Self { name, channel: OnceLock::new(), counters: CachePadded::default() }
+        Self { name, bytes: Mutex::default(), counters: CachePadded::default() }
     }
 
     fn with_bytes_of(self, channel: &Arc<Channel>) -> Self {
@@ -232,7 +260,15 @@ impl ChannelCounters {
 
     /// From now on, what goes over `channel` counts here.
     pub(crate) fn count_bytes_of(&self, channel: &Arc<Channel>) {
-        self.channel.get_or_init(|| Arc::clone(channel));
+        lock(&self.bytes).replace(Some(Arc::clone(channel)));
+    }
+
+    /// Lets go of the connection, if this end has closed it.
+    fn retire_closed(&self) {
+        let mut bytes = lock(&self.bytes);
+        if bytes.channel.as_ref().is_some_and(|channel| channel.is_closed()) {
+            bytes.replace(None);
+        }
     }
 }
 
@@ -279,6 +315,24 @@ mod tests {
             .collect();
         assert_eq!(shown, [("main", 0, 5), ("channel 3", 100, 7), ("thread 0", 0, 0)]);
         assert_eq!(counters.pages(), 23);
+    }
+
+    #[test]
+    fn bytes_of_a_connection_that_was_replaced_stay_counted_and_it_is_let_go_of() {
+        let counters = Counters::default();
+        for total in 1..=3 {
+            let (ours, _theirs) = Channel::pair().unwrap();
+            let ours = Arc::new(ours);
+            counters.main.count_bytes_of(&ours);
+            ours.send_all(&[1; 100]).unwrap();
+            assert_eq!(counters.read(0).per_channel[0].bytes_sent, total * 100);
+            counters.retire_closed_channels();
+            assert_eq!(Arc::strong_count(&ours), 2, "it is open");
+            ours.closer().close();
+            counters.retire_closed_channels();
+            assert_eq!(Arc::strong_count(&ours), 1);
+            assert_eq!(counters.read(0).per_channel[0].bytes_sent, total * 100);
+        }
     }
 
     #[test]

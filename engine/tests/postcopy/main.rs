@@ -7,6 +7,10 @@
     reason = "test code may panic"
 )]
 
+#[path = "../live/credentials.rs"]
+mod credentials;
+mod recovery;
+mod relay;
 #[path = "../dirty/skip.rs"]
 mod skip;
 
@@ -16,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use multifd_engine::transports::{Endpoint, Listener};
+use multifd_engine::transports::{Endpoint, Listener, TlsClient, TlsServer};
 use multifd_engine::vm_memory::Bytes;
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
@@ -37,6 +41,8 @@ struct Move {
     preempt: bool,
     /// The link is cut after the first request, and replaced.
     cut: bool,
+    /// All connections are encrypted.
+    tls: bool,
 }
 
 fn memory(memfd: bool) -> Vec<RamBlock> {
@@ -144,15 +150,15 @@ fn wait(guest: PostcopyGuest, recover: Option<Listener>) -> Report {
 }
 
 /// Until the first request nothing goes that is not asked for; then the link is cut, or all goes.
-fn after_the_first_request(progress: &ProgressReader, control: &Control, switched: &AtomicBool, cut: bool) {
+fn after_the_first_request(progress: &ProgressReader, control: &Control, cut: bool) {
     let begun = std::time::Instant::now();
-    // A link can be cut when the switch is over at the source, too.
-    let asked = || progress.now().requests > 0 && switched.load(Ordering::Acquire);
+    let asked = || progress.now().requests > 0;
     while !asked() && begun.elapsed() < SOON {
         thread::yield_now();
     }
     if cut {
-        control.pause_postcopy();
+        // The switch may not have come back at the source by now.
+        control.pause_postcopy().unwrap();
     }
     control.set_max_postcopy_bandwidth(None);
     // Last: the others wait for no page for ever.
@@ -178,26 +184,30 @@ fn moved(how: Move) -> (Report, Report) {
     let log = SoftwareLog::new(&here);
     let marker = log.marker();
     let any: Endpoint = "tcp:127.0.0.1:0".parse().unwrap();
-    let destination = Destination::builder(there.clone()).postcopy(true).timeout(SOON).listen(&any).unwrap();
+    let credentials = how.tls.then(|| credentials::credentials("CA"));
+    let server = credentials.as_ref().map(|dir| TlsServer::from_directory(dir.path()).unwrap());
+    let mut destination = Destination::builder(there.clone()).postcopy(true).timeout(SOON);
+    if let Some(server) = &server {
+        destination = destination.tls(server.clone());
+    }
+    let destination = destination.listen(&any).unwrap();
     let to = destination.endpoint();
-    let again = how.cut.then(|| Listener::bind(&any).unwrap());
+    let again = how.cut.then(|| Listener::bind(&any).unwrap().tls(server));
     let again_at = again.as_ref().map(Listener::endpoint);
-    let source = Source::builder(here.clone(), Configuration::new("test-10.0"))
+    let mut source = Source::builder(here.clone(), Configuration::new("test-10.0"))
         .dirty_log(log)
         .postcopy(true)
         .postcopy_preempt(how.preempt)
         .max_postcopy_bandwidth(NonZeroU64::new(1))
-        .timeout(SOON)
-        .build()
-        .unwrap();
+        .timeout(SOON);
+    if let Some(dir) = &credentials {
+        source = source.tls(TlsClient::from_directory(dir.path()).unwrap());
+    }
+    let source = source.build().unwrap();
     let (progress, control) = (source.progress(), source.control());
-    let switched = AtomicBool::new(false);
     thread::scope(|scope| {
-        let serving = scope.spawn(|| {
-            let postcopy = rounds_and_switch(source, &here, &marker, &to);
-            switched.store(true, Ordering::Release);
-            serve(postcopy, again_at.as_ref())
-        });
+        let serving =
+            scope.spawn(|| serve(rounds_and_switch(source, &here, &marker, &to), again_at.as_ref()));
         let Incoming::Postcopy(guest) = destination.receive_live().unwrap() else { panic!("no switch") };
         assert_eq!(guest.opaque_state("devices"), Some((1, &b"state"[..])));
         guest.loaded().unwrap();
@@ -205,7 +215,7 @@ fn moved(how: Move) -> (Report, Report) {
             let (there, here) = (&there, &here);
             scope.spawn(move || read_all(there, here, step));
         }
-        scope.spawn(|| after_the_first_request(&progress, &control, &switched, how.cut));
+        scope.spawn(|| after_the_first_request(&progress, &control, how.cut));
         let received = wait(guest, again);
         (serving.join().unwrap(), received)
     })
@@ -257,5 +267,15 @@ fn a_link_that_is_cut_is_replaced_at_both_ends_while_threads_wait() {
     if !missing() {
         check(Move { cut: true, ..Move::default() });
         check(Move { cut: true, preempt: true, ..Move::default() });
+    }
+}
+
+#[test]
+fn all_connections_of_a_postcopy_are_encrypted_those_of_a_recovery_too() {
+    if !missing() {
+        for cut in [false, true] {
+            check(Move { tls: true, cut, ..Move::default() });
+            check(Move { tls: true, cut, preempt: true, ..Move::default() });
+        }
     }
 }

@@ -57,8 +57,7 @@ impl Serving {
     /// Asks the source for pages. Without a link they are asked for when there is one again.
     pub(super) fn ask(&self, pager: &Pager, wanted: &[Wanted]) {
         for wanted in wanted {
-            if let Err(error) = self.request(pager, wanted) {
-                self.break_link(error);
+            if !self.request(pager, wanted) {
                 return;
             }
         }

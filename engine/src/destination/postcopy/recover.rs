@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multifd_transports::{Arrival, Channel, Endpoint, Listener, SocketOptions, TlsServer};
-use multifd_wire::ItemType;
+use multifd_wire::{ItemType, MigrationId};
 
 use super::serving::Serving;
 use super::urgent;
 use crate::destination::driver::Driver;
 use crate::destination::return_path::ReturnPath;
+use crate::destination::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::Monitor;
 use crate::run::workers::Crew;
@@ -34,16 +35,50 @@ impl Relisten {
     pub(in crate::destination) fn bind(&self, endpoint: &Endpoint) -> Result<Arc<Listener>> {
         let listener = Listener::bind_with(endpoint, &self.options)
             .map_err(|error| Error::transport(Phase::Accept, error).after_hand_over())?;
-        let listener = listener.tls(self.tls.clone());
-        listener.keep_silent();
-        Ok(Arc::new(listener))
+        Ok(for_recovery(listener.tls(self.tls.clone())))
     }
 }
 
-/// A link that goes on begins with a command: RECV_BITMAP.
+/// Makes a listener wait for what a connection says of itself.
+pub(super) fn for_recovery(listener: Listener) -> Arc<Listener> {
+    let listener = listener
+        .opening_len(|first| if MigrationId::is_begun_by(first) { MigrationId::OPENING_LEN } else { 0 });
+    listener.keep_silent();
+    Arc::new(listener)
+}
+
+/// A link that goes on begins with the id of the migration, or, if QEMU is the source, with a command: RECV_BITMAP.
 fn begins_recovery(first: [u8; 4]) -> bool {
     let [kind, high, ..] = first;
-    (kind, high) == (ItemType::Command.byte(), 0)
+    (kind, high) == (ItemType::Command.byte(), 0) || MigrationId::is_begun_by(first)
+}
+
+/// Checks that the other end is the source of the guest that is here, as far as it says who it is: QEMU's says nothing but
+/// names of blocks.
+fn check_source(channel: &Channel, shared: &DestinationShared) -> Result<()> {
+    let Some(expected) = shared.id() else { return Ok(()) };
+    let mut first = [0; 4];
+    let read = |into: &mut [u8]| {
+        channel
+            .recv_exact(into)
+            .map_err(|error| Error::io(Phase::Setup, "the id of the migration", error).on(channel.peer()))
+    };
+    read(&mut first)?;
+    let said = if MigrationId::is_begun_by(first) {
+        let mut opening = [0; MigrationId::OPENING_LEN];
+        let (begin, rest) = opening.split_at_mut(first.len());
+        begin.copy_from_slice(&first);
+        read(rest)?;
+        MigrationId::of_opening(&opening)
+    } else {
+        None
+    };
+    let detail = match said {
+        Some(id) if id == expected => return Ok(()),
+        Some(_) => "the source of another guest, expected the one whose guest is here",
+        None => "a source that does not say which migration it goes on with, as the one of this guest would",
+    };
+    Err(Error::misbehaved(Phase::Setup, detail).on(channel.peer()))
 }
 
 /// Waits for the source on `listener`, for at most `limit`, and goes on over its connection.
@@ -88,8 +123,15 @@ pub(super) fn over_channels(
     urgent: Option<Channel>,
     crew: &Arc<Crew>,
 ) -> Result<()> {
-    let (driver, _) = serving.begin_recovery()?;
+    let (driver, why) = serving.begin_recovery()?;
     serving.enter_recover_setup();
+    let shared = serving.shared();
+    let timeout = main.set_timeout(Some(shared.session.timeout));
+    let checked = timeout.map_err(|error| Error::io(Phase::Setup, "setting up the socket", error));
+    if let Err(error) = checked.and_then(|()| check_source(&main, shared)) {
+        serving.end_recovery(driver, why);
+        return Err(error.after_hand_over());
+    }
     go_on(serving, driver, main, crew)?;
     urgent.map_or(Ok(()), |urgent| urgent::start(urgent, serving.shared(), crew))
 }
@@ -101,7 +143,9 @@ fn go_on(serving: &Arc<Serving>, mut driver: Box<Driver>, channel: Channel, crew
         let return_path = ReturnPath::new(Arc::clone(&channel));
         return_path.open();
         serving.replace_link(&return_path);
-        driver.recover(MainReader::of_main(channel, session), return_path)
+        driver.recover(MainReader::of_main(channel, session), return_path)?;
+        session.retire_closed_channels();
+        Ok(())
     });
     match adopted {
         Ok(()) => serving.start(driver, crew),
@@ -124,16 +168,19 @@ fn accept(serving: &Arc<Serving>, listener: &Listener, main: &Monitor<NewMain>, 
             }
             return;
         }
-        let refused = main.modify_and_notify(|main| {
-            if std::mem::replace(&mut main.came, true) {
-                return true;
-            }
-            main.channel = Some(channel);
-            false
+        let shared = serving.shared();
+        let fits = shared.check_client(&channel).and_then(|()| check_source(&channel, shared));
+        let taken = fits.and_then(|()| {
+            main.modify_and_notify(|main| {
+                if std::mem::replace(&mut main.came, true) {
+                    return Err(Error::misbehaved(Phase::Accept, "a second source for the recovery"));
+                }
+                main.channel = Some(channel);
+                Ok(())
+            })
         });
-        if refused {
-            let detail = "a second source for the recovery";
-            serving.shared().refusals.note(&Error::misbehaved(Phase::Accept, detail));
+        if let Err(error) = taken {
+            shared.refusals.note(&error);
         }
     });
     if let Err(error) = served {

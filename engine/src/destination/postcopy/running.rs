@@ -178,8 +178,7 @@ impl PostcopyGuest {
     /// # Errors
     /// The migration is not paused (`ApiMisuse`), or no source came. It is paused as before then.
     pub fn recover(&mut self, listener: Listener, limit: Duration) -> Result<()> {
-        listener.keep_silent();
-        recover::over_listener(&self.serving, &Arc::new(listener), limit, &self.crew)
+        recover::over_listener(&self.serving, &recover::for_recovery(listener), limit, &self.crew)
     }
 
     /// The same over connections that the caller has made: main, and one for urgent pages if the

@@ -93,6 +93,23 @@ impl Link {
             broken: None,
         }
     }
+
+    fn ask(&mut self, pager: &Pager, wanted: &Wanted) -> Result<()> {
+        let none = || Error::bug(Phase::Active, "a page of a block that is not there");
+        let block = pager.block(wanted.block).ok_or_else(none)?;
+        let name = (self.last_asked != Some(wanted.block)).then(|| block.name().clone());
+        let message = ReturnMessage::RequestPages { block: name, offset: wanted.offset, len: wanted.len };
+        self.return_path.send(Phase::Active, &message)?;
+        self.last_asked = Some(wanted.block);
+        Ok(())
+    }
+
+    /// It cannot go on: main finds out, and why, if nothing else has said so before.
+    fn break_off(&mut self, error: Error) {
+        self.broken.get_or_insert(error);
+        self.asks = false;
+        self.return_path.hang_up();
+    }
 }
 
 impl Serving {
@@ -136,22 +153,24 @@ impl Serving {
         }
     }
 
-    /// Asks for a host page.
-    pub(super) fn request(&self, pager: &Pager, wanted: &Wanted) -> Result<()> {
+    /// Asks for a host page. What fails is the link over which it was asked for, whatever replaces that: it is broken before
+    /// another can be there. False: nothing can be asked for.
+    pub(super) fn request(&self, pager: &Pager, wanted: &Wanted) -> bool {
         let mut link = lock(&self.link);
         if !link.asks {
-            return Ok(());
+            return false;
         }
-        let none = || Error::bug(Phase::Active, "a page of a block that is not there");
-        let block = pager.block(wanted.block).ok_or_else(none)?;
-        let name = (link.last_asked != Some(wanted.block)).then(|| block.name().clone());
-        let message = ReturnMessage::RequestPages { block: name, offset: wanted.offset, len: wanted.len };
-        link.return_path.send(Phase::Active, &message)?;
-        link.last_asked = Some(wanted.block);
+        if let Err(error) = link.ask(pager, wanted) {
+            link.break_off(error);
+            drop(link);
+            self.stage.modify_and_notify(|_| ());
+            return false;
+        }
+        drop(link);
         let counters = &self.shared.session.counters;
         Counters::add(&counters.requests, 1);
         Counters::add(&counters.pages_requested, wanted.len as usize / PAGE);
-        Ok(())
+        true
     }
 
     pub(super) fn shared(&self) -> &Arc<DestinationShared> {
@@ -294,9 +313,7 @@ impl Serving {
         if !fits(&link) {
             return;
         }
-        link.broken.get_or_insert(error);
-        link.asks = false;
-        link.return_path.hang_up();
+        link.break_off(error);
         drop(link);
         self.stage.modify_and_notify(|_| ());
     }

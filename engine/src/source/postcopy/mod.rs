@@ -205,6 +205,7 @@ impl Postcopy {
         let end = link.end(error);
         self.running = self.running.or(end.loaded);
         let session = &self.shared.session;
+        session.retire_closed_channels();
         if self.running.is_none() && self.recoveries == 0 && end.by_peer {
             // The destination answers LOADED_PING before it starts the guest, and has not.
             session.enter(MigrationState::Failed)?;

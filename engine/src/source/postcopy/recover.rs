@@ -47,10 +47,14 @@ impl Postcopy {
             let detail = format!("the migration is {}, only a paused post-copy can recover", session.state());
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Postcopy, detail));
         }
+        // First of all: from the next state on, the link can be cut.
+        let stop = StopSwitch::default();
+        self.control.set_link(&stop);
         session.enter(MigrationState::PostcopyRecoverSetup)?;
-        let result = self.try_link(connections);
+        let result = self.try_link(connections, stop);
         result.map_err(|error| {
             self.link = None;
+            session.retire_closed_channels();
             match session.enter(MigrationState::PostcopyPaused) {
                 Ok(()) => error.after_hand_over(),
                 Err(bug) => bug,
@@ -58,9 +62,7 @@ impl Postcopy {
         })
     }
 
-    fn try_link(&mut self, connections: NewConnections<'_>) -> Result<()> {
-        let stop = StopSwitch::default();
-        self.control.set_link(&stop);
+    fn try_link(&mut self, connections: NewConnections<'_>, stop: StopSwitch) -> Result<()> {
         let (main, urgent) = match connections {
             NewConnections::Dialled(endpoint, within) => {
                 (self.dialer.dial_within(endpoint, "main", &stop, within)?, Err(endpoint))
@@ -68,12 +70,14 @@ impl Postcopy {
             NewConnections::Own(main, urgent) => (main, Ok(urgent)),
         };
         let channel = self.dialer.adopt(main, &stop)?;
+        self.shared.session.counters.main.count_bytes_of(&channel);
         let crew = Crew::new(stop.clone()).with_hook(self.dialer.hook.clone());
         let return_path = ReturnPathReader::start(Arc::clone(&channel), Arc::clone(&self.shared), &crew)?;
         self.shared.session.enter(MigrationState::PostcopyRecover)?;
         let mut main = MainWriter::new(channel, None);
         main.enter(Phase::Postcopy);
-        let resumed = self.ask_what_has_arrived(&mut main, &return_path).and_then(|()| {
+        let said = self.shared.id.get().map_or(Ok(()), |id| main.raw(&id.opening()));
+        let resumed = said.and_then(|()| self.ask_what_has_arrived(&mut main, &return_path)).and_then(|()| {
             let urgent = match urgent {
                 _ if !self.settings.preempt => None,
                 Ok(own) => own,
