@@ -33,6 +33,7 @@ mod migration;
 mod outgoing;
 mod packet;
 mod page_cache;
+mod pagers;
 mod postcopy;
 mod precopy;
 mod return_path;

@@ -15,6 +15,7 @@ mod freed;
 mod guest;
 mod own;
 mod relay;
+mod state;
 mod tls;
 mod told;
 
