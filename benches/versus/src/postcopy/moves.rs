@@ -155,7 +155,10 @@ impl Stage {
 
     /// By `multifd send`, of the checkpoint.
     fn ours(&self, mut there: There) -> Outcome<Cost> {
-        let flags = ["--postcopy", "--postcopy-preempt", "--quiet"];
+        let mut flags = vec!["--postcopy", "--postcopy-preempt", "--quiet"];
+        if let Some(size) = &self.flags.send_buffer {
+            flags.extend(["--send-buffer", size]);
+        }
         let inside = self.inside(Host::Left);
         let mut send = Multifd::send_in(&inside, &self.checkpoint, &there.uri, &settings(), &flags)?;
         let mut running = there.run().map_err(|failure| send.explain(failure))?;
