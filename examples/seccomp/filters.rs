@@ -79,6 +79,7 @@ const THREADS: &[(&str, &[i64])] = &[
         &[
             libc::SYS_getsockopt,
             libc::SYS_ioctl,
+            libc::SYS_mincore,
             libc::SYS_poll,
             libc::SYS_sendmsg,
             libc::SYS_shutdown,
