@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use multifd_engine::{Error, ErrorKind, Figures, Progress, Remedy, Report};
+use multifd_engine::{DigestsDiffer, Error, ErrorKind, Figures, Progress, Remedy, Report};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -51,10 +51,7 @@ impl Outcome {
     pub(crate) fn migrated(report: &Report, extra: &str) -> Self {
         let mut outcome = Self::shown(format!("{report}\n{extra}"), json!({}));
         outcome.keys = object(json!(report.figures()));
-        match report.postcopy {
-            Some(postcopy) => outcome.with("postcopy", json!(postcopy)),
-            None => outcome,
-        }
+        outcome
     }
 
     /// Something to look at.
@@ -76,15 +73,11 @@ impl Outcome {
             }
             Failure::Usage(reason) => (Status::Failed, USAGE, reason.clone()),
         };
-        let figures = Figures::so_far(&progress.unwrap_or_default());
-        Self {
-            status,
-            error: Some(text),
-            hint: None,
-            code,
-            table: String::new(),
-            keys: object(json!(figures)),
+        let mut keys = object(json!(Figures::so_far(&progress.unwrap_or_default())));
+        if digests_differ(failure) {
+            keys.insert("digest".to_owned(), json!("different"));
         }
+        Self { status, error: Some(text), hint: None, code, table: String::new(), keys }
     }
 
     /// Failed for a reason outside of a migration.
@@ -133,6 +126,12 @@ impl Outcome {
         }
         ExitCode::from(self.code)
     }
+}
+
+/// Whether a destination has found that RAM is not what was sent.
+fn digests_differ(failure: &Failure) -> bool {
+    let Failure::Migration(error) = failure else { return false };
+    std::error::Error::source(error).is_some_and(|cause| cause.is::<DigestsDiffer>())
 }
 
 fn status_and_code(error: &Error) -> (Status, u8) {

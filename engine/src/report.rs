@@ -1,5 +1,7 @@
 //! What a migration took. Every number was measured.
 
+mod postcopy;
+
 use std::fmt;
 use std::time::Duration;
 
@@ -8,7 +10,9 @@ use serde::Serialize;
 use crate::convergence::{DowntimeLedger, RoundRecord};
 use crate::run::counters::Progress;
 use crate::run::session::Session;
-use crate::source::{AuditReport, PostcopyReport, XbzrleStats, ZeroCopyStats};
+use crate::source::{AuditReport, XbzrleStats, ZeroCopyStats};
+
+pub use postcopy::{FaultLatency, PageFaults, PostcopyReport, ThreadWaits};
 
 /// The account of a migration that has ended well.
 #[derive(Clone, Debug)]
@@ -36,58 +40,23 @@ pub struct Report {
     pub xbzrle: Option<XbzrleStats>,
     /// What became of zero-copy sends, if there were any.
     pub zero_copy: Option<ZeroCopyStats>,
-    /// What a post-copy took, if there was one.
+    /// What a post-copy took as this end saw it, if there was one.
     pub postcopy: Option<PostcopyReport>,
-    /// What was compared with what had been sent, if [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for.
+    /// What was compared with what had been sent, if [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for; with what
+    /// had been placed, if [`DestinationConfig::verify`](crate::DestinationConfig::verify) was.
     pub audit: Option<AuditReport>,
-    /// How its threads waited for pages, if the guest ran here before its RAM was here.
-    pub faults: Option<PostcopyFigures>,
+    /// Whether all of RAM is at the destination what it was at the source, where both ends are multifd and kept a digest of it
+    /// ([`SourceConfig::digest`](crate::SourceConfig::digest)).
+    pub digest: Option<DigestVerdict>,
 }
 
-/// A post-copy, as the destination saw it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+/// What a comparison of digests has come to. A difference is an error, because of [`DigestsDiffer`](crate::DigestsDiffer).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
-pub struct PostcopyFigures {
-    /// Waits of threads for a page.
-    pub faults: u64,
-    /// Messages that asked for a page.
-    pub requests: u64,
-    /// Pages that were asked for, each as often as it was.
-    pub pages_requested: u64,
-    /// From when a fault was heard of until its page was there.
-    pub fault_us: FaultLatency,
-    /// The sum of all waits.
-    pub blocktime_ms: u64,
-    /// Waits of each thread.
-    pub threads: Vec<ThreadWaits>,
-    /// New links after the link had gone.
-    pub recoveries: u64,
-}
-
-/// How long threads have waited for pages, in microseconds.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct FaultLatency {
-    /// Half of all waits were shorter, to within an eighth.
-    pub p50: u64,
-    /// 99 % of all waits were shorter, to within an eighth.
-    pub p99: u64,
-    /// The longest.
-    pub max: u64,
-    /// Entry n counts waits of 2^n to 2^(n+1) microseconds; the first, also shorter ones.
-    pub histogram: Vec<u64>,
-}
-
-/// How long one thread has waited for pages.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct ThreadWaits {
-    /// The system's number of the thread (gettid).
-    pub thread: u32,
-    /// How often it waited.
-    pub faults: u64,
-    /// How long in all, in microseconds.
-    pub blocktime_us: u64,
+pub enum DigestVerdict {
+    /// Every page was placed as it was sent.
+    Equal,
 }
 
 /// The same as plain numbers, under the names that scripts know.
@@ -105,11 +74,16 @@ pub struct Figures {
     pub progress: Progress,
     /// [`Report::codec`].
     pub codec: String,
+    /// Seconds of CPU time in which pages were encoded, or decoded, on all channels.
+    pub codec_cpu_s: f64,
     /// Bytes on the wire per second of the total time.
     pub throughput_bytes_per_s: u64,
-    /// [`Report::faults`].
+    /// [`Report::digest`]: `equal`; not there without one.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub postcopy: Option<PostcopyFigures>,
+    pub digest: Option<DigestVerdict>,
+    /// [`Report::postcopy`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub postcopy: Option<PostcopyReport>,
 }
 
 impl Report {
@@ -125,9 +99,9 @@ impl Report {
             decisions: Vec::new(),
             xbzrle: None,
             zero_copy: None,
-            faults: None,
             postcopy: None,
             audit: None,
+            digest: None,
         }
     }
 
@@ -151,7 +125,8 @@ impl Report {
     pub fn figures(&self) -> Figures {
         Figures {
             codec: self.codec.clone(),
-            postcopy: self.faults.clone(),
+            digest: self.digest,
+            postcopy: self.postcopy.clone(),
             ..Figures::of(&self.progress, self.total, self.setup, self.downtime)
         }
     }
@@ -173,6 +148,8 @@ impl Figures {
             downtime_ms: ms(downtime),
             progress: progress.clone(),
             codec: String::new(),
+            codec_cpu_s: progress.codec_us as f64 / 1e6,
+            digest: None,
             postcopy: None,
             throughput_bytes_per_s: u64::try_from(per_second).unwrap_or(u64::MAX),
         }
@@ -198,6 +175,13 @@ impl fmt::Display for Report {
             progress.pages_normal, progress.pages_zero, progress.pages_xbzrle, progress.rounds
         )?;
         write!(f, "channels     {} ({})", progress.channels, figures.codec)?;
+        if progress.codec_us > 0 {
+            let (saved, seconds) = (mib(progress.bytes_saved), figures.codec_cpu_s);
+            write!(f, "\ncodec        {saved:.1} MiB saved in {seconds:.2} s of this end's CPUs")?;
+        }
+        if let Some(DigestVerdict::Equal) = self.digest {
+            f.write_str("\ndigest       equal")?;
+        }
         if let Some(stats) = &self.xbzrle {
             let looked_up = (stats.hits + stats.misses).max(1);
             let off = if stats.switched_off { ", switched off" } else { "" };
@@ -212,14 +196,6 @@ impl fmt::Display for Report {
             write!(
                 f,
                 "\nzero-copy    {sends} sends, {copied} copied by the kernel all the same, {refused} refused"
-            )?;
-        }
-        if let Some(PostcopyFigures { faults, requests, recoveries, fault_us, .. }) = &self.faults {
-            write!(
-                f,
-                "\npost-copy    {faults} waits for pages (p50 {} µs, p99 {} µs, max {} µs), {requests} requests, \
-                 {recoveries} recoveries",
-                fault_us.p50, fault_us.p99, fault_us.max
             )?;
         }
         if let Some(postcopy) = &self.postcopy {
@@ -257,9 +233,10 @@ mod tests {
                 "pages_xbzrle",
                 "channels",
                 "throughput_bytes_per_s",
+                "bytes_saved",
             ];
             assert!(numbers.iter().all(|key| figures[key].is_u64()), "{figures}");
-            assert!(figures["codec"].is_string(), "{figures}");
+            assert!(figures["codec"].is_string() && figures["codec_cpu_s"].is_f64(), "{figures}");
             assert_eq!(figures["per_channel"][1]["name"], "thread 0");
             assert_eq!(figures["per_channel"][1]["pages_normal"], 0);
         }

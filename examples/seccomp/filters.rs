@@ -61,7 +61,17 @@ const THREADS: &[(&str, &[i64])] = &[
             libc::SYS_write,
         ],
     ),
-    ("mig-audit", &[libc::SYS_getsockopt, libc::SYS_ioctl, libc::SYS_process_vm_readv, libc::SYS_shutdown]),
+    (
+        "mig-audit",
+        &[
+            libc::SYS_getsockopt,
+            libc::SYS_ioctl,
+            libc::SYS_lseek,
+            libc::SYS_mincore,
+            libc::SYS_process_vm_readv,
+            libc::SYS_shutdown,
+        ],
+    ),
     ("mig-alive", &[libc::SYS_getsockopt, libc::SYS_sendmsg, libc::SYS_sendto, libc::SYS_shutdown]),
     ("mig-deadline", &[libc::SYS_getsockopt, libc::SYS_shutdown]),
     (
@@ -82,6 +92,7 @@ const THREADS: &[(&str, &[i64])] = &[
             libc::SYS_getsockopt,
             libc::SYS_ioctl,
             libc::SYS_lseek,
+            libc::SYS_mincore,
             libc::SYS_process_vm_readv,
             libc::SYS_recvfrom,
             libc::SYS_sendmsg,
@@ -98,6 +109,7 @@ const THREADS: &[(&str, &[i64])] = &[
             libc::SYS_getsockopt,
             libc::SYS_ioctl,
             libc::SYS_lseek,
+            libc::SYS_mincore,
             libc::SYS_pread64,
             libc::SYS_process_vm_readv,
             libc::SYS_pwrite64,
@@ -114,6 +126,8 @@ const THREADS: &[(&str, &[i64])] = &[
         &[
             libc::SYS_getsockopt,
             libc::SYS_ioctl,
+            libc::SYS_lseek,
+            libc::SYS_mincore,
             libc::SYS_process_vm_readv,
             libc::SYS_sendmsg,
             libc::SYS_sendto,
@@ -125,6 +139,8 @@ const THREADS: &[(&str, &[i64])] = &[
         &[
             libc::SYS_getsockopt,
             libc::SYS_ioctl,
+            libc::SYS_lseek,
+            libc::SYS_mincore,
             libc::SYS_process_vm_readv,
             libc::SYS_recvfrom,
             libc::SYS_sendmsg,
@@ -133,6 +149,18 @@ const THREADS: &[(&str, &[i64])] = &[
         ],
     ),
     ("mig-urgent-in", &[libc::SYS_getsockopt, libc::SYS_recvfrom, libc::SYS_shutdown]),
+    (
+        "mig-verify",
+        &[
+            libc::SYS_getsockopt,
+            libc::SYS_ioctl,
+            libc::SYS_lseek,
+            libc::SYS_mincore,
+            libc::SYS_pread64,
+            libc::SYS_process_vm_readv,
+            libc::SYS_shutdown,
+        ],
+    ),
 ];
 
 /// A filter for each kind of thread, made before any of them is there: what makes it needs more than they may.

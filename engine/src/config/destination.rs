@@ -23,6 +23,9 @@ pub struct DestinationConfig {
     /// Lets the source switch to post-copy, also one that makes a connection of its own for urgent pages then. Connections are
     /// accepted until the end, if the source announces that it may switch. Default: no.
     pub postcopy: bool,
+    /// Threads that hear of page faults while RAM follows a guest in post-copy, each with a userfaultfd for a slice of every
+    /// block: 1 to 16. More than 1 help where many vCPUs fault at the same time on as many cores. Default: 1.
+    pub fault_threads: usize,
     /// When the link of a post-copy is gone, listen again at the same address, for this long each time; `None`: give up. Default:
     /// `None`.
     pub recover: Option<Duration>,
@@ -42,8 +45,8 @@ pub struct DestinationConfig {
     /// takes.
     pub max_ram: Option<u64>,
     /// Bytes of memory that the source can make this end use beside guest RAM: buffers and windows of all channels, device
-    /// state, its description. A channel takes up to 2 MiB, with zstd and a window of the highest level 34 MiB. Default: half
-    /// of the machine's memory.
+    /// state, its description. A channel takes up to 2 MiB, with zstd and a window of the highest level 34 MiB. Digests of pages
+    /// that have come are not in it: 2 MiB for a GiB of them. Default: half of the machine's memory.
     pub max_memory: Option<u64>,
     /// Time from the first byte of the main channel until everything has come, however slowly it comes. Default: none; a peer
     /// that sends a byte per `timeout` is patiently served.
@@ -51,9 +54,17 @@ pub struct DestinationConfig {
     /// Takes device state over parallel channels (VFIO), which is kept in memory: [`Arrived::device_packets`](crate::Arrived::device_packets).
     /// Default: no, a source that sends some is refused.
     pub device_packets: bool,
+    /// Reads all RAM again when the last page is there, on all cores, and compares each page with a digest of what was placed
+    /// there, from whatever source: memory that was changed since, or is bad, is refused with
+    /// [`ChangedPages`](crate::ChangedPages), and the guest runs on at its source. The guest is paused meanwhile. Not of pages that
+    /// follow a switch to post-copy, nor of a `mapped-ram` file, which is refused. Default: no.
+    pub verify: bool,
     /// How the connections' sockets are tuned. Default: as for [`SourceConfig`](crate::SourceConfig).
     pub socket: SocketOptions,
 }
+
+/// Threads that hear of page faults.
+const MAX_FAULT_THREADS: usize = 16;
 
 impl Default for DestinationConfig {
     fn default() -> Self {
@@ -61,6 +72,7 @@ impl Default for DestinationConfig {
             channels: None,
             direct_io: false,
             postcopy: false,
+            fault_threads: 1,
             recover: None,
             switchover_ack: SwitchoverAck::Auto,
             max_device_state: None,
@@ -70,6 +82,7 @@ impl Default for DestinationConfig {
             max_memory: None,
             deadline: None,
             device_packets: false,
+            verify: false,
             socket: SocketOptions::default(),
         }
     }
@@ -86,6 +99,9 @@ impl DestinationConfig {
     ) -> Result<(), String> {
         if self.timeout.is_zero() {
             return Err("timeout is 0, expected more".to_owned());
+        }
+        if !(1..=MAX_FAULT_THREADS).contains(&self.fault_threads) {
+            return Err(format!("{} fault threads, expected 1 to {MAX_FAULT_THREADS}", self.fault_threads));
         }
         if let Some(hold) = self.hold_timeout.filter(|hold| *hold < self.timeout) {
             return Err(format!("hold timeout {hold:?}, expected at least the timeout, {:?}", self.timeout));

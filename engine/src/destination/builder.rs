@@ -42,7 +42,7 @@ impl DestinationBuilder {
         self
     }
 
-    /// The codecs that may come in. Default: none, zlib, zstd. Which one it is, the packets say.
+    /// The codecs that may come in. Default: none, zlib, zstd, and lz4 of other multifds. Which one it is, the packets say.
     #[must_use]
     pub fn codecs(mut self, codecs: Codecs) -> Self {
         self.codecs = codecs;
@@ -83,6 +83,13 @@ impl DestinationBuilder {
     #[must_use]
     pub fn postcopy(mut self, postcopy: bool) -> Self {
         self.config.postcopy = postcopy;
+        self
+    }
+
+    /// Threads that hear of page faults in a post-copy: see [`DestinationConfig::fault_threads`].
+    #[must_use]
+    pub fn fault_threads(mut self, threads: usize) -> Self {
+        self.config.fault_threads = threads;
         self
     }
 
@@ -148,6 +155,13 @@ impl DestinationBuilder {
     #[must_use]
     pub fn device_packets(mut self, take: bool) -> Self {
         self.config.device_packets = take;
+        self
+    }
+
+    /// RAM read again at the end: see [`DestinationConfig::verify`].
+    #[must_use]
+    pub fn verify(mut self, verify: bool) -> Self {
+        self.config.verify = verify;
         self
     }
 

@@ -23,9 +23,9 @@ use super::tail::{self, Tail};
 use crate::error::{Error, Phase, Result};
 use crate::run::budget::Share;
 use crate::run::counters::Counters;
-use crate::stream::MainReader;
 use crate::stream::sections::EarlySections;
 use crate::stream::vm_state::VmState;
+use crate::stream::{MainReader, dialect};
 
 /// What came in on the main channel, RAM apart.
 #[derive(Debug)]
@@ -86,7 +86,8 @@ impl Driver {
         guest: Guest,
     ) -> Self {
         let package = (guest != Guest::NoPostcopy).then_some(shared.limits.device_state);
-        let machine = Machine::new(return_path.leads_back(), ack, package);
+        let machine =
+            Machine::new(return_path.leads_back(), ack, package).offering(dialect::features(&shared.codecs));
         Self {
             reader,
             shared: Arc::clone(shared),
@@ -239,8 +240,10 @@ impl Driver {
             Effect::Answer(phase, message) => self.return_path.send(phase, &message)?,
             Effect::AnswerWhenLoaded(value) => self.when_loaded.push(value),
             Effect::CheckUuid(uuid) => self.shared.on_uuid(uuid)?,
+            Effect::Compare { block, digest } => self.compare(&block, digest)?,
             Effect::CountRound => Counters::add(&self.shared.session.counters.rounds, 1),
             Effect::Discard { block, ranges } => self.discard(&block, &ranges)?,
+            Effect::Heed(wishes) => self.shared.heed(wishes),
             Effect::KeepEarly { within_ram } => self.early.place(within_ram),
             Effect::KeepListening => {
                 listen::check_kernel(self.guest)?;
@@ -261,6 +264,14 @@ impl Driver {
             Effect::SyncPoint => self.shared.sync_point()?,
         }
         Ok(())
+    }
+
+    fn compare(&self, block: &BlockName, digest: u64) -> Result<()> {
+        let none = || Error::bug(Phase::Active, "a digest is compared before there are blocks");
+        let sinks = self.ram.as_ref().ok_or_else(none)?.sinks();
+        sinks.find(block.as_str())?.compare(digest)?;
+        // With the last of them, before device state.
+        if sinks.are_compared() { sinks.check_digests() } else { Ok(()) }
     }
 
     fn discard(&self, block: &BlockName, ranges: &[DiscardRange]) -> Result<()> {
@@ -311,6 +322,9 @@ impl Driver {
         let most = self.shared.limits.device_state;
         let tail = tail::read(&mut self.reader, &begun, timeout, most, &mut memory)?;
         arrival::check_all_came(ram.sinks(), &early, &tail)?;
+        if self.shared.wishes().digest {
+            ram.sinks().check_digests()?;
+        }
         stream_end::wait(&mut self.reader, &self.return_path, timeout)?;
         received(self.machine.facts(), early, tail, memory)
     }

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
-use multifd_codecs::{Codec, Codecs};
+use multifd_codecs::{Codec, CodecId, Codecs};
 use multifd_transports::{Channel, Listener};
-use multifd_wire::{DeviceStatePacket, MigrationId, PacketFlags};
+use multifd_wire::{DeviceStatePacket, MigrationId, PacketFlags, Wishes};
 
 use super::channels::sync::ChannelSync;
 use super::place::BlockSinks;
@@ -36,12 +36,18 @@ pub(crate) struct DestinationShared {
     pub(crate) refusals: Refusals,
     pub(crate) codecs: Codecs,
     pub(crate) limits: ReceiveLimits,
+    /// Threads that hear of page faults, if the guest runs here before its RAM is here.
+    pub(crate) fault_threads: usize,
     listener: Mutex<Arc<Listener>>,
     /// Connections are accepted until the end: a source that may switch to post-copy makes one for
     /// urgent pages when it does.
     keeps_listening: AtomicBool,
     /// HELLO was said: the source may send packets of the multifd dialect.
     dialect: AtomicBool,
+    /// All that is placed is read again at the end.
+    pub(crate) verifies: bool,
+    /// What the source wishes to be checked. Set before there is memory for its pages.
+    wishes: OnceLock<Wishes>,
     /// What the source was told that this migration is known by.
     id: OnceLock<MigrationId>,
     /// By which the source has authenticated itself, if it has.
@@ -110,6 +116,7 @@ impl DestinationShared {
             session: Arc::clone(session),
             channels: ChannelSync::new(&session.stop, config.channels),
             limits: ReceiveLimits::of(config),
+            fault_threads: config.fault_threads,
             refusals: Refusals::default(),
             codecs,
             listener: Mutex::new(Arc::clone(listener)),
@@ -118,6 +125,8 @@ impl DestinationShared {
             urgent: Arc::default(),
             keeps_listening: AtomicBool::new(false),
             dialect: AtomicBool::new(false),
+            verifies: config.verify,
+            wishes: OnceLock::new(),
             facts: Monitor::new(Facts::default(), &session.stop),
         })
     }
@@ -221,6 +230,16 @@ impl DestinationShared {
         self.dialect.load(Ordering::Relaxed)
     }
 
+    /// The source wishes these checks. The first word counts: one that came between pages would be too late.
+    pub(crate) fn heed(&self, wishes: Wishes) {
+        self.wishes.get_or_init(|| wishes);
+    }
+
+    /// What the source wishes to be checked.
+    pub(crate) fn wishes(&self) -> Wishes {
+        self.wishes.get().copied().unwrap_or_default()
+    }
+
     /// What the source is to be told that this migration is known by.
     pub(crate) fn make_id(&self) -> MigrationId {
         // The keys are random: told apart, not kept secret.
@@ -243,7 +262,8 @@ impl DestinationShared {
         let _ = self.certificate.set(main.client_certificate().map(<[u8]>::to_vec));
     }
 
-    /// Checks that a connection that comes later is of the client that main was: another of the same CA is not the source.
+    /// Checks that a connection that comes later is of the client that main was: another of the
+    /// same CA is not the source.
     pub(crate) fn check_client(&self, channel: &Channel) -> Result<()> {
         let expected = self.certificate.get().and_then(Option::as_deref);
         if expected == channel.client_certificate() {
@@ -270,11 +290,13 @@ impl DestinationShared {
         })
     }
 
-    /// The codec of a packet with pages: known here, and the same for the whole migration.
+    /// The codec of a packet with pages: known here, and the same for the whole migration, unless the source has announced
+    /// that it mixes them.
     pub(crate) fn codec(&self, flags: PacketFlags) -> Result<Arc<dyn Codec>> {
+        let mixed = self.wishes().mixed;
         self.facts.modify_silently(|facts| match &facts.codec {
             Some(codec) if codec.id() == flags.codec() => Ok(Arc::clone(codec)),
-            Some(codec) => Err(Error::misbehaved(
+            Some(codec) if !mixed => Err(Error::misbehaved(
                 Phase::Active,
                 format!(
                     "packet with codec {:#x} after packets with {} ({:#x})",
@@ -283,15 +305,19 @@ impl DestinationShared {
                     codec.id().value()
                 ),
             )),
-            None => {
-                let found = self.codecs.get(flags.codec());
+            first => {
+                let of_dialect = flags.codec().is_reserved();
+                let found = self.codecs.get(flags.codec()).filter(|_| !of_dialect || self.speaks_dialect());
                 let codec = found.ok_or_else(|| {
                     let known: Vec<_> = self.codecs.iter().map(|codec| codec.name()).collect();
                     let seen = flags.codec().value();
                     let detail = format!("packet with codec {seen:#x}; known here: {}", known.join(", "));
                     Error::incompatible(Phase::Active, detail)
                 })?;
-                facts.codec = Some(Arc::clone(codec));
+                // The migration's codec is what is not none, if anything is.
+                if first.as_ref().is_none_or(|first| first.id() == CodecId::NONE) {
+                    facts.codec = Some(Arc::clone(codec));
+                }
                 Ok(Arc::clone(codec))
             }
         })

@@ -9,6 +9,7 @@ use multifd_transports::Channel;
 use serde::Serialize;
 
 use crate::guest::PAGE;
+use crate::run::fault_figures::FaultFigures;
 use crate::run::stop::lock;
 
 macro_rules! counters {
@@ -16,7 +17,8 @@ macro_rules! counters {
         migration { $($(#[$of_migration:meta])* $migration:ident,)* }
         channel { $($(#[$of_channel:meta])* $channel:ident,)* }
     ) => {
-        /// Plain numbers about a migration that is under way. All of them only grow, but for what is expected.
+        /// Plain numbers about a migration that is under way. All of them only grow, but for what is expected and
+        /// for percentiles.
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
         #[non_exhaustive]
         pub struct Progress {
@@ -31,6 +33,16 @@ macro_rules! counters {
             /// Guest bytes with content per second in the last round. 0 as long as there is none.
             pub bandwidth_bytes_per_s: u64,
             $($(#[$of_channel])* pub $channel: u64,)*
+            /// Waits of a guest's threads for pages in a post-copy, at the destination, that are over.
+            pub faults: u64,
+            /// Half of these waits were shorter, in µs, to within an eighth: from when a fault was heard of until its page was there.
+            pub fault_p50_us: u64,
+            /// 99 % of these waits were shorter.
+            pub fault_p99_us: u64,
+            /// The longest of these waits.
+            pub fault_max_us: u64,
+            /// The sum of these waits. Each thread's: [`PostcopyGuest::figures`](crate::PostcopyGuest::figures).
+            pub blocktime_us: u64,
             /// Parallel channels; 0 while there is only the main one.
             pub channels: u64,
             /// What was counted on each channel. The first is main.
@@ -56,6 +68,8 @@ macro_rules! counters {
         pub(crate) struct Counters {
             $(pub(crate) $migration: AtomicU64,)*
             estimate: Mutex<Estimate>,
+            /// Waits of a guest's threads for pages.
+            pub(crate) faults: Mutex<FaultFigures>,
             pub(crate) main: ChannelCounters,
             parallel: Mutex<Vec<Arc<ChannelCounters>>>,
             /// Of a post-copy's channels for pages that are asked for: one after the other.
@@ -85,6 +99,7 @@ macro_rules! counters {
                     $(progress.$channel += channel.$channel;)*
                 }
                 lock(&self.estimate).clone().show_in(&mut progress);
+                lock(&self.faults).show_in(&mut progress);
                 progress
             }
         }
@@ -113,6 +128,8 @@ counters! {
         requests,
         /// Pages that were asked for so, each as often as it was.
         pages_requested,
+        /// Pages that came in a post-copy before anything asked for them, at the destination.
+        pages_pushed,
         /// New links of a post-copy whose link had gone.
         recoveries,
     }
@@ -121,10 +138,16 @@ counters! {
         packets,
         /// Pages that went with their content, compressed or not.
         pages_normal,
+        /// Those of them that no codec makes shorter, and that went without one although there is one.
+        pages_uncompressed,
         /// Pages that went as "is zero".
         pages_zero,
         /// Pages that went as a difference to their older content.
         pages_xbzrle,
+        /// Microseconds in which pages were encoded, or decoded.
+        codec_us,
+        /// Bytes that this has saved on the wire.
+        bytes_saved,
         /// System calls that were to send without copying.
         zero_copy_sends,
         /// Those of them that the kernel has copied after all.

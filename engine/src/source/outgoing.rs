@@ -2,17 +2,16 @@
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, RwLockReadGuard};
+use std::sync::{Arc, OnceLock, RwLockReadGuard};
 
 use multifd_wire::{BlockEntry, BlockName, Configuration};
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{
-    Absent, Attached, BlockChanges, DirtyBitmap, Found, Mappings, PAGE, PageTable, Parts, READING, RamBlock,
-    RamChanges,
+    Absent, Attached, BlockChanges, DirtyBitmap, Found, Mappings, PAGE, PageDigests, PageTable, Parts,
+    READING, RamBlock, RamChanges,
 };
-use crate::source::audit::Digests;
 use crate::source::pagers::{self, PagerWatch};
 use crate::work::{BlockIndex, HostPages, PerBlock, Round};
 
@@ -62,7 +61,7 @@ pub(super) struct RamNotes {
     /// Blocks whose pages a userfaultfd's handler fills when they are read.
     pub(super) paged: Vec<BlockName>,
     pub(super) changes: Option<RamChanges>,
-    /// Digests are kept of what is sent.
+    /// Digests are kept of what is sent, and all of RAM is compared with them.
     pub(super) audit: bool,
     /// Nothing runs while the migration does.
     pub(super) guest_paused: bool,
@@ -83,8 +82,8 @@ pub(super) struct OutgoingBlock {
     first_key: u64,
     /// What the VMM does to it meanwhile.
     changes: Option<Arc<BlockChanges>>,
-    /// Of what was sent last of each page.
-    digests: Option<Digests>,
+    /// Of what was sent last of each page, if they are kept.
+    digests: OnceLock<PageDigests>,
 }
 
 /// A block whose pages are being read: none of them is unplugged meanwhile.
@@ -111,6 +110,8 @@ pub(super) struct OutgoingRam {
     /// Nothing has run since holes were looked for, or registers a userfaultfd.
     guest_paused: bool,
     attached: Option<Attached>,
+    /// All of it is compared with what was sent.
+    pub(super) audits: bool,
 }
 
 impl OutgoingRam {
@@ -135,7 +136,7 @@ impl OutgoingRam {
         for block in ram {
             let zero_route = zero_pages.route(&block, parallel);
             let changes = attached.as_ref().and_then(|attached| attached.of(&block));
-            let digests = notes.audit.then(|| Digests::new(block.pages()));
+            let digests = OnceLock::new();
             let paged = notes.paged.contains(block.name());
             let (data, absent) =
                 OutgoingBlock::what_is_absent(&block, &page_table, mappings.as_ref(), paged)?;
@@ -152,7 +153,7 @@ impl OutgoingRam {
             Arc::new(dirty)
         });
         let host_pages = HostPages::new(&dirty, &blocks.map(|outgoing| outgoing.per_host));
-        Ok(Self {
+        let ram = Self {
             blocks,
             dirty,
             host_pages,
@@ -162,7 +163,17 @@ impl OutgoingRam {
             pagers,
             guest_paused: notes.guest_paused,
             attached,
-        })
+            audits: notes.audit,
+        };
+        if ram.audits {
+            ram.keep_digests();
+        }
+        Ok(ram)
+    }
+
+    /// From now on a digest is kept of what is sent of each page. No page has been sent.
+    pub(super) fn keep_digests(&self) {
+        self.blocks.iter().for_each(|block| _ = block.digests.set(PageDigests::new(block.block.pages())));
     }
 
     /// Sees to it that a post-copy can follow.
@@ -309,9 +320,9 @@ impl OutgoingBlock {
         Ok((data, absent))
     }
 
-    /// Of what was sent last of each page, for an audit.
-    pub(super) fn digests(&self) -> Option<&Digests> {
-        self.digests.as_ref()
+    /// Of what was sent last of each page, if they are kept.
+    pub(super) fn digests(&self) -> Option<&PageDigests> {
+        self.digests.get()
     }
 
     /// Says which of these pages, in ascending order, the kernel could not read.

@@ -1,4 +1,5 @@
-//! The guest goes on in the real QEMU before its RAM is there: what was sent and written since is discarded there, and pulled.
+//! The guest goes on in the real QEMU before its RAM is there: what was sent and written since is
+//! discarded there, and pulled.
 
 use multifd_tests::{Outcome, skip_without_qemu};
 
@@ -28,7 +29,7 @@ fn goes_on(way: &Way, when: When) -> Outcome {
     }
     device.write(WRITES)?;
     let report = guest.switch_over(precopy, &device).map_err(|failure| destination.explain(failure))?;
-    assert!(report.postcopy.is_some_and(|postcopy| postcopy.run_after.is_some()), "{report}");
+    assert!(report.postcopy.as_ref().is_some_and(|postcopy| postcopy.run_after.is_some()), "{report}");
     guest.check_goes_on(destination)
 }
 

@@ -14,6 +14,7 @@ mod own;
 mod recovery;
 #[path = "../../../engine/tests/postcopy/relay.rs"]
 mod relay;
+mod traps;
 
 use std::io::{Read as _, Write as _};
 use std::path::PathBuf;

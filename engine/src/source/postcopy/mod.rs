@@ -10,7 +10,6 @@
 
 mod link;
 mod recover;
-mod report;
 mod sender;
 mod switch;
 
@@ -28,12 +27,10 @@ use super::migration::{Migration, micros};
 use super::shared::SourceShared;
 use crate::convergence::{DowntimeLedger, RoundRecord};
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::report::Report;
+use crate::report::{PostcopyReport, Report};
 use crate::run::session::{HandOver, ProgressReader};
 use crate::run::state::MigrationState;
 use crate::work::ScanPlace;
-
-pub use report::PostcopyReport;
 
 /// What a source was told about a post-copy that may come.
 #[derive(Clone, Copy, Debug)]
@@ -195,6 +192,7 @@ impl Postcopy {
             requests: report.progress.requests,
             pages_requested: report.progress.pages_requested,
             recoveries: self.recoveries,
+            faults: None,
             run_after: self.running.map(|running| session.elapsed().saturating_sub(running.elapsed())),
         });
         Ok(report)
