@@ -85,7 +85,8 @@ fn at_rest(scratch: &Scratch) -> Outcome<PathBuf> {
 /// The second link breaks while what has arrived is asked for, the third when pages go again.
 #[test]
 fn a_link_that_breaks_again_and_again_is_replaced_by_both_ends() -> Outcome {
-    let recover = ["--recover", "60s"];
+    // Less than the time to recover in: a step that waits in vain is made again.
+    let recover = ["--recover", "100s", "--timeout", "10s"];
     for more in [&[][..], &["--postcopy-preempt"]] {
         let limits = [None, Some(60), Some(1 << 20), Some(30), Some(1 << 20)];
         let own = Own::start(&limits, &recover, &[&recover, more].concat())?;
