@@ -130,6 +130,10 @@ pub(crate) struct Receive {
     /// address, for this long each time. Default: fail, and leave the rest of the guest at the source
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) recover: Option<Duration>,
+    /// How long the source may be silent between two rounds: for a QEMU that is held before the switch-over
+    /// (pause-before-switchover), which cannot say that it is alive. Its host must answer --keepalive. Default: --timeout
+    #[arg(long, value_name = "TIME", value_parser = human::duration)]
+    pub(crate) hold_timeout: Option<Duration>,
     /// Refuse a guest with more RAM than this, such as 64G; 0: no limit. Default: what is free in the
     /// file system of --out, since a source decides how much of its RAM is not zero
     #[arg(long, value_name = "SIZE", value_parser = human::size)]
@@ -300,6 +304,9 @@ pub(crate) struct Demo {
     /// With --postcopy: a connection of its own for pages that the guest waits for
     #[arg(long, requires = "postcopy")]
     pub(crate) postcopy_preempt: bool,
+    /// When the guest is paused, compare all of its RAM with what was sent: finds writes that the dirty log has missed
+    #[arg(long, conflicts_with = "postcopy")]
+    pub(crate) audit: bool,
     #[command(flatten)]
     pub(crate) proof: Proof,
     #[command(flatten)]
@@ -323,8 +330,9 @@ pub(crate) struct DemoDestination {
 /// When a live source gives up, or stops its guest although that takes longer than it should.
 #[derive(Debug, Args)]
 pub(crate) struct Convergence {
-    /// When rounds no longer shrink: continue, abort, switch over at a minimum within --stall-limit, or have the rest of RAM
-    /// follow the guest (post-copy); the last also when --deadline has passed
+    /// When rounds no longer shrink: continue, abort, switch over at a minimum within
+    /// --stall-limit, or have the rest of RAM follow the guest (post-copy); the last also when
+    /// --deadline has passed
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = Stall::Continue)]
     pub(crate) on_stall: Stall,
     /// The second downtime limit, for --on-stall switch
@@ -333,6 +341,10 @@ pub(crate) struct Convergence {
     /// Total time after which to give up
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) deadline: Option<Duration>,
+    /// Limit over all channels while the guest is paused, such as 10Gbit/s, where --max-bandwidth does not hold; 0: unlimited.
+    /// Default: unlimited
+    #[arg(long, value_name = "RATE", value_parser = human::rate)]
+    pub(crate) max_switchover_bandwidth: Option<Rate>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -359,7 +371,14 @@ impl Convergence {
             Stall::Postcopy => OnStall::Postcopy,
             Stall::Switch => OnStall::SwitchBelow(self.stall_limit),
         };
-        Limits { downtime_limit, on_stall, deadline: self.deadline, ..Limits::default() }
+        let max_switchover_bandwidth = self.max_switchover_bandwidth.and_then(|Rate(limit)| limit);
+        Limits {
+            downtime_limit,
+            on_stall,
+            deadline: self.deadline,
+            max_switchover_bandwidth,
+            ..Limits::default()
+        }
     }
 }
 
@@ -467,6 +486,16 @@ mod tests {
             assert!(flags.common.json && flags.common.quiet);
             assert_eq!(flags.common.channels, Some(2));
         }
+    }
+
+    #[test]
+    fn the_limit_of_the_switch_over_is_one_of_its_own() {
+        let line = "multifd demo --max-bandwidth 2KiB/s --max-switchover-bandwidth 1KiB/s";
+        let flags = Flags::try_parse_from(line.split(' ')).unwrap();
+        let Command::Demo(demo) = flags.command else { panic!("not a demo") };
+        let limits = demo.convergence.limits(Duration::ZERO);
+        assert_eq!(limits.max_switchover_bandwidth, NonZeroU64::new(1 << 10));
+        assert_eq!(flags.common.max_bandwidth(), NonZeroU64::new(2 << 10));
     }
 
     #[test]

@@ -61,6 +61,9 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     if let Some(limit) = flags.recover {
         builder = builder.recover(limit);
     }
+    if let Some(limit) = flags.hold_timeout {
+        builder = builder.hold_timeout(limit);
+    }
     if let Some(tls) = tls {
         builder = builder.tls(tls);
     }

@@ -20,7 +20,8 @@ pub enum ReturnMessage {
     /// 0x4d46: the destination is multifd, not QEMU. Only sent in answer to a PING of
     /// [`HELLO_PING`].
     Hello(Hello),
-    /// 0x4d50: the id of a migration that may become a post-copy, for the source to go on with after its link has gone.
+    /// 0x4d50: the id of a migration that may become a post-copy, for the source to go on with
+    /// after its link has gone.
     Id(MigrationId),
     /// 0x4d49: how long a multifd destination took to load the device state, in µs. SHUT follows.
     Loaded(u64),

@@ -41,6 +41,9 @@ pub(crate) fn run(flags: &Demo, common: &Common) -> Outcome {
             proof.extend(over.iter().map(|why| format!("downtime     {why}\n")));
             proof +=
                 &format!("dirty log    {log}\nverified     {pages} pages of the stopped guest, all equal\n");
+            if let Some(audit) = report.audit {
+                proof += &format!("audit        {} pages are what was sent of them\n", audit.pages);
+            }
             if let Some(touched) = there.get("touched") {
                 proof +=
                     &format!("guest        used {touched} pages at the destination before all were there\n");
@@ -51,6 +54,7 @@ pub(crate) fn run(flags: &Demo, common: &Common) -> Outcome {
                 .with("downtime_ledger", json!(report.ledger))
                 .with("decisions", json!(report.decisions))
                 .with("xbzrle", json!(report.xbzrle))
+                .with("audit", json!(report.audit))
                 .with("downtime_over_limit", json!(over))
         }
         Err(error) => match error.downcast::<Error>() {
@@ -119,6 +123,7 @@ fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilde
         .postcopy_preempt(flags.postcopy_preempt)
         .checksums(!flags.proof.no_checksums)
         .digest(!flags.proof.no_digest)
+        .audit(flags.audit)
         .limits(flags.convergence.limits(common.downtime_limit))
         .timeout(common.timeout);
     if flags.auto_converge {

@@ -31,12 +31,16 @@ pub struct DestinationConfig {
     pub recover: Option<Duration>,
     /// When to acknowledge the switch-over unasked. Default: [`SwitchoverAck::Auto`].
     pub switchover_ack: SwitchoverAck,
-    /// Most bytes of devices' sections, which are kept in memory until the guest is loaded. Default: `None`, half of the
-    /// machine's memory. A VMM that knows its devices may well set less, on a port that others can reach above all.
+    /// Most bytes of devices' sections, and as many over parallel channels, which are kept in memory until the guest is loaded.
+    /// Default: `None`, half of the machine's memory. A VMM that knows its devices may well set less, on a port that others can reach above all.
     pub max_device_state: Option<usize>,
     /// How long to wait for the source: to connect, for the next byte of the main stream, for the rest of a packet. Default:
-    /// 60 s. A multifd source that is held says that it is alive; a QEMU that was paused by hand sends nothing.
+    /// 60 s. A multifd source that is held says that it is alive; for a QEMU that is held there is `hold_timeout`.
     pub timeout: Duration,
+    /// How long the source may be silent between two rounds, when it is held there and cannot say so: a QEMU with
+    /// pause-before-switchover. Its host must answer keepalive meanwhile (see `socket`), its process must not end. A process that
+    /// hangs is waited for, too. Not shorter than `timeout`, which holds within rounds. Default: `None`, `timeout`.
+    pub hold_timeout: Option<Duration>,
     /// Bytes of guest RAM, all blocks together, that a source may announce. Default: any number that the memory's provider
     /// takes.
     pub max_ram: Option<u64>,
@@ -73,6 +77,7 @@ impl Default for DestinationConfig {
             switchover_ack: SwitchoverAck::Auto,
             max_device_state: None,
             timeout: DEFAULT_TIMEOUT,
+            hold_timeout: None,
             max_ram: None,
             max_memory: None,
             deadline: None,
@@ -97,6 +102,9 @@ impl DestinationConfig {
         }
         if !(1..=MAX_FAULT_THREADS).contains(&self.fault_threads) {
             return Err(format!("{} fault threads, expected 1 to {MAX_FAULT_THREADS}", self.fault_threads));
+        }
+        if let Some(hold) = self.hold_timeout.filter(|hold| *hold < self.timeout) {
+            return Err(format!("hold timeout {hold:?}, expected at least the timeout, {:?}", self.timeout));
         }
         if let Some(channels @ 1..) = self.channels {
             parameter::MULTIFD_CHANNELS.check(channels as u64).map_err(|error| error.to_string())?;

@@ -67,11 +67,12 @@ pub struct SourceConfig {
     /// Bytes per second of a post-copy's background stream. Pages that the guest waits for count, but never wait. Default: no
     /// limit.
     pub max_postcopy_bandwidth: Option<NonZeroU64>,
-    /// For tests of a VMM and its dirty logs: keeps a digest of what was sent of each page (8 bytes a page, 2 MiB for a GiB of
-    /// guest), and compares all of RAM with them when the guest is paused and its last RAM has gone. Pages that have changed
-    /// without a dirty bit end the migration with [`MissedPages`](crate::MissedPages), and the guest runs on. Costs a copy of
-    /// each page that is sent, and downtime: all of RAM is read, on all cores. A switch to post-copy compares nothing, since it
-    /// does not wait for the last RAM. Default: no.
+    /// For tests of a VMM and its dirty logs: keeps a digest of what was sent of each page (8 bytes
+    /// a page, 2 MiB for a GiB of guest), and compares all of RAM with them when the guest is
+    /// paused and its last RAM has gone. Pages that have changed without a dirty bit end the
+    /// migration with [`MissedPages`](crate::MissedPages), and the guest runs on. Costs a copy of
+    /// each page that is sent, and downtime: all of RAM is read, on all cores. A switch to
+    /// post-copy compares nothing, since it does not wait for the last RAM. Default: no.
     pub audit: bool,
     /// Chooses the codec of each packet of the parallel channels by what is measured: how long a codec takes, what it saves, how
     /// long the channel waits for its link. Between two multifd ends, among none, lz4 and zstd at three levels; towards a QEMU, which

@@ -122,6 +122,14 @@ impl DestinationBuilder {
         self
     }
 
+    /// How long a source that cannot say that it is held may be silent between two rounds: see
+    /// [`DestinationConfig::hold_timeout`].
+    #[must_use]
+    pub fn hold_timeout(mut self, limit: Duration) -> Self {
+        self.config.hold_timeout = Some(limit);
+        self
+    }
+
     /// Limit on guest RAM: see [`DestinationConfig::max_ram`].
     #[must_use]
     pub fn max_ram(mut self, bytes: u64) -> Self {

@@ -7,6 +7,7 @@ use multifd_wire::{BlockName, Configuration, DiscardRange, Footer, Item, ReturnM
 
 use super::arrival;
 use super::early::EarlyDevices;
+use super::hold;
 use super::machine::{Effect, Expected, Facts, Input, Machine, Observed};
 use super::mapped::PageReaders;
 use super::place::IncomingRam;
@@ -161,6 +162,12 @@ impl Driver {
     }
 
     fn read(&mut self, expected: Expected) -> Result<Input> {
+        // Before there is RAM a source has nothing to be held for, and behind a switch it goes on at once.
+        let may_be_held = self.ram.is_some() && self.package.is_none() && !self.machine.has_switched();
+        let between_rounds = may_be_held && matches!(expected, Expected::Item | Expected::Footer);
+        if let Some(limit) = self.shared.limits.hold.filter(|_| between_rounds) {
+            hold::wait_between_rounds(&mut self.reader, limit)?;
+        }
         let reader = &mut self.reader;
         Ok(match expected {
             Expected::Configuration => {

@@ -24,6 +24,7 @@ mod channels;
 mod deadline;
 mod driver;
 mod early;
+mod hold;
 mod machine;
 mod mapped;
 mod place;
@@ -112,7 +113,8 @@ impl Destination {
         ProgressReader::new(&self.session)
     }
 
-    /// Every state that the migration enters from now on, in its order (QEMU's capability `events`).
+    /// Every state that the migration enters from now on, in its order (QEMU's capability
+    /// `events`).
     pub fn state_changes(&self) -> Receiver<MigrationState> {
         self.session.state_changes()
     }

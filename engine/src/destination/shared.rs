@@ -3,6 +3,7 @@
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::time::Duration;
 
 use multifd_codecs::{Codec, CodecId, Codecs};
 use multifd_transports::{Channel, Listener};
@@ -68,10 +69,12 @@ pub(crate) struct ReceiveLimits {
     pub(crate) ram: Option<u64>,
     /// Memory beside it.
     pub(crate) memory: Budget,
-    /// Most bytes of the devices' sections that are kept.
+    /// Most bytes of the devices' sections that are kept, and of device state over channels.
     pub(crate) device_state: usize,
     /// Device state over parallel channels is taken.
     pub(crate) device_packets: bool,
+    /// How long it may be silent between two rounds, where that is longer than the timeout.
+    pub(crate) hold: Option<Duration>,
 }
 
 impl ReceiveLimits {
@@ -81,6 +84,7 @@ impl ReceiveLimits {
             memory: Budget::new(config.max_memory.unwrap_or_else(|| most_kept() as u64)),
             device_state: config.max_device_state.unwrap_or_else(most_kept),
             device_packets: config.device_packets,
+            hold: config.hold_timeout,
         }
     }
 }
@@ -100,9 +104,6 @@ struct Facts {
     /// The migration has ended: there will be no `serving`.
     over: bool,
 }
-
-/// Device state over parallel channels is kept in memory: at most 1 GiB of it.
-const MAX_DEVICE_BYTES: usize = 1 << 30;
 
 impl DestinationShared {
     pub(crate) fn new(
@@ -261,7 +262,8 @@ impl DestinationShared {
         let _ = self.certificate.set(main.client_certificate().map(<[u8]>::to_vec));
     }
 
-    /// Checks that a connection that comes later is of the client that main was: another of the same CA is not the source.
+    /// Checks that a connection that comes later is of the client that main was: another of the
+    /// same CA is not the source.
     pub(crate) fn check_client(&self, channel: &Channel) -> Result<()> {
         let expected = self.certificate.get().and_then(Option::as_deref);
         if expected == channel.client_certificate() {
@@ -356,13 +358,12 @@ impl DestinationShared {
             // Small packets cost more than what is in them.
             facts.device_bytes += len;
             facts.device_memory.push(share);
-            if facts.device_bytes <= MAX_DEVICE_BYTES {
+            let most = self.limits.device_state;
+            if facts.device_bytes <= most {
                 return Ok(());
             }
-            let detail = format!(
-                "{} bytes of device state on channels, expected at most {MAX_DEVICE_BYTES}",
-                facts.device_bytes
-            );
+            let bytes = facts.device_bytes;
+            let detail = format!("{bytes} bytes of device state on channels, expected at most {most}");
             Err(Error::misbehaved(Phase::Device, detail))
         })
     }

@@ -369,6 +369,7 @@ impl SourceBuilder {
     pub fn build(self) -> Result<Source> {
         let Self { config, mut guest, codec, tls, hook } = self;
         guest.notes.audit = config.audit;
+        guest.notes.guest_paused = guest.unwritten.guest_paused;
         let around = Surroundings { codec: &*codec, tls: tls.is_some(), endpoint: None, opened: None };
         config.check(around).map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
         guest.check().map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;

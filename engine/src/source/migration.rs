@@ -143,9 +143,11 @@ impl Migration {
     pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger, busy: &Busy) -> Result<()> {
         self.begin_switch_over(ledger, busy)?;
         let begun = Instant::now();
+        self.shared.ram.begin_last_pass();
         self.section(Section::End)?;
         self.send_digests()?;
         self.ask_how_far(RAM_PING)?;
+        self.shared.ram.check_holes()?;
         ledger.last_ram_us = micros(begun.elapsed());
         self.audit = busy.rest(|| self.shared.ram.audit(&self.shared, &self.crew))?;
         Ok(())
@@ -228,7 +230,7 @@ impl Migration {
         state.check()?;
         let begun = Instant::now();
         ledger.state_save_us = micros(begun.duration_since(last_ram_sent));
-        self.main.raw(state.sections())?;
+        state.send(|bytes| self.main.raw(bytes))?;
         let return_path = self.return_path.as_ref();
         let sent = self.carrier.finish(state.end(), &mut self.main, return_path, &self.shared)?;
         ledger.device_state_us = micros(sent.duration_since(begun));

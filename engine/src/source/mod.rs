@@ -34,6 +34,7 @@ mod migration;
 mod outgoing;
 mod packet;
 mod page_cache;
+mod pagers;
 mod postcopy;
 mod precopy;
 mod return_path;

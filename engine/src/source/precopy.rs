@@ -65,6 +65,7 @@ impl Precopy {
         migration.section(Section::Part)?;
         migration.wait_for_round()?;
         let duration = begun.elapsed();
+        migration.shared.ram.check_holes()?;
         let sync = migration.sync_logs()?;
         let after = migration.shared.session.progress();
         let facts = RoundFacts {
