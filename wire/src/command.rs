@@ -13,6 +13,9 @@ pub enum Command {
     Packaged(u32),
     /// 2: to be answered by a PONG of the same value.
     Ping(u32),
+    /// 0x4d50, of the multifd dialect: pages come on the parallel channels after the switch to postcopy, too. Spec:
+    /// docs/wire.md §27.6.
+    PostcopyChannels,
     /// 3: postcopy may come. `None` if it is for dirty bitmaps only.
     PostcopyAdvise(Option<Advise>),
     /// 4: serve page faults from now on.
@@ -66,6 +69,7 @@ const ENABLE_COLO: u16 = 8;
 const POSTCOPY_RESUME: u16 = 9;
 const RECV_BITMAP: u16 = 10;
 const SWITCHOVER_START: u16 = 11;
+const POSTCOPY_CHANNELS: u16 = 0x4d50;
 
 /// Longest body: a discard of [`MAX_DISCARD_RANGES`] ranges in a block with the longest name.
 const MAX_BODY: usize = 1 + 1 + BlockName::MAX_LEN + 1 + 16 * MAX_DISCARD_RANGES;
@@ -87,6 +91,7 @@ impl Command {
             POSTCOPY_ADVISE => {
                 Self::PostcopyAdvise(Some(Advise { page_sizes: r.be64()?, target_page: r.be64()? }))
             }
+            POSTCOPY_CHANNELS => Self::PostcopyChannels,
             POSTCOPY_LISTEN => Self::PostcopyListen,
             POSTCOPY_RUN => Self::PostcopyRun,
             RAM_DISCARD => read_discard(r)?,
@@ -113,6 +118,7 @@ impl Command {
             Self::EnableColo
             | Self::OpenReturnPath
             | Self::PostcopyAdvise(None)
+            | Self::PostcopyChannels
             | Self::PostcopyListen
             | Self::PostcopyResume
             | Self::PostcopyRun
@@ -127,6 +133,7 @@ impl Command {
             Self::Packaged(_) => PACKAGED,
             Self::Ping(_) => PING,
             Self::PostcopyAdvise(_) => POSTCOPY_ADVISE,
+            Self::PostcopyChannels => POSTCOPY_CHANNELS,
             Self::PostcopyListen => POSTCOPY_LISTEN,
             Self::PostcopyResume => POSTCOPY_RESUME,
             Self::PostcopyRun => POSTCOPY_RUN,
@@ -144,8 +151,8 @@ fn check_len(id: u16, len: usize) -> Result<(), Invalid> {
         POSTCOPY_ADVISE => (len == 0 || len == 16, "0 or 16 bytes"),
         RAM_DISCARD => (len <= MAX_BODY, "at most 450 bytes"),
         RECV_BITMAP => (len <= 1 + BlockName::MAX_LEN, "at most 256 bytes"),
-        OPEN_RETURN_PATH | POSTCOPY_LISTEN | POSTCOPY_RUN | ENABLE_COLO | POSTCOPY_RESUME
-        | SWITCHOVER_START => (len == 0, "0 bytes"),
+        OPEN_RETURN_PATH | POSTCOPY_CHANNELS | POSTCOPY_LISTEN | POSTCOPY_RUN | ENABLE_COLO
+        | POSTCOPY_RESUME | SWITCHOVER_START => (len == 0, "0 bytes"),
         _ => return Err(unknown(id)),
     };
     if good {

@@ -231,6 +231,10 @@ impl Machine {
             Item::SectionFull(head) => return early_device(ram, head),
             _ => {}
         }
+        if self.postcopy == Postcopy::Held && !matches!(item, Item::Command(_)) {
+            let detail = format!("{item:?} between the sync point at the switch and the package");
+            return Err(Error::misbehaved(Phase::Device, detail));
+        }
         if std::mem::take(&mut self.open_devices) {
             effects.push(Effect::KeepEarly { within_ram: ram.is_some() });
         }

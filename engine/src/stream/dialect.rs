@@ -27,8 +27,26 @@ const FEATURE_ALIVE: u64 = 1 << 2;
 /// Feature: the destination says how long it took to load the device state, before its SHUT.
 const FEATURE_LOAD_TIME: u64 = 1 << 3;
 
+/// Feature: pages of a post-copy come on the parallel channels, too.
+pub(crate) const FEATURE_POSTCOPY_CHANNELS: u64 = 1 << 16;
+
+/// Feature: up to [`MAX_URGENT_CHANNELS`] channels of a post-copy carry pages that are asked for.
+pub(crate) const FEATURE_URGENT_CHANNELS: u64 = 1 << 17;
+
+/// Feature: neighbours of pages that are asked for come on those channels, and pages that have gone before.
+pub(crate) const FEATURE_NEIGHBOURS: u64 = 1 << 18;
+
 /// All that a destination of this version can do.
-pub(crate) const FEATURES: u64 = FEATURE_DELTAS | FEATURE_REASONS | FEATURE_ALIVE | FEATURE_LOAD_TIME;
+pub(crate) const FEATURES: u64 = FEATURE_DELTAS
+    | FEATURE_REASONS
+    | FEATURE_ALIVE
+    | FEATURE_LOAD_TIME
+    | FEATURE_POSTCOPY_CHANNELS
+    | FEATURE_URGENT_CHANNELS
+    | FEATURE_NEIGHBOURS;
+
+/// Most channels for pages that are asked for, over one link.
+pub(crate) const MAX_URGENT_CHANNELS: usize = 8;
 
 /// Between two signs of life of an end whose embedder has it in hand.
 pub(crate) const ALIVE_INTERVAL: Duration = Duration::from_millis(250);

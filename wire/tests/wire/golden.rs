@@ -82,6 +82,7 @@ fn commands() {
     same(Command::PostcopyResume, &[0, 9, 0, 0]);
     same(Command::RecvBitmap(name("vga")), b"\0\x0a\0\x04\x03vga");
     same(Command::SwitchoverStart, &[0, 11, 0, 0]);
+    same(Command::PostcopyChannels, &[0x4d, 0x50, 0, 0]);
 }
 
 #[test]

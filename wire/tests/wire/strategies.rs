@@ -52,6 +52,7 @@ fn command() -> impl Strategy<Value = Command> {
             .prop_map(|(block, ranges)| Command::RamDiscard { block, ranges }),
         block_name().prop_map(Command::RecvBitmap),
         Just(Command::SwitchoverStart),
+        Just(Command::PostcopyChannels),
     ]
 }
 

@@ -3,13 +3,14 @@
 use std::io;
 use std::sync::Arc;
 
-use multifd_codecs::{CodecId, Decoder};
+use multifd_codecs::{Codec, CodecId, Decoder};
 use multifd_transports::Channel;
 use multifd_wire::{
     DeviceStatePacket, PACKET_PREFIX_LEN, PacketKind, RamPacket, header_len, pages_per_packet,
 };
 
 use crate::destination::place::{BlockSink, BlockSinks, PlacePages};
+use crate::destination::postcopy::parallel::LinkPart;
 use crate::destination::shared::{DestinationShared, DevicePacket};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
@@ -33,6 +34,8 @@ pub(crate) struct ChannelWorker {
     /// The number that the peer gave the channel.
     id: u8,
     sinks: Option<Arc<BlockSinks>>,
+    /// After the switch to post-copy: the link that it is a part of.
+    link: Option<LinkPart>,
     decoder: Option<Box<dyn Decoder>>,
     payload: Vec<u8>,
     pages: Vec<u8>,
@@ -52,12 +55,36 @@ impl ChannelWorker {
         let channel = shared.session.adopt(channel, Phase::Accept)?;
         shared.session.close_on_stop(&channel);
         let counters = shared.session.counters.channel(id, &channel);
+        Self::spawn((channel, counters), id, None, shared, crew)
+    }
+
+    /// The same of a channel that goes on after the switch to post-copy, over a new `link`.
+    pub(crate) fn go_on(
+        channel: Channel,
+        id: u8,
+        link: LinkPart,
+        shared: &Arc<DestinationShared>,
+        crew: &Crew,
+    ) -> Result<()> {
+        let channel = shared.session.adopt(channel, Phase::Accept)?;
+        let counters = shared.session.counters.replaced_channel(id, &channel);
+        Self::spawn((channel, counters), id, Some(link), shared, crew)
+    }
+
+    fn spawn(
+        (channel, counters): (Arc<Channel>, Arc<ChannelCounters>),
+        id: u8,
+        link: Option<LinkPart>,
+        shared: &Arc<DestinationShared>,
+        crew: &Crew,
+    ) -> Result<()> {
         let mut worker = Self {
             channel,
             counters,
             shared: Arc::clone(shared),
             id,
             sinks: None,
+            link,
             decoder: None,
             payload: Vec::new(),
             pages: Vec::new(),
@@ -73,6 +100,13 @@ impl ChannelWorker {
         let result = self
             .packets()
             .map_err(|error| error.on(format!("channel {} ({})", self.id, self.channel.peer())));
+        if let Some(link) = self.link.take() {
+            // The guest has no other memory than the one that is half here: this ends the link and no more.
+            self.channel.closer().close();
+            self.shared.channels.ended(self.id);
+            link.ended(result);
+            return Ok(());
+        }
         if !self.shared.channels.finished() {
             if result.is_ok() {
                 self.shared.channels.ended(self.id);
@@ -102,6 +136,10 @@ impl ChannelWorker {
                 PacketKind::parse(&prefix).map_err(|invalid| Error::invalid(Phase::Active, invalid))?;
             self.shared.channels.progressed(self.id);
             match kind {
+                PacketKind::DeviceState if self.link.is_some() => {
+                    let detail = "device state after the switch to post-copy";
+                    return Err(Error::misbehaved(Phase::Active, detail));
+                }
                 PacketKind::DeviceState => self.device_state(&prefix)?,
                 PacketKind::Ram => {
                     self.receive(Phase::Active, "the rest of a packet header", rest)?;
@@ -147,20 +185,40 @@ impl ChannelWorker {
             let _storing = shared.channels.storing(self.id)?;
             self.pages(sink, &packet)?;
         }
-        if packet.flags().sync() { self.shared.channels.arrive(self.id) } else { Ok(()) }
+        if packet.flags().sync() { self.sync() } else { Ok(()) }
+    }
+
+    /// Waits for main, which may have switched to post-copy meanwhile.
+    fn sync(&mut self) -> Result<()> {
+        if self.link.is_some() {
+            let detail = "a sync point on a channel after the switch to post-copy";
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        let channels = &self.shared.channels;
+        channels.arrive(self.id)?;
+        if channels.has_switched() {
+            let none = || Error::bug(Phase::Active, "a channel that goes on before LISTEN");
+            let serving = self.shared.serving_now().ok_or_else(none)?;
+            self.link = Some(serving.add_channel(&self.channel));
+        }
+        Ok(())
     }
 
     fn pages(&mut self, sink: &BlockSink, packet: &RamPacket<'_>) -> Result<()> {
+        if let Some(link) = self.link.take() {
+            let placed = self.place(sink, packet, &link);
+            self.link = Some(link);
+            return placed;
+        }
         if packet.flags().codec() == CodecId::DIALECT_DELTA && self.shared.speaks_dialect() {
             return self.receive_deltas(sink, packet);
         }
         let codec = self.shared.codec(packet.flags())?;
         if packet.normal_pages() > 0 {
             if codec.id() != CodecId::NONE {
-                if self.decoder.is_none() {
-                    self.decoder = Some(codec.decoder().map_err(codec_error)?);
-                }
-                self.receive_decoded(sink, packet)?;
+                self.receive_packed(&*codec, packet)?;
+                let pages = self.pages.get(..packet.normal_pages() * PAGE);
+                store(sink, packet, pages.ok_or_else(|| too_large(packet))?, &sink.best_place())?;
             } else {
                 self.receive_plain(sink, packet)?;
             }
@@ -168,10 +226,40 @@ impl ChannelWorker {
         let zero: Vec<usize> =
             packet.zero_offsets().map(|offset| sink.page_at(offset)).collect::<Result<_>>()?;
         sink.clear(zero)?;
+        self.count(packet);
+        Ok(())
+    }
+
+    fn count(&self, packet: &RamPacket<'_>) {
         let counters = &self.counters;
         Counters::add(&counters.packets, 1);
         Counters::add(&counters.pages_normal, packet.normal_pages());
         Counters::add(&counters.pages_zero, packet.zero_pages());
+    }
+
+    /// After the switch to post-copy: a page is there as a whole or not at all, so that all of them come into a buffer
+    /// first.
+    fn place(&mut self, sink: &BlockSink, packet: &RamPacket<'_>, link: &LinkPart) -> Result<()> {
+        if packet.flags().codec() == CodecId::DIALECT_DELTA {
+            let detail = "differences after the switch to post-copy, expected whole pages";
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        let codec = self.shared.codec(packet.flags())?;
+        if packet.normal_pages() > 0 {
+            if codec.id() == CodecId::NONE {
+                self.receive_pages(packet)?;
+            } else {
+                self.receive_packed(&*codec, packet)?;
+            }
+        }
+        for (offset, content) in packet.normal_offsets().zip(self.pages.chunks_exact(PAGE)) {
+            link.put(sink, sink.page_at(offset)?, Some(content))?;
+        }
+        for offset in packet.zero_offsets() {
+            link.put(sink, sink.page_at(offset)?, None)?;
+        }
+        self.count(packet);
+        link.note_pages();
         Ok(())
     }
 
@@ -236,7 +324,11 @@ impl ChannelWorker {
         Ok(())
     }
 
-    fn receive_decoded(&mut self, sink: &BlockSink, packet: &RamPacket<'_>) -> Result<()> {
+    /// The packet's pages, decoded, at the beginning of the buffer.
+    fn receive_packed(&mut self, codec: &dyn Codec, packet: &RamPacket<'_>) -> Result<()> {
+        if self.decoder.is_none() {
+            self.decoder = Some(codec.decoder().map_err(codec_error)?);
+        }
         self.receive_payload(packet)?;
         self.hold(self.payload.capacity() + PAGES_LEN)?;
         self.pages.resize(PAGES_LEN, 0);
@@ -249,8 +341,7 @@ impl ChannelWorker {
             self.payload.capacity() + PAGES_LEN + memory,
             Phase::Active,
             "the decoder's window",
-        )?;
-        store(sink, packet, pages, &sink.best_place())
+        )
     }
 
     fn receive_copied(
@@ -259,14 +350,17 @@ impl ChannelWorker {
         packet: &RamPacket<'_>,
         place: &impl PlacePages,
     ) -> Result<()> {
+        self.receive_pages(packet)?;
+        let pages = self.pages.get(..packet.payload_len()).ok_or_else(|| too_large(packet))?;
+        store(sink, packet, pages, place)
+    }
+
+    /// The packet's pages, which are not encoded, at the beginning of the buffer.
+    fn receive_pages(&mut self, packet: &RamPacket<'_>) -> Result<()> {
         self.hold(self.payload.capacity() + PAGES_LEN)?;
-        let mut pages = std::mem::take(&mut self.pages);
-        pages.resize(PAGES_LEN, 0);
-        let content = pages.get_mut(..packet.payload_len()).ok_or_else(|| too_large(packet))?;
-        let received = self.channel.recv_exact(content).map_err(|error| pages_missing(packet, error));
-        let stored = received.and_then(|()| store(sink, packet, content, place));
-        self.pages = pages;
-        stored
+        self.pages.resize(PAGES_LEN, 0);
+        let content = self.pages.get_mut(..packet.payload_len()).ok_or_else(|| too_large(packet))?;
+        self.channel.recv_exact(content).map_err(|error| pages_missing(packet, error))
     }
 
     fn device_state(&mut self, prefix: &[u8; PACKET_PREFIX_LEN]) -> Result<()> {

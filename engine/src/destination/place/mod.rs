@@ -199,7 +199,7 @@ impl BlockSink {
     }
 
     /// True if the page has come.
-    fn has_come(&self, page: usize) -> bool {
+    pub(crate) fn has_come(&self, page: usize) -> bool {
         self.came.test(page)
     }
 
@@ -234,10 +234,9 @@ impl BlockSink {
 
     /// Makes pages zero. Memory that is zero already is left alone, so that holes stay holes.
     pub(crate) fn clear(&self, pages: impl IntoIterator<Item = usize>) -> Result<()> {
-        let untouched = |page: usize| self.fresh && !self.written.test(page);
-        let came = pages.into_iter().inspect(|page| self.came.set_range(*page, 1));
-        let mut pages: Vec<usize> = came.filter(|page| !untouched(*page)).collect();
+        let untouched = |page: &usize| self.fresh && !self.written.test(*page);
         // A peer announces them in any order.
+        let (blank, mut pages): (Vec<usize>, Vec<usize>) = pages.into_iter().partition(untouched);
         pages.sort_unstable();
         let mut found = Found::default();
         self.page_table
@@ -248,6 +247,8 @@ impl BlockSink {
                 self.write(*page, &ZEROS, &self.best_place())?;
             }
         }
+        // Not before: another thread may wait for the last page to have come.
+        blank.iter().chain(&pages).for_each(|page| self.came.set_range(*page, 1));
         Ok(())
     }
 

@@ -75,8 +75,8 @@ pub(crate) struct Wanted {
     pub(crate) len: u32,
 }
 
-/// Huge pages in the making: a source sends one at a time on each channel.
-const MAX_GATHERED: usize = 8;
+/// Huge pages in the making: a source sends one at a time on each channel, of which it has 255 and those for urgent pages.
+const MAX_GATHERED: usize = 255 + 9;
 
 /// Places whole host pages of one block.
 struct Placing<'p> {
@@ -200,7 +200,13 @@ impl Pager {
         if sink.has_come(page) {
             return Ok(());
         }
-        let Some(whole) = paged.gather(page, content)? else { return Ok(()) };
+        let Some(whole) = paged.gather(page, content)? else {
+            // Whole by now, over another channel: what was gathered of this copy would wait for its rest for ever.
+            if sink.has_come(page) {
+                paged.forget(page / paged.per());
+            }
+            return Ok(());
+        };
         let content = (!whole.zero).then_some(&whole.content[..]);
         self.put_whole(sink, paged, whole.host, content)
     }
@@ -238,6 +244,9 @@ impl Pager {
                 }
                 Err(error) => return Err(sink.fault("placing", first..first + per, error)),
             }
+        }
+        if per > 1 {
+            paged.forget(host);
         }
         fence(Ordering::SeqCst);
         if paged.requested.test(host) {
@@ -438,6 +447,11 @@ impl Pager {
 }
 
 impl PagedBlock {
+    /// The host page has come: no part of another copy is kept.
+    fn forget(&self, host: usize) {
+        lock(&self.gathered).retain(|gathered| gathered.host != host);
+    }
+
     /// Adds a target page; the host page, if that makes it whole.
     fn gather(&self, page: usize, content: Option<&[u8]>) -> Result<Option<Gathered>> {
         let (host, index) = (page / self.per(), page % self.per());

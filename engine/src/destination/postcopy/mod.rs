@@ -11,6 +11,7 @@ mod faults;
 pub(super) mod figures;
 pub(super) mod listen;
 pub(super) mod package;
+pub(super) mod parallel;
 pub(super) mod recover;
 pub(super) mod running;
 pub(super) mod serving;

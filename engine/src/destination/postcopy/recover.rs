@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multifd_transports::{Arrival, Channel, Endpoint, Listener, SocketOptions, TlsServer};
-use multifd_wire::ItemType;
+use multifd_wire::{InitialPacket, ItemType, MULTIFD_MAGIC};
 
 use super::serving::Serving;
 use super::urgent;
+use crate::destination::channels::accept::opening_len;
+use crate::destination::channels::worker::ChannelWorker;
 use crate::destination::driver::Driver;
 use crate::destination::return_path::ReturnPath;
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -27,6 +29,8 @@ pub(in crate::destination) struct Relisten {
 struct NewMain {
     channel: Option<Channel>,
     came: bool,
+    /// By which its client has authenticated itself.
+    certificate: Option<Vec<u8>>,
 }
 
 impl Relisten {
@@ -34,7 +38,7 @@ impl Relisten {
     pub(in crate::destination) fn bind(&self, endpoint: &Endpoint) -> Result<Arc<Listener>> {
         let listener = Listener::bind_with(endpoint, &self.options)
             .map_err(|error| Error::transport(Phase::Accept, error).after_hand_over())?;
-        let listener = listener.tls(self.tls.clone());
+        let listener = listener.tls(self.tls.clone()).opening_len(opening_len);
         listener.keep_silent();
         Ok(Arc::new(listener))
     }
@@ -81,17 +85,31 @@ pub(in crate::destination) fn over_listener(
     }
 }
 
-/// Goes on over connections that the embedder has made.
+/// Goes on over connections that the embedder has made: main, and others that say what they are.
 pub(super) fn over_channels(
     serving: &Arc<Serving>,
     main: Channel,
-    urgent: Option<Channel>,
+    others: Vec<Channel>,
     crew: &Arc<Crew>,
 ) -> Result<()> {
     let (driver, _) = serving.begin_recovery()?;
     serving.enter_recover_setup();
     go_on(serving, driver, main, crew)?;
-    urgent.map_or(Ok(()), |urgent| urgent::start(urgent, serving.shared(), crew))
+    if others.is_empty() {
+        return Ok(());
+    }
+    let ready = Listener::of_connections(others, Endpoint::Fd(-1)).opening_len(opening_len);
+    ready.keep_silent();
+    let listener = Arc::new(ready);
+    serving.shared().listen_to(Arc::clone(&listener));
+    let came = NewMain { came: true, ..NewMain::default() };
+    let main = Monitor::new(came, &serving.shared().session.stop);
+    let accepting = (Arc::clone(serving), Arc::clone(crew));
+    crew.spawn("mig-accept", Phase::Accept, move || {
+        let (serving, crew) = accepting;
+        accept(&serving, &listener, &main, &crew);
+        Ok(())
+    })
 }
 
 fn go_on(serving: &Arc<Serving>, mut driver: Box<Driver>, channel: Channel, crew: &Arc<Crew>) -> Result<()> {
@@ -113,30 +131,65 @@ fn go_on(serving: &Arc<Serving>, mut driver: Box<Driver>, channel: Channel, crew
     }
 }
 
-/// Main is the first that begins as a recovery does; another may carry urgent pages.
+/// Main is the first that begins as a recovery does; the others say what they are once it is there.
 fn accept(serving: &Arc<Serving>, listener: &Listener, main: &Monitor<NewMain>, crew: &Arc<Crew>) {
     let timeout = serving.shared().session.timeout;
     let served = listener.serve(4, timeout, &mut |arrival| {
         let Arrival::Identified { channel, first, .. } = arrival else { return };
-        if !begins_recovery(first) {
-            if let Err(error) = urgent::start(channel, serving.shared(), crew) {
-                serving.shared().refusals.note(&error);
-            }
-            return;
-        }
-        let refused = main.modify_and_notify(|main| {
-            if std::mem::replace(&mut main.came, true) {
-                return true;
-            }
-            main.channel = Some(channel);
-            false
-        });
-        if refused {
-            let detail = "a second source for the recovery";
-            serving.shared().refusals.note(&Error::misbehaved(Phase::Accept, detail));
+        let taken = if begins_recovery(first) {
+            take_main(channel, main)
+        } else if u32::from_be_bytes(first) == MULTIFD_MAGIC {
+            take_channel(channel, serving, main, crew)
+        } else {
+            urgent::start(channel, serving.shared(), crew)
+        };
+        if let Err(error) = taken {
+            serving.shared().refusals.note(&error);
         }
     });
     if let Err(error) = served {
         tracing::warn!(%error, "listening for a recovery");
     }
+}
+
+fn take_main(channel: Channel, main: &Monitor<NewMain>) -> Result<()> {
+    main.modify_and_notify(|main| {
+        if std::mem::replace(&mut main.came, true) {
+            return Err(Error::misbehaved(Phase::Accept, "a second source for the recovery"));
+        }
+        main.certificate = channel.client_certificate().map(<[u8]>::to_vec);
+        main.channel = Some(channel);
+        Ok(())
+    })
+}
+
+/// A source connects its parallel channels when it has been told over main what has come.
+fn take_channel(
+    channel: Channel,
+    serving: &Arc<Serving>,
+    main: &Monitor<NewMain>,
+    crew: &Arc<Crew>,
+) -> Result<()> {
+    let peer = channel.peer().to_owned();
+    let refused = |detail| Err(Error::misbehaved(Phase::Accept, detail).on(peer.clone()));
+    let (came, same) = main.read(|main| {
+        let certificate = main.certificate.as_deref();
+        (main.came, certificate.is_none() || certificate == channel.client_certificate())
+    });
+    if !came {
+        return refused("a parallel channel before the main channel of a recovery");
+    }
+    if !same {
+        return refused("a channel with another certificate than that of main: it is another source's");
+    }
+    let mut bytes = [0; InitialPacket::LEN];
+    channel
+        .recv_exact(&mut bytes)
+        .map_err(|error| Error::io(Phase::Accept, "the initial packet", error).on(peer.clone()))?;
+    let hello = InitialPacket::parse(&bytes)
+        .map_err(|invalid| Error::invalid(Phase::Accept, invalid).on(peer.clone()))?;
+    let shared = serving.shared();
+    shared.on_uuid(hello.uuid).map_err(|error| error.on(peer.clone()))?;
+    let link = serving.add_recovered_channel(hello.channel, &channel).map_err(|error| error.on(peer.clone()))?;
+    ChannelWorker::go_on(channel, hello.channel, link, shared, crew)
 }

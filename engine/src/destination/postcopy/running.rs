@@ -11,6 +11,7 @@ use multifd_wire::{Configuration, ReturnMessage};
 use super::faults;
 use super::recover;
 use super::serving::{Serving, Waited};
+use crate::destination::channels::accept::opening_len;
 use crate::destination::driver::{Driver, ReceivedMain};
 use crate::error::{Error, Phase, Result};
 use crate::report::{PostcopyFigures, Report};
@@ -178,17 +179,18 @@ impl PostcopyGuest {
     /// # Errors
     /// The migration is not paused (`ApiMisuse`), or no source came. It is paused as before then.
     pub fn recover(&mut self, listener: Listener, limit: Duration) -> Result<()> {
+        let listener = listener.opening_len(opening_len);
         listener.keep_silent();
         recover::over_listener(&self.serving, &Arc::new(listener), limit, &self.crew)
     }
 
-    /// The same over connections that the caller has made: main, and one for urgent pages if the
-    /// source makes one.
+    /// The same over connections that the caller has made: main, and `others` in any order, those for urgent pages and
+    /// the parallel channels, as many as the source makes.
     ///
     /// # Errors
     /// As [`PostcopyGuest::recover`].
-    pub fn recover_over(&mut self, main: Channel, urgent: Option<Channel>) -> Result<()> {
-        recover::over_channels(&self.serving, main, urgent, &self.crew)
+    pub fn recover_over(&mut self, main: Channel, others: impl IntoIterator<Item = Channel>) -> Result<()> {
+        recover::over_channels(&self.serving, main, others.into_iter().collect(), &self.crew)
     }
 
     fn wind_up(&mut self) {

@@ -1,12 +1,14 @@
 //! A post-copy as its threads share it: which link it has, and how far it is.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use multifd_transports::Closer;
+use multifd_transports::{Channel, Closer};
 use multifd_wire::ReturnMessage;
 
+use super::parallel::LinkPart;
 use crate::destination::arrival;
 use crate::destination::driver::{Driver, ReceivedMain};
 use crate::destination::place::{BlockSinks, Pager, Wanted};
@@ -42,7 +44,12 @@ pub(in crate::destination) struct Serving {
 /// The connections to the source.
 struct Link {
     return_path: ReturnPath,
-    urgent: Vec<Closer>,
+    /// The connections beside main.
+    others: Vec<Closer>,
+    /// The numbers of parallel channels that have come over a link that was replaced.
+    channels: BTreeSet<u8>,
+    /// It has been hung up.
+    gone: bool,
     /// How many links there were before.
     number: u64,
     /// Pages may be asked for: not while a new link is being set up.
@@ -85,12 +92,23 @@ impl Link {
         let return_path = return_path.clone();
         Self {
             return_path,
-            urgent: Vec::new(),
+            others: Vec::new(),
+            channels: BTreeSet::new(),
+            gone: false,
             number,
             asks,
             last_asked: None,
             for_good: false,
             broken: None,
+        }
+    }
+
+    /// Another connection beside main.
+    fn add(&mut self, closer: Closer) {
+        if self.gone {
+            closer.close();
+        } else {
+            self.others.push(closer);
         }
     }
 }
@@ -186,7 +204,11 @@ impl Serving {
     /// than the one that is half here.
     fn serve(self: Arc<Self>, mut driver: Box<Driver>) {
         let guard = PauseOnPanic(Arc::clone(&self));
-        let whole = driver.postcopy_part().and_then(|()| self.wait_for_urgent());
+        let whole = driver.postcopy_part().and_then(|()| self.wait_for_rest());
+        if whole.is_ok() {
+            // What comes twice is not stored any more.
+            self.shared.channels.finish();
+        }
         match whole.and_then(|()| self.let_go()) {
             Ok(()) => self.stage.modify_and_notify(|stage| {
                 if !matches!(stage, Stage::Over) {
@@ -225,20 +247,27 @@ impl Serving {
         self.loaded.modify_and_notify(|loaded| _ = loaded.get_or_insert(load));
     }
 
-    /// Main has ended. Pages that went over a connection of their own may come after that, and so may
-    /// the connection: its pages and the end of main are in no order.
-    fn wait_for_urgent(&self) -> Result<()> {
+    /// Main has ended. Pages that went over other connections may come after that, and so may the
+    /// connection: its pages and the end of main are in no order. The timeout counts from the last page.
+    fn wait_for_rest(&self) -> Result<()> {
         let session = &self.shared.session;
-        let whole = self.stage.wait(&session.stop, Some(session.timeout), |stage| {
-            let given_up = matches!(stage, Stage::Over) || lock(&self.link).broken.is_some();
-            let checked = self.check_all_came();
-            (given_up || checked.is_ok()).then_some(checked)
-        });
-        whole.unwrap_or_else(|| self.check_all_came())
+        loop {
+            let before = session.counters.pages();
+            let whole = self.stage.wait(&session.stop, Some(session.timeout), |stage| {
+                let given_up = matches!(stage, Stage::Over) || lock(&self.link).broken.is_some();
+                let checked = self.check_all_came();
+                (given_up || checked.is_ok()).then_some(checked)
+            });
+            match whole {
+                Some(checked) => return checked,
+                None if session.counters.pages() > before && !session.stop.tripped() => {}
+                None => return self.check_all_came(),
+            }
+        }
     }
 
-    /// Pages have come over a connection of their own.
-    pub(super) fn note_urgent_pages(&self) {
+    /// Pages have come over a connection beside main.
+    pub(super) fn note_pages(&self) {
         self.stage.modify_and_notify(|_| ());
     }
 
@@ -272,8 +301,9 @@ impl Serving {
     fn hang_up(&self) -> Option<Error> {
         let mut link = lock(&self.link);
         link.asks = false;
+        link.gone = true;
         link.return_path.hang_up();
-        link.urgent.drain(..).for_each(|channel| channel.close());
+        link.others.drain(..).for_each(|channel| channel.close());
         link.broken.take()
     }
 
@@ -308,8 +338,51 @@ impl Serving {
     /// Makes a channel for urgent pages part of the link, and gives the number of that.
     pub(super) fn add_urgent(&self, closer: Closer) -> u64 {
         let mut link = lock(&self.link);
-        link.urgent.push(closer);
+        link.add(closer);
         link.number
+    }
+
+    /// Makes a parallel channel part of the link over which RUN came, or ends it if that is gone.
+    pub(in crate::destination) fn add_channel(self: &Arc<Self>, channel: &Channel) -> LinkPart {
+        let mut link = lock(&self.link);
+        if link.number == 0 {
+            link.add(channel.closer());
+        } else {
+            channel.closer().close();
+        }
+        LinkPart::new(self, 0)
+    }
+
+    /// Makes a parallel channel part of the link that goes on.
+    ///
+    /// # Errors
+    /// The source has no such channel, or it is there already.
+    pub(super) fn add_recovered_channel(self: &Arc<Self>, id: u8, channel: &Channel) -> Result<LinkPart> {
+        let channels = &self.shared.channels;
+        let mut link = lock(&self.link);
+        let refusal = if !channels.has_switched() {
+            "a parallel channel of a post-copy that has none".to_owned()
+        } else if !link.channels.insert(id) {
+            format!("channel id {id} is taken: is a second source connected?")
+        } else {
+            link.add(channel.closer());
+            channels.rejoin(id, channel.closer());
+            return Ok(LinkPart::new(self, link.number));
+        };
+        Err(Error::misbehaved(Phase::Accept, refusal))
+    }
+
+    /// A channel beside main has ended. That breaks the link unless all of RAM is here: then a source ends its
+    /// connections as it likes.
+    pub(super) fn channel_ended(&self, link: u64, result: Result<()>) {
+        if self.check_all_came().is_ok() {
+            return;
+        }
+        let early = || {
+            let detail = "the source ended a channel before all of RAM was here";
+            Error::new(ErrorKind::Transport, Phase::Active, detail)
+        };
+        self.break_link_of(link, result.err().unwrap_or_else(early));
     }
 
     /// The state says more than is needed here: a step that the table does not have is a message.
