@@ -19,10 +19,11 @@ use crate::run::workers::Crew;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::{OutgoingBlock, ZeroRoute};
 use crate::source::packet::{Content, Packet};
+use crate::source::postcopy::Bulk;
 use crate::source::rounds::{RoundContext, Rounds, Work, ZeroReport};
 use crate::source::shared::SourceShared;
 use crate::source::zero_copy::ZeroCopySender;
-use crate::work::{Batch, Place, Round};
+use crate::work::{Batch, BlockIndex, Place, Round};
 
 /// The parallel channels of a migration.
 pub(in crate::source) struct Channels {
@@ -62,14 +63,37 @@ impl Channels {
         shared: &Arc<SourceShared>,
         crew: &Crew,
     ) -> Result<()> {
-        SendWorker::start(channel, id, self.rounds.clone(), shared, crew)
+        let counters = shared.session.counters.channel(id, &channel);
+        SendWorker::start((channel, counters), id, self.rounds.clone(), shared, crew)
+    }
+
+    /// The same of a channel that replaces one of that number.
+    pub(in crate::source) fn restart(
+        &self,
+        channel: Arc<Channel>,
+        id: u8,
+        shared: &Arc<SourceShared>,
+        crew: &Crew,
+    ) -> Result<()> {
+        let counters = shared.session.counters.replaced_channel(id, &channel);
+        SendWorker::start((channel, counters), id, self.rounds.clone(), shared, crew)
+    }
+
+    /// Has every channel say SYNC, behind all that went on it.
+    pub(in crate::source) fn sync(&self) -> Result<()> {
+        self.rounds.run(Round::empty(), RoundContext { round: 0, last: true }, |_| Ok(()))
+    }
+
+    /// Starts the background stream of a post-copy, and returns at once.
+    pub(in crate::source) fn start_bulk(&self, bulk: &Arc<Bulk>) {
+        self.rounds.start_bulk(bulk);
     }
 
     pub(super) fn syncs_at_flush(&self) -> bool {
         self.sync_points == SyncPoints::AtFlush
     }
 
-    pub(super) fn workers(&self) -> usize {
+    pub(in crate::source) fn workers(&self) -> usize {
         self.rounds.workers()
     }
 
@@ -90,7 +114,7 @@ impl Channels {
         Ok(())
     }
 
-    pub(super) fn dismiss_workers(&self) {
+    pub(in crate::source) fn dismiss_workers(&self) {
         self.rounds.close();
     }
 }
@@ -110,12 +134,14 @@ struct SendWorker {
     payload: Vec<u8>,
     ranges: IoVecs,
     zero_copy: Option<ZeroCopySender>,
+    /// After the switch to post-copy: its own limit holds, not that of the rounds.
+    follows: bool,
 }
 
 impl SendWorker {
     /// Starts the channel's thread; the channel is connected and nothing was sent on it.
     fn start(
-        channel: Arc<Channel>,
+        (channel, counters): (Arc<Channel>, Arc<ChannelCounters>),
         id: u8,
         rounds: Rounds,
         shared: &Arc<SourceShared>,
@@ -132,7 +158,7 @@ impl SendWorker {
         let zero_copy = ZeroCopySender::new(&channel, shared.zero_copy)
             .map_err(|error| error.on(format!("channel {id} ({})", channel.peer())))?;
         let mut worker = Self {
-            counters: shared.session.counters.channel(id, &channel),
+            counters,
             channel,
             shared: Arc::clone(shared),
             rounds,
@@ -144,6 +170,7 @@ impl SendWorker {
             payload: Vec::new(),
             ranges: IoVecs::default(),
             zero_copy,
+            follows: false,
         };
         crew.spawn(&format!("mig-send-{id}"), Phase::Active, move || {
             worker.run().map_err(|error| error.on(format!("channel {id} ({})", worker.channel.peer())))
@@ -168,8 +195,52 @@ impl SendWorker {
                     self.sync()?;
                     self.rounds.done();
                 }
+                Work::Bulk { number, bulk } => {
+                    last = number;
+                    self.bulk(&bulk).inspect_err(|_| bulk.broken(&self.shared))?;
+                    bulk.done();
+                }
             }
         }
+    }
+
+    /// The background stream of a post-copy, until nothing is left.
+    fn bulk(&mut self, bulk: &Bulk) -> Result<()> {
+        self.follows = true;
+        let shared = Arc::clone(&self.shared);
+        let mut pages = Vec::new();
+        while let Some(block) = bulk.next(&shared, &mut pages)? {
+            let before = self.channel.bytes_sent();
+            self.follow(block, &pages, &shared)
+                .inspect_err(|_| shared.ram.host_pages.put_back(block, &pages))?;
+            let sent = self.channel.bytes_sent().saturating_sub(before);
+            bulk.charge(usize::try_from(sent).unwrap_or(usize::MAX));
+        }
+        match &mut self.zero_copy {
+            Some(zero_copy) => zero_copy.settle(&self.channel, &self.counters),
+            None => Ok(()),
+        }
+    }
+
+    /// Whole host pages, in order: a huge page takes several packets. Zero pages go with the others, since the destination
+    /// places them as it places those.
+    fn follow(&mut self, block: BlockIndex, pages: &[usize], shared: &SourceShared) -> Result<()> {
+        let block = &shared.ram.hold(block);
+        for pages in pages.chunks(pages_per_packet(PAGE_SIZE)) {
+            self.packet.clear();
+            if self.encoder.is_some() {
+                self.packet.copy_in(&shared.ram, block, pages, None)?;
+            } else {
+                self.packet.sort_out(&shared.ram, block, pages)?;
+            }
+            self.send_pages(block)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the limit of the rounds lets so many bytes go.
+    fn pace(&self, bytes: usize) -> Result<()> {
+        if self.follows { Ok(()) } else { self.shared.pace(bytes) }
     }
 
     fn round(&mut self, round: &Round, context: RoundContext) -> Result<()> {
@@ -229,7 +300,8 @@ impl SendWorker {
                 (&packet.normal, &packet.zero),
                 payload.len(),
             )?;
-            send_private(&self.channel, &self.shared, &self.header, payload)?;
+            self.pace(self.header.len() + payload.len())?;
+            send_private(&self.channel, &self.header, payload)?;
         }
         Counters::add(&self.counters.packets, 1);
         Counters::add(&self.counters.pages_normal, normal);
@@ -249,7 +321,7 @@ impl SendWorker {
             (&packet.normal, &packet.zero),
             payload_len,
         )?;
-        self.shared.pace(self.header.len() + payload_len)?;
+        self.pace(self.header.len() + payload_len)?;
         let mut ranges = self.ranges.start();
         let zero_copy = self.zero_copy.as_mut().filter(|zero_copy| zero_copy.pays());
         if zero_copy.is_none() {
@@ -276,7 +348,8 @@ impl SendWorker {
         let payload = &packet.delta_payload;
         let flags = PacketFlags::pages(CodecId::DIALECT_DELTA);
         encode_header(&mut self.header, &self.shared, block, flags, (&packet.delta, &[]), payload.len())?;
-        send_private(&self.channel, &self.shared, &self.header, payload)?;
+        self.pace(self.header.len() + payload.len())?;
+        send_private(&self.channel, &self.header, payload)?;
         Counters::add(&self.counters.packets, 1);
         Counters::add(&self.counters.pages_xbzrle, packet.delta.len());
         Ok(())
@@ -336,8 +409,7 @@ fn encode_header(
 }
 
 /// One vectored write of a packet whose payload is private memory.
-fn send_private(channel: &Channel, shared: &SourceShared, header: &[u8], payload: &[u8]) -> Result<()> {
-    shared.pace(header.len() + payload.len())?;
+fn send_private(channel: &Channel, header: &[u8], payload: &[u8]) -> Result<()> {
     channel
         .send_vectored(&mut [IoSlice::new(header), IoSlice::new(payload)])
         .map_err(|error| packet_error(payload.len(), error))

@@ -13,6 +13,10 @@ pub struct PostcopyReport {
     pub requests: u64,
     /// Pages that were asked for, those that were on their way included.
     pub pages_requested: u64,
+    /// Pages that were sent before they were asked for, because those before them were asked for in order.
+    pub pages_pushed: u64,
+    /// Pages that were asked for after they had gone behind others, and went again at once.
+    pub pages_repeated: u64,
     /// How often the link was replaced.
     pub recoveries: u64,
     /// From the start of the migration until the destination had loaded the devices and started the guest. `None`: the link
@@ -30,7 +34,10 @@ impl fmt::Display for PostcopyReport {
         if let Some(after) = self.run_after {
             write!(f, "the guest ran after {} ms, ", after.as_millis())?;
         }
-        let Self { requests, pages_requested, recoveries, .. } = self;
-        write!(f, "{requests} requests for {pages_requested} pages, {recoveries} recoveries")
+        let Self { requests, pages_requested, pages_pushed, recoveries, .. } = self;
+        write!(
+            f,
+            "{requests} requests for {pages_requested} pages, {pages_pushed} neighbours with them, {recoveries} recoveries"
+        )
     }
 }

@@ -20,7 +20,7 @@ use crate::run::state::MigrationState;
 use crate::run::stop::{Monitor, StopSwitch};
 use crate::run::workers::Crew;
 use crate::stream::dialect;
-use crate::work::{BlockIndex, Requested, UrgentPages, WantedPage};
+use crate::work::{BlockIndex, Requested, WantedPage};
 
 /// Reads the return path on a thread of its own until SHUT, the destination's last message. Clones are of the same.
 #[derive(Clone)]
@@ -165,17 +165,33 @@ impl ReturnPathReader {
         self.received.read(|received| received.ended)
     }
 
-    /// Waits until pages are wanted, for `limit` at most.
-    pub(super) fn wait_for_request(&self, urgent: &UrgentPages, limit: Duration) {
-        self.received.wait(&self.stop, Some(limit), |_| (!urgent.is_empty()).then_some(()));
+    /// Waits for `ready`, which requests or [`ReturnPathReader::notify`] can make true, for `limit` at most. False: it is not,
+    /// or the link has ended.
+    pub(super) fn wait_until(&self, limit: Duration, ready: impl Fn() -> bool) -> bool {
+        self.received.wait(&self.stop, Some(limit), |_| ready().then_some(())).is_some()
     }
 
-    /// Waits until pages are wanted. False: none will be any more.
-    pub(super) fn next_request(&self, urgent: &UrgentPages) -> bool {
-        let wanted = self.received.wait(&self.stop, None, |received| {
-            if received.closing { Some(false) } else { (!urgent.is_empty()).then_some(true) }
+    /// Waits for `limit`, or until the link has ended.
+    pub(super) fn rest(&self, limit: Duration) {
+        self.received.wait(&self.stop, Some(limit), |_| None::<()>);
+    }
+
+    /// Has every [`ReturnPathReader::wait_until`] look again.
+    pub(super) fn notify(&self) {
+        self.received.modify_and_notify(|_| ());
+    }
+
+    /// The link has ended.
+    pub(super) fn has_stopped(&self) -> bool {
+        self.stop.tripped()
+    }
+
+    /// Waits until pages are `wanted`. False: none will be any more.
+    pub(super) fn next_request(&self, wanted: impl Fn() -> bool) -> bool {
+        let next = self.received.wait(&self.stop, None, |received| {
+            if received.closing { Some(false) } else { wanted().then_some(true) }
         });
-        wanted.unwrap_or(false)
+        next.unwrap_or(false)
     }
 
     /// True when SHUT may come.
@@ -311,7 +327,9 @@ impl Worker {
         let phase = || self.phase();
         match self.channel.recv(&mut piece) {
             Ok(0) => {
-                self.received.modify_silently(|received| received.ended = true);
+                // Once the link has ended here, this end has closed it, and nothing is known of the destination.
+                let ended = !self.stop.tripped();
+                self.received.modify_silently(|received| received.ended |= ended);
                 let detail = match self.shared.session.state().is_postcopy() {
                     true => "the destination closed the return path without SHUT",
                     false => "the destination closed the return path without SHUT: the guest did not arrive",
@@ -385,8 +403,13 @@ impl Worker {
         let counters = &self.shared.session.counters;
         Counters::add(&counters.requests, 1);
         Counters::add(&counters.pages_requested, pages.len());
+        let outgoing = self.shared.ram.blocks.at(block);
+        // A huge page has its neighbours with it.
+        if let Some(neighbours) = self.shared.neighbours.get().filter(|_| outgoing.per_host == 1) {
+            pages.clone().for_each(|page| neighbours.note(block, page, outgoing.block.pages()));
+        }
         // A host page is asked for by its first page.
-        for page in pages.step_by(self.shared.ram.blocks.at(block).per_host) {
+        for page in pages.step_by(outgoing.per_host) {
             match urgent.request(WantedPage { block, page }) {
                 Requested::Queued | Requested::Repeated => {}
                 Requested::Full => {
@@ -429,7 +452,7 @@ const TLS_ALERT: &[u8; 2] = &[21, 3];
 mod tests {
     use super::*;
     use crate::source::shared::tests::{ram, shared};
-    use crate::work::Place;
+    use crate::work::{Place, UrgentPages};
 
     /// A return path of a source with one block `a` of 8 pages; and the destination's end.
     fn return_path(crew: &Crew, shared: &Arc<SourceShared>) -> (ReturnPathReader, Channel) {
