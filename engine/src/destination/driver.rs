@@ -266,7 +266,8 @@ impl Driver {
     /// The source goes on with the channels after the switch.
     fn hold_channels(&mut self) -> Result<()> {
         if !self.shared.speaks_dialect() {
-            let detail = "channels that go on after the switch to post-copy, of a source that has not asked for that";
+            let detail =
+                "channels that go on after the switch to post-copy, of a source that has not asked for that";
             return Err(Error::misbehaved(Phase::Device, detail));
         }
         self.shared.channels.hold(self.shared.session.timeout)?;

@@ -8,6 +8,7 @@
 )]
 
 mod audit;
+mod credentials;
 mod faults;
 mod file;
 mod freed;

@@ -6,29 +6,10 @@ use std::sync::Arc;
 use multifd_codecs::{Codec, Uncompressed, Zstd};
 use multifd_engine::{Arrived, ErrorKind};
 use multifd_transports::{TlsClient, TlsServer};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
-use tempfile::TempDir;
 
+pub(super) use crate::credentials::credentials;
 use crate::guest::Guest;
 use crate::{LOAD, PAGES, There, assert_equal, move_over, source};
-
-/// Credentials for both ends on this machine.
-pub(super) fn credentials(ca: &str) -> TempDir {
-    let mut params = CertificateParams::default();
-    params.distinguished_name.push(DnType::CommonName, ca);
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("ca-cert.pem"), authority.pem()).unwrap();
-    for end in ["server", "client"] {
-        let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &authority).unwrap();
-        fs::write(dir.path().join(format!("{end}-cert.pem")), certificate.pem()).unwrap();
-        fs::write(dir.path().join(format!("{end}-key.pem")), key.serialize_pem()).unwrap();
-    }
-    dir
-}
 
 #[test]
 fn a_guest_moves_encrypted_across_new_keys() {

@@ -190,6 +190,7 @@ fn take_channel(
         .map_err(|invalid| Error::invalid(Phase::Accept, invalid).on(peer.clone()))?;
     let shared = serving.shared();
     shared.on_uuid(hello.uuid).map_err(|error| error.on(peer.clone()))?;
-    let link = serving.add_recovered_channel(hello.channel, &channel).map_err(|error| error.on(peer.clone()))?;
+    let link =
+        serving.add_recovered_channel(hello.channel, &channel).map_err(|error| error.on(peer.clone()))?;
     ChannelWorker::go_on(channel, hello.channel, link, shared, crew)
 }

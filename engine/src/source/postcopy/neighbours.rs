@@ -5,16 +5,22 @@
 //!              new stream     (pushed)     in order again
 //!                  in order: push 9..13    push 14..22: twice as many, up to MOST
 //! ```
+//!
+//! In order is what has nothing between it that is still to be sent: pages that are there already are not asked for.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Mutex;
 
+use crate::guest::DirtyBitmap;
 use crate::run::stop::lock;
 use crate::work::BlockIndex;
 
 /// Threads of the guest that read in order at the same time, and are told apart.
 const STREAMS: usize = 32;
+
+/// Most pages between two in order that have gone already.
+const MOST_BETWEEN: usize = 64;
 
 /// Pages that are pushed when the guest has asked for two in a row.
 const FIRST: usize = 4;
@@ -56,21 +62,20 @@ pub(super) struct Run {
 }
 
 impl Neighbours {
-    /// A page of a block of so many `pages` was asked for.
-    pub(in crate::source) fn note(&self, block: BlockIndex, page: usize, pages: usize) {
+    /// A page of a block was asked for, of which the `dirty` pages are still to be sent.
+    pub(in crate::source) fn note(&self, block: BlockIndex, page: usize, dirty: &DirtyBitmap) {
         let state = &mut *lock(&self.0);
-        let known = state.streams.iter().position(|stream| {
-            stream.block == block && (stream.pushed.start..=stream.pushed.end).contains(&page)
-        });
+        let known =
+            state.streams.iter().position(|stream| stream.block == block && stream.leads_to(page, dirty));
         let Some(mut stream) = known.and_then(|at| state.streams.remove(at)) else {
             state.streams.truncate(STREAMS - 1);
             state.streams.push_front(Stream { block, pushed: page + 1..page + 1, window: 0 });
             return;
         };
         // Within what was pushed: it is on its way, or about to be.
-        if page == stream.pushed.end {
+        if page >= stream.pushed.end {
             stream.window = (stream.window * 2).clamp(FIRST, MOST);
-            stream.pushed = page + 1..(page + 1 + stream.window).min(pages);
+            stream.pushed = page + 1..(page + 1 + stream.window).min(dirty.pages());
             if !stream.pushed.is_empty() {
                 state.runs.truncate(MAX_RUNS - 1);
                 state.runs.push_back(Run { block, pages: stream.pushed.clone() });
@@ -95,6 +100,15 @@ impl Neighbours {
     }
 }
 
+impl Stream {
+    /// The page is the next in order, or one of those that were pushed.
+    fn leads_to(&self, page: usize, dirty: &DirtyBitmap) -> bool {
+        let Range { start, end } = self.pushed;
+        let gone = |mut between: Range<usize>| between.all(|page| !dirty.test(page));
+        page >= start && page <= end + MOST_BETWEEN && (page <= end || gone(end..page))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -102,11 +116,17 @@ mod tests {
 
     const NONE: [usize; 0] = [];
 
-    /// Everything that is pushed after requests for `asked`, of a block of 1000 pages.
+    /// Everything that is pushed after requests for `asked`, of a block of 1000 pages of which none has gone.
     fn pushed(asked: impl IntoIterator<Item = usize>) -> Vec<usize> {
+        let dirty = DirtyBitmap::new(1000);
+        dirty.set_range(0, 1000);
+        pushed_of(&dirty, asked)
+    }
+
+    fn pushed_of(dirty: &DirtyBitmap, asked: impl IntoIterator<Item = usize>) -> Vec<usize> {
         let ram = ram(&[("a", 1)]);
         let (block, neighbours) = (ram.find("a").unwrap(), Neighbours::default());
-        asked.into_iter().for_each(|page| neighbours.note(block, page, 1000));
+        asked.into_iter().for_each(|page| neighbours.note(block, page, dirty));
         std::iter::from_fn(|| neighbours.next()).flat_map(|run| run.pages).collect()
     }
 
@@ -129,6 +149,17 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_have_gone_already_are_no_gap() {
+        let dirty = DirtyBitmap::new(1000);
+        (0..1000).step_by(3).for_each(|page| dirty.set(page));
+        assert!(pushed_of(&dirty, [3, 6, 12]).into_iter().eq((7..11).chain(13..21)));
+        assert_eq!(pushed_of(&dirty, [3, 9, 15]), NONE, "6 and 12 were passed over");
+        dirty.take(6);
+        assert_eq!(pushed_of(&dirty, [3, 9]), [10, 11, 12, 13]);
+        assert_eq!(pushed_of(&DirtyBitmap::new(1000), [3, 500]), NONE, "too far to be in order");
+    }
+
+    #[test]
     fn nothing_is_pushed_behind_the_end_of_a_block() {
         assert_eq!(pushed([996, 997]), [998, 999]);
         assert_eq!(pushed([998, 999]), NONE);
@@ -145,9 +176,11 @@ mod tests {
     fn what_waits_to_be_pushed_is_bounded() {
         let ram = ram(&[("a", 1)]);
         let (block, neighbours) = (ram.find("a").unwrap(), Neighbours::default());
-        for page in (0..100_000).map(|turn| turn * 100) {
-            neighbours.note(block, page, usize::MAX);
-            neighbours.note(block, page + 1, usize::MAX);
+        let dirty = DirtyBitmap::new(1 << 20);
+        dirty.set_range(0, 1 << 20);
+        for page in (0..10_000).map(|turn| turn * 100) {
+            neighbours.note(block, page, &dirty);
+            neighbours.note(block, page + 1, &dirty);
         }
         assert!(std::iter::from_fn(|| neighbours.next()).count() <= MAX_RUNS * MOST / CHUNK);
         assert!(neighbours.is_empty() && lock(&neighbours.0).streams.len() <= STREAMS);

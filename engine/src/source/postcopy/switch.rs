@@ -124,8 +124,7 @@ impl Migration {
                 if !asked_for || !self.urgent_channels.all.is_empty() {
                     break;
                 }
-                let detail =
-                    "a channel for pages that are asked for, but none was given beside the caller's connections";
+                let detail = "a channel for pages that are asked for, but none was given beside the caller's connections";
                 return Err(Error::new(ErrorKind::ApiMisuse, Phase::Connect, detail));
             };
             let channel = self.dialer.dial(endpoint, "the channel for pages that are asked for", stop)?;

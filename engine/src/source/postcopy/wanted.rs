@@ -64,12 +64,7 @@ impl Scan {
 
 impl Wanted {
     /// `again`: pages that have gone in the background go once more when they are asked for.
-    pub(super) fn new(
-        shared: &Arc<SourceShared>,
-        scan: &Arc<Scan>,
-        pacer: &Arc<Pacer>,
-        again: bool,
-    ) -> Self {
+    pub(super) fn new(shared: &Arc<SourceShared>, scan: &Arc<Scan>, pacer: &Arc<Pacer>, again: bool) -> Self {
         let gone = again.then(|| shared.ram.dirty.map(|dirty| DirtyBitmap::new(dirty.pages())));
         Self { shared: Arc::clone(shared), scan: Arc::clone(scan), pacer: Arc::clone(pacer), gone }
     }

@@ -406,7 +406,8 @@ impl Worker {
         let outgoing = self.shared.ram.blocks.at(block);
         // A huge page has its neighbours with it.
         if let Some(neighbours) = self.shared.neighbours.get().filter(|_| outgoing.per_host == 1) {
-            pages.clone().for_each(|page| neighbours.note(block, page, outgoing.block.pages()));
+            let dirty = self.shared.ram.dirty.at(block);
+            pages.clone().for_each(|page| neighbours.note(block, page, dirty));
         }
         // A host page is asked for by its first page.
         for page in pages.step_by(outgoing.per_host) {
