@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use super::{DirtyBitmap, PAGE, RamBlock};
@@ -22,38 +21,34 @@ impl RamBlock {
         if self.memory().shared_file().is_none() {
             return Ok(None);
         }
-        let bitmap = DirtyBitmap::new(self.pages());
-        self.each_data_run(0..self.pages(), |run| bitmap.set_range(run.start, run.len()))?;
+        let (bitmap, pages) = (DirtyBitmap::new(self.pages()), self.pages());
+        let mut first = self.next_data(0, pages)?;
+        while first < pages {
+            let end = self.next_hole(first, pages)?;
+            bitmap.set_range(first, end - first);
+            first = self.next_data(end, pages)?;
+        }
         Ok(Some(bitmap))
     }
 
-    /// Tells `each` of the runs among `pages` that are not holes of the file behind the block, in
-    /// their order. Without a file, that is all of them.
-    pub(super) fn each_data_run(
-        &self,
-        pages: Range<usize>,
-        mut each: impl FnMut(Range<usize>),
-    ) -> io::Result<()> {
-        let Some(file) = self.memory().file() else {
-            each(pages);
-            return Ok(());
-        };
+    /// The first page from `page` on that the file behind the block holds data of, at most `end`.
+    /// Without a file, every page does.
+    pub(super) fn next_data(&self, page: usize, end: usize) -> io::Result<usize> {
+        let Some(file) = self.memory().file() else { return Ok(page) };
         let place = |page: usize| file.start() + (page * PAGE) as u64;
-        let mut next = pages.start;
-        while next < pages.end {
-            let Some(data) = seek(file.file(), place(next), libc::SEEK_DATA)? else {
-                return check_length(file.file(), place(pages.end));
-            };
-            if data >= place(pages.end) {
-                break;
-            }
-            let hole = seek(file.file(), data, libc::SEEK_HOLE)?.unwrap_or(u64::MAX);
-            // A page that is data in part counts as data.
-            let first = next.max(page_of(data - file.start()));
-            next = page_of((hole - file.start()).saturating_add(PAGE as u64 - 1)).clamp(first + 1, pages.end);
-            each(first..next);
+        match seek(file.file(), place(page), libc::SEEK_DATA)? {
+            Some(data) => Ok(page_of(data - file.start()).clamp(page, end)),
+            None => check_length(file.file(), place(end)).map(|()| end),
         }
-        Ok(())
+    }
+
+    /// The first page behind `page`, which holds data, that holds none, at most `end`. A page that is
+    /// data in part counts as data. The kernel walks all the way to it.
+    fn next_hole(&self, page: usize, end: usize) -> io::Result<usize> {
+        let Some(file) = self.memory().file() else { return Ok(end) };
+        let hole = seek(file.file(), file.start() + (page * PAGE) as u64, libc::SEEK_HOLE)?;
+        let hole = hole.map_or(end, |hole| page_of((hole - file.start()).saturating_add(PAGE as u64 - 1)));
+        Ok(hole.clamp(page + 1, end))
     }
 }
 

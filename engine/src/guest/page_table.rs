@@ -354,15 +354,20 @@ fn ask_file(block: &RamBlock, pages: Range<usize>, mut hole: impl FnMut(Range<us
         }
         return Ok(());
     }
-    let mut next = pages.start;
-    block.each_data_run(pages.clone(), |data| {
-        if next < data.start {
-            hole(next..data.start);
+    // What is in the page cache is asked by mincore, which looks at these pages only: SEEK_HOLE walks
+    // to the end of the data, however far that is behind them.
+    let Ok(resident) = block.memory().resident(pages.start * PAGE, pages.len()) else {
+        return Ok(()); // Not mapped, at least in part: faulting it in tells which page.
+    };
+    let mut holes_end = pages.start;
+    for (page, resident) in pages.clone().zip(resident) {
+        if resident || page < holes_end {
+            continue;
         }
-        next = data.end;
-    })?;
-    if next < pages.end {
-        hole(next..pages.end);
+        holes_end = block.next_data(page, pages.end)?;
+        if holes_end > page {
+            hole(page..holes_end);
+        }
     }
     Ok(())
 }

@@ -61,3 +61,25 @@ fn without_proc_everything_is_faulted_in() {
     table.look(&block(), Absent::Zero, &[0, 1, 5], &mut found).unwrap();
     assert!(found.zeros().all(|zero| !zero));
 }
+
+/// Pages of the file that this process has not mapped yet: data, and holes between them.
+#[test]
+fn holes_of_a_file_are_told_from_data_that_is_not_mapped() {
+    use std::os::unix::fs::FileExt;
+
+    let file = tempfile::tempfile().unwrap();
+    file.set_len((PAGES * PAGE) as u64).unwrap();
+    for page in [3, 4, 100, 255] {
+        file.write_all_at(&[1], (page * PAGE + 5) as u64).unwrap();
+    }
+    let block = RamBlock::new("ram".try_into().unwrap(), HostMemory::map_file(file, PAGES * PAGE).unwrap());
+    let mut found = Found::default();
+    for table in kernels() {
+        let pages = [2, 3, 4, 5, 6, 99, 100, 101, 254, 255];
+        table.look(&block, Absent::InFile, &pages, &mut found).unwrap();
+        let data: Vec<_> =
+            pages.iter().zip(found.zeros()).filter(|(_, zero)| !zero).map(|(page, _)| *page).collect();
+        // A file system may report more as data than was written, but what was written is never a hole.
+        assert!([3, 4, 100, 255].iter().all(|page| data.contains(page)), "{data:?}");
+    }
+}
