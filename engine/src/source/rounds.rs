@@ -58,7 +58,7 @@ pub(super) enum Work {
     /// Send the pages of a round, then SYNC.
     Round { number: u64, round: Arc<Round>, context: RoundContext },
     /// Send the background stream of a post-copy.
-    Bulk { number: u64, bulk: Arc<Bulk> },
+    Bulk { bulk: Arc<Bulk> },
     /// The migration is complete: end the channel.
     Close,
 }
@@ -117,9 +117,7 @@ impl Rounds {
             Some(Job::Round(round, context)) if state.number > last => {
                 Some(Work::Round { number: state.number, round: Arc::clone(round), context: *context })
             }
-            Some(Job::Bulk(bulk)) if state.number > last => {
-                Some(Work::Bulk { number: state.number, bulk: Arc::clone(bulk) })
-            }
+            Some(Job::Bulk(bulk)) if state.number > last => Some(Work::Bulk { bulk: Arc::clone(bulk) }),
             _ => state.closing.then_some(Work::Close),
         })
     }

@@ -40,7 +40,7 @@ pub(crate) fn load(block: &RamBlock, page: usize) -> [u8; PAGE] {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
     /// One thread, each page after the one before.
-    InOrder,
+    Ascending,
     /// One thread, here and there.
     Random,
     /// 16 threads at once, each in its own part of each block: half of them in order, half here and there.

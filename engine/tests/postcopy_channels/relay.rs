@@ -41,7 +41,7 @@ impl Relay {
         let connections = Arc::<Connections>::default();
         let all = Arc::clone(&connections);
         // Ends with the process: a test that is over has no more connections to pass on.
-        thread::spawn(move || {
+        spawn(move || {
             for (number, source) in listener.incoming().enumerate() {
                 let source = source.unwrap();
                 let Ok(there) = TcpStream::connect((host.as_str(), port)) else { return };
@@ -52,8 +52,8 @@ impl Relay {
                 let left = cut.filter(|cut| cut.connection == number).map(|cut| cut.after);
                 let (back, forth) = (there.try_clone().unwrap(), source.try_clone().unwrap());
                 let gate = Arc::clone(&all);
-                thread::spawn(move || pass(forth, there, left, || gate.wait(number)));
-                thread::spawn(move || pass(back, source, None, || ()));
+                spawn(move || pass(forth, there, left, || gate.wait(number)));
+                spawn(move || pass(back, source, None, || ()));
             }
         });
         Self { uri, connections }
@@ -75,6 +75,10 @@ impl Relay {
         self.connections.all.lock().unwrap()[number].held = false;
         self.connections.changed.notify_all();
     }
+}
+
+fn spawn(body: impl FnOnce() + Send + 'static) {
+    thread::Builder::new().spawn(body).unwrap();
 }
 
 impl Connections {

@@ -420,6 +420,15 @@ impl Pager {
             self.missing.unregister(paged.address, paged.len).map_err(|error| {
                 Error::io(Phase::Active, format!("giving RAM block {} back", sink.block().name()), error)
             })?;
+            // The kernel wakes who waits before it takes the memory back: a thread that comes in between, to a page that is a hole
+            // and came as zeros, would wait for ever.
+            self.missing.wake(paged.address, paged.len).map_err(|error| {
+                Error::io(
+                    Phase::Active,
+                    format!("waking threads at RAM block {}", sink.block().name()),
+                    error,
+                )
+            })?;
             if paged.may_be_huge
                 && let Err(error) = sink.block().memory().allow_huge_pages(true)
             {

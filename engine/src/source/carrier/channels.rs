@@ -1,11 +1,11 @@
 //! Pages in packets on parallel channels: each has a worker that claims pages, packs them, sends them.
 
 use std::io::IoSlice;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
 use multifd_codecs::{CodecId, Encoder};
-use multifd_transports::Channel;
+use multifd_transports::{Channel, Closer};
 use multifd_wire::{
     Configuration, InitialPacket, MAX_PAYLOAD, PacketFlags, RamPacketHeader, RamRecord, header_len,
     pages_per_packet,
@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE_SIZE;
 use crate::io::IoVecs;
 use crate::run::counters::{ChannelCounters, Counters};
+use crate::run::stop::lock;
 use crate::run::workers::Crew;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::{OutgoingBlock, ZeroRoute};
@@ -28,6 +29,7 @@ use crate::work::{Batch, BlockIndex, Place, Round};
 /// The parallel channels of a migration.
 pub(in crate::source) struct Channels {
     rounds: Rounds,
+    closers: Mutex<Vec<Closer>>,
     sync_points: SyncPoints,
 }
 
@@ -52,7 +54,7 @@ impl SyncPoints {
 impl Channels {
     /// `count` channels, each of which [`Channels::start`] is called for.
     pub(in crate::source) fn new(count: usize, sync_points: SyncPoints, crew: &Crew) -> Self {
-        Self { rounds: Rounds::new(crew.stop(), count), sync_points }
+        Self { rounds: Rounds::new(crew.stop(), count), closers: Mutex::default(), sync_points }
     }
 
     /// Starts the worker of channel `id`, which is connected and on which nothing was sent.
@@ -64,6 +66,7 @@ impl Channels {
         crew: &Crew,
     ) -> Result<()> {
         let counters = shared.session.counters.channel(id, &channel);
+        lock(&self.closers).push(channel.closer());
         SendWorker::start((channel, counters), id, self.rounds.clone(), shared, crew)
     }
 
@@ -76,6 +79,7 @@ impl Channels {
         crew: &Crew,
     ) -> Result<()> {
         let counters = shared.session.counters.replaced_channel(id, &channel);
+        lock(&self.closers).push(channel.closer());
         SendWorker::start((channel, counters), id, self.rounds.clone(), shared, crew)
     }
 
@@ -114,7 +118,13 @@ impl Channels {
         Ok(())
     }
 
-    pub(in crate::source) fn dismiss_workers(&self) {
+    /// Ends the channels of a post-copy that is over.
+    pub(in crate::source) fn close(&self) {
+        lock(&self.closers).iter().for_each(Closer::close);
+        self.rounds.close();
+    }
+
+    pub(super) fn dismiss_workers(&self) {
         self.rounds.close();
     }
 }
@@ -195,10 +205,11 @@ impl SendWorker {
                     self.sync()?;
                     self.rounds.done();
                 }
-                Work::Bulk { number, bulk } => {
-                    last = number;
+                Work::Bulk { bulk } => {
                     self.bulk(&bulk).inspect_err(|_| bulk.broken(&self.shared))?;
                     bulk.done();
+                    return bulk
+                        .watch(&self.channel, &format!("channel {} ({})", self.id, self.channel.peer()));
                 }
             }
         }

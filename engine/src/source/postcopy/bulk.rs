@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use multifd_transports::Pacer;
+use multifd_transports::{Channel, Pacer};
 use multifd_wire::pages_per_packet;
 
-use super::wait_for_main;
 use super::wanted::Scan;
+use super::{wait_for_main, watch};
 use crate::error::{Error, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
 use crate::source::return_path::ReturnPathReader;
@@ -78,6 +78,14 @@ impl Bulk {
     pub(in crate::source) fn done(&self) {
         self.busy.fetch_sub(1, Ordering::AcqRel);
         self.return_path.notify();
+    }
+
+    /// Watches a worker's channel, on which everything has been sent, until nothing waits for its pages any more.
+    ///
+    /// # Errors
+    /// It has broken.
+    pub(in crate::source) fn watch(&self, channel: &Channel, name: &str) -> Result<()> {
+        watch(channel, name, &self.return_path)
     }
 
     /// A worker's channel has broken.

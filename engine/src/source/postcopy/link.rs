@@ -207,7 +207,7 @@ impl Link {
     pub(super) fn close(self) {
         self.return_path.close();
         self.urgent.iter().for_each(UrgentChannel::close);
-        self.channels.iter().for_each(Channels::dismiss_workers);
+        self.channels.iter().for_each(Channels::close);
         self.crew.join();
     }
 

@@ -86,13 +86,35 @@ impl PreemptStyle {
 }
 
 /// How long main may take to show that the destination has ended, when another connection has shown that already.
-const WORD_OF_MAIN: Duration = Duration::from_secs(1);
+const WORD_OF_MAIN: Duration = Duration::from_secs(2);
 
 /// A connection beside main has broken. That ends the link; but as long as the devices have not been loaded, a destination that
 /// has ended gives the guest back, and only main tells that.
 fn wait_for_main(session: &Session, return_path: &ReturnPathReader) {
     if session.state() == MigrationState::PostcopyDevice {
         return_path.rest(WORD_OF_MAIN);
+    }
+}
+
+/// Watches a connection on which only this end sends. Returns when nothing waits for its pages any more.
+///
+/// # Errors
+/// It has broken, and pages that were on their way may be lost without the destination knowing of it.
+fn watch(channel: &Channel, name: &str, return_path: &ReturnPathReader) -> Result<()> {
+    loop {
+        let error = match channel.recv(&mut [0]) {
+            Err(error) if error.kind() == std::io::ErrorKind::TimedOut && !return_path.has_stopped() => {
+                continue;
+            }
+            Ok(0) => {
+                let detail = "the destination closed it before the end";
+                Error::new(ErrorKind::Transport, Phase::Postcopy, detail)
+            }
+            Ok(_) => Error::misbehaved(Phase::Postcopy, "bytes came back, expected none"),
+            Err(error) => Error::io(Phase::Postcopy, "waiting for its end", error),
+        };
+        // At the end, the destination closes it as it likes; that it is the end, it says on main.
+        return if return_path.is_over_within(WORD_OF_MAIN) { Ok(()) } else { Err(error.on(name)) };
     }
 }
 

@@ -7,13 +7,14 @@ use multifd_transports::Channel;
 
 use super::PreemptStyle;
 use super::sender::PageSender;
-use super::wait_for_main;
 use super::wanted::Wanted;
-use crate::error::{Error, ErrorKind, Phase, Result};
+use super::{wait_for_main, watch};
+use crate::error::{Phase, Result};
 use crate::run::counters::ChannelCounters;
 use crate::run::stop::lock;
 use crate::run::workers::Crew;
 use crate::source::return_path::ReturnPathReader;
+use crate::stream::dialect::FEATURE_URGENT_CHANNELS;
 
 /// One of them; its thread sends.
 pub(super) struct UrgentChannel {
@@ -41,7 +42,8 @@ impl UrgentChannel {
             busy: Arc::clone(&busy),
         };
         let end = End { wanted: Arc::clone(wanted), return_path: return_path.clone() };
-        let watch = Watch { channel: Arc::clone(&channel), return_path: return_path.clone() };
+        let until_end = !wanted.shared().peer_can(FEATURE_URGENT_CHANNELS);
+        let watch = Watch { channel: Arc::clone(&channel), return_path: return_path.clone(), until_end };
         let end_too = end.clone();
         crew.spawn("mig-urgent", Phase::Postcopy, move || worker.run().inspect_err(|_| end.wait_for_main()))?;
         crew.spawn("mig-urgent-in", Phase::Postcopy, move || {
@@ -125,29 +127,15 @@ impl UrgentWorker {
 struct Watch {
     channel: Arc<Channel>,
     return_path: ReturnPathReader,
+    /// A QEMU closes the channel before it says on main that this is the end.
+    until_end: bool,
 }
 
 impl Watch {
     fn run(&self) -> Result<()> {
-        let name = || name(&self.channel);
-        loop {
-            let received = self.channel.recv(&mut [0]);
-            // At the end, the destination closes it as it likes.
-            if self.return_path.is_ending() {
-                return Ok(());
-            }
-            match received {
-                Ok(0) => {
-                    let detail = "the destination closed it before the end";
-                    return Err(Error::new(ErrorKind::Transport, Phase::Postcopy, detail).on(name()));
-                }
-                Ok(_) => {
-                    let detail = "bytes came back, expected none";
-                    return Err(Error::misbehaved(Phase::Postcopy, detail).on(name()));
-                }
-                Err(error) if error.kind() == io::ErrorKind::TimedOut => {}
-                Err(error) => return Err(Error::io(Phase::Postcopy, "waiting for its end", error).on(name())),
-            }
+        match watch(&self.channel, &name(&self.channel), &self.return_path) {
+            Err(_) if self.until_end && self.return_path.is_ending() => Ok(()),
+            ended => ended,
         }
     }
 }
