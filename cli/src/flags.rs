@@ -286,6 +286,13 @@ pub(crate) struct Demo {
     pub(crate) convergence: Convergence,
 }
 
+impl Demo {
+    /// The guest may go on at the destination before its RAM is there.
+    pub(crate) fn may_switch(&self) -> bool {
+        self.postcopy || matches!(self.convergence.on_stall, Stall::Postcopy)
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct DemoDestination {
     /// The guest may run here before its RAM is here
@@ -296,8 +303,8 @@ pub(crate) struct DemoDestination {
 /// When a live source gives up, or stops its guest although that takes longer than it should.
 #[derive(Debug, Args)]
 pub(crate) struct Convergence {
-    /// When rounds no longer shrink: continue, abort, or switch over at a minimum within
-    /// --stall-limit
+    /// When rounds no longer shrink: continue, abort, switch over at a minimum within --stall-limit, or have the rest of RAM
+    /// follow the guest (post-copy); the last also when --deadline has passed
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = Stall::Continue)]
     pub(crate) on_stall: Stall,
     /// The second downtime limit, for --on-stall switch
@@ -320,6 +327,7 @@ pub(crate) enum ProgressKind {
 pub(crate) enum Stall {
     Abort,
     Continue,
+    Postcopy,
     Switch,
 }
 
@@ -328,6 +336,7 @@ impl Convergence {
         let on_stall = match self.on_stall {
             Stall::Abort => OnStall::Abort,
             Stall::Continue => OnStall::Continue,
+            Stall::Postcopy => OnStall::Postcopy,
             Stall::Switch => OnStall::SwitchBelow(self.stall_limit),
         };
         Limits { downtime_limit, on_stall, deadline: self.deadline, ..Limits::default() }

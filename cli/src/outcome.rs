@@ -51,10 +51,7 @@ impl Outcome {
     pub(crate) fn migrated(report: &Report, extra: &str) -> Self {
         let mut outcome = Self::shown(format!("{report}\n{extra}"), json!({}));
         outcome.keys = object(json!(report.figures()));
-        match report.postcopy {
-            Some(postcopy) => outcome.with("postcopy", json!(postcopy)),
-            None => outcome,
-        }
+        outcome
     }
 
     /// Something to look at.

@@ -13,7 +13,8 @@ use serde_json::{Value, json};
 /// The JSON object of a demo of 64 MiB, which must succeed.
 fn demo(flags: &[&str]) -> Value {
     let mut command = Command::new(env!("CARGO_BIN_EXE_multifd"));
-    let output = command.args(["demo", "--ram", "64M", "--json", "-q"]).args(flags).output().unwrap();
+    let ram = if flags.contains(&"--ram") { &[][..] } else { &["--ram", "64M"] };
+    let output = command.args(["demo", "--json", "-q"]).args(ram).args(flags).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let object: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&object["status"], &object["verified"]), (&json!("completed"), &json!(true)), "{object:#}");
@@ -37,9 +38,26 @@ fn a_guest_that_goes_on_before_its_ram_is_there_is_followed_by_it_over_channels(
     let object = demo(&["--postcopy", "--channels", "3", "--codec", "zstd"]);
     assert_eq!((&object["channels"], &object["codec"]), (&json!(3), &json!("zstd:1")), "{object:#}");
     let figures = &object["postcopy"];
-    let counted = ["requests", "pages_requested", "pages_pushed", "pages_repeated", "recoveries"];
+    let counted = ["requests", "pages_requested", "neighbours_pushed", "pages_repeated", "recoveries"];
     assert!(counted.iter().all(|key| figures[key].is_u64()), "{object:#}");
     assert_eq!(figures["recoveries"], 0);
+}
+
+/// It writes its RAM faster than it is sent.
+#[test]
+fn a_guest_that_does_not_converge_goes_on_before_its_ram_is_there() {
+    if let Err(error) = UserfaultLog::new() {
+        eprintln!("skipped: userfaultfd: {error}");
+        return;
+    }
+    let slow = ["--ram", "8M", "--dirty-rate", "400MiB/s", "--max-bandwidth", "16MiB/s"];
+    let stalls = ["--downtime-limit", "1us", "--on-stall", "postcopy", "--deadline", "20s"];
+    for more in [&[][..], &["--channels", "0"]] {
+        let object = demo(&[&slow[..], &stalls, more].concat());
+        let last = object["decisions"].as_array().unwrap().last().unwrap();
+        assert_eq!(last["decision"], json!("postcopy"), "{object:#}");
+        assert!(object["postcopy"]["run_ms"].is_u64(), "{object:#}");
+    }
 }
 
 #[test]

@@ -53,13 +53,13 @@ pub use dirty::{
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use error::{Error, ErrorKind, Phase, Remedy, Result};
 pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock, RamChanges};
-pub use report::{FaultLatency, Figures, PostcopyFigures, Report, ThreadWaits};
+pub use report::{FaultLatency, Figures, PageFaults, PostcopyReport, Report, ThreadWaits};
 pub use run::counters::{ChannelProgress, Progress};
 pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, ProgressReader};
 pub use run::state::MigrationState;
 pub use source::{
-    AuditReport, Control, DeviceState, MissedPages, Postcopy, PostcopyReport, Precopy, Served, Source,
-    SourceBuilder, StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats, ZeroPages,
+    AuditReport, Control, DeviceState, MissedPages, Postcopy, Precopy, Served, Source, SourceBuilder,
+    StopCopy, XbzrleStats, ZeroCopySend, ZeroCopyStats, ZeroPages,
 };
 pub use stream::sections::EarlySections;
 

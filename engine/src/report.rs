@@ -1,5 +1,7 @@
 //! What a migration took. Every number was measured.
 
+mod postcopy;
+
 use std::fmt;
 use std::time::Duration;
 
@@ -8,7 +10,9 @@ use serde::Serialize;
 use crate::convergence::{DowntimeLedger, RoundRecord};
 use crate::run::counters::Progress;
 use crate::run::session::Session;
-use crate::source::{AuditReport, PostcopyReport, XbzrleStats, ZeroCopyStats};
+use crate::source::{AuditReport, XbzrleStats, ZeroCopyStats};
+
+pub use postcopy::{FaultLatency, PageFaults, PostcopyReport, ThreadWaits};
 
 /// The account of a migration that has ended well.
 #[derive(Clone, Debug)]
@@ -36,58 +40,10 @@ pub struct Report {
     pub xbzrle: Option<XbzrleStats>,
     /// What became of zero-copy sends, if there were any.
     pub zero_copy: Option<ZeroCopyStats>,
-    /// What a post-copy took, if there was one.
+    /// What a post-copy took as this end saw it, if there was one.
     pub postcopy: Option<PostcopyReport>,
     /// What was compared with what had been sent, if [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for.
     pub audit: Option<AuditReport>,
-    /// How its threads waited for pages, if the guest ran here before its RAM was here.
-    pub faults: Option<PostcopyFigures>,
-}
-
-/// A post-copy, as the destination saw it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct PostcopyFigures {
-    /// Waits of threads for a page.
-    pub faults: u64,
-    /// Messages that asked for a page.
-    pub requests: u64,
-    /// Pages that were asked for, each as often as it was.
-    pub pages_requested: u64,
-    /// From when a fault was heard of until its page was there.
-    pub fault_us: FaultLatency,
-    /// The sum of all waits.
-    pub blocktime_ms: u64,
-    /// Waits of each thread.
-    pub threads: Vec<ThreadWaits>,
-    /// New links after the link had gone.
-    pub recoveries: u64,
-}
-
-/// How long threads have waited for pages, in microseconds.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct FaultLatency {
-    /// Half of all waits were shorter, to within an eighth.
-    pub p50: u64,
-    /// 99 % of all waits were shorter, to within an eighth.
-    pub p99: u64,
-    /// The longest.
-    pub max: u64,
-    /// Entry n counts waits of 2^n to 2^(n+1) microseconds; the first, also shorter ones.
-    pub histogram: Vec<u64>,
-}
-
-/// How long one thread has waited for pages.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct ThreadWaits {
-    /// The system's number of the thread (gettid).
-    pub thread: u32,
-    /// How often it waited.
-    pub faults: u64,
-    /// How long in all, in microseconds.
-    pub blocktime_us: u64,
 }
 
 /// The same as plain numbers, under the names that scripts know.
@@ -107,9 +63,9 @@ pub struct Figures {
     pub codec: String,
     /// Bytes on the wire per second of the total time.
     pub throughput_bytes_per_s: u64,
-    /// [`Report::faults`].
+    /// [`Report::postcopy`].
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub postcopy: Option<PostcopyFigures>,
+    pub postcopy: Option<PostcopyReport>,
 }
 
 impl Report {
@@ -125,7 +81,6 @@ impl Report {
             decisions: Vec::new(),
             xbzrle: None,
             zero_copy: None,
-            faults: None,
             postcopy: None,
             audit: None,
         }
@@ -151,7 +106,7 @@ impl Report {
     pub fn figures(&self) -> Figures {
         Figures {
             codec: self.codec.clone(),
-            postcopy: self.faults.clone(),
+            postcopy: self.postcopy.clone(),
             ..Figures::of(&self.progress, self.total, self.setup, self.downtime)
         }
     }
@@ -212,14 +167,6 @@ impl fmt::Display for Report {
             write!(
                 f,
                 "\nzero-copy    {sends} sends, {copied} copied by the kernel all the same, {refused} refused"
-            )?;
-        }
-        if let Some(PostcopyFigures { faults, requests, recoveries, fault_us, .. }) = &self.faults {
-            write!(
-                f,
-                "\npost-copy    {faults} waits for pages (p50 {} µs, p99 {} µs, max {} µs), {requests} requests, \
-                 {recoveries} recoveries",
-                fault_us.p50, fault_us.p99, fault_us.max
             )?;
         }
         if let Some(postcopy) = &self.postcopy {

@@ -1,6 +1,6 @@
 //! A real guest under KVM moves to another process while it writes, and counts on there.
 //!
-//! `cargo run --release --example kvm_guest [TIMES]`
+//! `cargo run --release --example kvm_guest [--postcopy] [TIMES]`
 //!
 //! ```text
 //!  this process                                    the other one
@@ -12,17 +12,21 @@
 
 #[path = "../../engine/tests/kvm_guest/mod.rs"]
 mod guest;
+mod postcopy;
 mod vcpus;
 
 use std::error::Error;
 use std::hash::{DefaultHasher, Hasher};
 use std::io::{BufRead, BufReader};
+use std::ops::Range;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 
 use multifd_codecs::Zstd;
 use multifd_engine::wire::Configuration;
-use multifd_engine::{Destination, DeviceState, HostMemory, KvmDirtyLog, PAGE, RamBlock, Report, Source};
+use multifd_engine::{
+    Destination, DeviceState, HostMemory, KvmDirtyLog, PAGE, RamBlock, Report, Source, UserfaultLog,
+};
 
 use guest::{KvmGuest, Pace};
 use vcpus::{VcpuState, Vcpus};
@@ -40,16 +44,29 @@ const STATE: &str = "kvm-guest";
 const DESTINATION: &str = "--destination";
 
 fn main() -> Result<()> {
-    let argument = std::env::args().nth(1);
-    if argument.as_deref() == Some(DESTINATION) {
-        return destination();
+    let mut arguments = std::env::args().skip(1).peekable();
+    match arguments.peek().map(String::as_str) {
+        Some(DESTINATION) => return destination(),
+        Some(postcopy::DESTINATION) => return postcopy::destination(),
+        _ => {}
     }
     if !std::path::Path::new("/dev/kvm").exists() {
         println!("kvm_guest: skipped: there is no /dev/kvm");
         return Ok(());
     }
-    let times = argument.map_or(Ok(1), |times| times.parse::<u32>())?;
+    let follows = arguments.next_if(|argument| argument == "--postcopy").is_some();
+    if let (true, Err(error)) = (follows, UserfaultLog::new()) {
+        println!("kvm_guest: skipped: no userfaultfd: {error}");
+        return Ok(());
+    }
+    let times = arguments.next().map_or(Ok(1), |times| times.parse::<u32>())?;
     for time in 1..=times {
+        if follows {
+            let (report, counted) = postcopy::migrate()?;
+            let served = report.postcopy.ok_or("no post-copy")?;
+            println!("{time}: counted {counted:?} and went on before its RAM was there: {served}");
+            continue;
+        }
         let (report, counted) = migrate()?;
         println!(
             "{time}: {} rounds, {:.1} MiB on the wire, stood still for {:.1?}, counted {counted:?} and went on",
@@ -58,7 +75,8 @@ fn main() -> Result<()> {
             report.downtime
         );
     }
-    println!("kvm_guest: {times} times in a row, RAM was equal and the count went on");
+    let how = if follows { "in post-copy, every page was there and" } else { "RAM was equal and" };
+    println!("kvm_guest: {times} times in a row, {how} the count went on");
     Ok(())
 }
 
@@ -77,7 +95,7 @@ fn migrate() -> Result<(Report, Vec<u64>)> {
     #[expect(unsafe_code, reason = "KVM is told the slot's memory again")]
     let log = unsafe { KvmDirtyLog::new(Arc::clone(&guest.vm), vec![slot]) };
 
-    let mut there = There::start()?;
+    let mut there = There::start(DESTINATION)?;
     let running = Vcpus::start(vcpus);
     let configuration = Configuration::new("kvm-guest-1.0");
     let mut precopy = Source::builder(vec![ram.clone()], configuration)
@@ -97,7 +115,7 @@ fn migrate() -> Result<(Report, Vec<u64>)> {
 
     let dirtied: u64 = report.decisions.iter().map(|round| round.remaining_bytes).sum();
     assert!(dirtied > 0, "the guest wrote nothing while it moved");
-    there.expect(&format!("hash {:016x}", hash(&ram)))?;
+    there.expect(&format!("hash {:016x}", hash(&ram, 0..ram.pages())))?;
     there.expect(&format!("counted {counted:?}"))?;
     there.expect("went on")?;
     there.end()?;
@@ -120,7 +138,7 @@ fn destination() -> Result<()> {
     vcpus.iter().zip(&states).try_for_each(|(vcpu, state)| state.load(vcpu))?;
     arrived.accept()?;
 
-    println!("hash {:016x}", hash(&ram));
+    println!("hash {:016x}", hash(&ram, 0..ram.pages()));
     let before = (0..VCPUS).map(|number| guest.counted(number)).collect::<Result<Vec<_>>>()?;
     println!("counted {before:?}");
     let running = Vcpus::start(vcpus);
@@ -135,9 +153,9 @@ fn destination() -> Result<()> {
     Ok(())
 }
 
-fn hash(ram: &RamBlock) -> u64 {
+fn hash(ram: &RamBlock, pages: Range<usize>) -> u64 {
     let (mut hasher, mut content) = (DefaultHasher::new(), [0; PAGE]);
-    for page in 0..ram.pages() {
+    for page in pages {
         assert!(ram.read_page(page, &mut content));
         hasher.write(&content);
     }
@@ -152,9 +170,8 @@ struct There {
 }
 
 impl There {
-    fn start() -> Result<Self> {
-        let mut child =
-            Command::new(std::env::current_exe()?).arg(DESTINATION).stdout(Stdio::piped()).spawn()?;
+    fn start(part: &str) -> Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?).arg(part).stdout(Stdio::piped()).spawn()?;
         let mut said = BufReader::new(child.stdout.take().ok_or("no stdout")?);
         let mut line = String::new();
         said.read_line(&mut line)?;
@@ -164,13 +181,14 @@ impl There {
     }
 
     fn expect(&mut self, expected: &str) -> Result<()> {
+        let line = self.line()?;
+        if line == expected { Ok(()) } else { Err(format!("{line:?}, expected {expected:?}").into()) }
+    }
+
+    fn line(&mut self) -> Result<String> {
         let mut line = String::new();
         self.said.read_line(&mut line)?;
-        if line.trim() == expected {
-            Ok(())
-        } else {
-            Err(format!("{:?}, expected {expected:?}", line.trim()).into())
-        }
+        Ok(line.trim().to_owned())
     }
 
     fn end(&mut self) -> Result<()> {

@@ -238,7 +238,14 @@ impl Qemu {
     /// When QEMU cannot listen there.
     pub fn listen(&mut self, uri: &str) -> Outcome<String> {
         self.forget_events();
-        self.execute("migrate-incoming", json!({ "uri": uri, "exit-on-error": false }))?;
+        let listening = self.execute("migrate-incoming", json!({ "uri": uri, "exit-on-error": false }));
+        match listening {
+            // QEMU before 9.1, which exits.
+            Err(refused) if refused.to_string().contains("'exit-on-error' is unexpected") => {
+                self.execute("migrate-incoming", json!({ "uri": uri }))?
+            }
+            other => other?,
+        };
         let report = self.migration()?;
         let port = report.all.pointer("/socket-address/0/port").and_then(Value::as_str);
         Ok(match (uri.strip_suffix(":0"), port) {
@@ -316,6 +323,17 @@ impl Qemu {
     pub fn wait_transferred(&mut self, bytes: u64, within: Duration) -> Outcome {
         self.look_until(format_args!("{bytes} bytes sent"), within, |report| {
             report.transferred_bytes >= bytes || report.ended()
+        })
+    }
+
+    /// Waits until no more than that many bytes of this round are left, or the migration ended.
+    ///
+    /// # Errors
+    /// When there are more after `within` or QEMU is gone.
+    pub fn wait_remaining(&mut self, bytes: u64, within: Duration) -> Outcome {
+        self.look_until(format_args!("{bytes} bytes left"), within, |report| {
+            let remaining = report.all.pointer("/ram/remaining").and_then(Value::as_u64);
+            remaining.is_some_and(|remaining| remaining <= bytes) || report.rounds > 1 || report.ended()
         })
     }
 

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use multifd_tests::{
-    BootSector, CheckpointFiles, CommandReport, Fill, Multifd, Outcome, Process, Qemu, QemuBuilder, Receive,
-    Scratch, Settings, Side, guest, skip::newest_qemu, skip_without_qemu,
+    Authority, BootSector, CheckpointFiles, CommandReport, Fill, Member, Multifd, Outcome, Process, Qemu,
+    QemuBuilder, Receive, Scratch, Settings, Side, guest, skip::newest_qemu, skip_without_qemu,
 };
 use serde_json::{Value, json};
 
@@ -23,6 +23,8 @@ struct Rest {
     /// What it said before.
     said: String,
     settings: Settings,
+    /// Credentials, if all connections are encrypted.
+    tls: Option<String>,
 }
 
 impl Rest {
@@ -47,7 +49,19 @@ impl Rest {
         let checkpoint = CheckpointFiles::open(&out)?;
         let said = source.quit()?;
         let settings = Settings { return_path: true, capabilities, ..Settings::default() };
-        Ok(Self { scratch, vm, checkpoint, said, settings })
+        Ok(Self { scratch, vm, checkpoint, said, settings, tls: None })
+    }
+
+    /// The same encrypted.
+    fn with_tls(mut self) -> Outcome<Self> {
+        let dir = self.scratch.path("tls");
+        Authority::new("test CA")?.issue(&dir, Some(&Member::server()), Some(&Member::client()))?;
+        let dir = dir.display().to_string();
+        let object = format!("tls-creds-x509,id=tls0,dir={dir},endpoint=server,verify-peer=on");
+        self.vm = self.vm.argument("-object").argument(object);
+        self.settings.parameters.insert("tls-creds".into(), "tls0".into());
+        self.tls = Some(dir);
+        Ok(self)
     }
 
     /// A QEMU that waits for the guest, and where.
@@ -62,6 +76,9 @@ impl Rest {
         let mut all = vec!["--postcopy", "--quiet"];
         if self.settings.capabilities.contains(&"postcopy-preempt") {
             all.push("--postcopy-preempt");
+        }
+        if let Some(dir) = &self.tls {
+            all.extend(["--tls-dir", dir, "--tls-hostname", "localhost"]);
         }
         all.extend(flags);
         Multifd::send_with(self.checkpoint.directory(), uri, &self.settings, &all)
@@ -163,10 +180,13 @@ fn every_page_arrives_at_the_newest_qemu() -> Outcome {
     Ok(())
 }
 
-fn recovers(preempt: bool) -> Outcome {
+fn recovers(program: Option<PathBuf>, preempt: bool, tls: bool) -> Outcome {
     let mut capabilities = vec!["postcopy-ram"];
     capabilities.extend(preempt.then_some("postcopy-preempt"));
-    let rest = Rest::new(None, "pc", capabilities)?;
+    let mut rest = Rest::new(program, "pc", capabilities)?;
+    if tls {
+        rest = rest.with_tls()?;
+    }
     let (mut destination, uri) = rest.destination(&rest.scratch.unix_uri("out"))?;
     let send = rest.send(&uri, &["--max-postcopy-bandwidth", "4MiB/s", "--recover", "60s"])?;
     for _ in 0..2 {
@@ -192,13 +212,26 @@ fn recovers(preempt: bool) -> Outcome {
 #[test]
 fn a_link_that_breaks_twice_is_replaced() -> Outcome {
     skip_without_qemu!();
-    recovers(false)
+    recovers(None, false, false)
 }
 
 #[test]
 fn a_link_that_breaks_twice_is_replaced_with_its_channel_for_pages_that_are_asked_for() -> Outcome {
     skip_without_qemu!();
-    recovers(true)
+    recovers(None, true, false)
+}
+
+#[test]
+fn an_encrypted_link_that_breaks_twice_is_replaced() -> Outcome {
+    skip_without_qemu!();
+    recovers(None, false, true)
+}
+
+#[test]
+fn an_encrypted_link_that_breaks_twice_is_replaced_with_its_channel_for_pages_that_are_asked_for() -> Outcome
+{
+    skip_without_qemu!();
+    recovers(None, true, true)
 }
 
 #[test]
@@ -219,4 +252,23 @@ fn a_destination_that_dies_is_named_and_the_checkpoint_is_kept() -> Outcome {
     let (destination, uri) = rest.destination(&rest.scratch.unix_uri("again"))?;
     let send = rest.send(&uri, &[])?;
     rest.check(destination, send).map(drop)
+}
+
+/// Another QEMU than the one of the tests above.
+#[test]
+#[ignore = "MULTIFD_TEST_QEMU=qemu-system-x86_64 cargo test --test postcopy_send -- --ignored"]
+fn every_way_into_another_qemu() -> Outcome {
+    let Some(program) = std::env::var_os("MULTIFD_TEST_QEMU").map(PathBuf::from) else {
+        multifd_tests::skip!("MULTIFD_TEST_QEMU names no QEMU")
+    };
+    for preempt in [false, true] {
+        for uri in [None, Some("tcp:127.0.0.1:0")] {
+            arrives(Some(program.clone()), "pc", preempt, uri)?;
+            runs_at_once(Some(program.clone()), "pc", preempt, uri)?;
+        }
+        for tls in [false, true] {
+            recovers(Some(program.clone()), preempt, tls)?;
+        }
+    }
+    Ok(())
 }

@@ -38,6 +38,7 @@ mod configuration;
 mod fields;
 mod invalid;
 mod item;
+mod migration_id;
 mod multifd;
 mod names;
 mod page_size;
@@ -56,6 +57,7 @@ pub use configuration::Configuration;
 pub use fields::{Contents, Field, Run, Structure, Subsection, Value};
 pub use invalid::{Invalid, Parsed};
 pub use item::{Footer, Item, ItemType, SectionHead, SectionId};
+pub use migration_id::MigrationId;
 pub use multifd::{
     CodecId, DeviceStatePacket, InitialPacket, MAX_DEVICE_STATE_PAYLOAD, MAX_PAYLOAD, MULTIFD_MAGIC,
     PACKET_PREFIX_LEN, PacketFlags, PacketKind, RamPacket, RamPacketHeader, header_len, pages_per_packet,

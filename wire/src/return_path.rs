@@ -1,6 +1,6 @@
 use crate::reader::{Reader, Stop, prefix, whole};
 use crate::writer::{put_counted16, put_cstr8};
-use crate::{BlockName, Invalid, Parsed};
+use crate::{BlockName, Invalid, MigrationId, Parsed};
 
 /// What the destination sends back on the main connection. Spec: docs/wire.md §11.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +20,8 @@ pub enum ReturnMessage {
     /// 0x4d46: the destination is multifd, not QEMU. Only sent in answer to a PING of
     /// [`HELLO_PING`].
     Hello(Hello),
+    /// 0x4d50: the id of a migration that may become a post-copy, for the source to go on with after its link has gone.
+    Id(MigrationId),
     /// 0x4d49: how long a multifd destination took to load the device state, in µs. SHUT follows.
     Loaded(u64),
     /// 2: answer to a PING, with its value.
@@ -94,6 +96,7 @@ const HELLO: u16 = 0x4d46;
 const ALIVE: u16 = 0x4d47;
 const FAILURE: u16 = 0x4d48;
 const LOADED: u16 = 0x4d49;
+const ID: u16 = 0x4d50;
 
 /// The dialect's types. QEMU has none of them.
 const DIALECT: std::ops::RangeInclusive<u16> = 0x4d00..=0x4dff;
@@ -142,6 +145,7 @@ impl ReturnMessage {
                 let reason = text.map_err(|error| Invalid::new("reason of a failure", error, "UTF-8"))?;
                 Self::Failure(Failure { phase, reason: reason.to_owned() })
             }
+            ID => Self::Id(MigrationId(r.array()?)),
             LOADED => Self::Loaded(r.be64()?),
             _ if DIALECT.contains(&kind) => Self::Extension { kind, body: r.take(r.rest().len())?.to_vec() },
             _ => return Err(unknown(kind).into()),
@@ -171,6 +175,7 @@ impl ReturnMessage {
                 out.push(failure.phase);
                 out.extend(failure.reason.as_bytes());
             }
+            Self::Id(MigrationId(id)) => out.extend(id),
             Self::Loaded(micros) => out.extend(micros.to_be_bytes()),
         });
     }
@@ -181,6 +186,7 @@ impl ReturnMessage {
             Self::Extension { kind, .. } => *kind,
             Self::Failure(_) => FAILURE,
             Self::Hello(_) => HELLO,
+            Self::Id(_) => ID,
             Self::Loaded(_) => LOADED,
             Self::Pong(_) => PONG,
             Self::RecvBitmap(_) => RECV_BITMAP,
@@ -202,6 +208,7 @@ fn check_len(kind: u16, len: usize) -> Result<(), Invalid> {
         RECV_BITMAP => ((2..=256).contains(&len), "2..=256 bytes"),
         ALIVE | SWITCHOVER_ACK => (len == 0, "0 bytes"),
         FAILURE => ((1..=MAX_RETURN_MESSAGE).contains(&len), "1..=512 bytes"),
+        ID => (len == MigrationId::LEN, "16 bytes"),
         LOADED => (len == 8, "8 bytes"),
         HELLO => ((10..=MAX_RETURN_MESSAGE).contains(&len), "10..=512 bytes"),
         _ if DIALECT.contains(&kind) => (len <= MAX_RETURN_MESSAGE, "0..=512 bytes"),

@@ -85,7 +85,7 @@ impl Guest {
             Self::Filled { .. } => halted(&source.fill(Fill::new(1)))?,
             Self::Sparse => {
                 let qemu = halted(&source)?;
-                touch(qemu.ram())?;
+                touch(qemu.ram(), self.ram_mib(), 1)?;
                 qemu
             }
         };
@@ -172,7 +172,7 @@ const CHUNK: usize = 1 << 20;
 
 /// Saves what `qemu` holds as a checkpoint; `near` is what a command begins with to run at the same
 /// host.
-fn receive(qemu: &mut Qemu, checkpoint: &Path, near: &[&str]) -> Outcome {
+pub(crate) fn receive(qemu: &mut Qemu, checkpoint: &Path, near: &[&str]) -> Outcome {
     let settings = Settings { channels: Some(2), return_path: true, ..Settings::default() };
     let mut receive = Receive::listen_in(near, "tcp:127.0.0.1:0", checkpoint, &[])?;
     qemu.set_up(&settings, Side::Source)?;
@@ -290,15 +290,15 @@ fn real_files() -> Outcome<Vec<(String, Vec<u8>)>> {
     Ok(files)
 }
 
-/// Writes 256 MiB into a RAM file, in runs of 1 MiB, 31 MiB of nothing between them.
-fn touch(ram: &Path) -> Outcome {
+/// Writes into a RAM file, in runs of `run_mib` MiB, of which each 32 MiB have one.
+pub(crate) fn touch(ram: &Path, ram_mib: u32, run_mib: u64) -> Outcome {
     let file = File::options().write(true).open(ram).during(ram.display())?;
     let fill = Fill::new(2);
     let mut page = Vec::new();
     // From 1 MiB on: below is what the firmware needs.
-    for run in 0..256_u64 {
+    for run in 0..u64::from(ram_mib / 32) {
         let first = (1 + run * 32) * ((1 << 20) / PAGE);
-        for index in (first..).take(256) {
+        for index in first..first + (run_mib << 8) {
             page.clear();
             fill.page(index, &mut page);
             file.write_all_at(&page, index * PAGE)?;

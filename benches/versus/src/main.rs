@@ -7,6 +7,8 @@
 //!                     │  interleaved, several rounds
 //!               table, --json: medians, and ratios of QEMU's time to ours
 //!
+//!  postcopy: latencies of page faults while RAM follows, and how soon a guest at rest runs
+//!
 //!  --tune: the moves of `multifd tune`'s predictions, made the same way; what it said beside what was measured
 //! ```
 
@@ -15,6 +17,7 @@ mod guest;
 mod live;
 mod moves;
 mod plot;
+mod postcopy;
 mod pump;
 mod scenario;
 mod table;
@@ -47,6 +50,11 @@ struct Flags {
     /// Guest RAM, in MiB, where the scenario does not say
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     ram: u32,
+    /// RAM of the guest at rest that scenario `resume` starts, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 8192)]
+    rest_ram: u32,
+    #[command(flatten)]
+    postcopy: postcopy::destination::Faulting,
     /// Writes every run here as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -70,19 +78,30 @@ fn main() -> ExitCode {
 }
 
 fn run(flags: &Flags) -> Outcome {
+    if let Some(uri) = &flags.postcopy.destination {
+        return postcopy::destination::run(uri, &flags.postcopy);
+    }
     if flags.tune {
         return write_json(flags, tune::run(flags.ram, flags.repeat)?);
     }
-    let chosen = |scenario: &Scenario| {
-        flags.scenarios.is_empty() || flags.scenarios.iter().any(|name| scenario.name.starts_with(name))
+    let chosen = |name: &str| {
+        flags.scenarios.is_empty() || flags.scenarios.iter().any(|wanted| name.starts_with(wanted))
     };
-    let scenarios: Vec<Scenario> = scenario::all(flags.ram).into_iter().filter(chosen).collect();
+    let mut scenarios = scenario::all(flags.ram);
+    scenarios.retain(|scenario| chosen(&scenario.name));
+    let of_postcopy: Vec<_> = postcopy::ALL.into_iter().filter(|scenario| chosen(scenario.name())).collect();
     if flags.list {
         scenarios.iter().for_each(|scenario| println!("{}", scenario.name));
+        of_postcopy.iter().for_each(|scenario| println!("{}", scenario.name()));
         return Ok(());
     }
     let mut bench = Bench { flags, staged: None, all: Vec::new() };
     scenarios.iter().try_for_each(|scenario| bench.run(scenario).during(&scenario.name))?;
+    bench.staged = None;
+    for scenario in of_postcopy {
+        let run = scenario.run(flags.ram, flags.rest_ram, flags.repeat, &flags.postcopy);
+        bench.all.push(run.during(scenario.name())?);
+    }
     write_json(flags, bench.all)
 }
 

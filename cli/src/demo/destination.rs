@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 
 use multifd_engine::wire::{BlockEntry, Configuration};
 use multifd_engine::{
-    Destination, HostMemory, Incoming, IncomingRam, PAGE, PostcopyEnd, PostcopyFigures, PostcopyGuest,
+    Destination, HostMemory, Incoming, IncomingRam, PAGE, PostcopyEnd, PostcopyGuest, PostcopyReport,
     RamBlock,
 };
 use serde_json::{Value, json};
@@ -74,11 +74,11 @@ fn tell(figures: &Value, hashes: impl Iterator<Item = u64>) -> Result<()> {
 }
 
 /// The guest goes on, and is looked at when all of its RAM is here.
-fn run_on(mut guest: PostcopyGuest, block: &RamBlock) -> Result<(Option<PostcopyFigures>, Found)> {
+fn run_on(mut guest: PostcopyGuest, block: &RamBlock) -> Result<(Option<PostcopyReport>, Found)> {
     guest.loaded()?;
     let vcpus = Vcpus::start(block)?;
     match guest.wait()? {
-        PostcopyEnd::Completed(report) => Ok((report.faults, vcpus.stop()?)),
+        PostcopyEnd::Completed(report) => Ok((report.postcopy, vcpus.stop()?)),
         // Its threads may wait for pages that will never come: they end with this process.
         PostcopyEnd::Paused(error) => Err(error.chain().into()),
     }

@@ -9,8 +9,8 @@ mod vcpus;
 use multifd_codecs::CodecChoice;
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
-    AutoConverge, DeviceState, DirtyMarker, Error, Progress, Report, SoftwareLog, Source, SourceBuilder,
-    UserfaultLog,
+    AutoConverge, DeviceState, DirtyMarker, Error, Precopy, Progress, Report, SoftwareLog, Source,
+    SourceBuilder, UserfaultLog,
 };
 use multifd_transports::Endpoint;
 use serde_json::{Value, json};
@@ -82,7 +82,7 @@ struct Moved {
 fn migrate(flags: &Demo, common: &Common, reached: &mut Option<Progress>) -> Result<Moved> {
     let Rate(dirty_rate) = flags.dirty_rate;
     let mut guest = Guest::new(flags.ram)?;
-    let process = Process::start(flags.postcopy)?;
+    let process = Process::start(flags.may_switch())?;
     let (builder, marker) = with_log(settings(flags, common, &guest)?, &guest);
     let log = if marker.is_some() { "software bitmap: there is no userfaultfd here" } else { "userfaultfd" };
     guest.run(dirty_rate.map_or(0, std::num::NonZeroU64::get), marker.as_ref())?;
@@ -92,7 +92,11 @@ fn migrate(flags: &Demo, common: &Common, reached: &mut Option<Progress>) -> Res
     let progress = source.progress();
     let result = progress::shown(common, &progress, Lines::Told, || {
         let uri = process.uri.parse()?;
-        if flags.postcopy { follow(source, &uri, &guest) } else { move_over(source, &uri, &guest, common) }
+        if flags.postcopy {
+            follow(source.connect(&uri)?, &uri, &guest)
+        } else {
+            move_over(source, &uri, &guest, common)
+        }
     });
     *reached = Some(progress.now());
     let report = result?;
@@ -109,7 +113,7 @@ fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilde
         .channels(channels)
         .codec(choice.codec())
         .max_bandwidth(common.max_bandwidth())
-        .postcopy(flags.postcopy)
+        .postcopy(flags.may_switch())
         .postcopy_preempt(flags.postcopy_preempt)
         .limits(flags.convergence.limits(common.downtime_limit))
         .timeout(common.timeout);
@@ -135,9 +139,8 @@ fn with_log(builder: SourceBuilder, guest: &Guest) -> (SourceBuilder, Option<Dir
     }
 }
 
-/// All of RAM follows the guest.
-fn follow(source: Source, uri: &Endpoint, guest: &Guest) -> Result<Report> {
-    let precopy = source.connect(uri)?;
+/// What has not gone follows the guest.
+fn follow(precopy: Precopy, uri: &Endpoint, guest: &Guest) -> Result<Report> {
     guest.pause();
     Ok(postcopy::serve(precopy.switch_to_postcopy(&DeviceState::none())?, uri, None)?)
 }
@@ -148,6 +151,9 @@ fn move_over(source: Source, uri: &Endpoint, guest: &Guest, common: &Common) -> 
         let record = precopy.round()?;
         guest.throttle(record.throttle_percent);
         progress::line(common, record);
+        if precopy.wants_postcopy() {
+            return follow(precopy, uri, guest);
+        }
     }
     guest.pause();
     Ok(precopy.stop_copy()?.commit(&DeviceState::none())?)

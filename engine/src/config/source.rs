@@ -75,7 +75,8 @@ pub struct SourceConfig {
     /// For tests of a VMM and its dirty logs: keeps a digest of what was sent of each page (8 bytes a page, 2 MiB for a GiB of
     /// guest), and compares all of RAM with them when the guest is paused and its last RAM has gone. Pages that have changed
     /// without a dirty bit end the migration with [`MissedPages`](crate::MissedPages), and the guest runs on. Costs a copy of
-    /// each page that is sent, and downtime: all of RAM is read, on all cores. Default: no.
+    /// each page that is sent, and downtime: all of RAM is read, on all cores. A switch to post-copy compares nothing, since it
+    /// does not wait for the last RAM. Default: no.
     pub audit: bool,
     /// Announces the switch-over to the destination's devices: QEMU 10.0 with machine types from 10.0 on. Default: no.
     pub switchover_start: bool,

@@ -86,6 +86,13 @@ impl DestinationBuilder {
         self
     }
 
+    /// Threads that hear of page faults in a post-copy: see [`DestinationConfig::fault_threads`].
+    #[must_use]
+    pub fn fault_threads(mut self, threads: usize) -> Self {
+        self.config.fault_threads = threads;
+        self
+    }
+
     /// How long to wait for the source when the link of a post-copy is gone: see
     /// [`DestinationConfig::recover`].
     #[must_use]

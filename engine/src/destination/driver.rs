@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use multifd_wire::{BlockName, Configuration, DiscardRange, Footer, Item, StreamHeader};
+use multifd_wire::{BlockName, Configuration, DiscardRange, Footer, Item, ReturnMessage, StreamHeader};
 
 use super::arrival;
 use super::early::EarlyDevices;
@@ -242,6 +242,9 @@ impl Driver {
             Effect::KeepListening => {
                 listen::check_kernel(self.guest)?;
                 self.shared.keep_listening();
+                if self.shared.speaks_dialect() {
+                    self.return_path.send(Phase::Setup, &ReturnMessage::Id(self.shared.make_id()))?;
+                }
             }
             Effect::Listen => self.listen()?,
             Effect::OpenReturnPath => self.return_path.open(),

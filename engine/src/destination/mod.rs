@@ -36,6 +36,7 @@ mod switchover;
 mod tail;
 
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 
 use multifd_codecs::Codecs;
 use multifd_transports::{Channel, Endpoint, Listener, ThreadHook, TlsServer};
@@ -106,6 +107,11 @@ impl Destination {
     /// Tells how far it has come, from any thread.
     pub fn progress(&self) -> ProgressReader {
         ProgressReader::new(&self.session)
+    }
+
+    /// Every state that the migration enters from now on, in its order (QEMU's capability `events`).
+    pub fn state_changes(&self) -> Receiver<MigrationState> {
+        self.session.state_changes()
     }
 
     /// Waits for the source and receives the whole guest. All of RAM has landed when this returns;
@@ -232,6 +238,7 @@ impl Destination {
         crew: &Arc<Crew>,
     ) -> Result<(Switched, ReturnPath)> {
         let channel = self.session.adopt(channel, Phase::Setup)?;
+        shared.note_source(&channel);
         let deadline = Deadline::start(self.config.deadline, crew)?;
         self.session.counters.main.count_bytes_of(&channel);
         self.session.enter(MigrationState::Active)?;

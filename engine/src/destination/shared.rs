@@ -1,11 +1,12 @@
 //! What the receiving threads share.
 
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use multifd_codecs::{Codec, Codecs};
-use multifd_transports::Listener;
-use multifd_wire::{DeviceStatePacket, PacketFlags};
+use multifd_transports::{Channel, Listener};
+use multifd_wire::{DeviceStatePacket, MigrationId, PacketFlags};
 
 use super::channels::sync::ChannelSync;
 use super::place::BlockSinks;
@@ -34,12 +35,18 @@ pub(crate) struct DestinationShared {
     pub(crate) refusals: Refusals,
     pub(crate) codecs: Codecs,
     pub(crate) limits: ReceiveLimits,
+    /// Threads that hear of page faults, if the guest runs here before its RAM is here.
+    pub(crate) fault_threads: usize,
     listener: Mutex<Arc<Listener>>,
     /// Connections are accepted until the end: a source that may switch to post-copy makes one for
     /// urgent pages when it does.
     keeps_listening: AtomicBool,
     /// HELLO was said: the source may send packets of the multifd dialect.
     dialect: AtomicBool,
+    /// What the source was told that this migration is known by.
+    id: OnceLock<MigrationId>,
+    /// By which the source has authenticated itself, if it has.
+    certificate: OnceLock<Option<Vec<u8>>>,
     /// One for each connection that may carry urgent pages.
     urgent: Arc<()>,
     facts: Monitor<Facts>,
@@ -104,9 +111,12 @@ impl DestinationShared {
             session: Arc::clone(session),
             channels: ChannelSync::new(&session.stop, config.channels),
             limits: ReceiveLimits::of(config),
+            fault_threads: config.fault_threads,
             refusals: Refusals::default(),
             codecs,
             listener: Mutex::new(Arc::clone(listener)),
+            id: OnceLock::new(),
+            certificate: OnceLock::new(),
             urgent: Arc::default(),
             keeps_listening: AtomicBool::new(false),
             dialect: AtomicBool::new(false),
@@ -216,6 +226,38 @@ impl DestinationShared {
     /// True if packets of the multifd dialect may come.
     pub(crate) fn speaks_dialect(&self) -> bool {
         self.dialect.load(Ordering::Relaxed)
+    }
+
+    /// What the source is to be told that this migration is known by.
+    pub(crate) fn make_id(&self) -> MigrationId {
+        // The keys are random: told apart, not kept secret.
+        let random = |half: u8| RandomState::new().hash_one(half).to_be_bytes();
+        *self.id.get_or_init(|| {
+            let mut id = [0; MigrationId::LEN];
+            id.iter_mut().zip(random(0).into_iter().chain(random(1))).for_each(|(to, from)| *to = from);
+            MigrationId(id)
+        })
+    }
+
+    /// What the source was told, if it was.
+    pub(crate) fn id(&self) -> Option<MigrationId> {
+        self.id.get().copied()
+    }
+
+    /// Main is there: the client at its other end is the source.
+    pub(crate) fn note_source(&self, main: &Channel) {
+        // There is only one main.
+        let _ = self.certificate.set(main.client_certificate().map(<[u8]>::to_vec));
+    }
+
+    /// Checks that a connection that comes later is of the client that main was: another of the same CA is not the source.
+    pub(crate) fn check_client(&self, channel: &Channel) -> Result<()> {
+        let expected = self.certificate.get().and_then(Option::as_deref);
+        if expected == channel.client_certificate() {
+            return Ok(());
+        }
+        let detail = "another certificate than that of the source: it is another's";
+        Err(Error::misbehaved(Phase::Accept, detail).on(channel.peer()))
     }
 
     /// Main has read the list of blocks: pages can land.

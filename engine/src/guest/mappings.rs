@@ -17,6 +17,8 @@ struct Mapping {
     anonymous: bool,
     /// Its page faults go to a userfaultfd.
     paged: bool,
+    /// Writes to it are watched by a userfaultfd.
+    watched: bool,
     /// Bytes of its pages.
     page: usize,
     /// Its pages are locked in memory.
@@ -72,6 +74,7 @@ impl Mappings {
                     // Faults on pages that are missing, and on pages of a file that this mapping
                     // does not have yet.
                     last.paged = has("um") || has("ui");
+                    last.watched = has("uw");
                     (last.locked, last.no_huge) = (has("lo"), has("nh"));
                 }
             } else if let Some(size) = line.strip_prefix("KernelPageSize:") {
@@ -114,6 +117,9 @@ impl Mappings {
             covered += range.end - range.start;
             if mapping.paged {
                 return Err("its page faults go to another userfaultfd already".to_owned());
+            }
+            if mapping.watched {
+                return Err("its writes are watched by a userfaultfd, as by a dirty log".to_owned());
             }
             if mapping.locked {
                 return Err("it is locked in memory".to_owned());
@@ -188,6 +194,7 @@ impl Mapping {
             // Private huge pages without a file are a file to the kernel, of this name.
             anonymous: private && (inode == "0" || path == "/anon_hugepage (deleted)"),
             paged: false,
+            watched: false,
             page: PAGE,
             locked: false,
             no_huge: false,

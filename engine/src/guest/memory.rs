@@ -196,7 +196,7 @@ impl HostMemory {
     }
 
     /// Which pages of the range are in memory.
-    pub(super) fn resident(&self, offset: usize, pages: usize) -> io::Result<Vec<bool>> {
+    pub(crate) fn resident(&self, offset: usize, pages: usize) -> io::Result<Vec<bool>> {
         let slice = self.slice(offset, pages * PAGE).ok_or(io::ErrorKind::InvalidInput)?;
         let mut resident = vec![0_u8; pages];
         let start = slice.ptr_guard_mut().as_ptr().cast();

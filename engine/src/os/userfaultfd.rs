@@ -79,6 +79,7 @@ impl Features {
     const THREAD_ID: u64 = 1 << 8;
     const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
     const WP_UNPOPULATED: u64 = 1 << 13;
+    const POISON: u64 = 1 << 14;
     const WP_ASYNC: u64 = 1 << 15;
 
     /// What the log is built on: the kernel notes a write to a protected page by itself (WP_ASYNC,
@@ -90,6 +91,15 @@ impl Features {
     /// dropped (Linux 4.11), and of the thread that waits (4.14).
     pub(crate) const PAGER: Self =
         Self(Self::EVENT_REMOVE | Self::MISSING_HUGETLBFS | Self::MISSING_SHMEM | Self::THREAD_ID);
+
+    /// The same, with UFFDIO_POISON (Linux 6.6) if `here` has it.
+    fn with_poison_of(self, here: Self) -> Self {
+        Self(self.0 | here.0 & Self::POISON)
+    }
+
+    fn has_poison(self) -> bool {
+        self.0 & Self::POISON != 0
+    }
 
     /// The names of what `self` has and `other` has not.
     pub(crate) fn missing_in(self, other: Self) -> Vec<&'static str> {

@@ -2,13 +2,14 @@
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use crossbeam_utils::CachePadded;
 use multifd_transports::Channel;
 use serde::Serialize;
 
 use crate::guest::PAGE;
+use crate::run::fault_figures::FaultFigures;
 use crate::run::stop::lock;
 
 macro_rules! counters {
@@ -16,7 +17,8 @@ macro_rules! counters {
         migration { $($(#[$of_migration:meta])* $migration:ident,)* }
         channel { $($(#[$of_channel:meta])* $channel:ident,)* }
     ) => {
-        /// Plain numbers about a migration that is under way. All of them only grow, but for what is expected.
+        /// Plain numbers about a migration that is under way. All of them only grow, but for what is expected and
+        /// for percentiles.
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
         #[non_exhaustive]
         pub struct Progress {
@@ -31,6 +33,16 @@ macro_rules! counters {
             /// Guest bytes with content per second in the last round. 0 as long as there is none.
             pub bandwidth_bytes_per_s: u64,
             $($(#[$of_channel])* pub $channel: u64,)*
+            /// Waits of a guest's threads for pages in a post-copy, at the destination, that are over.
+            pub faults: u64,
+            /// Half of these waits were shorter, in µs, to within an eighth: from when a fault was heard of until its page was there.
+            pub fault_p50_us: u64,
+            /// 99 % of these waits were shorter.
+            pub fault_p99_us: u64,
+            /// The longest of these waits.
+            pub fault_max_us: u64,
+            /// The sum of these waits. Each thread's: [`PostcopyGuest::figures`](crate::PostcopyGuest::figures).
+            pub blocktime_us: u64,
             /// Parallel channels; 0 while there is only the main one.
             pub channels: u64,
             /// What was counted on each channel. The first is main.
@@ -56,6 +68,8 @@ macro_rules! counters {
         pub(crate) struct Counters {
             $(pub(crate) $migration: AtomicU64,)*
             estimate: Mutex<Estimate>,
+            /// Waits of a guest's threads for pages.
+            pub(crate) faults: Mutex<FaultFigures>,
             pub(crate) main: ChannelCounters,
             parallel: Mutex<Vec<Arc<ChannelCounters>>>,
             /// Of a post-copy's channels for pages that are asked for, and of those that replaced parallel ones.
@@ -85,17 +99,18 @@ macro_rules! counters {
                     $(progress.$channel += channel.$channel;)*
                 }
                 lock(&self.estimate).clone().show_in(&mut progress);
+                lock(&self.faults).show_in(&mut progress);
                 progress
             }
         }
 
         impl ChannelCounters {
             fn read(&self) -> ChannelProgress {
-                let channel = self.channel.get();
+                let (bytes_sent, bytes_received) = lock(&self.bytes).read();
                 ChannelProgress {
                     name: self.name.clone(),
-                    bytes_sent: channel.map_or(0, |channel| channel.bytes_sent()),
-                    bytes_received: channel.map_or(0, |channel| channel.bytes_received()),
+                    bytes_sent,
+                    bytes_received,
                     $($channel: self.counters.$channel.load(Ordering::Relaxed),)*
                 }
             }
@@ -113,8 +128,10 @@ counters! {
         requests,
         /// Pages that were asked for so, each as often as it was.
         pages_requested,
-        /// Pages that a post-copy's source has sent before they were asked for, because those before them were in order.
+        /// Pages that came in a post-copy before anything asked for them, at the destination.
         pages_pushed,
+        /// Pages that a post-copy's source has sent before they were asked for, because those before them were in order.
+        neighbours_pushed,
         /// Pages that were asked for when they had gone already, and went again: the other copy was behind others.
         pages_repeated,
         /// New links of a post-copy whose link had gone.
@@ -141,9 +158,31 @@ counters! {
 /// The counters of one channel, written by its worker: on cache lines that no other worker writes.
 pub(crate) struct ChannelCounters {
     name: String,
-    /// `None`: bytes are counted elsewhere.
-    channel: OnceLock<Arc<Channel>>,
+    bytes: Mutex<Bytes>,
     counters: CachePadded<PerChannel>,
+}
+
+/// The bytes of a channel, whose connection may be replaced by another.
+#[derive(Default)]
+struct Bytes {
+    /// `None`: bytes are counted elsewhere, or the connection is gone.
+    channel: Option<Arc<Channel>>,
+    /// Over connections that are gone: sent, received.
+    before: (u64, u64),
+}
+
+impl Bytes {
+    /// Sent, received.
+    fn read(&self) -> (u64, u64) {
+        let (sent, received) = self.before;
+        let now = self.channel.as_ref();
+        now.map_or(self.before, |now| (sent + now.bytes_sent(), received + now.bytes_received()))
+    }
+
+    fn replace(&mut self, channel: Option<Arc<Channel>>) {
+        self.before = self.read();
+        self.channel = channel;
+    }
 }
 
 /// What a source expects, as of the last bitmap sync.
@@ -205,6 +244,12 @@ impl Counters {
         counters
     }
 
+    /// Lets go of the connections that this end has closed; their bytes stay counted.
+    pub(crate) fn retire_closed_channels(&self) {
+        self.main.retire_closed();
+        lock(&self.parallel).iter().chain(&*lock(&self.later)).for_each(|channel| channel.retire_closed());
+    }
+
     /// Pages that have come or gone, in whatever form.
     pub(crate) fn pages(&self) -> u64 {
         let Progress { pages_normal, pages_zero, pages_xbzrle, .. } = self.read(0);
@@ -218,7 +263,7 @@ impl Counters {
 
 impl ChannelCounters {
     fn new(name: String) -> Self {
-        Self { name, channel: OnceLock::new(), counters: CachePadded::default() }
+        Self { name, bytes: Mutex::default(), counters: CachePadded::default() }
     }
 
     fn with_bytes_of(self, channel: &Arc<Channel>) -> Self {
@@ -228,7 +273,15 @@ impl ChannelCounters {
 
     /// From now on, what goes over `channel` counts here.
     pub(crate) fn count_bytes_of(&self, channel: &Arc<Channel>) {
-        self.channel.get_or_init(|| Arc::clone(channel));
+        lock(&self.bytes).replace(Some(Arc::clone(channel)));
+    }
+
+    /// Lets go of the connection, if this end has closed it.
+    fn retire_closed(&self) {
+        let mut bytes = lock(&self.bytes);
+        if bytes.channel.as_ref().is_some_and(|channel| channel.is_closed()) {
+            bytes.replace(None);
+        }
     }
 }
 
@@ -275,6 +328,24 @@ mod tests {
             .collect();
         assert_eq!(shown, [("main", 0, 5), ("channel 3", 100, 7), ("thread 0", 0, 0)]);
         assert_eq!(counters.pages(), 23);
+    }
+
+    #[test]
+    fn bytes_of_a_connection_that_was_replaced_stay_counted_and_it_is_let_go_of() {
+        let counters = Counters::default();
+        for total in 1..=3 {
+            let (ours, _theirs) = Channel::pair().unwrap();
+            let ours = Arc::new(ours);
+            counters.main.count_bytes_of(&ours);
+            ours.send_all(&[1; 100]).unwrap();
+            assert_eq!(counters.read(0).per_channel[0].bytes_sent, total * 100);
+            counters.retire_closed_channels();
+            assert_eq!(Arc::strong_count(&ours), 2, "it is open");
+            ours.closer().close();
+            counters.retire_closed_channels();
+            assert_eq!(Arc::strong_count(&ours), 1);
+            assert_eq!(counters.read(0).per_channel[0].bytes_sent, total * 100);
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 pub(crate) mod budget;
 pub(crate) mod counters;
+pub(crate) mod fault_figures;
 pub(crate) mod open_set;
 pub(crate) mod session;
 pub(crate) mod state;

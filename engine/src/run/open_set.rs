@@ -10,11 +10,13 @@ pub(crate) struct OpenSet<T>(Mutex<Items<T>>);
 struct Items<T> {
     closed: bool,
     items: Vec<T>,
+    /// Numbers of those that are gone.
+    gone: u64,
 }
 
 impl<T> OpenSet<T> {
     pub(crate) fn new() -> Self {
-        Self(Mutex::new(Items { closed: false, items: Vec::new() }))
+        Self(Mutex::new(Items { closed: false, items: Vec::new(), gone: 0 }))
     }
 
     /// Adds `item`. False: all have been closed, and this one is for the caller to close.
@@ -34,8 +36,19 @@ impl<T> OpenSet<T> {
         set.items.iter().for_each(close);
     }
 
+    /// Lets go of all that `ended` says; in sums they stay, with their last `number`.
+    pub(crate) fn retire(&self, ended: impl Fn(&T) -> bool, number: impl FnMut(&T) -> u64) {
+        let mut set = lock(&self.0);
+        let gone: Vec<_> = set.items.extract_if(.., |item| ended(item)).collect();
+        set.gone += gone.iter().map(number).sum::<u64>();
+        drop(set);
+        // What is last dropped here may take its time.
+        drop(gone);
+    }
+
     /// A sum over all that were added.
     pub(crate) fn sum(&self, number: impl FnMut(&T) -> u64) -> u64 {
-        lock(&self.0).items.iter().map(number).sum()
+        let set = lock(&self.0);
+        set.gone + set.items.iter().map(number).sum::<u64>()
     }
 }

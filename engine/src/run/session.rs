@@ -1,5 +1,6 @@
 //! What source and destination share: the stop switch, the channels that are open, the counters.
 
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -41,8 +42,22 @@ pub(crate) struct Session {
     pub(crate) timeout: Duration,
     pub(crate) counters: Counters,
     channels: OpenSet<Arc<Channel>>,
-    state: Mutex<MigrationState>,
+    state: Mutex<Watched>,
     hand_over: Mutex<HandOver>,
+}
+
+/// A state, and who is told of the next.
+#[derive(Default)]
+struct Watched {
+    now: MigrationState,
+    told: Vec<Sender<MigrationState>>,
+}
+
+impl Watched {
+    fn set(&mut self, next: MigrationState) {
+        self.now = next;
+        self.told.retain(|told| told.send(next).is_ok());
+    }
 }
 
 impl Session {
@@ -104,8 +119,15 @@ impl Session {
         lock(&self.started).elapsed()
     }
 
+    /// Lets go of the connections that this end has closed, whose descriptors go with their last users. What went over them
+    /// stays counted.
+    pub(crate) fn retire_closed_channels(&self) {
+        self.channels.retire(|channel| channel.is_closed(), |channel| bytes_of(channel));
+        self.counters.retire_closed_channels();
+    }
+
     pub(crate) fn wire_bytes(&self) -> u64 {
-        self.channels.sum(|channel| channel.bytes_sent() + channel.bytes_received())
+        self.channels.sum(|channel| bytes_of(channel))
     }
 
     pub(crate) fn progress(&self) -> Progress {
@@ -113,26 +135,33 @@ impl Session {
     }
 
     pub(crate) fn state(&self) -> MigrationState {
-        *lock(&self.state)
+        lock(&self.state).now
+    }
+
+    /// Every state from now on, in its order.
+    pub(crate) fn state_changes(&self) -> Receiver<MigrationState> {
+        let (told, changes) = channel();
+        lock(&self.state).told.push(told);
+        changes
     }
 
     /// Goes on to `next`, if the table of transitions lets it.
     pub(crate) fn enter(&self, next: MigrationState) -> Result<()> {
         let mut state = lock(&self.state);
-        if !state.may_become(next) {
-            let detail = match *state {
+        if !state.now.may_become(next) {
+            let detail = match state.now {
                 MigrationState::Cancelling => "cancelled by the caller".to_owned(),
-                _ => format!("the migration is {}, it cannot become {next}", *state),
+                now => format!("the migration is {now}, it cannot become {next}"),
             };
             return Err(Error::new(ErrorKind::Cancelled, Phase::Active, detail));
         }
-        *state = next;
+        state.set(next);
         Ok(())
     }
 
     /// The guest has moved. Whatever else happened meanwhile, a cancel above all, came too late.
     pub(crate) fn complete(&self) {
-        *lock(&self.state) = MigrationState::Completed;
+        lock(&self.state).set(MigrationState::Completed);
     }
 
     /// Ends the migration because of `error`: wakes and joins every thread.
@@ -159,18 +188,18 @@ impl Session {
     /// The embedder has dropped the migration.
     fn note_end_of_dropped(&self) {
         let mut state = lock(&self.state);
-        if *state == MigrationState::Cancelling {
-            *state = MigrationState::Cancelled;
+        if state.now == MigrationState::Cancelling {
+            state.set(MigrationState::Cancelled);
         }
     }
 
     /// The switch has tripped: cancelled if the caller wanted that, else failed.
     pub(crate) fn note_end_of_failed(&self) {
         let mut state = lock(&self.state);
-        if *state == MigrationState::Cancelling {
-            *state = MigrationState::Cancelled;
-        } else if state.may_become(MigrationState::Failed) {
-            *state = MigrationState::Failed;
+        if state.now == MigrationState::Cancelling {
+            state.set(MigrationState::Cancelled);
+        } else if state.now.may_become(MigrationState::Failed) {
+            state.set(MigrationState::Failed);
         }
     }
 }
@@ -225,6 +254,10 @@ impl Canceller {
     pub fn close_channels(&self) {
         self.0.close_channels();
     }
+}
+
+fn bytes_of(channel: &Channel) -> u64 {
+    channel.bytes_sent() + channel.bytes_received()
 }
 
 #[cfg(test)]

@@ -48,6 +48,9 @@ impl StopSwitch {
     pub(crate) fn on_trip(&self, action: impl FnOnce() + Send + 'static) {
         {
             let mut inner = lock(&self.0.inner);
+            if inner.sealed {
+                return;
+            }
             if !self.0.tripped.load(Ordering::Relaxed) {
                 inner.on_trip.push(Box::new(action));
                 return;
@@ -57,11 +60,16 @@ impl StopSwitch {
     }
 
     /// Nothing trips the switch from now on: the point of no return. False: it has tripped before.
+    ///
+    /// What would have run then is let go of: it keeps connections open.
     #[must_use]
     pub(crate) fn seal(&self) -> bool {
         let mut inner = lock(&self.0.inner);
         inner.sealed = !self.0.tripped.load(Ordering::Relaxed);
-        inner.sealed
+        let (sealed, never) = (inner.sealed, std::mem::take(&mut inner.on_trip));
+        drop(inner);
+        drop(never);
+        sealed
     }
 
     /// No thread is left that a trip would wake. What would have run then keeps memory and connections

@@ -153,6 +153,7 @@ impl Source {
             packets: CachePadded::default(),
             cache: config.xbzrle_cache.map(PageCache::new),
             peer_features: AtomicU64::new(0),
+            id: OnceLock::new(),
             zero_copy: config.zero_copy,
             urgent: OnceLock::new(),
             neighbours: OnceLock::new(),

@@ -1,6 +1,7 @@
 //! Steering a migration from other threads while it runs.
 
 use std::num::NonZeroU64;
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -22,12 +23,20 @@ pub struct Control {
     /// Of the background stream of a post-copy.
     postcopy_pacer: Arc<Pacer>,
     limits: Arc<Mutex<Limits>>,
-    /// Of the connection of a post-copy.
-    link: Arc<Mutex<Option<StopSwitch>>>,
+    link: Arc<Mutex<Link>>,
     /// The switch-over has begun: the limit for rounds holds no longer.
     switching_over: Arc<Mutex<bool>>,
     /// What a source with pause-before-switchover waits for.
     go_ahead: Monitor<bool>,
+}
+
+/// The connection of a post-copy, as far as a pause of the caller's goes.
+#[derive(Default)]
+struct Link {
+    /// `None` until the switch has come back.
+    stop: Option<StopSwitch>,
+    /// Asked for when there was nothing to cut.
+    pause: bool,
 }
 
 impl Control {
@@ -88,16 +97,31 @@ impl Control {
     }
 
     /// Cuts the link of a post-copy, to go on over another (migrate-pause): [`Postcopy::serve`](crate::Postcopy::serve) comes
-    /// back with `Paused`. No effect at other times.
-    pub fn pause_postcopy(&self) {
-        if let Some(stop) = lock(&self.link).as_ref() {
-            stop.trip(Error::new(ErrorKind::Cancelled, Phase::Postcopy, "paused by the caller"));
+    /// back with `Paused`, also when it is called later. A recovery that is under way fails, and is paused again.
+    ///
+    /// # Errors
+    /// `ApiMisuse` as long as the guest has not been handed over, and when the migration has ended: nothing is paused.
+    pub fn pause_postcopy(&self) -> Result<()> {
+        let mut link = lock(&self.link);
+        let state = self.session.state();
+        if !state.is_postcopy() {
+            let detail = format!("the migration is {state}, only a post-copy can be paused");
+            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Postcopy, detail));
         }
+        match &link.stop {
+            Some(stop) => stop.trip(paused_by_caller()),
+            None => link.pause = true,
+        }
+        Ok(())
     }
 
-    /// The link that [`Control::pause_postcopy`] cuts.
+    /// The link that [`Control::pause_postcopy`] cuts. The first is there later than the state that lets it be cut.
     pub(super) fn set_link(&self, stop: &StopSwitch) {
-        *lock(&self.link) = Some(stop.clone());
+        let mut link = lock(&self.link);
+        link.stop = Some(stop.clone());
+        if std::mem::take(&mut link.pause) {
+            stop.trip(paused_by_caller());
+        }
     }
 
     /// Lets a source with pause-before-switchover go on (migrate-continue). May come before the source waits for it.
@@ -115,6 +139,11 @@ impl Control {
         self.session.state()
     }
 
+    /// Every state that the migration enters from now on, in its order (QEMU's capability `events`).
+    pub fn state_changes(&self) -> Receiver<MigrationState> {
+        self.session.state_changes()
+    }
+
     pub(super) fn pacer(&self) -> &Arc<Pacer> {
         &self.pacer
     }
@@ -128,5 +157,34 @@ impl Control {
         self.go_ahead
             .wait(&self.session.stop, None, |go_ahead| go_ahead.then_some(()))
             .ok_or_else(|| Error::stopped(Phase::Device))
+    }
+}
+
+fn paused_by_caller() -> Error {
+    Error::new(ErrorKind::Cancelled, Phase::Postcopy, "paused by the caller")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_before_the_link_is_known_cuts_it_as_soon_as_it_is() {
+        let session = Session::new(Duration::from_secs(1));
+        let control = Control::new(&session, &SourceConfig::default());
+        let reach =
+            |states: &[MigrationState]| states.iter().for_each(|state| session.enter(*state).unwrap());
+        reach(&[MigrationState::Setup, MigrationState::Active, MigrationState::Device]);
+        let error = control.pause_postcopy().unwrap_err();
+        assert!(error.to_string().contains("is device, only a post-copy"), "{error}");
+        reach(&[MigrationState::PostcopyDevice]);
+        control.pause_postcopy().unwrap();
+        let [first, second] = [(); 2].map(|()| StopSwitch::default());
+        control.set_link(&first);
+        assert!(first.tripped());
+        control.set_link(&second);
+        assert!(!second.tripped(), "asked for once");
+        control.pause_postcopy().unwrap();
+        assert!(second.tripped());
     }
 }

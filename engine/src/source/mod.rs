@@ -46,6 +46,6 @@ pub use control::Control;
 pub use device_state::DeviceState;
 pub use outgoing::ZeroPages;
 pub use page_cache::XbzrleStats;
-pub use postcopy::{Postcopy, PostcopyReport, Served};
+pub use postcopy::{Postcopy, Served};
 pub use precopy::{Precopy, StopCopy};
 pub use zero_copy::{ZeroCopySend, ZeroCopyStats};

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use crossbeam_utils::CachePadded;
 use multifd_codecs::Codec;
 use multifd_transports::Pacer;
-use multifd_wire::pages_per_packet;
+use multifd_wire::{MigrationId, pages_per_packet};
 
 use super::outgoing::OutgoingRam;
 use super::page_cache::PageCache;
@@ -32,6 +32,8 @@ pub(super) struct SourceShared {
     pub(super) cache: Option<PageCache>,
     /// Features of a multifd destination; 0: not known yet, or a QEMU.
     pub(super) peer_features: AtomicU64,
+    /// What a multifd destination knows this migration by, if it has said so.
+    pub(super) id: OnceLock<MigrationId>,
     pub(super) zero_copy: ZeroCopySend,
     /// Pages that are wanted before their turn. Not set: none may be asked for.
     pub(super) urgent: OnceLock<UrgentPages>,
@@ -117,6 +119,7 @@ pub(in crate::source) mod tests {
             packets: CachePadded::default(),
             cache: None,
             peer_features: AtomicU64::new(0),
+            id: OnceLock::new(),
             zero_copy: ZeroCopySend::Off,
             urgent: OnceLock::new(),
             neighbours: OnceLock::new(),

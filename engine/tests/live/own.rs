@@ -13,6 +13,7 @@ use std::task::{Context, Poll, Waker};
 use multifd_engine::{ByteStream, Canceller, Channel, DestinationBuilder, Remedy, ThreadHook, TlsClient};
 
 use super::*;
+use crate::credentials::credentials;
 
 /// Connections of one migration, main first: what the source has of each, and what the destination.
 type Ends = (Vec<Channel>, Vec<Channel>);
@@ -216,7 +217,7 @@ fn what_does_not_fit_connections_of_the_embedder_is_named() {
     refused(connect(source().channels(1), 257), "1 parallel channels, but 256 connections");
     refused(connect(source(), 257), "multifd-channels 256, expected 1..=255");
     refused(connect(source().codec(Arc::new(Zlib::default())).channels(1), 1), "but 0 connections");
-    let credentials = tls::credentials("CA");
+    let credentials = credentials("CA");
     let piped = || Channel::try_from(OwnedFd::from(io::pipe().unwrap().1)).unwrap();
     let client = TlsClient::from_directory(credentials.path()).unwrap();
     let error = source().tls(client).build().unwrap().connect_over(piped(), Vec::new()).err().unwrap();
@@ -243,7 +244,7 @@ fn what_does_not_fit_connections_of_the_embedder_is_named() {
 
 #[test]
 fn connections_of_the_embedder_are_encrypted() {
-    let credentials = tls::credentials("CA");
+    let credentials = credentials("CA");
     let client = || TlsClient::from_directory(credentials.path()).unwrap().hostname("127.0.0.1").unwrap();
     let server = || TlsServer::from_directory(credentials.path()).unwrap();
     for (count, make) in [(1, unix as fn(usize) -> Ends), (3, unix), (3, tcp)] {
@@ -262,7 +263,7 @@ fn connections_of_the_embedder_are_encrypted() {
 
 #[test]
 fn a_source_that_shakes_no_hands_gets_no_guest_over() {
-    let credentials = tls::credentials("CA");
+    let credentials = credentials("CA");
     let (block, builder) = builder();
     let (ours, theirs) = unix(1);
     let server = TlsServer::from_directory(credentials.path()).unwrap();

@@ -7,7 +7,7 @@ use multifd_codecs::{Codec, Uncompressed, Zstd};
 use multifd_engine::{Arrived, ErrorKind};
 use multifd_transports::{TlsClient, TlsServer};
 
-pub(super) use crate::credentials::credentials;
+use crate::credentials::credentials;
 use crate::guest::Guest;
 use crate::{LOAD, PAGES, There, assert_equal, move_over, source};
 

@@ -7,6 +7,10 @@
     reason = "test code may panic"
 )]
 
+#[path = "../live/credentials.rs"]
+mod credentials;
+mod recovery;
+mod relay;
 #[path = "../dirty/skip.rs"]
 mod skip;
 
@@ -16,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use multifd_engine::transports::{Endpoint, Listener};
+use multifd_engine::transports::{Endpoint, Listener, TlsClient, TlsServer};
 use multifd_engine::vm_memory::Bytes;
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
@@ -37,6 +41,8 @@ struct Move {
     preempt: bool,
     /// The link is cut after the first request, and replaced.
     cut: bool,
+    /// All connections are encrypted.
+    tls: bool,
 }
 
 fn memory(memfd: bool) -> Vec<RamBlock> {
@@ -115,13 +121,28 @@ fn serve(mut postcopy: Postcopy, recover: Option<&Endpoint>) -> Report {
     }
 }
 
+/// A guest whose threads do not wait for ever when the test fails.
+struct Awaited(Option<PostcopyGuest>);
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        let guest = self.0.take().filter(|_| thread::panicking());
+        // Those that wait for a page get SIGBUS, or the process ends at once: what failed has been said.
+        if guest.is_some_and(|guest| guest.poison_missing().is_err()) {
+            std::process::abort();
+        }
+    }
+}
+
 /// Waits for the RAM to the end; `recover`: where to wait for the source after a link was cut.
-fn wait(mut guest: PostcopyGuest, recover: Option<Listener>) -> Report {
+fn wait(guest: PostcopyGuest, recover: Option<Listener>) -> Report {
+    let mut awaited = Awaited(Some(guest));
+    let guest = awaited.0.as_mut().unwrap();
     match (guest.wait().unwrap(), recover) {
         (PostcopyEnd::Completed(report), None) => *report,
         (PostcopyEnd::Paused(_), Some(listener)) => {
             guest.recover(listener, SOON).unwrap();
-            wait(guest, None)
+            wait(awaited.0.take().unwrap(), None)
         }
         (PostcopyEnd::Completed(_), Some(_)) => panic!("completed over a link that was cut"),
         (PostcopyEnd::Paused(error), None) => panic!("paused: {}", error.chain()),
@@ -129,17 +150,19 @@ fn wait(mut guest: PostcopyGuest, recover: Option<Listener>) -> Report {
 }
 
 /// Until the first request nothing goes that is not asked for; then the link is cut, or all goes.
-fn after_the_first_request(progress: &ProgressReader, control: &Control, switched: &AtomicBool, cut: bool) {
+fn after_the_first_request(progress: &ProgressReader, control: &Control, cut: bool) {
     let begun = std::time::Instant::now();
-    // A link can be cut when the switch is over at the source, too.
-    while progress.now().requests == 0 || !switched.load(Ordering::Acquire) {
-        assert!(begun.elapsed() < SOON, "no request for a page");
+    let asked = || progress.now().requests > 0;
+    while !asked() && begun.elapsed() < SOON {
         thread::yield_now();
     }
     if cut {
-        control.pause_postcopy();
+        // The switch may not have come back at the source by now.
+        control.pause_postcopy().unwrap();
     }
     control.set_max_postcopy_bandwidth(None);
+    // Last: the others wait for no page for ever.
+    assert!(asked(), "no request for a page");
 }
 
 /// Reads each page of all blocks once, in the order of `step` (odd), and compares it with the source's.
@@ -161,26 +184,30 @@ fn moved(how: Move) -> (Report, Report) {
     let log = SoftwareLog::new(&here);
     let marker = log.marker();
     let any: Endpoint = "tcp:127.0.0.1:0".parse().unwrap();
-    let destination = Destination::builder(there.clone()).postcopy(true).timeout(SOON).listen(&any).unwrap();
+    let credentials = how.tls.then(|| credentials::credentials("CA"));
+    let server = credentials.as_ref().map(|dir| TlsServer::from_directory(dir.path()).unwrap());
+    let mut destination = Destination::builder(there.clone()).postcopy(true).timeout(SOON);
+    if let Some(server) = &server {
+        destination = destination.tls(server.clone());
+    }
+    let destination = destination.listen(&any).unwrap();
     let to = destination.endpoint();
-    let again = how.cut.then(|| Listener::bind(&any).unwrap());
+    let again = how.cut.then(|| Listener::bind(&any).unwrap().tls(server));
     let again_at = again.as_ref().map(Listener::endpoint);
-    let source = Source::builder(here.clone(), Configuration::new("test-10.0"))
+    let mut source = Source::builder(here.clone(), Configuration::new("test-10.0"))
         .dirty_log(log)
         .postcopy(true)
         .postcopy_preempt(how.preempt)
         .max_postcopy_bandwidth(NonZeroU64::new(1))
-        .timeout(SOON)
-        .build()
-        .unwrap();
+        .timeout(SOON);
+    if let Some(dir) = &credentials {
+        source = source.tls(TlsClient::from_directory(dir.path()).unwrap());
+    }
+    let source = source.build().unwrap();
     let (progress, control) = (source.progress(), source.control());
-    let switched = AtomicBool::new(false);
     thread::scope(|scope| {
-        let serving = scope.spawn(|| {
-            let postcopy = rounds_and_switch(source, &here, &marker, &to);
-            switched.store(true, Ordering::Release);
-            serve(postcopy, again_at.as_ref())
-        });
+        let serving =
+            scope.spawn(|| serve(rounds_and_switch(source, &here, &marker, &to), again_at.as_ref()));
         let Incoming::Postcopy(guest) = destination.receive_live().unwrap() else { panic!("no switch") };
         assert_eq!(guest.opaque_state("devices"), Some((1, &b"state"[..])));
         guest.loaded().unwrap();
@@ -188,7 +215,7 @@ fn moved(how: Move) -> (Report, Report) {
             let (there, here) = (&there, &here);
             scope.spawn(move || read_all(there, here, step));
         }
-        scope.spawn(|| after_the_first_request(&progress, &control, &switched, how.cut));
+        scope.spawn(|| after_the_first_request(&progress, &control, how.cut));
         let received = wait(guest, again);
         (serving.join().unwrap(), received)
     })
@@ -197,16 +224,17 @@ fn moved(how: Move) -> (Report, Report) {
 /// Moves, and looks at both reports; the guest's threads have compared every page.
 fn check(how: Move) {
     let (sent, received) = moved(how);
-    let (sent, received) = (sent.postcopy.unwrap(), received.faults.unwrap());
+    let (sent, received) = (sent.postcopy.unwrap(), received.postcopy.unwrap());
     assert!(sent.run_after.is_some(), "{how:?}");
     let recoveries = u64::from(how.cut);
     assert_eq!((sent.recoveries, received.recoveries), (recoveries, recoveries), "{how:?}");
     // What was asked for last may have come before the source read of it.
     assert!((1..=received.requests).contains(&sent.requests), "{how:?}: {sent:?} {received:?}");
     assert!((1..=received.pages_requested).contains(&sent.pages_requested), "{how:?}: {sent:?} {received:?}");
-    let waits = &received.fault_us;
-    assert!(received.faults > 0 && waits.p50 <= waits.p99 && waits.p99 <= waits.max, "{received:?}");
-    assert_eq!(received.threads.iter().map(|thread| thread.faults).sum::<u64>(), received.faults);
+    let faults = received.faults.as_ref().unwrap();
+    let waits = &faults.fault_us;
+    assert!(faults.faults > 0 && waits.p50 <= waits.p99 && waits.p99 <= waits.max, "{received:?}");
+    assert_eq!(faults.threads.iter().map(|thread| thread.faults).sum::<u64>(), faults.faults);
 }
 
 /// Says why there is no post-copy here, if so.
@@ -239,5 +267,15 @@ fn a_link_that_is_cut_is_replaced_at_both_ends_while_threads_wait() {
     if !missing() {
         check(Move { cut: true, ..Move::default() });
         check(Move { cut: true, preempt: true, ..Move::default() });
+    }
+}
+
+#[test]
+fn all_connections_of_a_postcopy_are_encrypted_those_of_a_recovery_too() {
+    if !missing() {
+        for cut in [false, true] {
+            check(Move { tls: true, cut, ..Move::default() });
+            check(Move { tls: true, cut, preempt: true, ..Move::default() });
+        }
     }
 }

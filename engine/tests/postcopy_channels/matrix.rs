@@ -34,7 +34,7 @@ fn moved(how: &Move, rounds: usize) -> Report {
         });
         // Until then only what is asked for goes: threads that wait are certain, and so are neighbours of one in order.
         let pushed = u64::from(how.order == Order::Ascending && how.urgent > 0);
-        until(&sent, "requests", |sent| sent.requests > 2 && sent.pages_pushed >= pushed);
+        until(&sent, "requests", |sent| sent.requests > 2 && sent.neighbours_pushed >= pushed);
         control.set_max_postcopy_bandwidth(None);
         threads.join().unwrap();
         (serving.join().unwrap(), waiting.join().unwrap())
@@ -111,7 +111,7 @@ fn pages_that_are_asked_for_go_on_as_many_channels_as_are_set_and_without_any_on
             assert_eq!(channels.count(), urgent, "{order:?}");
             let name = if urgent == 0 { "main" } else { "urgent" };
             assert!(pages_on(progress, name) > 0, "{urgent} {order:?}: {:?}", progress.per_channel);
-            assert!(urgent > 0 || progress.pages_pushed == 0, "{progress:?}");
+            assert!(urgent > 0 || progress.neighbours_pushed == 0, "{progress:?}");
         }
     }
 }

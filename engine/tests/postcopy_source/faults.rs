@@ -3,6 +3,7 @@
 use multifd_engine::wire::ReturnMessage;
 use multifd_engine::{Error, ErrorKind, MigrationState, PAGE, Postcopy, RamBlock, Served};
 
+use crate::open_files::{is_open, socket};
 use crate::peer::{LinkEnd, Peer, Script};
 use crate::{There, completed, devices, guest, paused, preempted, request};
 
@@ -222,10 +223,63 @@ fn a_caller_can_cut_the_link_and_go_on_over_another() {
     let (precopy, there) = paused(&blocks, Script::default());
     let control = precopy.control();
     let mut postcopy = precopy.switch_to_postcopy(&devices()).unwrap();
-    control.pause_postcopy();
+    control.pause_postcopy().unwrap();
     let Served::Paused(error) = postcopy.serve().unwrap() else { panic!("completed") };
     assert!(error.to_string().contains("paused by the caller"), "{error}");
     let (peer, _) = there.end();
+    let (main, there) = There::start(peer, Script::default(), true);
+    postcopy.recover_over(main, None).unwrap();
+    completed(postcopy.serve().unwrap());
+    there.end().0.check(&blocks);
+}
+
+/// Whether the destination runs the guest by now cannot be told: it must not run here, too.
+#[test]
+fn a_link_that_this_end_cuts_before_the_devices_were_loaded_does_not_give_the_guest_back() {
+    let blocks = guest();
+    let requests = vec![request("pc.ram", 90, 1)];
+    let (precopy, there) = paused(&blocks, Script { mute: true, requests, ..Script::default() });
+    let control = precopy.control();
+    let error = control.pause_postcopy().unwrap_err();
+    assert!(error.kind() == ErrorKind::ApiMisuse && error.to_string().contains("is active"), "{error}");
+    let mut postcopy = precopy.switch_to_postcopy(&devices()).unwrap();
+    // It has RUN.
+    while control.progress().requests == 0 {
+        std::thread::yield_now();
+    }
+    control.pause_postcopy().unwrap();
+    let Served::Paused(error) = postcopy.serve().unwrap() else { panic!("completed") };
+    assert!(!error.source_may_resume(), "{error}");
+    let (peer, _) = there.end();
+    assert!(peer.runs);
+    let (main, there) = There::start(peer, Script::default(), true);
+    postcopy.recover_over(main, None).unwrap();
+    completed(postcopy.serve().unwrap());
+    assert_eq!(control.pause_postcopy().unwrap_err().kind(), ErrorKind::ApiMisuse);
+    there.end().0.check(&blocks);
+}
+
+#[test]
+fn a_link_that_was_replaced_leaves_no_descriptor_open() {
+    let blocks = guest();
+    let (ended, mut peer, _) = first_link(&blocks, script(60));
+    let Ended::Paused(mut postcopy) = ended else { panic!("not handed over") };
+    let (mut sent, mut links) = (0, Vec::new());
+    for cut in [3, 4, 5, 6, 7] {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        links.push(socket(&ours));
+        let script = Script { cut: Some(cut), ..script(0) };
+        let there = There::over(theirs.try_into().unwrap(), peer, script, true);
+        // It breaks while it is set up, or when pages go.
+        if postcopy.recover_over(ours.try_into().unwrap(), None).is_ok() {
+            assert!(matches!(postcopy.serve().unwrap(), Served::Paused(_)));
+        }
+        peer = there.end().0;
+        assert_eq!(links.iter().filter(|link| is_open(link)).count(), 0, "cut at {cut}");
+        let now = postcopy.progress().now().wire_bytes;
+        assert!(now > sent, "what went over a link that is gone is counted");
+        sent = now;
+    }
     let (main, there) = There::start(peer, Script::default(), true);
     postcopy.recover_over(main, None).unwrap();
     completed(postcopy.serve().unwrap());

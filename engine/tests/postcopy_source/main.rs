@@ -7,6 +7,8 @@
 )]
 
 mod faults;
+#[path = "../postcopy/open_files.rs"]
+mod open_files;
 mod peer;
 
 use std::num::NonZeroU64;
@@ -17,8 +19,8 @@ use multifd_engine::transports::Channel;
 use multifd_engine::vm_memory::Bytes;
 use multifd_engine::wire::{Command, Configuration};
 use multifd_engine::{
-    DeviceState, HostMemory, MigrationState, PAGE, Postcopy, Precopy, RamBlock, Report, Served, SoftwareLog,
-    Source, SourceBuilder,
+    Decision, DeviceState, HostMemory, Limits, MigrationState, OnStall, PAGE, Postcopy, Precopy, RamBlock,
+    Report, Served, SoftwareLog, Source, SourceBuilder,
 };
 
 use peer::{LinkEnd, Peer, Script};
@@ -52,14 +54,18 @@ fn devices() -> DeviceState {
 struct There(JoinHandle<(Peer, LinkEnd)>);
 
 impl There {
-    fn start(mut peer: Peer, script: Script, resumed: bool) -> (Channel, Self) {
+    fn start(peer: Peer, script: Script, resumed: bool) -> (Channel, Self) {
         let (ours, theirs) = Channel::pair().unwrap();
+        (ours, Self::over(theirs, peer, script, resumed))
+    }
+
+    fn over(theirs: Channel, mut peer: Peer, script: Script, resumed: bool) -> Self {
         let thread = std::thread::Builder::new();
         let thread = thread.spawn(move || {
             let end = peer.link(&theirs, &script, resumed);
             (peer, end)
         });
-        (ours, Self(thread.unwrap()))
+        Self(thread.unwrap())
     }
 
     fn end(self) -> (Peer, LinkEnd) {
@@ -279,4 +285,46 @@ fn pages_that_are_asked_for_have_a_channel_of_their_own() {
         }
     }
     peer.check(&blocks);
+}
+
+/// A guest that has these pages dirty after each round.
+fn stalls(limits: Limits, rounds: usize) {
+    let blocks = guest();
+    let log = SoftwareLog::new(&blocks);
+    let marker = log.marker();
+    let (main, there) = There::start(Peer::new(&blocks), Script::default(), false);
+    let source = source(&blocks).dirty_log(log).limits(limits).build().unwrap();
+    let mut precopy = source.connect_over(main, Vec::new()).unwrap();
+    while !precopy.wants_postcopy() {
+        for page in 20..30 {
+            write(&blocks[0], page, precopy.decisions().len() as u8);
+            marker.mark(0, (page * PAGE) as u64, PAGE as u64);
+        }
+        precopy.round().unwrap();
+        assert!(!precopy.converged(), "{:?}", precopy.decisions());
+    }
+    assert_eq!(precopy.decisions().len(), rounds, "{:?}", precopy.decisions());
+    let mut postcopy = precopy.switch_to_postcopy(&devices()).unwrap();
+    let report = completed(postcopy.serve().unwrap());
+    assert_eq!(report.decisions.last().map(|last| last.decision), Some(Decision::Postcopy));
+    let (peer, _) = there.end();
+    peer.check(&blocks);
+    let stale: Vec<_> = peer.order.iter().map(|(_, page)| *page).collect();
+    assert_eq!(stale, (20..30).collect::<Vec<_>>(), "what was stale went again, and nothing else");
+}
+
+#[test]
+fn rounds_that_stall_end_in_postcopy() {
+    let at_stall =
+        Limits { downtime_limit: Duration::ZERO, on_stall: OnStall::Postcopy, ..Limits::default() };
+    stalls(at_stall, 4);
+    // Not given up when that has lasted for too long.
+    stalls(Limits { stall_deadline: Some(Duration::ZERO), ..at_stall }, 4);
+}
+
+#[test]
+fn a_deadline_that_has_passed_ends_in_postcopy() {
+    let on_stall = OnStall::Postcopy;
+    let deadline = Some(Duration::ZERO);
+    stalls(Limits { downtime_limit: Duration::ZERO, on_stall, deadline, ..Limits::default() }, 1);
 }

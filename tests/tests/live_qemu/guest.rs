@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use multifd_engine::codecs::{Codec, Uncompressed, parse_codec};
 use multifd_engine::transports::Endpoint;
-use multifd_engine::{Checkpoint, Error, HostMemory, Precopy, RamBlock, Report, Source, ZeroCopySend};
+use multifd_engine::{
+    Checkpoint, Error, HostMemory, Limits, OnStall, PAGE, Precopy, RamBlock, Report, Served, Source,
+    ZeroCopySend,
+};
 use multifd_tests::{
     BootSector, Compression, Failure, Fill, Outcome, Qemu, QemuBuilder, Receive, Scratch, Settings, Side,
     guest, ram,
@@ -48,6 +51,10 @@ pub(crate) struct Way {
     pub(crate) zero_copy: ZeroCopySend,
     /// Bytes per second.
     pub(crate) max_bandwidth: Option<NonZeroU64>,
+    /// It may go on before its RAM is there.
+    pub(crate) postcopy: bool,
+    /// The same, with a connection of its own for pages that are asked for.
+    pub(crate) preempt: bool,
 }
 
 impl Guest {
@@ -98,7 +105,20 @@ impl Guest {
             .codec(way.codec())
             .max_bandwidth(way.max_bandwidth)
             .zero_copy_send(way.zero_copy)
+            .postcopy(way.postcopy)
+            .postcopy_preempt(way.preempt)
             .timeout(SOON);
+        if way.postcopy {
+            // Only what is written in a round keeps it from its end.
+            let on_stall = OnStall::Postcopy;
+            let deadline = Some(SOON);
+            builder = builder.limits(Limits {
+                downtime_limit: Duration::ZERO,
+                on_stall,
+                deadline,
+                ..Limits::default()
+            });
+        }
         if way.xbzrle {
             builder = builder.xbzrle(CACHE);
         }
@@ -127,6 +147,34 @@ impl Guest {
         last.commit(self.checkpoint.device_state()).map_err(text)
     }
 
+    /// The guest goes on, and its RAM follows.
+    pub(crate) fn switch_over(&self, precopy: Precopy, device: &Device) -> Outcome<Report> {
+        device.stand_still()?;
+        let mut postcopy = precopy.switch_to_postcopy(self.checkpoint.device_state()).map_err(text)?;
+        match postcopy.serve().map_err(text)? {
+            Served::Completed(report) => Ok(*report),
+            Served::Paused(error) => Err(text(error)),
+        }
+    }
+
+    /// The memory is ours, but for what the guest has written since; its count goes on without a gap.
+    pub(crate) fn check_goes_on(&self, mut destination: Qemu) -> Outcome {
+        destination.wait_completed(SOON)?;
+        if destination.run_state()? != "running" {
+            destination.resume()?;
+        }
+        destination.serial().wait_lines(3, 0, SOON)?;
+        destination.stop()?;
+        let (here, there) = (std::fs::read(&self.ram)?, std::fs::read(destination.ram())?);
+        assert_eq!(here.len(), there.len());
+        let pages = here.chunks(PAGE).zip(there.chunks(PAGE)).enumerate().skip(GUEST_PAGES);
+        let differ: Vec<_> = pages.filter(|(_, (here, there))| here != there).map(|(page, _)| page).collect();
+        assert!(differ.is_empty(), "pages {differ:?} differ");
+        let lines = guest::check_sequence(&(self.said.clone() + &destination.quit()?))?;
+        assert!(lines > 3, "{lines} lines");
+        Ok(())
+    }
+
     /// The memory is ours, byte for byte, and the guest's count goes on without a gap.
     pub(crate) fn check_arrived(&self, mut destination: Qemu) -> Outcome {
         destination.wait_completed(SOON)?;
@@ -140,6 +188,9 @@ impl Guest {
     }
 }
 
+/// Pages that the guest writes, and what is below them: the BIOS's and the boot sector's.
+const GUEST_PAGES: usize = 0x90;
+
 /// Writes of the device in each round: a third of its pages, some of them several times.
 pub(crate) const WRITES: u64 = 2000;
 
@@ -148,7 +199,11 @@ const CACHE: usize = 32 << 20;
 
 impl Way {
     fn settings(&self) -> Settings {
-        Settings { channels: self.channels, compression: self.compression, ..Settings::default() }
+        let mut capabilities = Vec::new();
+        capabilities.extend(self.postcopy.then_some("postcopy-ram"));
+        capabilities.extend(self.preempt.then_some("postcopy-preempt"));
+        let (channels, compression) = (self.channels, self.compression);
+        Settings { channels, compression, capabilities, ..Settings::default() }
     }
 
     fn codec(&self) -> Arc<dyn Codec> {

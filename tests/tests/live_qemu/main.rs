@@ -4,6 +4,7 @@
 mod device;
 mod faults;
 mod guest;
+mod postcopy;
 
 use std::num::NonZeroU64;
 use std::thread;

@@ -205,6 +205,20 @@ impl Author {
         self.close()
     }
 
+    /// A page whatever has gone before, with an older content.
+    pub(crate) fn stale_page(&mut self, block: usize, page: usize) -> Outcome {
+        self.item(Item::SectionPart(RAM))?;
+        self.page(block, page, true)?;
+        self.close()
+    }
+
+    /// Records of RAM as they are, in a section of their own.
+    pub(crate) fn records(&mut self, records: &[u8]) -> Outcome {
+        self.item(Item::SectionPart(RAM))?;
+        self.send(records)?;
+        self.close()
+    }
+
     /// Waits for a request: block and first page.
     pub(crate) fn request(&mut self) -> Outcome<(usize, usize)> {
         loop {

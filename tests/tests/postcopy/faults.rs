@@ -1,7 +1,7 @@
 //! Threads that touch memory whose pages follow, in order, at random, and from many at once.
 #![allow(clippy::indexing_slicing, clippy::expect_used, reason = "test code may panic")]
 
-use multifd_engine::{PAGE, PostcopyEnd, PostcopyFigures, RamBlock};
+use multifd_engine::{PAGE, PageFaults, PostcopyEnd, PostcopyReport, RamBlock};
 use multifd_tests::{Failure, Outcome, skip};
 
 use crate::author::{Author, content};
@@ -51,8 +51,19 @@ fn serve(mut author: Author, last: (usize, usize)) -> Outcome<(Author, u64)> {
 }
 
 /// Threads fault on nothing but requested pages; then the rest comes.
-fn faults(kinds: &[(Kind, usize)], threads: &[Touch], count: usize) -> Outcome<PostcopyFigures> {
-    let Pair { author, mut guest, memory } = Pair::switched(kinds)?;
+fn faults(kinds: &[(Kind, usize)], threads: &[Touch], count: usize) -> Outcome<(PostcopyReport, PageFaults)> {
+    faults_heard_by(1, kinds, threads, count)
+}
+
+/// The same with that many slices of RAM.
+fn faults_heard_by(
+    fault_threads: usize,
+    kinds: &[(Kind, usize)],
+    threads: &[Touch],
+    count: usize,
+) -> Outcome<(PostcopyReport, PageFaults)> {
+    let Pair { author, mut guest, memory } =
+        Pair::switched_with(kinds, |destination| destination.fault_threads(fault_threads))?;
     guest.loaded().map_err(text)?;
     let last_block = memory.len() - 1;
     let last = memory[last_block].pages() - LAST;
@@ -79,11 +90,17 @@ fn faults(kinds: &[(Kind, usize)], threads: &[Touch], count: usize) -> Outcome<P
     };
     finishing.join().map_err(|_| Failure::new("the source panicked"))??;
     check(&memory);
-    let figures = report.faults.clone().ok_or_else(|| Failure::new("no figures"))?;
+    let mut figures = report.postcopy.ok_or_else(|| Failure::new("no figures"))?;
+    let faults = figures.faults.take().ok_or_else(|| Failure::new("no figures of faults"))?;
     assert_eq!(figures.requests, asked, "each is asked for once");
-    assert!(figures.faults >= figures.requests, "{figures:?}");
-    assert_eq!(figures.fault_us.histogram.iter().sum::<u64>(), figures.faults);
-    Ok(figures)
+    assert!(faults.faults >= figures.requests, "{faults:?}");
+    assert_eq!(faults.fault_us.histogram.iter().sum::<u64>(), faults.faults);
+    assert_eq!(report.progress.faults, faults.faults);
+    assert_eq!(report.progress.fault_max_us, faults.fault_us.max);
+    // A page that was written before the switch is none of these.
+    let pages: u64 = memory.iter().map(|block| block.pages() as u64).sum();
+    assert!(faults.pages_pushed > 0 && faults.pages_pushed + figures.pages_requested <= pages, "{faults:?}");
+    Ok((figures, faults))
 }
 
 const SIXTEEN: [Touch; 16] = {
@@ -100,8 +117,19 @@ const SIXTEEN: [Touch; 16] = {
 fn pages_that_threads_touch_come_when_they_are_asked_for() -> Outcome {
     let kinds = [(Kind::Anonymous, PAGES), (Kind::Memfd, PAGES)];
     for threads in [&[Touch::InOrder][..], &[Touch::AtRandom(1031)], &SIXTEEN] {
-        let figures = faults(&kinds, threads, 600)?;
-        assert!(figures.threads.len() <= threads.len() + 1, "{figures:?}");
+        let (figures, faults) = faults(&kinds, threads, 600)?;
+        assert!(faults.threads.len() <= threads.len() + 1, "{faults:?}");
+        assert!(figures.requests > 100, "{figures:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn faults_on_slices_of_ram_are_heard_by_a_thread_each() -> Outcome {
+    // A block of fewer pages than there are slices is among them.
+    let kinds = [(Kind::Memfd, 3), (Kind::Anonymous, PAGES), (Kind::Memfd, PAGES)];
+    for fault_threads in [4, 16] {
+        let (figures, _) = faults_heard_by(fault_threads, &kinds, &SIXTEEN, 600)?;
         assert!(figures.requests > 100, "{figures:?}");
     }
     Ok(())
@@ -114,7 +142,7 @@ fn huge_pages_come_as_a_whole() -> Outcome {
         Ok(pool) => pool,
         Err(why) => skip!("{why}"),
     };
-    let figures = faults(&kinds, &SIXTEEN, 600)?;
+    let (figures, _) = faults(&kinds, &SIXTEEN, 600)?;
     drop(pool);
     assert!(figures.pages_requested > figures.requests, "{figures:?}");
     Ok(())
@@ -150,27 +178,10 @@ fn a_page_that_is_dropped_meanwhile_is_zero_and_stays_so() -> Outcome {
 }
 
 #[expect(unsafe_code, reason = "a guest's balloon drops pages by madvise")]
-fn drop_pages(block: &RamBlock, pages: std::ops::Range<usize>) {
+pub(crate) fn drop_pages(block: &RamBlock, pages: std::ops::Range<usize>) {
     let slice = block.memory().slice(pages.start * PAGE, pages.len() * PAGE).expect("pages of the block");
     let advice = if block.memory().file().is_some() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
     // SAFETY: the range is mapped; that its content goes is what the test is about.
     let done = unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), advice) };
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
-}
-
-/// The last descriptor of a userfaultfd, closed, would let every missing page read as zero.
-#[test]
-fn what_is_missing_is_never_read_as_zero_whatever_becomes_of_the_destination() -> Outcome {
-    let Pair { author, guest, memory } = Pair::switched(&[(Kind::Anonymous, PAGES)])?;
-    guest.loaded().map_err(text)?;
-    drop(guest);
-    drop(author);
-    let smaps = std::fs::read_to_string("/proc/self/smaps")?;
-    let start = memory[0].memory().slice(0, 1).map_or(0, |slice| slice.ptr_guard().as_ptr() as usize);
-    let of_block = smaps.split_once(&format!("{start:x}-")).map_or("", |(_, rest)| rest);
-    let flags = of_block.lines().find_map(|line| line.strip_prefix("VmFlags:")).unwrap_or_default();
-    assert!(flags.split(' ').any(|flag| flag == "um"), "faults still wait: {flags}");
-    // A page that had come is there.
-    assert!(load(&memory[0], 0) == content(0, 0, false));
-    Ok(())
 }

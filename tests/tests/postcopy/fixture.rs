@@ -53,23 +53,7 @@ impl Moving {
         settings: &Settings,
         when: When,
     ) -> Outcome<Self> {
-        source.serial().wait_lines(2, 0, SOON)?;
-        source.set_up(settings, Side::Source)?;
-        match when {
-            When::AtOnce | When::InFirstRound => source.set_parameter("max-bandwidth", 8 * MIB)?,
-            When::InThirdRound => {}
-        }
-        source.migrate(receive.uri())?;
-        match when {
-            When::AtOnce => {}
-            When::InFirstRound => source.wait_transferred(MIB, SOON)?,
-            When::InThirdRound => {
-                source.wait_first_window(SOON)?;
-                source.set_parameter("max-bandwidth", 0)?;
-                source.wait_rounds(3, SOON)?;
-            }
-        }
-        source.start_postcopy()?;
+        switch(&mut source, receive.uri(), settings, when)?;
         Ok(Self { source, receive, out: out.to_owned() })
     }
 
@@ -83,6 +67,31 @@ impl Moving {
         ram::check_equal(self.source.ram(), &checkpoint.block("pc.ram")?)?;
         Ok((checkpoint, self.source))
     }
+}
+
+/// Starts to migrate, and switches.
+pub(crate) fn switch(source: &mut Qemu, to: &str, settings: &Settings, when: When) -> Outcome {
+    source.serial().wait_lines(2, 0, SOON)?;
+    source.set_up(settings, Side::Source)?;
+    match when {
+        When::AtOnce | When::InFirstRound => source.set_parameter("max-bandwidth", 8 * MIB)?,
+        When::InThirdRound => {}
+    }
+    source.migrate(to)?;
+    match when {
+        When::AtOnce => {}
+        When::InFirstRound => source.wait_transferred(MIB, SOON)?,
+        When::InThirdRound => {
+            source.wait_first_window(SOON)?;
+            source.set_parameter("max-bandwidth", 20 * MIB)?;
+            // From here on what the guest writes in a round takes longer than QEMU's windows of 100 ms: a guest that gets no CPU
+            // for a moment does not end the rounds.
+            source.wait_remaining(3 * MIB, SOON)?;
+            source.set_parameter("max-bandwidth", 4 * MIB)?;
+            source.wait_rounds(3, SOON)?;
+        }
+    }
+    source.start_postcopy()
 }
 
 /// A migration that may switch to post-copy; in its rounds until it does.

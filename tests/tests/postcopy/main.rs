@@ -6,8 +6,15 @@ mod faults;
 mod fixture;
 #[path = "../../../engine/tests/dirty/huge_pages.rs"]
 mod huge_pages;
+mod live;
 mod memory;
+#[path = "../../../engine/tests/postcopy/open_files.rs"]
+mod open_files;
+mod own;
 mod recovery;
+#[path = "../../../engine/tests/postcopy/relay.rs"]
+mod relay;
+mod traps;
 
 use std::io::{Read as _, Write as _};
 use std::path::PathBuf;
@@ -124,11 +131,26 @@ fn a_guest_that_came_by_postcopy_is_sent_on_and_runs() -> Outcome {
 #[test]
 fn a_link_that_breaks_is_made_again_and_nothing_is_lost() -> Outcome {
     skip_without_kvm!();
+    breaks(false)
+}
+
+#[test]
+fn an_encrypted_link_that_breaks_is_made_again_encrypted() -> Outcome {
+    skip_without_kvm!();
+    breaks(true)
+}
+
+fn breaks(tls: bool) -> Outcome {
     let scratch = Scratch::new()?;
-    let machine = guest(&scratch)?;
+    let mut machine = guest(&scratch)?;
     let slowly = [("max-postcopy-bandwidth".to_owned(), (4 << 20).into())];
-    let settings = Settings { parameters: slowly.into_iter().collect(), ..settings() };
-    let flags = ["--recover", "120s"];
+    let mut settings = Settings { parameters: slowly.into_iter().collect(), ..settings() };
+    let dir = live::credentials(&scratch)?;
+    let mut flags = vec!["--recover", "120s"];
+    if tls {
+        machine = live::with_tls(machine, &mut settings, &dir);
+        flags.extend(["--tls-dir", dir.to_str().unwrap_or_default()]);
+    }
     let mut moving = moving(&scratch, &machine, "tcp:127.0.0.1:0", &flags, &settings, When::InFirstRound)?;
     for round in 1..=3 {
         moving.source.wait_status("postcopy-active", SOON)?;

@@ -3,10 +3,13 @@
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::thread;
 
-use multifd_engine::vm_memory::Bytes as _;
-use multifd_engine::{Channel, Destination, HostMemory, Incoming, PAGE, PostcopyGuest, RamBlock};
+use multifd_engine::vm_memory::{Bytes as _, MmapRegion};
+use multifd_engine::{
+    Channel, Destination, DestinationBuilder, HostMemory, Incoming, PAGE, PostcopyGuest, RamBlock,
+};
 use multifd_tests::{Failure, Outcome};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
@@ -20,18 +23,21 @@ pub(crate) enum Kind {
     Memfd,
     /// The same with huge pages of 2 MiB.
     Huge,
+    /// Private huge pages, none of which is set aside: the pool may be empty when one is needed.
+    Unreserved,
 }
 
 pub(crate) const HUGE: usize = 2 << 20;
 
 impl Kind {
     pub(crate) fn host(self) -> usize {
-        if self == Self::Huge { HUGE / PAGE } else { 1 }
+        if matches!(self, Self::Huge | Self::Unreserved) { HUGE / PAGE } else { 1 }
     }
 
     pub(crate) fn memory(self, len: usize) -> Outcome<HostMemory> {
         let flags = match self {
             Self::Anonymous => return Ok(HostMemory::anonymous(len)?),
+            Self::Unreserved => return unreserved(len),
             Self::Memfd => MemfdFlags::CLOEXEC,
             Self::Huge => MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB,
         };
@@ -39,6 +45,13 @@ impl Kind {
         ftruncate(&file, len as u64)?;
         Ok(HostMemory::map_file(file, len)?)
     }
+}
+
+fn unreserved(len: usize) -> Outcome<HostMemory> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_HUGETLB;
+    let region = MmapRegion::<()>::build(None, len, libc::PROT_READ | libc::PROT_WRITE, flags);
+    let region = region.map_err(|error| Failure::new(error.to_string()))?;
+    Ok(HostMemory::from_region(Arc::new(region))?)
 }
 
 /// A destination and its scripted source, up to the switch.
@@ -51,6 +64,14 @@ pub(crate) struct Pair {
 impl Pair {
     /// Blocks of so many pages of each kind.
     pub(crate) fn switched(kinds: &[(Kind, usize)]) -> Outcome<Self> {
+        Self::switched_with(kinds, |destination| destination)
+    }
+
+    /// The same with a destination that is set so.
+    pub(crate) fn switched_with(
+        kinds: &[(Kind, usize)],
+        set: impl FnOnce(DestinationBuilder) -> DestinationBuilder,
+    ) -> Outcome<Self> {
         const NAMES: [&str; 3] = ["ram.a", "ram.b", "ram.c"];
         let blocks: Vec<_> = NAMES
             .iter()
@@ -63,8 +84,7 @@ impl Pair {
             .map(|(block, (kind, pages))| Ok(block.over(kind.memory(pages * PAGE)?)))
             .collect::<Outcome<Vec<_>>>()?;
         let (ours, theirs) = UnixStream::pair()?;
-        let destination = Destination::builder(memory.clone())
-            .postcopy(true)
+        let destination = set(Destination::builder(memory.clone()).postcopy(true))
             .over(Channel::try_from(theirs)?, Vec::new())
             .map_err(text)?;
         let receiving = start(move || destination.receive_live());

@@ -8,6 +8,7 @@ use multifd_tests::{Failure, Outcome};
 
 use crate::author::content;
 use crate::memory::{Kind, Pair, check, load, start, text};
+use crate::open_files::{is_open, socket};
 
 const PAGES: usize = 600;
 
@@ -28,6 +29,7 @@ fn over_another_link_what_is_missing_comes_and_pending_faults_are_asked_for_agai
     // Each has asked, and gets nothing before the link is gone, again and again.
     let mut asked: Vec<_> = (0..4).map(|_| author.request()).collect::<Outcome<_>>()?;
     asked.sort_unstable();
+    let mut links = Vec::new();
     for round in 0..3 {
         for page in (round * 50..round * 50 + 20).filter(|page| *page != 31) {
             author.host_page(0, page)?;
@@ -38,9 +40,11 @@ fn over_another_link_what_is_missing_comes_and_pending_faults_are_asked_for_agai
         assert!(!why.source_may_resume(), "{why}");
         assert_eq!(guest.state(), MigrationState::PostcopyPaused);
         let (ours, theirs) = UnixStream::pair()?;
+        links.push(socket(&theirs));
         let recovering = start(move || author.recover(ours));
         guest.recover_over(Channel::try_from(theirs)?, None).map_err(text)?;
         author = recovering.join().map_err(|_| Failure::new("the source panicked"))??;
+        assert_eq!(links.iter().filter(|link| is_open(link)).count(), 1, "links that are gone are closed");
         let mut again: Vec<_> = (0..4).map(|_| author.request()).collect::<Outcome<_>>()?;
         again.sort_unstable();
         assert_eq!(asked, again);

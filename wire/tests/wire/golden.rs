@@ -220,6 +220,8 @@ fn return_messages() {
     let failure = Failure { phase: 5, reason: "no RAM block vga".to_owned() };
     same!(ReturnMessage, ReturnMessage::Failure(failure), b"\x4d\x48\0\x11\x05no RAM block vga");
     same!(ReturnMessage, ReturnMessage::Loaded(0x0102), b"\x4d\x49\0\x08\0\0\0\0\0\0\x01\x02");
+    let id = ReturnMessage::Id(MigrationId(*b"0123456789abcdef"));
+    same!(ReturnMessage, id, b"\x4d\x50\0\x100123456789abcdef");
     let later = ReturnMessage::Extension { kind: 0x4dff, body: vec![7] };
     same!(ReturnMessage, later, b"\x4d\xff\0\x01\x07");
 }

@@ -115,13 +115,14 @@ pub(crate) fn block_entry() -> impl Strategy<Value = (BlockEntry, BlockListForma
 
 pub(crate) fn return_message() -> impl Strategy<Value = ReturnMessage> {
     let request = (option::of(block_name()), any::<(u64, u32)>());
-    let extension = (0x4d4a_u16..=0x4dff, vec(any::<u8>(), 0..=512));
+    let extension = (0x4d51_u16..=0x4dff, vec(any::<u8>(), 0..=512));
     prop_oneof![
         Just(ReturnMessage::Alive),
         extension.prop_map(|(kind, body)| ReturnMessage::Extension { kind, body }),
         (any::<u8>(), "[ -~]{0,511}")
             .prop_map(|(phase, reason)| ReturnMessage::Failure(Failure { phase, reason })),
         any::<u64>().prop_map(ReturnMessage::Loaded),
+        any::<[u8; 16]>().prop_map(|id| ReturnMessage::Id(MigrationId(id))),
         any::<(u16, u64)>().prop_map(|(version, features)| ReturnMessage::Hello(Hello { version, features })),
         any::<u32>().prop_map(ReturnMessage::Pong),
         block_name().prop_map(ReturnMessage::RecvBitmap),

@@ -13,7 +13,7 @@ use crate::error::{Error, Phase, Result};
 use crate::guest::PAGE;
 
 /// Refusal of POSTCOPY_ADVISE.
-const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not supported here and would lose the guest: \
+const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not allowed here: allow it (DestinationBuilder::postcopy), or \
     switch off capability postcopy-ram at the source (and dirty-bitmaps, if it is on)";
 
 /// Most bytes of a package, whatever else is allowed: it is read while the guest is paused.

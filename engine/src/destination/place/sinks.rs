@@ -216,6 +216,36 @@ mod tests {
         assert!(error.to_string().contains("two RAM blocks are called ram"), "{error}");
     }
 
+    #[test]
+    fn discards_of_what_is_no_page_and_of_parts_of_huge_pages_are_refused() {
+        const HUGE: usize = 512;
+        let memory = HostMemory::anonymous(4 * HUGE * PAGE).unwrap();
+        let sink = sink(&RamBlock::new("ram".try_into().unwrap(), memory));
+        sink.note_written(0, 4 * HUGE);
+        let discard = |offset: u64, len: u64| sink.discard(multifd_wire::DiscardRange { offset, len });
+        let (page, end) = (PAGE as u64, (4 * HUGE * PAGE) as u64);
+        for (offset, len) in
+            [(1, page), (0, 0), (0, page / 2), (end, page), (end - page, 2 * page), (page, u64::MAX)]
+        {
+            let error = discard(offset, len).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::PeerMisbehaved, "{offset:#x} {len:#x}");
+            assert!(error.to_string().contains("a discard of"), "{error}");
+        }
+        assert!(sink.missing(HUGE).unwrap().is_empty());
+        discard(HUGE as u64 * page, HUGE as u64 * page).unwrap();
+        assert_eq!(sink.missing(HUGE).unwrap(), vec![HUGE..2 * HUGE]);
+        for part in [0, HUGE - 1, HUGE / 2] {
+            let at = (2 * HUGE + part) as u64 * page;
+            discard(at, page).unwrap();
+            let error = sink.missing(HUGE).unwrap_err();
+            let says = "only a part of the 512 pages around page";
+            assert!(error.to_string().contains(says) && error.kind() == ErrorKind::PeerMisbehaved, "{error}");
+            let missing: usize = sink.missing(1).unwrap().into_iter().map(|gap| gap.len()).sum();
+            assert_eq!(missing, HUGE + 1, "a page of 4 KiB may go alone");
+            sink.note_written(2 * HUGE, HUGE);
+        }
+    }
+
     /// A difference that makes the first byte of a zero page 7.
     const DELTA: [u8; 3] = [0, 1, 7];
 

@@ -6,65 +6,42 @@
 //!               ── removed ─> came (as zeros), under the gate that every placement holds
 //! ```
 //!
+//! RAM is cut into slices, each with a descriptor and a thread that hears of its faults; one slice
+//! unless the caller wants more.
+//!
 //! A page is placed once. That a page has come is noted after it is there; that a thread waits for
 //! it, before it is looked whether it has come: one of the two sees the other.
 
-use std::collections::HashMap;
+mod block;
+mod poison;
+mod slice;
+
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::Duration;
 
 use super::{BlockSink, BlockSinks, PlacePages};
-use crate::destination::postcopy::figures::FaultFigures;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::{DirtyBitmap, Mappings, PAGE, RamBlock};
+use crate::guest::{Mappings, PAGE, RamBlock};
 use crate::os::userfaultfd::{MemoryEvent, MissingPages, Wake};
+use crate::run::counters::Counters;
+use crate::run::session::Session;
 use crate::run::stop::lock;
+
+pub(crate) use block::PagedBlock;
+use slice::Slice;
 
 /// Fills the missing pages of all blocks.
 pub(crate) struct Pager {
-    missing: MissingPages,
+    slices: Vec<Slice>,
     /// In the order of their addresses.
     blocks: Vec<Arc<BlockSink>>,
-    /// Held for reading while a page is placed, for writing while events are read: between the
-    /// kernel's word that a page is dropped and our note of it, none may be placed.
-    gate: RwLock<()>,
-    /// By the address of the host page.
-    waiting: Mutex<HashMap<u64, Vec<Waiting>>>,
-    figures: Mutex<FaultFigures>,
+    /// Where waits are counted.
+    session: Arc<Session>,
     wake: Wake,
-    /// Nothing reads events any more.
-    stopped: AtomicBool,
     /// Memory is being given back, or has been.
     released: AtomicBool,
-}
-
-/// What a pager knows of a block.
-pub(crate) struct PagedBlock {
-    address: u64,
-    len: u64,
-    /// Bytes.
-    host_page: usize,
-    /// The kernel may make huge pages of it again.
-    may_be_huge: bool,
-    /// Host pages that have been asked for.
-    requested: DirtyBitmap,
-    /// Host pages of which a part has come.
-    gathered: Mutex<Vec<Gathered>>,
-}
-
-struct Waiting {
-    thread: u32,
-    since: Instant,
-}
-
-/// A huge page in the making.
-struct Gathered {
-    host: usize,
-    content: Vec<u8>,
-    here: Vec<bool>,
-    zero: bool,
 }
 
 /// A page that is to be asked for.
@@ -74,9 +51,6 @@ pub(crate) struct Wanted {
     pub(crate) offset: u64,
     pub(crate) len: u32,
 }
-
-/// Huge pages in the making: a source sends one at a time on each channel, of which it has 255 and those for urgent pages.
-const MAX_GATHERED: usize = 255 + 9;
 
 /// Places whole host pages of one block.
 struct Placing<'p> {
@@ -90,34 +64,6 @@ impl PlacePages for Placing<'_> {
     }
 }
 
-impl PagedBlock {
-    /// What the block is to a pager; an error says why it can be none.
-    fn of(block: &RamBlock, mappings: &Mappings) -> Result<Self, String> {
-        let paging = mappings.paging(block)?;
-        let pages = block.pages() * PAGE;
-        if !pages.is_multiple_of(paging.host_page) {
-            return Err(format!("its {pages} bytes are no whole number of pages of {}", paging.host_page));
-        }
-        Ok(Self {
-            address: block.memory().address(),
-            len: block.used_len(),
-            host_page: paging.host_page,
-            may_be_huge: paging.may_be_huge,
-            requested: DirtyBitmap::new(pages / paging.host_page),
-            gathered: Mutex::default(),
-        })
-    }
-
-    /// Target pages in a host page.
-    fn per(&self) -> usize {
-        self.host_page / PAGE
-    }
-
-    fn at(&self, host: usize) -> u64 {
-        self.address + (host * self.host_page) as u64
-    }
-}
-
 impl Pager {
     /// Checks that a pager can fill the memory of `sinks`. Gives the sizes of its pages, OR-ed.
     pub(crate) fn check(sinks: &BlockSinks) -> Result<u64> {
@@ -125,7 +71,7 @@ impl Pager {
         let mappings = mappings()?;
         let mut sizes = 0;
         for sink in sinks.all() {
-            let paged = PagedBlock::of(sink.block(), &mappings).map_err(|why| unfit(sink, &why))?;
+            let paged = PagedBlock::of(sink.block(), &mappings, 1).map_err(|why| unfit(sink, &why))?;
             sizes |= paged.host_page as u64;
             let range = (paged.address, paged.len);
             missing
@@ -150,14 +96,23 @@ impl Pager {
         })
     }
 
-    /// Drops all pages that have not come, and takes the faults on them.
-    pub(crate) fn arm(sinks: &BlockSinks) -> Result<Self> {
-        let mappings = mappings()?;
-        let missing = Self::open()?;
+    /// Drops all pages that have not come, and takes the faults on them, by that many descriptors.
+    pub(crate) fn arm(sinks: &BlockSinks, session: &Arc<Session>, slices: usize) -> Result<Self> {
         let mut blocks: Vec<_> = sinks.all().map(Arc::clone).collect();
         blocks.sort_by_key(|sink| sink.block().memory().address());
-        for sink in &blocks {
-            let paged = PagedBlock::of(sink.block(), &mappings).map_err(|why| unfit(sink, &why))?;
+        let slices = (0..slices.max(1)).map(|_| Self::open().map(Slice::new)).collect::<Result<_>>()?;
+        let wake = Wake::new().map_err(|error| Error::io(Phase::Device, "an eventfd", error))?;
+        let released = AtomicBool::new(false);
+        let pager = Self { slices, blocks, session: Arc::clone(session), wake, released };
+        pager.arm_blocks().inspect_err(|_| pager.disarm())?;
+        Ok(pager)
+    }
+
+    fn arm_blocks(&self) -> Result<()> {
+        let mappings = mappings()?;
+        for sink in &self.blocks {
+            let paged = PagedBlock::of(sink.block(), &mappings, self.slices.len());
+            let paged = paged.map_err(|why| unfit(sink, &why))?;
             let failed = |doing: &'static str| {
                 move |error| {
                     Error::io(Phase::Device, format!("{doing} of RAM block {}", sink.block().name()), error)
@@ -171,24 +126,39 @@ impl Pager {
             for gap in sink.missing(paged.per())? {
                 memory.drop_pages(gap.start * PAGE, gap.len() * PAGE).map_err(failed("dropping pages"))?;
             }
-            missing.register(paged.address, paged.len).map_err(failed("taking page faults"))?;
             sink.page_by(paged)?;
+            for (slice, (at, len)) in self.parts(sink)? {
+                slice.missing.register(at, len).map_err(failed("taking page faults"))?;
+            }
         }
-        let wake = Wake::new().map_err(|error| Error::io(Phase::Device, "an eventfd", error))?;
-        Ok(Self {
-            missing,
-            blocks,
-            gate: RwLock::default(),
-            waiting: Mutex::default(),
-            figures: Mutex::default(),
-            wake,
-            stopped: AtomicBool::new(false),
-            released: AtomicBool::new(false),
-        })
+        Ok(())
     }
 
-    pub(crate) fn figures(&self) -> FaultFigures {
-        lock(&self.figures).clone()
+    /// The guest does not come: nothing waits for its pages, and the memory is as it is.
+    fn disarm(&self) {
+        for (slice, (at, len)) in self.blocks.iter().filter_map(|sink| self.parts(sink).ok()).flatten() {
+            // It may never have been registered.
+            let _ = slice.missing.unregister(at, len);
+        }
+        self.slices.iter().for_each(|slice| slice.missing.let_go());
+    }
+
+    /// Address and length of what each slice has of the block.
+    fn parts(&self, sink: &BlockSink) -> Result<impl Iterator<Item = (&Slice, (u64, u64))>> {
+        let paged = sink.paged()?;
+        let parts = self.slices.iter().enumerate().map(|(number, slice)| (slice, paged.part_at(number)));
+        // A block of a few pages has none in some slices.
+        Ok(parts.filter(|(_, (_, len))| *len > 0).collect::<Vec<_>>().into_iter())
+    }
+
+    /// How many descriptors there are, each with its own events.
+    pub(crate) fn slices(&self) -> usize {
+        self.slices.len()
+    }
+
+    fn slice(&self, paged: &PagedBlock, host: usize) -> Result<&Slice> {
+        let none = || Error::bug(Phase::Active, "a page of a slice that is not there");
+        self.slices.get(paged.slice_of(host)).ok_or_else(none)
     }
 
     /// A page has come: `None` is zeros.
@@ -219,30 +189,31 @@ impl Pager {
         content: Option<&[u8]>,
     ) -> Result<()> {
         let (first, per) = (host * paged.per(), paged.per());
+        let slice = self.slice(paged, host)?;
         loop {
-            let gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+            let gate = slice.placing();
             // Twice, or dropped meanwhile.
             if sink.has_come(first) {
                 return Ok(());
             }
-            match self.fill(sink, paged, host, content) {
+            match fill(slice, sink, paged, host, content) {
                 Ok(()) => {
                     sink.note_written(first, per);
                     break;
                 }
                 // Another thread was faster; whether it has woken who waits is its business.
-                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) && is_there(sink, paged, host)? => {
                     sink.note_written(first, per);
                     drop(gate);
-                    self.wake(paged, host);
+                    wake(slice, paged, host);
                     break;
                 }
                 // Pages are being dropped: the fault thread has to hear of it first.
-                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && !self.has_stopped() => {
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && !slice.has_stopped() => {
                     drop(gate);
                     std::thread::yield_now();
                 }
-                Err(error) => return Err(sink.fault("placing", first..first + per, error)),
+                Err(error) => return Err(not_placed(sink, paged, host, error)),
             }
         }
         if per > 1 {
@@ -250,63 +221,52 @@ impl Pager {
         }
         fence(Ordering::SeqCst);
         if paged.requested.test(host) {
-            self.answered(paged.at(host));
+            self.answered(slice, paged.at(host));
+        } else {
+            Counters::add(&self.session.counters.pages_pushed, per);
         }
         Ok(())
     }
 
-    fn fill(
-        &self,
-        sink: &BlockSink,
-        paged: &PagedBlock,
-        host: usize,
-        content: Option<&[u8]>,
-    ) -> io::Result<()> {
-        let placing = Placing { missing: &self.missing, paged };
-        let offset = host * paged.host_page;
-        match content {
-            Some(content) => placing.place(sink.block(), offset, content, || false),
-            None if paged.per() == 1 => self.missing.zero(paged.at(host), paged.host_page),
-            // Huge pages have no zero page.
-            None => placing.place(sink.block(), offset, &vec![0; paged.host_page], || false),
-        }
-    }
-
-    fn wake(&self, paged: &PagedBlock, host: usize) {
-        if let Err(error) = self.missing.wake(paged.at(host), paged.host_page as u64) {
-            tracing::debug!(%error, "waking threads that wait for a page");
-        }
-    }
-
     /// Who waited for the host page at this address goes on.
-    fn answered(&self, at: u64) {
-        let Some(waited) = lock(&self.waiting).remove(&at) else { return };
-        let mut figures = lock(&self.figures);
-        waited.iter().for_each(|waiting| figures.count(waiting.thread, waiting.since.elapsed()));
+    fn answered(&self, slice: &Slice, at: u64) {
+        let waited = slice.answered(at);
+        if waited.is_empty() {
+            return;
+        }
+        let mut figures = lock(&self.session.counters.faults);
+        waited.iter().for_each(|waiting| figures.count(waiting.thread, waiting.waited()));
     }
 
-    /// Waits for events, and notes pages that were dropped. Gives faults; `None` when it is over.
-    pub(crate) fn events(&self) -> Result<Option<Vec<MemoryEvent>>> {
-        let failed = |error| Error::io(Phase::Active, "waiting for page faults", error);
-        if !self.missing.wait(&self.wake).map_err(failed)? {
-            return Ok(None);
+    /// Waits for events of a slice, for `limit` if there is one, and notes pages that were dropped.
+    /// Gives faults; `None` when it is over.
+    pub(crate) fn events(&self, slice: usize, limit: Option<Duration>) -> Result<Option<Vec<MemoryEvent>>> {
+        let none = || Error::bug(Phase::Active, "the events of a slice that is not there");
+        let slice = self.slices.get(slice).ok_or_else(none)?;
+        if slice.missing.wait(&self.wake, limit).map_err(not_heard)? {
+            return self.read_events(slice).map(Some);
         }
+        Ok(None)
+    }
+
+    /// What has happened since the last call. Pages that were dropped are noted.
+    fn read_events(&self, slice: &Slice) -> Result<Vec<MemoryEvent>> {
         let mut events = Vec::new();
-        let gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
-        self.missing.read(&mut events).map_err(failed)?;
+        let gate = slice.reading();
+        slice.missing.read(&mut events).map_err(not_heard)?;
         for event in &events {
             match event {
-                MemoryEvent::Removed { start, end } => self.on_removed(*start, *end),
+                MemoryEvent::Removed { start, end } => self.on_removed(slice, *start, *end),
                 MemoryEvent::Other(kind) => tracing::warn!(kind, "an event that was not asked for"),
                 MemoryEvent::Fault { .. } => {}
             }
         }
         drop(gate);
-        Ok(Some(events))
+        Ok(events)
     }
 
     /// The pages are zero from now on, whatever the source has.
-    fn on_removed(&self, start: u64, end: u64) {
+    fn on_removed(&self, slice: &Slice, start: u64, end: u64) {
         for sink in &self.blocks {
             let Ok(paged) = sink.paged() else { continue };
             let (from, to) = (start.max(paged.address), end.min(paged.address + paged.len));
@@ -321,8 +281,8 @@ impl Pager {
                 sink.note_written(host * paged.per(), paged.per());
                 lock(&paged.gathered).retain(|gathered| gathered.host != host);
                 if paged.requested.test(host) {
-                    self.answered(paged.at(host));
-                    self.wake(paged, host);
+                    self.answered(slice, paged.at(host));
+                    wake(slice, paged, host);
                 }
             }
         }
@@ -346,13 +306,13 @@ impl Pager {
         if sink.has_come(first) {
             return self.fault_on_dropped(sink, paged, host).map(|done| (None, done));
         }
-        let waiting = Waiting { thread, since: Instant::now() };
-        lock(&self.waiting).entry(paged.at(host)).or_default().push(waiting);
+        let slice = self.slice(paged, host)?;
+        slice.note_waiting(paged.at(host), thread);
         let asked_first = paged.requested.insert(host);
         fence(Ordering::SeqCst);
         if sink.has_come(first) {
-            self.answered(paged.at(host));
-            self.wake(paged, host);
+            self.answered(slice, paged.at(host));
+            wake(slice, paged, host);
             return Ok((None, true));
         }
         Ok((asked_first.then(|| Self::wanted(block, paged, host)), true))
@@ -366,13 +326,19 @@ impl Pager {
 
     /// A fault on a page that has come: it is there by now, or it was dropped after that.
     fn fault_on_dropped(&self, sink: &BlockSink, paged: &PagedBlock, host: usize) -> Result<bool> {
-        match self.fill(sink, paged, host, None) {
+        let slice = self.slice(paged, host)?;
+        match fill(slice, sink, paged, host, None) {
             Ok(()) => Ok(true),
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
-                self.wake(paged, host);
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) && is_there(sink, paged, host)? => {
+                wake(slice, paged, host);
                 Ok(true)
             }
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Ok(false),
+            Err(error) if lacks_memory(&error) => {
+                let why = not_placed(sink, paged, host, error);
+                tracing::warn!("a thread waits for a page that was dropped: {}", why.chain());
+                Ok(false)
+            }
             // Heard of when the block was its own again: giving it back has woken all who waited.
             Err(error)
                 if error.raw_os_error() == Some(libc::ENOENT) && self.released.load(Ordering::Acquire) =>
@@ -385,7 +351,7 @@ impl Pager {
 
     /// Pages that threads wait for, of the block at this place of the order of addresses.
     pub(crate) fn pending(&self) -> Vec<Wanted> {
-        let waiting: Vec<u64> = lock(&self.waiting).keys().copied().collect();
+        let waiting: Vec<u64> = self.slices.iter().flat_map(Slice::waited_for).collect();
         let mut pending = Vec::with_capacity(waiting.len());
         for (block, sink) in self.blocks.iter().enumerate() {
             let Ok(paged) = sink.paged() else { continue };
@@ -417,78 +383,93 @@ impl Pager {
         self.released.store(true, Ordering::Release);
         for sink in &self.blocks {
             let paged = sink.paged()?;
-            self.missing.unregister(paged.address, paged.len).map_err(|error| {
-                Error::io(Phase::Active, format!("giving RAM block {} back", sink.block().name()), error)
-            })?;
-            // The kernel wakes who waits before it takes the memory back: a thread that comes in between, to a page that is a hole
-            // and came as zeros, would wait for ever.
-            self.missing.wake(paged.address, paged.len).map_err(|error| {
-                Error::io(
-                    Phase::Active,
-                    format!("waking threads at RAM block {}", sink.block().name()),
-                    error,
-                )
-            })?;
+            for (slice, (at, len)) in self.parts(sink)? {
+                let failed = |error| {
+                    Error::io(Phase::Active, format!("giving RAM block {} back", sink.block().name()), error)
+                };
+                slice.missing.unregister(at, len).map_err(failed)?;
+                // The kernel wakes who waits before it takes the memory back: a thread that comes in between, to a page that is a
+                // hole and came as zeros, would wait for ever.
+                slice.missing.wake(at, len).map_err(failed)?;
+            }
             if paged.may_be_huge
                 && let Err(error) = sink.block().memory().allow_huge_pages(true)
             {
                 tracing::debug!(%error, block = %sink.block().name(), "allowing huge pages");
             }
         }
-        self.missing.let_go();
+        self.slices.iter().for_each(|slice| slice.missing.let_go());
         self.stop();
         Ok(())
     }
 
-    /// Ends the thread that reads events.
+    /// Ends the threads that read events.
     pub(crate) fn stop(&self) {
         self.wake.fire();
     }
 
-    /// Nothing reads events from now on.
-    pub(crate) fn note_stopped(&self) {
-        self.stopped.store(true, Ordering::Release);
-    }
-
-    fn has_stopped(&self) -> bool {
-        self.stopped.load(Ordering::Acquire)
+    /// Nothing reads events of this slice from now on.
+    pub(crate) fn note_stopped(&self, slice: usize) {
+        self.slices.iter().skip(slice).take(1).for_each(Slice::note_stopped);
     }
 }
 
-impl PagedBlock {
-    /// The host page has come: no part of another copy is kept.
-    fn forget(&self, host: usize) {
-        lock(&self.gathered).retain(|gathered| gathered.host != host);
+fn fill(
+    slice: &Slice,
+    sink: &BlockSink,
+    paged: &PagedBlock,
+    host: usize,
+    content: Option<&[u8]>,
+) -> io::Result<()> {
+    let placing = Placing { missing: &slice.missing, paged };
+    let offset = host * paged.host_page;
+    match content {
+        Some(content) => placing.place(sink.block(), offset, content, || false),
+        None if paged.per() == 1 => slice.missing.zero(paged.at(host), paged.host_page),
+        // Huge pages have no zero page.
+        None => placing.place(sink.block(), offset, &vec![0; paged.host_page], || false),
     }
+}
 
-    /// Adds a target page; the host page, if that makes it whole.
-    fn gather(&self, page: usize, content: Option<&[u8]>) -> Result<Option<Gathered>> {
-        let (host, index) = (page / self.per(), page % self.per());
-        let mut all = lock(&self.gathered);
-        let at = match all.iter().position(|gathered| gathered.host == host) {
-            Some(at) => at,
-            None if all.len() >= MAX_GATHERED => {
-                let detail = format!("parts of more than {MAX_GATHERED} huge pages, expected whole ones");
-                return Err(Error::misbehaved(Phase::Active, detail));
-            }
-            None => {
-                let (content, here) = (vec![0; self.host_page], vec![false; self.per()]);
-                all.push(Gathered { host, content, here, zero: true });
-                all.len() - 1
-            }
-        };
-        let none = || Error::bug(Phase::Active, "a huge page in the making is gone");
-        let gathered = all.get_mut(at).ok_or_else(none)?;
-        let place = gathered.content.get_mut(index * PAGE..(index + 1) * PAGE).ok_or_else(none)?;
-        match content {
-            Some(content) => place.copy_from_slice(content),
-            None => place.fill(0),
-        }
-        gathered.zero &= content.is_none();
-        *gathered.here.get_mut(index).ok_or_else(none)? = true;
-        let whole = gathered.here.iter().all(|here| *here);
-        Ok(whole.then(|| all.swap_remove(at)))
+fn wake(slice: &Slice, paged: &PagedBlock, host: usize) {
+    if let Err(error) = slice.missing.wake(paged.at(host), paged.host_page as u64) {
+        tracing::debug!(%error, "waking threads that wait for a page");
     }
+}
+
+/// Whether a host page is there, where the kernel has said EEXIST: of huge pages it says so as well
+/// when it has none left.
+fn is_there(sink: &BlockSink, paged: &PagedBlock, host: usize) -> Result<bool> {
+    if paged.per() == 1 {
+        return Ok(true);
+    }
+    let pages = host * paged.per()..(host + 1) * paged.per();
+    let resident = sink.block().memory().resident(host * paged.host_page, paged.per());
+    let resident = resident.map_err(|error| sink.fault("looking for", pages, error))?;
+    Ok(resident.first() == Some(&true))
+}
+
+/// Of EEXIST: for a page that is not there.
+fn lacks_memory(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOSPC | libc::EEXIST))
+}
+
+/// Why a page is not placed, and what the operator can do.
+fn not_placed(sink: &BlockSink, paged: &PagedBlock, host: usize, error: io::Error) -> Error {
+    let no_memory = lacks_memory(&error);
+    let error = sink.fault("placing", host * paged.per()..(host + 1) * paged.per(), error);
+    match (no_memory, paged.per()) {
+        (false, _) => error,
+        (true, 1) => error.noting("this host has no memory left for it: free some, then recover"),
+        (true, _) => error.noting(format_args!(
+            "no page of {} KiB is left in this host's pool of huge pages: add to nr_hugepages, then recover",
+            paged.host_page >> 10
+        )),
+    }
+}
+
+fn not_heard(error: io::Error) -> Error {
+    Error::io(Phase::Active, "waiting for page faults", error)
 }
 
 fn mappings() -> Result<Mappings> {

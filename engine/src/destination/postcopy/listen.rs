@@ -49,7 +49,7 @@ pub(in crate::destination) fn arm(
     tracing::debug!(missing, ?guest, "pages follow the guest");
     let pager = match guest {
         Guest::NoPostcopy | Guest::AtRest => None,
-        Guest::Here => Some(Arc::new(Pager::arm(sinks)?)),
+        Guest::Here => Some(Arc::new(Pager::arm(sinks, &shared.session, shared.fault_threads)?)),
     };
     Ok(Serving::new(shared, sinks, pager, return_path))
 }

@@ -8,7 +8,6 @@
 
 pub(super) mod at_rest;
 mod faults;
-pub(super) mod figures;
 pub(super) mod listen;
 pub(super) mod package;
 pub(super) mod parallel;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multifd_transports::{Arrival, Channel, Endpoint, Listener, SocketOptions, TlsServer};
-use multifd_wire::{InitialPacket, ItemType, MULTIFD_MAGIC};
+use multifd_wire::{InitialPacket, ItemType, MULTIFD_MAGIC, MigrationId};
 
 use super::serving::Serving;
 use super::urgent;
@@ -12,6 +12,7 @@ use crate::destination::channels::accept::opening_len;
 use crate::destination::channels::worker::ChannelWorker;
 use crate::destination::driver::Driver;
 use crate::destination::return_path::ReturnPath;
+use crate::destination::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::Monitor;
 use crate::run::workers::Crew;
@@ -29,8 +30,6 @@ pub(in crate::destination) struct Relisten {
 struct NewMain {
     channel: Option<Channel>,
     came: bool,
-    /// By which its client has authenticated itself.
-    certificate: Option<Vec<u8>>,
 }
 
 impl Relisten {
@@ -38,16 +37,51 @@ impl Relisten {
     pub(in crate::destination) fn bind(&self, endpoint: &Endpoint) -> Result<Arc<Listener>> {
         let listener = Listener::bind_with(endpoint, &self.options)
             .map_err(|error| Error::transport(Phase::Accept, error).after_hand_over())?;
-        let listener = listener.tls(self.tls.clone()).opening_len(opening_len);
-        listener.keep_silent();
-        Ok(Arc::new(listener))
+        Ok(for_recovery(listener.tls(self.tls.clone())))
     }
 }
 
-/// A link that goes on begins with a command: RECV_BITMAP.
+/// Makes a listener wait for what a connection says of itself.
+pub(super) fn for_recovery(listener: Listener) -> Arc<Listener> {
+    let listener = listener.opening_len(|first| {
+        if MigrationId::is_begun_by(first) { MigrationId::OPENING_LEN } else { opening_len(first) }
+    });
+    listener.keep_silent();
+    Arc::new(listener)
+}
+
+/// A link that goes on begins with the id of the migration, or, if QEMU is the source, with a command: RECV_BITMAP.
 fn begins_recovery(first: [u8; 4]) -> bool {
     let [kind, high, ..] = first;
-    (kind, high) == (ItemType::Command.byte(), 0)
+    (kind, high) == (ItemType::Command.byte(), 0) || MigrationId::is_begun_by(first)
+}
+
+/// Checks that the other end is the source of the guest that is here, as far as it says who it is: QEMU's says nothing but
+/// names of blocks.
+fn check_source(channel: &Channel, shared: &DestinationShared) -> Result<()> {
+    let Some(expected) = shared.id() else { return Ok(()) };
+    let mut first = [0; 4];
+    let read = |into: &mut [u8]| {
+        channel
+            .recv_exact(into)
+            .map_err(|error| Error::io(Phase::Setup, "the id of the migration", error).on(channel.peer()))
+    };
+    read(&mut first)?;
+    let said = if MigrationId::is_begun_by(first) {
+        let mut opening = [0; MigrationId::OPENING_LEN];
+        let (begin, rest) = opening.split_at_mut(first.len());
+        begin.copy_from_slice(&first);
+        read(rest)?;
+        MigrationId::of_opening(&opening)
+    } else {
+        None
+    };
+    let detail = match said {
+        Some(id) if id == expected => return Ok(()),
+        Some(_) => "the source of another guest, expected the one whose guest is here",
+        None => "a source that does not say which migration it goes on with, as the one of this guest would",
+    };
+    Err(Error::misbehaved(Phase::Setup, detail).on(channel.peer()))
 }
 
 /// Waits for the source on `listener`, for at most `limit`, and goes on over its connection.
@@ -92,15 +126,20 @@ pub(super) fn over_channels(
     others: Vec<Channel>,
     crew: &Arc<Crew>,
 ) -> Result<()> {
-    let (driver, _) = serving.begin_recovery()?;
+    let (driver, why) = serving.begin_recovery()?;
     serving.enter_recover_setup();
+    let shared = serving.shared();
+    let timeout = main.set_timeout(Some(shared.session.timeout));
+    let checked = timeout.map_err(|error| Error::io(Phase::Setup, "setting up the socket", error));
+    if let Err(error) = checked.and_then(|()| check_source(&main, shared)) {
+        serving.end_recovery(driver, why);
+        return Err(error.after_hand_over());
+    }
     go_on(serving, driver, main, crew)?;
     if others.is_empty() {
         return Ok(());
     }
-    let ready = Listener::of_connections(others, Endpoint::Fd(-1)).opening_len(opening_len);
-    ready.keep_silent();
-    let listener = Arc::new(ready);
+    let listener = for_recovery(Listener::of_connections(others, Endpoint::Fd(-1)));
     serving.shared().listen_to(Arc::clone(&listener));
     let came = NewMain { came: true, ..NewMain::default() };
     let main = Monitor::new(came, &serving.shared().session.stop);
@@ -119,7 +158,9 @@ fn go_on(serving: &Arc<Serving>, mut driver: Box<Driver>, channel: Channel, crew
         let return_path = ReturnPath::new(Arc::clone(&channel));
         return_path.open();
         serving.replace_link(&return_path);
-        driver.recover(MainReader::of_main(channel, session), return_path)
+        driver.recover(MainReader::of_main(channel, session), return_path)?;
+        session.retire_closed_channels();
+        Ok(())
     });
     match adopted {
         Ok(()) => serving.start(driver, crew),
@@ -137,7 +178,7 @@ fn accept(serving: &Arc<Serving>, listener: &Listener, main: &Monitor<NewMain>, 
     let served = listener.serve(4, timeout, &mut |arrival| {
         let Arrival::Identified { channel, first, .. } = arrival else { return };
         let taken = if begins_recovery(first) {
-            take_main(channel, main)
+            take_main(channel, serving, main)
         } else if u32::from_be_bytes(first) == MULTIFD_MAGIC {
             take_channel(channel, serving, main, crew)
         } else {
@@ -152,12 +193,14 @@ fn accept(serving: &Arc<Serving>, listener: &Listener, main: &Monitor<NewMain>, 
     }
 }
 
-fn take_main(channel: Channel, main: &Monitor<NewMain>) -> Result<()> {
+fn take_main(channel: Channel, serving: &Serving, main: &Monitor<NewMain>) -> Result<()> {
+    let shared = serving.shared();
+    shared.check_client(&channel)?;
+    check_source(&channel, shared)?;
     main.modify_and_notify(|main| {
         if std::mem::replace(&mut main.came, true) {
             return Err(Error::misbehaved(Phase::Accept, "a second source for the recovery"));
         }
-        main.certificate = channel.client_certificate().map(<[u8]>::to_vec);
         main.channel = Some(channel);
         Ok(())
     })
@@ -172,16 +215,10 @@ fn take_channel(
 ) -> Result<()> {
     let peer = channel.peer().to_owned();
     let refused = |detail| Err(Error::misbehaved(Phase::Accept, detail).on(peer.clone()));
-    let (came, same) = main.read(|main| {
-        let certificate = main.certificate.as_deref();
-        (main.came, certificate.is_none() || certificate == channel.client_certificate())
-    });
-    if !came {
+    if !main.read(|main| main.came) {
         return refused("a parallel channel before the main channel of a recovery");
     }
-    if !same {
-        return refused("a channel with another certificate than that of main: it is another source's");
-    }
+    serving.shared().check_client(&channel)?;
     let mut bytes = [0; InitialPacket::LEN];
     channel
         .recv_exact(&mut bytes)

@@ -11,10 +11,9 @@ use multifd_wire::{Configuration, ReturnMessage};
 use super::faults;
 use super::recover;
 use super::serving::{Serving, Waited};
-use crate::destination::channels::accept::opening_len;
 use crate::destination::driver::{Driver, ReceivedMain};
 use crate::error::{Error, Phase, Result};
-use crate::report::{PostcopyFigures, Report};
+use crate::report::{PostcopyReport, Report};
 use crate::run::session::{HandOver, ProgressReader};
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
@@ -109,8 +108,8 @@ impl PostcopyGuest {
         ProgressReader::new(&self.serving.shared().session)
     }
 
-    /// How long threads have waited for pages so far.
-    pub fn figures(&self) -> PostcopyFigures {
+    /// What it has taken so far, and how long threads have waited for pages.
+    pub fn figures(&self) -> PostcopyReport {
         self.serving.figures()
     }
 
@@ -161,7 +160,7 @@ impl PostcopyGuest {
                 let codec =
                     shared.codec_in_use().map_or_else(|| "none".to_owned(), |it| it.name().to_owned());
                 let mut report = Report::of(session, session.elapsed(), codec);
-                report.faults = Some(self.serving.figures());
+                report.postcopy = Some(self.serving.figures());
                 self.wind_up();
                 Ok(PostcopyEnd::Completed(Box::new(report)))
             }
@@ -179,9 +178,7 @@ impl PostcopyGuest {
     /// # Errors
     /// The migration is not paused (`ApiMisuse`), or no source came. It is paused as before then.
     pub fn recover(&mut self, listener: Listener, limit: Duration) -> Result<()> {
-        let listener = listener.opening_len(opening_len);
-        listener.keep_silent();
-        recover::over_listener(&self.serving, &Arc::new(listener), limit, &self.crew)
+        recover::over_listener(&self.serving, &recover::for_recovery(listener), limit, &self.crew)
     }
 
     /// The same over connections that the caller has made: main, and `others` in any order, those for urgent pages and
@@ -191,6 +188,38 @@ impl PostcopyGuest {
     /// As [`PostcopyGuest::recover`].
     pub fn recover_over(&mut self, main: Channel, others: impl IntoIterator<Item = Channel>) -> Result<()> {
         recover::over_channels(&self.serving, main, others.into_iter().collect(), &self.crew)
+    }
+
+    /// Gives up what has not come: each page that is missing is poisoned. Threads that wait for one
+    /// go on, and get a signal, as those that touch one later: SIGBUS with BUS_MCEERR_AR, or a system
+    /// call's EFAULT or EHWPOISON, as of memory that a machine check has lost. What has come stays,
+    /// and can be read; nothing waits any more, and the memory can be unmapped or sent on. The source
+    /// keeps all of RAM as it was at the switch.
+    ///
+    /// Without this, threads wait for as long as the process lives (see [`PostcopyGuest`]). Gives the
+    /// number of pages that are lost.
+    ///
+    /// # Errors
+    /// `Incompatible`: the kernel cannot (before Linux 6.6); threads wait then, as when this is
+    /// dropped.
+    pub fn poison_missing(mut self) -> Result<usize> {
+        let none = || Error::bug(Phase::Active, "a guest that runs without a pager");
+        let pager = Arc::clone(self.serving.pager().ok_or_else(none)?);
+        self.give_up();
+        self.serving.shared().session.note_end_of_failed();
+        pager.poison_missing().map_err(Error::after_hand_over)
+    }
+
+    fn give_up(&mut self) {
+        if self.over {
+            return;
+        }
+        if !self.loaded.load(Ordering::Acquire) {
+            // It never ran here: a source that can go back does.
+            self.serving.return_path().abort(None);
+        }
+        self.serving.abandon();
+        self.wind_up();
     }
 
     fn wind_up(&mut self) {
@@ -204,15 +233,7 @@ impl PostcopyGuest {
 
 impl Drop for PostcopyGuest {
     fn drop(&mut self) {
-        if self.over {
-            return;
-        }
-        if !self.loaded.load(Ordering::Acquire) {
-            // It never ran here: a source that can go back does.
-            self.serving.return_path().abort(None);
-        }
-        self.serving.abandon();
-        self.wind_up();
+        self.give_up();
     }
 }
 

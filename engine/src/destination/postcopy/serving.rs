@@ -16,7 +16,7 @@ use crate::destination::return_path::ReturnPath;
 use crate::destination::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE;
-use crate::report::PostcopyFigures;
+use crate::report::{PageFaults, PostcopyReport};
 use crate::run::counters::Counters;
 use crate::run::state::MigrationState;
 use crate::run::stop::{Monitor, lock};
@@ -111,6 +111,23 @@ impl Link {
             self.others.push(closer);
         }
     }
+
+    fn ask(&mut self, pager: &Pager, wanted: &Wanted) -> Result<()> {
+        let none = || Error::bug(Phase::Active, "a page of a block that is not there");
+        let block = pager.block(wanted.block).ok_or_else(none)?;
+        let name = (self.last_asked != Some(wanted.block)).then(|| block.name().clone());
+        let message = ReturnMessage::RequestPages { block: name, offset: wanted.offset, len: wanted.len };
+        self.return_path.send(Phase::Active, &message)?;
+        self.last_asked = Some(wanted.block);
+        Ok(())
+    }
+
+    /// It cannot go on: main finds out, and why, if nothing else has said so before.
+    fn break_off(&mut self, error: Error) {
+        self.broken.get_or_insert(error);
+        self.asks = false;
+        self.return_path.hang_up();
+    }
 }
 
 impl Serving {
@@ -140,34 +157,40 @@ impl Serving {
     }
 
     /// The figures so far.
-    pub(super) fn figures(&self) -> PostcopyFigures {
-        let waits = self.pager.as_ref().map(|pager| pager.figures().report()).unwrap_or_default();
+    pub(super) fn figures(&self) -> PostcopyReport {
         let counters = &self.shared.session.counters;
         let number = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        PostcopyFigures {
+        let faults = self.pager.as_ref().map(|_| lock(&counters.faults).report());
+        PostcopyReport {
             requests: number(&counters.requests),
             pages_requested: number(&counters.pages_requested),
+            neighbours_pushed: 0,
+            pages_repeated: 0,
             recoveries: number(&counters.recoveries),
-            ..waits
+            run_after: None,
+            faults: faults
+                .map(|faults| PageFaults { pages_pushed: number(&counters.pages_pushed), ..faults }),
         }
     }
 
-    /// Asks for a host page.
-    pub(super) fn request(&self, pager: &Pager, wanted: &Wanted) -> Result<()> {
+    /// Asks for a host page. What fails is the link over which it was asked for, whatever replaces that: it is broken before
+    /// another can be there. False: nothing can be asked for.
+    pub(super) fn request(&self, pager: &Pager, wanted: &Wanted) -> bool {
         let mut link = lock(&self.link);
         if !link.asks {
-            return Ok(());
+            return false;
         }
-        let none = || Error::bug(Phase::Active, "a page of a block that is not there");
-        let block = pager.block(wanted.block).ok_or_else(none)?;
-        let name = (link.last_asked != Some(wanted.block)).then(|| block.name().clone());
-        let message = ReturnMessage::RequestPages { block: name, offset: wanted.offset, len: wanted.len };
-        link.return_path.send(Phase::Active, &message)?;
-        link.last_asked = Some(wanted.block);
+        if let Err(error) = link.ask(pager, wanted) {
+            link.break_off(error);
+            drop(link);
+            self.stage.modify_and_notify(|_| ());
+            return false;
+        }
+        drop(link);
         let counters = &self.shared.session.counters;
         Counters::add(&counters.requests, 1);
         Counters::add(&counters.pages_requested, wanted.len as usize / PAGE);
-        Ok(())
+        true
     }
 
     pub(super) fn shared(&self) -> &Arc<DestinationShared> {
@@ -193,17 +216,18 @@ impl Serving {
 
     /// Reads what follows RUN on a thread of its own.
     pub(in crate::destination) fn start(self: &Arc<Self>, driver: Box<Driver>, crew: &Crew) -> Result<()> {
-        let serving = Arc::clone(self);
+        // Before the thread's first step: a hook that panics would leave a guest that waits for ever.
+        let guard = PauseOnPanic(Arc::clone(self));
         crew.spawn("mig-postcopy", Phase::Active, move || {
-            serving.serve(driver);
+            guard.0.serve(driver);
+            drop(guard);
             Ok(())
         })
     }
 
     /// Whatever ends this pauses the migration, and nothing else does: the guest has no other memory
     /// than the one that is half here.
-    fn serve(self: Arc<Self>, mut driver: Box<Driver>) {
-        let guard = PauseOnPanic(Arc::clone(&self));
+    fn serve(&self, mut driver: Box<Driver>) {
         let whole = driver.postcopy_part().and_then(|()| self.wait_for_rest());
         if whole.is_ok() {
             // What comes twice is not stored any more.
@@ -217,7 +241,6 @@ impl Serving {
             }),
             Err(error) => self.pause(Some(driver), error),
         }
-        drop(guard);
     }
 
     /// Every page is here: the guest's memory is its own again, and the source is told. A guest that
@@ -322,9 +345,7 @@ impl Serving {
         if !fits(&link) {
             return;
         }
-        link.broken.get_or_insert(error);
-        link.asks = false;
-        link.return_path.hang_up();
+        link.break_off(error);
         drop(link);
         self.stage.modify_and_notify(|_| ());
     }

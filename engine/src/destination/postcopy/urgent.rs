@@ -28,6 +28,7 @@ pub(in crate::destination) fn start(
     shared: &Arc<DestinationShared>,
     crew: &Crew,
 ) -> Result<()> {
+    shared.check_client(&channel)?;
     let candidate = shared.urgent_candidate()?;
     let channel = shared.session.adopt(channel, Phase::Active)?;
     let shared = Arc::clone(shared);

@@ -5,6 +5,7 @@ use std::io;
 use std::mem::{ManuallyDrop, size_of};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::{Features, Range, Register, Userfault, ask};
 use crate::os::ioctl::request;
@@ -15,6 +16,7 @@ const REGISTER_MODE_MISSING: u64 = 1;
 const UFFDIO_WAKE: libc::Ioctl = request(2, 0xaa, 2, size_of::<Range>());
 const UFFDIO_COPY: libc::Ioctl = request(3, 0xaa, 3, size_of::<Copy>());
 const UFFDIO_ZEROPAGE: libc::Ioctl = request(3, 0xaa, 4, size_of::<Zeropage>());
+const UFFDIO_POISON: libc::Ioctl = request(3, 0xaa, 8, size_of::<Poison>());
 
 #[repr(C)]
 struct Copy {
@@ -32,6 +34,13 @@ struct Zeropage {
     zeroed: i64,
 }
 
+#[repr(C)]
+struct Poison {
+    range: Range,
+    mode: u64,
+    poisoned: i64,
+}
+
 /// uffd_msg.
 #[derive(Clone, std::marker::Copy)]
 #[repr(C)]
@@ -45,6 +54,7 @@ struct Message {
 const _: () = {
     assert!(size_of::<Copy>() == 40 && size_of::<Zeropage>() == 32 && size_of::<Message>() == 32);
     assert!(UFFDIO_WAKE == 0x8010_aa02 && UFFDIO_COPY == 0xc028_aa03 && UFFDIO_ZEROPAGE == 0xc020_aa04);
+    assert!(size_of::<Poison>() == 32 && UFFDIO_POISON == 0xc020_aa08);
 };
 
 const EVENT_PAGEFAULT: u8 = 0x12;
@@ -71,6 +81,7 @@ pub(crate) enum MemoryEvent {
 /// missing: threads that need a page wait for it as long as the process lives.
 pub(crate) struct MissingPages {
     descriptor: ManuallyDrop<OwnedFd>,
+    can_poison: bool,
     lets_go: AtomicBool,
 }
 
@@ -81,7 +92,8 @@ impl MissingPages {
     /// # Errors
     /// `Unsupported` names what the kernel lacks; others are the system's.
     pub(crate) fn open() -> io::Result<Self> {
-        let missing = Features::PAGER.missing_in(Userfault::open_for_kernel()?.enable(Features(0))?);
+        let here = Userfault::open_for_kernel()?.enable(Features(0))?;
+        let missing = Features::PAGER.missing_in(here);
         if !missing.is_empty() {
             let text = format!("the kernel has no {}", missing.join(", "));
             return Err(io::Error::new(io::ErrorKind::Unsupported, text));
@@ -89,10 +101,11 @@ impl MissingPages {
         // Features are chosen once a descriptor.
         let Userfault(descriptor) = {
             let userfault = Userfault::open_for_kernel()?;
-            userfault.enable(Features::PAGER)?;
+            userfault.enable(Features::PAGER.with_poison_of(here))?;
             userfault
         };
-        Ok(Self { descriptor: ManuallyDrop::new(descriptor), lets_go: AtomicBool::new(false) })
+        let (can_poison, lets_go) = (here.has_poison(), AtomicBool::new(false));
+        Ok(Self { descriptor: ManuallyDrop::new(descriptor), can_poison, lets_go })
     }
 
     /// From now on, a thread that touches a missing page of these waits for it.
@@ -142,6 +155,26 @@ impl MissingPages {
         })
     }
 
+    /// Whether the kernel has UFFDIO_POISON.
+    pub(crate) fn can_poison(&self) -> bool {
+        self.can_poison
+    }
+
+    /// Makes missing pages from `start` on such that threads which touch them get SIGBUS, up to the
+    /// first that is there, and wakes who waits for them. Gives how many bytes, at least one page.
+    ///
+    /// # Errors
+    /// EEXIST: the first page is there. EAGAIN: as for [`copy`](Self::copy).
+    pub(crate) fn poison(&self, start: u64, len: u64) -> io::Result<u64> {
+        let mut poison = Poison { range: Range { start, len }, mode: 0, poisoned: 0 };
+        // SAFETY: the request reads and writes a Poison, and changes pages that no thread has seen.
+        let asked = unsafe { ask(&*self.descriptor, UFFDIO_POISON, &raw mut poison) };
+        match (u64::try_from(poison.poisoned), asked) {
+            (Ok(bytes @ 1..), _) => Ok(bytes),
+            (_, asked) => asked.and(Err(io::ErrorKind::WriteZero.into())),
+        }
+    }
+
     /// Wakes who waits for these pages.
     pub(crate) fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = Range { start, len };
@@ -171,12 +204,13 @@ impl MissingPages {
         Ok(read > 0)
     }
 
-    /// Waits until there is something to read. False: woken by `wake` instead.
-    pub(crate) fn wait(&self, wake: &Wake) -> io::Result<bool> {
+    /// Waits until there is something to read, or `limit` is over. False: woken by `wake` instead.
+    pub(crate) fn wait(&self, wake: &Wake, limit: Option<Duration>) -> io::Result<bool> {
+        let limit = limit.map_or(-1, |limit| i32::try_from(limit.as_millis()).unwrap_or(i32::MAX));
         let polled = |fd: i32| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let mut fds = [polled(wake.0.as_raw_fd()), polled(self.descriptor.as_raw_fd())];
         // SAFETY: the array is two pollfds.
-        retry(|| unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) as isize })?;
+        retry(|| unsafe { libc::poll(fds.as_mut_ptr(), 2, limit) as isize })?;
         let [woken, _] = fds;
         Ok(woken.revents == 0)
     }
@@ -233,4 +267,36 @@ fn in_steps(len: usize, mut step: impl FnMut(usize) -> (i64, io::Result<usize>))
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernel answers, one call after the other, and what it was asked.
+    fn asked(len: usize, answers: &[(i64, Option<i32>)]) -> (io::Result<()>, Vec<usize>) {
+        let (mut answers, mut begins) = (answers.iter(), Vec::new());
+        let done = in_steps(len, |done| {
+            begins.push(done);
+            let (count, error) = answers.next().unwrap();
+            (*count, error.map_or(Ok(0), |error| Err(io::Error::from_raw_os_error(error))))
+        });
+        (done, begins)
+    }
+
+    #[test]
+    fn a_part_that_was_placed_is_not_placed_again_and_the_error_is_that_of_the_rest() {
+        let again = Some(libc::EAGAIN);
+        let (done, begins) = asked(0x4000, &[(0x4000, None)]);
+        assert!(done.is_ok() && begins == [0]);
+        let (done, begins) = asked(0x4000, &[(0x1000, again), (0x2000, again), (0x1000, None)]);
+        assert!(done.is_ok() && begins == [0, 0x1000, 0x3000]);
+        // The kernel says an error in the count's place when nothing was done.
+        let exists = i64::from(-libc::EEXIST);
+        let (done, begins) = asked(0x4000, &[(0x1000, again), (exists, Some(libc::EEXIST))]);
+        assert_eq!(done.unwrap_err().raw_os_error(), Some(libc::EEXIST));
+        assert_eq!(begins, [0, 0x1000]);
+        let (done, _) = asked(0x1000, &[(0, None)]);
+        assert_eq!(done.unwrap_err().kind(), io::ErrorKind::WriteZero, "neither pages nor an error");
+    }
 }

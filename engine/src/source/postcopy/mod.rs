@@ -12,7 +12,6 @@ mod bulk;
 mod link;
 mod neighbours;
 mod recover;
-mod report;
 mod sender;
 mod switch;
 mod urgent;
@@ -37,12 +36,10 @@ use super::return_path::ReturnPathReader;
 use super::shared::SourceShared;
 use crate::convergence::{DowntimeLedger, RoundRecord};
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::report::Report;
+use crate::report::{PostcopyReport, Report};
 use crate::run::session::{HandOver, ProgressReader, Session};
 use crate::run::state::MigrationState;
 use crate::stream::dialect::{FEATURE_NEIGHBOURS, FEATURE_URGENT_CHANNELS};
-
-pub use report::PostcopyReport;
 
 /// What a source was told about a post-copy that may come.
 #[derive(Clone, Copy, Debug)]
@@ -255,9 +252,10 @@ impl Postcopy {
         report.postcopy = Some(PostcopyReport {
             requests: report.progress.requests,
             pages_requested: report.progress.pages_requested,
-            pages_pushed: report.progress.pages_pushed,
+            neighbours_pushed: report.progress.neighbours_pushed,
             pages_repeated: report.progress.pages_repeated,
             recoveries: self.recoveries,
+            faults: None,
             run_after: self.running.map(|running| session.elapsed().saturating_sub(running.elapsed())),
         });
         Ok(report)
@@ -270,6 +268,7 @@ impl Postcopy {
         let end = link.end(error);
         self.running = self.running.or(end.loaded);
         let session = &self.shared.session;
+        session.retire_closed_channels();
         if self.running.is_none() && self.recoveries == 0 && end.by_peer {
             // The destination answers LOADED_PING before it starts the guest, and has not.
             session.enter(MigrationState::Failed)?;

@@ -80,10 +80,14 @@ impl Postcopy {
             let detail = format!("the migration is {}, only a paused post-copy can recover", session.state());
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Postcopy, detail));
         }
+        // First of all: from the next state on, the link can be cut.
+        let stop = StopSwitch::default();
+        self.control.set_link(&stop);
         session.enter(MigrationState::PostcopyRecoverSetup)?;
-        let result = self.try_link(connections);
+        let result = self.try_link(connections, stop);
         result.map_err(|error| {
             self.link = None;
+            session.retire_closed_channels();
             match session.enter(MigrationState::PostcopyPaused) {
                 Ok(()) => error.after_hand_over(),
                 Err(bug) => bug,
@@ -91,9 +95,7 @@ impl Postcopy {
         })
     }
 
-    fn try_link(&mut self, connections: NewConnections<'_>) -> Result<()> {
-        let stop = StopSwitch::default();
-        self.control.set_link(&stop);
+    fn try_link(&mut self, connections: NewConnections<'_>, stop: StopSwitch) -> Result<()> {
         let (main, others) = match connections {
             NewConnections::Dialled(endpoint, within) => {
                 (self.dialer.dial_within(endpoint, "main", &stop, within)?, Others::Dialled(endpoint))
@@ -103,12 +105,14 @@ impl Postcopy {
             }
         };
         let channel = self.dialer.adopt(main, &stop)?;
+        self.shared.session.counters.main.count_bytes_of(&channel);
         let crew = Crew::new(stop.clone()).with_hook(self.dialer.hook.clone());
         let return_path = ReturnPathReader::start(Arc::clone(&channel), Arc::clone(&self.shared), &crew)?;
         self.shared.session.enter(MigrationState::PostcopyRecover)?;
         let mut main = MainWriter::new(channel, None);
         main.enter(Phase::Postcopy);
-        let resumed = self.ask_what_has_arrived(&mut main, &return_path).and_then(|()| {
+        let said = self.shared.id.get().map_or(Ok(()), |id| main.raw(&id.opening()));
+        let resumed = said.and_then(|()| self.ask_what_has_arrived(&mut main, &return_path)).and_then(|()| {
             let (channels, urgent) = self.connect_others(others, &stop, &crew)?;
             main.command(Command::PostcopyResume)?;
             return_path.wait_for_resumed(self.shared.session.timeout)?;

@@ -117,7 +117,7 @@ impl Wanted {
         match before.why {
             Why::Asked => {}
             Why::Again => Counters::add(&counters.pages_repeated, pages.len()),
-            Why::Neighbours => Counters::add(&counters.pages_pushed, pages.len()),
+            Why::Neighbours => Counters::add(&counters.neighbours_pushed, pages.len()),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use multifd_wire::{BlockName, Failure, ReturnMessage};
+use multifd_wire::{BlockName, Failure, MigrationId, ReturnMessage};
 
 use crate::error::{Error, Phase, Result};
 use crate::guest::PAGE;
@@ -19,6 +19,8 @@ pub(super) enum ReturnEvent {
     Failing(Failure),
     /// The destination is multifd, and can do this beyond QEMU's protocol.
     Hello { features: u64 },
+    /// What the destination knows this migration by, if it goes on over another link.
+    Id(MigrationId),
     /// The destination has loaded the device state, in this time. Its word that the guest has arrived follows.
     Loaded(Duration),
     /// All before the PING with this value has been dealt with.
@@ -60,6 +62,7 @@ impl ReturnEvents {
             ReturnMessage::Failure(failure) => ReturnEvent::Failing(failure),
             ReturnMessage::Loaded(micros) => ReturnEvent::Loaded(Duration::from_micros(micros)),
             ReturnMessage::Hello(hello) => ReturnEvent::Hello { features: hello.features },
+            ReturnMessage::Id(id) => ReturnEvent::Id(id),
             ReturnMessage::Pong(value) => ReturnEvent::Pong(value),
             ReturnMessage::Shut(status) => ReturnEvent::Shut(status),
             ReturnMessage::SwitchoverAck => ReturnEvent::SwitchoverAck,

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use multifd_transports::Channel;
-use multifd_wire::{Failure, RAM_PING, ReturnMessage, SETUP_PING};
+use multifd_wire::{Failure, MigrationId, RAM_PING, ReturnMessage, SETUP_PING};
 
 use self::event::{ReturnEvent, ReturnEvents};
 use super::shared::SourceShared;
@@ -289,6 +289,7 @@ impl Worker {
                 ReturnEvent::Hello { features } => {
                     self.shared.peer_features.store(features, Ordering::Relaxed);
                 }
+                ReturnEvent::Id(id) => self.id(id)?,
                 ReturnEvent::Pong(value) => self.pong(value)?,
                 ReturnEvent::Received { block } => self.bitmap(block)?,
                 ReturnEvent::Resumed => {
@@ -363,6 +364,17 @@ impl Worker {
         } else {
             self.received.read(Received::phase)
         }
+    }
+
+    /// It is the same for as long as the migration lives.
+    fn id(&self, id: MigrationId) -> Result<()> {
+        if *self.shared.id.get_or_init(|| id) == id {
+            return Ok(());
+        }
+        Err(Error::misbehaved(
+            self.phase(),
+            "another id of the migration than the destination has said before",
+        ))
     }
 
     fn pong(&self, value: u32) -> Result<()> {

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::report::{FaultLatency, PostcopyFigures, ThreadWaits};
+use crate::report::{FaultLatency, PageFaults, ThreadWaits};
+use crate::run::counters::Progress;
 
 /// Steps of the histogram within a power of two: a percentile is exact to an eighth.
 const STEPS: usize = 8;
@@ -36,19 +37,13 @@ impl FaultFigures {
         *of_thread = (of_thread.0 + 1, of_thread.1 + waited);
     }
 
-    /// The figures for a report, but those of requests.
-    pub(crate) fn report(&self) -> PostcopyFigures {
+    /// The figures for a report, but that of pages which came unasked.
+    pub(crate) fn report(&self) -> PageFaults {
         let faults: u64 = self.counts.iter().sum();
-        let blocktime: Duration = self.threads.values().map(|(_, waited)| *waited).sum();
-        PostcopyFigures {
+        PageFaults {
             faults,
-            fault_us: FaultLatency {
-                p50: self.percentile(faults, 50),
-                p99: self.percentile(faults, 99),
-                max: micros(self.max),
-                histogram: self.histogram(),
-            },
-            blocktime_ms: u64::try_from(blocktime.as_millis()).unwrap_or(u64::MAX),
+            fault_us: self.latency(faults),
+            blocktime_ms: u64::try_from(self.blocktime().as_millis()).unwrap_or(u64::MAX),
             threads: self
                 .threads
                 .iter()
@@ -58,8 +53,30 @@ impl FaultFigures {
                     blocktime_us: micros(*waited),
                 })
                 .collect(),
-            ..PostcopyFigures::default()
+            pages_pushed: 0,
         }
+    }
+
+    fn latency(&self, faults: u64) -> FaultLatency {
+        FaultLatency {
+            p50: self.percentile(faults, 50),
+            p99: self.percentile(faults, 99),
+            max: micros(self.max),
+            histogram: self.histogram(),
+        }
+    }
+
+    /// Shows them among the numbers of a migration that is under way.
+    pub(crate) fn show_in(&self, progress: &mut Progress) {
+        progress.faults = self.counts.iter().sum();
+        progress.fault_p50_us = self.percentile(progress.faults, 50);
+        progress.fault_p99_us = self.percentile(progress.faults, 99);
+        progress.fault_max_us = micros(self.max);
+        progress.blocktime_us = micros(self.blocktime());
+    }
+
+    fn blocktime(&self) -> Duration {
+        self.threads.values().map(|(_, waited)| *waited).sum()
     }
 
     /// The upper end of the step that so many percent of all are in or below.
@@ -120,11 +137,16 @@ mod tests {
         for us in 1..=1000 {
             figures.count(us % 4, Duration::from_micros(us.into()));
         }
-        let PostcopyFigures { faults, fault_us, threads, .. } = figures.report();
+        let PageFaults { faults, fault_us, threads, .. } = figures.report();
         assert_eq!((faults, threads.len(), fault_us.max), (1000, 4, 1000));
         assert!((500..=563).contains(&fault_us.p50), "{fault_us:?}");
         assert!((990..=1000).contains(&fault_us.p99), "{fault_us:?}");
         assert_eq!(fault_us.histogram, [1, 2, 4, 8, 16, 32, 64, 128, 256, 489]);
         assert_eq!(threads.iter().map(|thread| thread.blocktime_us).sum::<u64>(), 500_500);
+        let mut progress = Progress::default();
+        figures.show_in(&mut progress);
+        assert_eq!((progress.faults, progress.blocktime_us), (1000, 500_500));
+        let shown = (progress.fault_p50_us, progress.fault_p99_us, progress.fault_max_us);
+        assert_eq!(shown, (fault_us.p50, fault_us.p99, fault_us.max));
     }
 }
