@@ -14,7 +14,7 @@ pub enum Command {
     /// 2: to be answered by a PONG of the same value.
     Ping(u32),
     /// 0x4d50, of the multifd dialect: pages come on the parallel channels after the switch to postcopy, too. Spec:
-    /// docs/wire.md §27.6.
+    /// docs/wire.md §27.7.
     PostcopyChannels,
     /// 3: postcopy may come. `None` if it is for dirty bitmaps only.
     PostcopyAdvise(Option<Advise>),

@@ -8,6 +8,7 @@
 
 pub(super) mod at_rest;
 mod faults;
+mod link;
 pub(super) mod listen;
 pub(super) mod package;
 pub(super) mod parallel;

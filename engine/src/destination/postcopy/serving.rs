@@ -1,6 +1,5 @@
 //! A post-copy as its threads share it: which link it has, and how far it is.
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -8,6 +7,7 @@ use std::time::{Duration, Instant};
 use multifd_transports::{Channel, Closer};
 use multifd_wire::ReturnMessage;
 
+use super::link::Link;
 use super::parallel::LinkPart;
 use crate::destination::arrival;
 use crate::destination::driver::{Driver, ReceivedMain};
@@ -41,27 +41,6 @@ pub(in crate::destination) struct Serving {
     received: OnceLock<Arc<ReceivedMain>>,
 }
 
-/// The connections to the source.
-struct Link {
-    return_path: ReturnPath,
-    /// The connections beside main.
-    others: Vec<Closer>,
-    /// The numbers of parallel channels that have come over a link that was replaced.
-    channels: BTreeSet<u8>,
-    /// It has been hung up.
-    gone: bool,
-    /// How many links there were before.
-    number: u64,
-    /// Pages may be asked for: not while a new link is being set up.
-    asks: bool,
-    /// The block of the last request: the next of the same block need not name it.
-    last_asked: Option<usize>,
-    /// Nothing can go on, over whatever link.
-    for_good: bool,
-    /// Why it is gone, if a channel other than main knows better than main.
-    broken: Option<Error>,
-}
-
 /// How far a post-copy is.
 enum Stage {
     /// Pages come in.
@@ -86,49 +65,6 @@ pub(in crate::destination) enum Waited {
 
 /// Pauses a post-copy whose thread panics.
 struct PauseOnPanic(Arc<Serving>);
-
-impl Link {
-    fn new(return_path: &ReturnPath, number: u64, asks: bool) -> Self {
-        let return_path = return_path.clone();
-        Self {
-            return_path,
-            others: Vec::new(),
-            channels: BTreeSet::new(),
-            gone: false,
-            number,
-            asks,
-            last_asked: None,
-            for_good: false,
-            broken: None,
-        }
-    }
-
-    /// Another connection beside main.
-    fn add(&mut self, closer: Closer) {
-        if self.gone {
-            closer.close();
-        } else {
-            self.others.push(closer);
-        }
-    }
-
-    fn ask(&mut self, pager: &Pager, wanted: &Wanted) -> Result<()> {
-        let none = || Error::bug(Phase::Active, "a page of a block that is not there");
-        let block = pager.block(wanted.block).ok_or_else(none)?;
-        let name = (self.last_asked != Some(wanted.block)).then(|| block.name().clone());
-        let message = ReturnMessage::RequestPages { block: name, offset: wanted.offset, len: wanted.len };
-        self.return_path.send(Phase::Active, &message)?;
-        self.last_asked = Some(wanted.block);
-        Ok(())
-    }
-
-    /// It cannot go on: main finds out, and why, if nothing else has said so before.
-    fn break_off(&mut self, error: Error) {
-        self.broken.get_or_insert(error);
-        self.asks = false;
-        self.return_path.hang_up();
-    }
-}
 
 impl Serving {
     pub(super) fn new(
