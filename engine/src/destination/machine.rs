@@ -219,6 +219,10 @@ impl Machine {
         observed: &Observed,
         effects: &mut Effects,
     ) -> Result<State> {
+        if self.postcopy == Postcopy::Held && !matches!(item, Item::Command(_)) {
+            let detail = format!("{item:?} between the sync point at the switch and the package");
+            return Err(Error::misbehaved(Phase::Device, detail));
+        }
         let last = matches!(item, Item::Eof | Item::SectionFull(_));
         if let Some(ram) = ram.as_ref().filter(|_| last && self.postcopy.has_switched()) {
             return self.on_last_item(ram, &item);
@@ -230,10 +234,6 @@ impl Machine {
             }
             Item::SectionFull(head) => return early_device(ram, head),
             _ => {}
-        }
-        if self.postcopy == Postcopy::Held && !matches!(item, Item::Command(_)) {
-            let detail = format!("{item:?} between the sync point at the switch and the package");
-            return Err(Error::misbehaved(Phase::Device, detail));
         }
         if std::mem::take(&mut self.open_devices) {
             effects.push(Effect::KeepEarly { within_ram: ram.is_some() });
