@@ -1,4 +1,5 @@
-//! A VMM on vm-memory whose guest goes on at the other host before its RAM is there, also when the link breaks.
+//! A VMM on vm-memory whose guest goes on at the other host before its RAM is there, also when the
+//! link breaks.
 //!
 //! `cargo run --release --example embed_postcopy`
 //!
@@ -38,10 +39,12 @@ const REGIONS: [(GuestAddress, usize); 2] = [(GuestAddress(0), 8 << 20), (GuestA
 /// How long each end waits for the other when the link is gone.
 const RECOVER: Duration = Duration::from_secs(60);
 
-/// The part to copy: a guest goes on elsewhere, and its RAM follows. Its memory may be given back when this has returned.
+/// The part to copy: a guest goes on elsewhere, and its RAM follows. Its memory may be given back
+/// when this has returned.
 fn migrate(source: Source, vm: &Vm, to: &Endpoint) -> Result<Report> {
     let mut precopy = source.connect(to)?;
-    // As many as you like: what the guest does not write afterwards is never waited for. `Limits::on_stall` tells when to stop.
+    // As many as you like: what the guest does not write afterwards is never waited for.
+    // `Limits::on_stall` tells when to stop.
     println!("{}", precopy.round()?);
     precopy.prepare_postcopy()?;
     vm.pause();
@@ -59,7 +62,8 @@ fn serve(postcopy: &mut Postcopy, to: &Endpoint) -> std::result::Result<Report, 
     loop {
         match postcopy.serve()? {
             Served::Completed(report) => return Ok(*report),
-            // Nothing is lost as long as this process lives. A recovery that fails may be tried again.
+            // Nothing is lost as long as this process lives. A recovery that fails may be tried
+            // again.
             Served::Paused(why) => {
                 println!("source: {why}");
                 postcopy.recover(to, RECOVER)?;
@@ -111,7 +115,8 @@ struct Vm {
 }
 
 impl Vm {
-    /// Returns when no vCPU writes any more: a pause that only asks for it would lose the last write.
+    /// Returns when no vCPU writes any more: a pause that only asks for it would lose the last
+    /// write.
     fn pause(&self) {
         *self.paused.lock().expect("no vCPU panics") = true;
     }
@@ -133,7 +138,8 @@ impl Vm {
         Ok(())
     }
 
-    /// At the destination: finds in each page what the paused guest had there, however long that takes to come.
+    /// At the destination: finds in each page what the paused guest had there, however long that
+    /// takes to come.
     fn reading_vcpu(&self, memory: &Memory, expected: &Memory, step: usize) -> Result<()> {
         let (mut here, mut there) = ([0; PAGE], [0; PAGE]);
         for (base, len) in REGIONS {
@@ -153,7 +159,8 @@ impl Vm {
     }
 }
 
-/// Plays the network that fails: when some pages have been asked for. Then all goes as fast as it can.
+/// Plays the network that fails: when some pages have been asked for. Then all goes as fast as it
+/// can.
 fn break_once(control: &Control) -> Result<()> {
     let changes = control.state_changes();
     while control.progress().requests < 8 && !control.state().is_final() {

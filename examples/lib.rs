@@ -2,9 +2,10 @@
 //! line:
 //!
 //! * `cargo run --release --example embed`: the 15 lines, for a VMM on vm-memory
-//! * `cargo run --release --example embed_postcopy`: the same in post-copy: the guest goes on, its RAM follows, the link breaks
-//! * `cargo run --release --example kvm_guest [--postcopy]`: a real KVM guest moves between two processes and
-//!   counts on; in post-copy before its RAM is there
+//! * `cargo run --release --example embed_postcopy`: the same in post-copy: the guest goes on, its
+//!   RAM follows, the link breaks
+//! * `cargo run --release --example kvm_guest [--postcopy]`: a real KVM guest moves between two
+//!   processes and counts on; in post-copy before its RAM is there
 //! * `cargo run --release --example custom_codec`: a compression method of your own
 //! * `cargo run --release --example custom_dirty_log`: a dirty log of your own
 //! * `cargo run --release --package multifd-unix-pair`: socket pairs of your own, and an engine without codecs

@@ -66,10 +66,11 @@ pub(crate) struct Common {
     /// number for receive
     #[arg(long, global = true, value_name = "N", value_parser = human::channels)]
     pub(crate) channels: Option<usize>,
-    /// none, zlib or zstd, with a level as in zstd:3, on the parallel channels. For receive: refuse
-    /// any other. For tune: only this and none
+    /// none, zlib or zstd, with a level as in zstd:3, on the parallel channels; to a multifd
+    /// destination also lz4, and auto, which chooses for each packet by what is measured. For
+    /// receive: refuse any other. For tune: only this and none
     #[arg(long, global = true, value_name = "CODEC", value_parser = codec)]
-    pub(crate) codec: Option<CodecChoice>,
+    pub(crate) codec: Option<CodecFlag>,
     /// Limit over all channels, such as 1Gbit/s, 100MiB/s or 512K; 0: unlimited
     #[arg(long, global = true, value_name = "RATE", value_parser = human::rate)]
     pub(crate) max_bandwidth: Option<Rate>,
@@ -129,6 +130,10 @@ pub(crate) struct Receive {
     /// address, for this long each time. Default: fail, and leave the rest of the guest at the source
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) recover: Option<Duration>,
+    /// How long the source may be silent between two rounds: for a QEMU that is held before the switch-over
+    /// (pause-before-switchover), which cannot say that it is alive. Its host must answer --keepalive. Default: --timeout
+    #[arg(long, value_name = "TIME", value_parser = human::duration)]
+    pub(crate) hold_timeout: Option<Duration>,
     /// Refuse a guest with more RAM than this, such as 64G; 0: no limit. Default: what is free in the
     /// file system of --out, since a source decides how much of its RAM is not zero
     #[arg(long, value_name = "SIZE", value_parser = human::size)]
@@ -141,6 +146,10 @@ pub(crate) struct Receive {
     /// as long as a byte comes within --timeout
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) deadline: Option<Duration>,
+    /// Read all RAM again when the last page is there, and refuse a guest of which a page is not what was placed. It is
+    /// paused meanwhile
+    #[arg(long)]
+    pub(crate) verify: bool,
     /// With TLS: accept a source whose certificate has this subject (CN=host,O=Example) or
     /// alternative name (host.example); * is any text. May be repeated. Default: every source with
     /// a certificate of the CA
@@ -181,7 +190,20 @@ pub(crate) struct Send {
     #[arg(long, value_enum, value_name = "HOW")]
     pub(crate) zero_page_detection: Option<ZeroPageDetection>,
     #[command(flatten)]
+    pub(crate) proof: Proof,
+    #[command(flatten)]
     pub(crate) sockets: SourceSockets,
+}
+
+/// What another multifd checks of what is sent.
+#[derive(Debug, Args)]
+pub(crate) struct Proof {
+    /// No checksums of the parallel channels' packets, which a multifd destination compares before it places a page
+    #[arg(long)]
+    pub(crate) no_checksums: bool,
+    /// No digest of all RAM, which a multifd destination compares with its own before the guest is handed over
+    #[arg(long)]
+    pub(crate) no_digest: bool,
 }
 
 /// How RAM follows a guest that runs at the destination.
@@ -282,6 +304,11 @@ pub(crate) struct Demo {
     /// With --postcopy: a connection of its own for pages that the guest waits for
     #[arg(long, requires = "postcopy")]
     pub(crate) postcopy_preempt: bool,
+    /// When the guest is paused, compare all of its RAM with what was sent: finds writes that the dirty log has missed
+    #[arg(long, conflicts_with = "postcopy")]
+    pub(crate) audit: bool,
+    #[command(flatten)]
+    pub(crate) proof: Proof,
     #[command(flatten)]
     pub(crate) convergence: Convergence,
 }
@@ -303,8 +330,9 @@ pub(crate) struct DemoDestination {
 /// When a live source gives up, or stops its guest although that takes longer than it should.
 #[derive(Debug, Args)]
 pub(crate) struct Convergence {
-    /// When rounds no longer shrink: continue, abort, switch over at a minimum within --stall-limit, or have the rest of RAM
-    /// follow the guest (post-copy); the last also when --deadline has passed
+    /// When rounds no longer shrink: continue, abort, switch over at a minimum within
+    /// --stall-limit, or have the rest of RAM follow the guest (post-copy); the last also when
+    /// --deadline has passed
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = Stall::Continue)]
     pub(crate) on_stall: Stall,
     /// The second downtime limit, for --on-stall switch
@@ -313,6 +341,10 @@ pub(crate) struct Convergence {
     /// Total time after which to give up
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) deadline: Option<Duration>,
+    /// Limit over all channels while the guest is paused, such as 10Gbit/s, where --max-bandwidth does not hold; 0: unlimited.
+    /// Default: unlimited
+    #[arg(long, value_name = "RATE", value_parser = human::rate)]
+    pub(crate) max_switchover_bandwidth: Option<Rate>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -339,7 +371,36 @@ impl Convergence {
             Stall::Postcopy => OnStall::Postcopy,
             Stall::Switch => OnStall::SwitchBelow(self.stall_limit),
         };
-        Limits { downtime_limit, on_stall, deadline: self.deadline, ..Limits::default() }
+        let max_switchover_bandwidth = self.max_switchover_bandwidth.and_then(|Rate(limit)| limit);
+        Limits {
+            downtime_limit,
+            on_stall,
+            deadline: self.deadline,
+            max_switchover_bandwidth,
+            ..Limits::default()
+        }
+    }
+}
+
+/// A codec, or the choice of one for each packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CodecFlag {
+    Auto,
+    Fixed(CodecChoice),
+}
+
+impl CodecFlag {
+    /// The codec, where there is one.
+    pub(crate) fn fixed(self) -> Option<CodecChoice> {
+        match self {
+            Self::Auto => None,
+            Self::Fixed(choice) => Some(choice),
+        }
+    }
+
+    /// What a QEMU would have to be set to.
+    pub(crate) fn family(self) -> &'static str {
+        self.fixed().map_or("none", |choice| choice.family().name())
     }
 }
 
@@ -397,8 +458,11 @@ impl From<ZeroPageDetection> for ZeroPages {
     }
 }
 
-fn codec(text: &str) -> Result<CodecChoice, String> {
-    text.parse::<CodecChoice>().map_err(|error| error.to_string())
+fn codec(text: &str) -> Result<CodecFlag, String> {
+    if text == "auto" {
+        return Ok(CodecFlag::Auto);
+    }
+    text.parse::<CodecChoice>().map(CodecFlag::Fixed).map_err(|error| format!("{error}, or auto"))
 }
 
 #[cfg(test)]
@@ -422,6 +486,16 @@ mod tests {
             assert!(flags.common.json && flags.common.quiet);
             assert_eq!(flags.common.channels, Some(2));
         }
+    }
+
+    #[test]
+    fn the_limit_of_the_switch_over_is_one_of_its_own() {
+        let line = "multifd demo --max-bandwidth 2KiB/s --max-switchover-bandwidth 1KiB/s";
+        let flags = Flags::try_parse_from(line.split(' ')).unwrap();
+        let Command::Demo(demo) = flags.command else { panic!("not a demo") };
+        let limits = demo.convergence.limits(Duration::ZERO);
+        assert_eq!(limits.max_switchover_bandwidth, NonZeroU64::new(1 << 10));
+        assert_eq!(flags.common.max_bandwidth(), NonZeroU64::new(2 << 10));
     }
 
     #[test]
@@ -453,6 +527,19 @@ mod tests {
         for line in ["multifd tune", "multifd tune dir --pid 1", "multifd tune dir --link 0"] {
             assert!(Flags::try_parse_from(line.split(' ')).is_err(), "{line}");
         }
+    }
+
+    #[test]
+    fn a_codec_is_one_or_the_choice_of_one() {
+        let codec = |text: &str| {
+            let flags = Flags::try_parse_from(["multifd", "send", "d", "tcp:h:1", "--codec", text]);
+            flags.map(|flags| flags.common.codec.unwrap())
+        };
+        assert_eq!(codec("auto").unwrap(), CodecFlag::Auto);
+        assert_eq!(codec("lz4").unwrap(), CodecFlag::Fixed(CodecChoice::Lz4));
+        assert_eq!(codec("auto").unwrap().family(), "none");
+        let error = codec("auto:3").unwrap_err().to_string();
+        assert!(error.contains("auto:3") && error.contains("zstd[:0..20], or auto"), "{error}");
     }
 
     #[test]

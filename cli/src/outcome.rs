@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use multifd_engine::{Error, ErrorKind, Figures, Progress, Remedy, Report};
+use multifd_engine::{DigestsDiffer, Error, ErrorKind, Figures, Progress, Remedy, Report};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -73,15 +73,11 @@ impl Outcome {
             }
             Failure::Usage(reason) => (Status::Failed, USAGE, reason.clone()),
         };
-        let figures = Figures::so_far(&progress.unwrap_or_default());
-        Self {
-            status,
-            error: Some(text),
-            hint: None,
-            code,
-            table: String::new(),
-            keys: object(json!(figures)),
+        let mut keys = object(json!(Figures::so_far(&progress.unwrap_or_default())));
+        if digests_differ(failure) {
+            keys.insert("digest".to_owned(), json!("different"));
         }
+        Self { status, error: Some(text), hint: None, code, table: String::new(), keys }
     }
 
     /// Failed for a reason outside of a migration.
@@ -130,6 +126,12 @@ impl Outcome {
         }
         ExitCode::from(self.code)
     }
+}
+
+/// Whether a destination has found that RAM is not what was sent.
+fn digests_differ(failure: &Failure) -> bool {
+    let Failure::Migration(error) = failure else { return false };
+    std::error::Error::source(error).is_some_and(|cause| cause.is::<DigestsDiffer>())
 }
 
 fn status_and_code(error: &Error) -> (Status, u8) {

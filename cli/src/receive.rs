@@ -8,7 +8,7 @@ use multifd_transports::Endpoint;
 use nix::sys::statvfs::statvfs;
 use serde_json::json;
 
-use crate::flags::{Common, Receive};
+use crate::flags::{CodecFlag, Common, Receive};
 use crate::human::tell;
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
@@ -20,8 +20,15 @@ pub(crate) fn run(flags: &Receive, common: &Common) -> Outcome {
     match receive(flags, common, &mut reached) {
         Ok(report) => {
             let place = flags.out.display();
-            Outcome::migrated(&report, &format!("checkpoint   {place}\n"))
-                .with("checkpoint", json!(flags.out))
+            let verified = report.audit.map_or_else(String::new, |audit| {
+                format!("verified     {} pages, read again as they were placed\n", audit.pages)
+            });
+            let outcome = Outcome::migrated(&report, &format!("{verified}checkpoint   {place}\n"))
+                .with("checkpoint", json!(flags.out));
+            match flags.verify {
+                true => outcome.with("verified", json!(report.audit.is_some())),
+                false => outcome,
+            }
         }
         Err(error) => Outcome::failed(&error, reached),
     }
@@ -35,6 +42,7 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
         .switchover_ack(flags.switchover_ack.into())
         .direct_io(flags.direct_io)
         .postcopy(true)
+        .verify(flags.verify)
         .timeout(common.timeout)
         .max_memory(flags.max_memory)
         .deadline(flags.deadline)
@@ -47,11 +55,14 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     if let Some(channels) = common.channels {
         builder = builder.channels(channels);
     }
-    if let Some(choice) = common.codec {
+    if let Some(choice) = common.codec.and_then(CodecFlag::fixed) {
         builder = builder.codecs(Codecs::empty().with(choice.codec()));
     }
     if let Some(limit) = flags.recover {
         builder = builder.recover(limit);
+    }
+    if let Some(limit) = flags.hold_timeout {
+        builder = builder.hold_timeout(limit);
     }
     if let Some(tls) = tls {
         builder = builder.tls(tls);

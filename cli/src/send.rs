@@ -6,7 +6,7 @@ use multifd_engine::{Checkpoint, Error, ErrorKind, Phase, Progress, Remedy, Repo
 use multifd_transports::Endpoint;
 use serde_json::json;
 
-use crate::flags::{Common, Send};
+use crate::flags::{CodecFlag, Common, Send};
 use crate::human::show_bytes;
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
@@ -56,6 +56,8 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         .postcopy(flags.postcopy)
         .postcopy_preempt(flags.following.postcopy_preempt)
         .max_postcopy_bandwidth(flags.following.max_bandwidth())
+        .checksums(!flags.proof.no_checksums)
+        .digest(!flags.proof.no_digest)
         .timeout(common.timeout)
         .socket_options(flags.sockets.options())
         .channel_endpoints(flags.sockets.channel_uri.clone())
@@ -63,8 +65,10 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
     if flags.return_path || flags.no_return_path {
         builder = builder.return_path(flags.return_path);
     }
-    if let Some(choice) = common.codec {
-        builder = builder.codec(choice.codec());
+    match common.codec {
+        Some(CodecFlag::Auto) => builder = builder.auto_codec(true),
+        Some(CodecFlag::Fixed(choice)) => builder = builder.codec(choice.codec()),
+        None => {}
     }
     if let Some(detection) = flags.zero_page_detection {
         builder = builder.zero_pages(detection.into());
@@ -111,7 +115,7 @@ fn settings_to_compare(flags: &Send, common: &Common, error: &Error) -> Option<S
     let multifd = match channels {
         0 => "capability multifd off".to_owned(),
         channels => {
-            let codec = common.codec.map_or("none", |choice| choice.family().name());
+            let codec = common.codec.map_or("none", CodecFlag::family);
             format!("capability multifd on, multifd-channels {channels}, multifd-compression {codec}")
         }
     };

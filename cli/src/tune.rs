@@ -6,10 +6,11 @@ use std::io::{self, Write};
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::Path;
 
+use multifd_codecs::CodecChoice;
 use multifd_tune::{Config, Findings, Source};
 use serde_json::json;
 
-use crate::flags::{Common, Rate, Tune};
+use crate::flags::{CodecFlag, Common, Rate, Tune};
 use crate::outcome::Outcome;
 use crate::progress;
 use crate::sandbox::Sandbox;
@@ -24,6 +25,9 @@ pub(crate) fn run(flags: &Tune, common: &Common) -> Outcome {
 
 /// Finds, and writes the page.
 fn tune(flags: &Tune, common: &Common) -> Result<Findings, String> {
+    if let Some(CodecFlag::Auto | CodecFlag::Fixed(CodecChoice::Lz4)) = common.codec {
+        return Err("--codec auto and lz4 are not predicted; expected none, zlib or zstd".to_owned());
+    }
     let is_input = |page: &Path| flags.source.as_ref().is_some_and(|source| is_same(source, page));
     if let Some(path) = flags.html.as_deref().filter(|path| is_input(path)) {
         return Err(format!("refusing to overwrite the input {}", path.display()));
@@ -68,7 +72,7 @@ fn config(flags: &Tune, common: &Common) -> Config {
     if !flags.channels.is_empty() {
         config.channels.clone_from(&flags.channels);
     }
-    config.codec = common.codec;
+    config.codec = common.codec.and_then(CodecFlag::fixed);
     config.cores = flags.cores.map(usize::from).and_then(NonZeroUsize::new);
     config.dirty_rate = flags.dirty_rate.map(|Rate(rate)| rate.map_or(0, NonZeroU64::get));
     config.downtime_limit = common.downtime_limit;

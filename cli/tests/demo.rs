@@ -61,6 +61,14 @@ fn a_guest_that_does_not_converge_goes_on_before_its_ram_is_there() {
 }
 
 #[test]
+fn an_audit_and_a_limit_of_the_switch_over_can_be_asked_for() {
+    let object = demo(&["--audit", "--max-switchover-bandwidth", "1GiB/s"]);
+    assert_eq!(object["audit"]["pages"], json!((64 << 20) / 4096), "{object:#}");
+    let object = demo(&[]);
+    assert!(object["audit"].is_null(), "{object:#}");
+}
+
+#[test]
 fn a_guest_that_goes_on_before_its_ram_is_there_finds_every_page() {
     if let Err(error) = UserfaultLog::new() {
         eprintln!("skipped: userfaultfd: {error}");

@@ -8,6 +8,8 @@ use crate::codec::Codec;
 use crate::level::ZlibLevel;
 #[cfg(feature = "zstd")]
 use crate::level::ZstdLevel;
+#[cfg(feature = "lz4")]
+use crate::lz4::Lz4;
 use crate::uncompressed::Uncompressed;
 #[cfg(feature = "zlib")]
 use crate::zlib::Zlib;
@@ -23,6 +25,9 @@ use crate::zstd::Zstd;
 pub enum CodecChoice {
     /// No compression.
     None,
+    /// lz4, towards another multifd.
+    #[cfg(feature = "lz4")]
+    Lz4,
     /// zlib at a level.
     #[cfg(feature = "zlib")]
     Zlib(ZlibLevel),
@@ -37,6 +42,8 @@ pub enum CodecChoice {
 pub enum CodecFamily {
     /// No compression.
     None,
+    /// lz4, which has no levels.
+    Lz4,
     /// zlib, at any level.
     Zlib,
     /// zstd, at any level.
@@ -60,6 +67,8 @@ impl CodecChoice {
     pub const fn family(self) -> CodecFamily {
         match self {
             Self::None => CodecFamily::None,
+            #[cfg(feature = "lz4")]
+            Self::Lz4 => CodecFamily::Lz4,
             #[cfg(feature = "zlib")]
             Self::Zlib(_) => CodecFamily::Zlib,
             #[cfg(feature = "zstd")]
@@ -71,6 +80,8 @@ impl CodecChoice {
     pub const fn level(self) -> Option<u8> {
         match self {
             Self::None => None,
+            #[cfg(feature = "lz4")]
+            Self::Lz4 => None,
             #[cfg(feature = "zlib")]
             Self::Zlib(level) => Some(level.value()),
             #[cfg(feature = "zstd")]
@@ -82,6 +93,8 @@ impl CodecChoice {
     pub fn codec(self) -> Arc<dyn Codec> {
         match self {
             Self::None => Arc::new(Uncompressed),
+            #[cfg(feature = "lz4")]
+            Self::Lz4 => Arc::new(Lz4),
             #[cfg(feature = "zlib")]
             Self::Zlib(level) => Arc::new(Zlib::from(level)),
             #[cfg(feature = "zstd")]
@@ -91,10 +104,11 @@ impl CodecChoice {
 }
 
 impl CodecFamily {
-    /// The name, as in `multifd-compression`: `none`, `zlib`, `zstd`.
+    /// The name, as in `multifd-compression`: `none`, `zlib`, `zstd`; and `lz4`, which QEMU has not.
     pub const fn name(self) -> &'static str {
         match self {
             Self::None => "none",
+            Self::Lz4 => "lz4",
             Self::Zlib => "zlib",
             Self::Zstd => "zstd",
         }
@@ -132,13 +146,15 @@ impl<'de> serde::Deserialize<'de> for CodecChoice {
 }
 
 #[cfg(test)]
-#[cfg(all(feature = "zlib", feature = "zstd"))]
+#[cfg(all(feature = "lz4", feature = "zlib", feature = "zstd"))]
 mod tests {
     use super::*;
 
     #[test]
     fn a_choice_says_what_its_codec_says() {
-        for choice in [CodecChoice::None, CodecChoice::zlib::<0>(), CodecChoice::zstd::<20>()] {
+        for choice in
+            [CodecChoice::None, CodecChoice::Lz4, CodecChoice::zlib::<0>(), CodecChoice::zstd::<20>()]
+        {
             assert_eq!(choice.codec().describe(), choice.to_string());
             assert_eq!(choice.codec().name(), choice.family().name());
             assert_eq!(choice.to_string().parse(), Ok(choice));
@@ -149,6 +165,7 @@ mod tests {
     fn choices_are_in_the_order_of_families_and_levels() {
         let rising = [
             CodecChoice::None,
+            CodecChoice::Lz4,
             CodecChoice::zlib::<2>(),
             CodecChoice::zlib::<9>(),
             CodecChoice::zstd::<1>(),

@@ -13,6 +13,7 @@
 //! | codec | id | payload (docs/wire.md §8) |
 //! | --- | --- | --- |
 //! | [`Uncompressed`] | 0 | the pages |
+//! | `Lz4` (feature `lz4`) | 0x0a | a block of lz4; another multifd only |
 //! | `Zlib` (feature `zlib`) | 2 | a piece of one zlib stream per channel, ended by a sync flush |
 //! | `Zstd` (feature `zstd`, needs a C compiler) | 4 | a piece of one zstd frame per channel, ended by a flush |
 //! | your own | any | see [`Codec`] for an example, [`conformance::check`] for the rules |
@@ -28,6 +29,8 @@ mod choice;
 mod codec;
 mod error;
 mod level;
+#[cfg(feature = "lz4")]
+mod lz4;
 mod parse;
 mod random;
 mod registry;
@@ -41,6 +44,8 @@ pub use choice::{CodecChoice, CodecFamily};
 pub use codec::{Codec, CodecId, Decoder, Encoder, MAX_BATCH_LEN, MAX_PAYLOAD_LEN};
 pub use error::{CodecError, DecodeFailed, EncodeFailed, Reason};
 pub use level::{LevelOutOfRange, ZlibLevel, ZstdLevel};
+#[cfg(feature = "lz4")]
+pub use lz4::Lz4;
 pub use parse::{InvalidCodec, parse_codec};
 pub use random::looks_random;
 pub use registry::Codecs;

@@ -11,7 +11,7 @@ use crate::level::ZlibLevel;
 #[cfg(feature = "zstd")]
 use crate::level::ZstdLevel;
 
-/// Reads `none`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`, those that the crate was built with.
+/// Reads `none`, `lz4`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`, those that the crate was built with.
 ///
 /// # Errors
 /// Anything else; the error repeats `text` and the grammar or the range.
@@ -22,7 +22,7 @@ pub fn parse_codec(text: &str) -> Result<Arc<dyn Codec>, InvalidCodec> {
 impl FromStr for CodecChoice {
     type Err = InvalidCodec;
 
-    /// Reads `none`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`; the level without one is QEMU's.
+    /// Reads `none`, `lz4`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`; the level without one is QEMU's.
     fn from_str(text: &str) -> Result<Self, InvalidCodec> {
         let invalid = |source| InvalidCodec { text: text.to_owned(), source };
         let (name, level) = match text.split_once(':') {
@@ -32,6 +32,8 @@ impl FromStr for CodecChoice {
         let level = level.map(decimal).transpose().map_err(|()| invalid(None))?;
         match (name, level) {
             ("none", None) => Ok(Self::None),
+            #[cfg(feature = "lz4")]
+            ("lz4", None) => Ok(Self::Lz4),
             #[cfg(feature = "zlib")]
             ("zlib", None) => Ok(Self::Zlib(ZlibLevel::default())),
             #[cfg(feature = "zlib")]
@@ -54,11 +56,15 @@ pub struct InvalidCodec {
 }
 
 /// What this build can read.
-const GRAMMAR: &str = match (cfg!(feature = "zlib"), cfg!(feature = "zstd")) {
-    (true, true) => "none, zlib[:0..9] or zstd[:0..20]",
-    (true, false) => "none or zlib[:0..9] (this build has no zstd)",
-    (false, true) => "none or zstd[:0..20] (this build has no zlib)",
-    (false, false) => "none (this build has neither zlib nor zstd)",
+const GRAMMAR: &str = match (cfg!(feature = "lz4"), cfg!(feature = "zlib"), cfg!(feature = "zstd")) {
+    (true, true, true) => "none, lz4, zlib[:0..9] or zstd[:0..20]",
+    (true, true, false) => "none, lz4 or zlib[:0..9] (this build has no zstd)",
+    (true, false, true) => "none, lz4 or zstd[:0..20] (this build has no zlib)",
+    (true, false, false) => "none or lz4 (this build has neither zlib nor zstd)",
+    (false, true, true) => "none, zlib[:0..9] or zstd[:0..20] (this build has no lz4)",
+    (false, true, false) => "none or zlib[:0..9] (this build has neither lz4 nor zstd)",
+    (false, false, true) => "none or zstd[:0..20] (this build has neither lz4 nor zlib)",
+    (false, false, false) => "none (this build has no other codec)",
 };
 
 /// Digits only: `"+3".parse::<i32>()` would be 3.
@@ -70,7 +76,7 @@ fn decimal(digits: &str) -> Result<i32, ()> {
 }
 
 #[cfg(test)]
-#[cfg(all(feature = "zlib", feature = "zstd"))]
+#[cfg(all(feature = "lz4", feature = "zlib", feature = "zstd"))]
 mod tests {
     use std::error::Error;
 
@@ -80,6 +86,7 @@ mod tests {
     fn names_and_levels_come_back() {
         for (text, meaning) in [
             ("none", "none"),
+            ("lz4", "lz4"),
             #[cfg(feature = "zlib")]
             ("zlib", "zlib:1"),
             ("zlib:0", "zlib:0"),
@@ -108,13 +115,13 @@ mod tests {
             "ZSTD",
             " zstd",
             "none:0",
-            "lz4",
+            "lz4:1",
             "zlib:99999999999",
         ] {
             let error = parse_codec(text).unwrap_err();
             assert_eq!(
                 error.to_string(),
-                format!("codec {text:?}, expected none, zlib[:0..9] or zstd[:0..20]")
+                format!("codec {text:?}, expected none, lz4, zlib[:0..9] or zstd[:0..20]")
             );
             assert!(error.source().is_none());
         }
@@ -123,7 +130,7 @@ mod tests {
     #[test]
     fn a_level_out_of_range_says_the_range() {
         let error = parse_codec("zlib:10").unwrap_err();
-        assert_eq!(error.to_string(), "codec \"zlib:10\", expected none, zlib[:0..9] or zstd[:0..20]");
+        assert_eq!(error.to_string(), "codec \"zlib:10\", expected none, lz4, zlib[:0..9] or zstd[:0..20]");
         assert_eq!(error.source().unwrap().to_string(), "zlib level 10, range is 0..=9");
         assert!(parse_codec("zstd:21").unwrap_err().source().is_some());
     }

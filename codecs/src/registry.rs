@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::codec::{Codec, CodecId};
+#[cfg(feature = "lz4")]
+use crate::lz4::Lz4;
 use crate::uncompressed::Uncompressed;
 #[cfg(feature = "zlib")]
 use crate::zlib::Zlib;
@@ -12,8 +14,8 @@ use crate::zstd::Zstd;
 
 /// The set of codecs that a destination can decode, by the id that packets carry.
 ///
-/// The default knows what every QEMU knows: none, zlib, zstd, as far as the crate was built with
-/// them. The levels of these do not matter to a destination.
+/// The default knows what every QEMU knows: none, zlib, zstd, and lz4 of other multifds, as far as
+/// the crate was built with them. The levels of these do not matter to a destination.
 #[derive(Clone, Debug)]
 pub struct Codecs(BTreeMap<CodecId, Arc<dyn Codec>>);
 
@@ -48,12 +50,14 @@ impl Default for Codecs {
         let codecs = codecs.with(Arc::new(Zlib::default()));
         #[cfg(feature = "zstd")]
         let codecs = codecs.with(Arc::new(Zstd::default()));
+        #[cfg(feature = "lz4")]
+        let codecs = codecs.with(Arc::new(Lz4));
         codecs
     }
 }
 
 #[cfg(test)]
-#[cfg(all(feature = "zlib", feature = "zstd"))]
+#[cfg(all(feature = "lz4", feature = "zlib", feature = "zstd"))]
 mod tests {
     use super::*;
 
@@ -64,7 +68,7 @@ mod tests {
     #[test]
     fn default_knows_what_every_qemu_knows() {
         let codecs = Codecs::default();
-        assert_eq!(described(&codecs), ["none", "zlib:1", "zstd:1"]);
+        assert_eq!(described(&codecs), ["none", "zlib:1", "zstd:1", "lz4"]);
         assert_eq!(codecs.get(CodecId::ZLIB).unwrap().name(), "zlib");
         assert!(codecs.get(CodecId::QPL).is_none());
         assert!(Codecs::empty().get(CodecId::NONE).is_none());
@@ -73,6 +77,6 @@ mod tests {
     #[test]
     fn with_replaces_by_id() {
         let codecs = Codecs::default().with(Arc::new(Zstd::level(7).unwrap()));
-        assert_eq!(described(&codecs), ["none", "zlib:1", "zstd:7"]);
+        assert_eq!(described(&codecs), ["none", "zlib:1", "zstd:7", "lz4"]);
     }
 }

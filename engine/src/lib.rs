@@ -43,8 +43,8 @@ pub use at_rest::recording::{
 pub use config::{DestinationConfig, SourceConfig, parameter, rule};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{
-    Arrived, Destination, DestinationBuilder, DevicePacket, Incoming, IncomingRam, PostcopyEnd,
-    PostcopyGuest, SwitchoverAck,
+    Arrived, ChangedPages, Destination, DestinationBuilder, DevicePacket, DigestsDiffer, Incoming,
+    IncomingRam, PostcopyEnd, PostcopyGuest, SwitchoverAck,
 };
 pub use dirty::{
     Coverage, DirtyLog, DirtyLogError, DirtyMarker, RegionLog, SoftwareLog, UserfaultLog, conformance,
@@ -53,7 +53,7 @@ pub use dirty::{
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use error::{Error, ErrorKind, Phase, Remedy, Result};
 pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock, RamChanges};
-pub use report::{FaultLatency, Figures, PageFaults, PostcopyReport, Report, ThreadWaits};
+pub use report::{DigestVerdict, FaultLatency, Figures, PageFaults, PostcopyReport, Report, ThreadWaits};
 pub use run::counters::{ChannelProgress, Progress};
 pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, ProgressReader};
 pub use run::state::MigrationState;
@@ -67,6 +67,7 @@ pub use stream::sections::EarlySections;
 #[doc(hidden)]
 pub mod unstable {
     pub use crate::convergence::{Convergence, RoundFacts};
+    pub use crate::guest::hash as page_hash;
     pub use crate::os::pagemap::{PageQuery, PageRun};
     pub use crate::work::{
         Batch, BlockIndex, Claim, Next, Origin, PerBlock, Place, Requested, Round, UrgentPages, WantedPage,
@@ -74,6 +75,8 @@ pub mod unstable {
 }
 
 // What the first lines of an embedder need; the rest is in the modules below.
+#[cfg(feature = "lz4")]
+pub use multifd_codecs::Lz4;
 #[cfg(feature = "zlib")]
 pub use multifd_codecs::Zlib;
 #[cfg(feature = "zstd")]

@@ -42,8 +42,21 @@ pub struct Report {
     pub zero_copy: Option<ZeroCopyStats>,
     /// What a post-copy took as this end saw it, if there was one.
     pub postcopy: Option<PostcopyReport>,
-    /// What was compared with what had been sent, if [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for.
+    /// What was compared with what had been sent, if [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for; with what
+    /// had been placed, if [`DestinationConfig::verify`](crate::DestinationConfig::verify) was.
     pub audit: Option<AuditReport>,
+    /// Whether all of RAM is at the destination what it was at the source, where both ends are multifd and kept a digest of it
+    /// ([`SourceConfig::digest`](crate::SourceConfig::digest)).
+    pub digest: Option<DigestVerdict>,
+}
+
+/// What a comparison of digests has come to. A difference is an error, because of [`DigestsDiffer`](crate::DigestsDiffer).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum DigestVerdict {
+    /// Every page was placed as it was sent.
+    Equal,
 }
 
 /// The same as plain numbers, under the names that scripts know.
@@ -61,8 +74,13 @@ pub struct Figures {
     pub progress: Progress,
     /// [`Report::codec`].
     pub codec: String,
+    /// Seconds of CPU time in which pages were encoded, or decoded, on all channels.
+    pub codec_cpu_s: f64,
     /// Bytes on the wire per second of the total time.
     pub throughput_bytes_per_s: u64,
+    /// [`Report::digest`]: `equal`; not there without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub digest: Option<DigestVerdict>,
     /// [`Report::postcopy`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub postcopy: Option<PostcopyReport>,
@@ -83,6 +101,7 @@ impl Report {
             zero_copy: None,
             postcopy: None,
             audit: None,
+            digest: None,
         }
     }
 
@@ -106,6 +125,7 @@ impl Report {
     pub fn figures(&self) -> Figures {
         Figures {
             codec: self.codec.clone(),
+            digest: self.digest,
             postcopy: self.postcopy.clone(),
             ..Figures::of(&self.progress, self.total, self.setup, self.downtime)
         }
@@ -128,6 +148,8 @@ impl Figures {
             downtime_ms: ms(downtime),
             progress: progress.clone(),
             codec: String::new(),
+            codec_cpu_s: progress.codec_us as f64 / 1e6,
+            digest: None,
             postcopy: None,
             throughput_bytes_per_s: u64::try_from(per_second).unwrap_or(u64::MAX),
         }
@@ -153,6 +175,13 @@ impl fmt::Display for Report {
             progress.pages_normal, progress.pages_zero, progress.pages_xbzrle, progress.rounds
         )?;
         write!(f, "channels     {} ({})", progress.channels, figures.codec)?;
+        if progress.codec_us > 0 {
+            let (saved, seconds) = (mib(progress.bytes_saved), figures.codec_cpu_s);
+            write!(f, "\ncodec        {saved:.1} MiB saved in {seconds:.2} s of this end's CPUs")?;
+        }
+        if let Some(DigestVerdict::Equal) = self.digest {
+            f.write_str("\ndigest       equal")?;
+        }
         if let Some(stats) = &self.xbzrle {
             let looked_up = (stats.hits + stats.misses).max(1);
             let off = if stats.switched_off { ", switched off" } else { "" };
@@ -204,9 +233,10 @@ mod tests {
                 "pages_xbzrle",
                 "channels",
                 "throughput_bytes_per_s",
+                "bytes_saved",
             ];
             assert!(numbers.iter().all(|key| figures[key].is_u64()), "{figures}");
-            assert!(figures["codec"].is_string(), "{figures}");
+            assert!(figures["codec"].is_string() && figures["codec_cpu_s"].is_f64(), "{figures}");
             assert_eq!(figures["per_channel"][1]["name"], "thread 0");
             assert_eq!(figures["per_channel"][1]["pages_normal"], 0);
         }

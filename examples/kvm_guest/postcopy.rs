@@ -1,4 +1,5 @@
-//! The same guest, which goes on before its RAM is there: a vCPU that needs a page waits for it within KVM_RUN.
+//! The same guest, which goes on before its RAM is there: a vCPU that needs a page waits for it
+//! within KVM_RUN.
 //!
 //! ```text
 //!  this process                                    the other one
@@ -122,7 +123,8 @@ pub(crate) fn destination() -> Result<()> {
     let faults = postcopy.faults.ok_or("no figures")?;
     assert!(faults.faults > 0 && postcopy.requests > 0, "{faults:?}");
     println!("quiet {:016x}", hash(&ram, quiet(&ram)));
-    // Every addition is in the data and in the counter: a page that was lost, or came late, would show here.
+    // Every addition is in the data and in the counter: a page that was lost, or came late, would
+    // show here.
     let counted = (0..VCPUS).map(|number| guest.counted(number)).collect::<Result<Vec<_>>>()?;
     for (number, counted) in (0..).zip(&counted) {
         let sum = guest.sum(number)?;

@@ -227,7 +227,16 @@ impl Qemu {
         let list: Vec<Value> =
             list.map(|(name, state)| json!({ "capability": name, "state": state })).collect();
         self.execute("migrate-set-capabilities", json!({ "capabilities": list }))?;
-        self.execute("migrate-set-parameters", Value::Object(settings.parameters(side))).map(drop)
+        let mut parameters = settings.parameters(side);
+        let set = self.execute("migrate-set-parameters", Value::Object(parameters.clone()));
+        match set {
+            // QEMU before 8.2: what it measures counts.
+            Err(refused) if refused.to_string().contains("'avail-switchover-bandwidth' is unexpected") => {
+                parameters.remove("avail-switchover-bandwidth");
+                self.execute("migrate-set-parameters", Value::Object(parameters)).map(drop)
+            }
+            other => other.map(drop),
+        }
     }
 
     /// Listens for a source (QEMU was started with `-incoming defer`). Gives the URI to connect to:

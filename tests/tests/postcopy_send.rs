@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use multifd_tests::{
-    Authority, BootSector, CheckpointFiles, CommandReport, Fill, Member, Multifd, Outcome, Process, Qemu,
-    QemuBuilder, Receive, Scratch, Settings, Side, guest, skip::newest_qemu, skip_without_qemu,
+    Authority, BootSector, CheckpointFiles, CommandReport, Failure, Fill, Member, Multifd, Outcome, Process,
+    Qemu, QemuBuilder, Receive, Scratch, Settings, Side, guest, skip::newest_qemu, skip_without_qemu,
 };
 use serde_json::{Value, json};
 
@@ -266,8 +266,11 @@ fn every_way_into_another_qemu() -> Outcome {
             arrives(Some(program.clone()), "pc", preempt, uri)?;
             runs_at_once(Some(program.clone()), "pc", preempt, uri)?;
         }
+    }
+    for preempt in [false, true] {
         for tls in [false, true] {
-            recovers(Some(program.clone()), preempt, tls)?;
+            recovers(Some(program.clone()), preempt, tls)
+                .map_err(|failure| Failure::new(format!("preempt {preempt}, TLS {tls}: {failure}")))?;
         }
     }
     Ok(())

@@ -69,6 +69,36 @@ mod tests {
         Ok(())
     }
 
+    /// A QEMU that is held before the switch-over says nothing, for as long as its operator likes.
+    #[test]
+    fn a_source_that_is_held_may_be_silent_for_longer_than_the_timeout() -> Outcome {
+        skip_without_qemu!();
+        for channels in [None, Some(2)] {
+            let scratch = Scratch::new()?;
+            let out = scratch.path("checkpoint");
+            let mut source = guest(&scratch)?.fill(Fill::new(4)).spawn("source")?;
+            source.serial().wait_lines(2, 0, SOON)?;
+            let flags = ["--timeout", "4s", "--hold-timeout", "1h"];
+            let mut receive = Receive::listen_with("tcp:127.0.0.1:0", &out, &flags)?;
+            let settings = Settings { capabilities: vec!["pause-before-switchover"], ..settings(channels) };
+            source.set_up(&settings, Side::Source)?;
+            source.migrate(receive.uri())?;
+            source.wait_status("pre-switchover", SOON)?;
+            let held = |said: &[u8]| {
+                let said = String::from_utf8_lossy(said);
+                said.contains("as for a source that is held before the switch-over").then_some(())
+            };
+            receive.process().stderr().wait_until("the timeout", SOON, held)?;
+            source.execute("migrate-continue", serde_json::json!({ "state": "pre-switchover" }))?;
+            if let Err(failure) = source.wait_completed(SOON) {
+                return Err(receive.process().explain(failure));
+            }
+            receive.wait_success(SOON)?;
+            ram::check_equal(source.ram(), &CheckpointFiles::open(&out)?.block("pc.ram")?)?;
+        }
+        Ok(())
+    }
+
     #[test]
     fn the_state_that_virtio_mem_sends_early_goes_before_the_pages_again() -> Outcome {
         skip_without_qemu!();

@@ -5,6 +5,13 @@ use crate::{BlockName, Invalid};
 /// What the source tells the destination between sections. Spec: docs/wire.md §4.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
+    /// 0x4d46, of the multifd dialect: a digest of all pages of this block, as they were sent last.
+    Digest {
+        /// The block.
+        block: BlockName,
+        /// The digest. Spec: docs/wire.md §27.8.
+        digest: u64,
+    },
     /// 8: turn COLO on.
     EnableColo,
     /// 1: the destination may send on the return path.
@@ -14,7 +21,7 @@ pub enum Command {
     /// 2: to be answered by a PONG of the same value.
     Ping(u32),
     /// 0x4d50, of the multifd dialect: pages come on the parallel channels after the switch to postcopy, too. Spec:
-    /// docs/wire.md §27.7.
+    /// docs/wire.md §27.10.
     PostcopyChannels,
     /// 3: postcopy may come. `None` if it is for dirty bitmaps only.
     PostcopyAdvise(Option<Advise>),
@@ -70,6 +77,7 @@ const POSTCOPY_RESUME: u16 = 9;
 const RECV_BITMAP: u16 = 10;
 const SWITCHOVER_START: u16 = 11;
 const POSTCOPY_CHANNELS: u16 = 0x4d50;
+const DIGEST: u16 = 0x4d46;
 
 /// Longest body: a discard of [`MAX_DISCARD_RANGES`] ranges in a block with the longest name.
 const MAX_BODY: usize = 1 + 1 + BlockName::MAX_LEN + 1 + 16 * MAX_DISCARD_RANGES;
@@ -100,6 +108,7 @@ impl Command {
             POSTCOPY_RESUME => Self::PostcopyResume,
             RECV_BITMAP => Self::RecvBitmap(BlockName::try_from(r.cstr8()?)?),
             SWITCHOVER_START => Self::SwitchoverStart,
+            DIGEST => Self::Digest { block: BlockName::try_from(r.cstr8()?)?, digest: r.be64()? },
             _ => return Err(unknown(id).into()),
         })
     }
@@ -114,6 +123,10 @@ impl Command {
                 out.extend(advise.target_page.to_be_bytes());
             }
             Self::RamDiscard { block, ranges } => write_discard(out, block, ranges),
+            Self::Digest { block, digest } => {
+                put_cstr8(out, block.as_str());
+                out.extend(digest.to_be_bytes());
+            }
             Self::RecvBitmap(block) => put_cstr8(out, block.as_str()),
             Self::EnableColo
             | Self::OpenReturnPath
@@ -128,6 +141,7 @@ impl Command {
 
     fn id(&self) -> u16 {
         match self {
+            Self::Digest { .. } => DIGEST,
             Self::EnableColo => ENABLE_COLO,
             Self::OpenReturnPath => OPEN_RETURN_PATH,
             Self::Packaged(_) => PACKAGED,
@@ -151,6 +165,7 @@ fn check_len(id: u16, len: usize) -> Result<(), Invalid> {
         POSTCOPY_ADVISE => (len == 0 || len == 16, "0 or 16 bytes"),
         RAM_DISCARD => (len <= MAX_BODY, "at most 450 bytes"),
         RECV_BITMAP => (len <= 1 + BlockName::MAX_LEN, "at most 256 bytes"),
+        DIGEST => ((10..=9 + BlockName::MAX_LEN).contains(&len), "10..=264 bytes"),
         OPEN_RETURN_PATH | POSTCOPY_CHANNELS | POSTCOPY_LISTEN | POSTCOPY_RUN | ENABLE_COLO
         | POSTCOPY_RESUME | SWITCHOVER_START => (len == 0, "0 bytes"),
         _ => return Err(unknown(id)),

@@ -60,13 +60,14 @@ pub use item::{Footer, Item, ItemType, SectionHead, SectionId};
 pub use migration_id::MigrationId;
 pub use multifd::{
     CodecId, DeviceStatePacket, InitialPacket, MAX_DEVICE_STATE_PAYLOAD, MAX_PAYLOAD, MULTIFD_MAGIC,
-    PACKET_PREFIX_LEN, PacketFlags, PacketKind, RamPacket, RamPacketHeader, header_len, pages_per_packet,
+    PACKET_PREFIX_LEN, PacketChecks, PacketFlags, PacketKind, RamPacket, RamPacketHeader, codec_stream,
+    header_len, pages_per_packet, put_codec_stream,
 };
 pub use names::BlockName;
 pub use page_size::PageSize;
 pub use ram::{BlockRef, RAM_SECTION, RAM_SECTION_VERSION, RamRecord};
 pub use return_path::{
-    ALIVE_PING, Failure, HELLO_PING, Hello, MAX_RETURN_MESSAGE, RAM_PING, ReturnMessage, SETUP_PING,
+    ALIVE_PING, Failure, HELLO_PING, Hello, MAX_RETURN_MESSAGE, RAM_PING, ReturnMessage, SETUP_PING, Wishes,
 };
 pub use split::{DeviceSection, split_tail};
 pub use stream::{STREAM_MAGIC, STREAM_VERSION, StreamHeader};

@@ -1,5 +1,5 @@
-/// Which migration a connection is of: how a multifd destination knows the source of its paused post-copy again.
-/// Spec: docs/wire.md §27.6.
+/// Which migration a connection is of: how a multifd destination knows the source of its paused
+/// post-copy again. Spec: docs/wire.md §27.6.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MigrationId(pub [u8; MigrationId::LEN]);
 

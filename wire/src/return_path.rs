@@ -20,7 +20,8 @@ pub enum ReturnMessage {
     /// 0x4d46: the destination is multifd, not QEMU. Only sent in answer to a PING of
     /// [`HELLO_PING`].
     Hello(Hello),
-    /// 0x4d50: the id of a migration that may become a post-copy, for the source to go on with after its link has gone.
+    /// 0x4d50: the id of a migration that may become a post-copy, for the source to go on with
+    /// after its link has gone.
     Id(MigrationId),
     /// 0x4d49: how long a multifd destination took to load the device state, in µs. SHUT follows.
     Loaded(u64),
@@ -81,6 +82,44 @@ pub const RAM_PING: u32 = 0x6d66_7231;
 
 /// Value of the PINGs with which a source that has nothing to send shows that it is alive: `mfa1`.
 pub const ALIVE_PING: u32 = 0x6d66_6131;
+
+/// What a multifd source would have its destination do from the first page on, in a PING straight after
+/// that with [`HELLO_PING`]: `mfw` and eight bits. Spec: docs/wire.md §27.1.
+///
+/// A destination that does not know a wish answers with a PONG, as any other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// Packets with pages have checksums.
+    pub checksums: bool,
+    /// A digest of RAM is to be compared at the end.
+    pub digest: bool,
+    /// The packets of a channel may have different codecs.
+    pub mixed: bool,
+}
+
+impl Wishes {
+    const PING: u32 = 0x6d66_7700;
+    const CHECKSUMS: u32 = 1 << 0;
+    const DIGEST: u32 = 1 << 1;
+    const MIXED: u32 = 1 << 2;
+
+    /// The value of the PING.
+    pub fn ping(self) -> u32 {
+        let bit = |set: bool, bit: u32| if set { bit } else { 0 };
+        Self::PING
+            | bit(self.checksums, Self::CHECKSUMS)
+            | bit(self.digest, Self::DIGEST)
+            | bit(self.mixed, Self::MIXED)
+    }
+
+    /// The wishes of a PING; `None` for one that is something else. Those of later versions are passed over.
+    pub fn of_ping(value: u32) -> Option<Self> {
+        let has = |bit: u32| value & bit != 0;
+        let (checksums, digest) = (has(Self::CHECKSUMS), has(Self::DIGEST));
+        let wishes = Self { checksums, digest, mixed: has(Self::MIXED) };
+        (value & !0xff == Self::PING).then_some(wishes)
+    }
+}
 
 /// Longest body of a message, in bytes. Spec: docs/wire.md §11.
 pub const MAX_RETURN_MESSAGE: usize = 512;

@@ -15,7 +15,7 @@ use multifd_engine::{
 use multifd_transports::Endpoint;
 use serde_json::{Value, json};
 
-use crate::flags::{Common, Demo, Rate};
+use crate::flags::{CodecFlag, Common, Demo, Rate};
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
 use crate::{postcopy, signals};
@@ -41,6 +41,9 @@ pub(crate) fn run(flags: &Demo, common: &Common) -> Outcome {
             proof.extend(over.iter().map(|why| format!("downtime     {why}\n")));
             proof +=
                 &format!("dirty log    {log}\nverified     {pages} pages of the stopped guest, all equal\n");
+            if let Some(audit) = report.audit {
+                proof += &format!("audit        {} pages are what was sent of them\n", audit.pages);
+            }
             if let Some(touched) = there.get("touched") {
                 proof +=
                     &format!("guest        used {touched} pages at the destination before all were there\n");
@@ -51,6 +54,7 @@ pub(crate) fn run(flags: &Demo, common: &Common) -> Outcome {
                 .with("downtime_ledger", json!(report.ledger))
                 .with("decisions", json!(report.decisions))
                 .with("xbzrle", json!(report.xbzrle))
+                .with("audit", json!(report.audit))
                 .with("downtime_over_limit", json!(over))
         }
         Err(error) => match error.downcast::<Error>() {
@@ -107,14 +111,19 @@ fn migrate(flags: &Demo, common: &Common, reached: &mut Option<Progress>) -> Res
 fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilder> {
     // In post-copy, main is enough for a guest on this machine.
     let channels = common.channels.unwrap_or(if flags.postcopy { 0 } else { DEFAULT_CHANNELS });
-    let choice = common.codec.unwrap_or(if channels == 0 { CodecChoice::None } else { DEFAULT_CODEC });
+    let default = CodecFlag::Fixed(if channels == 0 { CodecChoice::None } else { DEFAULT_CODEC });
+    let choice = common.codec.unwrap_or(default);
     let configuration = Configuration::new(MACHINE);
     let mut builder = Source::builder(vec![guest.block.clone()], configuration)
         .channels(channels)
-        .codec(choice.codec())
+        .codec(choice.fixed().unwrap_or(CodecChoice::None).codec())
+        .auto_codec(choice == CodecFlag::Auto)
         .max_bandwidth(common.max_bandwidth())
         .postcopy(flags.may_switch())
         .postcopy_preempt(flags.postcopy_preempt)
+        .audit(flags.audit)
+        .checksums(!flags.proof.no_checksums)
+        .digest(!flags.proof.no_digest)
         .limits(flags.convergence.limits(common.downtime_limit))
         .timeout(common.timeout);
     if flags.auto_converge {

@@ -31,18 +31,22 @@ pub struct DestinationConfig {
     pub recover: Option<Duration>,
     /// When to acknowledge the switch-over unasked. Default: [`SwitchoverAck::Auto`].
     pub switchover_ack: SwitchoverAck,
-    /// Most bytes of devices' sections, which are kept in memory until the guest is loaded. Default: `None`, half of the
-    /// machine's memory. A VMM that knows its devices may well set less, on a port that others can reach above all.
+    /// Most bytes of devices' sections, and as many over parallel channels, which are kept in memory until the guest is loaded.
+    /// Default: `None`, half of the machine's memory. A VMM that knows its devices may well set less, on a port that others can reach above all.
     pub max_device_state: Option<usize>,
     /// How long to wait for the source: to connect, for the next byte of the main stream, for the rest of a packet. Default:
-    /// 60 s. A multifd source that is held says that it is alive; a QEMU that was paused by hand sends nothing.
+    /// 60 s. A multifd source that is held says that it is alive; for a QEMU that is held there is `hold_timeout`.
     pub timeout: Duration,
+    /// How long the source may be silent between two rounds, when it is held there and cannot say so: a QEMU with
+    /// pause-before-switchover. Its host must answer keepalive meanwhile (see `socket`), its process must not end. A process that
+    /// hangs is waited for, too. Not shorter than `timeout`, which holds within rounds. Default: `None`, `timeout`.
+    pub hold_timeout: Option<Duration>,
     /// Bytes of guest RAM, all blocks together, that a source may announce. Default: any number that the memory's provider
     /// takes.
     pub max_ram: Option<u64>,
     /// Bytes of memory that the source can make this end use beside guest RAM: buffers and windows of all channels, device
-    /// state, its description. A channel takes up to 2 MiB, with zstd and a window of the highest level 34 MiB. Default: half
-    /// of the machine's memory.
+    /// state, its description. A channel takes up to 2 MiB, with zstd and a window of the highest level 34 MiB. Digests of pages
+    /// that have come are not in it: 2 MiB for a GiB of them. Default: half of the machine's memory.
     pub max_memory: Option<u64>,
     /// Time from the first byte of the main channel until everything has come, however slowly it comes. Default: none; a peer
     /// that sends a byte per `timeout` is patiently served.
@@ -50,6 +54,11 @@ pub struct DestinationConfig {
     /// Takes device state over parallel channels (VFIO), which is kept in memory: [`Arrived::device_packets`](crate::Arrived::device_packets).
     /// Default: no, a source that sends some is refused.
     pub device_packets: bool,
+    /// Reads all RAM again when the last page is there, on all cores, and compares each page with a digest of what was placed
+    /// there, from whatever source: memory that was changed since, or is bad, is refused with
+    /// [`ChangedPages`](crate::ChangedPages), and the guest runs on at its source. The guest is paused meanwhile. Not of pages that
+    /// follow a switch to post-copy, nor of a `mapped-ram` file, which is refused. Default: no.
+    pub verify: bool,
     /// How the connections' sockets are tuned. Default: as for [`SourceConfig`](crate::SourceConfig).
     pub socket: SocketOptions,
 }
@@ -68,10 +77,12 @@ impl Default for DestinationConfig {
             switchover_ack: SwitchoverAck::Auto,
             max_device_state: None,
             timeout: DEFAULT_TIMEOUT,
+            hold_timeout: None,
             max_ram: None,
             max_memory: None,
             deadline: None,
             device_packets: false,
+            verify: false,
             socket: SocketOptions::default(),
         }
     }
@@ -91,6 +102,9 @@ impl DestinationConfig {
         }
         if !(1..=MAX_FAULT_THREADS).contains(&self.fault_threads) {
             return Err(format!("{} fault threads, expected 1 to {MAX_FAULT_THREADS}", self.fault_threads));
+        }
+        if let Some(hold) = self.hold_timeout.filter(|hold| *hold < self.timeout) {
+            return Err(format!("hold timeout {hold:?}, expected at least the timeout, {:?}", self.timeout));
         }
         if let Some(channels @ 1..) = self.channels {
             parameter::MULTIFD_CHANNELS.check(channels as u64).map_err(|error| error.to_string())?;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use multifd_codecs::{Codec, CodecId};
 use multifd_transports::{Endpoint, SocketOptions};
+use multifd_wire::Wishes;
 use serde::Serialize;
 
 use super::parameter;
@@ -72,12 +73,25 @@ pub struct SourceConfig {
     /// Bytes per second of a post-copy's background stream. Pages that the guest waits for count, but never wait. Default: no
     /// limit.
     pub max_postcopy_bandwidth: Option<NonZeroU64>,
-    /// For tests of a VMM and its dirty logs: keeps a digest of what was sent of each page (8 bytes a page, 2 MiB for a GiB of
-    /// guest), and compares all of RAM with them when the guest is paused and its last RAM has gone. Pages that have changed
-    /// without a dirty bit end the migration with [`MissedPages`](crate::MissedPages), and the guest runs on. Costs a copy of
-    /// each page that is sent, and downtime: all of RAM is read, on all cores. A switch to post-copy compares nothing, since it
-    /// does not wait for the last RAM. Default: no.
+    /// For tests of a VMM and its dirty logs: keeps a digest of what was sent of each page (8 bytes
+    /// a page, 2 MiB for a GiB of guest), and compares all of RAM with them when the guest is
+    /// paused and its last RAM has gone. Pages that have changed without a dirty bit end the
+    /// migration with [`MissedPages`](crate::MissedPages), and the guest runs on. Costs a copy of
+    /// each page that is sent, and downtime: all of RAM is read, on all cores. A switch to
+    /// post-copy compares nothing, since it does not wait for the last RAM. Default: no.
     pub audit: bool,
+    /// Chooses the codec of each packet of the parallel channels by what is measured: how long a codec takes, what it saves, how
+    /// long the channel waits for its link. Between two multifd ends, among none, lz4 and zstd at three levels; towards a QEMU, which
+    /// is set to one codec, none. Changes are in the decision log. Not beside a codec. Default: no.
+    pub auto_codec: bool,
+    /// Gives each packet of the parallel channels a checksum, which another multifd looks at before it places a page of it: what
+    /// was changed on the way ends the migration, and names channel, packet and block. TLS sees the same, and what was
+    /// changed on purpose, too. Costs a copy of each page and a hash of it, at both ends. Not with zero-copy send. Default: yes.
+    pub checksums: bool,
+    /// Keeps a digest of all RAM as its pages are sent, 8 bytes a page, and has another multifd, which keeps one as they are
+    /// placed, compare them when the last page is there, before the guest is handed over. Up to a switch to post-copy, and not
+    /// with zero-copy send. Costs as `checksums`, together not more than one of them. Default: yes.
+    pub digest: bool,
     /// Announces the switch-over to the destination's devices: QEMU 10.0 with machine types from 10.0 on. Default: no.
     pub switchover_start: bool,
     /// Has [`Precopy::stop_copy`](crate::Precopy::stop_copy) wait for [`Control::proceed`](crate::Control::proceed) before the
@@ -127,6 +141,9 @@ impl Default for SourceConfig {
             postcopy_urgent_channels: 1,
             max_postcopy_bandwidth: None,
             audit: false,
+            auto_codec: false,
+            checksums: true,
+            digest: true,
             switchover_start: false,
             pause_before_switchover: false,
             timeout: DEFAULT_TIMEOUT,
@@ -136,9 +153,23 @@ impl Default for SourceConfig {
 }
 
 impl SourceConfig {
+    /// What another multifd is to check.
+    pub(crate) fn wishes(&self, codec: &dyn Codec) -> Wishes {
+        // What the kernel sends later may have another content than what was hashed.
+        let known = self.zero_copy == ZeroCopySend::Off;
+        Wishes {
+            checksums: self.checksums && self.channels > 0 && known,
+            digest: self.digest && known,
+            mixed: self.channels > 0 && (self.auto_codec || codec.id() != CodecId::NONE),
+        }
+    }
+
     /// The one place that knows what may be combined: with each other, with the codec and TLS, and with where it goes to.
     pub(crate) fn check(&self, around: Surroundings<'_>) -> Result<(), String> {
         self.check_values()?;
+        if self.auto_codec && around.codec.id() != CodecId::NONE {
+            return Err(format!("codec {} beside the choice of one for each packet", around.codec.name()));
+        }
         if let Some(rule) = rule::broken(|feature| self.has(feature, around)) {
             return Err(rule.to_string());
         }
@@ -168,7 +199,7 @@ impl SourceConfig {
             Feature::Audit => self.audit,
             Feature::ChannelAddresses => !self.channel_endpoints.is_empty(),
             Feature::Channels => self.channels > 0 && !self.mapped_ram,
-            Feature::Compression => around.codec.id() != CodecId::NONE,
+            Feature::Compression => self.auto_codec || around.codec.id() != CodecId::NONE,
             Feature::DirectIo => self.direct_io,
             Feature::MappedRam => self.mapped_ram,
             Feature::Postcopy => self.postcopy,
@@ -312,6 +343,17 @@ mod tests {
         let stall = SourceConfig { limits, ..SourceConfig::default() };
         assert!(says(&stall, &Uncompressed, None).contains("post-copy is not allowed"));
         assert_eq!(says(&SourceConfig { limits, ..postcopy }, &Uncompressed, None), "");
+    }
+
+    #[test]
+    fn the_choice_of_a_codec_needs_channels_and_no_other_codec() {
+        let auto = SourceConfig { auto_codec: true, channels: 2, ..SourceConfig::default() };
+        assert_eq!(says(&auto, &Uncompressed, Some("tcp:h:1")), "");
+        assert!(says(&auto, &Zlib::default(), None).starts_with("codec zlib beside the choice of one"));
+        let single = SourceConfig { channels: 0, ..auto.clone() };
+        assert!(says(&single, &Uncompressed, None).contains("compression needs parallel channels"));
+        let zero_copy = SourceConfig { zero_copy: ZeroCopySend::WhileItPays, ..auto };
+        assert!(says(&zero_copy, &Uncompressed, None).contains("zero-copy send excludes compression"));
     }
 
     #[test]

@@ -11,10 +11,11 @@ use super::driver::ReceivedMain;
 use super::return_path::ReturnPath;
 use super::shared::{DestinationShared, DevicePacket};
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::report::Report;
+use crate::report::{DigestVerdict, Report};
 use crate::run::counters::Progress;
 use crate::run::session::HandOver;
 use crate::run::workers::Crew;
+use crate::source::AuditReport;
 use crate::stream::dialect;
 use crate::stream::sections::EarlySections;
 
@@ -40,6 +41,8 @@ pub struct Arrived {
     switched: bool,
     ended: bool,
     alive: Alive,
+    /// What was read again.
+    audit: Option<AuditReport>,
     /// When all of it was here.
     since: Instant,
 }
@@ -63,8 +66,15 @@ impl Arrived {
             switched: false,
             ended: false,
             alive,
+            audit: None,
             since,
         }
+    }
+
+    /// RAM was read again.
+    pub(super) fn verified(mut self, audit: Option<AuditReport>) -> Self {
+        self.audit = audit;
+        self
     }
 
     /// A guest that came by post-copy.
@@ -150,6 +160,9 @@ impl Arrived {
         }
         let mut report = Report::of(&self.shared.session, total, self.codec());
         report.downtime = downtime;
+        let compared = self.shared.wishes().digest && !self.switched;
+        report.audit = self.audit;
+        report.digest = compared.then_some(DigestVerdict::Equal);
         report.ledger.load_us = u64::try_from(load.as_micros()).unwrap_or(u64::MAX);
         self.wind_up();
         told.map(|()| report)

@@ -42,7 +42,7 @@ impl DestinationBuilder {
         self
     }
 
-    /// The codecs that may come in. Default: none, zlib, zstd. Which one it is, the packets say.
+    /// The codecs that may come in. Default: none, zlib, zstd, and lz4 of other multifds. Which one it is, the packets say.
     #[must_use]
     pub fn codecs(mut self, codecs: Codecs) -> Self {
         self.codecs = codecs;
@@ -122,6 +122,14 @@ impl DestinationBuilder {
         self
     }
 
+    /// How long a source that cannot say that it is held may be silent between two rounds: see
+    /// [`DestinationConfig::hold_timeout`].
+    #[must_use]
+    pub fn hold_timeout(mut self, limit: Duration) -> Self {
+        self.config.hold_timeout = Some(limit);
+        self
+    }
+
     /// Limit on guest RAM: see [`DestinationConfig::max_ram`].
     #[must_use]
     pub fn max_ram(mut self, bytes: u64) -> Self {
@@ -147,6 +155,13 @@ impl DestinationBuilder {
     #[must_use]
     pub fn device_packets(mut self, take: bool) -> Self {
         self.config.device_packets = take;
+        self
+    }
+
+    /// RAM read again at the end: see [`DestinationConfig::verify`].
+    #[must_use]
+    pub fn verify(mut self, verify: bool) -> Self {
+        self.config.verify = verify;
         self
     }
 

@@ -7,6 +7,7 @@ use multifd_wire::{BlockName, Configuration, DiscardRange, Footer, Item, ReturnM
 
 use super::arrival;
 use super::early::EarlyDevices;
+use super::hold;
 use super::machine::{Effect, Expected, Facts, Input, Machine, Observed};
 use super::mapped::PageReaders;
 use super::place::IncomingRam;
@@ -22,9 +23,9 @@ use super::tail::{self, Tail};
 use crate::error::{Error, Phase, Result};
 use crate::run::budget::Share;
 use crate::run::counters::Counters;
-use crate::stream::MainReader;
 use crate::stream::sections::EarlySections;
 use crate::stream::vm_state::VmState;
+use crate::stream::{MainReader, dialect};
 
 /// What came in on the main channel, RAM apart.
 #[derive(Debug)]
@@ -87,7 +88,8 @@ impl Driver {
         guest: Guest,
     ) -> Self {
         let package = (guest != Guest::NoPostcopy).then_some(shared.limits.device_state);
-        let machine = Machine::new(return_path.leads_back(), ack, package);
+        let machine =
+            Machine::new(return_path.leads_back(), ack, package).offering(dialect::features(&shared.codecs));
         Self {
             reader,
             shared: Arc::clone(shared),
@@ -163,6 +165,12 @@ impl Driver {
     }
 
     fn read(&mut self, expected: Expected) -> Result<Input> {
+        // Before there is RAM a source has nothing to be held for, and behind a switch it goes on at once.
+        let may_be_held = self.ram.is_some() && self.package.is_none() && !self.machine.has_switched();
+        let between_rounds = may_be_held && matches!(expected, Expected::Item | Expected::Footer);
+        if let Some(limit) = self.shared.limits.hold.filter(|_| between_rounds) {
+            hold::wait_between_rounds(&mut self.reader, limit)?;
+        }
         let reader = &mut self.reader;
         Ok(match expected {
             Expected::Configuration => {
@@ -235,8 +243,10 @@ impl Driver {
             Effect::Answer(phase, message) => self.return_path.send(phase, &message)?,
             Effect::AnswerWhenLoaded(value) => self.when_loaded.push(value),
             Effect::CheckUuid(uuid) => self.shared.on_uuid(uuid)?,
+            Effect::Compare { block, digest } => self.compare(&block, digest)?,
             Effect::CountRound => Counters::add(&self.shared.session.counters.rounds, 1),
             Effect::Discard { block, ranges } => self.discard(&block, &ranges)?,
+            Effect::Heed(wishes) => self.shared.heed(wishes),
             Effect::HoldChannels => self.hold_channels()?,
             Effect::KeepEarly { within_ram } => self.early.place(within_ram),
             Effect::KeepListening => {
@@ -258,6 +268,14 @@ impl Driver {
             Effect::SyncPoint => self.shared.sync_point()?,
         }
         Ok(())
+    }
+
+    fn compare(&self, block: &BlockName, digest: u64) -> Result<()> {
+        let none = || Error::bug(Phase::Active, "a digest is compared before there are blocks");
+        let sinks = self.ram.as_ref().ok_or_else(none)?.sinks();
+        sinks.find(block.as_str())?.compare(digest)?;
+        // With the last of them, before device state.
+        if sinks.are_compared() { sinks.check_digests() } else { Ok(()) }
     }
 
     fn discard(&self, block: &BlockName, ranges: &[DiscardRange]) -> Result<()> {
@@ -325,6 +343,9 @@ impl Driver {
         let most = self.shared.limits.device_state;
         let tail = tail::read(&mut self.reader, &begun, timeout, most, &mut memory)?;
         arrival::check_all_came(ram.sinks(), &early, &tail)?;
+        if self.shared.wishes().digest {
+            ram.sinks().check_digests()?;
+        }
         stream_end::wait(&mut self.reader, &self.return_path, timeout)?;
         received(self.machine.facts(), early, tail, memory)
     }

@@ -16,8 +16,8 @@
 use std::time::Instant;
 
 use multifd_wire::{
-    Advise, Command, Configuration, HELLO_PING, Hello, Item, RAM_SECTION, RAM_SECTION_VERSION, ReturnMessage,
-    SectionHead, SectionId,
+    Advise, BlockName, Command, Configuration, HELLO_PING, Hello, Item, RAM_SECTION, RAM_SECTION_VERSION,
+    ReturnMessage, SectionHead, SectionId, Wishes,
 };
 
 use super::switchover::{Acknowledgement, SwitchoverAck};
@@ -47,6 +47,8 @@ pub(super) struct Machine {
     return_path: ReturnDirection,
     postcopy: Postcopy,
     max_package: usize,
+    /// What this end can do, as HELLO says it.
+    features: u64,
     /// The RAM section of a guest that may run here.
     switched: Option<SectionId>,
     /// Devices were read since the last live item.
@@ -64,6 +66,8 @@ pub(super) struct Facts {
     pub(super) guest_stopped: Option<Instant>,
     /// The source may switch to post-copy.
     pub(super) advise: Option<Advise>,
+    /// The source has been told what this end can do.
+    introduced: bool,
 }
 
 /// Whether anything can be said to the source.
@@ -123,9 +127,15 @@ impl Machine {
             return_path,
             postcopy: if max_package.is_some() { Postcopy::Allowed } else { Postcopy::Refused },
             max_package: max_package.unwrap_or(0),
+            features: dialect::FEATURES,
             switched: None,
             open_devices: false,
         }
+    }
+
+    /// What HELLO is to say.
+    pub(super) fn offering(self, features: u64) -> Self {
+        Self { features, ..self }
     }
 
     /// What is to be read next, and how it is to be handed over.
@@ -305,16 +315,47 @@ impl Machine {
             Command::OpenReturnPath => self.open_return_path(effects)?,
             Command::Ping(value) => {
                 if value == HELLO_PING {
-                    let hello = Hello { version: dialect::VERSION, features: dialect::FEATURES };
+                    let hello = Hello { version: dialect::VERSION, features: self.features };
                     effects.push(Effect::SpeakDialect);
+                    self.facts.introduced = self.return_path == ReturnDirection::Open;
                     self.answer(Phase::Setup, ReturnMessage::Hello(hello), effects)?;
+                }
+                // What was recorded wished, too, but was not told that its wishes are heeded.
+                if let Some(wishes) = Wishes::of_ping(value).filter(|_| self.facts.introduced) {
+                    effects.push(Effect::Heed(wishes));
                 }
                 self.answer(Phase::Active, ReturnMessage::Pong(value), effects)?;
             }
+            Command::Digest { block, digest } => self.on_digest(ram.as_ref(), block, digest, effects)?,
             Command::SwitchoverStart => self.facts.switchover_start = true,
             other => return self.on_postcopy_command(other, ram, observed, effects),
         }
         Ok(ram.map_or(State::BeforeRam, State::Live))
+    }
+
+    /// What the pages of a block have to be.
+    fn on_digest(
+        &self,
+        ram: Option<&Ram>,
+        block: BlockName,
+        digest: u64,
+        effects: &mut Effects,
+    ) -> Result<()> {
+        if matches!(self.return_path, ReturnDirection::OneWay { .. }) {
+            // Recorded on its way to another destination, whose HELLO was heard.
+            tracing::debug!(%block, "a digest in a recorded stream: nothing to compare");
+            return Ok(());
+        }
+        if !self.facts.introduced {
+            let detail = format!("a digest of RAM block {block}, from a source that has asked for no HELLO");
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        if !ram.is_some_and(Ram::ended) {
+            let detail = format!("a digest of RAM block {block} before the END of ram");
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        effects.push(Effect::Compare { block, digest });
+        Ok(())
     }
 
     fn open_return_path(&mut self, effects: &mut Effects) -> Result<()> {

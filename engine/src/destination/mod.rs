@@ -10,6 +10,7 @@
 //!    ram_reader ──── pages on main
 //!    early, tail ─── device sections before the end of RAM, and behind it
 //!  postcopy/ ─────── a guest that runs here before its RAM is here
+//!  verify ×N ─────── RAM that was placed, read again              one thread each, `mig-verify-N`
 //!  mapped ×N ─────── pages at fixed places of a file              one thread each, `mig-recv-N`
 //!  alive ─────────── says that this end is alive while the embedder has the guest   `mig-alive`
 //!  place/ ────────── the blocks, and how a page is written or cleared
@@ -23,6 +24,7 @@ mod channels;
 mod deadline;
 mod driver;
 mod early;
+mod hold;
 mod machine;
 mod mapped;
 mod place;
@@ -34,6 +36,7 @@ mod shared;
 mod stream_end;
 mod switchover;
 mod tail;
+mod verify;
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -43,9 +46,10 @@ use multifd_transports::{Channel, Endpoint, Listener, ThreadHook, TlsServer};
 
 pub use arrived::Arrived;
 pub use builder::DestinationBuilder;
-pub use place::IncomingRam;
+pub use place::{DigestsDiffer, IncomingRam};
 pub use shared::DevicePacket;
 pub use switchover::SwitchoverAck;
+pub use verify::ChangedPages;
 
 use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -109,7 +113,8 @@ impl Destination {
         ProgressReader::new(&self.session)
     }
 
-    /// Every state that the migration enters from now on, in its order (QEMU's capability `events`).
+    /// Every state that the migration enters from now on, in its order (QEMU's capability
+    /// `events`).
     pub fn state_changes(&self) -> Receiver<MigrationState> {
         self.session.state_changes()
     }
@@ -198,10 +203,18 @@ impl Destination {
         match switched {
             Switched::Arrived(stream) => {
                 let alive = Alive::start(&return_path, crew)?;
+                let audit = match self.config.verify {
+                    true => Some(verify::verify(&*shared.sinks()?, crew)?),
+                    false => None,
+                };
                 let (shared, crew) = (Arc::clone(shared), Arc::clone(crew));
-                Ok(Begun::Arrived(Arrived::new(stream, return_path, shared, crew, alive)))
+                let arrived = Arrived::new(stream, return_path, shared, crew, alive);
+                Ok(Begun::Arrived(arrived.verified(audit)))
             }
             Switched::Running(driver) => {
+                if self.config.verify {
+                    tracing::warn!("the source has switched to post-copy: what follows is not read again");
+                }
                 self.session.enter(MigrationState::PostcopyActive)?;
                 Ok(Begun::Switched(driver, Arc::clone(crew)))
             }

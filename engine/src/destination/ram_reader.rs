@@ -66,6 +66,13 @@ impl RamReader {
         })?;
         shared.session.counters.ram_bytes.store(total, Ordering::Relaxed);
         let sinks = Arc::new(BlockSinks::new(&announced, &blocks)?);
+        if mapped && shared.verifies {
+            let detail = "pages at fixed places of a file go straight to memory: nothing is known of them to verify it by";
+            return Err(Error::incompatible(Phase::Setup, detail));
+        }
+        if shared.wishes().digest || shared.verifies {
+            sinks.keep_digests();
+        }
         shared.publish(Arc::clone(&sinks));
         if let Some(file) = file {
             readers.load(file, &announced, &sinks, shared)?;

@@ -3,10 +3,11 @@
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::time::Duration;
 
-use multifd_codecs::{Codec, Codecs};
+use multifd_codecs::{Codec, CodecId, Codecs};
 use multifd_transports::{Channel, Listener};
-use multifd_wire::{DeviceStatePacket, MigrationId, PacketFlags};
+use multifd_wire::{DeviceStatePacket, MigrationId, PacketFlags, Wishes};
 
 use super::channels::sync::ChannelSync;
 use super::place::BlockSinks;
@@ -43,6 +44,10 @@ pub(crate) struct DestinationShared {
     keeps_listening: AtomicBool,
     /// HELLO was said: the source may send packets of the multifd dialect.
     dialect: AtomicBool,
+    /// All that is placed is read again at the end.
+    pub(crate) verifies: bool,
+    /// What the source wishes to be checked. Set before there is memory for its pages.
+    wishes: OnceLock<Wishes>,
     /// What the source was told that this migration is known by.
     id: OnceLock<MigrationId>,
     /// By which the source has authenticated itself, if it has.
@@ -64,10 +69,12 @@ pub(crate) struct ReceiveLimits {
     pub(crate) ram: Option<u64>,
     /// Memory beside it.
     pub(crate) memory: Budget,
-    /// Most bytes of the devices' sections that are kept.
+    /// Most bytes of the devices' sections that are kept, and of device state over channels.
     pub(crate) device_state: usize,
     /// Device state over parallel channels is taken.
     pub(crate) device_packets: bool,
+    /// How long it may be silent between two rounds, where that is longer than the timeout.
+    pub(crate) hold: Option<Duration>,
 }
 
 impl ReceiveLimits {
@@ -77,6 +84,7 @@ impl ReceiveLimits {
             memory: Budget::new(config.max_memory.unwrap_or_else(|| most_kept() as u64)),
             device_state: config.max_device_state.unwrap_or_else(most_kept),
             device_packets: config.device_packets,
+            hold: config.hold_timeout,
         }
     }
 }
@@ -96,9 +104,6 @@ struct Facts {
     /// The migration has ended: there will be no `serving`.
     over: bool,
 }
-
-/// Device state over parallel channels is kept in memory: at most 1 GiB of it.
-const MAX_DEVICE_BYTES: usize = 1 << 30;
 
 impl DestinationShared {
     pub(crate) fn new(
@@ -120,6 +125,8 @@ impl DestinationShared {
             urgent: Arc::default(),
             keeps_listening: AtomicBool::new(false),
             dialect: AtomicBool::new(false),
+            verifies: config.verify,
+            wishes: OnceLock::new(),
             facts: Monitor::new(Facts::default(), &session.stop),
         })
     }
@@ -228,6 +235,16 @@ impl DestinationShared {
         self.dialect.load(Ordering::Relaxed)
     }
 
+    /// The source wishes these checks. The first word counts: one that came between pages would be too late.
+    pub(crate) fn heed(&self, wishes: Wishes) {
+        self.wishes.get_or_init(|| wishes);
+    }
+
+    /// What the source wishes to be checked.
+    pub(crate) fn wishes(&self) -> Wishes {
+        self.wishes.get().copied().unwrap_or_default()
+    }
+
     /// What the source is to be told that this migration is known by.
     pub(crate) fn make_id(&self) -> MigrationId {
         // The keys are random: told apart, not kept secret.
@@ -250,7 +267,8 @@ impl DestinationShared {
         let _ = self.certificate.set(main.client_certificate().map(<[u8]>::to_vec));
     }
 
-    /// Checks that a connection that comes later is of the client that main was: another of the same CA is not the source.
+    /// Checks that a connection that comes later is of the client that main was: another of the
+    /// same CA is not the source.
     pub(crate) fn check_client(&self, channel: &Channel) -> Result<()> {
         let expected = self.certificate.get().and_then(Option::as_deref);
         if expected == channel.client_certificate() {
@@ -277,11 +295,13 @@ impl DestinationShared {
         })
     }
 
-    /// The codec of a packet with pages: known here, and the same for the whole migration.
+    /// The codec of a packet with pages: known here, and the same for the whole migration, unless the source has announced
+    /// that it mixes them.
     pub(crate) fn codec(&self, flags: PacketFlags) -> Result<Arc<dyn Codec>> {
+        let mixed = self.wishes().mixed;
         self.facts.modify_silently(|facts| match &facts.codec {
             Some(codec) if codec.id() == flags.codec() => Ok(Arc::clone(codec)),
-            Some(codec) => Err(Error::misbehaved(
+            Some(codec) if !mixed => Err(Error::misbehaved(
                 Phase::Active,
                 format!(
                     "packet with codec {:#x} after packets with {} ({:#x})",
@@ -290,15 +310,19 @@ impl DestinationShared {
                     codec.id().value()
                 ),
             )),
-            None => {
-                let found = self.codecs.get(flags.codec());
+            first => {
+                let of_dialect = flags.codec().is_reserved();
+                let found = self.codecs.get(flags.codec()).filter(|_| !of_dialect || self.speaks_dialect());
                 let codec = found.ok_or_else(|| {
                     let known: Vec<_> = self.codecs.iter().map(|codec| codec.name()).collect();
                     let seen = flags.codec().value();
                     let detail = format!("packet with codec {seen:#x}; known here: {}", known.join(", "));
                     Error::incompatible(Phase::Active, detail)
                 })?;
-                facts.codec = Some(Arc::clone(codec));
+                // The migration's codec is what is not none, if anything is.
+                if first.as_ref().is_none_or(|first| first.id() == CodecId::NONE) {
+                    facts.codec = Some(Arc::clone(codec));
+                }
                 Ok(Arc::clone(codec))
             }
         })
@@ -339,13 +363,12 @@ impl DestinationShared {
             // Small packets cost more than what is in them.
             facts.device_bytes += len;
             facts.device_memory.push(share);
-            if facts.device_bytes <= MAX_DEVICE_BYTES {
+            let most = self.limits.device_state;
+            if facts.device_bytes <= most {
                 return Ok(());
             }
-            let detail = format!(
-                "{} bytes of device state on channels, expected at most {MAX_DEVICE_BYTES}",
-                facts.device_bytes
-            );
+            let bytes = facts.device_bytes;
+            let detail = format!("{bytes} bytes of device state on channels, expected at most {most}");
             Err(Error::misbehaved(Phase::Device, detail))
         })
     }

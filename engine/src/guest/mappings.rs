@@ -1,7 +1,8 @@
 //! How guest memory is mapped in this process: its protection, its file, and a userfaultfd that
 //! fills its pages.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _};
 use std::ops::Range;
 
 use super::{PAGE, RamBlock};
@@ -62,7 +63,15 @@ impl Mappings {
 
     /// With userfaultfds as well, from /proc/self/smaps: the kernel walks all page tables for it.
     pub(crate) fn read_with_pagers() -> io::Result<Self> {
-        std::fs::read_to_string("/proc/self/smaps").map(|text| Self::parse(&text))
+        Self::with_pagers(&File::open("/proc/self/smaps")?)
+    }
+
+    /// The same from that file, which is open already.
+    pub(crate) fn with_pagers(mut smaps: &File) -> io::Result<Self> {
+        let mut text = String::new();
+        smaps.rewind()?;
+        smaps.read_to_string(&mut text)?;
+        Ok(Self::parse(&text))
     }
 
     fn parse(text: &str) -> Self {

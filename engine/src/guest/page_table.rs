@@ -420,3 +420,4 @@ const _: () = assert!(size_of::<MappingQuery>() == 0x68);
 
 #[cfg(test)]
 mod tests;
+mod walk;

@@ -142,10 +142,16 @@ counters! {
         packets,
         /// Pages that went with their content, compressed or not.
         pages_normal,
+        /// Those of them that no codec makes shorter, and that went without one although there is one.
+        pages_uncompressed,
         /// Pages that went as "is zero".
         pages_zero,
         /// Pages that went as a difference to their older content.
         pages_xbzrle,
+        /// Microseconds in which pages were encoded, or decoded.
+        codec_us,
+        /// Bytes that this has saved on the wire.
+        bytes_saved,
         /// System calls that were to send without copying.
         zero_copy_sends,
         /// Those of them that the kernel has copied after all.

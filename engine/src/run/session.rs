@@ -119,8 +119,8 @@ impl Session {
         lock(&self.started).elapsed()
     }
 
-    /// Lets go of the connections that this end has closed, whose descriptors go with their last users. What went over them
-    /// stays counted.
+    /// Lets go of the connections that this end has closed, whose descriptors go with their last
+    /// users. What went over them stays counted.
     pub(crate) fn retire_closed_channels(&self) {
         self.channels.retire(|channel| channel.is_closed(), |channel| bytes_of(channel));
         self.counters.retire_closed_channels();

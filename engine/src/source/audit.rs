@@ -2,32 +2,35 @@
 
 use std::fmt;
 use std::num::NonZero;
-use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use multifd_wire::{BlockName, pages_per_packet};
 use serde::Serialize;
 use thiserror::Error;
-use twox_hash::XxHash3_64;
 
 use super::outgoing::OutgoingRam;
 use super::shared::SourceShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::{DirtyBitmap, Found, PAGE, PAGE_SIZE};
+use crate::guest::{DirtyBitmap, Found, PAGE, PAGE_SIZE, hash, page_names};
 use crate::run::stop::Monitor;
 use crate::run::workers::Crew;
 use crate::work::{BlockIndex, Claim, Round};
 
-/// What an audit has compared.
+/// What was compared of RAM, page by page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct AuditReport {
-    /// Pages that were compared with what was sent of them: all of RAM.
+    /// Pages that were read: all of RAM; at a destination, all that has come.
     pub pages: u64,
     /// How long it took, while the guest was paused.
     pub took: Duration,
+}
+
+impl AuditReport {
+    pub(crate) fn new(pages: u64, took: Duration) -> Self {
+        Self { pages, took }
+    }
 }
 
 /// Pages whose content is not what was sent of them, although the guest is paused and no dirty log has
@@ -37,36 +40,6 @@ pub struct AuditReport {
 pub struct MissedPages {
     /// By block, in ascending order.
     pub blocks: Vec<(BlockName, Vec<usize>)>,
-}
-
-/// A digest of what was sent last of each page of a block.
-#[derive(Debug)]
-pub(super) struct Digests(Box<[AtomicU64]>);
-
-/// Ranges of pages that an error's text names.
-const NAMED: usize = 32;
-
-impl Digests {
-    pub(super) fn new(pages: usize) -> Self {
-        Self((0..pages).map(|_| AtomicU64::new(0)).collect())
-    }
-
-    /// `content` is what goes out as this page.
-    pub(super) fn note(&self, page: usize, content: &[u8; PAGE]) -> Result<()> {
-        // Relaxed: the end of the round orders it before the audit.
-        self.at(page)?.store(digest(content), Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn at(&self, page: usize) -> Result<&AtomicU64> {
-        let missing = || Error::bug(Phase::Active, format_args!("page {page} has no digest"));
-        self.0.get(page).ok_or_else(missing)
-    }
-}
-
-/// Of content that a guest wrote, by no means to deceive.
-fn digest(content: &[u8; PAGE]) -> u64 {
-    XxHash3_64::oneshot(content)
 }
 
 #[derive(Default)]
@@ -82,7 +55,7 @@ impl OutgoingRam {
     /// # Errors
     /// `GuestMemory` because of [`MissedPages`].
     pub(super) fn audit(&self, shared: &Arc<SourceShared>, crew: &Crew) -> Result<Option<AuditReport>> {
-        if self.blocks.iter().all(|block| block.digests().is_none()) {
+        if !self.audits {
             return Ok(None);
         }
         let begun = Instant::now();
@@ -134,7 +107,7 @@ impl OutgoingRam {
                         format_args!("page {page} is outside of its block"),
                     ));
                 }
-                if digests.at(*page)?.load(Ordering::Relaxed) != digest(&content) {
+                if digests.is_as_noted(*page, hash(&content))? != Some(true) {
                     missed.push((batch.block, *page));
                 }
             }
@@ -160,37 +133,8 @@ impl fmt::Display for MissedPages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count: usize = self.blocks.iter().map(|(_, pages)| pages.len()).sum();
         write!(f, "{count} pages have changed without a dirty bit since they were sent")?;
-        let mut room = NAMED;
-        for (block, pages) in &self.blocks {
-            let ranges = ranges(pages);
-            let named: Vec<_> = ranges.iter().take(room).map(named).collect();
-            if named.is_empty() {
-                return f.write_str("; and more blocks");
-            }
-            write!(f, "; RAM block {block}: {}", named.join(", "))?;
-            if named.len() < ranges.len() {
-                f.write_str(", and more")?;
-            }
-            room -= named.len();
-        }
-        Ok(())
+        page_names::write(f, &self.blocks)
     }
-}
-
-/// Neighbouring pages.
-fn ranges(pages: &[usize]) -> Vec<Range<usize>> {
-    let mut ranges: Vec<Range<usize>> = Vec::new();
-    for page in pages {
-        match ranges.last_mut() {
-            Some(last) if last.end == *page => last.end += 1,
-            _ => ranges.push(*page..*page + 1),
-        }
-    }
-    ranges
-}
-
-fn named(range: &Range<usize>) -> String {
-    if range.len() == 1 { range.start.to_string() } else { format!("{}..{}", range.start, range.end) }
 }
 
 #[cfg(test)]

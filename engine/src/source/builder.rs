@@ -169,6 +169,27 @@ impl SourceBuilder {
         self
     }
 
+    /// The codec of each packet by what is measured: see [`SourceConfig::auto_codec`].
+    #[must_use]
+    pub fn auto_codec(mut self, auto_codec: bool) -> Self {
+        self.config.auto_codec = auto_codec;
+        self
+    }
+
+    /// A checksum for each packet: see [`SourceConfig::checksums`].
+    #[must_use]
+    pub fn checksums(mut self, checksums: bool) -> Self {
+        self.config.checksums = checksums;
+        self
+    }
+
+    /// A digest of all RAM, compared at the end: see [`SourceConfig::digest`].
+    #[must_use]
+    pub fn digest(mut self, digest: bool) -> Self {
+        self.config.digest = digest;
+        self
+    }
+
     /// Device sections that go before the end of RAM, where the devices' source had them. Default: none.
     #[must_use]
     pub fn early_sections(mut self, early: EarlySections) -> Self {
@@ -355,6 +376,7 @@ impl SourceBuilder {
     pub fn build(self) -> Result<Source> {
         let Self { config, mut guest, codec, tls, hook } = self;
         guest.notes.audit = config.audit;
+        guest.notes.guest_paused = guest.unwritten.guest_paused;
         let around = Surroundings { codec: &*codec, tls: tls.is_some(), endpoint: None, opened: None };
         config.check(around).map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;
         guest.check().map_err(|problem| Error::new(ErrorKind::ApiMisuse, Phase::Setup, problem))?;

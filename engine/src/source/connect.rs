@@ -1,7 +1,7 @@
 //! How a source connects: what may go over what, the channels, their workers.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
@@ -117,6 +117,7 @@ impl Source {
             setup: Duration::ZERO,
             rounds: 0,
             audit: None,
+            wishes: self.config.wishes(&*self.codec),
             alive,
             _note_end: NoteEnd(Arc::clone(&self.session)),
         }
@@ -153,6 +154,9 @@ impl Source {
             packets: CachePadded::default(),
             cache: config.xbzrle_cache.map(PageCache::new),
             peer_features: AtomicU64::new(0),
+            auto_codec: config.auto_codec,
+            decided: Mutex::default(),
+            agreed: OnceLock::new(),
             id: OnceLock::new(),
             zero_copy: config.zero_copy,
             urgent: OnceLock::new(),

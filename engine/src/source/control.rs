@@ -96,11 +96,13 @@ impl Control {
         *lock(&self.limits)
     }
 
-    /// Cuts the link of a post-copy, to go on over another (migrate-pause): [`Postcopy::serve`](crate::Postcopy::serve) comes
-    /// back with `Paused`, also when it is called later. A recovery that is under way fails, and is paused again.
+    /// Cuts the link of a post-copy, to go on over another (migrate-pause):
+    /// [`Postcopy::serve`](crate::Postcopy::serve) comes back with `Paused`, also when it is called
+    /// later. A recovery that is under way fails, and is paused again.
     ///
     /// # Errors
-    /// `ApiMisuse` as long as the guest has not been handed over, and when the migration has ended: nothing is paused.
+    /// `ApiMisuse` as long as the guest has not been handed over, and when the migration has ended:
+    /// nothing is paused.
     pub fn pause_postcopy(&self) -> Result<()> {
         let mut link = lock(&self.link);
         let state = self.session.state();
@@ -115,7 +117,8 @@ impl Control {
         Ok(())
     }
 
-    /// The link that [`Control::pause_postcopy`] cuts. The first is there later than the state that lets it be cut.
+    /// The link that [`Control::pause_postcopy`] cuts. The first is there later than the state that
+    /// lets it be cut.
     pub(super) fn set_link(&self, stop: &StopSwitch) {
         let mut link = lock(&self.link);
         link.stop = Some(stop.clone());
@@ -139,7 +142,8 @@ impl Control {
         self.session.state()
     }
 
-    /// Every state that the migration enters from now on, in its order (QEMU's capability `events`).
+    /// Every state that the migration enters from now on, in its order (QEMU's capability
+    /// `events`).
     pub fn state_changes(&self) -> Receiver<MigrationState> {
         self.session.state_changes()
     }

@@ -1,10 +1,11 @@
 //! The parts of a connected source, and the sections they write together.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use multifd_transports::PeerVanished;
-use multifd_wire::{Advise, Command, Configuration, HELLO_PING, RAM_PING, SETUP_PING};
+use multifd_wire::{Advise, Command, Configuration, HELLO_PING, RAM_PING, SETUP_PING, Wishes};
 
 use super::alive::{Busy, KeepAlive};
 use super::audit::AuditReport;
@@ -21,11 +22,12 @@ use crate::convergence::DowntimeLedger;
 use crate::dirty::LogSet;
 use crate::error::{Error, ErrorKind, Phase, Remedy, Result};
 use crate::guest::PAGE;
-use crate::report::Report;
+use crate::report::{DigestVerdict, Report};
 use crate::run::counters::Counters;
 use crate::run::session::{HandOver, NoteEnd};
 use crate::run::state::MigrationState;
 use crate::run::workers::Crew;
+use crate::stream::dialect;
 use crate::stream::sections::EarlySections;
 use crate::work::Round;
 
@@ -65,6 +67,8 @@ pub(super) struct Migration {
     pub(super) rounds: u64,
     /// What the audit found, if one was asked for.
     pub(super) audit: Option<AuditReport>,
+    /// What the destination is to check.
+    pub(super) wishes: Wishes,
     /// The last field: what is dropped before it ends the threads.
     pub(super) _note_end: NoteEnd,
 }
@@ -81,6 +85,9 @@ impl Migration {
         if self.return_path.is_some() {
             self.main.command(Command::OpenReturnPath)?;
             self.main.ping(HELLO_PING)?;
+            if self.wishes != Wishes::default() {
+                self.main.ping(self.wishes.ping())?;
+            }
         }
         if self.postcopy.is_some() {
             let page_sizes = self.shared.ram.host_page_sizes();
@@ -96,6 +103,39 @@ impl Migration {
         Ok(())
     }
 
+    /// Waits until it is known what the destination can do, if that makes a difference to the first page.
+    fn agree(&self) -> Result<()> {
+        let codec = &*self.shared.codec;
+        let Some(return_path) = &self.return_path else { return dialect::check_peer(codec, 0) };
+        if self.wishes == Wishes::default() || self.shared.agreed.get().is_some() {
+            return Ok(());
+        }
+        // With this PONG, a HELLO has come, or never will.
+        return_path.wait_for_pong(HELLO_PING, self.shared.session.timeout)?;
+        let features = self.shared.peer_features.load(Ordering::Relaxed);
+        dialect::check_peer(codec, features)?;
+        let agreed = dialect::granted(self.wishes, features);
+        if agreed.digest {
+            self.shared.ram.keep_digests();
+        }
+        let again = |_| Error::bug(Phase::Active, "what the destination checks was agreed on twice");
+        self.shared.agreed.set(agreed).map_err(again)
+    }
+
+    /// All pages have gone: what they have to be at the destination.
+    fn send_digests(&mut self) -> Result<()> {
+        if !self.shared.agreed().digest {
+            return Ok(());
+        }
+        for outgoing in self.shared.ram.blocks.iter() {
+            let block = outgoing.block.name().clone();
+            let none = || Error::bug(Phase::Active, format_args!("no digest was kept of RAM block {block}"));
+            let digest = outgoing.digests().ok_or_else(none)?.of_all();
+            self.main.queue(Command::Digest { block, digest })?;
+        }
+        self.main.flush()
+    }
+
     /// Has the destination say when it has come to here: if it fails, it is known where.
     fn ask_how_far(&mut self, ping: u32) -> Result<()> {
         if self.return_path.is_some() { self.main.ping(ping) } else { Ok(()) }
@@ -105,8 +145,11 @@ impl Migration {
     pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger, busy: &Busy) -> Result<()> {
         self.begin_switch_over(ledger, busy)?;
         let begun = Instant::now();
+        self.shared.ram.begin_last_pass();
         self.section(Section::End)?;
+        self.send_digests()?;
         self.ask_how_far(RAM_PING)?;
+        self.shared.ram.check_holes()?;
         ledger.last_ram_us = micros(begun.elapsed());
         self.audit = busy.rest(|| self.shared.ram.audit(&self.shared, &self.crew))?;
         Ok(())
@@ -135,6 +178,9 @@ impl Migration {
 
     /// One item of the RAM section: the pages that are dirty, then a sync point.
     pub(super) fn section(&mut self, section: Section) -> Result<()> {
+        if section != Section::Start {
+            self.agree()?;
+        }
         let Self { main, carrier, shared, rounds, .. } = self;
         let round = match section {
             Section::Start => {
@@ -186,7 +232,7 @@ impl Migration {
         state.check()?;
         let begun = Instant::now();
         ledger.state_save_us = micros(begun.duration_since(last_ram_sent));
-        self.main.raw(state.sections())?;
+        state.send(|bytes| self.main.raw(bytes))?;
         let return_path = self.return_path.as_ref();
         let sent = self.carrier.finish(state.end(), &mut self.main, return_path, &self.shared)?;
         ledger.device_state_us = micros(sent.duration_since(begun));
@@ -206,7 +252,7 @@ impl Migration {
         self.crew.join();
         let session = &self.shared.session;
         session.stop.release();
-        let mut report = Report::of(session, session.elapsed(), self.shared.codec.describe());
+        let mut report = Report::of(session, session.elapsed(), self.shared.codec_in_words());
         session.close_channels();
         report.setup = self.setup;
         report.downtime = ledger.total();
@@ -214,6 +260,7 @@ impl Migration {
         report.xbzrle = self.shared.cache.as_ref().map(|cache| cache.stats());
         report.confirmed = self.return_path.is_some();
         report.audit = self.audit;
+        report.digest = self.shared.agreed().digest.then_some(DigestVerdict::Equal);
         report.zero_copy = self.shared.zero_copy_stats(&report.progress);
         report
     }

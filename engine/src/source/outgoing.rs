@@ -2,17 +2,17 @@
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, RwLockReadGuard};
+use std::sync::{Arc, OnceLock, RwLockReadGuard};
 
 use multifd_wire::{BlockEntry, BlockName, Configuration};
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{
-    Absent, Attached, BlockChanges, DirtyBitmap, Found, Mappings, PAGE, PageTable, Parts, READING, RamBlock,
-    RamChanges,
+    Absent, Attached, BlockChanges, DirtyBitmap, Found, Mappings, PAGE, PageDigests, PageTable, Parts,
+    READING, RamBlock, RamChanges,
 };
-use crate::source::audit::Digests;
+use crate::source::pagers::{self, PagerWatch};
 use crate::work::{BlockIndex, HostPages, PerBlock, Round};
 
 /// How pages that are all zero go out (QEMU's zero-page-detection).
@@ -61,8 +61,10 @@ pub(super) struct RamNotes {
     /// Blocks whose pages a userfaultfd's handler fills when they are read.
     pub(super) paged: Vec<BlockName>,
     pub(super) changes: Option<RamChanges>,
-    /// Digests are kept of what is sent.
+    /// Digests are kept of what is sent, and all of RAM is compared with them.
     pub(super) audit: bool,
+    /// Nothing runs while the migration does.
+    pub(super) guest_paused: bool,
 }
 
 /// One block on its way.
@@ -72,7 +74,7 @@ pub(super) struct OutgoingBlock {
     /// Pages that may hold data; all others were zero when the migration began. `None`: look at every page.
     data: Option<DirtyBitmap>,
     /// What its pages are that the page table does not have.
-    absent: Absent,
+    pub(super) absent: Absent,
     pub(super) zero_route: ZeroRoute,
     /// Pages in a page of the destination's kernel.
     pub(super) per_host: usize,
@@ -80,8 +82,8 @@ pub(super) struct OutgoingBlock {
     first_key: u64,
     /// What the VMM does to it meanwhile.
     changes: Option<Arc<BlockChanges>>,
-    /// Of what was sent last of each page.
-    digests: Option<Digests>,
+    /// Of what was sent last of each page, if they are kept.
+    digests: OnceLock<PageDigests>,
 }
 
 /// A block whose pages are being read: none of them is unplugged meanwhile.
@@ -104,7 +106,12 @@ pub(super) struct OutgoingRam {
     /// is in a dirty log, and goes out again.
     holes_hold: AtomicBool,
     page_table: PageTable,
+    pagers: PagerWatch,
+    /// Nothing has run since holes were looked for, or registers a userfaultfd.
+    guest_paused: bool,
     attached: Option<Attached>,
+    /// All of it is compared with what was sent.
+    pub(super) audits: bool,
 }
 
 impl OutgoingRam {
@@ -121,18 +128,18 @@ impl OutgoingRam {
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Setup, "no RAM blocks"));
         }
         let attached = notes.changes.as_ref().map(|changes| changes.attach(&ram)).transpose()?;
-        let mappings = Mappings::read_with_pagers()
-            .inspect_err(|error| tracing::warn!(%error, "userfaultfds of guest memory cannot be seen"))
-            .ok();
+        let pagers = PagerWatch::begin();
+        let mappings = pagers.mappings()?;
         let page_table = PageTable::of_this_process();
         let mut first_key = 0;
         let mut blocks = Vec::with_capacity(ram.len());
         for block in ram {
             let zero_route = zero_pages.route(&block, parallel);
             let changes = attached.as_ref().and_then(|attached| attached.of(&block));
-            let digests = notes.audit.then(|| Digests::new(block.pages()));
+            let digests = OnceLock::new();
             let paged = notes.paged.contains(block.name());
-            let (data, absent) = OutgoingBlock::what_is_absent(&block, mappings.as_ref(), paged)?;
+            let (data, absent) =
+                OutgoingBlock::what_is_absent(&block, &page_table, mappings.as_ref(), paged)?;
             let per_host = (block.host_page_size() / PAGE).max(1);
             let outgoing =
                 OutgoingBlock { block, data, absent, zero_route, per_host, first_key, changes, digests };
@@ -146,15 +153,27 @@ impl OutgoingRam {
             Arc::new(dirty)
         });
         let host_pages = HostPages::new(&dirty, &blocks.map(|outgoing| outgoing.per_host));
-        Ok(Self {
+        let ram = Self {
             blocks,
             dirty,
             host_pages,
             lists_host_pages: false,
             holes_hold: AtomicBool::new(true),
             page_table,
+            pagers,
+            guest_paused: notes.guest_paused,
             attached,
-        })
+            audits: notes.audit,
+        };
+        if ram.audits {
+            ram.keep_digests();
+        }
+        Ok(ram)
+    }
+
+    /// From now on a digest is kept of what is sent of each page. No page has been sent.
+    pub(super) fn keep_digests(&self) {
+        self.blocks.iter().for_each(|block| _ = block.digests.set(PageDigests::new(block.block.pages())));
     }
 
     /// Sees to it that a post-copy can follow.
@@ -203,9 +222,22 @@ impl OutgoingRam {
         })
     }
 
+    /// No pass follows that would send what was written since holes were looked for: they are not believed any more, even if this
+    /// pass is the first.
+    pub(super) fn begin_last_pass(&self) {
+        if !self.guest_paused {
+            self.forget_holes();
+        }
+    }
+
     /// The first pass is over.
     pub(super) fn forget_holes(&self) {
         self.holes_hold.store(false, Ordering::Relaxed);
+    }
+
+    /// Behind a pass over RAM: that what went as zero because it is not there was no page that is filled on demand.
+    pub(super) fn check_holes(&self) -> Result<()> {
+        if self.guest_paused { Ok(()) } else { self.pagers.check(self.blocks.iter()) }
     }
 
     /// Finds out which of `pages` are zero without being read, and that the others can be read.
@@ -224,14 +256,20 @@ impl OutgoingRam {
     }
 
     fn look_at_plugged(&self, block: &OutgoingBlock, pages: &[usize], found: &mut Found) -> Result<()> {
-        let hole = |page: &usize| block.data.as_ref().is_some_and(|data| !data.test(*page));
-        if self.holes_hold.load(Ordering::Relaxed) && pages.iter().all(hole) {
+        let first_pass = self.holes_hold.load(Ordering::Relaxed);
+        let known = |page: &usize| first_pass && block.data.as_ref().is_some_and(|data| !data.test(*page));
+        if pages.iter().all(known) {
             found.all_zero(pages.len());
             return Ok(());
         }
         self.page_table
             .look(&block.block, block.absent, pages, found)
-            .map_err(|bad| block.block.fault(READING, bad.page..bad.page + 1, bad.cause))
+            .map_err(|bad| block.block.fault(READING, bad.page..bad.page + 1, bad.cause))?;
+        let meanwhile = pages.iter().zip(found.zeros()).any(|(page, zero)| zero && !known(page));
+        if meanwhile && (first_pass || block.changes.is_none()) {
+            self.pagers.note_holes();
+        }
+        Ok(())
     }
 
     pub(super) fn total_bytes(&self) -> u64 {
@@ -260,23 +298,11 @@ impl OutgoingRam {
     }
 }
 
-/// What is not there is not zero then: it has not been fetched yet.
-fn refuse_pager(mappings: Option<&Mappings>, block: &RamBlock) -> Result<()> {
-    let Some(pages) = mappings.and_then(|mappings| mappings.paged(block)) else { return Ok(()) };
-    let detail = format!(
-        "pages {}..{} of RAM block {} are filled on demand through a userfaultfd; wait until all of them are there and \
-         unregister it before the guest moves, or have them read through its handler (SourceBuilder::paged_block)",
-        pages.start,
-        pages.end,
-        block.name()
-    );
-    Err(Error::new(ErrorKind::GuestMemory, Phase::Setup, detail))
-}
-
 impl OutgoingBlock {
     /// Pages that may hold data, and what those are that the page table does not have.
     fn what_is_absent(
         block: &RamBlock,
+        page_table: &PageTable,
         mappings: Option<&Mappings>,
         paged: bool,
     ) -> Result<(Option<DirtyBitmap>, Absent)> {
@@ -284,17 +310,19 @@ impl OutgoingBlock {
             // What is not there has to be read, which makes its handler fetch it.
             return Ok((None, Absent::Unknown));
         }
-        refuse_pager(mappings, block)?;
-        let data = block.data_pages().map_err(|error| {
+        mappings.map_or(Ok(()), |mappings| pagers::refuse(mappings, block, Phase::Setup))?;
+        let absent = mappings.map_or(Absent::Unknown, |mappings| mappings.absent(block));
+        let walked = page_table.data_pages(block, absent).transpose();
+        let data = walked.or_else(|| block.data_pages().transpose()).transpose().map_err(|error| {
             let detail = format!("looking for holes in RAM block {}", block.name());
             Error::new(ErrorKind::GuestMemory, Phase::Setup, detail).because(error)
         })?;
-        Ok((data, mappings.map_or(Absent::Unknown, |mappings| mappings.absent(block))))
+        Ok((data, absent))
     }
 
-    /// Of what was sent last of each page, for an audit.
-    pub(super) fn digests(&self) -> Option<&Digests> {
-        self.digests.as_ref()
+    /// Of what was sent last of each page, if they are kept.
+    pub(super) fn digests(&self) -> Option<&PageDigests> {
+        self.digests.get()
     }
 
     /// Says which of these pages, in ascending order, the kernel could not read.

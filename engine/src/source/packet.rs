@@ -2,15 +2,39 @@
 
 use std::io;
 
-use multifd_codecs::zero;
+use multifd_codecs::{looks_random, zero};
 use vm_memory::VolatileSlice;
 
 use super::outgoing::{HeldBlock, OutgoingBlock, OutgoingRam, ZeroRoute};
 use super::page_cache::{Lookup, PageCache};
 use super::rounds::RoundContext;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::{Found, PAGE};
+use crate::guest::{Found, PAGE, PageDigests, hash, zero_hash};
 use crate::stream::dialect;
+
+/// What becomes of pages that are copied.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Treatment<'c> {
+    /// Those that it knows go as differences.
+    pub(super) cache: Option<(&'c PageCache, RoundContext)>,
+    /// Hashes of those that go with their content are wanted.
+    pub(super) hashed: bool,
+    /// Those that no codec makes shorter go without one.
+    pub(super) apart: bool,
+}
+
+/// Pages that no codec makes shorter, in a packet of their own.
+#[derive(Default)]
+pub(super) struct RawPages {
+    pub(super) offsets: Vec<u64>,
+    /// Private copies, back to back.
+    pub(super) pages: Vec<u8>,
+    /// Hashes of these, if they were asked for.
+    pub(super) hashes: Vec<u64>,
+}
+
+/// Fewer pages than these do not pay for a header of their own: they go with the others.
+const APART: usize = 8;
 
 /// Buffers are kept from packet to packet. 512 KiB of pages at most.
 #[derive(Default)]
@@ -21,6 +45,10 @@ pub(super) struct Packet {
     pub(super) zero: Vec<u64>,
     /// Private copies of the `normal` pages, back to back. Empty: they go straight from guest memory.
     pub(super) pages: Vec<u8>,
+    /// Hashes of these copies, if they were asked for.
+    pub(super) hashes: Vec<u64>,
+    /// Pages that go apart from the others, without a codec.
+    pub(super) raw: RawPages,
     /// Offsets of the pages that go as differences.
     pub(super) delta: Vec<u64>,
     /// Their payload.
@@ -39,6 +67,10 @@ impl Packet {
         self.blank.clear();
         self.zero.clear();
         self.pages.clear();
+        self.hashes.clear();
+        self.raw.offsets.clear();
+        self.raw.pages.clear();
+        self.raw.hashes.clear();
         self.delta.clear();
         self.delta_payload.clear();
     }
@@ -52,7 +84,7 @@ impl Packet {
         pages: &[usize],
     ) -> Result<()> {
         if block.digests().is_some() {
-            return self.copy_in(ram, block, pages, None);
+            return self.copy_in(ram, block, pages, Treatment::default());
         }
         ram.look(block, pages, &mut self.found)?;
         let seek_zero = block.zero_route != ZeroRoute::Content;
@@ -101,26 +133,19 @@ impl Packet {
         }
     }
 
-    /// Copies pages to private memory, keeps those that are not zero, and turns those into differences that the cache knows.
+    /// Copies pages to private memory, keeps those that are not zero, and treats them as it is wanted.
     pub(super) fn copy_in(
         &mut self,
         ram: &OutgoingRam,
         block: &HeldBlock<'_>,
         pages: &[usize],
-        cache: Option<(&PageCache, RoundContext)>,
+        Treatment { cache, hashed, apart }: Treatment<'_>,
     ) -> Result<()> {
         let seek_zero = block.zero_route != ZeroRoute::Content;
+        let mut noting = block.digests().map(PageDigests::noting);
         ram.look(block, pages, &mut self.found)?;
         for (page, absent) in pages.iter().zip(self.found.zeros()) {
             let offset = (page * PAGE) as u64;
-            if seek_zero && absent {
-                block.digests().map_or(Ok(()), |digests| digests.note(*page, &ZEROS))?;
-                if let Some((cache, _)) = cache {
-                    cache.zeroed(block.key(*page));
-                }
-                self.zero.push(offset);
-                continue;
-            }
             let start = self.pages.len();
             self.pages.resize(start + PAGE, 0);
             let copy = self.pages.last_chunk_mut::<PAGE>();
@@ -128,8 +153,8 @@ impl Packet {
             if !absent && !block.block.load_page(*page, copy) {
                 return Err(outside());
             }
-            block.digests().map_or(Ok(()), |digests| digests.note(*page, copy))?;
-            if seek_zero && zero::is_zero(copy) {
+            if seek_zero && (absent || zero::is_zero(copy)) {
+                noting.as_mut().map_or(Ok(()), |noting| noting.note(*page, zero_hash()))?;
                 if let Some((cache, _)) = cache {
                     cache.zeroed(block.key(*page));
                 }
@@ -137,12 +162,25 @@ impl Packet {
                 self.zero.push(offset);
                 continue;
             }
+            let hash = (hashed || noting.is_some()).then(|| hash(copy));
+            if let (Some(noting), Some(hash)) = (&mut noting, hash) {
+                noting.note(*page, hash)?;
+            }
             self.one_delta.clear();
             let lookup = cache.map_or(Lookup::Plain, |(cache, context)| {
                 cache.lookup(block.key(*page), copy, context, &mut self.one_delta)
             });
             match lookup {
-                Lookup::Plain => self.normal.push(offset),
+                Lookup::Plain if apart && looks_random(copy) => {
+                    self.raw.offsets.push(offset);
+                    self.raw.pages.extend_from_slice(copy);
+                    self.raw.hashes.extend(hash);
+                    self.pages.truncate(start);
+                }
+                Lookup::Plain => {
+                    self.normal.push(offset);
+                    self.hashes.extend(hash);
+                }
                 Lookup::Delta => {
                     self.pages.truncate(start);
                     self.delta.push(offset);
@@ -150,6 +188,11 @@ impl Packet {
                 }
                 Lookup::Unchanged => self.pages.truncate(start),
             }
+        }
+        if self.raw.offsets.len() < APART && !self.normal.is_empty() {
+            self.normal.append(&mut self.raw.offsets);
+            self.pages.append(&mut self.raw.pages);
+            self.hashes.append(&mut self.raw.hashes);
         }
         Ok(())
     }

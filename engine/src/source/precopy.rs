@@ -12,6 +12,7 @@ use crate::guest::PAGE;
 use crate::report::Report;
 use crate::run::counters::{Estimate, Progress};
 use crate::run::session::{Canceller, ProgressReader};
+use crate::run::stop::lock;
 
 /// Connected; the guest runs while rounds move its RAM.
 ///
@@ -64,6 +65,7 @@ impl Precopy {
         migration.section(Section::Part)?;
         migration.wait_for_round()?;
         let duration = begun.elapsed();
+        migration.shared.ram.check_holes()?;
         let sync = migration.sync_logs()?;
         let after = migration.shared.session.progress();
         let facts = RoundFacts {
@@ -78,6 +80,9 @@ impl Precopy {
         let mut record = self.convergence.on_round(facts, &migration.control.limits());
         let context = RoundContext { round: migration.rounds, last: false };
         if let Some(said) = migration.shared.cache.as_ref().and_then(|cache| cache.assess(context)) {
+            record.reason = format!("{}; {said}", record.reason);
+        }
+        for said in std::mem::take(&mut *lock(&migration.shared.decided)) {
             record.reason = format!("{}; {said}", record.reason);
         }
         let session = &migration.shared.session;

@@ -1,12 +1,12 @@
 //! What the sending threads share.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crossbeam_utils::CachePadded;
 use multifd_codecs::Codec;
 use multifd_transports::Pacer;
-use multifd_wire::{MigrationId, pages_per_packet};
+use multifd_wire::{MigrationId, Wishes, pages_per_packet};
 
 use super::outgoing::OutgoingRam;
 use super::page_cache::PageCache;
@@ -17,6 +17,7 @@ use crate::error::{Error, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
 use crate::run::counters::Progress;
 use crate::run::session::Session;
+use crate::run::stop::lock;
 use crate::stream::dialect::FEATURE_DELTAS;
 use crate::work::{Next, Round, UrgentPages};
 
@@ -32,6 +33,12 @@ pub(super) struct SourceShared {
     pub(super) cache: Option<PageCache>,
     /// Features of a multifd destination; 0: not known yet, or a QEMU.
     pub(super) peer_features: AtomicU64,
+    /// The codec of each packet is chosen.
+    pub(super) auto_codec: bool,
+    /// What the workers have decided since the end of the last round, for the log.
+    pub(super) decided: Mutex<Vec<String>>,
+    /// What the destination checks. Set before the first page goes.
+    pub(super) agreed: OnceLock<Wishes>,
     /// What a multifd destination knows this migration by, if it has said so.
     pub(super) id: OnceLock<MigrationId>,
     pub(super) zero_copy: ZeroCopySend,
@@ -56,6 +63,27 @@ impl SourceShared {
     /// The cache, if it serves this round on the main channel: every destination takes differences there.
     pub(super) fn deltas_for_main(&self, context: RoundContext) -> Option<&PageCache> {
         self.cache.as_ref().filter(|cache| cache.serves(context))
+    }
+
+    /// What the destination checks: nothing as long as it is not known.
+    pub(super) fn agreed(&self) -> Wishes {
+        self.agreed.get().copied().unwrap_or_default()
+    }
+
+    /// Features of a destination whose packets may have different codecs; 0 where they may not.
+    pub(super) fn features_for_packets(&self) -> u64 {
+        if self.agreed().mixed { self.peer_features.load(Ordering::Relaxed) } else { 0 }
+    }
+
+    /// The codec for people: `zstd:3`, `auto`.
+    pub(super) fn codec_in_words(&self) -> String {
+        if self.auto_codec && self.agreed().mixed { "auto".to_owned() } else { self.codec.describe() }
+    }
+
+    /// A line for the decision log, to which the end of the round adds it.
+    pub(super) fn decide(&self, line: String) {
+        tracing::debug!(line);
+        lock(&self.decided).push(line);
     }
 
     /// The pages of `round`, those that are wanted first.
@@ -119,6 +147,9 @@ pub(in crate::source) mod tests {
             packets: CachePadded::default(),
             cache: None,
             peer_features: AtomicU64::new(0),
+            auto_codec: false,
+            decided: Mutex::default(),
+            agreed: OnceLock::new(),
             id: OnceLock::new(),
             zero_copy: ZeroCopySend::Off,
             urgent: OnceLock::new(),

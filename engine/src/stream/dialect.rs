@@ -4,13 +4,14 @@
 //! The source asks by PING(HELLO_PING), a multifd destination answers HELLO with its features
 //! before the PONG. A packet of the dialect is sent only after that.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use multifd_codecs::{Codec, CodecId};
-use multifd_wire::Failure;
+use multifd_codecs::{Codec, CodecId, Codecs, Uncompressed};
+use multifd_wire::{Failure, Wishes};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::PAGE;
+use crate::guest::{PAGE, hash};
 
 /// Version that HELLO carries.
 pub(crate) const VERSION: u16 = 1;
@@ -36,17 +37,96 @@ pub(crate) const FEATURE_URGENT_CHANNELS: u64 = 1 << 17;
 /// Feature: neighbours of pages that are asked for come on those channels, and pages that have gone before.
 pub(crate) const FEATURE_NEIGHBOURS: u64 = 1 << 18;
 
-/// All that a destination of this version can do.
+/// Feature: checksums of packets are looked at.
+const FEATURE_CHECKSUMS: u64 = 1 << 6;
+
+/// Feature: digests of the pages that were placed are kept, and compared with the source's at the end of RAM.
+const FEATURE_DIGEST: u64 = 1 << 7;
+
+/// Feature: packets of different codecs on one channel are taken.
+const FEATURE_MIXED: u64 = 1 << 8;
+
+/// All that a destination of this version can do, whatever its codecs are.
 pub(crate) const FEATURES: u64 = FEATURE_DELTAS
     | FEATURE_REASONS
     | FEATURE_ALIVE
     | FEATURE_LOAD_TIME
     | FEATURE_POSTCOPY_CHANNELS
     | FEATURE_URGENT_CHANNELS
-    | FEATURE_NEIGHBOURS;
+    | FEATURE_NEIGHBOURS
+    | FEATURE_CHECKSUMS
+    | FEATURE_DIGEST
+    | FEATURE_MIXED;
 
 /// Most channels for pages that are asked for, over one link.
 pub(crate) const MAX_URGENT_CHANNELS: usize = 8;
+
+/// Feature: packets of this codec are taken.
+fn feature_of(codec: CodecId) -> u64 {
+    1 << (32 + codec.value() / 2)
+}
+
+/// All that a destination with these codecs can do.
+pub(crate) fn features(codecs: &Codecs) -> u64 {
+    codecs.iter().fold(FEATURES, |features, codec| features | feature_of(codec.id()))
+}
+
+/// The codecs between which a source may choose by packet, towards a destination with these features: the cheapest first,
+/// each with the number of its stream among those of its kind. None, or one, if there is no choice.
+pub(crate) fn codecs_by_cost(features: u64) -> impl Iterator<Item = (Arc<dyn Codec>, u8)> {
+    type Stream = (Arc<dyn Codec>, u8);
+    let has = move |codec: CodecId| features & feature_of(codec) != 0;
+    let codecs = std::iter::once::<Stream>((Arc::new(Uncompressed), 0));
+    #[cfg(feature = "lz4")]
+    let codecs = codecs.chain(std::iter::once::<Stream>((Arc::new(multifd_codecs::Lz4), 0)));
+    #[cfg(feature = "zstd")]
+    let codecs = {
+        use multifd_codecs::{Zstd, ZstdLevel};
+        let levels = [ZstdLevel::at::<1>(), ZstdLevel::at::<3>(), ZstdLevel::at::<9>()];
+        codecs.chain(
+            (0..).zip(levels).map(|(stream, level)| -> Stream { (Arc::new(Zstd::from(level)), stream) }),
+        )
+    };
+    // Where there is zstd, it does for less what zlib does.
+    #[cfg(feature = "zlib")]
+    let codecs = {
+        let instead = !cfg!(feature = "zstd") || !has(CodecId::ZSTD);
+        let zlib = || -> Stream { (Arc::new(multifd_codecs::Zlib::default()), 0) };
+        codecs.chain(instead.then(zlib))
+    };
+    codecs.filter(move |(codec, _)| has(codec.id()))
+}
+
+/// Refuses to send packets of a codec that only another multifd has, unless a destination with these
+/// features is one that has it.
+pub(crate) fn check_peer(codec: &dyn Codec, features: u64) -> Result<()> {
+    if !codec.id().is_reserved() || features & feature_of(codec.id()) != 0 {
+        return Ok(());
+    }
+    let detail = format!(
+        "the destination takes no packets of codec {}, which only another multifd has that was built with it; expected a codec \
+         that it has, such as zstd",
+        codec.name()
+    );
+    Err(Error::incompatible(Phase::Setup, detail))
+}
+
+/// What a destination with these features does of a source's wishes.
+pub(crate) fn granted(wishes: Wishes, features: u64) -> Wishes {
+    let has = |feature: u64| features & feature != 0;
+    Wishes {
+        checksums: wishes.checksums && has(FEATURE_CHECKSUMS),
+        digest: wishes.digest && has(FEATURE_DIGEST),
+        mixed: wishes.mixed && has(FEATURE_MIXED) && has(feature_of(CodecId::NONE)),
+    }
+}
+
+/// The checksum of a packet's content, from the hash of each page in it. Of differences it is the hash of
+/// their payload.
+pub(crate) fn checksum_of_pages(hashes: &[u64]) -> u64 {
+    let bytes: Vec<u8> = hashes.iter().flat_map(|hash| hash.to_be_bytes()).collect();
+    hash(&bytes)
+}
 
 /// Between two signs of life of an end whose embedder has it in hand.
 pub(crate) const ALIVE_INTERVAL: Duration = Duration::from_millis(250);
@@ -116,7 +196,7 @@ fn short(wanted: usize, left: usize) -> Error {
 /// Refuses a codec whose id means something else in the dialect.
 pub(crate) fn check_codec(codec: &dyn Codec, phase: Phase) -> Result<()> {
     let id = codec.id();
-    if !id.is_reserved() {
+    if !id.is_reserved() || (id == CodecId::DIALECT_LZ4 && codec.name() == "lz4") {
         return Ok(());
     }
     let detail = format!(
@@ -130,9 +210,7 @@ pub(crate) fn check_codec(codec: &dyn Codec, phase: Phase) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use multifd_codecs::{CodecError, Codecs, Decoder, Encoder, Uncompressed};
+    use multifd_codecs::{CodecError, Decoder, Encoder};
     use multifd_wire::Configuration;
 
     use super::*;
@@ -183,6 +261,37 @@ mod tests {
                 assert!(error.to_string().contains(&start), "{error}");
             }
         }
+    }
+
+    #[test]
+    fn a_destination_says_which_codecs_it_has_and_grants_what_it_can() {
+        let none = Codecs::empty().with(Arc::new(Uncompressed));
+        assert_eq!(features(&none), 0x0000_0001_0000_01cf);
+        let own = none.clone().with(Arc::new(Own(CodecId::new(0x3e).unwrap())));
+        assert_eq!(features(&own), 0x8000_0001_0000_01cf);
+        let all = Wishes { checksums: true, digest: true, mixed: true };
+        assert_eq!(granted(all, features(&none)), all);
+        // Pages cannot go as they are to one that takes only a codec.
+        let only = Codecs::empty().with(Arc::new(Own(CodecId::new(0x18).unwrap())));
+        assert_eq!(granted(all, features(&only)), Wishes { mixed: false, ..all });
+        assert_eq!(granted(all, 0x0f), Wishes::default());
+        assert_eq!(granted(Wishes::default(), u64::MAX), Wishes::default());
+    }
+
+    #[test]
+    fn a_source_chooses_among_what_both_ends_have() {
+        let names = |codecs: &Codecs| -> Vec<String> {
+            let all = codecs_by_cost(features(codecs));
+            all.map(|(codec, stream)| format!("{} {stream}", codec.describe())).collect()
+        };
+        let none = Codecs::empty().with(Arc::new(Uncompressed));
+        assert_eq!(names(&Codecs::default()), ["none 0", "lz4 0", "zstd:1 0", "zstd:3 1", "zstd:9 2"]);
+        assert_eq!(
+            names(&none.clone().with(Arc::new(multifd_codecs::Zlib::default()))),
+            ["none 0", "zlib:1 0"]
+        );
+        assert_eq!(names(&none), ["none 0"]);
+        assert_eq!(codecs_by_cost(0).count(), 0, "a QEMU");
     }
 
     #[test]

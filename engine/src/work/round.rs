@@ -9,6 +9,9 @@ use crate::sync::{Arc, AtomicUsize, Ordering};
 /// Bitmap words claimed in one go: 64 words are 4096 pages, 16 MiB of neighbouring guest memory.
 const MOST_WORDS: usize = 64;
 
+/// Words of a huge page of 2 MiB.
+const HUGE_WORDS: usize = 8;
+
 /// The dirty-bitmap iterator is the work distributor: workers move one cursor on by an atomic add,
 /// and own the pages of the words it passed. No page is handed out twice in a round.
 ///
@@ -68,7 +71,11 @@ impl Round {
         let words: usize = bitmaps.iter().map(|bitmap| bitmap.words()).sum();
         // Small guests: at least 8 chunks a worker, so that none is idle while another has the last
         // large one.
-        let chunk_words = (words / (workers.max(1) * 8)).clamp(2, MOST_WORDS);
+        let mut chunk_words = (words / (workers.max(1) * 8)).clamp(2, MOST_WORDS);
+        if chunk_words > HUGE_WORDS {
+            // Whole huge pages, so that no two workers, and at the destination no two channels, fault in one and the same.
+            chunk_words -= chunk_words % HUGE_WORDS;
+        }
         let mut chunks = 0;
         let blocks = bitmaps.map(|bitmap| {
             let first_chunk = chunks;
@@ -230,6 +237,19 @@ mod tests {
         round.put_back(&mut claim);
         round.put_back(&mut claim); // once is enough
         assert_eq!(bitmaps.iter().map(|bitmap| bitmap.count()).sum::<usize>(), 1500 - sent);
+    }
+
+    #[test]
+    fn workers_do_not_share_a_huge_page_of_a_guest_of_some_size() {
+        for pages in [70_000, 33_000, 1 << 20] {
+            let bitmaps = bitmaps(&[pages]);
+            bitmaps.iter().for_each(|bitmap| bitmap.set_range(0, pages));
+            let round = Round::new(&bitmaps, 5);
+            // Each takes a chunk of its own.
+            let first = |_| round.claim(&mut Claim::default(), 1).unwrap().pages[0];
+            let starts: Vec<_> = (0..5).map(first).collect();
+            assert!(starts.iter().all(|first| first % 512 == 0), "{pages}: {starts:?}");
+        }
     }
 
     #[test]

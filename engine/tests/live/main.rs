@@ -13,8 +13,11 @@ mod faults;
 mod file;
 mod freed;
 mod guest;
+mod mixed;
 mod own;
+mod proof;
 mod relay;
+mod state;
 mod tls;
 mod told;
 

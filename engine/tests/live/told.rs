@@ -179,6 +179,14 @@ fn a_guest_may_be_held_between_rounds_without_a_return_path() {
 }
 
 #[test]
+fn a_hold_that_is_shorter_than_the_timeout_is_refused() {
+    let builder = Destination::builder(blocks(&["ram"])).timeout(SHORT).hold_timeout(SHORT / 2);
+    let error = builder.listen(&"tcp:127.0.0.1:0".parse().unwrap()).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::ApiMisuse);
+    assert!(error.to_string().contains("hold timeout 1.5s, expected at least the timeout, 3s"), "{error}");
+}
+
+#[test]
 fn device_state_may_take_longer_to_save_than_any_timeout() {
     held(|source| source, NO, HELD, NO, |_| {});
 }

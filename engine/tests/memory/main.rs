@@ -76,7 +76,7 @@ impl Outcome {
 
 /// Moves a block; `before_round` is between the list of blocks and the first page.
 fn go(way: Way, here: &RamBlock, there: &RamBlock, before_round: impl FnOnce()) -> Outcome {
-    go_with(|source| way.set(source), here, there, before_round)
+    go_with(|source| way.set(source).paused_guest(), here, there, before_round)
 }
 
 /// The same for a source that is set as `set` does.
@@ -85,6 +85,19 @@ fn go_with(
     here: &RamBlock,
     there: &RamBlock,
     before_round: impl FnOnce(),
+) -> Outcome {
+    go_by(set, here, there, |precopy| {
+        before_round();
+        finish(precopy)
+    })
+}
+
+/// The same, by the rounds that `drive` makes.
+fn go_by(
+    set: impl FnOnce(SourceBuilder) -> SourceBuilder,
+    here: &RamBlock,
+    there: &RamBlock,
+    drive: impl FnOnce(Precopy) -> Result<Report, Error>,
 ) -> Outcome {
     let destination = Destination::builder(vec![there.clone()])
         .timeout(SOON)
@@ -95,12 +108,9 @@ fn go_with(
     let receive = move || destination.receive().and_then(Arrived::accept);
     let receiver = std::thread::Builder::new().spawn(receive).unwrap();
     let configuration = Configuration::new("test-10.0");
-    let source = Source::builder(vec![here.clone()], configuration).paused_guest().timeout(SOON);
+    let source = Source::builder(vec![here.clone()], configuration).timeout(SOON);
     let source = set(source).build().unwrap();
-    let moved = source.connect(&to).and_then(|precopy| {
-        before_round();
-        finish(precopy)
-    });
+    let moved = source.connect(&to).and_then(drive);
     // A source that has not connected leaves the destination waiting; of another's end it hears.
     if moved.as_ref().is_err_and(|error| error.kind() == ErrorKind::GuestMemory) {
         canceller.cancel();

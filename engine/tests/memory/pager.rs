@@ -6,12 +6,12 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use multifd_engine::{PAGE, RamBlock};
+use multifd_engine::{DeviceState, PAGE, RamBlock, SoftwareLog, SourceBuilder};
 
-use crate::kinds::{PRIVATE, READ_WRITE, anonymous, block, map, start};
+use crate::kinds::{PRIVATE, READ_WRITE, advise, anonymous, block, map, start};
 use crate::skip::skipped;
 use crate::source::check_error;
-use crate::{PAGES, WAYS, Way, fill, go, go_with, page};
+use crate::{PAGES, WAYS, Way, fill, go, go_by, go_with, page};
 
 const USER_MODE_ONLY: i32 = 1;
 const FEATURE_POISON: u64 = 1 << 14;
@@ -83,6 +83,60 @@ fn memory_that_is_filled_on_demand_is_refused_by_name() {
     go(Way::None, &here, &anonymous(), || ()).success(&"afterwards");
 }
 
+/// A guest that runs, so that a userfaultfd may be registered at any time.
+fn live(way: Way, here: &RamBlock) -> impl FnOnce(SourceBuilder) -> SourceBuilder {
+    let log = SoftwareLog::new(std::slice::from_ref(here));
+    move |source| way.set(source).dirty_log(log)
+}
+
+/// An external manager takes the guest's pages over while it moves: what it took away must not go as zero.
+#[test]
+fn a_pager_that_comes_in_the_first_round_is_refused_by_name() {
+    for way in WAYS {
+        let here = anonymous();
+        fill(&here, 0..PAGES);
+        let mut pager = None;
+        let outcome = go_with(live(way, &here), &here, &anonymous(), || {
+            pager = Pager::of(&here, USER_MODE_ONLY, 0);
+            advise(&here, 10..20, libc::MADV_DONTNEED);
+        });
+        if pager.is_none() {
+            return skipped("no userfaultfd here");
+        }
+        check_error(&outcome.source.unwrap_err(), way, "filled on demand");
+        assert!(outcome.destination.is_err(), "{way:?}");
+    }
+}
+
+#[test]
+fn a_pager_that_comes_before_the_last_round_is_refused_by_name() {
+    for way in WAYS {
+        let here = anonymous();
+        fill(&here, 0..PAGES);
+        let log = SoftwareLog::new(std::slice::from_ref(&here));
+        let marker = log.marker();
+        let mut pager = None;
+        let outcome = go_by(
+            |source| way.set(source).dirty_log(log),
+            &here,
+            &anonymous(),
+            |mut precopy| {
+                precopy.round()?;
+                fill(&here, 5..6);
+                marker.mark(0, 5 * PAGE as u64, PAGE as u64);
+                pager = Pager::of(&here, USER_MODE_ONLY, 0);
+                advise(&here, 5..6, libc::MADV_DONTNEED);
+                precopy.stop_copy()?.commit(&DeviceState::none())
+            },
+        );
+        if pager.is_none() {
+            return skipped("no userfaultfd here");
+        }
+        check_error(&outcome.source.unwrap_err(), way, "filled on demand");
+        assert!(outcome.destination.is_err(), "{way:?}");
+    }
+}
+
 /// A guest that was restored a moment ago: next to nothing of it is in memory.
 #[test]
 fn memory_that_is_filled_on_demand_is_read_through_its_handler() {
@@ -98,7 +152,8 @@ fn memory_that_is_filled_on_demand_is_read_through_its_handler() {
         let served = std::thread::scope(|scope| {
             let handler = scope.spawn(|| pager.serve(&here, &stored, &end));
             let name = here.name().clone();
-            let outcome = go_with(|source| way.set(source).paged_block(name), &here, &there, || ());
+            let outcome =
+                go_with(|source| way.set(source).paused_guest().paged_block(name), &here, &there, || ());
             end.store(true, Ordering::Relaxed);
             let served = handler.join().unwrap();
             outcome.success(&way);
@@ -118,7 +173,8 @@ fn memory_whose_handler_serves_no_faults_of_the_kernel_is_an_error() {
         let here = anonymous();
         let Some(pager) = Pager::of(&here, USER_MODE_ONLY, 0) else { return skipped("no userfaultfd here") };
         let name = here.name().clone();
-        let outcome = go_with(|source| way.set(source).paged_block(name), &here, &anonymous(), || ());
+        let outcome =
+            go_with(|source| way.set(source).paused_guest().paged_block(name), &here, &anonymous(), || ());
         check_error(&outcome.source.unwrap_err(), way, "page 0");
         drop(pager);
     }

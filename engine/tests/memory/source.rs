@@ -2,11 +2,11 @@
 
 use std::os::unix::fs::FileExt;
 
-use multifd_engine::{Error, ErrorKind, PAGE, UserfaultLog};
+use multifd_engine::{DeviceState, Error, ErrorKind, PAGE, Precopy, SoftwareLog, UserfaultLog};
 
 use crate::kinds::{PRIVATE, READ_WRITE, advise, anonymous, block, file, map, memfd, populated, protect};
 use crate::skip::skipped;
-use crate::{PAGES, WAYS, Way, fill, go, page};
+use crate::{PAGES, WAYS, Way, fill, go, go_by, page};
 
 pub(crate) fn check_error(error: &Error, way: Way, pages: &str) {
     let text = error.chain();
@@ -96,6 +96,27 @@ fn huge_pages_that_nothing_has_touched_need_no_pool() {
     }
 }
 
+/// A page of one makes all of it present: what the guest has not used of it has to be read.
+#[test]
+fn transparent_huge_pages_arrive_and_untouched_ones_stay_so() {
+    const HUGE: usize = (2 << 20) / PAGE;
+    for way in WAYS {
+        let huge = || {
+            let block = block(map(READ_WRITE, PRIVATE, None, 6 * HUGE).unwrap());
+            advise(&block, 0..6 * HUGE, libc::MADV_HUGEPAGE);
+            block
+        };
+        let (here, there) = (huge(), huge());
+        fill(&here, 2 * HUGE + 5..2 * HUGE + 40);
+        let before = populated(&here);
+        go(way, &here, &there, || ()).success(&way);
+        assert_eq!(populated(&here), before, "{way:?}");
+        for number in [0, 2 * HUGE + 4, 2 * HUGE + 5, 2 * HUGE + 39, 2 * HUGE + 40, 6 * HUGE - 1] {
+            assert_eq!(page(&there, number), page(&here, number), "{way:?} {number}");
+        }
+    }
+}
+
 #[test]
 fn untouched_memory_stays_so() {
     for way in WAYS {
@@ -110,6 +131,26 @@ fn untouched_memory_stays_so() {
         go(way, &here, &there, || ()).success(&way);
         let stored = std::os::unix::fs::MetadataExt::blocks(&behind.metadata().unwrap()) * 512;
         assert_eq!(stored, 2 * PAGE as u64, "{way:?}");
+    }
+}
+
+/// No round comes between the look for holes and the last pass.
+#[test]
+fn what_a_guest_writes_between_the_start_and_its_pause_arrives_without_a_round() {
+    for way in WAYS {
+        let shared = || block(map(READ_WRITE, libc::MAP_SHARED, Some(file()), PAGES).unwrap());
+        for here in [anonymous(), shared()] {
+            let there = anonymous();
+            let log = SoftwareLog::new(std::slice::from_ref(&here));
+            let marker = log.marker();
+            let write_and_stop = |precopy: Precopy| {
+                fill(&here, 7..9);
+                marker.mark(0, 7 * PAGE as u64, 2 * PAGE as u64);
+                precopy.stop_copy()?.commit(&DeviceState::none())
+            };
+            go_by(|source| way.set(source).dirty_log(log), &here, &there, write_and_stop).success(&way);
+            assert_eq!((page(&there, 7), page(&there, 8)), (page(&here, 7), page(&here, 8)), "{way:?}");
+        }
     }
 }
 

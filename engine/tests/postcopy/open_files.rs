@@ -1,4 +1,5 @@
-//! Which sockets this process has open: told by the socket, not by a count, since other tests have theirs.
+//! Which sockets this process has open: told by the socket, not by a count, since other tests have
+//! theirs.
 #![allow(clippy::unwrap_used, reason = "test code may panic")]
 
 use std::os::fd::AsRawFd;

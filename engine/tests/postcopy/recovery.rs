@@ -1,4 +1,5 @@
-//! A post-copy whose link is gone: what its states are, whose connections replace the link, and which breaks are a link's.
+//! A post-copy whose link is gone: what its states are, whose connections replace the link, and
+//! which breaks are a link's.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;

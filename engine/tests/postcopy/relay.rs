@@ -21,7 +21,8 @@ pub(crate) struct Relay {
 struct Shared {
     links: Mutex<Vec<Link>>,
     changed: Condvar,
-    /// Bytes of the source after which each connection is cut by itself; those behind the last are not.
+    /// Bytes of the source after which each connection is cut by itself; those behind the last are
+    /// not.
     limits: Vec<Option<u64>>,
 }
 

@@ -19,6 +19,8 @@ pub mod field {
     pub const PAYLOAD_LEN: usize = 20;
     /// be32
     pub const ZERO_PAGES: usize = 32;
+    /// be32: whether there are checksums
+    pub const CHECKS: usize = 36;
     /// 256 bytes
     pub const BLOCK: usize = 64;
     /// be64 each

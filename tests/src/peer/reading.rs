@@ -34,6 +34,7 @@ pub(super) struct Reading {
     /// Bytes to be passed over: the content of a page.
     skip: usize,
     last_section: bool,
+    digests: usize,
 }
 
 #[derive(Debug, Default)]
@@ -52,6 +53,10 @@ enum Place {
 impl Reading {
     pub(super) fn stage(&self) -> Stage {
         self.stage
+    }
+
+    pub(super) fn digests(&self) -> usize {
+        self.digests
     }
 
     /// Takes the next bytes; gives the PINGs in them.
@@ -124,6 +129,7 @@ impl Reading {
         let Some((item, used)) = Item::parse(&self.bytes)? else { return Ok(None) };
         match item {
             Item::Command(Command::Ping(value)) => pings.push(value),
+            Item::Command(Command::Digest { .. }) => self.digests += 1,
             Item::Command(_) => {}
             Item::SectionStart(_) => self.place = Place::Records,
             Item::SectionPart(_) => {

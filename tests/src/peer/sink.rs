@@ -27,6 +27,8 @@ pub struct Incoming {
     reading: Reading,
     /// Bytes read from all channels.
     pub channel_bytes: usize,
+    /// What each channel has brought, if it is to be kept.
+    pub kept: Option<Vec<Vec<u8>>>,
     /// Answers PINGs while it reads.
     pub polite: bool,
 }
@@ -70,7 +72,14 @@ impl Sink {
         };
         let main = Some(accept()?);
         let channels = (0..channels).map(|_| Ok(Some(accept()?))).collect::<Outcome<_>>()?;
-        Ok(Incoming { main, channels, reading: Reading::default(), channel_bytes: 0, polite: true })
+        Ok(Incoming {
+            main,
+            channels,
+            reading: Reading::default(),
+            channel_bytes: 0,
+            kept: None,
+            polite: true,
+        })
     }
 }
 
@@ -100,6 +109,11 @@ impl Incoming {
             self.read_some()?;
         }
         Ok(())
+    }
+
+    /// Digests of blocks that main has brought.
+    pub fn digests(&self) -> usize {
+        self.reading.digests()
     }
 
     /// Says something on the return path. What the source does not hear any more is lost.
@@ -142,10 +156,17 @@ impl Incoming {
         }
         let main_is_ready = self.wait_readable()?;
         let mut piece = vec![0; 64 << 10];
-        for channel in &mut self.channels {
+        for (index, channel) in self.channels.iter_mut().enumerate() {
             let Some(socket) = channel.as_mut().filter(|socket| readable(socket)) else { continue };
             match socket.read(&mut piece) {
-                Ok(read @ 1..) => self.channel_bytes += read,
+                Ok(read @ 1..) => {
+                    self.channel_bytes += read;
+                    if let Some(kept) = self.kept.as_mut() {
+                        kept.resize(kept.len().max(index + 1), Vec::new());
+                        let kept = kept.get_mut(index).into_iter();
+                        kept.for_each(|kept| kept.extend(piece.iter().take(read)));
+                    }
+                }
                 _ => *channel = None,
             }
         }

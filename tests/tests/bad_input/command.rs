@@ -51,6 +51,18 @@ fn each_class_ends_with_exit_code_1_and_nothing_on_disk() -> Outcome {
     Ok(())
 }
 
+/// A hold is for a source that is silent between rounds, not for one that stops in the middle of something.
+#[test]
+fn a_source_that_stalls_within_an_item_ends_by_the_timeout_whatever_hold_is_allowed() -> Outcome {
+    for recording in [single().stopped(Lane::Main, 4), single().stopped(Lane::Main, 3000)] {
+        let mut receive = ReceiveTrial::start(&["--timeout", "300ms", "--hold-timeout", "1h"])?;
+        let (ended, _) = receive.play(&recording, |_| Ok(()))?;
+        assert_eq!(ended.code, 1, "{}", ended.stderr);
+        assert!(ended.stderr.contains("no byte moved for 300ms"), "{}", ended.stderr);
+    }
+    Ok(())
+}
+
 #[test]
 fn a_source_that_asked_is_told_of_the_failure() -> Outcome {
     let mut receive = ReceiveTrial::start(&["--timeout", "300ms"])?;

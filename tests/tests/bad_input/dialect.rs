@@ -2,7 +2,7 @@
 
 use multifd_tests::Outcome;
 use multifd_tests::peer::{Memory, PageAt, Recorder, Recording, Style, Trial, field};
-use multifd_wire::{BlockName, CodecId, Command, HELLO_PING, PacketFlags, PageSize, RamPacketHeader};
+use multifd_wire::{BlockName, CodecId, Command, HELLO_PING, PacketFlags, PageSize, RamPacketHeader, Wishes};
 
 use crate::fixture::{memory, refused};
 
@@ -75,4 +75,60 @@ fn unsound_differences() -> Outcome {
         ),
         ("past the block", past, &["offset 0x8000 in RAM block pc.ram"]),
     ])
+}
+
+/// A migration whose source wishes for checks, and sends digests of these blocks behind its RAM.
+fn wishing(wishes: Option<Wishes>, digests: &[&str]) -> Recording {
+    let memory = memory();
+    let mut recorder = Recorder::new(Style::multifd(1));
+    recorder.header();
+    recorder.command(Command::Ping(HELLO_PING));
+    wishes.iter().for_each(|wishes| recorder.command(Command::Ping(wishes.ping())));
+    recorder.start(&memory);
+    recorder.part(&memory, &memory.all());
+    recorder.end(&memory, &[]);
+    for name in digests {
+        let block = BlockName::try_from(*name).unwrap();
+        recorder.command(Command::Digest { block, digest: 0x0102_0304_0506_0708 });
+    }
+    recorder.finish()
+}
+
+#[test]
+fn what_was_not_sent_as_it_was_announced_is_refused() -> Outcome {
+    let digest = Some(Wishes { digest: true, ..Wishes::default() });
+    let checksums = Some(Wishes { checksums: true, ..Wishes::default() });
+    // Of the packet with pages: a flag says that there are checksums, which are 0.
+    let sealed = wishing(None, &[]).patched("packet", 1, field::CHECKS, &[0, 0, 0, 1]);
+    refused([
+        ("no digest", wishing(digest, &[]), &["main (unix:", "no digest of RAM block pc."]),
+        ("one digest of two", wishing(digest, &["pc.bios"]), &["digest: different", "sent: pc.bios"]),
+        (
+            "other digests",
+            wishing(digest, &["pc.ram", "pc.bios"]),
+            &[
+                "main (unix:",
+                "digest: different; RAM blocks that are not what the source has sent: pc.bios, pc.ram",
+            ],
+        ),
+        (
+            "a digest unannounced",
+            wishing(None, &["pc.ram"]),
+            &["digest of RAM block pc.ram that was not announced"],
+        ),
+        ("a digest of nothing", wishing(digest, &["vga"]), &["unknown RAM block \"vga\""]),
+        ("no checksum", wishing(checksums, &[]), &["channel 0 (unix:", "has no checksum, as was announced"]),
+        ("another header", sealed, &["channel 0 (unix:", "checksum of a packet's header"]),
+    ])
+}
+
+/// Wishes of a later version, and none at all.
+#[test]
+fn a_source_without_wishes_for_checks_arrives_unchecked() -> Outcome {
+    for wishes in [None, Some(Wishes::default())] {
+        let (verdict, received) = Trial::unix()?.receive(&wishing(wishes, &[]), &memory())?;
+        assert_eq!(verdict.result?.digest, None);
+        memory().check(&received.blocks)?;
+    }
+    Ok(())
 }

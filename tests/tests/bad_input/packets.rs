@@ -143,7 +143,7 @@ fn codecs_that_nobody_knows_or_that_change() -> Outcome {
     let changed = recording(&Style::multifd(1)).patched("packet", 1, field::FLAGS + 3, &[4]);
     let one = |codec| recording(&Style::multifd(1)).patched("packet", 0, field::FLAGS + 3, &[codec]);
     refused([
-        ("qpl", one(8), &[CHANNEL_0, "packet with codec 0x8; known here: none, zlib, zstd"]),
+        ("qpl", one(8), &[CHANNEL_0, "packet with codec 0x8; known here: none, zlib, zstd, lz4"]),
         ("two at once", one(6), &[CHANNEL_0, "packet with codec 0x6"]),
         (
             "another one on the next packet",

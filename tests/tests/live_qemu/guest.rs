@@ -157,7 +157,8 @@ impl Guest {
         }
     }
 
-    /// The memory is ours, but for what the guest has written since; its count goes on without a gap.
+    /// The memory is ours, but for what the guest has written since; its count goes on without a
+    /// gap.
     pub(crate) fn check_goes_on(&self, mut destination: Qemu) -> Outcome {
         destination.wait_completed(SOON)?;
         if destination.run_state()? != "running" {

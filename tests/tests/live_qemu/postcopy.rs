@@ -1,4 +1,5 @@
-//! The guest goes on in the real QEMU before its RAM is there: what was sent and written since is discarded there, and pulled.
+//! The guest goes on in the real QEMU before its RAM is there: what was sent and written since is
+//! discarded there, and pulled.
 
 use multifd_tests::{Outcome, skip_without_qemu};
 

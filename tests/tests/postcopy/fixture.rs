@@ -84,8 +84,8 @@ pub(crate) fn switch(source: &mut Qemu, to: &str, settings: &Settings, when: Whe
         When::InThirdRound => {
             source.wait_first_window(SOON)?;
             source.set_parameter("max-bandwidth", 20 * MIB)?;
-            // From here on what the guest writes in a round takes longer than QEMU's windows of 100 ms: a guest that gets no CPU
-            // for a moment does not end the rounds.
+            // From here on what the guest writes in a round takes longer than QEMU's windows of 100
+            // ms: a guest that gets no CPU for a moment does not end the rounds.
             source.wait_remaining(3 * MIB, SOON)?;
             source.set_parameter("max-bandwidth", 4 * MIB)?;
             source.wait_rounds(3, SOON)?;

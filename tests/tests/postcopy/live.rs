@@ -1,4 +1,5 @@
-//! A QEMU that switches into memory of this process: threads use it while it comes, and QEMU serves what they ask for.
+//! A QEMU that switches into memory of this process: threads use it while it comes, and QEMU serves
+//! what they ask for.
 #![allow(clippy::indexing_slicing, clippy::unwrap_used, reason = "test code may panic")]
 
 use std::fs::File;
@@ -101,7 +102,8 @@ pub(crate) fn with_tls(machine: QemuBuilder, settings: &mut Settings, dir: &Path
     machine.argument("-object").argument(object)
 }
 
-/// A QEMU whose guest goes on here; `None`: it got no CPU in a round, and its source had nothing left to send.
+/// A QEMU whose guest goes on here; `None`: it got no CPU in a round, and its source had nothing
+/// left to send.
 fn switched(
     machine: QemuBuilder,
     settings: &Settings,
@@ -219,7 +221,8 @@ cells! {
     qemu_serves_it_encrypted_over_a_connection_of_its_own_over_the_next_link_too: InThirdRound, true, Tls, true;
 }
 
-/// What the tests above are a sample of, and the machine type whose connection of its own comes first.
+/// What the tests above are a sample of, and the machine type whose connection of its own comes
+/// first.
 #[test]
 #[ignore = "takes minutes: MULTIFD_TEST_QEMU=qemu-system-x86_64 cargo test --test postcopy -- --ignored"]
 fn qemu_serves_what_is_used_here_in_every_way() -> Outcome {

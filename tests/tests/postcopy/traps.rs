@@ -149,7 +149,8 @@ fn an_empty_pool_of_huge_pages_pauses_and_a_larger_one_lets_it_go_on() -> Outcom
     let block = memory[0].clone();
     let waiting = start(move || load(&block, pages - 1) == content(0, pages - 1, false));
     assert_eq!(author.request()?, (0, pages - HUGE / PAGE));
-    author.host_page(0, pages - 1)?;
+    // The link may be gone before the end of the section was taken.
+    let _ = author.host_page(0, pages - 1);
     let why = paused(&mut guest)?;
     assert!(why.contains("no page of 2048 KiB is left in this host's pool of huge pages"), "{why}");
     let more = HugePages::reserve(HOSTS - 1).map_err(Failure::new)?;

@@ -3,7 +3,10 @@
 use multifd_engine::ErrorKind;
 use multifd_tests::Outcome;
 use multifd_tests::peer::{Incoming, Stage};
-use multifd_wire::{BlockName, HELLO_PING, Hello, ReturnMessage};
+use multifd_wire::{
+    BlockName, CodecId, HELLO_PING, Hello, InitialPacket, PacketChecks, PageSize, RamPacket, ReturnMessage,
+    header_len,
+};
 
 use crate::fixture::Way;
 
@@ -119,6 +122,61 @@ fn what_is_allowed_at_any_time_changes_nothing() -> Outcome {
             Ok(())
         })?;
         assert!(ended.result?.confirmed);
+    }
+    Ok(())
+}
+
+/// How many packets on the channels have checksums, how many have none, and how many have pages without a codec.
+fn sealed(channels: &[Vec<u8>]) -> (usize, usize, usize) {
+    let (mut with, mut without, mut plain) = (0, 0, 0);
+    for channel in channels {
+        let mut at = InitialPacket::LEN;
+        // The last may not have been read whole.
+        while let Some(header) = channel.get(at..at + header_len(PageSize::K4)) {
+            let mut header = header.to_vec();
+            let packet = RamPacket::parse(&header, PageSize::K4).unwrap();
+            let payload = packet.payload_len();
+            plain += usize::from(packet.normal_pages() > 0 && packet.flags().codec() == CodecId::NONE);
+            // Whether they are right is for a destination to say.
+            match PacketChecks::open(&mut header, |_| 0) {
+                Ok(None) => without += 1,
+                _ => with += 1,
+            }
+            at += header.len() + payload;
+        }
+    }
+    (with, without, plain)
+}
+
+/// The HELLO of each version so far, as it was recorded; whether a destination of it checks anything, and takes packets of
+/// different codecs.
+const HELLOS: [(&[u8], bool, bool); 3] = [
+    // Differences, reasons, signs of life, time of loading.
+    (b"\x4d\x46\0\x0a\0\x01\0\0\0\0\0\0\0\x0f", false, false),
+    // Also checksums and digests.
+    (b"\x4d\x46\0\x0a\0\x01\0\0\0\0\0\0\0\xcf", true, false),
+    // Also different codecs: none, zlib, zstd, lz4.
+    (b"\x4d\x46\0\x0a\0\x01\0\0\0\x27\0\0\x01\xcf", true, true),
+];
+
+#[test]
+fn a_destination_of_any_version_gets_what_it_knows_and_a_qemu_nothing_of_the_dialect() -> Outcome {
+    for (hello, checks, mixed) in HELLOS.into_iter().chain([(&[][..], false, false)]) {
+        let mut seen = (0, 0, 0, 0);
+        let ended = Way { codec: "zstd", ..Way::channels(2) }.send(|destination| {
+            destination.kept = Some(Vec::new());
+            destination.say_bytes(hello);
+            destination.read_to(Stage::Finished)?;
+            let (with, without, plain) = sealed(destination.kept.as_deref().unwrap_or_default());
+            seen = (with, without, plain, destination.digests());
+            destination.say(&ReturnMessage::Shut(0));
+            Ok(())
+        })?;
+        assert!(ended.result?.confirmed);
+        let (with, without, plain, digests) = seen;
+        assert_eq!((with > 0, digests > 0, plain > 0), (checks, checks, mixed), "{hello:?}: {seen:?}");
+        // The first sync point goes before anything is known of the destination.
+        assert!(without <= 2 || !checks, "{hello:?}: {seen:?}");
     }
     Ok(())
 }

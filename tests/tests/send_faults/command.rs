@@ -54,7 +54,7 @@ fn what_leaves_the_guest_here_ends_with_exit_code_1() -> Outcome {
                 destination.read_to(Stage::Started)?;
                 destination.say(&ReturnMessage::Shut(1));
             }
-            _ => {}
+            _ => destination.read_to(Stage::Started)?,
         }
         let ended = ended(&mut send)?;
         assert_eq!((ended.code, &ended.json["status"]), (1, &"failed".into()), "{done}: {}", ended.stderr);
@@ -85,7 +85,6 @@ fn a_destination_that_ends_it_brings_up_the_settings_to_compare() -> Outcome {
             // Takes everything, and does not answer: it has not all of its channels.
             "stall" => {
                 destination.polite = false;
-                destination.read_to(Stage::Moving)?;
                 while destination.read_to(Stage::RamSent).is_ok() {}
             }
             _ => {

@@ -28,12 +28,15 @@ pub(crate) struct Way {
     pub(crate) pages: usize,
     /// Bytes of device state.
     pub(crate) device_state: usize,
+    /// Wishes checksums and a digest.
+    pub(crate) checks: bool,
 }
 
 impl Default for Way {
     fn default() -> Self {
         let timeout = Duration::from_secs(20);
-        Self { channels: 0, codec: "none", return_path: true, timeout, pages: 2000, device_state: 100 }
+        let (channels, codec, device_state) = (0, "none", 100);
+        Self { channels, codec, return_path: true, timeout, pages: 2000, device_state, checks: true }
     }
 }
 
@@ -69,6 +72,8 @@ impl Way {
             .codec(parse_codec(self.codec)?)
             .zero_pages(ZeroPages::None)
             .return_path(self.return_path)
+            .checksums(self.checks)
+            .digest(self.checks)
             .timeout(self.timeout);
         Ok(builder.build()?)
     }

@@ -29,13 +29,28 @@ fn nobody_listens() -> Outcome {
 }
 
 #[test]
-fn somebody_accepts_and_never_reads() -> Outcome {
+fn somebody_answers_and_reads_no_page() -> Outcome {
     for (channels, codec, place) in
         [(0, "none", "active, main (unix:"), (2, "none", "active, channel "), (2, "zstd", "active, channel ")]
     {
         let way = Way { codec, ..Way::channels(channels) }.timeout(TIMEOUT);
-        let ended = way.send(|destination| destination.wait_for_the_end())?;
+        let ended = way.send(|destination| {
+            destination.read_to(Stage::Started)?;
+            destination.wait_for_the_end()
+        })?;
         let error = ended.failed(true, &[place, "no byte moved for 400ms, the timeout"]);
+        assert_eq!(error.kind(), ErrorKind::Deadline);
+    }
+    Ok(())
+}
+
+/// A QEMU that waits for another channel is such a one.
+#[test]
+fn somebody_accepts_and_never_reads() -> Outcome {
+    for channels in BOTH {
+        let way = Way::channels(channels).timeout(TIMEOUT);
+        let ended = way.send(|destination| destination.wait_for_the_end())?;
+        let error = ended.failed(true, &["active, return path", "no PONG(0x6d666431) within 400ms"]);
         assert_eq!(error.kind(), ErrorKind::Deadline);
     }
     Ok(())
@@ -52,10 +67,9 @@ fn somebody_reads_and_never_answers() -> Outcome {
         })?;
         let error = ended.failed(false, &["commit, return path", "did not confirm within 400ms"]);
         assert_eq!(error.kind(), ErrorKind::Deadline);
-        // The same, a round earlier.
+        // The same from the beginning.
         let ended = way.send(|destination| {
             destination.polite = false;
-            destination.read_to(Stage::Moving)?;
             while destination.read_to(Stage::RamSent).is_ok() {}
             Ok(())
         })?;
@@ -67,13 +81,18 @@ fn somebody_reads_and_never_answers() -> Outcome {
 #[test]
 fn a_cancel_wakes_a_source_wherever_it_is() -> Outcome {
     for channels in BOTH {
-        let way = Way::channels(channels).timeout(Duration::from_secs(60));
+        let way = Way { checks: false, ..Way::channels(channels) }.timeout(Duration::from_secs(60));
+        let asking = Way { checks: true, ..way.clone() };
         let nowhere = Endpoint::Unix(Scratch::new()?.path("nobody"));
         let deaf = Sink::unix()?;
-        // It dials for as long as its timeout; or it sends what no socket has room for.
+        // It dials for as long as its timeout; or it waits to hear what the other end can do; or it sends what no socket has
+        // room for.
         let dials: fn(&Control) -> bool = |control| control.state() == MigrationState::Setup;
         let sends: fn(&Control) -> bool = |control| control.progress().pages_normal > 0;
-        for (endpoint, reached) in [(&nowhere, dials), (deaf.endpoint(), sends)] {
+        let asks: fn(&Control) -> bool = |control| control.state() == MigrationState::Active;
+        for (way, endpoint, reached) in
+            [(&way, &nowhere, dials), (&way, deaf.endpoint(), sends), (&asking, deaf.endpoint(), asks)]
+        {
             let source = way.source()?;
             let control = source.control();
             let (result, cancelled) = std::thread::scope(|scope| {

@@ -22,6 +22,8 @@ impl CodecId {
     pub const ZSTD: Self = Self(0x04);
     /// The dialect's xbzrle packets; not a codec of a migration (docs/wire.md §27.2).
     pub const DIALECT_DELTA: Self = Self(0x06);
+    /// The dialect's lz4: each packet is a block of its own (docs/wire.md §27.9).
+    pub const DIALECT_LZ4: Self = Self(0x0a);
     /// Intel QPL: QEMU's, not implemented here.
     pub const QPL: Self = Self(0x08);
     /// UADK: QEMU's, not implemented here.
@@ -47,8 +49,8 @@ impl CodecId {
         self.0
     }
 
-    /// True for the ids of multifd's dialect, present and to come: no codec may have one, since the
-    /// other end takes packets with such an id for what the dialect says they are.
+    /// True for the ids of multifd's dialect, present and to come: no codec of an embedder's own may
+    /// have one, since the other end takes packets with such an id for what the dialect says they are.
     pub const fn is_reserved(self) -> bool {
         self.0.count_ones() > 1 && self.0 < Self::FIRST_OWN.0
     }
@@ -108,6 +110,7 @@ mod tests {
         let reserved: Vec<u8> =
             (0..0x40).filter(|value| CodecId::new(*value).is_some_and(CodecId::is_reserved)).collect();
         assert_eq!(reserved, [0x06, 0x0a, 0x0c, 0x0e, 0x12, 0x14, 0x16]);
+        assert!(CodecId::DIALECT_LZ4.is_reserved());
         assert!(CodecId::DIALECT_DELTA.is_reserved() && !CodecId::FIRST_OWN.is_reserved());
     }
 }

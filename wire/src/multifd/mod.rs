@@ -1,5 +1,6 @@
 //! What travels on the multifd channels. Spec: docs/wire.md §7 and §10.
 
+mod checks;
 mod codec_id;
 mod device_state;
 mod flags;
@@ -8,6 +9,7 @@ mod packet;
 
 use zerocopy::big_endian::U32;
 
+pub use checks::{PacketChecks, codec_stream, put_codec_stream};
 pub use codec_id::CodecId;
 pub use device_state::{DeviceStatePacket, MAX_DEVICE_STATE_PAYLOAD};
 pub use flags::PacketFlags;

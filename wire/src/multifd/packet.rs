@@ -71,7 +71,7 @@ struct RawRamPacket {
     payload_len: U32,
     packet_num: U64,
     zero_pages: U32,
-    /// Sent 0, not looked at.
+    /// Sent 0, not looked at; between two multifd ends, checksums: `PacketChecks`.
     _unused: [u8; 28],
     block: [u8; 256],
 }

@@ -83,6 +83,53 @@ fn commands() {
     same(Command::RecvBitmap(name("vga")), b"\0\x0a\0\x04\x03vga");
     same(Command::SwitchoverStart, &[0, 11, 0, 0]);
     same(Command::PostcopyChannels, &[0x4d, 0x50, 0, 0]);
+    same(
+        Command::Digest { block: name("vga"), digest: 0x0102_0304_0506_0708 },
+        b"\x4d\x46\0\x0c\x03vga\x01\x02\x03\x04\x05\x06\x07\x08",
+    );
+}
+
+#[test]
+fn wishes_of_a_multifd_source() {
+    let wishes = |checksums, digest, mixed| Wishes { checksums, digest, mixed };
+    for (wishes, ping) in [
+        (wishes(false, false, false), b"mfw\0"),
+        (wishes(true, false, false), b"mfw\x01"),
+        (wishes(false, true, false), b"mfw\x02"),
+        (wishes(false, false, true), b"mfw\x04"),
+        (wishes(true, true, true), b"mfw\x07"),
+    ] {
+        assert_eq!(wishes.ping(), u32::from_be_bytes(*ping));
+        assert_eq!(Wishes::of_ping(wishes.ping()), Some(wishes));
+    }
+    // Those of a later version are passed over, and another PING has none.
+    assert_eq!(Wishes::of_ping(0x6d66_77f9), Some(wishes(true, false, false)));
+    for ping in [HELLO_PING, 0x6d66_7800, 0x6d66_76ff, 0, 1] {
+        assert_eq!(Wishes::of_ping(ping), None);
+    }
+}
+
+#[test]
+fn checksums_of_a_packet() {
+    let mut header = Vec::new();
+    RamPacketHeader {
+        flags: PacketFlags::pages(CodecId::NONE),
+        packet_num: 1,
+        block: Some(&name("pc.ram")),
+        normal: &[0x5000],
+        zero: &[],
+        payload_len: 4096,
+    }
+    .encode(PageSize::K4, &mut header);
+    let plain = header.clone();
+    PacketChecks::seal(&mut header, 0x0102_0304_0506_0708, |header| {
+        assert_eq!(header[48..56], [0; 8], "its own field counts as 0");
+        0x1112_1314_1516_1718
+    })
+    .unwrap();
+    let expected = b"\0\0\0\x01\x01\x02\x03\x04\x05\x06\x07\x08\x11\x12\x13\x14\x15\x16\x17\x18";
+    assert_eq!(header[36..56], *expected);
+    assert!(header[..36] == plain[..36] && header[56..] == plain[56..]);
 }
 
 #[test]

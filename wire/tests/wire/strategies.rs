@@ -53,6 +53,7 @@ fn command() -> impl Strategy<Value = Command> {
         block_name().prop_map(Command::RecvBitmap),
         Just(Command::SwitchoverStart),
         Just(Command::PostcopyChannels),
+        (block_name(), any::<u64>()).prop_map(|(block, digest)| Command::Digest { block, digest }),
     ]
 }
 

@@ -12,7 +12,8 @@ mod resume;
 
 use std::time::Duration;
 
-use multifd_tests::{During as _, Outcome};
+use multifd_tests::skip::newest_qemu;
+use multifd_tests::{During as _, Network, Outcome};
 use serde_json::{Value, json};
 
 use self::destination::Faulting;
@@ -49,44 +50,43 @@ impl Scenario {
     /// rest.
     pub(crate) fn run(self, ram_mib: u32, rest_mib: u32, repeat: u32, flags: &Faulting) -> Outcome<Value> {
         println!("\n{}", self.name());
+        if let Err(why) = newest_qemu() {
+            return Ok(self.skipped(&why));
+        }
         match self {
-            Self::Faults(mbit) => faults(self.name(), ram_mib, mbit, repeat, flags),
+            Self::Faults(None) => self.faults(Stage::new(ram_mib, flags, None)?, repeat),
+            Self::Faults(Some(mbit)) => match Network::new() {
+                Ok(network) => self.faults(Stage::new(ram_mib, flags, Some((network, mbit)))?, repeat),
+                Err(failure) => Ok(self.skipped(&format!("no such link here: {failure}"))),
+            },
             Self::Resume => resume(rest_mib, repeat),
         }
     }
-}
 
-fn faults(name: &str, ram_mib: u32, mbit: Option<u32>, repeat: u32, flags: &Faulting) -> Outcome<Value> {
-    let stage = match Stage::new(ram_mib, flags, mbit) {
-        Ok(stage) => stage,
-        Err(failure) => {
-            println!("  skipped: {failure}");
-            return Ok(json!({ "scenario": name, "skipped": failure.to_string() }));
-        }
-    };
-    println!(
-        "  {ram_mib} MiB with content, a page in 4 touched at random by {} threads; a channel for pages that",
-        stage.vcpus
-    );
-    println!(
-        "  are asked for at both ends. qemu's threads are vCPUs (tcg), and it loads a PC's devices; ours load none,"
-    );
-    println!(
-        "  and come from a checkpoint. Latencies are the destination's own, read off its powers of two."
-    );
-    let mut costs: Vec<(Way, Vec<Cost>)> = WAYS.map(|way| (way, Vec::new())).to_vec();
-    for _ in 0..repeat.max(1) {
-        for (way, runs) in &mut costs {
-            runs.push(stage.once(*way).during(way.name())?);
-        }
+    fn skipped(self, why: &str) -> Value {
+        println!("  skipped: {why}");
+        json!({ "scenario": self.name(), "skipped": why })
     }
-    print_faults(&costs);
-    let ways = costs
-        .iter()
-        .map(|(way, runs)| json!({ "way": way.name(), "runs": runs.iter().map(run_of).collect::<Vec<_>>() }));
-    Ok(
-        json!({ "scenario": name, "ram_mib": ram_mib, "threads": stage.vcpus, "ways": ways.collect::<Vec<_>>() }),
-    )
+
+    fn faults(self, stage: Stage, repeat: u32) -> Outcome<Value> {
+        let Stage { ram_mib, vcpus, .. } = stage;
+        println!(
+            "  {ram_mib} MiB with content, a page in 4 touched at random by {vcpus} threads; a channel for pages that are asked for\n  \
+             at both ends. qemu's threads are vCPUs (tcg), and it loads a PC's devices; ours load none, and come from a checkpoint.\n  \
+             Latencies are the destination's own, read off its powers of two."
+        );
+        let mut costs: Vec<(Way, Vec<Cost>)> = WAYS.map(|way| (way, Vec::new())).to_vec();
+        for _ in 0..repeat.max(1) {
+            for (way, runs) in &mut costs {
+                runs.push(stage.once(*way).during(way.name())?);
+            }
+        }
+        print_faults(&costs);
+        let runs = |runs: &[Cost]| runs.iter().map(run_of).collect::<Vec<_>>();
+        let ways = costs.iter().map(|(way, costs)| json!({ "way": way.name(), "runs": runs(costs) }));
+        let ways = ways.collect::<Vec<_>>();
+        Ok(json!({ "scenario": self.name(), "ram_mib": ram_mib, "threads": vcpus, "ways": ways }))
+    }
 }
 
 fn run_of(cost: &Cost) -> Value {

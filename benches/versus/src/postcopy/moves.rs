@@ -21,10 +21,11 @@ use crate::scenario::Way;
 
 /// A guest with content, ready to be moved again and again.
 pub(crate) struct Stage {
+    pub(crate) ram_mib: u32,
     pub(crate) vcpus: u32,
     builder: QemuBuilder,
     checkpoint: PathBuf,
-    /// A cable between two hosts; none: this machine's loopback.
+    /// Two hosts and a cable.
     network: Option<Network>,
     /// Of the scenario.
     flags: Faulting,
@@ -45,7 +46,8 @@ pub(crate) struct Cost {
 const BEFORE_THE_SWITCH: u64 = 8 << 20;
 
 impl Stage {
-    pub(crate) fn new(ram_mib: u32, flags: &Faulting, mbit: Option<u32>) -> Outcome<Self> {
+    /// `link`: between two hosts of this network, at so many Mbit/s; none: this machine's loopback.
+    pub(crate) fn new(ram_mib: u32, flags: &Faulting, link: Option<(Network, u32)>) -> Outcome<Self> {
         let scratch = Scratch::new()?;
         let firmware = scratch.path("firmware");
         let vcpus = flags.threads.max(1);
@@ -56,12 +58,13 @@ impl Stage {
             .firmware(&firmware)
             .argument("-smp")
             .argument(vcpus.to_string());
-        let network = mbit.map(|_| Network::new()).transpose()?;
-        if let (Some(network), Some(mbit)) = (&network, mbit) {
-            network.shape(mbit)?;
+        if let Some((network, mbit)) = &link {
+            network.shape(*mbit)?;
         }
+        let network = link.map(|(network, _)| network);
         let checkpoint = scratch.path("checkpoint");
-        let stage = Self { vcpus, builder, checkpoint, network, flags: flags.clone(), _scratch: scratch };
+        let stage =
+            Self { ram_mib, vcpus, builder, checkpoint, network, flags: flags.clone(), _scratch: scratch };
         // As it runs, so that it runs where it comes: it is halted.
         let mut source = stage.source(&[])?;
         receive(&mut source, &stage.checkpoint, &[])?;
@@ -152,7 +155,10 @@ impl Stage {
 
     /// By `multifd send`, of the checkpoint.
     fn ours(&self, mut there: There) -> Outcome<Cost> {
-        let flags = ["--postcopy", "--postcopy-preempt", "--quiet"];
+        let mut flags = vec!["--postcopy", "--postcopy-preempt", "--quiet"];
+        if let Some(size) = &self.flags.send_buffer {
+            flags.extend(["--send-buffer", size]);
+        }
         let inside = self.inside(Host::Left);
         let mut send = Multifd::send_in(&inside, &self.checkpoint, &there.uri, &settings(), &flags)?;
         let mut running = there.run().map_err(|failure| send.explain(failure))?;

@@ -130,7 +130,7 @@ impl Checkpoint {
     /// `InvalidStream` if they are no sections.
     pub fn devices(&self) -> Result<Devices> {
         let state = self.device_state();
-        Devices::from_tail(&self.early_sections().concat(), state.sections(), state.end())
+        Devices::from_tail(&self.early_sections().concat(), state.sections()?, state.end())
             .map_err(|error| Error::invalid(Phase::Device, error))
     }
 }

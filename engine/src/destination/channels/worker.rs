@@ -2,18 +2,20 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use multifd_codecs::{Codec, CodecId, Decoder};
 use multifd_transports::Channel;
 use multifd_wire::{
-    DeviceStatePacket, PACKET_PREFIX_LEN, PacketKind, RamPacket, header_len, pages_per_packet,
+    DeviceStatePacket, PACKET_PREFIX_LEN, PacketChecks, PacketKind, RamPacket, codec_stream, header_len,
+    pages_per_packet,
 };
 
 use crate::destination::place::{BlockSink, BlockSinks, PlacePages};
 use crate::destination::postcopy::parallel::LinkPart;
 use crate::destination::shared::{DestinationShared, DevicePacket};
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::{PAGE, PAGE_SIZE};
+use crate::guest::{PAGE, PAGE_SIZE, hash};
 use crate::io::IoVecs;
 use crate::run::budget::Share;
 use crate::run::counters::{ChannelCounters, Counters};
@@ -22,6 +24,12 @@ use crate::stream::dialect;
 
 /// Bytes of a packet's pages.
 const PAGES_LEN: usize = pages_per_packet(PAGE_SIZE) * PAGE;
+
+/// A codec, and which of its streams.
+type StreamId = (CodecId, u8);
+
+/// Most streams of codecs on a channel: a source has no use for more levels at a time.
+const MAX_STREAMS: usize = 8;
 
 const HEADER_LEN: usize = header_len(PAGE_SIZE);
 
@@ -36,11 +44,16 @@ pub(crate) struct ChannelWorker {
     sinks: Option<Arc<BlockSinks>>,
     /// After the switch to post-copy: the link that it is a part of.
     link: Option<LinkPart>,
-    decoder: Option<Box<dyn Decoder>>,
+    /// One for each stream of a codec that has come, each with its own history of the channel.
+    decoders: Vec<(StreamId, Box<dyn Decoder>)>,
+    /// The stream of the packet that is being read.
+    stream: StreamId,
     payload: Vec<u8>,
     pages: Vec<u8>,
+    /// Of the pages of a packet.
+    hashes: Vec<u64>,
     ranges: IoVecs,
-    /// Of the buffers, and of the decoder's window.
+    /// Of the buffers, and of the decoders' windows.
     memory: Share,
 }
 
@@ -85,9 +98,11 @@ impl ChannelWorker {
             id,
             sinks: None,
             link,
-            decoder: None,
+            decoders: Vec::new(),
+            stream: (CodecId::NONE, 0),
             payload: Vec::new(),
             pages: Vec::new(),
+            hashes: Vec::new(),
             ranges: IoVecs::default(),
             memory: shared.limits.memory.share(),
         };
@@ -143,7 +158,7 @@ impl ChannelWorker {
                 PacketKind::DeviceState => self.device_state(&prefix)?,
                 PacketKind::Ram => {
                     self.receive(Phase::Active, "the rest of a packet header", rest)?;
-                    self.ram(&header)?;
+                    self.ram(&mut header)?;
                 }
             }
         }
@@ -172,9 +187,15 @@ impl ChannelWorker {
         Ok(Some(whole))
     }
 
-    fn ram(&mut self, header: &[u8; HEADER_LEN]) -> Result<()> {
-        let packet =
-            RamPacket::parse(header, PAGE_SIZE).map_err(|invalid| Error::invalid(Phase::Active, invalid))?;
+    fn ram(&mut self, header: &mut [u8; HEADER_LEN]) -> Result<()> {
+        let invalid = |invalid| Error::invalid(Phase::Active, invalid);
+        let checks = match self.shared.speaks_dialect() {
+            true => PacketChecks::open(header, hash).map_err(invalid)?,
+            false => None,
+        };
+        let stream = if self.shared.wishes().mixed { codec_stream(header).map_err(invalid)? } else { 0 };
+        let packet = RamPacket::parse(header, PAGE_SIZE).map_err(invalid)?;
+        self.stream = (packet.flags().codec(), stream);
         if let Some(block) = packet.block() {
             let sinks = match &self.sinks {
                 Some(sinks) => Arc::clone(sinks),
@@ -183,7 +204,11 @@ impl ChannelWorker {
             let sink = sinks.find(block)?;
             let shared = Arc::clone(&self.shared);
             let _storing = shared.channels.storing(self.id)?;
-            self.pages(sink, &packet)?;
+            if checks.is_none() && self.shared.wishes().checksums {
+                let detail = format!("packet {} has no checksum, as was announced", packet.packet_num());
+                return Err(Error::misbehaved(Phase::Active, detail));
+            }
+            self.pages(sink, &packet, checks)?;
         }
         if packet.flags().sync() { self.sync() } else { Ok(()) }
     }
@@ -204,23 +229,33 @@ impl ChannelWorker {
         Ok(())
     }
 
-    fn pages(&mut self, sink: &BlockSink, packet: &RamPacket<'_>) -> Result<()> {
+    fn pages(
+        &mut self,
+        sink: &BlockSink,
+        packet: &RamPacket<'_>,
+        checks: Option<PacketChecks>,
+    ) -> Result<()> {
         if let Some(link) = self.link.take() {
-            let placed = self.place(sink, packet, &link);
+            let placed = self.place(sink, packet, checks, &link);
             self.link = Some(link);
             return placed;
         }
         if packet.flags().codec() == CodecId::DIALECT_DELTA && self.shared.speaks_dialect() {
-            return self.receive_deltas(sink, packet);
+            return self.receive_deltas(sink, packet, checks);
         }
         let codec = self.shared.codec(packet.flags())?;
         if packet.normal_pages() > 0 {
             if codec.id() != CodecId::NONE {
                 self.receive_packed(&*codec, packet)?;
                 let pages = self.pages.get(..packet.normal_pages() * PAGE);
-                store(sink, packet, pages.ok_or_else(|| too_large(packet))?, &sink.best_place())?;
+                let pages = pages.ok_or_else(|| too_large(packet))?;
+                check(sink, packet, pages, checks, &mut self.hashes)?;
+                store(sink, packet, pages, &self.hashes, &sink.best_place())?;
             } else {
-                self.receive_plain(sink, packet)?;
+                self.receive_plain(sink, packet, checks)?;
+                if self.shared.wishes().mixed {
+                    Counters::add(&self.counters.pages_uncompressed, packet.normal_pages());
+                }
             }
         }
         let zero: Vec<usize> =
@@ -239,7 +274,13 @@ impl ChannelWorker {
 
     /// After the switch to post-copy: a page is there as a whole or not at all, so that all of them come into a buffer
     /// first.
-    fn place(&mut self, sink: &BlockSink, packet: &RamPacket<'_>, link: &LinkPart) -> Result<()> {
+    fn place(
+        &mut self,
+        sink: &BlockSink,
+        packet: &RamPacket<'_>,
+        checks: Option<PacketChecks>,
+        link: &LinkPart,
+    ) -> Result<()> {
         if packet.flags().codec() == CodecId::DIALECT_DELTA {
             let detail = "differences after the switch to post-copy, expected whole pages";
             return Err(Error::misbehaved(Phase::Active, detail));
@@ -252,7 +293,9 @@ impl ChannelWorker {
                 self.receive_packed(&*codec, packet)?;
             }
         }
-        for (offset, content) in packet.normal_offsets().zip(self.pages.chunks_exact(PAGE)) {
+        let pages = self.pages.get(..packet.normal_pages() * PAGE).ok_or_else(|| too_large(packet))?;
+        check(sink, packet, pages, checks, &mut self.hashes)?;
+        for (offset, content) in packet.normal_offsets().zip(pages.chunks_exact(PAGE)) {
             link.put(sink, sink.page_at(offset)?, Some(content))?;
         }
         for offset in packet.zero_offsets() {
@@ -263,14 +306,31 @@ impl ChannelWorker {
         Ok(())
     }
 
+    fn have_decoder(&mut self, codec: &dyn Codec) -> Result<()> {
+        if self.decoders.iter().any(|(stream, _)| *stream == self.stream) {
+            return Ok(());
+        }
+        if self.decoders.len() >= MAX_STREAMS {
+            let detail = format!("more than {MAX_STREAMS} streams of codecs");
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        self.decoders.push((self.stream, codec.decoder().map_err(codec_error)?));
+        Ok(())
+    }
+
     /// No codec: fresh pages go through the block's file, if no other thread writes there.
-    fn receive_plain(&mut self, sink: &BlockSink, packet: &RamPacket<'_>) -> Result<()> {
-        if sink.is_read_only() {
-            return self.receive_copied(sink, packet, &sink.best_place());
+    fn receive_plain(
+        &mut self,
+        sink: &BlockSink,
+        packet: &RamPacket<'_>,
+        checks: Option<PacketChecks>,
+    ) -> Result<()> {
+        if sink.is_read_only() || sink.keeps_digests() || checks.is_some() {
+            return self.receive_copied(sink, packet, checks, &sink.best_place());
         }
         let fresh = packet.normal_offsets().next().is_some_and(|offset| sink.is_untouched(offset));
         match sink.try_file_writer().filter(|_| fresh) {
-            Some(writer) => self.receive_copied(sink, packet, &writer),
+            Some(writer) => self.receive_copied(sink, packet, None, &writer),
             None => self.receive_in_place(sink, packet),
         }
     }
@@ -296,8 +356,14 @@ impl ChannelWorker {
     }
 
     /// A packet of the multifd dialect: differences to what is in guest memory.
-    fn receive_deltas(&mut self, sink: &BlockSink, packet: &RamPacket<'_>) -> Result<()> {
+    fn receive_deltas(
+        &mut self,
+        sink: &BlockSink,
+        packet: &RamPacket<'_>,
+        checks: Option<PacketChecks>,
+    ) -> Result<()> {
         self.receive_payload(packet)?;
+        checks.map_or(Ok(()), |checks| compare(packet, hash(&self.payload), checks))?;
         let mut payload = &self.payload[..];
         for offset in packet.normal_offsets() {
             sink.apply(sink.page_at(offset)?, dialect::take_delta(&mut payload)?)?;
@@ -326,17 +392,20 @@ impl ChannelWorker {
 
     /// The packet's pages, decoded, at the beginning of the buffer.
     fn receive_packed(&mut self, codec: &dyn Codec, packet: &RamPacket<'_>) -> Result<()> {
-        if self.decoder.is_none() {
-            self.decoder = Some(codec.decoder().map_err(codec_error)?);
-        }
+        self.have_decoder(codec)?;
         self.receive_payload(packet)?;
         self.hold(self.payload.capacity() + PAGES_LEN)?;
         self.pages.resize(PAGES_LEN, 0);
         let pages = self.pages.get_mut(..packet.normal_pages() * PAGE).ok_or_else(|| too_large(packet))?;
-        let decoder = self.decoder.as_mut();
+        let mut decoders = self.decoders.iter_mut();
+        let decoder = decoders.find(|(stream, _)| *stream == self.stream).map(|(_, decoder)| decoder);
         let decoder = decoder.ok_or_else(|| Error::bug(Phase::Active, "packed pages without a decoder"))?;
-        decoder.recv_pages(&self.payload, pages).map_err(codec_error)?;
-        let memory = decoder.memory();
+        let begun = Instant::now();
+        decoder.recv_pages(&self.payload, pages).map_err(|error| not_decoded(packet, error))?;
+        let took = usize::try_from(begun.elapsed().as_micros()).unwrap_or(usize::MAX);
+        Counters::add(&self.counters.codec_us, took);
+        Counters::add(&self.counters.bytes_saved, pages.len().saturating_sub(self.payload.len()));
+        let memory = windows(&self.decoders);
         self.memory.grow_to(
             self.payload.capacity() + PAGES_LEN + memory,
             Phase::Active,
@@ -348,11 +417,13 @@ impl ChannelWorker {
         &mut self,
         sink: &BlockSink,
         packet: &RamPacket<'_>,
+        checks: Option<PacketChecks>,
         place: &impl PlacePages,
     ) -> Result<()> {
         self.receive_pages(packet)?;
         let pages = self.pages.get(..packet.payload_len()).ok_or_else(|| too_large(packet))?;
-        store(sink, packet, pages, place)
+        check(sink, packet, pages, checks, &mut self.hashes)?;
+        store(sink, packet, pages, &self.hashes, place)
     }
 
     /// The packet's pages, which are not encoded, at the beginning of the buffer.
@@ -385,8 +456,7 @@ impl ChannelWorker {
 
     /// Before buffers of so many bytes are there.
     fn hold(&mut self, bytes: usize) -> Result<()> {
-        let window = self.decoder.as_ref().map_or(0, |decoder| decoder.memory());
-        self.memory.grow_to(bytes + window, Phase::Active, "the channel's buffers")
+        self.memory.grow_to(bytes + windows(&self.decoders), Phase::Active, "the channel's buffers")
     }
 
     fn receive(&self, phase: Phase, what: &str, into: &mut [u8]) -> Result<()> {
@@ -397,12 +467,57 @@ impl ChannelWorker {
     }
 }
 
-/// Puts the packet's pages where they belong; neighbours go in one write.
-fn store(sink: &BlockSink, packet: &RamPacket<'_>, pages: &[u8], place: &impl PlacePages) -> Result<()> {
+/// Bytes that the decoders hold.
+fn windows(decoders: &[(StreamId, Box<dyn Decoder>)]) -> usize {
+    decoders.iter().map(|(_, decoder)| decoder.memory()).sum()
+}
+
+/// Leaves the hashes of `pages` in `hashes`, if anything is made of them. An error if they are not what was sent.
+fn check(
+    sink: &BlockSink,
+    packet: &RamPacket<'_>,
+    pages: &[u8],
+    checks: Option<PacketChecks>,
+    hashes: &mut Vec<u64>,
+) -> Result<()> {
+    hashes.clear();
+    if checks.is_some() || sink.keeps_digests() {
+        hashes.extend(pages.chunks_exact(PAGE).map(hash));
+    }
+    checks.map_or(Ok(()), |checks| compare(packet, dialect::checksum_of_pages(hashes), checks))
+}
+
+/// Compares the checksum of what followed the header.
+fn compare(packet: &RamPacket<'_>, seen: u64, checks: PacketChecks) -> Result<()> {
+    if seen == checks.content {
+        return Ok(());
+    }
+    let detail = format!(
+        "packet {} with {} pages of RAM block {} was changed on the way: its checksum is {seen:#018x}, expected {:#018x}; no \
+         page of it was placed",
+        packet.packet_num(),
+        packet.normal_pages(),
+        packet.block().unwrap_or_default(),
+        checks.content,
+    );
+    Err(Error::new(ErrorKind::InvalidStream, Phase::Active, detail))
+}
+
+/// Puts the packet's pages where they belong; neighbours go in one write. `hashes`: of the pages, if digests are kept.
+fn store(
+    sink: &BlockSink,
+    packet: &RamPacket<'_>,
+    pages: &[u8],
+    hashes: &[u64],
+    place: &impl PlacePages,
+) -> Result<()> {
     let mut run: Option<(usize, usize, usize)> = None; // first page, pages, index of the first in the packet
     let store = |(first, count, at): (usize, usize, usize)| {
         let content = pages.get(at * PAGE..(at + count) * PAGE).ok_or_else(|| too_large(packet))?;
-        sink.write(first, content, place)
+        match hashes.get(at..at + count) {
+            Some(hashes) => sink.write_hashed(first, content, hashes, place),
+            None => sink.write(first, content, place),
+        }
     };
     for (index, offset) in packet.normal_offsets().enumerate() {
         let page = sink.page_at(offset)?;
@@ -436,6 +551,13 @@ fn pages_missing(packet: &RamPacket<'_>, error: io::Error) -> Error {
     Error::io(Phase::Active, format_args!("receiving {} bytes of pages", packet.payload_len()), error)
 }
 
+/// `packet` may have been changed on the way, too.
+fn not_decoded(packet: &RamPacket<'_>, error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    let (number, block) = (packet.packet_num(), packet.block().unwrap_or_default());
+    let detail = format!("packet {number} of RAM block {block}: pages do not decode");
+    Error::new(ErrorKind::Codec, Phase::Active, detail).because(error)
+}
+
 fn codec_error(error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error::new(ErrorKind::Codec, Phase::Active, "pages do not decode").because(error)
+    Error::new(ErrorKind::Codec, Phase::Active, "no decoder").because(error)
 }

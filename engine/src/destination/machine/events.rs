@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use multifd_wire::{BlockName, Configuration, DiscardRange, Item, ReturnMessage, SectionHead, SectionId};
+use multifd_wire::{
+    BlockName, Configuration, DiscardRange, Item, ReturnMessage, SectionHead, SectionId, Wishes,
+};
 
 use crate::error::Phase;
 
@@ -57,6 +59,13 @@ pub(in crate::destination) enum Effect {
     AnswerWhenLoaded(u32),
     /// The source has this uuid, as each of its channels must.
     CheckUuid([u8; 16]),
+    /// Compare the digest of the block's pages with the source's.
+    Compare {
+        /// The block.
+        block: BlockName,
+        /// The source's.
+        digest: u64,
+    },
     /// Another pass over RAM has begun.
     CountRound,
     /// These pages are as if they had never come.
@@ -66,6 +75,8 @@ pub(in crate::destination) enum Effect {
         /// Bytes of it.
         ranges: Vec<DiscardRange>,
     },
+    /// Check what the source wishes to be checked.
+    Heed(Wishes),
     /// The device sections read since the last live item were early.
     KeepEarly {
         /// RAM has begun before them.

@@ -291,6 +291,39 @@ fn items_out_of_order_are_the_peers_fault() {
 }
 
 #[test]
+fn wishes_are_heeded_and_digests_compared_for_a_source_that_was_told_what_this_end_can_do() {
+    let wishes = Wishes { checksums: true, digest: true, mixed: false };
+    let block = || BlockName::try_from("pc.ram").unwrap();
+    let digest = || command(Command::Digest { block: block(), digest: 7 });
+    let [asks, wishing] = [HELLO_PING, wishes.ping()].map(|value| command(Command::Ping(value)));
+    let opening = || vec![configuration("microvm"), command(Command::OpenReturnPath)];
+    let end = || [start(), piece(Item::SectionEnd(RAM))].concat();
+
+    let mut session = Session::new(true);
+    session.run([opening(), vec![asks.clone(), wishing.clone()], end(), vec![digest()]].concat()).unwrap();
+    assert!(session.done.contains(&Effect::Heed(wishes)), "{:?}", session.done);
+    assert_eq!(session.done.last(), Some(&Effect::Compare { block: block(), digest: 7 }));
+
+    // A recorded stream, whose source was told by another destination.
+    let mut recorded = Session::new(false);
+    recorded.run([opening(), vec![asks.clone(), wishing.clone()], end(), vec![digest()]].concat()).unwrap();
+    let checks = |effect: &Effect| matches!(effect, Effect::Heed(_) | Effect::Compare { .. });
+    assert!(!recorded.done.iter().any(checks), "{:?}", recorded.done);
+
+    // A source that asks for no HELLO says nothing of the dialect: its PING is one as any other.
+    let mut stranger = Session::new(true);
+    stranger.run([opening(), vec![wishing.clone()], end()].concat()).unwrap();
+    assert!(!stranger.done.iter().any(checks), "{:?}", stranger.done);
+    let error = stranger.run([digest()]).unwrap_err();
+    assert!(error.to_string().contains("from a source that has asked for no HELLO"), "{error}");
+
+    let mut early = Session::new(true);
+    early.run([opening(), vec![asks, wishing], start()].concat()).unwrap();
+    let error = early.run([digest()]).unwrap_err();
+    assert!(error.to_string().contains("a digest of RAM block pc.ram before the END of ram"), "{error}");
+}
+
+#[test]
 fn a_source_that_has_nothing_to_send_is_acknowledged_after_a_second_and_once() {
     let mut session = Session::new(true);
     session.run([configuration("microvm"), command(Command::OpenReturnPath)]).unwrap();

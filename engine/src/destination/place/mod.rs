@@ -1,6 +1,7 @@
 //! Guest memory that pages arrive in: the announced blocks, and the ways to put a page in its
 //! place.
 
+mod digest;
 mod file;
 mod mapping;
 mod page_bits;
@@ -15,9 +16,11 @@ use multifd_codecs::xbzrle;
 use multifd_wire::DiscardRange;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::{Absent, Found, PAGE, PageTable, READING, RamBlock};
+use crate::guest::{Absent, Found, PAGE, PageTable, READING, RamBlock, hash, zero_hash};
+use digest::KeptDigests;
 use page_bits::PageBits;
 
+pub use digest::DigestsDiffer;
 pub(crate) use file::FileWriter;
 pub(crate) use mapping::Mapping;
 pub(crate) use sinks::BlockSinks;
@@ -64,6 +67,8 @@ pub(crate) struct BlockSink {
     page_table: Arc<PageTable>,
     /// From LISTEN on, if a guest waits for pages.
     paged: OnceLock<PagedBlock>,
+    /// Of the pages that were placed, if they are kept.
+    digests: OnceLock<KeptDigests>,
 }
 
 const ZEROS: [u8; PAGE] = [0; PAGE];
@@ -96,6 +101,7 @@ impl BlockSink {
             absent,
             page_table: Arc::clone(page_table),
             paged: OnceLock::new(),
+            digests: OnceLock::new(),
         }
     }
 
@@ -170,6 +176,26 @@ impl BlockSink {
 
     /// Writes whole pages from `first` on.
     pub(crate) fn write(&self, first: usize, content: &[u8], place: &impl PlacePages) -> Result<()> {
+        if !self.keeps_digests() {
+            return self.store(first, content, place);
+        }
+        let hashes: Vec<u64> = content.chunks_exact(PAGE).map(hash).collect();
+        self.write_hashed(first, content, &hashes, place)
+    }
+
+    /// Writes whole pages from `first` on, whose hashes are known.
+    pub(crate) fn write_hashed(
+        &self,
+        first: usize,
+        content: &[u8],
+        hashes: &[u64],
+        place: &impl PlacePages,
+    ) -> Result<()> {
+        self.store(first, content, place)?;
+        self.note(first, content.len() / PAGE, hashes.iter().copied())
+    }
+
+    fn store(&self, first: usize, content: &[u8], place: &impl PlacePages) -> Result<()> {
         let pages = first..first + content.len() / PAGE;
         let present = || self.written.all(pages.clone());
         place
@@ -235,8 +261,10 @@ impl BlockSink {
     /// Makes pages zero. Memory that is zero already is left alone, so that holes stay holes.
     pub(crate) fn clear(&self, pages: impl IntoIterator<Item = usize>) -> Result<()> {
         let untouched = |page: &usize| self.fresh && !self.written.test(*page);
+        let all: Vec<usize> = pages.into_iter().collect();
+        all.iter().try_for_each(|page| self.note(*page, 1, [zero_hash()]))?;
         // A peer announces them in any order.
-        let (blank, mut pages): (Vec<usize>, Vec<usize>) = pages.into_iter().partition(untouched);
+        let (blank, mut pages): (Vec<usize>, Vec<usize>) = all.into_iter().partition(untouched);
         pages.sort_unstable();
         let mut found = Found::default();
         self.page_table
@@ -244,7 +272,7 @@ impl BlockSink {
             .map_err(|bad| self.fault(READING, bad.page..bad.page + 1, bad.cause))?;
         for (page, zero) in pages.iter().zip(found.zeros()) {
             if !zero && !self.block.is_zero(*page) {
-                self.write(*page, &ZEROS, &self.best_place())?;
+                self.store(*page, &ZEROS, &self.best_place())?;
             }
         }
         // Not before: another thread may wait for the last page to have come.

@@ -111,7 +111,7 @@ impl BlockSinks {
     }
 
     /// All of them.
-    pub(super) fn all(&self) -> impl Iterator<Item = &Arc<BlockSink>> {
+    pub(in crate::destination) fn all(&self) -> impl Iterator<Item = &Arc<BlockSink>> {
         self.0.values()
     }
 

@@ -144,11 +144,11 @@ impl Pager {
     }
 
     /// Address and length of what each slice has of the block.
-    fn parts(&self, sink: &BlockSink) -> Result<impl Iterator<Item = (&Slice, (u64, u64))>> {
+    fn parts(&self, sink: &BlockSink) -> Result<Vec<(&Slice, (u64, u64))>> {
         let paged = sink.paged()?;
         let parts = self.slices.iter().enumerate().map(|(number, slice)| (slice, paged.part_at(number)));
         // A block of a few pages has none in some slices.
-        Ok(parts.filter(|(_, (_, len))| *len > 0).collect::<Vec<_>>().into_iter())
+        Ok(parts.filter(|(_, (_, len))| *len > 0).collect())
     }
 
     /// How many descriptors there are, each with its own events.

@@ -1,4 +1,4 @@
-//! A parallel channel after the switch: its pages are placed as those on main are. Spec: docs/wire.md §27.7.
+//! A parallel channel after the switch: its pages are placed as those on main are. Spec: docs/wire.md §27.10.
 //!
 //! ```text
 //!  before LISTEN   packets into memory ─ SYNC ┐ waits (ChannelSync::hold)

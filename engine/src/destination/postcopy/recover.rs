@@ -50,14 +50,15 @@ pub(super) fn for_recovery(listener: Listener) -> Arc<Listener> {
     Arc::new(listener)
 }
 
-/// A link that goes on begins with the id of the migration, or, if QEMU is the source, with a command: RECV_BITMAP.
+/// A link that goes on begins with the id of the migration, or, if QEMU is the source, with a
+/// command: RECV_BITMAP.
 fn begins_recovery(first: [u8; 4]) -> bool {
     let [kind, high, ..] = first;
     (kind, high) == (ItemType::Command.byte(), 0) || MigrationId::is_begun_by(first)
 }
 
-/// Checks that the other end is the source of the guest that is here, as far as it says who it is: QEMU's says nothing but
-/// names of blocks.
+/// Checks that the other end is the source of the guest that is here, as far as it says who it is:
+/// QEMU's says nothing but names of blocks.
 fn check_source(channel: &Channel, shared: &DestinationShared) -> Result<()> {
     let Some(expected) = shared.id() else { return Ok(()) };
     let mut first = [0; 4];

@@ -109,24 +109,22 @@ impl Serving {
         }
     }
 
-    /// Asks for a host page. What fails is the link over which it was asked for, whatever replaces that: it is broken before
-    /// another can be there. False: nothing can be asked for.
+    /// Asks for a host page. What fails is the link over which it was asked for, whatever replaces
+    /// that: it is broken before another can be there. False: nothing can be asked for.
     pub(super) fn request(&self, pager: &Pager, wanted: &Wanted) -> bool {
         let mut link = lock(&self.link);
         if !link.asks {
             return false;
         }
-        if let Err(error) = link.ask(pager, wanted) {
-            link.break_off(error);
-            drop(link);
-            self.stage.modify_and_notify(|_| ());
-            return false;
-        }
-        drop(link);
+        // Before the source can have counted it, too.
         let counters = &self.shared.session.counters;
         Counters::add(&counters.requests, 1);
         Counters::add(&counters.pages_requested, wanted.len as usize / PAGE);
-        true
+        let Err(error) = link.ask(pager, wanted) else { return true };
+        link.break_off(error);
+        drop(link);
+        self.stage.modify_and_notify(|_| ());
+        false
     }
 
     pub(super) fn shared(&self) -> &Arc<DestinationShared> {

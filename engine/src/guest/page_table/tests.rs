@@ -1,5 +1,14 @@
+use std::sync::Arc;
+
+use vm_memory::{FileOffset, MmapRegion};
+
 use super::*;
 use crate::guest::HostMemory;
+
+#[path = "../../../tests/dirty/huge_pages.rs"]
+mod huge_pages;
+#[path = "../../../tests/dirty/skip.rs"]
+mod skip;
 
 const PAGES: usize = 256;
 
@@ -82,4 +91,74 @@ fn holes_of_a_file_are_told_from_data_that_is_not_mapped() {
         // A file system may report more as data than was written, but what was written is never a hole.
         assert!([3, 4, 100, 255].iter().all(|page| data.contains(page)), "{data:?}");
     }
+}
+
+const HUGE: usize = (2 << 20) / PAGE;
+
+fn huge_block(file: Option<&File>, flags: i32) -> RamBlock {
+    let file = file.map(|file| FileOffset::new(file.try_clone().unwrap(), 0));
+    let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_NORESERVE);
+    let region = MmapRegion::<()>::build(file, 3 * HUGE * PAGE, access, flags).unwrap();
+    RamBlock::new("ram".try_into().unwrap(), HostMemory::from_region(Arc::new(region)).unwrap())
+}
+
+fn huge_file() -> Option<File> {
+    use std::os::fd::FromRawFd as _;
+    #[expect(unsafe_code, reason = "std knows no memfd")]
+    // SAFETY: the name is a C string.
+    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_HUGETLB | libc::MFD_CLOEXEC) };
+    #[expect(unsafe_code, reason = "a descriptor from the kernel")]
+    // SAFETY: a new descriptor that nothing else owns.
+    let file = (fd >= 0).then(|| unsafe { File::from_raw_fd(fd) })?;
+    file.set_len((3 * HUGE * PAGE) as u64).unwrap();
+    Some(file)
+}
+
+/// Pages that may hold data: the first of each run, and the one behind it.
+fn data(block: &RamBlock, absent: Absent) -> Option<Vec<(usize, usize)>> {
+    let data = PageTable::of_this_process().data_pages(block, absent).unwrap()?;
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for page in (0..block.pages()).filter(|page| data.test(*page)) {
+        match runs.last_mut().filter(|(_, end)| *end == page) {
+            Some((_, end)) => *end += 1,
+            None => runs.push((page, page + 1)),
+        }
+    }
+    Some(runs)
+}
+
+#[test]
+fn untouched_memory_is_known_from_one_walk() {
+    assert_eq!(data(&block(), Absent::Zero), Some(vec![(0, 1), (5, 8), (200, 201)]));
+    assert_eq!(data(&block(), Absent::InFile), None, "its file is asked for its holes");
+    let [_, _, old] = kernels();
+    assert!(old.data_pages(&block(), Absent::Unknown).unwrap().is_none());
+}
+
+#[test]
+fn untouched_huge_pages_are_known_from_one_walk() {
+    let private = huge_block(None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB);
+    assert_eq!(data(&private, Absent::Zero), Some(Vec::new()));
+    let Some(file) = huge_file() else { return skip::skipped("no hugetlbfs here") };
+    let shared = huge_block(Some(&file), libc::MAP_SHARED);
+    assert_eq!(data(&shared, Absent::InFile), Some(Vec::new()));
+
+    let _pool = match huge_pages::HugePages::reserve(4) {
+        Ok(pool) => pool,
+        Err(why) => return skip::skipped(&why),
+    };
+    for block in [&private, &shared] {
+        let touched = block.memory().populate_to_write(HUGE * PAGE + 5 * PAGE, PAGE);
+        if touched.is_err() {
+            return skip::skipped("other programs use up the pool of huge pages");
+        }
+    }
+    let middle = Some(vec![(HUGE, 2 * HUGE)]);
+    assert_eq!((data(&private, Absent::Zero), data(&shared, Absent::InFile)), (middle.clone(), middle));
+    // Another process has written what this one has not mapped yet.
+    let theirs = huge_block(Some(&file), libc::MAP_SHARED);
+    if theirs.memory().populate_to_write(0, PAGE).is_err() {
+        return skip::skipped("other programs use up the pool of huge pages");
+    }
+    assert_eq!(data(&shared, Absent::InFile), None);
 }

@@ -3,27 +3,31 @@
 use std::io::IoSlice;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use multifd_codecs::{CodecId, Encoder};
+use multifd_codecs::CodecId;
 use multifd_transports::{Channel, Closer};
 use multifd_wire::{
-    Configuration, InitialPacket, MAX_PAYLOAD, PacketFlags, RamPacketHeader, RamRecord, header_len,
-    pages_per_packet,
+    Configuration, InitialPacket, MAX_PAYLOAD, PacketChecks, PacketFlags, RamPacketHeader, RamRecord,
+    header_len, pages_per_packet, put_codec_stream,
 };
 
-use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::guest::PAGE_SIZE;
+use crate::error::{Error, Phase, Result};
+use crate::guest::{PAGE_SIZE, hash};
 use crate::io::IoVecs;
 use crate::run::counters::{ChannelCounters, Counters};
 use crate::run::stop::lock;
 use crate::run::workers::Crew;
+use crate::source::carrier::encoding::{Encoding, micros};
+use crate::source::codec_auto::Measured;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::{OutgoingBlock, ZeroRoute};
-use crate::source::packet::{Content, Packet};
+use crate::source::packet::{Content, Packet, Treatment};
 use crate::source::postcopy::Bulk;
 use crate::source::rounds::{RoundContext, Rounds, Work, ZeroReport};
 use crate::source::shared::SourceShared;
 use crate::source::zero_copy::ZeroCopySender;
+use crate::stream::dialect;
 use crate::work::{Batch, BlockIndex, Place, Round};
 
 /// The parallel channels of a migration.
@@ -136,9 +140,7 @@ struct SendWorker {
     shared: Arc<SourceShared>,
     rounds: Rounds,
     id: u8,
-    /// `None`: pages go as they are.
-    encoder: Option<Box<dyn Encoder>>,
-    flags: PacketFlags,
+    encoding: Encoding,
     packet: Packet,
     header: Vec<u8>,
     payload: Vec<u8>,
@@ -157,14 +159,6 @@ impl SendWorker {
         shared: &Arc<SourceShared>,
         crew: &Crew,
     ) -> Result<()> {
-        let codec = &shared.codec;
-        let encoder = match codec.id() {
-            CodecId::NONE => None,
-            _ => Some(codec.encoder().map_err(|error| {
-                Error::new(ErrorKind::Codec, Phase::Setup, format!("no encoder for {}", codec.name()))
-                    .because(error)
-            })?),
-        };
         let zero_copy = ZeroCopySender::new(&channel, shared.zero_copy)
             .map_err(|error| error.on(format!("channel {id} ({})", channel.peer())))?;
         let mut worker = Self {
@@ -173,8 +167,7 @@ impl SendWorker {
             shared: Arc::clone(shared),
             rounds,
             id,
-            encoder,
-            flags: PacketFlags::pages(codec.id()),
+            encoding: Encoding::new(&*shared.codec, shared.auto_codec)?,
             packet: Packet::default(),
             header: Vec::with_capacity(header_len(PAGE_SIZE)),
             payload: Vec::new(),
@@ -239,12 +232,15 @@ impl SendWorker {
         let block = &shared.ram.hold(block);
         for pages in pages.chunks(pages_per_packet(PAGE_SIZE)) {
             self.packet.clear();
-            if self.encoder.is_some() {
-                self.packet.copy_in(&shared.ram, block, pages, None)?;
+            let (hashed, begun) = (shared.agreed().checksums, Instant::now());
+            self.encoding.settle(shared.features_for_packets());
+            if self.encoding.encodes() || hashed {
+                let treatment = Treatment { hashed, ..Treatment::default() };
+                self.packet.copy_in(&shared.ram, block, pages, treatment)?;
             } else {
                 self.packet.sort_out(&shared.ram, block, pages)?;
             }
-            self.send_pages(block)?;
+            self.send_pages(block, begun.elapsed())?;
         }
         Ok(())
     }
@@ -271,8 +267,13 @@ impl SendWorker {
         let block = &shared.ram.hold(batch.block);
         let cache = shared.deltas_for_peer(context).map(|cache| (cache, context));
         self.packet.clear();
-        if self.encoder.is_some() || cache.is_some() {
-            self.packet.copy_in(&shared.ram, block, batch.pages, cache)?;
+        let (agreed, begun) = (shared.agreed(), Instant::now());
+        self.encoding.settle(shared.features_for_packets());
+        if self.encoding.encodes() || cache.is_some() || agreed.checksums {
+            // What a checksum is of may not change before it is sent.
+            let apart = agreed.mixed && self.encoding.encodes();
+            let treatment = Treatment { cache, hashed: agreed.checksums, apart };
+            self.packet.copy_in(&shared.ram, block, batch.pages, treatment)?;
         } else {
             self.packet.sort_out(&shared.ram, block, batch.pages)?;
         }
@@ -280,11 +281,31 @@ impl SendWorker {
             let offsets = std::mem::take(&mut self.packet.zero);
             self.rounds.post(ZeroReport { block: batch.block, offsets })?;
         }
+        let copying = begun.elapsed();
         self.send_deltas(block)?;
-        self.send_pages(block)
+        self.send_raw(block)?;
+        self.send_pages(block, copying)
     }
 
-    fn send_pages(&mut self, block: &OutgoingBlock) -> Result<()> {
+    /// Pages that no codec makes shorter: they take no time of it, at either end.
+    fn send_raw(&mut self, block: &OutgoingBlock) -> Result<()> {
+        let raw = &self.packet.raw;
+        if raw.offsets.is_empty() {
+            return Ok(());
+        }
+        let (flags, pages) = (PacketFlags::pages(CodecId::NONE), raw.offsets.len());
+        encode_header(&mut self.header, &self.shared, block, flags, (&raw.offsets, &[]), raw.pages.len())?;
+        seal_pages(&mut self.header, &self.shared, pages, &raw.hashes)?;
+        self.pace(self.header.len() + raw.pages.len())?;
+        send_private(&self.channel, &self.header, &raw.pages)?;
+        Counters::add(&self.counters.packets, 1);
+        Counters::add(&self.counters.pages_normal, pages);
+        Counters::add(&self.counters.pages_uncompressed, pages);
+        Ok(())
+    }
+
+    /// `copying`: what it took to have the pages.
+    fn send_pages(&mut self, block: &OutgoingBlock, copying: Duration) -> Result<()> {
         let packet = &self.packet;
         if packet.normal.is_empty() && packet.zero.is_empty() {
             return Ok(());
@@ -293,26 +314,29 @@ impl SendWorker {
         if packet.pages.is_empty() {
             self.send_in_place(block)?;
         } else {
+            let begun = Instant::now();
             self.payload.clear();
-            let payload = match &mut self.encoder {
-                None => &packet.pages,
-                Some(encoder) => {
-                    encoder.prepare(&packet.pages, &mut self.payload).map_err(|error| {
-                        Error::new(ErrorKind::Codec, Phase::Active, "pages do not encode").because(error)
-                    })?;
-                    &self.payload
-                }
-            };
-            encode_header(
-                &mut self.header,
-                &self.shared,
-                block,
-                self.flags,
-                (&packet.normal, &packet.zero),
-                payload.len(),
-            )?;
+            let encoded = self.encoding.encode(&packet.pages, &mut self.payload)?;
+            let encode = begun.elapsed();
+            let payload = if encoded.is_plain { &packet.pages } else { &self.payload };
+            let offsets = (&packet.normal[..], &packet.zero[..]);
+            encode_header(&mut self.header, &self.shared, block, encoded.flags, offsets, payload.len())?;
+            put_codec_stream(&mut self.header, encoded.stream)
+                .map_err(|invalid| Error::bug(Phase::Active, invalid))?;
+            seal_pages(&mut self.header, &self.shared, normal, &packet.hashes)?;
+            let begun = Instant::now();
             self.pace(self.header.len() + payload.len())?;
             send_private(&self.channel, &self.header, payload)?;
+            let send = begun.elapsed();
+            if !encoded.is_plain {
+                Counters::add(&self.counters.codec_us, micros(encode));
+                Counters::add(&self.counters.bytes_saved, packet.pages.len().saturating_sub(payload.len()));
+            }
+            let (content, wire) = (packet.pages.len(), self.header.len() + payload.len());
+            let measured = Measured { content, wire, encode, send, all: copying + encode + send };
+            if let Some(change) = self.encoding.sent(encoded, measured) {
+                self.shared.decide(format!("channel {}: {change}", self.id));
+            }
         }
         Counters::add(&self.counters.packets, 1);
         Counters::add(&self.counters.pages_normal, normal);
@@ -328,10 +352,11 @@ impl SendWorker {
             &mut self.header,
             &self.shared,
             block,
-            self.flags,
+            self.encoding.flags(),
             (&packet.normal, &packet.zero),
             payload_len,
         )?;
+        seal_pages(&mut self.header, &self.shared, packet.normal.len(), &packet.hashes)?;
         self.pace(self.header.len() + payload_len)?;
         let mut ranges = self.ranges.start();
         let zero_copy = self.zero_copy.as_mut().filter(|zero_copy| zero_copy.pays());
@@ -359,6 +384,9 @@ impl SendWorker {
         let payload = &packet.delta_payload;
         let flags = PacketFlags::pages(CodecId::DIALECT_DELTA);
         encode_header(&mut self.header, &self.shared, block, flags, (&packet.delta, &[]), payload.len())?;
+        if self.shared.agreed().checksums {
+            seal(&mut self.header, hash(payload))?;
+        }
         self.pace(self.header.len() + payload.len())?;
         send_private(&self.channel, &self.header, payload)?;
         Counters::add(&self.counters.packets, 1);
@@ -380,6 +408,9 @@ impl SendWorker {
             payload_len: 0,
         }
         .encode(PAGE_SIZE, &mut self.header);
+        if self.shared.agreed().checksums {
+            seal(&mut self.header, dialect::checksum_of_pages(&[]))?;
+        }
         self.send_bytes(Phase::Active, &self.header)
     }
 
@@ -417,6 +448,22 @@ fn encode_header(
     }
     .encode(PAGE_SIZE, header);
     Ok(())
+}
+
+/// Adds checksums to the header of a packet with pages, if the destination looks at them.
+fn seal_pages(header: &mut [u8], shared: &SourceShared, pages: usize, hashes: &[u64]) -> Result<()> {
+    if !shared.agreed().checksums {
+        return Ok(());
+    }
+    if hashes.len() != pages {
+        let detail = format!("{} hashes of {pages} pages in a packet", hashes.len());
+        return Err(Error::bug(Phase::Active, detail));
+    }
+    seal(header, dialect::checksum_of_pages(hashes))
+}
+
+fn seal(header: &mut [u8], content: u64) -> Result<()> {
+    PacketChecks::seal(header, content, hash).map_err(|invalid| Error::bug(Phase::Active, invalid))
 }
 
 /// One vectored write of a packet whose payload is private memory.

@@ -10,7 +10,7 @@ use crate::io::IoVecs;
 use crate::run::counters::Counters;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::OutgoingBlock;
-use crate::source::packet::{Content, Packet};
+use crate::source::packet::{Content, Packet, Treatment};
 use crate::source::rounds::{RoundContext, ZeroReport};
 use crate::source::shared::SourceShared;
 use crate::stream::dialect;
@@ -47,7 +47,10 @@ fn send_batch(
     let block = &shared.ram.hold(batch.block);
     packet.clear();
     match shared.deltas_for_main(context) {
-        Some(cache) => packet.copy_in(&shared.ram, block, batch.pages, Some((cache, context)))?,
+        Some(cache) => {
+            let treatment = Treatment { cache: Some((cache, context)), ..Treatment::default() };
+            packet.copy_in(&shared.ram, block, batch.pages, treatment)?;
+        }
         None => packet.sort_out(&shared.ram, block, batch.pages)?,
     }
     let counters = &shared.session.counters.main;

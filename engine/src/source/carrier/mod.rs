@@ -8,6 +8,7 @@
 //! ```
 
 mod channels;
+mod encoding;
 mod file;
 mod main;
 mod mapped;

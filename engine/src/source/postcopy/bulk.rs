@@ -1,4 +1,4 @@
-//! The background stream of a post-copy over parallel channels. Spec: docs/wire.md §27.7.
+//! The background stream of a post-copy over parallel channels. Spec: docs/wire.md §27.10.
 //!
 //! ```text
 //!  main ── start ─> worker of channel 0   claim, encode, send ... nothing left ─ done ─┐

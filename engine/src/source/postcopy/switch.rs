@@ -221,9 +221,13 @@ impl Migration {
     /// The package that lets the destination run the guest before its RAM is there.
     fn hand_over_early(&mut self, state: &DeviceState) -> Result<()> {
         let command = |command: Command, out: &mut Vec<u8>| Item::Command(command).encode(out);
-        let mut package = Vec::with_capacity(state.sections().len() + 64);
+        let mut package = Vec::new();
         command(Command::PostcopyListen, &mut package);
-        package.extend_from_slice(state.sections());
+        // Its length comes first, so it is in memory as a whole.
+        state.send(|bytes| {
+            package.extend_from_slice(bytes);
+            Ok(())
+        })?;
         command(Command::Ping(DEVICES_PING), &mut package);
         let mut run = Vec::new();
         // Its answer counts from the state below on.

@@ -1,4 +1,4 @@
-//! The channels of a post-copy for pages that are asked for. Spec: docs/wire.md §15.3 and §27.7.
+//! The channels of a post-copy for pages that are asked for. Spec: docs/wire.md §15.3 and §27.10.
 
 use std::io;
 use std::sync::{Arc, Mutex};
