@@ -28,6 +28,21 @@ fn a_live_guest_arrives_whole() {
     assert!(object.get("postcopy").is_none(), "{object:#}");
 }
 
+/// Whether its pages are asked for or come before that, is chance.
+#[test]
+fn a_guest_that_goes_on_before_its_ram_is_there_is_followed_by_it_over_channels() {
+    if let Err(error) = UserfaultLog::new() {
+        eprintln!("skipped: userfaultfd: {error}");
+        return;
+    }
+    let object = demo(&["--postcopy", "--channels", "3", "--codec", "zstd"]);
+    assert_eq!((&object["channels"], &object["codec"]), (&json!(3), &json!("zstd:1")), "{object:#}");
+    let figures = &object["postcopy"];
+    let counted = ["requests", "pages_requested", "neighbours_pushed", "pages_repeated", "recoveries"];
+    assert!(counted.iter().all(|key| figures[key].is_u64()), "{object:#}");
+    assert_eq!(figures["recoveries"], 0);
+}
+
 /// It writes its RAM faster than it is sent.
 #[test]
 fn a_guest_that_does_not_converge_goes_on_before_its_ram_is_there() {

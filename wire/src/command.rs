@@ -20,6 +20,9 @@ pub enum Command {
     Packaged(u32),
     /// 2: to be answered by a PONG of the same value.
     Ping(u32),
+    /// 0x4d50, of the multifd dialect: pages come on the parallel channels after the switch to postcopy, too. Spec:
+    /// docs/wire.md §27.10.
+    PostcopyChannels,
     /// 3: postcopy may come. `None` if it is for dirty bitmaps only.
     PostcopyAdvise(Option<Advise>),
     /// 4: serve page faults from now on.
@@ -73,6 +76,7 @@ const ENABLE_COLO: u16 = 8;
 const POSTCOPY_RESUME: u16 = 9;
 const RECV_BITMAP: u16 = 10;
 const SWITCHOVER_START: u16 = 11;
+const POSTCOPY_CHANNELS: u16 = 0x4d50;
 const DIGEST: u16 = 0x4d46;
 
 /// Longest body: a discard of [`MAX_DISCARD_RANGES`] ranges in a block with the longest name.
@@ -95,6 +99,7 @@ impl Command {
             POSTCOPY_ADVISE => {
                 Self::PostcopyAdvise(Some(Advise { page_sizes: r.be64()?, target_page: r.be64()? }))
             }
+            POSTCOPY_CHANNELS => Self::PostcopyChannels,
             POSTCOPY_LISTEN => Self::PostcopyListen,
             POSTCOPY_RUN => Self::PostcopyRun,
             RAM_DISCARD => read_discard(r)?,
@@ -126,6 +131,7 @@ impl Command {
             Self::EnableColo
             | Self::OpenReturnPath
             | Self::PostcopyAdvise(None)
+            | Self::PostcopyChannels
             | Self::PostcopyListen
             | Self::PostcopyResume
             | Self::PostcopyRun
@@ -141,6 +147,7 @@ impl Command {
             Self::Packaged(_) => PACKAGED,
             Self::Ping(_) => PING,
             Self::PostcopyAdvise(_) => POSTCOPY_ADVISE,
+            Self::PostcopyChannels => POSTCOPY_CHANNELS,
             Self::PostcopyListen => POSTCOPY_LISTEN,
             Self::PostcopyResume => POSTCOPY_RESUME,
             Self::PostcopyRun => POSTCOPY_RUN,
@@ -159,8 +166,8 @@ fn check_len(id: u16, len: usize) -> Result<(), Invalid> {
         RAM_DISCARD => (len <= MAX_BODY, "at most 450 bytes"),
         RECV_BITMAP => (len <= 1 + BlockName::MAX_LEN, "at most 256 bytes"),
         DIGEST => ((10..=9 + BlockName::MAX_LEN).contains(&len), "10..=264 bytes"),
-        OPEN_RETURN_PATH | POSTCOPY_LISTEN | POSTCOPY_RUN | ENABLE_COLO | POSTCOPY_RESUME
-        | SWITCHOVER_START => (len == 0, "0 bytes"),
+        OPEN_RETURN_PATH | POSTCOPY_CHANNELS | POSTCOPY_LISTEN | POSTCOPY_RUN | ENABLE_COLO
+        | POSTCOPY_RESUME | SWITCHOVER_START => (len == 0, "0 bytes"),
         _ => return Err(unknown(id)),
     };
     if good {

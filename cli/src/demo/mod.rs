@@ -109,7 +109,7 @@ fn migrate(flags: &Demo, common: &Common, reached: &mut Option<Progress>) -> Res
 }
 
 fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilder> {
-    // What follows the guest in post-copy goes on main.
+    // In post-copy, main is enough for a guest on this machine.
     let channels = common.channels.unwrap_or(if flags.postcopy { 0 } else { DEFAULT_CHANNELS });
     let default = CodecFlag::Fixed(if channels == 0 { CodecChoice::None } else { DEFAULT_CODEC });
     let choice = common.codec.unwrap_or(default);

@@ -13,6 +13,7 @@ use super::rule::{self, Feature};
 use crate::convergence::{AutoConverge, Limits, OnStall};
 use crate::run::session::DEFAULT_TIMEOUT;
 use crate::source::{ZeroCopySend, ZeroPages};
+use crate::stream::dialect::MAX_URGENT_CHANNELS;
 
 /// How a source moves its guest: plain data. What is an object (the guest's RAM, dirty logs, the codec, TLS credentials) is
 /// the [`SourceBuilder`](crate::SourceBuilder)'s.
@@ -58,12 +59,17 @@ pub struct SourceConfig {
     /// over sockets; no to a command, which has to pass answers on if this is set, and over a pipe or to a file, which cannot.
     pub return_path: Option<bool>,
     /// Allows [`Precopy::switch_to_postcopy`](crate::Precopy::switch_to_postcopy): the destination must allow it, too (QEMU's
-    /// capability `postcopy-ram`). Over sockets, with a return path. xbzrle and codecs serve up to the switch. Parallel channels,
-    /// too, but a QEMU before 10.1 takes no migration that has both. Default: no.
+    /// capability `postcopy-ram`). Over sockets, with a return path. Parallel channels and their codec serve to the end where the
+    /// destination is multifd, too; to a QEMU, and xbzrle everywhere, up to the switch. A QEMU before 10.1 takes no migration that has
+    /// both. Default: no.
     pub postcopy: bool,
     /// Gives the pages that the guest waits for in a post-copy a connection of their own, so that they do not queue behind
     /// others (QEMU's capability `postcopy-preempt`, from 7.1 on, which the destination must have on). Default: no.
     pub postcopy_preempt: bool,
+    /// Connections for the pages that the guest waits for in a post-copy, to another multifd: 0..=8. With parallel channels they are
+    /// there without `postcopy_preempt`, too, made when the guest is handed over; without parallel channels only with it. 0: such
+    /// pages go on the main channel. To a QEMU there is one, with `postcopy_preempt`. Default: 1.
+    pub postcopy_urgent_channels: usize,
     /// Bytes per second of a post-copy's background stream. Pages that the guest waits for count, but never wait. Default: no
     /// limit.
     pub max_postcopy_bandwidth: Option<NonZeroU64>,
@@ -132,6 +138,7 @@ impl Default for SourceConfig {
             return_path: None,
             postcopy: false,
             postcopy_preempt: false,
+            postcopy_urgent_channels: 1,
             max_postcopy_bandwidth: None,
             audit: false,
             auto_codec: false,
@@ -226,6 +233,12 @@ impl SourceConfig {
     fn check_postcopy(&self, around: Surroundings<'_>) -> Result<(), String> {
         if self.limits.on_stall == OnStall::Postcopy && !self.postcopy {
             return Err("post-copy at a stall was asked for, but post-copy is not allowed".to_owned());
+        }
+        if self.postcopy_urgent_channels > MAX_URGENT_CHANNELS {
+            return Err(format!(
+                "{} channels for pages that are asked for, expected 0..={MAX_URGENT_CHANNELS}",
+                self.postcopy_urgent_channels
+            ));
         }
         if !self.postcopy {
             return Ok(());

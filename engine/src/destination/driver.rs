@@ -64,6 +64,8 @@ pub(super) struct Driver {
     early: EarlyDevices,
     /// Items come from here before they come from main.
     package: Option<Package>,
+    /// Pages come on the parallel channels after LISTEN, too.
+    keeps_channels: bool,
     /// From LISTEN on.
     serving: Option<Arc<Serving>>,
     /// The devices' sections of a package.
@@ -99,6 +101,7 @@ impl Driver {
             ram: None,
             early: EarlyDevices::new(shared.limits.device_state, shared.limits.memory.share()),
             package: None,
+            keeps_channels: false,
             serving: None,
             devices: Vec::new(),
             devices_memory: shared.limits.memory.share(),
@@ -244,6 +247,7 @@ impl Driver {
             Effect::CountRound => Counters::add(&self.shared.session.counters.rounds, 1),
             Effect::Discard { block, ranges } => self.discard(&block, &ranges)?,
             Effect::Heed(wishes) => self.shared.heed(wishes),
+            Effect::HoldChannels => self.hold_channels()?,
             Effect::KeepEarly { within_ram } => self.early.place(within_ram),
             Effect::KeepListening => {
                 listen::check_kernel(self.guest)?;
@@ -280,15 +284,32 @@ impl Driver {
         ranges.iter().try_for_each(|range| sink.discard(*range))
     }
 
+    /// The source goes on with the channels after the switch.
+    fn hold_channels(&mut self) -> Result<()> {
+        if !self.shared.speaks_dialect() {
+            let detail =
+                "channels that go on after the switch to post-copy, of a source that has not asked for that";
+            return Err(Error::misbehaved(Phase::Device, detail));
+        }
+        self.shared.channels.hold(self.shared.session.timeout)?;
+        self.keeps_channels = true;
+        Ok(())
+    }
+
     /// The pages that are not here by now are those that follow.
     fn listen(&mut self) -> Result<()> {
-        // What still comes on a channel would be older than the discards.
-        self.shared.channels.finish();
+        if !self.keeps_channels {
+            // What still comes on a channel would be older than the discards.
+            self.shared.channels.finish();
+        }
         let none = || Error::bug(Phase::Device, "LISTEN before there are blocks");
         let ram = self.ram.as_mut().ok_or_else(none)?;
         let serving = listen::arm(&self.shared, ram.sinks(), self.guest, &self.return_path)?;
         ram.switch(&serving);
         self.serving = Some(serving);
+        if self.keeps_channels {
+            self.shared.channels.let_go();
+        }
         Ok(())
     }
 

@@ -229,6 +229,10 @@ impl Machine {
         observed: &Observed,
         effects: &mut Effects,
     ) -> Result<State> {
+        if self.postcopy == Postcopy::Held && !matches!(item, Item::Command(_)) {
+            let detail = format!("{item:?} between the sync point at the switch and the package");
+            return Err(Error::misbehaved(Phase::Device, detail));
+        }
         let last = matches!(item, Item::Eof | Item::SectionFull(_));
         if let Some(ram) = ram.as_ref().filter(|_| last && self.postcopy.has_switched()) {
             return self.on_last_item(ram, &item);

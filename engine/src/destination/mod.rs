@@ -179,7 +179,9 @@ impl Destination {
         let goes_on = running || over();
         let result = match result {
             Ok(switched) if goes_on => {
-                shared.channels.finish();
+                if !running {
+                    shared.channels.finish();
+                }
                 self.begun(switched, &shared, &crew)
             }
             ended => Err(ended.err().unwrap_or_else(|| Error::stopped(Phase::Active))),

@@ -60,8 +60,8 @@ pub(crate) struct DestinationShared {
 /// A connection that may carry urgent pages, as long as this lives.
 pub(crate) struct UrgentCandidate(#[expect(dead_code, reason = "counted, not read")] Arc<()>);
 
-/// Most connections that may carry urgent pages. A source makes one, strangers the others.
-const MAX_URGENT: usize = 8;
+/// Most connections that may carry urgent pages. A source makes up to 8 for each link, strangers the others.
+const MAX_URGENT: usize = 24;
 
 /// What a source may make this end use.
 pub(crate) struct ReceiveLimits {
@@ -203,6 +203,11 @@ impl DestinationShared {
             (serving.is_some() || facts.over).then_some(serving)
         });
         serving.flatten().ok_or_else(|| Error::stopped(Phase::Active))
+    }
+
+    /// What pages come for, if LISTEN has come.
+    pub(crate) fn serving_now(&self) -> Option<Arc<Serving>> {
+        self.facts.read(|facts| facts.serving.upgrade())
     }
 
     /// Nothing is served any more, or ever was: the migration has ended.

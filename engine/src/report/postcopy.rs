@@ -13,6 +13,11 @@ pub struct PostcopyReport {
     pub requests: u64,
     /// Pages that were asked for, those that were on their way included.
     pub pages_requested: u64,
+    /// Pages that a source has sent on channels for pages that are asked for before they were, because those before them were
+    /// asked for in order. 0 at a destination.
+    pub neighbours_pushed: u64,
+    /// Pages that were asked for after they had gone behind others, and that a source has sent again at once. 0 at a destination.
+    pub pages_repeated: u64,
     /// How often the link was replaced.
     pub recoveries: u64,
     /// From the start of the migration until the destination had loaded the devices and started the guest, at a source. `None`:
@@ -78,7 +83,11 @@ impl fmt::Display for PostcopyReport {
         if let Some(PageFaults { faults, fault_us: FaultLatency { p50, p99, max, .. }, .. }) = &self.faults {
             write!(f, "{faults} waits for pages (p50 {p50} µs, p99 {p99} µs, max {max} µs), ")?;
         }
-        let Self { requests, pages_requested, recoveries, .. } = self;
-        write!(f, "{requests} requests for {pages_requested} pages, {recoveries} recoveries")
+        let Self { requests, pages_requested, neighbours_pushed, recoveries, .. } = self;
+        write!(f, "{requests} requests for {pages_requested} pages, ")?;
+        if *neighbours_pushed > 0 {
+            write!(f, "{neighbours_pushed} neighbours with them, ")?;
+        }
+        write!(f, "{recoveries} recoveries")
     }
 }

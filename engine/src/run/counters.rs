@@ -54,7 +54,7 @@ macro_rules! counters {
         #[non_exhaustive]
         pub struct ChannelProgress {
             /// `main`, or `channel 3`; for threads at a file, whose bytes are those of main, `thread 3`; `urgent` for pages that
-            /// are asked for in a post-copy.
+            /// are asked for in a post-copy. A channel that was replaced in a post-copy comes once for each connection.
             pub name: String,
             /// Bytes sent.
             pub bytes_sent: u64,
@@ -72,8 +72,8 @@ macro_rules! counters {
             pub(crate) faults: Mutex<FaultFigures>,
             pub(crate) main: ChannelCounters,
             parallel: Mutex<Vec<Arc<ChannelCounters>>>,
-            /// Of a post-copy's channels for pages that are asked for: one after the other.
-            urgent: Mutex<Vec<Arc<ChannelCounters>>>,
+            /// Of a post-copy's channels for pages that are asked for, and of those that replaced parallel ones.
+            later: Mutex<Vec<Arc<ChannelCounters>>>,
         }
 
         /// The counters of a [`ChannelCounters`].
@@ -94,7 +94,7 @@ macro_rules! counters {
                 progress.channels = parallel.len() as u64;
                 progress.per_channel.push(self.main.read());
                 progress.per_channel.extend(parallel.iter().map(|channel| channel.read()));
-                progress.per_channel.extend(lock(&self.urgent).iter().map(|channel| channel.read()));
+                progress.per_channel.extend(lock(&self.later).iter().map(|channel| channel.read()));
                 for channel in &progress.per_channel {
                     $(progress.$channel += channel.$channel;)*
                 }
@@ -130,6 +130,10 @@ counters! {
         pages_requested,
         /// Pages that came in a post-copy before anything asked for them, at the destination.
         pages_pushed,
+        /// Pages that a post-copy's source has sent before they were asked for, because those before them were in order.
+        neighbours_pushed,
+        /// Pages that were asked for when they had gone already, and went again: the other copy was behind others.
+        pages_repeated,
         /// New links of a post-copy whose link had gone.
         recoveries,
     }
@@ -226,8 +230,17 @@ impl Counters {
 
     /// Counts a channel for pages that are asked for, with its bytes.
     pub(crate) fn urgent(&self, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
-        let counters = Arc::new(ChannelCounters::new("urgent".to_owned()).with_bytes_of(channel));
-        lock(&self.urgent).push(Arc::clone(&counters));
+        self.late(ChannelCounters::new("urgent".to_owned()).with_bytes_of(channel))
+    }
+
+    /// Counts a channel that replaces parallel channel `id`, with its bytes.
+    pub(crate) fn replaced_channel(&self, id: u8, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
+        self.late(ChannelCounters::new(format!("channel {id}")).with_bytes_of(channel))
+    }
+
+    fn late(&self, counters: ChannelCounters) -> Arc<ChannelCounters> {
+        let counters = Arc::new(counters);
+        lock(&self.later).push(Arc::clone(&counters));
         counters
     }
 
@@ -240,7 +253,7 @@ impl Counters {
     /// Lets go of the connections that this end has closed; their bytes stay counted.
     pub(crate) fn retire_closed_channels(&self) {
         self.main.retire_closed();
-        lock(&self.parallel).iter().chain(&*lock(&self.urgent)).for_each(|channel| channel.retire_closed());
+        lock(&self.parallel).iter().chain(&*lock(&self.later)).for_each(|channel| channel.retire_closed());
     }
 
     /// Pages that have come or gone, in whatever form.

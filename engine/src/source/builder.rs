@@ -327,6 +327,13 @@ impl SourceBuilder {
         self
     }
 
+    /// Connections for pages that the guest waits for: see [`SourceConfig::postcopy_urgent_channels`].
+    #[must_use]
+    pub fn postcopy_urgent_channels(mut self, channels: usize) -> Self {
+        self.config.postcopy_urgent_channels = channels;
+        self
+    }
+
     /// Bytes per second of a post-copy: see [`SourceConfig::max_postcopy_bandwidth`].
     #[must_use]
     pub fn max_postcopy_bandwidth(mut self, bytes_per_second: Option<NonZeroU64>) -> Self {

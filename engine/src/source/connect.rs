@@ -15,7 +15,7 @@ use super::main_writer::MainWriter;
 use super::migration::Migration;
 use super::outgoing::{OutgoingRam, ZeroPages};
 use super::page_cache::PageCache;
-use super::postcopy::{PostcopySettings, PreemptStyle};
+use super::postcopy::{PostcopySettings, PreemptStyle, UrgentChannels};
 use super::precopy::Precopy;
 use super::return_path::ReturnPathReader;
 use super::shared::SourceShared;
@@ -108,8 +108,9 @@ impl Source {
             postcopy: self.config.postcopy.then_some(PostcopySettings {
                 preempt: self.config.postcopy_preempt,
                 preempt_style: PreemptStyle::for_machine(&self.guest.configuration),
+                urgent_channels: self.config.postcopy_urgent_channels,
             }),
-            urgent_channel: None,
+            urgent_channels: UrgentChannels::default(),
             switchover_start: self.config.switchover_start,
             pause_before_switchover: self.config.pause_before_switchover,
             logs,
@@ -159,6 +160,7 @@ impl Source {
             id: OnceLock::new(),
             zero_copy: config.zero_copy,
             urgent: OnceLock::new(),
+            neighbours: OnceLock::new(),
         });
         // Before the others are dialled: a destination that refuses us says so here, and nothing listens there any more.
         let return_path = if self.wants_return_path(endpoint, opened) {

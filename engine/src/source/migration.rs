@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use multifd_transports::{Channel, PeerVanished};
+use multifd_transports::PeerVanished;
 use multifd_wire::{Advise, Command, Configuration, HELLO_PING, RAM_PING, SETUP_PING, Wishes};
 
 use super::alive::{Busy, KeepAlive};
@@ -14,7 +14,7 @@ use super::control::Control;
 use super::device_state::DeviceState;
 use super::dialer::Dialer;
 use super::main_writer::MainWriter;
-use super::postcopy::{PostcopySettings, PreemptStyle};
+use super::postcopy::{PostcopySettings, PreemptStyle, UrgentChannels};
 use super::return_path::ReturnPathReader;
 use super::rounds::RoundContext;
 use super::shared::SourceShared;
@@ -57,7 +57,7 @@ pub(super) struct Migration {
     /// A post-copy may follow.
     pub(super) postcopy: Option<PostcopySettings>,
     /// Connected before the switch to post-copy.
-    pub(super) urgent_channel: Option<Arc<Channel>>,
+    pub(super) urgent_channels: UrgentChannels,
     /// Send SWITCHOVER_START.
     pub(super) switchover_start: bool,
     pub(super) pause_before_switchover: bool,
@@ -76,8 +76,10 @@ pub(super) struct Migration {
 impl Migration {
     /// Header, configuration, return path, the list of blocks and the first sync point.
     pub(super) fn set_up(&mut self, configuration: &Configuration) -> Result<()> {
-        if self.postcopy.is_some_and(|settings| settings.preempt_style == PreemptStyle::AtSetup) {
-            self.open_urgent_channel()?;
+        let at_setup = |settings: &PostcopySettings| settings.preempt_style == PreemptStyle::AtSetup;
+        if self.postcopy.as_ref().is_some_and(|settings| settings.preempt && at_setup(settings)) {
+            // It is one of QEMU's: what the destination is, is not known yet.
+            self.open_urgent_channels(1)?;
         }
         self.main.header(configuration);
         if self.return_path.is_some() {

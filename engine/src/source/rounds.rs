@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use multifd_wire::BlockRef;
 
+use super::postcopy::Bulk;
 use crate::error::{Error, Phase, Result};
 use crate::run::stop::{Monitor, StopSwitch};
 use crate::work::{BlockIndex, Round};
@@ -39,17 +40,25 @@ pub(super) struct Rounds {
 struct State {
     /// The round under way, or the last one.
     number: u64,
-    round: Option<(Arc<Round>, RoundContext)>,
+    job: Option<Job>,
     /// Workers whose SYNC of this round is out.
     done: usize,
     reports: Vec<ZeroReport>,
     closing: bool,
 }
 
+/// What the main thread has handed out.
+enum Job {
+    Round(Arc<Round>, RoundContext),
+    Bulk(Arc<Bulk>),
+}
+
 /// What a worker does next.
 pub(super) enum Work {
     /// Send the pages of a round, then SYNC.
     Round { number: u64, round: Arc<Round>, context: RoundContext },
+    /// Send the background stream of a post-copy.
+    Bulk { bulk: Arc<Bulk> },
     /// The migration is complete: end the channel.
     Close,
 }
@@ -72,7 +81,7 @@ impl Rounds {
     ) -> Result<()> {
         self.state.modify_and_notify(|state| {
             state.number += 1;
-            state.round = Some((Arc::new(round), context));
+            state.job = Some(Job::Round(Arc::new(round), context));
             state.done = 0;
         });
         loop {
@@ -89,6 +98,14 @@ impl Rounds {
         }
     }
 
+    /// Main: starts the background stream of a post-copy, and returns at once.
+    pub(super) fn start_bulk(&self, bulk: &Arc<Bulk>) {
+        self.state.modify_and_notify(|state| {
+            state.number += 1;
+            state.job = Some(Job::Bulk(Arc::clone(bulk)));
+        });
+    }
+
     /// Main: lets the workers end their channels.
     pub(super) fn close(&self) {
         self.state.modify_and_notify(|state| state.closing = true);
@@ -96,10 +113,11 @@ impl Rounds {
 
     /// Worker: waits for a round after `last`.
     pub(super) fn next(&self, last: u64) -> Result<Work> {
-        self.wait(|state| match &state.round {
-            Some((round, context)) if state.number > last => {
+        self.wait(|state| match &state.job {
+            Some(Job::Round(round, context)) if state.number > last => {
                 Some(Work::Round { number: state.number, round: Arc::clone(round), context: *context })
             }
+            Some(Job::Bulk(bulk)) if state.number > last => Some(Work::Bulk { bulk: Arc::clone(bulk) }),
             _ => state.closing.then_some(Work::Close),
         })
     }

@@ -10,6 +10,7 @@ use multifd_wire::{MigrationId, Wishes, pages_per_packet};
 
 use super::outgoing::OutgoingRam;
 use super::page_cache::PageCache;
+use super::postcopy::Neighbours;
 use super::rounds::RoundContext;
 use super::zero_copy::{ZeroCopySend, ZeroCopyStats};
 use crate::error::{Error, Phase, Result};
@@ -43,13 +44,20 @@ pub(super) struct SourceShared {
     pub(super) zero_copy: ZeroCopySend,
     /// Pages that are wanted before their turn. Not set: none may be asked for.
     pub(super) urgent: OnceLock<UrgentPages>,
+    /// Pages that follow those. Not set: none are pushed.
+    pub(super) neighbours: OnceLock<Neighbours>,
 }
 
 impl SourceShared {
     /// The cache, if it serves this round and the destination takes differences on the parallel channels.
     pub(super) fn deltas_for_peer(&self, context: RoundContext) -> Option<&PageCache> {
-        let can = self.peer_features.load(Ordering::Relaxed) & FEATURE_DELTAS != 0;
+        let can = self.peer_can(FEATURE_DELTAS);
         self.cache.as_ref().filter(|cache| can && cache.serves(context))
+    }
+
+    /// Whether the destination has said that it has this feature of the dialect.
+    pub(super) fn peer_can(&self, feature: u64) -> bool {
+        self.peer_features.load(Ordering::Relaxed) & feature != 0
     }
 
     /// The cache, if it serves this round on the main channel: every destination takes differences there.
@@ -145,6 +153,7 @@ pub(in crate::source) mod tests {
             id: OnceLock::new(),
             zero_copy: ZeroCopySend::Off,
             urgent: OnceLock::new(),
+            neighbours: OnceLock::new(),
         })
     }
 }

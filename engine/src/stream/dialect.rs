@@ -28,6 +28,15 @@ const FEATURE_ALIVE: u64 = 1 << 2;
 /// Feature: the destination says how long it took to load the device state, before its SHUT.
 const FEATURE_LOAD_TIME: u64 = 1 << 3;
 
+/// Feature: pages of a post-copy come on the parallel channels, too.
+pub(crate) const FEATURE_POSTCOPY_CHANNELS: u64 = 1 << 16;
+
+/// Feature: up to [`MAX_URGENT_CHANNELS`] channels of a post-copy carry pages that are asked for.
+pub(crate) const FEATURE_URGENT_CHANNELS: u64 = 1 << 17;
+
+/// Feature: neighbours of pages that are asked for come on those channels, and pages that have gone before.
+pub(crate) const FEATURE_NEIGHBOURS: u64 = 1 << 18;
+
 /// Feature: checksums of packets are looked at.
 const FEATURE_CHECKSUMS: u64 = 1 << 6;
 
@@ -42,9 +51,15 @@ pub(crate) const FEATURES: u64 = FEATURE_DELTAS
     | FEATURE_REASONS
     | FEATURE_ALIVE
     | FEATURE_LOAD_TIME
+    | FEATURE_POSTCOPY_CHANNELS
+    | FEATURE_URGENT_CHANNELS
+    | FEATURE_NEIGHBOURS
     | FEATURE_CHECKSUMS
     | FEATURE_DIGEST
     | FEATURE_MIXED;
+
+/// Most channels for pages that are asked for, over one link.
+pub(crate) const MAX_URGENT_CHANNELS: usize = 8;
 
 /// Feature: packets of this codec are taken.
 fn feature_of(codec: CodecId) -> u64 {

@@ -81,23 +81,47 @@ impl HostPages {
         None
     }
 
-    /// The host page that was asked for first and is still dirty, and has the scan go on behind it.
+    /// The host page that was asked for first and is still dirty; where a scan goes on behind it; and true. With `gone`, a
+    /// bit for the first page of each host page that went before its turn: also one that is not dirty any more and has no
+    /// bit, with false. It has one afterwards.
     pub(crate) fn claim_wanted(
         &self,
         urgent: &UrgentPages,
-        place: &mut ScanPlace,
+        gone: Option<&PerBlock<DirtyBitmap>>,
         pages: &mut Vec<usize>,
-    ) -> Option<BlockIndex> {
+    ) -> Option<(BlockIndex, ScanPlace, bool)> {
         pages.clear();
         while let Some(WantedPage { block, page }) = urgent.pop() {
             let host = self.blocks.at(block);
             let first = self.host_page_of(block, page);
-            if host.take(first, pages) {
-                *place = ScanPlace { block, page: first + host.per_host };
-                return Some(block);
+            let owed = host.take(first, pages);
+            let noted = gone.is_some_and(|gone| gone.at(block).insert(first));
+            if owed || noted {
+                if !owed {
+                    pages.extend(host.whole(first));
+                }
+                return Some((block, ScanPlace { block, page: first + host.per_host }, owed));
             }
         }
         None
+    }
+
+    /// Those of `run`'s pages that are dirty, where host pages are single pages. False: none is. `gone` as in
+    /// [`HostPages::claim_wanted`].
+    pub(crate) fn claim_run(
+        &self,
+        block: BlockIndex,
+        run: Range<usize>,
+        gone: Option<&PerBlock<DirtyBitmap>>,
+        pages: &mut Vec<usize>,
+    ) -> bool {
+        pages.clear();
+        let bitmap = &self.blocks.at(block).bitmap;
+        pages.extend(run.filter(|page| bitmap.take(*page)));
+        if let Some(gone) = gone {
+            pages.iter().for_each(|page| _ = gone.at(block).insert(*page));
+        }
+        !pages.is_empty()
     }
 
     /// Gives back what was claimed and not sent.
@@ -147,10 +171,15 @@ impl HostBlock {
         if !self.bitmap.take(first) {
             return false;
         }
-        let end = (first + self.per_host).min(self.bitmap.pages());
-        (first + 1..end).for_each(|page| _ = self.bitmap.take(page));
-        pages.extend(first..end);
+        let whole = self.whole(first);
+        whole.clone().skip(1).for_each(|page| _ = self.bitmap.take(page));
+        pages.extend(whole);
         true
+    }
+
+    /// The host page that begins at `first`.
+    fn whole(&self, first: usize) -> Range<usize> {
+        first..(first + self.per_host).min(self.bitmap.pages())
     }
 
     /// Takes dirty host pages from `page` on; gives where to go on.
@@ -243,10 +272,11 @@ mod tests {
         let urgent = UrgentPages::new(4, &bitmaps);
         assert_eq!(urgent.request(WantedPage { block, page: 37 }), Requested::Queued);
         assert_eq!(urgent.request(WantedPage { block, page: 2 }), Requested::Queued);
-        assert_eq!(host.claim_wanted(&urgent, &mut place, &mut pages), Some(block));
+        let wanted = host.claim_wanted(&urgent, None, &mut pages).unwrap();
+        assert_eq!((wanted.0, wanted.2), (block, true));
         assert!(pages.iter().copied().eq(32..40), "{pages:?}");
         host.put_back(block, &pages);
-        assert_eq!(host.claim_wanted(&urgent, &mut place, &mut pages), None, "that one has been claimed");
+        assert!(host.claim_wanted(&urgent, None, &mut pages).is_none(), "that one has been claimed");
         assert_eq!(host.claim(&mut place, 1000, &mut pages), Some(block));
         assert!(pages.iter().copied().eq((16..24).chain(32..40)), "{pages:?}");
         assert_eq!(host.left(), 0);
@@ -258,12 +288,45 @@ mod tests {
         let block = bitmaps.find(|_| true).unwrap();
         bitmaps.at(block).set_range(0, 1000);
         let urgent = UrgentPages::new(4, &bitmaps);
-        let (mut place, mut pages) = (host.first_place().unwrap(), Vec::new());
+        let mut pages = Vec::new();
         assert_eq!(urgent.request(WantedPage { block, page: 500 }), Requested::Queued);
-        assert_eq!(host.claim_wanted(&urgent, &mut place, &mut pages), Some(block));
+        let (_, mut place, _) = host.claim_wanted(&urgent, None, &mut pages).unwrap();
         assert_eq!(pages, [500]);
         host.claim(&mut place, 3, &mut pages);
         assert_eq!(pages, [501, 502, 503]);
+    }
+
+    #[test]
+    fn a_page_that_went_in_its_turn_goes_once_more_when_it_is_asked_for_and_then_never_again() {
+        let (bitmaps, host) = guest(&[(40, 8)]);
+        let block = bitmaps.find(|_| true).unwrap();
+        bitmaps.at(block).set_range(0, 40);
+        let gone = bitmaps.map(|bitmap| DirtyBitmap::new(bitmap.pages()));
+        let urgent = UrgentPages::new(4, &bitmaps);
+        let (mut place, mut pages) = (host.first_place().unwrap(), Vec::new());
+        host.claim(&mut place, 16, &mut pages);
+        let mut ask = |page| {
+            assert_eq!(urgent.request(WantedPage { block, page }), Requested::Queued);
+            let wanted = host.claim_wanted(&urgent, Some(&gone), &mut pages);
+            wanted.map(|(_, _, owed)| (pages[0], pages.len(), owed))
+        };
+        assert_eq!(ask(9), Some((8, 8, false)));
+        assert_eq!(ask(8), None);
+        assert_eq!(ask(30), Some((24, 8, true)));
+        assert_eq!(ask(31), None, "it went before its turn");
+    }
+
+    #[test]
+    fn of_a_run_goes_what_is_dirty() {
+        let (bitmaps, host) = guest(&[(100, 1)]);
+        let block = bitmaps.find(|_| true).unwrap();
+        bitmaps.at(block).set_range(60, 10);
+        bitmaps.at(block).take(66);
+        let (gone, mut pages) = (bitmaps.map(|_| DirtyBitmap::new(100)), Vec::new());
+        assert!(host.claim_run(block, 64..72, Some(&gone), &mut pages));
+        assert_eq!(pages, [64, 65, 67, 68, 69]);
+        assert!(!host.claim_run(block, 64..72, Some(&gone), &mut pages));
+        assert!(gone.at(block).test(67) && !gone.at(block).test(66));
     }
 
     #[test]

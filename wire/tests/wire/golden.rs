@@ -82,6 +82,7 @@ fn commands() {
     same(Command::PostcopyResume, &[0, 9, 0, 0]);
     same(Command::RecvBitmap(name("vga")), b"\0\x0a\0\x04\x03vga");
     same(Command::SwitchoverStart, &[0, 11, 0, 0]);
+    same(Command::PostcopyChannels, &[0x4d, 0x50, 0, 0]);
     same(
         Command::Digest { block: name("vga"), digest: 0x0102_0304_0506_0708 },
         b"\x4d\x46\0\x0c\x03vga\x01\x02\x03\x04\x05\x06\x07\x08",

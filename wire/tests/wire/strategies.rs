@@ -52,6 +52,7 @@ fn command() -> impl Strategy<Value = Command> {
             .prop_map(|(block, ranges)| Command::RamDiscard { block, ranges }),
         block_name().prop_map(Command::RecvBitmap),
         Just(Command::SwitchoverStart),
+        Just(Command::PostcopyChannels),
         (block_name(), any::<u64>()).prop_map(|(block, digest)| Command::Digest { block, digest }),
     ]
 }

@@ -4,4 +4,4 @@
 pub(super) mod accept;
 pub(super) mod sync;
 pub(super) mod sync_state;
-mod worker;
+pub(super) mod worker;

@@ -105,6 +105,19 @@ impl ChannelSync {
         self.state.modify_silently(|state| state.sync.begin_storing(id)).map(|()| Storing(self, id))
     }
 
+    /// The channel goes on over another connection, after the switch to post-copy.
+    pub(crate) fn rejoin(&self, id: u8, closer: Closer) {
+        self.state.modify_and_notify(|state| {
+            state.sync.rejoin(id);
+            state.closers.insert(id, closer);
+        });
+    }
+
+    /// Pages come on the channels after the switch to post-copy, too.
+    pub(crate) fn has_switched(&self) -> bool {
+        self.state.read(|state| state.sync.has_switched())
+    }
+
     /// The channel has reached a SYNC: waits until main has passed it, too. An error if the
     /// migration stops meanwhile.
     pub(crate) fn arrive(&self, id: u8) -> Result<()> {
@@ -124,7 +137,28 @@ impl ChannelSync {
     /// # Errors
     /// A channel ended before its SYNC, or nothing moved on any channel for `timeout`.
     pub(crate) fn flush(&self, timeout: Duration) -> Result<()> {
-        let mut wait = self.state.read(|state| MainWait::new(&state.sync, timeout, Instant::now()));
+        self.meet(self.state.read(|state| MainWait::new(&state.sync, timeout, Instant::now())))
+    }
+
+    /// Main has reached the sync point at the switch to post-copy: waits until every channel has.
+    ///
+    /// From its return on until [`ChannelSync::let_go`] no channel places a page. All that was sent on them before the
+    /// switch is in its place by then, older than the discards that follow; what is sent behind it is read when missing
+    /// pages have been taken out of memory and a pager fills them. So no page of the one kind is ever taken for one of
+    /// the other, whatever the channels and main do in between.
+    ///
+    /// # Errors
+    /// As [`ChannelSync::flush`].
+    pub(crate) fn hold(&self, timeout: Duration) -> Result<()> {
+        self.meet(self.state.read(|state| MainWait::new(&state.sync, timeout, Instant::now()).holding()))
+    }
+
+    /// Ends a [`ChannelSync::hold`].
+    pub(crate) fn let_go(&self) {
+        self.state.modify_and_notify(|state| state.sync.let_go());
+    }
+
+    fn meet(&self, mut wait: MainWait) -> Result<()> {
         loop {
             let limit = wait.until().saturating_duration_since(Instant::now());
             let outcome =

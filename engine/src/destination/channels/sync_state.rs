@@ -28,6 +28,8 @@ pub(in crate::destination) struct SyncState {
     expected: Option<usize>,
     /// Sync points that main has passed.
     released: u64,
+    /// The sync point at the switch to post-copy was reached: pages come on the channels that there are.
+    switched: bool,
     /// The main stream has ended: channels are read to their end, nothing is waited for.
     finished: bool,
 }
@@ -36,8 +38,8 @@ pub(in crate::destination) struct SyncState {
 struct Arrivals {
     syncs: u64,
     ended: bool,
-    /// A packet's pages are on their way into guest memory.
-    storing: bool,
+    /// Packets whose pages are on their way into guest memory: more than one where the channel was replaced.
+    storing: usize,
     /// Moves with every packet, so that slow is told from dead.
     packets: u64,
 }
@@ -46,6 +48,8 @@ struct Arrivals {
 #[derive(Clone, Copy, Debug)]
 pub(in crate::destination) struct MainWait {
     timeout: Duration,
+    /// The channels do not go on when main does.
+    holds: bool,
     /// Until when connections that are not identified hold it up; `None` from then on.
     hearing: Option<Instant>,
     /// When nothing has moved for too long.
@@ -59,7 +63,13 @@ impl MainWait {
     /// times `timeout`.
     pub(in crate::destination) fn new(state: &SyncState, timeout: Duration, now: Instant) -> Self {
         let hearing = Some(later(now, timeout.min(HEARING)));
-        Self { timeout, hearing, deadline: later(now, grace(timeout)), packets: state.packets() }
+        let deadline = later(now, grace(timeout));
+        Self { timeout, holds: false, hearing, deadline, packets: state.packets() }
+    }
+
+    /// The same at the switch to post-copy: the channels wait until [`SyncState::let_go`].
+    pub(in crate::destination) fn holding(self) -> Self {
+        Self { holds: true, ..self }
     }
 
     /// When to ask again, if no channel moves before.
@@ -108,7 +118,7 @@ impl SyncState {
             format!("channel id {id}, expected 0..{most}")
         } else if self.channels.contains_key(&id) {
             format!("channel id {id} is taken: is a second source connected?")
-        } else if self.released >= LAST_TO_JOIN || self.finished {
+        } else if self.released >= LAST_TO_JOIN || self.finished || self.switched {
             format!("channel id {id} comes after {} sync points, expected at most 1", self.released)
         } else {
             self.channels.insert(id, Arrivals::default());
@@ -151,7 +161,7 @@ impl SyncState {
                 "pages after the end of the main stream, they are thrown away",
             )),
             Some(arrivals) => {
-                arrivals.storing = true;
+                arrivals.storing += 1;
                 Ok(())
             }
             None => Err(never_joined(id)),
@@ -161,14 +171,29 @@ impl SyncState {
     /// They are stored. True if main waits for that.
     pub(super) fn end_storing(&mut self, id: u8) -> bool {
         if let Some(arrivals) = self.channels.get_mut(&id) {
-            arrivals.storing = false;
+            arrivals.storing = arrivals.storing.saturating_sub(1);
         }
         self.finished
     }
 
+    /// The channel goes on over another connection, after the switch to post-copy.
+    pub(super) fn rejoin(&mut self, id: u8) {
+        self.channels.entry(id).or_default().ended = false;
+    }
+
+    /// After a [`MainWait::holding`]: channels go on.
+    pub(super) fn let_go(&mut self) {
+        self.released += 1;
+    }
+
+    /// The channels go on after the switch to post-copy.
+    pub(super) fn has_switched(&self) -> bool {
+        self.switched
+    }
+
     /// Channels in the middle of a packet's pages.
     pub(super) fn storing(&self) -> impl Iterator<Item = u8> {
-        self.channels.iter().filter(|(_, arrivals)| arrivals.storing).map(|(id, _)| *id)
+        self.channels.iter().filter(|(_, arrivals)| arrivals.storing > 0).map(|(id, _)| *id)
     }
 
     /// The channel has reached a SYNC: the number of it, for [`SyncState::may_pass`].
@@ -220,7 +245,7 @@ impl SyncState {
             wait.hearing = None;
             wait.deadline = later(now, grace(wait.timeout));
         }
-        if let Some(outcome) = self.try_release() {
+        if let Some(outcome) = self.try_release(wait.holds) {
             return Some(outcome);
         }
         if now < wait.deadline {
@@ -251,14 +276,18 @@ impl SyncState {
     }
 
     /// `None`: not all are here yet.
-    fn try_release(&mut self) -> Option<Result<()>> {
+    fn try_release(&mut self, holds: bool) -> Option<Result<()>> {
         let point = self.released + 1;
         // A gap in the numbers is a channel on its way.
         if self.numbers() != self.channels.len() {
             return None;
         }
         if self.channels.values().all(|arrivals| arrivals.syncs >= point) {
-            self.released = point;
+            if holds {
+                self.switched = true;
+            } else {
+                self.released = point;
+            }
             return Some(Ok(()));
         }
         let gone = self.channels.iter().find(|(_, arrivals)| arrivals.ended && arrivals.syncs < point);

@@ -12,6 +12,7 @@ use multifd_wire::{
 };
 
 use crate::destination::place::{BlockSink, BlockSinks, PlacePages};
+use crate::destination::postcopy::parallel::LinkPart;
 use crate::destination::shared::{DestinationShared, DevicePacket};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE, hash};
@@ -41,6 +42,8 @@ pub(crate) struct ChannelWorker {
     /// The number that the peer gave the channel.
     id: u8,
     sinks: Option<Arc<BlockSinks>>,
+    /// After the switch to post-copy: the link that it is a part of.
+    link: Option<LinkPart>,
     /// One for each stream of a codec that has come, each with its own history of the channel.
     decoders: Vec<(StreamId, Box<dyn Decoder>)>,
     /// The stream of the packet that is being read.
@@ -65,12 +68,36 @@ impl ChannelWorker {
         let channel = shared.session.adopt(channel, Phase::Accept)?;
         shared.session.close_on_stop(&channel);
         let counters = shared.session.counters.channel(id, &channel);
+        Self::spawn((channel, counters), id, None, shared, crew)
+    }
+
+    /// The same of a channel that goes on after the switch to post-copy, over a new `link`.
+    pub(crate) fn go_on(
+        channel: Channel,
+        id: u8,
+        link: LinkPart,
+        shared: &Arc<DestinationShared>,
+        crew: &Crew,
+    ) -> Result<()> {
+        let channel = shared.session.adopt(channel, Phase::Accept)?;
+        let counters = shared.session.counters.replaced_channel(id, &channel);
+        Self::spawn((channel, counters), id, Some(link), shared, crew)
+    }
+
+    fn spawn(
+        (channel, counters): (Arc<Channel>, Arc<ChannelCounters>),
+        id: u8,
+        link: Option<LinkPart>,
+        shared: &Arc<DestinationShared>,
+        crew: &Crew,
+    ) -> Result<()> {
         let mut worker = Self {
             channel,
             counters,
             shared: Arc::clone(shared),
             id,
             sinks: None,
+            link,
             decoders: Vec::new(),
             stream: (CodecId::NONE, 0),
             payload: Vec::new(),
@@ -88,6 +115,13 @@ impl ChannelWorker {
         let result = self
             .packets()
             .map_err(|error| error.on(format!("channel {} ({})", self.id, self.channel.peer())));
+        if let Some(link) = self.link.take() {
+            // The guest has no other memory than the one that is half here: this ends the link and no more.
+            self.channel.closer().close();
+            self.shared.channels.ended(self.id);
+            link.ended(result);
+            return Ok(());
+        }
         if !self.shared.channels.finished() {
             if result.is_ok() {
                 self.shared.channels.ended(self.id);
@@ -117,6 +151,10 @@ impl ChannelWorker {
                 PacketKind::parse(&prefix).map_err(|invalid| Error::invalid(Phase::Active, invalid))?;
             self.shared.channels.progressed(self.id);
             match kind {
+                PacketKind::DeviceState if self.link.is_some() => {
+                    let detail = "device state after the switch to post-copy";
+                    return Err(Error::misbehaved(Phase::Active, detail));
+                }
                 PacketKind::DeviceState => self.device_state(&prefix)?,
                 PacketKind::Ram => {
                     self.receive(Phase::Active, "the rest of a packet header", rest)?;
@@ -172,7 +210,23 @@ impl ChannelWorker {
             }
             self.pages(sink, &packet, checks)?;
         }
-        if packet.flags().sync() { self.shared.channels.arrive(self.id) } else { Ok(()) }
+        if packet.flags().sync() { self.sync() } else { Ok(()) }
+    }
+
+    /// Waits for main, which may have switched to post-copy meanwhile.
+    fn sync(&mut self) -> Result<()> {
+        if self.link.is_some() {
+            let detail = "a sync point on a channel after the switch to post-copy";
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        let channels = &self.shared.channels;
+        channels.arrive(self.id)?;
+        if channels.has_switched() {
+            let none = || Error::bug(Phase::Active, "a channel that goes on before LISTEN");
+            let serving = self.shared.serving_now().ok_or_else(none)?;
+            self.link = Some(serving.add_channel(&self.channel));
+        }
+        Ok(())
     }
 
     fn pages(
@@ -181,14 +235,22 @@ impl ChannelWorker {
         packet: &RamPacket<'_>,
         checks: Option<PacketChecks>,
     ) -> Result<()> {
+        if let Some(link) = self.link.take() {
+            let placed = self.place(sink, packet, checks, &link);
+            self.link = Some(link);
+            return placed;
+        }
         if packet.flags().codec() == CodecId::DIALECT_DELTA && self.shared.speaks_dialect() {
             return self.receive_deltas(sink, packet, checks);
         }
         let codec = self.shared.codec(packet.flags())?;
         if packet.normal_pages() > 0 {
             if codec.id() != CodecId::NONE {
-                self.have_decoder(&*codec)?;
-                self.receive_decoded(sink, packet, checks)?;
+                self.receive_packed(&*codec, packet)?;
+                let pages = self.pages.get(..packet.normal_pages() * PAGE);
+                let pages = pages.ok_or_else(|| too_large(packet))?;
+                check(sink, packet, pages, checks, &mut self.hashes)?;
+                store(sink, packet, pages, &self.hashes, &sink.best_place())?;
             } else {
                 self.receive_plain(sink, packet, checks)?;
                 if self.shared.wishes().mixed {
@@ -199,10 +261,48 @@ impl ChannelWorker {
         let zero: Vec<usize> =
             packet.zero_offsets().map(|offset| sink.page_at(offset)).collect::<Result<_>>()?;
         sink.clear(zero)?;
+        self.count(packet);
+        Ok(())
+    }
+
+    fn count(&self, packet: &RamPacket<'_>) {
         let counters = &self.counters;
         Counters::add(&counters.packets, 1);
         Counters::add(&counters.pages_normal, packet.normal_pages());
         Counters::add(&counters.pages_zero, packet.zero_pages());
+    }
+
+    /// After the switch to post-copy: a page is there as a whole or not at all, so that all of them come into a buffer
+    /// first.
+    fn place(
+        &mut self,
+        sink: &BlockSink,
+        packet: &RamPacket<'_>,
+        checks: Option<PacketChecks>,
+        link: &LinkPart,
+    ) -> Result<()> {
+        if packet.flags().codec() == CodecId::DIALECT_DELTA {
+            let detail = "differences after the switch to post-copy, expected whole pages";
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        let codec = self.shared.codec(packet.flags())?;
+        if packet.normal_pages() > 0 {
+            if codec.id() == CodecId::NONE {
+                self.receive_pages(packet)?;
+            } else {
+                self.receive_packed(&*codec, packet)?;
+            }
+        }
+        let pages = self.pages.get(..packet.normal_pages() * PAGE).ok_or_else(|| too_large(packet))?;
+        check(sink, packet, pages, checks, &mut self.hashes)?;
+        for (offset, content) in packet.normal_offsets().zip(pages.chunks_exact(PAGE)) {
+            link.put(sink, sink.page_at(offset)?, Some(content))?;
+        }
+        for offset in packet.zero_offsets() {
+            link.put(sink, sink.page_at(offset)?, None)?;
+        }
+        self.count(packet);
+        link.note_pages();
         Ok(())
     }
 
@@ -290,12 +390,9 @@ impl ChannelWorker {
         Ok(())
     }
 
-    fn receive_decoded(
-        &mut self,
-        sink: &BlockSink,
-        packet: &RamPacket<'_>,
-        checks: Option<PacketChecks>,
-    ) -> Result<()> {
+    /// The packet's pages, decoded, at the beginning of the buffer.
+    fn receive_packed(&mut self, codec: &dyn Codec, packet: &RamPacket<'_>) -> Result<()> {
+        self.have_decoder(codec)?;
         self.receive_payload(packet)?;
         self.hold(self.payload.capacity() + PAGES_LEN)?;
         self.pages.resize(PAGES_LEN, 0);
@@ -313,9 +410,7 @@ impl ChannelWorker {
             self.payload.capacity() + PAGES_LEN + memory,
             Phase::Active,
             "the decoder's window",
-        )?;
-        check(sink, packet, pages, checks, &mut self.hashes)?;
-        store(sink, packet, pages, &self.hashes, &sink.best_place())
+        )
     }
 
     fn receive_copied(
@@ -325,16 +420,18 @@ impl ChannelWorker {
         checks: Option<PacketChecks>,
         place: &impl PlacePages,
     ) -> Result<()> {
+        self.receive_pages(packet)?;
+        let pages = self.pages.get(..packet.payload_len()).ok_or_else(|| too_large(packet))?;
+        check(sink, packet, pages, checks, &mut self.hashes)?;
+        store(sink, packet, pages, &self.hashes, place)
+    }
+
+    /// The packet's pages, which are not encoded, at the beginning of the buffer.
+    fn receive_pages(&mut self, packet: &RamPacket<'_>) -> Result<()> {
         self.hold(self.payload.capacity() + PAGES_LEN)?;
-        let mut pages = std::mem::take(&mut self.pages);
-        pages.resize(PAGES_LEN, 0);
-        let content = pages.get_mut(..packet.payload_len()).ok_or_else(|| too_large(packet))?;
-        let received = self.channel.recv_exact(content).map_err(|error| pages_missing(packet, error));
-        let stored = received
-            .and_then(|()| check(sink, packet, content, checks, &mut self.hashes))
-            .and_then(|()| store(sink, packet, content, &self.hashes, place));
-        self.pages = pages;
-        stored
+        self.pages.resize(PAGES_LEN, 0);
+        let content = self.pages.get_mut(..packet.payload_len()).ok_or_else(|| too_large(packet))?;
+        self.channel.recv_exact(content).map_err(|error| pages_missing(packet, error))
     }
 
     fn device_state(&mut self, prefix: &[u8; PACKET_PREFIX_LEN]) -> Result<()> {

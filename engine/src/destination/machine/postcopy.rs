@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  ADVISE ─> advised ─ DISCARD.. ─ PACKAGED { LISTEN ─> listening ─ devices, PING.. ─ RUN } ─> running ─ PART.. END EOF
-//!                                                                                    a new link: RECV_BITMAP.. RESUME ─^
+//!               └─ POSTCOPY_CHANNELS ─> held ─^                                      a new link: RECV_BITMAP.. RESUME ─^
 //! ```
 
 use multifd_wire::{Advise, Command, Item, ReturnMessage, SectionHead};
@@ -28,6 +28,8 @@ pub(super) enum Postcopy {
     Allowed,
     /// ADVISE has come.
     Advised,
+    /// The same, and the parallel channels have met main: nothing more comes on them before LISTEN.
+    Held,
     /// LISTEN has come: what follows is the state of the devices.
     Listening,
     /// The same, behind the state of the devices.
@@ -71,12 +73,21 @@ impl Machine {
             (Command::PostcopyAdvise(_), Postcopy::Refused | Postcopy::Allowed, _) => {
                 Err(Error::incompatible(Phase::Setup, NO_POSTCOPY))
             }
-            (Command::RamDiscard { block, ranges }, Postcopy::Advised, Some(ram)) => {
+            // Not behind a discard: what was sent on a channel before would come after it.
+            (Command::PostcopyChannels, Postcopy::Advised, Some(ram))
+                if self.facts.guest_stopped.is_none() =>
+            {
+                self.facts.guest_stopped = Some(observed.now);
+                self.postcopy = Postcopy::Held;
+                effects.push(Effect::HoldChannels);
+                Ok(State::Live(ram))
+            }
+            (Command::RamDiscard { block, ranges }, Postcopy::Advised | Postcopy::Held, Some(ram)) => {
                 self.facts.guest_stopped.get_or_insert(observed.now);
                 effects.push(Effect::Discard { block, ranges });
                 Ok(State::Live(ram))
             }
-            (Command::Packaged(len), Postcopy::Advised, Some(ram)) => {
+            (Command::Packaged(len), Postcopy::Advised | Postcopy::Held, Some(ram)) => {
                 self.facts.guest_stopped.get_or_insert(observed.now);
                 package_len(len, self.max_package.min(MAX_PACKAGE)).map(|len| State::Package(ram, len))
             }
@@ -122,7 +133,7 @@ impl Machine {
     /// An item within a package.
     pub(super) fn on_packaged_item(&mut self, ram: Ram, item: Item, effects: &mut Effects) -> Result<State> {
         match (item, self.postcopy) {
-            (Item::Command(Command::PostcopyListen), Postcopy::Advised) => {
+            (Item::Command(Command::PostcopyListen), Postcopy::Advised | Postcopy::Held) => {
                 self.postcopy = Postcopy::Listening;
                 effects.push(Effect::Listen);
                 Ok(State::Packaged(ram))

@@ -225,7 +225,7 @@ impl BlockSink {
     }
 
     /// True if the page has come.
-    fn has_come(&self, page: usize) -> bool {
+    pub(crate) fn has_come(&self, page: usize) -> bool {
         self.came.test(page)
     }
 
@@ -260,12 +260,11 @@ impl BlockSink {
 
     /// Makes pages zero. Memory that is zero already is left alone, so that holes stay holes.
     pub(crate) fn clear(&self, pages: impl IntoIterator<Item = usize>) -> Result<()> {
-        let untouched = |page: usize| self.fresh && !self.written.test(page);
+        let untouched = |page: &usize| self.fresh && !self.written.test(*page);
         let all: Vec<usize> = pages.into_iter().collect();
         all.iter().try_for_each(|page| self.note(*page, 1, [zero_hash()]))?;
-        let came = all.into_iter().inspect(|page| self.came.set_range(*page, 1));
-        let mut pages: Vec<usize> = came.filter(|page| !untouched(*page)).collect();
         // A peer announces them in any order.
+        let (blank, mut pages): (Vec<usize>, Vec<usize>) = all.into_iter().partition(untouched);
         pages.sort_unstable();
         let mut found = Found::default();
         self.page_table
@@ -276,6 +275,8 @@ impl BlockSink {
                 self.store(*page, &ZEROS, &self.best_place())?;
             }
         }
+        // Not before: another thread may wait for the last page to have come.
+        blank.iter().chain(&pages).for_each(|page| self.came.set_range(*page, 1));
         Ok(())
     }
 

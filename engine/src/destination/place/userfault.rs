@@ -170,7 +170,13 @@ impl Pager {
         if sink.has_come(page) {
             return Ok(());
         }
-        let Some(whole) = paged.gather(page, content)? else { return Ok(()) };
+        let Some(whole) = paged.gather(page, content)? else {
+            // Whole by now, over another channel: what was gathered of this copy would wait for its rest for ever.
+            if sink.has_come(page) {
+                paged.forget(page / paged.per());
+            }
+            return Ok(());
+        };
         let content = (!whole.zero).then_some(&whole.content[..]);
         self.put_whole(sink, paged, whole.host, content)
     }
@@ -209,6 +215,9 @@ impl Pager {
                 }
                 Err(error) => return Err(not_placed(sink, paged, host, error)),
             }
+        }
+        if per > 1 {
+            paged.forget(host);
         }
         fence(Ordering::SeqCst);
         if paged.requested.test(host) {
@@ -375,9 +384,13 @@ impl Pager {
         for sink in &self.blocks {
             let paged = sink.paged()?;
             for (slice, (at, len)) in self.parts(sink)? {
-                slice.missing.unregister(at, len).map_err(|error| {
+                let failed = |error| {
                     Error::io(Phase::Active, format!("giving RAM block {} back", sink.block().name()), error)
-                })?;
+                };
+                slice.missing.unregister(at, len).map_err(failed)?;
+                // The kernel wakes who waits before it takes the memory back: a thread that comes in between, to a page that is a
+                // hole and came as zeros, would wait for ever.
+                slice.missing.wake(at, len).map_err(failed)?;
             }
             if paged.may_be_huge
                 && let Err(error) = sink.block().memory().allow_huge_pages(true)

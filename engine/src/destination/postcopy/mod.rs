@@ -8,8 +8,10 @@
 
 pub(super) mod at_rest;
 mod faults;
+mod link;
 pub(super) mod listen;
 pub(super) mod package;
+pub(super) mod parallel;
 pub(super) mod recover;
 pub(super) mod running;
 pub(super) mod serving;

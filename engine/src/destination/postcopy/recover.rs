@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multifd_transports::{Arrival, Channel, Endpoint, Listener, SocketOptions, TlsServer};
-use multifd_wire::{ItemType, MigrationId};
+use multifd_wire::{InitialPacket, ItemType, MULTIFD_MAGIC, MigrationId};
 
 use super::serving::Serving;
 use super::urgent;
+use crate::destination::channels::accept::opening_len;
+use crate::destination::channels::worker::ChannelWorker;
 use crate::destination::driver::Driver;
 use crate::destination::return_path::ReturnPath;
 use crate::destination::shared::DestinationShared;
@@ -41,8 +43,9 @@ impl Relisten {
 
 /// Makes a listener wait for what a connection says of itself.
 pub(super) fn for_recovery(listener: Listener) -> Arc<Listener> {
-    let listener = listener
-        .opening_len(|first| if MigrationId::is_begun_by(first) { MigrationId::OPENING_LEN } else { 0 });
+    let listener = listener.opening_len(|first| {
+        if MigrationId::is_begun_by(first) { MigrationId::OPENING_LEN } else { opening_len(first) }
+    });
     listener.keep_silent();
     Arc::new(listener)
 }
@@ -117,11 +120,11 @@ pub(in crate::destination) fn over_listener(
     }
 }
 
-/// Goes on over connections that the embedder has made.
+/// Goes on over connections that the embedder has made: main, and others that say what they are.
 pub(super) fn over_channels(
     serving: &Arc<Serving>,
     main: Channel,
-    urgent: Option<Channel>,
+    others: Vec<Channel>,
     crew: &Arc<Crew>,
 ) -> Result<()> {
     let (driver, why) = serving.begin_recovery()?;
@@ -134,7 +137,19 @@ pub(super) fn over_channels(
         return Err(error.after_hand_over());
     }
     go_on(serving, driver, main, crew)?;
-    urgent.map_or(Ok(()), |urgent| urgent::start(urgent, serving.shared(), crew))
+    if others.is_empty() {
+        return Ok(());
+    }
+    let listener = for_recovery(Listener::of_connections(others, Endpoint::Fd(-1)));
+    serving.shared().listen_to(Arc::clone(&listener));
+    let came = NewMain { came: true, ..NewMain::default() };
+    let main = Monitor::new(came, &serving.shared().session.stop);
+    let accepting = (Arc::clone(serving), Arc::clone(crew));
+    crew.spawn("mig-accept", Phase::Accept, move || {
+        let (serving, crew) = accepting;
+        accept(&serving, &listener, &main, &crew);
+        Ok(())
+    })
 }
 
 fn go_on(serving: &Arc<Serving>, mut driver: Box<Driver>, channel: Channel, crew: &Arc<Crew>) -> Result<()> {
@@ -158,33 +173,62 @@ fn go_on(serving: &Arc<Serving>, mut driver: Box<Driver>, channel: Channel, crew
     }
 }
 
-/// Main is the first that begins as a recovery does; another may carry urgent pages.
+/// Main is the first that begins as a recovery does; the others say what they are once it is there.
 fn accept(serving: &Arc<Serving>, listener: &Listener, main: &Monitor<NewMain>, crew: &Arc<Crew>) {
     let timeout = serving.shared().session.timeout;
     let served = listener.serve(4, timeout, &mut |arrival| {
         let Arrival::Identified { channel, first, .. } = arrival else { return };
-        if !begins_recovery(first) {
-            if let Err(error) = urgent::start(channel, serving.shared(), crew) {
-                serving.shared().refusals.note(&error);
-            }
-            return;
-        }
-        let shared = serving.shared();
-        let fits = shared.check_client(&channel).and_then(|()| check_source(&channel, shared));
-        let taken = fits.and_then(|()| {
-            main.modify_and_notify(|main| {
-                if std::mem::replace(&mut main.came, true) {
-                    return Err(Error::misbehaved(Phase::Accept, "a second source for the recovery"));
-                }
-                main.channel = Some(channel);
-                Ok(())
-            })
-        });
+        let taken = if begins_recovery(first) {
+            take_main(channel, serving, main)
+        } else if u32::from_be_bytes(first) == MULTIFD_MAGIC {
+            take_channel(channel, serving, main, crew)
+        } else {
+            urgent::start(channel, serving.shared(), crew)
+        };
         if let Err(error) = taken {
-            shared.refusals.note(&error);
+            serving.shared().refusals.note(&error);
         }
     });
     if let Err(error) = served {
         tracing::warn!(%error, "listening for a recovery");
     }
+}
+
+fn take_main(channel: Channel, serving: &Serving, main: &Monitor<NewMain>) -> Result<()> {
+    let shared = serving.shared();
+    shared.check_client(&channel)?;
+    check_source(&channel, shared)?;
+    main.modify_and_notify(|main| {
+        if std::mem::replace(&mut main.came, true) {
+            return Err(Error::misbehaved(Phase::Accept, "a second source for the recovery"));
+        }
+        main.channel = Some(channel);
+        Ok(())
+    })
+}
+
+/// A source connects its parallel channels when it has been told over main what has come.
+fn take_channel(
+    channel: Channel,
+    serving: &Arc<Serving>,
+    main: &Monitor<NewMain>,
+    crew: &Arc<Crew>,
+) -> Result<()> {
+    let peer = channel.peer().to_owned();
+    let refused = |detail| Err(Error::misbehaved(Phase::Accept, detail).on(peer.clone()));
+    if !main.read(|main| main.came) {
+        return refused("a parallel channel before the main channel of a recovery");
+    }
+    serving.shared().check_client(&channel)?;
+    let mut bytes = [0; InitialPacket::LEN];
+    channel
+        .recv_exact(&mut bytes)
+        .map_err(|error| Error::io(Phase::Accept, "the initial packet", error).on(peer.clone()))?;
+    let hello = InitialPacket::parse(&bytes)
+        .map_err(|invalid| Error::invalid(Phase::Accept, invalid).on(peer.clone()))?;
+    let shared = serving.shared();
+    shared.on_uuid(hello.uuid).map_err(|error| error.on(peer.clone()))?;
+    let link =
+        serving.add_recovered_channel(hello.channel, &channel).map_err(|error| error.on(peer.clone()))?;
+    ChannelWorker::go_on(channel, hello.channel, link, shared, crew)
 }

@@ -181,13 +181,13 @@ impl PostcopyGuest {
         recover::over_listener(&self.serving, &recover::for_recovery(listener), limit, &self.crew)
     }
 
-    /// The same over connections that the caller has made: main, and one for urgent pages if the
-    /// source makes one.
+    /// The same over connections that the caller has made: main, and `others` in any order, those for urgent pages and
+    /// the parallel channels, as many as the source makes.
     ///
     /// # Errors
     /// As [`PostcopyGuest::recover`].
-    pub fn recover_over(&mut self, main: Channel, urgent: Option<Channel>) -> Result<()> {
-        recover::over_channels(&self.serving, main, urgent, &self.crew)
+    pub fn recover_over(&mut self, main: Channel, others: impl IntoIterator<Item = Channel>) -> Result<()> {
+        recover::over_channels(&self.serving, main, others.into_iter().collect(), &self.crew)
     }
 
     /// Gives up what has not come: each page that is missing is poisoned. Threads that wait for one

@@ -4,9 +4,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use multifd_transports::Closer;
+use multifd_transports::{Channel, Closer};
 use multifd_wire::ReturnMessage;
 
+use super::link::Link;
+use super::parallel::LinkPart;
 use crate::destination::arrival;
 use crate::destination::driver::{Driver, ReceivedMain};
 use crate::destination::place::{BlockSinks, Pager, Wanted};
@@ -39,22 +41,6 @@ pub(in crate::destination) struct Serving {
     received: OnceLock<Arc<ReceivedMain>>,
 }
 
-/// The connections to the source.
-struct Link {
-    return_path: ReturnPath,
-    urgent: Vec<Closer>,
-    /// How many links there were before.
-    number: u64,
-    /// Pages may be asked for: not while a new link is being set up.
-    asks: bool,
-    /// The block of the last request: the next of the same block need not name it.
-    last_asked: Option<usize>,
-    /// Nothing can go on, over whatever link.
-    for_good: bool,
-    /// Why it is gone, if a channel other than main knows better than main.
-    broken: Option<Error>,
-}
-
 /// How far a post-copy is.
 enum Stage {
     /// Pages come in.
@@ -79,38 +65,6 @@ pub(in crate::destination) enum Waited {
 
 /// Pauses a post-copy whose thread panics.
 struct PauseOnPanic(Arc<Serving>);
-
-impl Link {
-    fn new(return_path: &ReturnPath, number: u64, asks: bool) -> Self {
-        let return_path = return_path.clone();
-        Self {
-            return_path,
-            urgent: Vec::new(),
-            number,
-            asks,
-            last_asked: None,
-            for_good: false,
-            broken: None,
-        }
-    }
-
-    fn ask(&mut self, pager: &Pager, wanted: &Wanted) -> Result<()> {
-        let none = || Error::bug(Phase::Active, "a page of a block that is not there");
-        let block = pager.block(wanted.block).ok_or_else(none)?;
-        let name = (self.last_asked != Some(wanted.block)).then(|| block.name().clone());
-        let message = ReturnMessage::RequestPages { block: name, offset: wanted.offset, len: wanted.len };
-        self.return_path.send(Phase::Active, &message)?;
-        self.last_asked = Some(wanted.block);
-        Ok(())
-    }
-
-    /// It cannot go on: main finds out, and why, if nothing else has said so before.
-    fn break_off(&mut self, error: Error) {
-        self.broken.get_or_insert(error);
-        self.asks = false;
-        self.return_path.hang_up();
-    }
-}
 
 impl Serving {
     pub(super) fn new(
@@ -146,6 +100,8 @@ impl Serving {
         PostcopyReport {
             requests: number(&counters.requests),
             pages_requested: number(&counters.pages_requested),
+            neighbours_pushed: 0,
+            pages_repeated: 0,
             recoveries: number(&counters.recoveries),
             run_after: None,
             faults: faults
@@ -206,7 +162,11 @@ impl Serving {
     /// Whatever ends this pauses the migration, and nothing else does: the guest has no other memory
     /// than the one that is half here.
     fn serve(&self, mut driver: Box<Driver>) {
-        let whole = driver.postcopy_part().and_then(|()| self.wait_for_urgent());
+        let whole = driver.postcopy_part().and_then(|()| self.wait_for_rest());
+        if whole.is_ok() {
+            // What comes twice is not stored any more.
+            self.shared.channels.finish();
+        }
         match whole.and_then(|()| self.let_go()) {
             Ok(()) => self.stage.modify_and_notify(|stage| {
                 if !matches!(stage, Stage::Over) {
@@ -244,20 +204,27 @@ impl Serving {
         self.loaded.modify_and_notify(|loaded| _ = loaded.get_or_insert(load));
     }
 
-    /// Main has ended. Pages that went over a connection of their own may come after that, and so may
-    /// the connection: its pages and the end of main are in no order.
-    fn wait_for_urgent(&self) -> Result<()> {
+    /// Main has ended. Pages that went over other connections may come after that, and so may the
+    /// connection: its pages and the end of main are in no order. The timeout counts from the last page.
+    fn wait_for_rest(&self) -> Result<()> {
         let session = &self.shared.session;
-        let whole = self.stage.wait(&session.stop, Some(session.timeout), |stage| {
-            let given_up = matches!(stage, Stage::Over) || lock(&self.link).broken.is_some();
-            let checked = self.check_all_came();
-            (given_up || checked.is_ok()).then_some(checked)
-        });
-        whole.unwrap_or_else(|| self.check_all_came())
+        loop {
+            let before = session.counters.pages();
+            let whole = self.stage.wait(&session.stop, Some(session.timeout), |stage| {
+                let given_up = matches!(stage, Stage::Over) || lock(&self.link).broken.is_some();
+                let checked = self.check_all_came();
+                (given_up || checked.is_ok()).then_some(checked)
+            });
+            match whole {
+                Some(checked) => return checked,
+                None if session.counters.pages() > before && !session.stop.tripped() => {}
+                None => return self.check_all_came(),
+            }
+        }
     }
 
-    /// Pages have come over a connection of their own.
-    pub(super) fn note_urgent_pages(&self) {
+    /// Pages have come over a connection beside main.
+    pub(super) fn note_pages(&self) {
         self.stage.modify_and_notify(|_| ());
     }
 
@@ -291,8 +258,9 @@ impl Serving {
     fn hang_up(&self) -> Option<Error> {
         let mut link = lock(&self.link);
         link.asks = false;
+        link.gone = true;
         link.return_path.hang_up();
-        link.urgent.drain(..).for_each(|channel| channel.close());
+        link.others.drain(..).for_each(|channel| channel.close());
         link.broken.take()
     }
 
@@ -325,8 +293,51 @@ impl Serving {
     /// Makes a channel for urgent pages part of the link, and gives the number of that.
     pub(super) fn add_urgent(&self, closer: Closer) -> u64 {
         let mut link = lock(&self.link);
-        link.urgent.push(closer);
+        link.add(closer);
         link.number
+    }
+
+    /// Makes a parallel channel part of the link over which RUN came, or ends it if that is gone.
+    pub(in crate::destination) fn add_channel(self: &Arc<Self>, channel: &Channel) -> LinkPart {
+        let mut link = lock(&self.link);
+        if link.number == 0 {
+            link.add(channel.closer());
+        } else {
+            channel.closer().close();
+        }
+        LinkPart::new(self, 0)
+    }
+
+    /// Makes a parallel channel part of the link that goes on.
+    ///
+    /// # Errors
+    /// The source has no such channel, or it is there already.
+    pub(super) fn add_recovered_channel(self: &Arc<Self>, id: u8, channel: &Channel) -> Result<LinkPart> {
+        let channels = &self.shared.channels;
+        let mut link = lock(&self.link);
+        let refusal = if !channels.has_switched() {
+            "a parallel channel of a post-copy that has none".to_owned()
+        } else if !link.channels.insert(id) {
+            format!("channel id {id} is taken: is a second source connected?")
+        } else {
+            link.add(channel.closer());
+            channels.rejoin(id, channel.closer());
+            return Ok(LinkPart::new(self, link.number));
+        };
+        Err(Error::misbehaved(Phase::Accept, refusal))
+    }
+
+    /// A channel beside main has ended. That breaks the link unless all of RAM is here: then a source ends its
+    /// connections as it likes.
+    pub(super) fn channel_ended(&self, link: u64, result: Result<()>) {
+        if self.check_all_came().is_ok() {
+            return;
+        }
+        let early = || {
+            let detail = "the source ended a channel before all of RAM was here";
+            Error::new(ErrorKind::Transport, Phase::Active, detail)
+        };
+        self.break_link_of(link, result.err().unwrap_or_else(early));
     }
 
     /// The state says more than is needed here: a step that the table does not have is a message.

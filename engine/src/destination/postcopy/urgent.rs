@@ -44,7 +44,7 @@ pub(in crate::destination) fn start(
         drop(candidate);
         match ended {
             Ok(()) => {}
-            Err(error) if ram.has_placed() => serving.break_link_of(link, error.on("urgent pages")),
+            Err(error) if ram.has_placed() => serving.channel_ended(link, Err(error.on("urgent pages"))),
             Err(error) => shared.refusals.note(&error.on(channel.peer())),
         }
         Ok(())
@@ -62,7 +62,7 @@ fn records(
     const WHAT: &str = "an urgent page";
     loop {
         while reader.buffered().is_empty() {
-            serving.note_urgent_pages();
+            serving.note_pages();
             match reader.fill(Phase::Active, WHAT) {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),

@@ -1,12 +1,12 @@
 //! Pages in packets on parallel channels: each has a worker that claims pages, packs them, sends them.
 
 use std::io::IoSlice;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use multifd_codecs::CodecId;
-use multifd_transports::Channel;
+use multifd_transports::{Channel, Closer};
 use multifd_wire::{
     Configuration, InitialPacket, MAX_PAYLOAD, PacketChecks, PacketFlags, RamPacketHeader, RamRecord,
     header_len, pages_per_packet, put_codec_stream,
@@ -16,21 +16,24 @@ use crate::error::{Error, Phase, Result};
 use crate::guest::{PAGE_SIZE, hash};
 use crate::io::IoVecs;
 use crate::run::counters::{ChannelCounters, Counters};
+use crate::run::stop::lock;
 use crate::run::workers::Crew;
 use crate::source::carrier::encoding::{Encoding, micros};
 use crate::source::codec_auto::Measured;
 use crate::source::main_writer::MainWriter;
 use crate::source::outgoing::{OutgoingBlock, ZeroRoute};
 use crate::source::packet::{Content, Packet, Treatment};
+use crate::source::postcopy::Bulk;
 use crate::source::rounds::{RoundContext, Rounds, Work, ZeroReport};
 use crate::source::shared::SourceShared;
 use crate::source::zero_copy::ZeroCopySender;
 use crate::stream::dialect;
-use crate::work::{Batch, Place, Round};
+use crate::work::{Batch, BlockIndex, Place, Round};
 
 /// The parallel channels of a migration.
 pub(in crate::source) struct Channels {
     rounds: Rounds,
+    closers: Mutex<Vec<Closer>>,
     sync_points: SyncPoints,
 }
 
@@ -55,7 +58,7 @@ impl SyncPoints {
 impl Channels {
     /// `count` channels, each of which [`Channels::start`] is called for.
     pub(in crate::source) fn new(count: usize, sync_points: SyncPoints, crew: &Crew) -> Self {
-        Self { rounds: Rounds::new(crew.stop(), count), sync_points }
+        Self { rounds: Rounds::new(crew.stop(), count), closers: Mutex::default(), sync_points }
     }
 
     /// Starts the worker of channel `id`, which is connected and on which nothing was sent.
@@ -66,14 +69,39 @@ impl Channels {
         shared: &Arc<SourceShared>,
         crew: &Crew,
     ) -> Result<()> {
-        SendWorker::start(channel, id, self.rounds.clone(), shared, crew)
+        let counters = shared.session.counters.channel(id, &channel);
+        lock(&self.closers).push(channel.closer());
+        SendWorker::start((channel, counters), id, self.rounds.clone(), shared, crew)
+    }
+
+    /// The same of a channel that replaces one of that number.
+    pub(in crate::source) fn restart(
+        &self,
+        channel: Arc<Channel>,
+        id: u8,
+        shared: &Arc<SourceShared>,
+        crew: &Crew,
+    ) -> Result<()> {
+        let counters = shared.session.counters.replaced_channel(id, &channel);
+        lock(&self.closers).push(channel.closer());
+        SendWorker::start((channel, counters), id, self.rounds.clone(), shared, crew)
+    }
+
+    /// Has every channel say SYNC, behind all that went on it.
+    pub(in crate::source) fn sync(&self) -> Result<()> {
+        self.rounds.run(Round::empty(), RoundContext { round: 0, last: true }, |_| Ok(()))
+    }
+
+    /// Starts the background stream of a post-copy, and returns at once.
+    pub(in crate::source) fn start_bulk(&self, bulk: &Arc<Bulk>) {
+        self.rounds.start_bulk(bulk);
     }
 
     pub(super) fn syncs_at_flush(&self) -> bool {
         self.sync_points == SyncPoints::AtFlush
     }
 
-    pub(super) fn workers(&self) -> usize {
+    pub(in crate::source) fn workers(&self) -> usize {
         self.rounds.workers()
     }
 
@@ -94,6 +122,12 @@ impl Channels {
         Ok(())
     }
 
+    /// Ends the channels of a post-copy that is over.
+    pub(in crate::source) fn close(&self) {
+        lock(&self.closers).iter().for_each(Closer::close);
+        self.rounds.close();
+    }
+
     pub(super) fn dismiss_workers(&self) {
         self.rounds.close();
     }
@@ -112,12 +146,14 @@ struct SendWorker {
     payload: Vec<u8>,
     ranges: IoVecs,
     zero_copy: Option<ZeroCopySender>,
+    /// After the switch to post-copy: its own limit holds, not that of the rounds.
+    follows: bool,
 }
 
 impl SendWorker {
     /// Starts the channel's thread; the channel is connected and nothing was sent on it.
     fn start(
-        channel: Arc<Channel>,
+        (channel, counters): (Arc<Channel>, Arc<ChannelCounters>),
         id: u8,
         rounds: Rounds,
         shared: &Arc<SourceShared>,
@@ -126,7 +162,7 @@ impl SendWorker {
         let zero_copy = ZeroCopySender::new(&channel, shared.zero_copy)
             .map_err(|error| error.on(format!("channel {id} ({})", channel.peer())))?;
         let mut worker = Self {
-            counters: shared.session.counters.channel(id, &channel),
+            counters,
             channel,
             shared: Arc::clone(shared),
             rounds,
@@ -137,6 +173,7 @@ impl SendWorker {
             payload: Vec::new(),
             ranges: IoVecs::default(),
             zero_copy,
+            follows: false,
         };
         crew.spawn(&format!("mig-send-{id}"), Phase::Active, move || {
             worker.run().map_err(|error| error.on(format!("channel {id} ({})", worker.channel.peer())))
@@ -161,8 +198,56 @@ impl SendWorker {
                     self.sync()?;
                     self.rounds.done();
                 }
+                Work::Bulk { bulk } => {
+                    self.bulk(&bulk).inspect_err(|_| bulk.broken(&self.shared))?;
+                    bulk.done();
+                    return bulk
+                        .watch(&self.channel, &format!("channel {} ({})", self.id, self.channel.peer()));
+                }
             }
         }
+    }
+
+    /// The background stream of a post-copy, until nothing is left.
+    fn bulk(&mut self, bulk: &Bulk) -> Result<()> {
+        self.follows = true;
+        let shared = Arc::clone(&self.shared);
+        let mut pages = Vec::new();
+        while let Some(block) = bulk.next(&shared, &mut pages)? {
+            let before = self.channel.bytes_sent();
+            self.follow(block, &pages, &shared)
+                .inspect_err(|_| shared.ram.host_pages.put_back(block, &pages))?;
+            let sent = self.channel.bytes_sent().saturating_sub(before);
+            bulk.charge(usize::try_from(sent).unwrap_or(usize::MAX));
+        }
+        match &mut self.zero_copy {
+            Some(zero_copy) => zero_copy.settle(&self.channel, &self.counters),
+            None => Ok(()),
+        }
+    }
+
+    /// Whole host pages, in order: a huge page takes several packets. Zero pages go with the others, since the destination
+    /// places them as it places those.
+    fn follow(&mut self, block: BlockIndex, pages: &[usize], shared: &SourceShared) -> Result<()> {
+        let block = &shared.ram.hold(block);
+        for pages in pages.chunks(pages_per_packet(PAGE_SIZE)) {
+            self.packet.clear();
+            let (hashed, begun) = (shared.agreed().checksums, Instant::now());
+            self.encoding.settle(shared.features_for_packets());
+            if self.encoding.encodes() || hashed {
+                let treatment = Treatment { hashed, ..Treatment::default() };
+                self.packet.copy_in(&shared.ram, block, pages, treatment)?;
+            } else {
+                self.packet.sort_out(&shared.ram, block, pages)?;
+            }
+            self.send_pages(block, begun.elapsed())?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the limit of the rounds lets so many bytes go.
+    fn pace(&self, bytes: usize) -> Result<()> {
+        if self.follows { Ok(()) } else { self.shared.pace(bytes) }
     }
 
     fn round(&mut self, round: &Round, context: RoundContext) -> Result<()> {
@@ -211,7 +296,8 @@ impl SendWorker {
         let (flags, pages) = (PacketFlags::pages(CodecId::NONE), raw.offsets.len());
         encode_header(&mut self.header, &self.shared, block, flags, (&raw.offsets, &[]), raw.pages.len())?;
         seal_pages(&mut self.header, &self.shared, pages, &raw.hashes)?;
-        send_private(&self.channel, &self.shared, &self.header, &raw.pages)?;
+        self.pace(self.header.len() + raw.pages.len())?;
+        send_private(&self.channel, &self.header, &raw.pages)?;
         Counters::add(&self.counters.packets, 1);
         Counters::add(&self.counters.pages_normal, pages);
         Counters::add(&self.counters.pages_uncompressed, pages);
@@ -239,7 +325,8 @@ impl SendWorker {
                 .map_err(|invalid| Error::bug(Phase::Active, invalid))?;
             seal_pages(&mut self.header, &self.shared, normal, &packet.hashes)?;
             let begun = Instant::now();
-            send_private(&self.channel, &self.shared, &self.header, payload)?;
+            self.pace(self.header.len() + payload.len())?;
+            send_private(&self.channel, &self.header, payload)?;
             let send = begun.elapsed();
             if !encoded.is_plain {
                 Counters::add(&self.counters.codec_us, micros(encode));
@@ -270,7 +357,7 @@ impl SendWorker {
             payload_len,
         )?;
         seal_pages(&mut self.header, &self.shared, packet.normal.len(), &packet.hashes)?;
-        self.shared.pace(self.header.len() + payload_len)?;
+        self.pace(self.header.len() + payload_len)?;
         let mut ranges = self.ranges.start();
         let zero_copy = self.zero_copy.as_mut().filter(|zero_copy| zero_copy.pays());
         if zero_copy.is_none() {
@@ -300,7 +387,8 @@ impl SendWorker {
         if self.shared.agreed().checksums {
             seal(&mut self.header, hash(payload))?;
         }
-        send_private(&self.channel, &self.shared, &self.header, payload)?;
+        self.pace(self.header.len() + payload.len())?;
+        send_private(&self.channel, &self.header, payload)?;
         Counters::add(&self.counters.packets, 1);
         Counters::add(&self.counters.pages_xbzrle, packet.delta.len());
         Ok(())
@@ -379,8 +467,7 @@ fn seal(header: &mut [u8], content: u64) -> Result<()> {
 }
 
 /// One vectored write of a packet whose payload is private memory.
-fn send_private(channel: &Channel, shared: &SourceShared, header: &[u8], payload: &[u8]) -> Result<()> {
-    shared.pace(header.len() + payload.len())?;
+fn send_private(channel: &Channel, header: &[u8], payload: &[u8]) -> Result<()> {
     channel
         .send_vectored(&mut [IoSlice::new(header), IoSlice::new(payload)])
         .map_err(|error| packet_error(payload.len(), error))

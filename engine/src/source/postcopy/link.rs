@@ -1,29 +1,28 @@
 //! One connection of a post-copy, from the switch or a recovery until it breaks or all is over.
 
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use multifd_transports::{Channel, Pacer};
+use multifd_wire::ALIVE_PING;
 
 use super::PreemptStyle;
+use super::bulk::{Bulk, LOOK_AGAIN};
 use super::sender::PageSender;
+use super::urgent::UrgentChannel;
+use super::wanted::Wanted;
 use crate::error::{Error, ErrorKind, Phase, Result};
-use crate::run::counters::ChannelCounters;
-use crate::run::stop::lock;
 use crate::run::workers::Crew;
+use crate::source::carrier::Channels;
 use crate::source::main_writer::MainWriter;
 use crate::source::return_path::ReturnPathReader;
-use crate::source::shared::SourceShared;
-use crate::work::{BlockIndex, HostPages, ScanPlace, UrgentPages};
+use crate::stream::dialect::ALIVE_INTERVAL;
 
 /// Pages of the background stream in one go: what a page that is asked for meanwhile waits for, on main.
 const BATCH: usize = 32;
 
 /// Pages in a section of main.
 const SECTION_PAGES: usize = 4096;
-
-/// How long a wait for the bandwidth limit may be, before the limit is looked at again.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// The value of the PING behind the package, which is QEMU's.
 const PACKAGE_PING: u32 = 4;
@@ -33,25 +32,12 @@ pub(super) struct Link {
     pages: PageSender,
     return_path: ReturnPathReader,
     crew: Crew,
-    urgent: Option<UrgentChannel>,
+    wanted: Arc<Wanted>,
+    urgent: Vec<UrgentChannel>,
+    /// What carries the background stream; without them, main does.
+    channels: Option<Channels>,
     /// The package went over this link.
     first: bool,
-}
-
-/// The channel for pages that are asked for; its thread sends.
-struct UrgentChannel {
-    channel: Arc<Channel>,
-    style: PreemptStyle,
-    sending: Arc<Sending>,
-}
-
-/// What the thread of pages that are asked for shares with the background stream.
-#[derive(Default)]
-struct Sending {
-    /// Held while pages are claimed and sent.
-    busy: Mutex<()>,
-    /// Behind the last page that was asked for: there the background stream goes on.
-    behind: Mutex<Option<ScanPlace>>,
 }
 
 /// How a link has ended.
@@ -66,89 +52,123 @@ pub(super) struct LinkEnd {
 }
 
 impl Link {
-    /// The link over which the package went.
-    pub(super) fn new(main: MainWriter, return_path: ReturnPathReader, crew: Crew) -> Self {
-        Self { first: true, ..Self::recovered(main, return_path, crew) }
+    /// The link over which the package went, with the parallel channels that go on.
+    pub(super) fn new(
+        main: MainWriter,
+        return_path: ReturnPathReader,
+        crew: Crew,
+        wanted: Wanted,
+        channels: Option<Channels>,
+    ) -> Self {
+        Self { first: true, ..Self::recovered(main, return_path, crew, wanted, channels) }
     }
 
     /// A link that replaces one that broke.
-    pub(super) fn recovered(main: MainWriter, return_path: ReturnPathReader, crew: Crew) -> Self {
+    pub(super) fn recovered(
+        main: MainWriter,
+        return_path: ReturnPathReader,
+        crew: Crew,
+        wanted: Wanted,
+        channels: Option<Channels>,
+    ) -> Self {
         let pages = PageSender::new(Arc::clone(main.channel()), main.name());
-        Self { main, pages, return_path, crew, urgent: None, first: false }
+        let (wanted, urgent) = (Arc::new(wanted), Vec::new());
+        Self { main, pages, return_path, crew, wanted, urgent, channels, first: false }
     }
 
-    /// Sends pages that are asked for on `channel` from now on.
-    pub(super) fn start_urgent(
-        &mut self,
-        channel: Arc<Channel>,
-        style: PreemptStyle,
-        place: ScanPlace,
-        shared: &Arc<SourceShared>,
-    ) -> Result<()> {
-        let sending = Arc::new(Sending::default());
-        let name = format!("channel of pages that are asked for ({})", channel.peer());
-        let mut worker = UrgentWorker {
-            pages: PageSender::new(Arc::clone(&channel), name),
-            counters: shared.session.counters.urgent(&channel),
-            return_path: self.return_path.clone(),
-            shared: Arc::clone(shared),
-            sending: Arc::clone(&sending),
-            place,
-        };
-        self.crew.spawn("mig-urgent", Phase::Postcopy, move || worker.run())?;
-        let watch = Watch { channel: Arc::clone(&channel), return_path: self.return_path.clone() };
-        self.crew.spawn("mig-urgent-in", Phase::Postcopy, move || watch.run())?;
-        self.urgent = Some(UrgentChannel { channel, style, sending });
+    /// Sends pages that are asked for on `channel` from now on, too.
+    pub(super) fn start_urgent(&mut self, channel: Arc<Channel>, style: PreemptStyle) -> Result<()> {
+        let urgent = UrgentChannel::start(channel, style, &self.wanted, &self.return_path, &self.crew)?;
+        self.urgent.push(urgent);
         Ok(())
     }
 
     /// Sends all that is dirty, what is wanted first, ends the stream, and waits for the destination's word.
-    pub(super) fn serve(
-        &mut self,
-        shared: &SourceShared,
-        pacer: &Pacer,
-        place: &mut ScanPlace,
-    ) -> Result<()> {
+    pub(super) fn serve(&mut self) -> Result<()> {
         self.main.enter(Phase::Postcopy);
         if self.first {
             self.main.ping(PACKAGE_PING)?;
         }
-        let urgent = shared.urgent.get();
-        let urgent = urgent.ok_or_else(|| Error::bug(Phase::Postcopy, "no queue for wanted pages"))?;
-        self.stream(shared, urgent, pacer, place)?;
-        self.finish(shared)
+        match &self.channels {
+            Some(channels) => {
+                let (scan, pacer) = (self.wanted.scan(), self.wanted.pacer());
+                let bulk = Bulk::new(scan, pacer, &self.return_path, channels.workers());
+                channels.start_bulk(&bulk);
+                self.oversee(&bulk)?;
+            }
+            None => self.stream()?,
+        }
+        self.finish()
     }
 
-    fn stream(
-        &mut self,
-        shared: &SourceShared,
-        urgent: &UrgentPages,
-        pacer: &Pacer,
-        place: &mut ScanPlace,
-    ) -> Result<()> {
-        let host_pages = &shared.ram.host_pages;
+    /// The parallel channels have the background stream. Main says that this end is alive; what is asked for goes there if
+    /// it has no channel of its own.
+    fn oversee(&mut self, bulk: &Bulk) -> Result<()> {
+        let wanted = Arc::clone(&self.wanted);
+        let on_main = self.urgent.is_empty();
+        let mut claimed = Vec::new();
+        loop {
+            self.check_goes_on()?;
+            while on_main && self.send_wanted(&mut claimed)? > 0 {
+                self.main.end_of_section()?;
+            }
+            if bulk.is_done() {
+                return Ok(());
+            }
+            let ready = || bulk.is_done() || (on_main && !wanted.is_empty());
+            if !self.return_path.wait_until(ALIVE_INTERVAL, ready) {
+                self.main.ping(ALIVE_PING)?;
+            }
+        }
+    }
+
+    fn check_goes_on(&self) -> Result<()> {
+        if self.crew.stop().tripped() { Err(Error::stopped(Phase::Postcopy)) } else { Ok(()) }
+    }
+
+    /// Sends pages that are wanted in a section of main of their own, and gives how many.
+    fn send_wanted(&mut self, claimed: &mut Vec<usize>) -> Result<usize> {
+        let wanted = Arc::clone(&self.wanted);
+        let Some(before) = wanted.claim(claimed)? else { return Ok(0) };
+        let (shared, counters) = (wanted.shared(), &wanted.shared().session.counters.main);
+        let sent = self
+            .begin_section(0)
+            .and_then(|()| self.pages.send(shared, counters, before.block, claimed))
+            .inspect_err(|_| wanted.put_back(before, claimed))?;
+        wanted.sent(before, claimed, sent);
+        Ok(claimed.len())
+    }
+
+    /// Everything on main but what has a channel of its own.
+    fn stream(&mut self) -> Result<()> {
+        let wanted = Arc::clone(&self.wanted);
+        let (shared, pacer) = (wanted.shared(), wanted.pacer());
         let counters = &shared.session.counters.main;
         let (mut claimed, mut in_section) = (Vec::new(), 0);
         loop {
-            if self.crew.stop().tripped() {
-                return Err(Error::stopped(Phase::Postcopy));
-            }
-            let block = match self.claim_wanted(host_pages, urgent, place, &mut claimed) {
-                Some(block) => block,
+            self.check_goes_on()?;
+            let before = if self.urgent.is_empty() { wanted.claim(&mut claimed)? } else { None };
+            let block = match before {
+                Some(before) => before.block,
                 None => {
                     if let Some(wait) = pacer.debt() {
-                        self.return_path.wait_for_request(urgent, wait.min(LOOK_AGAIN));
+                        let on_main = self.urgent.is_empty();
+                        let ready = || on_main && !wanted.is_empty();
+                        self.return_path.wait_until(wait.min(LOOK_AGAIN), ready);
                         continue;
                     }
-                    let Some(block) = host_pages.claim(place, batch(pacer), &mut claimed) else { break };
+                    let Some(block) = wanted.scan().claim(shared, batch(pacer), &mut claimed) else { break };
                     block
                 }
             };
             let sent = self
                 .begin_section(in_section)
                 .and_then(|()| self.pages.send(shared, counters, block, &claimed))
-                .inspect_err(|_| host_pages.put_back(block, &claimed))?;
-            pacer.charge(sent);
+                .inspect_err(|_| shared.ram.host_pages.put_back(block, &claimed))?;
+            match before {
+                Some(before) => wanted.sent(before, &claimed, sent),
+                None => pacer.charge(sent),
+            }
             in_section += claimed.len();
             if in_section >= SECTION_PAGES {
                 self.main.end_of_section()?;
@@ -156,25 +176,6 @@ impl Link {
             }
         }
         if in_section > 0 { self.main.end_of_section() } else { Ok(()) }
-    }
-
-    /// Pages that are asked for and go on main; with a channel of their own, only the place behind them.
-    fn claim_wanted(
-        &self,
-        host_pages: &HostPages,
-        urgent: &UrgentPages,
-        place: &mut ScanPlace,
-        claimed: &mut Vec<usize>,
-    ) -> Option<BlockIndex> {
-        match &self.urgent {
-            None => host_pages.claim_wanted(urgent, place, claimed),
-            Some(own) => {
-                if let Some(behind) = lock(&own.sending.behind).take() {
-                    *place = behind;
-                }
-                None
-            }
-        }
     }
 
     fn begin_section(&mut self, in_section: usize) -> Result<()> {
@@ -186,25 +187,15 @@ impl Link {
     }
 
     /// All pages are out: the end of RAM, of the stream, and the destination's answer.
-    fn finish(&mut self, shared: &SourceShared) -> Result<()> {
-        if let Some(own) = &self.urgent {
-            // What was claimed there has been sent when this is free.
-            drop(lock(&own.sending.busy));
-        }
-        if self.crew.stop().tripped() {
-            return Err(Error::stopped(Phase::Postcopy));
-        }
+    fn finish(&mut self) -> Result<()> {
+        self.urgent.iter().for_each(UrgentChannel::settle);
+        self.check_goes_on()?;
         self.main.ram_end();
         self.main.end_of_section()?;
         self.return_path.expect_shut();
         self.main.eof()?;
-        if let Some(UrgentChannel { channel, style: PreemptStyle::AtSetup, .. }) = &self.urgent {
-            // A destination that has seen the end on main may have closed this channel, or waits for its end: its SHUT tells.
-            if let Err(error) = PageSender::end_of_records(channel) {
-                tracing::debug!(%error, "ending the channel of pages that are asked for");
-            }
-        }
-        self.return_path.wait_for_shut(shared.session.timeout)
+        self.urgent.iter().for_each(UrgentChannel::say_end);
+        self.return_path.wait_for_shut(self.wanted.shared().session.timeout)
     }
 
     /// When the devices had been loaded.
@@ -215,9 +206,8 @@ impl Link {
     /// Ends the threads of a link that is not needed any more.
     pub(super) fn close(self) {
         self.return_path.close();
-        if let Some(own) = &self.urgent {
-            own.channel.closer().close();
-        }
+        self.urgent.iter().for_each(UrgentChannel::close);
+        self.channels.iter().for_each(Channels::close);
         self.crew.join();
     }
 
@@ -231,7 +221,9 @@ impl Link {
         let refused = refusal.is_some();
         // A destination that gives up hangs up as well: which of the two shows first is chance.
         let cause = refusal.filter(|_| cause.kind() == ErrorKind::Transport).unwrap_or(cause);
-        let by_peer = refused || self.return_path.ended() || is_hang_up(&cause);
+        // Another connection can break without main, for reasons of the network's: the guest may be about to run there.
+        let on_main = cause.channel() == Some(self.main.name().as_str());
+        let by_peer = refused || self.return_path.ended() || (on_main && is_hang_up(&cause));
         LinkEnd { loaded: self.return_path.loaded(), by_peer, refused, cause }
     }
 }
@@ -250,67 +242,4 @@ fn batch(pacer: &Pacer) -> usize {
     let Some(rate) = pacer.rate() else { return BATCH };
     let pages = rate.get() / 40 / crate::guest::PAGE as u64;
     usize::try_from(pages).unwrap_or(BATCH).clamp(1, BATCH)
-}
-
-/// The thread that sends pages that are asked for.
-struct UrgentWorker {
-    pages: PageSender,
-    counters: Arc<ChannelCounters>,
-    return_path: ReturnPathReader,
-    shared: Arc<SourceShared>,
-    sending: Arc<Sending>,
-    place: ScanPlace,
-}
-
-impl UrgentWorker {
-    fn run(&mut self) -> Result<()> {
-        let shared = Arc::clone(&self.shared);
-        let urgent = shared.urgent.get();
-        let urgent = urgent.ok_or_else(|| Error::bug(Phase::Postcopy, "no queue for wanted pages"))?;
-        let mut claimed = Vec::new();
-        while self.return_path.next_request(urgent) {
-            let sending = Arc::clone(&self.sending);
-            let _busy = lock(&sending.busy);
-            let host_pages = &shared.ram.host_pages;
-            while let Some(block) = host_pages.claim_wanted(urgent, &mut self.place, &mut claimed) {
-                self.pages
-                    .send(&shared, &self.counters, block, &claimed)
-                    .inspect_err(|_| host_pages.put_back(block, &claimed))?;
-                *lock(&sending.behind) = Some(self.place);
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The thread that sees when the channel of pages that are asked for ends: a page that is lost there would be waited for until
-/// another is sent.
-struct Watch {
-    channel: Arc<Channel>,
-    return_path: ReturnPathReader,
-}
-
-impl Watch {
-    fn run(&self) -> Result<()> {
-        let name = || format!("channel of pages that are asked for ({})", self.channel.peer());
-        loop {
-            let received = self.channel.recv(&mut [0]);
-            // At the end, the destination closes it as it likes.
-            if self.return_path.is_ending() {
-                return Ok(());
-            }
-            match received {
-                Ok(0) => {
-                    let detail = "the destination closed it before the end";
-                    return Err(Error::new(ErrorKind::Transport, Phase::Postcopy, detail).on(name()));
-                }
-                Ok(_) => {
-                    let detail = "bytes came back, expected none";
-                    return Err(Error::misbehaved(Phase::Postcopy, detail).on(name()));
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {}
-                Err(error) => return Err(Error::io(Phase::Postcopy, "waiting for its end", error).on(name())),
-            }
-        }
-    }
 }

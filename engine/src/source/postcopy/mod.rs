@@ -8,10 +8,14 @@
 //!
 //! What goes over one connection is a [`Link`](link::Link): its threads and its stop switch end with it, the rest stays.
 
+mod bulk;
 mod link;
+mod neighbours;
 mod recover;
 mod sender;
 mod switch;
+mod urgent;
+mod wanted;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,18 +23,23 @@ use std::time::{Duration, Instant};
 use multifd_transports::Channel;
 use multifd_wire::Configuration;
 
+pub(super) use self::bulk::Bulk;
 use self::link::Link;
-use super::carrier::Carrier;
+pub(super) use self::neighbours::Neighbours;
+pub(super) use self::switch::UrgentChannels;
+use self::wanted::{Scan, Wanted};
+use super::carrier::{Carrier, Channels};
 use super::control::Control;
 use super::dialer::Dialer;
 use super::migration::{Migration, micros};
+use super::return_path::ReturnPathReader;
 use super::shared::SourceShared;
 use crate::convergence::{DowntimeLedger, RoundRecord};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::report::{PostcopyReport, Report};
-use crate::run::session::{HandOver, ProgressReader};
+use crate::run::session::{HandOver, ProgressReader, Session};
 use crate::run::state::MigrationState;
-use crate::work::ScanPlace;
+use crate::stream::dialect::{FEATURE_NEIGHBOURS, FEATURE_URGENT_CHANNELS};
 
 /// What a source was told about a post-copy that may come.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +47,21 @@ pub(super) struct PostcopySettings {
     /// Pages that are asked for have a connection of their own.
     pub(super) preempt: bool,
     pub(super) preempt_style: PreemptStyle,
+    /// How many connections, to a destination that takes several.
+    pub(super) urgent_channels: usize,
+}
+
+impl PostcopySettings {
+    /// How many channels there are for pages that are asked for. `parallel`: the background stream has channels of its own, so
+    /// that the destination can be reached by more than one connection.
+    fn urgent(&self, shared: &SourceShared, parallel: bool) -> usize {
+        match (self.preempt, shared.peer_can(FEATURE_URGENT_CHANNELS)) {
+            (true, true) => self.urgent_channels.max(1),
+            (true, false) => 1,
+            (false, true) if parallel => self.urgent_channels,
+            (false, _) => 0,
+        }
+    }
 }
 
 /// When the channel for pages that are asked for is connected, and how it ends; the destination's machine type decides.
@@ -58,6 +82,39 @@ impl PreemptStyle {
     }
 }
 
+/// How long main may take to show that the destination has ended, when another connection has shown that already.
+const WORD_OF_MAIN: Duration = Duration::from_secs(2);
+
+/// A connection beside main has broken. That ends the link; but as long as the devices have not been loaded, a destination that
+/// has ended gives the guest back, and only main tells that.
+fn wait_for_main(session: &Session, return_path: &ReturnPathReader) {
+    if session.state() == MigrationState::PostcopyDevice {
+        return_path.rest(WORD_OF_MAIN);
+    }
+}
+
+/// Watches a connection on which only this end sends. Returns when nothing waits for its pages any more.
+///
+/// # Errors
+/// It has broken, and pages that were on their way may be lost without the destination knowing of it.
+fn watch(channel: &Channel, name: &str, return_path: &ReturnPathReader) -> Result<()> {
+    loop {
+        let error = match channel.recv(&mut [0]) {
+            Err(error) if error.kind() == std::io::ErrorKind::TimedOut && !return_path.has_stopped() => {
+                continue;
+            }
+            Ok(0) => {
+                let detail = "the destination closed it before the end";
+                Error::new(ErrorKind::Transport, Phase::Postcopy, detail)
+            }
+            Ok(_) => Error::misbehaved(Phase::Postcopy, "bytes came back, expected none"),
+            Err(error) => Error::io(Phase::Postcopy, "waiting for its end", error),
+        };
+        // At the end, the destination closes it as it likes; that it is the end, it says on main.
+        return if return_path.is_over_within(WORD_OF_MAIN) { Ok(()) } else { Err(error.on(name)) };
+    }
+}
+
 /// A guest that runs at its destination, or is about to, and needs the RAM that is here.
 ///
 /// The source's memory may only be freed or written when [`Postcopy::serve`] has completed. Dropped before that, the link is
@@ -72,7 +129,9 @@ pub struct Postcopy {
     /// `None`: paused, or over.
     link: Option<Link>,
     /// Where the background stream goes on.
-    place: ScanPlace,
+    scan: Arc<Scan>,
+    /// Parallel channels that carry it; 0: main does.
+    channels: usize,
     setup: Duration,
     decisions: Vec<RoundRecord>,
     ledger: DowntimeLedger,
@@ -104,7 +163,7 @@ impl Postcopy {
             let detail = format!("the migration is {}: there is no link to serve", self.control.state());
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Postcopy, detail));
         };
-        match link.serve(&self.shared, self.control.postcopy_pacer(), &mut self.place) {
+        match link.serve() {
             Ok(()) => self.complete().map(|report| Served::Completed(Box::new(report))),
             Err(error) => self.broken(error),
         }
@@ -127,31 +186,24 @@ impl Postcopy {
 
     /// After the package with RUN.
     fn new(migration: Migration, parts: switch::Switched, decisions: Vec<RoundRecord>) -> Result<Self> {
-        let switch::Switched { settings, place, ledger, handed_over } = parts;
-        let Migration {
-            main,
-            carrier,
-            shared,
-            control,
-            crew,
-            return_path,
-            dialer,
-            urgent_channel,
-            setup,
-            ..
-        } = migration;
+        let switch::Switched { settings, place, urgent, keeps_channels, ledger, handed_over } = parts;
+        let Migration { main, carrier, shared, control, crew, return_path, dialer, setup, .. } = migration;
         let return_path =
             return_path.ok_or_else(|| Error::bug(Phase::Postcopy, "a post-copy without a return path"))?;
         control.set_link(crew.stop());
-        let link = Link::new(main, return_path, crew);
+        let (channels, carrier) = match carrier {
+            Carrier::Channels(channels) if keeps_channels => (Some(channels), Carrier::Main),
+            carrier => (None, carrier),
+        };
         let mut this = Self {
             shared,
             control,
             carrier,
             dialer,
             settings,
-            link: Some(link),
-            place,
+            link: None,
+            scan: Scan::new(place),
+            channels: channels.as_ref().map_or(0, Channels::workers),
             setup,
             decisions,
             ledger,
@@ -159,14 +211,23 @@ impl Postcopy {
             running: None,
             recoveries: 0,
         };
-        this.start_urgent(urgent_channel)?;
+        let wanted = this.wanted(!urgent.is_empty());
+        let mut link = Link::new(main, return_path, crew, wanted, channels);
+        this.start_urgent(&mut link, urgent)?;
+        this.link = Some(link);
         Ok(this)
     }
 
-    /// Gives the link its channel for pages that are asked for.
-    fn start_urgent(&mut self, channel: Option<Arc<Channel>>) -> Result<()> {
-        let (Some(link), Some(channel)) = (&mut self.link, channel) else { return Ok(()) };
-        link.start_urgent(channel, self.settings.preempt_style, self.place, &self.shared)
+    /// What goes before its turn over a link. `urgent`: it has channels for that.
+    fn wanted(&self, urgent: bool) -> Wanted {
+        let again = self.shared.peer_can(FEATURE_NEIGHBOURS) && (urgent || self.channels > 0);
+        Wanted::new(&self.shared, &self.scan, self.control.postcopy_pacer(), again)
+    }
+
+    /// Gives a link its channels for pages that are asked for.
+    fn start_urgent(&self, link: &mut Link, channels: Vec<Arc<Channel>>) -> Result<()> {
+        let style = self.settings.preempt_style;
+        channels.into_iter().try_for_each(|channel| link.start_urgent(channel, style))
     }
 
     fn complete(&mut self) -> Result<Report> {
@@ -191,6 +252,8 @@ impl Postcopy {
         report.postcopy = Some(PostcopyReport {
             requests: report.progress.requests,
             pages_requested: report.progress.pages_requested,
+            neighbours_pushed: report.progress.neighbours_pushed,
+            pages_repeated: report.progress.pages_repeated,
             recoveries: self.recoveries,
             faults: None,
             run_after: self.running.map(|running| session.elapsed().saturating_sub(running.elapsed())),

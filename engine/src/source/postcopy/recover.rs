@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::state::MigrationState;
 use crate::run::stop::StopSwitch;
 use crate::run::workers::Crew;
+use crate::source::carrier::{Channels, SyncPoints};
 use crate::source::main_writer::MainWriter;
 use crate::source::return_path::ReturnPathReader;
 use crate::source::return_path::received_pages::set_missing;
@@ -19,7 +20,21 @@ use crate::source::return_path::received_pages::set_missing;
 /// Where the connections of a recovery come from.
 enum NewConnections<'a> {
     Dialled(&'a Endpoint, Duration),
-    Own(Channel, Option<Channel>),
+    Own(OwnConnections),
+}
+
+/// The caller's.
+struct OwnConnections {
+    main: Channel,
+    /// In the order of their numbers.
+    channels: Vec<Channel>,
+    urgent: Vec<Channel>,
+}
+
+/// The connections beside main.
+enum Others<'a> {
+    Dialled(&'a Endpoint),
+    Own { channels: Vec<Channel>, urgent: Vec<Channel> },
 }
 
 impl Postcopy {
@@ -33,12 +48,30 @@ impl Postcopy {
     }
 
     /// The same over connections that the caller has made: main, and one for pages that are asked for where the settings have
-    /// that.
+    /// that. Pages that are not asked for go on main.
     ///
     /// # Errors
     /// As [`Postcopy::recover`].
     pub fn recover_over(&mut self, main: Channel, urgent: Option<Channel>) -> Result<()> {
-        self.replace_link(NewConnections::Own(main, urgent))
+        self.recover_over_channels(main, Vec::new(), urgent.into_iter().collect())
+    }
+
+    /// The same with parallel channels, where there were some at the switch and the destination took pages on them after it: in
+    /// the order of their numbers; and with several for pages that are asked for.
+    ///
+    /// # Errors
+    /// As [`Postcopy::recover`], and `ApiMisuse` for more channels than there were.
+    pub fn recover_over_channels(
+        &mut self,
+        main: Channel,
+        channels: Vec<Channel>,
+        urgent: Vec<Channel>,
+    ) -> Result<()> {
+        if channels.len() > self.channels {
+            let detail = format!("{} parallel channels, expected at most {}", channels.len(), self.channels);
+            return Err(Error::new(ErrorKind::ApiMisuse, Phase::Postcopy, detail).after_hand_over());
+        }
+        self.replace_link(NewConnections::Own(OwnConnections { main, channels, urgent }))
     }
 
     fn replace_link(&mut self, connections: NewConnections<'_>) -> Result<()> {
@@ -63,11 +96,13 @@ impl Postcopy {
     }
 
     fn try_link(&mut self, connections: NewConnections<'_>, stop: StopSwitch) -> Result<()> {
-        let (main, urgent) = match connections {
+        let (main, others) = match connections {
             NewConnections::Dialled(endpoint, within) => {
-                (self.dialer.dial_within(endpoint, "main", &stop, within)?, Err(endpoint))
+                (self.dialer.dial_within(endpoint, "main", &stop, within)?, Others::Dialled(endpoint))
             }
-            NewConnections::Own(main, urgent) => (main, Ok(urgent)),
+            NewConnections::Own(OwnConnections { main, channels, urgent }) => {
+                (main, Others::Own { channels, urgent })
+            }
         };
         let channel = self.dialer.adopt(main, &stop)?;
         self.shared.session.counters.main.count_bytes_of(&channel);
@@ -78,30 +113,59 @@ impl Postcopy {
         main.enter(Phase::Postcopy);
         let said = self.shared.id.get().map_or(Ok(()), |id| main.raw(&id.opening()));
         let resumed = said.and_then(|()| self.ask_what_has_arrived(&mut main, &return_path)).and_then(|()| {
-            let urgent = match urgent {
-                _ if !self.settings.preempt => None,
-                Ok(own) => own,
-                Err(endpoint) => {
-                    Some(self.dialer.dial(endpoint, "the channel for pages that are asked for", &stop)?)
-                }
-            };
-            let urgent = urgent.map(|channel| self.dialer.adopt(channel, &stop)).transpose()?;
+            let (channels, urgent) = self.connect_others(others, &stop, &crew)?;
             main.command(Command::PostcopyResume)?;
             return_path.wait_for_resumed(self.shared.session.timeout)?;
-            Ok(urgent)
+            Ok((channels, urgent))
         });
-        let mut link = Link::recovered(main, return_path, crew);
-        let urgent = match resumed {
-            Ok(urgent) => urgent,
-            Err(error) => return Err(link.end(error).cause),
+        let (resumed, channels, urgent) = match resumed {
+            Ok((channels, urgent)) => (Ok(()), channels, urgent),
+            Err(error) => (Err(error), None, Vec::new()),
         };
-        if let Some(channel) = urgent {
-            link.start_urgent(channel, self.settings.preempt_style, self.place, &self.shared)?;
+        let wanted = self.wanted(!urgent.is_empty());
+        let mut link = Link::recovered(main, return_path, crew, wanted, channels);
+        if let Err(error) = resumed.and_then(|()| self.start_urgent(&mut link, urgent)) {
+            return Err(link.end(error).cause);
         }
         self.shared.session.enter(MigrationState::PostcopyActive)?;
         self.recoveries += 1;
         self.link = Some(link);
         Ok(())
+    }
+
+    /// The connections beside main: the destination takes them once it has said what has arrived.
+    fn connect_others(
+        &self,
+        others: Others<'_>,
+        stop: &StopSwitch,
+        crew: &Crew,
+    ) -> Result<(Option<Channels>, Vec<Arc<Channel>>)> {
+        let asked_for = "the channel for pages that are asked for";
+        let (parallel, urgent) = match others {
+            Others::Dialled(endpoint) => {
+                let number = |id: usize| format!("channel {id}");
+                let parallel: Vec<_> = (0..self.channels)
+                    .map(|id| self.dialer.dial(endpoint, &number(id), stop))
+                    .collect::<Result<_>>()?;
+                let count = self.settings.urgent(&self.shared, self.channels > 0);
+                let urgent = (0..count).map(|_| self.dialer.dial(endpoint, asked_for, stop));
+                (parallel, urgent.collect::<Result<_>>()?)
+            }
+            Others::Own { channels, urgent } => {
+                let count = self.settings.urgent(&self.shared, !channels.is_empty());
+                (channels, urgent.into_iter().take(count).collect::<Vec<_>>())
+            }
+        };
+        let urgent = urgent.into_iter().map(|channel| self.dialer.adopt(channel, stop));
+        let urgent = urgent.collect::<Result<Vec<_>>>()?;
+        if parallel.is_empty() {
+            return Ok((None, urgent));
+        }
+        let channels = Channels::new(parallel.len(), SyncPoints::AtFlush, crew);
+        for (id, channel) in (0..=u8::MAX).zip(parallel) {
+            channels.restart(self.dialer.adopt(channel, stop)?, id, &self.shared, crew)?;
+        }
+        Ok((Some(channels), urgent))
     }
 
     /// All pages are dirty that the destination does not have.

@@ -1,20 +1,24 @@
 //! The switch: what is stale at the destination is discarded there, the devices go, the guest starts.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use multifd_transports::Channel;
-use multifd_wire::{Command, DiscardRange, Item, MAX_DISCARD_RANGES};
+use multifd_wire::{Command, DiscardRange, Item, MAX_DISCARD_RANGES, SETUP_PING};
 
-use super::{Postcopy, PostcopySettings};
+use super::urgent::say_end_of_records;
+use super::{Neighbours, Postcopy, PostcopySettings};
 use crate::convergence::DowntimeLedger;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE;
 use crate::run::session::HandOver;
 use crate::run::state::MigrationState;
+use crate::source::carrier::Carrier;
 use crate::source::device_state::DeviceState;
 use crate::source::migration::{Migration, micros};
 use crate::source::precopy::Precopy;
 use crate::source::return_path::LOADED_PING;
+use crate::stream::dialect::{FEATURE_NEIGHBOURS, FEATURE_POSTCOPY_CHANNELS, FEATURE_URGENT_CHANNELS};
 use crate::work::{ScanPlace, UrgentPages};
 
 /// Pages that may be wanted at a time: 1.5 MiB of queue. A request that finds it full is served in the pages' turn.
@@ -28,8 +32,20 @@ const DEVICES_PING: u32 = 3;
 pub(super) struct Switched {
     pub(super) settings: PostcopySettings,
     pub(super) place: ScanPlace,
+    /// The channels for pages that are asked for.
+    pub(super) urgent: Vec<Arc<Channel>>,
+    /// The parallel channels carry the background stream.
+    pub(super) keeps_channels: bool,
     pub(super) ledger: DowntimeLedger,
     pub(super) handed_over: Instant,
+}
+
+/// Connections for pages that are asked for, before the switch.
+#[derive(Default)]
+pub(in crate::source) struct UrgentChannels {
+    all: Vec<Arc<Channel>>,
+    /// Those that have said to a multifd destination what they are.
+    known: usize,
 }
 
 impl Precopy {
@@ -39,15 +55,16 @@ impl Precopy {
     /// # Errors
     /// Anything that broke the migration; the guest may run on.
     pub fn prepare_postcopy(&mut self) -> Result<()> {
-        let result = self.migration.open_urgent_channel();
-        self.migration.caused(result)
+        let result = self.migration.prepare_urgent_channels();
+        self.migration.caused(result).map(drop)
     }
 
-    /// Takes a connection of the caller's for the pages that the guest waits for, where
-    /// [`SourceConfig::postcopy_preempt`](crate::SourceConfig::postcopy_preempt) asks for one and the others are the caller's.
+    /// Takes a connection of the caller's for the pages that the guest waits for, where the others are the caller's: one where
+    /// [`SourceConfig::postcopy_preempt`](crate::SourceConfig::postcopy_preempt) asks for it, and with parallel channels as many as
+    /// [`SourceConfig::postcopy_urgent_channels`](crate::SourceConfig::postcopy_urgent_channels) says, one a call.
     ///
     /// # Errors
-    /// `ApiMisuse` if it was not asked for, or is there already; the migration ends.
+    /// `ApiMisuse` if it was not asked for, or all are there already; the migration ends.
     pub fn with_urgent_channel(mut self, channel: Channel) -> Result<Self> {
         let result = self.migration.take_urgent_channel(channel);
         self.migration.caused(result)?;
@@ -70,32 +87,82 @@ impl Precopy {
 }
 
 impl Migration {
-    /// The channel for pages that are asked for, where one is wanted and not there yet.
-    pub(in crate::source) fn open_urgent_channel(&mut self) -> Result<()> {
-        let wanted = self.postcopy.is_some_and(|settings| settings.preempt);
-        if !wanted || self.urgent_channel.is_some() {
-            return Ok(());
+    /// The channels for pages that are asked for, as far as they are not there yet. Gives how many of them serve.
+    fn prepare_urgent_channels(&mut self) -> Result<usize> {
+        let Some(settings) = self.postcopy else { return Ok(0) };
+        if let Some(return_path) = &self.return_path {
+            // Main must be known as such before a connection comes that has nothing to say who it is; and what the
+            // destination can do, it has said before this.
+            return_path.wait_for_pong(1, self.shared.session.timeout)?;
+            if self.shared.peer_can(FEATURE_URGENT_CHANNELS) {
+                // Behind ADVISE, from which on it takes connections that begin with a record.
+                return_path.wait_for_pong(SETUP_PING, self.shared.session.timeout)?;
+            }
         }
-        let endpoint = self.dialer.endpoint.as_ref().ok_or_else(|| {
-            let detail =
-                "a channel for pages that are asked for, but none was given beside the caller's connections";
-            Error::new(ErrorKind::ApiMisuse, Phase::Connect, detail)
-        })?;
+        let count = settings.urgent(&self.shared, self.can_keep_channels());
+        self.open_urgent_channels(count)?;
+        let UrgentChannels { all, known } = &mut self.urgent_channels;
+        if self.shared.peer_can(FEATURE_URGENT_CHANNELS) {
+            // Without a page a channel has said nothing, and a sync point would wait for it to be told from a parallel one.
+            for channel in all.iter().skip(*known) {
+                say_end_of_records(channel).map_err(|error| {
+                    let name = format!("channel of pages that are asked for ({})", channel.peer());
+                    Error::io(Phase::Connect, "the first record", error).on(name)
+                })?;
+            }
+            *known = all.len();
+        }
+        Ok(count.min(all.len()))
+    }
+
+    /// Dials until there are `count` channels for pages that are asked for.
+    pub(in crate::source) fn open_urgent_channels(&mut self, count: usize) -> Result<()> {
         let stop = &self.shared.session.stop;
-        let channel = self.dialer.dial(endpoint, "the channel for pages that are asked for", stop)?;
-        self.urgent_channel = Some(self.dialer.adopt(channel, stop)?);
+        while self.urgent_channels.all.len() < count {
+            let Some(endpoint) = &self.dialer.endpoint else {
+                let asked_for = self.postcopy.is_some_and(|settings| settings.preempt);
+                if !asked_for || !self.urgent_channels.all.is_empty() {
+                    break;
+                }
+                let detail = "a channel for pages that are asked for, but none was given beside the caller's connections";
+                return Err(Error::new(ErrorKind::ApiMisuse, Phase::Connect, detail));
+            };
+            let channel = self.dialer.dial(endpoint, "the channel for pages that are asked for", stop)?;
+            self.urgent_channels.all.push(self.dialer.adopt(channel, stop)?);
+        }
         Ok(())
     }
 
     fn take_urgent_channel(&mut self, channel: Channel) -> Result<()> {
-        let wanted = self.postcopy.is_some_and(|settings| settings.preempt);
-        if !wanted || self.urgent_channel.is_some() {
+        let most = match self.postcopy {
+            Some(settings) if settings.preempt => settings.urgent_channels.max(1),
+            Some(settings) if matches!(self.carrier, Carrier::Channels(_)) => settings.urgent_channels,
+            _ => 0,
+        };
+        if self.urgent_channels.all.len() >= most {
             let detail =
                 "a channel for pages that are asked for, which was not asked for or is there already";
             return Err(Error::new(ErrorKind::ApiMisuse, Phase::Connect, detail));
         }
-        self.urgent_channel = Some(self.dialer.adopt(channel, &self.shared.session.stop)?);
+        self.urgent_channels.all.push(self.dialer.adopt(channel, &self.shared.session.stop)?);
         Ok(())
+    }
+
+    /// There are parallel channels, and the destination takes pages on them after the switch.
+    fn can_keep_channels(&self) -> bool {
+        matches!(self.carrier, Carrier::Channels(_)) && self.shared.peer_can(FEATURE_POSTCOPY_CHANNELS)
+    }
+
+    /// The sync point at the switch: behind all pages that went on the parallel channels, before the discards. The destination
+    /// lets nothing that follows on them into memory before LISTEN.
+    fn keep_channels(&mut self) -> Result<bool> {
+        let Carrier::Channels(channels) = &self.carrier else { return Ok(false) };
+        if !self.can_keep_channels() {
+            return Ok(false);
+        }
+        self.main.command(Command::PostcopyChannels)?;
+        channels.sync()?;
+        Ok(true)
     }
 
     fn switch(&mut self, state: &DeviceState) -> Result<Switched> {
@@ -103,18 +170,19 @@ impl Migration {
             let detail = "a switch to post-copy, which was not allowed when the migration began";
             Error::new(ErrorKind::ApiMisuse, Phase::Active, detail)
         })?;
-        if let Some(return_path) = &self.return_path {
-            // Main must be known as such before a connection comes that has nothing to say who it is.
-            return_path.wait_for_pong(1, self.shared.session.timeout)?;
-        }
-        self.open_urgent_channel()?;
+        let urgent_channels = self.prepare_urgent_channels()?;
         let mut ledger = DowntimeLedger::default();
         let busy = self.alive.busy();
         self.begin_switch_over(&mut ledger, &busy)?;
         let begun = Instant::now();
+        let keeps_channels = self.keep_channels()?;
         let urgent = UrgentPages::new(MOST_WANTED, &self.shared.ram.dirty);
         if self.shared.urgent.set(urgent).is_err() {
             return Err(Error::bug(Phase::Device, "pages were wanted before the switch to post-copy"));
+        }
+        let can_push = urgent_channels > 0 && self.shared.peer_can(FEATURE_NEIGHBOURS);
+        if can_push && self.shared.neighbours.set(Neighbours::default()).is_err() {
+            return Err(Error::bug(Phase::Device, "neighbours before the switch to post-copy"));
         }
         let ram = &self.shared.ram;
         // What was a hole when the migration began may have been written since, and no round follows that would tell.
@@ -129,7 +197,9 @@ impl Migration {
         // The background stream has main from here on.
         self.alive.end();
         ledger.device_state_us = micros(begun.elapsed());
-        Ok(Switched { settings, place, ledger, handed_over: Instant::now() })
+        let mut urgent = std::mem::take(&mut self.urgent_channels.all);
+        urgent.truncate(urgent_channels);
+        Ok(Switched { settings, place, urgent, keeps_channels, ledger, handed_over: Instant::now() })
     }
 
     /// Has the destination drop every page that is stale there, or was never sent.

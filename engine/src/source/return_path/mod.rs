@@ -20,7 +20,7 @@ use crate::run::state::MigrationState;
 use crate::run::stop::{Monitor, StopSwitch};
 use crate::run::workers::Crew;
 use crate::stream::dialect;
-use crate::work::{BlockIndex, Requested, UrgentPages, WantedPage};
+use crate::work::{BlockIndex, Requested, WantedPage};
 
 /// Reads the return path on a thread of its own until SHUT, the destination's last message. Clones are of the same.
 #[derive(Clone)]
@@ -165,17 +165,39 @@ impl ReturnPathReader {
         self.received.read(|received| received.ended)
     }
 
-    /// Waits until pages are wanted, for `limit` at most.
-    pub(super) fn wait_for_request(&self, urgent: &UrgentPages, limit: Duration) {
-        self.received.wait(&self.stop, Some(limit), |_| (!urgent.is_empty()).then_some(()));
+    /// Waits for `ready`, which requests or [`ReturnPathReader::notify`] can make true, for `limit` at most. False: it is not,
+    /// or the link has ended.
+    pub(super) fn wait_until(&self, limit: Duration, ready: impl Fn() -> bool) -> bool {
+        self.received.wait(&self.stop, Some(limit), |_| ready().then_some(())).is_some()
     }
 
-    /// Waits until pages are wanted. False: none will be any more.
-    pub(super) fn next_request(&self, urgent: &UrgentPages) -> bool {
-        let wanted = self.received.wait(&self.stop, None, |received| {
-            if received.closing { Some(false) } else { (!urgent.is_empty()).then_some(true) }
+    /// Waits for `limit`, or until the link has ended.
+    pub(super) fn rest(&self, limit: Duration) {
+        self.received.wait(&self.stop, Some(limit), |_| None::<()>);
+    }
+
+    /// Waits for the destination's word that all has arrived, for `limit` at most. True also when nothing waits for it any more.
+    pub(super) fn is_over_within(&self, limit: Duration) -> bool {
+        let over = |received: &mut Received| (received.arrived || received.closing).then_some(());
+        self.received.wait(&self.stop, Some(limit), over).is_some()
+    }
+
+    /// Has every [`ReturnPathReader::wait_until`] look again.
+    pub(super) fn notify(&self) {
+        self.received.modify_and_notify(|_| ());
+    }
+
+    /// The link has ended.
+    pub(super) fn has_stopped(&self) -> bool {
+        self.stop.tripped()
+    }
+
+    /// Waits until pages are `wanted`. False: none will be any more.
+    pub(super) fn next_request(&self, wanted: impl Fn() -> bool) -> bool {
+        let next = self.received.wait(&self.stop, None, |received| {
+            if received.closing { Some(false) } else { wanted().then_some(true) }
         });
-        wanted.unwrap_or(false)
+        next.unwrap_or(false)
     }
 
     /// True when SHUT may come.
@@ -312,7 +334,9 @@ impl Worker {
         let phase = || self.phase();
         match self.channel.recv(&mut piece) {
             Ok(0) => {
-                self.received.modify_silently(|received| received.ended = true);
+                // Once the link has ended here, this end has closed it, and nothing is known of the destination.
+                let ended = !self.stop.tripped();
+                self.received.modify_silently(|received| received.ended |= ended);
                 let detail = match self.shared.session.state().is_postcopy() {
                     true => "the destination closed the return path without SHUT",
                     false => "the destination closed the return path without SHUT: the guest did not arrive",
@@ -397,8 +421,14 @@ impl Worker {
         let counters = &self.shared.session.counters;
         Counters::add(&counters.requests, 1);
         Counters::add(&counters.pages_requested, pages.len());
+        let outgoing = self.shared.ram.blocks.at(block);
+        // A huge page has its neighbours with it.
+        if let Some(neighbours) = self.shared.neighbours.get().filter(|_| outgoing.per_host == 1) {
+            let dirty = self.shared.ram.dirty.at(block);
+            pages.clone().for_each(|page| neighbours.note(block, page, dirty));
+        }
         // A host page is asked for by its first page.
-        for page in pages.step_by(self.shared.ram.blocks.at(block).per_host) {
+        for page in pages.step_by(outgoing.per_host) {
             match urgent.request(WantedPage { block, page }) {
                 Requested::Queued | Requested::Repeated => {}
                 Requested::Full => {
@@ -438,56 +468,4 @@ impl Worker {
 const TLS_ALERT: &[u8; 2] = &[21, 3];
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::source::shared::tests::{ram, shared};
-    use crate::work::Place;
-
-    /// A return path of a source with one block `a` of 8 pages; and the destination's end.
-    fn return_path(crew: &Crew, shared: &Arc<SourceShared>) -> (ReturnPathReader, Channel) {
-        let (ours, theirs) = Channel::pair().unwrap();
-        (ReturnPathReader::start(Arc::new(ours), Arc::clone(shared), crew).unwrap(), theirs)
-    }
-
-    fn say(destination: &Channel, messages: &[ReturnMessage]) {
-        let mut bytes = Vec::new();
-        messages.iter().for_each(|message| message.encode(&mut bytes));
-        destination.send_all(&bytes).unwrap();
-    }
-
-    fn request(offset: u64, len: u32) -> ReturnMessage {
-        ReturnMessage::RequestPages { block: Some("a".try_into().unwrap()), offset, len }
-    }
-
-    #[test]
-    fn pages_that_the_destination_asks_for_are_the_next_that_a_worker_claims() {
-        let shared = shared(ram(&[("a", 8)]));
-        shared.urgent.set(UrgentPages::new(8, &shared.ram.dirty)).unwrap();
-        let crew = Crew::new(shared.session.stop.clone());
-        let (reader, destination) = return_path(&crew, &shared);
-        say(&destination, &[request(5 * 4096, 8192), request(3 * 4096, 4096), ReturnMessage::Pong(7)]);
-        reader.wait_for_pong(7, Duration::from_secs(60)).unwrap();
-        let round = shared.ram.round(1);
-        let mut place = Place::default();
-        let next = shared.next(&round);
-        assert_eq!(next.claim(&mut place, 2).unwrap().pages, [5, 6]);
-        assert_eq!(next.claim(&mut place, 2).unwrap().pages, [3]);
-        assert_eq!(next.claim(&mut place, 8).unwrap().pages, [0, 1, 2, 4, 7]);
-        reader.expect_shut();
-        say(&destination, &[ReturnMessage::Shut(0)]);
-        reader.wait_for_shut(Duration::from_secs(60)).unwrap();
-        crew.join();
-    }
-
-    #[test]
-    fn a_request_for_pages_ends_a_migration_that_has_no_queue_for_them() {
-        let shared = shared(ram(&[("a", 8)]));
-        let crew = Crew::new(shared.session.stop.clone());
-        let (_reader, destination) = return_path(&crew, &shared);
-        say(&destination, &[request(0, 4096)]);
-        crew.join();
-        let error = shared.session.stop.cause_or(Error::stopped(Phase::Active));
-        assert_eq!(error.kind(), ErrorKind::Incompatible);
-        assert!(error.to_string().contains("RequestPages"), "{error}");
-    }
-}
+mod tests;

@@ -105,3 +105,28 @@ fn a_channel_that_ended_too_early_is_an_error_at_once() {
     let error = sync.flush(Duration::from_secs(60)).unwrap_err();
     assert_eq!(error.channel(), Some("channel 0"));
 }
+
+#[test]
+fn a_channel_that_meets_main_at_the_switch_goes_on_when_it_is_let_go_and_none_joins_behind_it() {
+    let stop = StopSwitch::default();
+    let sync = ChannelSync::new(&stop, None);
+    join(&sync, 0);
+    let passed = Monitor::new(false, &stop);
+    let (channel, seen) = (sync.clone(), passed.clone());
+    let crew = Crew::new(stop.clone());
+    crew.spawn("mig-test", Phase::Active, move || {
+        channel.arrive(0)?;
+        seen.modify_and_notify(|passed| *passed = true);
+        Ok(())
+    })
+    .unwrap();
+    assert!(!sync.has_switched());
+    sync.hold(Duration::from_secs(60)).unwrap();
+    assert!(sync.has_switched());
+    let late = sync.join(1, Channel::pair().unwrap().0.closer()).unwrap_err();
+    assert!(matches!(late, JoinError::Early(_) | JoinError::Late(_)));
+    assert!(!passed.read(|passed| *passed), "it goes on before LISTEN");
+    sync.let_go();
+    passed.wait(&stop, Some(Duration::from_secs(60)), |passed| passed.then_some(())).unwrap();
+    crew.join();
+}

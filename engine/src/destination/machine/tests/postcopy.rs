@@ -131,6 +131,36 @@ fn steps_of_a_postcopy_out_of_order_are_the_peers_fault() {
     }
 }
 
+/// What was sent on a channel before the switch is in its place when pages are discarded, and what is sent behind it is not read
+/// before memory is armed.
+#[test]
+fn the_channels_meet_at_the_switch_before_anything_is_discarded() {
+    let channels = || command(Command::PostcopyChannels);
+    let mut session = allowed();
+    session.run(advised()).unwrap();
+    session.done.clear();
+    session.run([channels(), discard(), command(Command::Ping(0x6d66_6131))]).unwrap();
+    session.run(package()).unwrap();
+    assert!(matches!(session.done[..3], [Effect::HoldChannels, Effect::Discard { .. }, Effect::Answer(..)]));
+    assert_eq!(session.done[3], Effect::Listen);
+    let held = || [advised(), vec![channels()]].concat();
+    for (before, then, expected) in [
+        ([advised(), vec![discard()]].concat(), channels(), "PostcopyChannels out of order"),
+        (held(), channels(), "PostcopyChannels out of order"),
+        (switched(), channels(), "PostcopyChannels out of order"),
+        (vec![configuration("pc-q35-10.0")], channels(), "before ram"),
+        (held(), Input::Item(Item::SectionPart(RAM)), "between the sync point at the switch and the package"),
+        (held(), Input::Item(Item::SectionEnd(RAM)), "between the sync point at the switch and the package"),
+        (held(), device(9), "between the sync point at the switch and the package"),
+    ] {
+        let mut session = allowed();
+        session.run(before).unwrap();
+        let error = session.main(then).unwrap_err();
+        assert!(error.to_string().contains(expected), "{expected}: {error}");
+        assert_eq!(error.kind(), ErrorKind::PeerMisbehaved);
+    }
+}
+
 #[test]
 fn a_source_that_may_switch_is_refused_by_name_where_that_is_not_wanted() {
     let mut session = Session::new(true);

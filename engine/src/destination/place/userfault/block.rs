@@ -31,8 +31,8 @@ pub(super) struct Gathered {
     pub(super) zero: bool,
 }
 
-/// Huge pages in the making: a source sends one at a time on each channel.
-const MAX_GATHERED: usize = 8;
+/// Huge pages in the making: a source sends one at a time on each channel, of which it has 255 and those for urgent pages.
+const MAX_GATHERED: usize = 255 + 9;
 
 impl PagedBlock {
     /// What the block is to a pager with that many slices; an error says why it can be none.
@@ -51,6 +51,11 @@ impl PagedBlock {
             requested: DirtyBitmap::new(pages / paging.host_page),
             gathered: Mutex::default(),
         })
+    }
+
+    /// The host page has come: no part of another copy is kept.
+    pub(super) fn forget(&self, host: usize) {
+        lock(&self.gathered).retain(|gathered| gathered.host != host);
     }
 
     /// Target pages in a host page.
