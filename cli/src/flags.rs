@@ -198,12 +198,30 @@ pub(crate) struct Send {
 /// What another multifd checks of what is sent.
 #[derive(Debug, Args)]
 pub(crate) struct Proof {
-    /// No checksums of the parallel channels' packets, which a multifd destination compares before it places a page
-    #[arg(long)]
-    pub(crate) no_checksums: bool,
-    /// No digest of all RAM, which a multifd destination compares with its own before the guest is handed over
-    #[arg(long)]
-    pub(crate) no_digest: bool,
+    /// Checksums of the parallel channels' packets, which a multifd destination compares before it
+    /// places a page. Default: with a codec
+    #[arg(long, overrides_with = "no_checksums")]
+    checksums: bool,
+    /// No such checksums
+    #[arg(long, overrides_with = "checksums")]
+    no_checksums: bool,
+    /// A digest of all RAM, which a multifd destination compares with its own before the guest is
+    /// handed over. Default: with a codec
+    #[arg(long, overrides_with = "no_digest")]
+    digest: bool,
+    /// No such digest
+    #[arg(long, overrides_with = "digest")]
+    no_digest: bool,
+}
+
+impl Proof {
+    pub(crate) fn checksums(&self) -> Option<bool> {
+        (self.checksums || self.no_checksums).then_some(self.checksums)
+    }
+
+    pub(crate) fn digest(&self) -> Option<bool> {
+        (self.digest || self.no_digest).then_some(self.digest)
+    }
 }
 
 /// How RAM follows a guest that runs at the destination.

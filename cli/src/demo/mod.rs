@@ -122,8 +122,8 @@ fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilde
         .postcopy(flags.may_switch())
         .postcopy_preempt(flags.postcopy_preempt)
         .audit(flags.audit)
-        .checksums(!flags.proof.no_checksums)
-        .digest(!flags.proof.no_digest)
+        .checksums(flags.proof.checksums())
+        .digest(flags.proof.digest())
         .limits(flags.convergence.limits(common.downtime_limit))
         .timeout(common.timeout);
     if flags.auto_converge {

@@ -84,14 +84,18 @@ pub struct SourceConfig {
     /// long the channel waits for its link. Between two multifd ends, among none, lz4 and zstd at three levels; towards a QEMU, which
     /// is set to one codec, none. Changes are in the decision log. Not beside a codec. Default: no.
     pub auto_codec: bool,
-    /// Gives each packet of the parallel channels a checksum, which another multifd looks at before it places a page of it: what
-    /// was changed on the way ends the migration, and names channel, packet and block. TLS sees the same, and what was
-    /// changed on purpose, too. Costs a copy of each page and a hash of it, at both ends. Not with zero-copy send. Default: yes.
-    pub checksums: bool,
-    /// Keeps a digest of all RAM as its pages are sent, 8 bytes a page, and has another multifd, which keeps one as they are
-    /// placed, compare them when the last page is there, before the guest is handed over. Up to a switch to post-copy, and not
-    /// with zero-copy send. Costs as `checksums`, together not more than one of them. Default: yes.
-    pub digest: bool,
+    /// Gives each packet of the parallel channels a checksum, which another multifd looks at before
+    /// it places a page of it: what was changed on the way ends the migration, and names channel,
+    /// packet and block. TLS sees the same, and what was changed on purpose, too. Costs a copy of
+    /// each page and a hash of it, at both ends. Not with zero-copy send. Default: where a codec
+    /// reads the pages anyway; pages that go as they are in memory would cost the source twice the
+    /// CPU time (docs/performance.md).
+    pub checksums: Option<bool>,
+    /// Keeps a digest of all RAM as its pages are sent, 8 bytes a page, and has another multifd,
+    /// which keeps one as they are placed, compare them when the last page is there, before the
+    /// guest is handed over. Up to a switch to post-copy, and not with zero-copy send. Costs as
+    /// `checksums`, together not more than one of them. Default: as `checksums`.
+    pub digest: Option<bool>,
     /// Announces the switch-over to the destination's devices: QEMU 10.0 with machine types from 10.0 on. Default: no.
     pub switchover_start: bool,
     /// Has [`Precopy::stop_copy`](crate::Precopy::stop_copy) wait for [`Control::proceed`](crate::Control::proceed) before the
@@ -142,8 +146,8 @@ impl Default for SourceConfig {
             max_postcopy_bandwidth: None,
             audit: false,
             auto_codec: false,
-            checksums: true,
-            digest: true,
+            checksums: None,
+            digest: None,
             switchover_start: false,
             pause_before_switchover: false,
             timeout: DEFAULT_TIMEOUT,
@@ -157,10 +161,11 @@ impl SourceConfig {
     pub(crate) fn wishes(&self, codec: &dyn Codec) -> Wishes {
         // What the kernel sends later may have another content than what was hashed.
         let known = self.zero_copy == ZeroCopySend::Off;
+        let read = self.auto_codec || codec.id() != CodecId::NONE;
         Wishes {
-            checksums: self.checksums && self.channels > 0 && known,
-            digest: self.digest && known,
-            mixed: self.channels > 0 && (self.auto_codec || codec.id() != CodecId::NONE),
+            checksums: self.checksums.unwrap_or(read) && self.channels > 0 && known,
+            digest: self.digest.unwrap_or(read) && known,
+            mixed: self.channels > 0 && read,
         }
     }
 

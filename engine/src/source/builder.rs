@@ -178,15 +178,15 @@ impl SourceBuilder {
 
     /// A checksum for each packet: see [`SourceConfig::checksums`].
     #[must_use]
-    pub fn checksums(mut self, checksums: bool) -> Self {
-        self.config.checksums = checksums;
+    pub fn checksums(mut self, checksums: impl Into<Option<bool>>) -> Self {
+        self.config.checksums = checksums.into();
         self
     }
 
     /// A digest of all RAM, compared at the end: see [`SourceConfig::digest`].
     #[must_use]
-    pub fn digest(mut self, digest: bool) -> Self {
-        self.config.digest = digest;
+    pub fn digest(mut self, digest: impl Into<Option<bool>>) -> Self {
+        self.config.digest = digest.into();
         self
     }
 
