@@ -104,7 +104,7 @@ impl Migration {
     }
 
     /// Waits until it is known what the destination can do, if that makes a difference to the first page.
-    fn agree(&self) -> Result<()> {
+    pub(super) fn agree(&self) -> Result<()> {
         let codec = &*self.shared.codec;
         let Some(return_path) = &self.return_path else { return dialect::check_peer(codec, 0) };
         if self.wishes == Wishes::default() || self.shared.agreed.get().is_some() {

@@ -266,9 +266,9 @@ mod tests {
     #[test]
     fn a_destination_says_which_codecs_it_has_and_grants_what_it_can() {
         let none = Codecs::empty().with(Arc::new(Uncompressed));
-        assert_eq!(features(&none), 0x0000_0001_0000_01cf);
+        assert_eq!(features(&none), 0x0000_0001_0007_01cf);
         let own = none.clone().with(Arc::new(Own(CodecId::new(0x3e).unwrap())));
-        assert_eq!(features(&own), 0x8000_0001_0000_01cf);
+        assert_eq!(features(&own), 0x8000_0001_0007_01cf);
         let all = Wishes { checksums: true, digest: true, mixed: true };
         assert_eq!(granted(all, features(&none)), all);
         // Pages cannot go as they are to one that takes only a codec.

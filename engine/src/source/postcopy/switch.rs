@@ -160,6 +160,8 @@ impl Migration {
         if !self.can_keep_channels() {
             return Ok(false);
         }
+        // Without a round before, nothing was agreed on yet.
+        self.agree()?;
         self.main.command(Command::PostcopyChannels)?;
         channels.sync()?;
         Ok(true)
