@@ -2,6 +2,7 @@
 //! these meet the main stream.
 
 pub(super) mod accept;
+mod packet;
 pub(super) mod sync;
 pub(super) mod sync_state;
 pub(super) mod worker;
