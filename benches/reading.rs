@@ -1,5 +1,5 @@
-//! Ways to read guest memory once in which a fault is an error and not a signal, against a plain copy:
-//! batches of 128 pages of a memfd that is populated and mapped, and larger than the caches.
+//! Ways to read guest memory once in which a fault is an error and not a signal, against a plain
+//! copy: batches of 128 pages of a memfd that is populated and mapped, and larger than the caches.
 #![expect(unsafe_code, reason = "the system calls that are compared have no safe wrapper")]
 
 use std::fs::File;

@@ -8,9 +8,12 @@
 //!   processes and counts on; in post-copy before its RAM is there
 //! * `cargo run --release --example custom_codec`: a compression method of your own
 //! * `cargo run --release --example custom_dirty_log`: a dirty log of your own
-//! * `cargo run --release --package multifd-unix-pair`: socket pairs of your own, and an engine without codecs
-//! * `cargo run --release --example seccomp`: each thread of a migration has a filter of system calls
-//! * `cargo run --release --example vhost_user_blk`: a disk in another process, before, during and after the move
+//! * `cargo run --release --package multifd-unix-pair`: socket pairs of your own, and an engine
+//!   without codecs
+//! * `cargo run --release --example seccomp`: each thread of a migration has a filter of system
+//!   calls
+//! * `cargo run --release --example vhost_user_blk`: a disk in another process, before, during and
+//!   after the move
 
 /// What the book for embedders shows compiles as it stands.
 #[cfg(doctest)]

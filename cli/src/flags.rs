@@ -130,15 +130,17 @@ pub(crate) struct Receive {
     #[arg(long, value_enum, default_value_t = Ack::Auto)]
     pub(crate) switchover_ack: Ack,
     /// When the link breaks after the source has switched to post-copy, listen again at the same
-    /// address, for this long each time. Default: fail, and leave the rest of the guest at the source
+    /// address, for this long each time. Default: fail, and leave the rest of the guest at the
+    /// source
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) recover: Option<Duration>,
-    /// How long the source may be silent between two rounds: for a QEMU that is held before the switch-over
-    /// (pause-before-switchover), which cannot say that it is alive. Its host must answer --keepalive. Default: --timeout
+    /// How long the source may be silent between two rounds: for a QEMU that is held before the
+    /// switch-over (pause-before-switchover), which cannot say that it is alive. Its host must
+    /// answer --keepalive. Default: --timeout
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) hold_timeout: Option<Duration>,
-    /// Refuse a guest with more RAM than this, such as 64G; 0: no limit. Default: what is free in the
-    /// file system of --out, since a source decides how much of its RAM is not zero
+    /// Refuse a guest with more RAM than this, such as 64G; 0: no limit. Default: what is free in
+    /// the file system of --out, since a source decides how much of its RAM is not zero
     #[arg(long, value_name = "SIZE", value_parser = human::size)]
     pub(crate) max_ram: Option<u64>,
     /// Memory that the source can make this process use, all channels together, files in the page
@@ -149,8 +151,8 @@ pub(crate) struct Receive {
     /// as long as a byte comes within --timeout
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) deadline: Option<Duration>,
-    /// Read all RAM again when the last page is there, and refuse a guest of which a page is not what was placed. It is
-    /// paused meanwhile
+    /// Read all RAM again when the last page is there, and refuse a guest of which a page is not
+    /// what was placed. It is paused meanwhile
     #[arg(long)]
     pub(crate) verify: bool,
     /// With TLS: accept a source whose certificate has this subject (CN=host,O=Example) or
@@ -178,7 +180,8 @@ pub(crate) struct Send {
     /// Ask the destination to confirm also behind exec:, whose command must pass on what it answers
     #[arg(long, conflicts_with = "no_return_path")]
     pub(crate) return_path: bool,
-    /// Start the guest at the destination at once, and have its RAM follow while it runs (QEMU: capability postcopy-ram)
+    /// Start the guest at the destination at once, and have its RAM follow while it runs (QEMU:
+    /// capability postcopy-ram)
     #[arg(long, conflicts_with_all = ["mapped_ram", "no_return_path"])]
     pub(crate) postcopy: bool,
     #[command(flatten)]
@@ -230,14 +233,16 @@ impl Proof {
 /// How RAM follows a guest that runs at the destination.
 #[derive(Debug, Args)]
 pub(crate) struct Following {
-    /// With --postcopy: a connection of its own for pages that the guest waits for (QEMU: capability postcopy-preempt)
+    /// With --postcopy: a connection of its own for pages that the guest waits for (QEMU:
+    /// capability postcopy-preempt)
     #[arg(long, requires = "postcopy")]
     pub(crate) postcopy_preempt: bool,
-    /// With --postcopy: limit of what goes before the guest asks for it, such as 100MiB/s; 0: unlimited. Default: unlimited
+    /// With --postcopy: limit of what goes before the guest asks for it, such as 100MiB/s; 0:
+    /// unlimited. Default: unlimited
     #[arg(long, value_name = "RATE", requires = "postcopy", value_parser = human::rate)]
     pub(crate) max_postcopy_bandwidth: Option<Rate>,
-    /// With --postcopy: when the link breaks, dial again for this long, and go on where it broke (QEMU: migrate-recover).
-    /// Default: end with exit code 3
+    /// With --postcopy: when the link breaks, dial again for this long, and go on where it broke
+    /// (QEMU: migrate-recover). Default: end with exit code 3
     #[arg(long, value_name = "TIME", requires = "postcopy", value_parser = human::duration)]
     pub(crate) recover: Option<Duration>,
 }

@@ -17,8 +17,8 @@ pub(crate) fn tell(text: impl Display) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-/// The text with control characters written out, `\u{1b}`: names that a peer chose, or what a command
-/// said, must not steer a terminal or begin a line of their own.
+/// The text with control characters written out, `\u{1b}`: names that a peer chose, or what a
+/// command said, must not steer a terminal or begin a line of their own.
 pub(crate) fn visible(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for character in text.chars() {

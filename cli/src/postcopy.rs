@@ -43,7 +43,8 @@ fn replace_link(
             }
             Err(error) => last = error,
         }
-        // A destination that takes the connection and ends it again is not to be flooded. No event is waited for.
+        // A destination that takes the connection and ends it again is not to be flooded. No event
+        // is waited for.
         thread::park_timeout(TRY_AGAIN);
     }
     Err(last)

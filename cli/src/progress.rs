@@ -1,5 +1,5 @@
-//! How far a migration has come, on the standard error: a line that is rewritten on a terminal, a line
-//! every few seconds elsewhere, or JSON; nothing with `-q`.
+//! How far a migration has come, on the standard error: a line that is rewritten on a terminal, a
+//! line every few seconds elsewhere, or JSON; nothing with `-q`.
 
 use std::io::IsTerminal;
 use std::sync::mpsc::{RecvTimeoutError, channel};

@@ -48,8 +48,8 @@ pub(crate) fn install() -> io::Result<()> {
     // Handled, so that a file that grows past the limit of the process is an error of the write, as
     // on a full disk. Not ignored, which commands behind exec: would inherit.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
-    // A parent that blocked them for itself has handed that on; no thread could get them then. Before
-    // any other thread is there.
+    // A parent that blocked them for itself has handed that on; no thread could get them then.
+    // Before any other thread is there.
     let ours = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGXFSZ];
     ours.into_iter().collect::<SigSet>().thread_unblock()?;
     let mut handled = vec![SIGINT, SIGQUIT, SIGTERM];

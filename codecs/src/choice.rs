@@ -104,7 +104,8 @@ impl CodecChoice {
 }
 
 impl CodecFamily {
-    /// The name, as in `multifd-compression`: `none`, `zlib`, `zstd`; and `lz4`, which QEMU has not.
+    /// The name, as in `multifd-compression`: `none`, `zlib`, `zstd`; and `lz4`, which QEMU has
+    /// not.
     pub const fn name(self) -> &'static str {
         match self {
             Self::None => "none",

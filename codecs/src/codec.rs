@@ -136,8 +136,8 @@ pub trait Decoder: Send {
     /// `pages` may be partly written. The decoder is dead then: each later call fails.
     fn recv_pages(&mut self, payload: &[u8], pages: &mut [u8]) -> Result<(), DecodeFailed>;
 
-    /// Bytes that the decoder holds by now because of what the peer has sent, such as a window. They
-    /// count towards the limit of a destination's memory. Default: 0, for what is small.
+    /// Bytes that the decoder holds by now because of what the peer has sent, such as a window.
+    /// They count towards the limit of a destination's memory. Default: 0, for what is small.
     fn memory(&self) -> usize {
         0
     }

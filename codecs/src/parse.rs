@@ -11,7 +11,8 @@ use crate::level::ZlibLevel;
 #[cfg(feature = "zstd")]
 use crate::level::ZstdLevel;
 
-/// Reads `none`, `lz4`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`, those that the crate was built with.
+/// Reads `none`, `lz4`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`, those that the crate was
+/// built with.
 ///
 /// # Errors
 /// Anything else; the error repeats `text` and the grammar or the range.
@@ -22,7 +23,8 @@ pub fn parse_codec(text: &str) -> Result<Arc<dyn Codec>, InvalidCodec> {
 impl FromStr for CodecChoice {
     type Err = InvalidCodec;
 
-    /// Reads `none`, `lz4`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`; the level without one is QEMU's.
+    /// Reads `none`, `lz4`, `zlib`, `zlib:LEVEL`, `zstd` or `zstd:LEVEL`; the level without one is
+    /// QEMU's.
     fn from_str(text: &str) -> Result<Self, InvalidCodec> {
         let invalid = |source| InvalidCodec { text: text.to_owned(), source };
         let (name, level) = match text.split_once(':') {

@@ -1,4 +1,5 @@
-//! What went wrong: who is to blame, in which phase, on which channel; and whether the source guest may run on.
+//! What went wrong: who is to blame, in which phase, on which channel; and whether the source guest
+//! may run on.
 
 use std::borrow::Cow;
 use std::error::Error as StdError;
@@ -9,8 +10,9 @@ use multifd_wire::Invalid;
 
 /// A migration that did not succeed.
 ///
-/// `Display` gives phase, channel, what was seen, and all causes behind it in one line: `{error}` is the
-/// whole story. The causes are also `source()`, for a caller that looks for a type among them.
+/// `Display` gives phase, channel, what was seen, and all causes behind it in one line: `{error}`
+/// is the whole story. The causes are also `source()`, for a caller that looks for a type among
+/// them.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
@@ -29,7 +31,8 @@ pub struct Error {
 pub enum ErrorKind {
     /// A parameter or a call order that cannot work; nothing was sent.
     ApiMisuse,
-    /// The engine contradicts itself: a bug of ours. The migration ends, rather than go on with what may be wrong.
+    /// The engine contradicts itself: a bug of ours. The migration ends, rather than go on with
+    /// what may be wrong.
     Bug,
     /// The caller asked to stop.
     Cancelled,
@@ -57,12 +60,14 @@ pub enum ErrorKind {
     Transport,
 }
 
-/// What the operator can do, where the error knows it. The words for it are the caller's: it has flags, or a file of settings.
+/// What the operator can do, where the error knows it. The words for it are the caller's: it has
+/// flags, or a file of settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Remedy {
-    /// The destination ended the migration, or waits for something else: its own log says why. Number of channels, codec,
-    /// machine type, sizes of RAM and ROM, or TLS may be set differently at the two ends.
+    /// The destination ended the migration, or waits for something else: its own log says why.
+    /// Number of channels, codec, machine type, sizes of RAM and ROM, or TLS may be set differently
+    /// at the two ends.
     CompareSettings,
     /// The guest has more RAM than this end was told to take: allow more, or find room for it.
     RaiseMaxRam,
@@ -136,15 +141,17 @@ impl Error {
         self.channel.as_deref()
     }
 
-    /// True if the guest cannot be running at the destination, whatever [`Error::phase`] it happened in.
+    /// True if the guest cannot be running at the destination, whatever [`Error::phase`] it
+    /// happened in.
     ///
-    /// False once the byte that lets the destination run the guest has been handed to the kernel, unless the destination
-    /// has refused the guest after all.
+    /// False once the byte that lets the destination run the guest has been handed to the kernel,
+    /// unless the destination has refused the guest after all.
     pub fn source_may_resume(&self) -> bool {
         !self.handed_over
     }
 
-    /// What the operator can do, if that is known: of this error, or of a connection that was refused before it.
+    /// What the operator can do, if that is known: of this error, or of a connection that was
+    /// refused before it.
     pub fn remedy(&self) -> Option<Remedy> {
         self.remedy
     }
@@ -243,7 +250,8 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.phase)?;
-        // A cancel, say, that came too late: the operator must not take it for one that came in time.
+        // A cancel, say, that came too late: the operator must not take it for one that came in
+        // time.
         if self.handed_over && !matches!(self.phase, Phase::Commit | Phase::Postcopy) {
             f.write_str(", after the hand-over")?;
         }

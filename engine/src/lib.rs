@@ -8,12 +8,13 @@
 //!   DeviceState ─────── main ──────────────────────>  Arrived ── accept: the source lets go
 //! ```
 //!
-//! A guest that has been received can also be kept: [`Checkpoint`] is a directory with its RAM and device state, which a
-//! [`Source`] sends on. [`Recording`] reads a stream that QEMU wrote to a file.
+//! A guest that has been received can also be kept: [`Checkpoint`] is a directory with its RAM and
+//! device state, which a [`Source`] sends on. [`Recording`] reads a stream that QEMU wrote to a
+//! file.
 //!
-//! The embedder owns the virtual machine: nothing here starts, stops or inspects a vCPU. All calls block; threads are the
-//! engine's own, one a channel, and end with the migration, whatever ends it. Nothing asks for an async runtime, and nothing
-//! panics on the threads of one.
+//! The embedder owns the virtual machine: nothing here starts, stops or inspects a vCPU. All calls
+//! block; threads are the engine's own, one a channel, and end with the migration, whatever ends
+//! it. Nothing asks for an async runtime, and nothing panics on the threads of one.
 
 #[cfg(feature = "at-rest")]
 mod at_rest;

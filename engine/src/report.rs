@@ -18,13 +18,15 @@ pub use postcopy::{FaultLatency, PageFaults, PostcopyReport, ThreadWaits};
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Report {
-    /// From the start to the end, both included; at a destination, from the arrival of the main channel.
+    /// From the start to the end, both included; at a destination, from the arrival of the main
+    /// channel.
     pub total: Duration,
     /// Up to the first page: connections, headers, the list of blocks.
     pub setup: Duration,
-    /// From the pause of the guest, if [`Precopy::guest_paused_at`](crate::Precopy::guest_paused_at) has said when that was, else from
-    /// the call of `stop_copy`, to the destination's word that it has arrived; at a destination, from the announcement of
-    /// the last RAM to the end of the stream.
+    /// From the pause of the guest, if
+    /// [`Precopy::guest_paused_at`](crate::Precopy::guest_paused_at) has said when that was, else
+    /// from the call of `stop_copy`, to the destination's word that it has arrived; at a
+    /// destination, from the announcement of the last RAM to the end of the stream.
     pub downtime: Duration,
     /// The counters at the end.
     pub progress: Progress,
@@ -32,7 +34,8 @@ pub struct Report {
     pub codec: String,
     /// The destination said that it has the guest.
     pub confirmed: bool,
-    /// What the downtime was made of. At a destination, the time that loading took is all that is known.
+    /// What the downtime was made of. At a destination, the time that loading took is all that is
+    /// known.
     pub ledger: DowntimeLedger,
     /// What was decided after each round, and why. Empty at a destination.
     pub decisions: Vec<RoundRecord>,
@@ -42,15 +45,17 @@ pub struct Report {
     pub zero_copy: Option<ZeroCopyStats>,
     /// What a post-copy took as this end saw it, if there was one.
     pub postcopy: Option<PostcopyReport>,
-    /// What was compared with what had been sent, if [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for; with what
-    /// had been placed, if [`DestinationConfig::verify`](crate::DestinationConfig::verify) was.
+    /// What was compared with what had been sent, if
+    /// [`SourceConfig::audit`](crate::SourceConfig::audit) was asked for; with what had been
+    /// placed, if [`DestinationConfig::verify`](crate::DestinationConfig::verify) was.
     pub audit: Option<AuditReport>,
-    /// Whether all of RAM is at the destination what it was at the source, where both ends are multifd and kept a digest of it
-    /// ([`SourceConfig::digest`](crate::SourceConfig::digest)).
+    /// Whether all of RAM is at the destination what it was at the source, where both ends are
+    /// multifd and kept a digest of it ([`SourceConfig::digest`](crate::SourceConfig::digest)).
     pub digest: Option<DigestVerdict>,
 }
 
-/// What a comparison of digests has come to. A difference is an error, because of [`DigestsDiffer`](crate::DigestsDiffer).
+/// What a comparison of digests has come to. A difference is an error, because of
+/// [`DigestsDiffer`](crate::DigestsDiffer).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
@@ -105,8 +110,8 @@ impl Report {
         }
     }
 
-    /// Why the guest stood still for longer than `limit`, if it did: which part of the ledger took the most, and what had been
-    /// expected.
+    /// Why the guest stood still for longer than `limit`, if it did: which part of the ledger took
+    /// the most, and what had been expected.
     pub fn over_limit(&self, limit: Duration) -> Option<String> {
         if self.downtime <= limit {
             return None;

@@ -1,5 +1,5 @@
-//! Bitmap, logs and rounds against plain arrays: whatever is written, claimed, sent, lost and put back, in any order, the
-//! destination's array ends equal to the source's.
+//! Bitmap, logs and rounds against plain arrays: whatever is written, claimed, sent, lost and put
+//! back, in any order, the destination's array ends equal to the source's.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,

@@ -1,4 +1,5 @@
-//! The system calls of each thread, and filters made of them. docs/embedding.md has the same list, which a test compares with this one.
+//! The system calls of each thread, and filters made of them. docs/embedding.md has the same list,
+//! which a test compares with this one.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,8 +8,9 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 
 use super::Result;
 
-/// What every thread makes: memory, locks, its own begin and end. `clock_gettime` and `getrandom` are calls only where the kernel
-/// has no vDSO for them; the C library's allocator opens and reads the list of CPUs, once, on any thread.
+/// What every thread makes: memory, locks, its own begin and end. `clock_gettime` and `getrandom`
+/// are calls only where the kernel has no vDSO for them; the C library's allocator opens and reads
+/// the list of CPUs, once, on any thread.
 const ALWAYS: &[i64] = &[
     libc::SYS_clock_gettime,
     libc::SYS_close,
@@ -32,11 +34,13 @@ const ALWAYS: &[i64] = &[
     libc::SYS_sigaltstack,
 ];
 
-/// A thread inherits the filter of the one that starts it, and can only add to it. `mig-accept` starts the threads of the channels: it must
-/// let through what those do, and the call that installs a filter.
+/// A thread inherits the filter of the one that starts it, and can only add to it. `mig-accept`
+/// starts the threads of the channels: it must let through what those do, and the call that
+/// installs a filter.
 const INHERITED: (&str, &[&str]) = ("mig-accept", &["mig-recv", "mig-urgent"]);
 
-/// Threads without a filter here: one runs what the system resolves names with, the others the embedder's `ByteStream`.
+/// Threads without a filter here: one runs what the system resolves names with, the others the
+/// embedder's `ByteStream`.
 const UNFILTERED: &[&str] = &["mig-lookup", "mig-stream-"];
 
 /// What the threads make beside that, by the begin of their names; the longest that fits counts.
@@ -164,7 +168,8 @@ const THREADS: &[(&str, &[i64])] = &[
     ),
 ];
 
-/// A filter for each kind of thread, made before any of them is there: what makes it needs more than they may.
+/// A filter for each kind of thread, made before any of them is there: what makes it needs more
+/// than they may.
 #[derive(Clone)]
 pub(super) struct Filters(Arc<BTreeMap<&'static str, BpfProgram>>);
 
@@ -183,7 +188,8 @@ impl Filters {
         Ok(Self(Arc::new(THREADS.iter().map(filter).collect::<Result<_>>()?)))
     }
 
-    /// To be called on the thread. A panic of the hook ends the migration: no thread runs without its filter.
+    /// To be called on the thread. A panic of the hook ends the migration: no thread runs without
+    /// its filter.
     pub(super) fn install(&self, thread: &str) {
         if UNFILTERED.iter().any(|name| thread.starts_with(name)) {
             return;

@@ -1,12 +1,14 @@
-//! Each thread of a migration runs under a seccomp filter of its own, which lets through what docs/embedding.md says of it.
+//! Each thread of a migration runs under a seccomp filter of its own, which lets through what
+//! docs/embedding.md says of it.
 //!
 //! ```text
 //!  thread_hook(name) ── on the new thread, before anything else ──> the filter of that name
 //!  any other call ──> the process is killed by SIGSYS
 //! ```
 //!
-//! The program runs itself twice: once the guest moves, on parallel channels and on main alone, with an audit, and by post-copy; once a thread makes a call that
-//! its filter does not have, and the process must be gone.
+//! The program runs itself twice: once the guest moves, on parallel channels and on main alone,
+//! with an audit, and by post-copy; once a thread makes a call that its filter does not have, and
+//! the process must be gone.
 
 mod filters;
 
@@ -29,8 +31,8 @@ fn ram() -> Result<RamBlock> {
     Ok(RamBlock::new("guest.ram".try_into()?, HostMemory::anonymous(2048 * PAGE)?))
 }
 
-/// A guest moves within this process; every thread of both ends has its filter. `misbehave`: a thread makes a call that it does
-/// not have.
+/// A guest moves within this process; every thread of both ends has its filter. `misbehave`: a
+/// thread makes a call that it does not have.
 fn migrate(channels: usize, misbehave: bool) -> Result<Report> {
     let filters = Filters::new()?;
     let (here, there) = (ram()?, ram()?);
@@ -90,8 +92,8 @@ fn send(source: Source, to: &Endpoint) -> Result<Report> {
     Ok(precopy.stop_copy()?.commit(&DeviceState::none())?)
 }
 
-/// A guest goes on at the destination before its RAM is there; a thread reads all of it meanwhile, which asks for it. `preempt`: what
-/// is asked for has a connection of its own.
+/// A guest goes on at the destination before its RAM is there; a thread reads all of it meanwhile,
+/// which asks for it. `preempt`: what is asked for has a connection of its own.
 fn postcopy(preempt: bool) -> Result<Report> {
     let filters = Filters::new()?;
     let (here, there) = (ram()?, ram()?);

@@ -60,8 +60,8 @@ impl BootSector {
     }
 
     /// Writes a firmware image that is this guest: no BIOS runs before it, which would take seconds
-    /// under a KVM that emulates it. For [`QemuBuilder::firmware`](crate::QemuBuilder::firmware), and
-    /// without [`BootSector::laps_per_second`], whose interrupts a BIOS sets up.
+    /// under a KVM that emulates it. For [`QemuBuilder::firmware`](crate::QemuBuilder::firmware),
+    /// and without [`BootSector::laps_per_second`], whose interrupts a BIOS sets up.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -152,8 +152,8 @@ pub fn check_sequence(text: &str) -> Outcome<usize> {
 /// Bytes of a firmware image: those from F000:0000 to the end of the first megabyte.
 const FIRMWARE_LEN: usize = 1 << 16;
 
-/// At F000:0200, behind the boot sector: copies it to 0000:7C00 and goes there. cli; cld; ds = F000;
-/// es = si = 0; di = 7C00; cx = 100; rep movsw; jmp 0000:7C00.
+/// At F000:0200, behind the boot sector: copies it to 0000:7C00 and goes there. cli; cld; ds =
+/// F000; es = si = 0; di = 7C00; cx = 100; rep movsw; jmp 0000:7C00.
 const MOVE_TO_7C00: [u8; 26] = [
     0xfa, 0xfc, 0xb8, 0x00, 0xf0, 0x8e, 0xd8, 0x31, 0xc0, 0x8e, 0xc0, 0x31, 0xf6, 0xbf, 0x00, 0x7c, 0xb9,
     0x00, 0x01, 0xf3, 0xa5, 0xea, 0x00, 0x7c, 0x00, 0x00,

@@ -1,4 +1,5 @@
-//! `multifd send --postcopy` into the real QEMU: the guest goes on at once, and pulls its RAM while it works.
+//! `multifd send --postcopy` into the real QEMU: the guest goes on at once, and pulls its RAM while
+//! it works.
 
 use std::fs;
 use std::path::PathBuf;
@@ -28,7 +29,8 @@ struct Rest {
 }
 
 impl Rest {
-    /// A guest of the machine type that was stopped while it counted, for a destination with these capabilities.
+    /// A guest of the machine type that was stopped while it counted, for a destination with these
+    /// capabilities.
     fn new(program: Option<PathBuf>, machine: &str, capabilities: Vec<&'static str>) -> Outcome<Self> {
         let scratch = Scratch::new()?;
         let floppy = scratch.path("floppy");
@@ -84,7 +86,8 @@ impl Rest {
         Multifd::send_with(self.checkpoint.directory(), uri, &self.settings, &all)
     }
 
-    /// The destination has all RAM, as it was but for what the guest writes, and the guest has counted on.
+    /// The destination has all RAM, as it was but for what the guest writes, and the guest has
+    /// counted on.
     fn check(self, mut destination: Qemu, mut send: Process) -> Outcome<CommandReport> {
         send.wait_success(SOON).map_err(|failure| destination.explain(failure))?;
         destination.wait_completed(SOON)?;
@@ -191,7 +194,8 @@ fn recovers(program: Option<PathBuf>, preempt: bool, tls: bool) -> Outcome {
     let send = rest.send(&uri, &["--max-postcopy-bandwidth", "4MiB/s", "--recover", "60s"])?;
     for _ in 0..2 {
         destination.wait_status("postcopy-active", SOON).map_err(|failure| send.explain(failure))?;
-        // A QEMU that listens still takes the source back at once; here it is found again when it is told to recover.
+        // A QEMU that listens still takes the source back at once; here it is found again when it
+        // is told to recover.
         fs::remove_file(rest.scratch.path("out")).or_else(|error| match error.kind() {
             std::io::ErrorKind::NotFound => Ok(()),
             _ => Err(error),
@@ -202,8 +206,8 @@ fn recovers(program: Option<PathBuf>, preempt: bool, tls: bool) -> Outcome {
         destination.execute("migrate-recover", json!({ "uri": uri }))?;
     }
     let report = rest.check(destination, send)?;
-    // QEMU is active again before the source has heard so: a second break that comes in between breaks the recovery,
-    // and both are replaced by one.
+    // QEMU is active again before the source has heard so: a second break that comes in between
+    // breaks the recovery, and both are replaced by one.
     let recoveries = report.object().pointer("/postcopy/recoveries").and_then(Value::as_u64);
     assert!(matches!(recoveries, Some(1 | 2)), "{report}");
     Ok(())

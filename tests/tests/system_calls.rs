@@ -1,5 +1,6 @@
-//! The system calls of each thread are written twice: as a table in docs/embedding.md, and as filters in examples/seccomp, which
-//! `./test` runs. Both must be one list, and have every thread that the engine makes.
+//! The system calls of each thread are written twice: as a table in docs/embedding.md, and as
+//! filters in examples/seccomp, which `./test` runs. Both must be one list, and have every thread
+//! that the engine makes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -120,7 +120,8 @@ impl TlsStream {
         Self { client_certificate: certificate, ..self }
     }
 
-    /// The client's certificate, in DER, which was verified. `None` at a client's end, and of a client without one.
+    /// The client's certificate, in DER, which was verified. `None` at a client's end, and of a
+    /// client without one.
     pub fn client_certificate(&self) -> Option<&[u8]> {
         self.client_certificate.as_deref()
     }

@@ -20,8 +20,8 @@ pub enum Command {
     Packaged(u32),
     /// 2: to be answered by a PONG of the same value.
     Ping(u32),
-    /// 0x4d50, of the multifd dialect: pages come on the parallel channels after the switch to postcopy, too. Spec:
-    /// docs/wire.md §27.10.
+    /// 0x4d50, of the multifd dialect: pages come on the parallel channels after the switch to
+    /// postcopy, too. Spec: docs/wire.md §27.10.
     PostcopyChannels,
     /// 3: postcopy may come. `None` if it is for dirty bitmaps only.
     PostcopyAdvise(Option<Advise>),

@@ -83,8 +83,8 @@ pub const RAM_PING: u32 = 0x6d66_7231;
 /// Value of the PINGs with which a source that has nothing to send shows that it is alive: `mfa1`.
 pub const ALIVE_PING: u32 = 0x6d66_6131;
 
-/// What a multifd source would have its destination do from the first page on, in a PING straight after
-/// that with [`HELLO_PING`]: `mfw` and eight bits. Spec: docs/wire.md §27.1.
+/// What a multifd source would have its destination do from the first page on, in a PING straight
+/// after that with [`HELLO_PING`]: `mfw` and eight bits. Spec: docs/wire.md §27.1.
 ///
 /// A destination that does not know a wish answers with a PONG, as any other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -112,7 +112,8 @@ impl Wishes {
             | bit(self.mixed, Self::MIXED)
     }
 
-    /// The wishes of a PING; `None` for one that is something else. Those of later versions are passed over.
+    /// The wishes of a PING; `None` for one that is something else. Those of later versions are
+    /// passed over.
     pub fn of_ping(value: u32) -> Option<Self> {
         let has = |bit: u32| value & bit != 0;
         let (checksums, digest) = (has(Self::CHECKSUMS), has(Self::DIGEST));

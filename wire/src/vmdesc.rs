@@ -84,9 +84,9 @@ pub struct FieldDescription {
 /// Longest description in bytes: 64 MiB. A PC has some 50 KiB, each vCPU adds about 8 KiB.
 pub const MAX_VMDESC: u32 = 64 << 20;
 
-/// Most devices, structures and fields of a description. A PC has some 700, each vCPU adds about 100.
-/// Parsed, each takes up to [`VMDESC_NODE_LEN`] bytes beside its names: a text of `{}` after `{}` has
-/// one in three bytes.
+/// Most devices, structures and fields of a description. A PC has some 700, each vCPU adds about
+/// 100. Parsed, each takes up to [`VMDESC_NODE_LEN`] bytes beside its names: a text of `{}` after
+/// `{}` has one in three bytes.
 pub const MAX_VMDESC_NODES: usize = 1 << 19;
 
 /// Bytes that a device, structure or field takes when it is parsed, names apart.
@@ -114,8 +114,8 @@ impl VmDescription {
 }
 
 impl VmDescription {
-    /// Most devices, structures and fields that this JSON text can hold: its opening braces, those in
-    /// names included.
+    /// Most devices, structures and fields that this JSON text can hold: its opening braces, those
+    /// in names included.
     pub fn nodes(json: &[u8]) -> usize {
         json.iter().filter(|byte| **byte == b'{').count()
     }

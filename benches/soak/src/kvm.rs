@@ -130,7 +130,8 @@ impl Guest for Vm {
         self.shared.stop.store(true, Ordering::Release);
         if let Some(running) = self.running.take() {
             let mut vcpu = running.join().map_err(|_| "the vCPU's thread panicked")??;
-            // It left in the middle of an OUT, which the next entry completes: this makes it a short one.
+            // It left in the middle of an OUT, which the next entry completes: this makes it a
+            // short one.
             vcpu.set_kvm_immediate_exit(1);
             let _interrupted = vcpu.run();
             vcpu.set_kvm_immediate_exit(0);

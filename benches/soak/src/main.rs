@@ -1,5 +1,6 @@
-//! Guests move from host to host for as long as is asked for, and everything goes wrong that may: cancels, refusals, ends that are
-//! dropped, connections that are cut. After every move RAM is compared, page by page.
+//! Guests move from host to host for as long as is asked for, and everything goes wrong that may:
+//! cancels, refusals, ends that are dropped, connections that are cut. After every move RAM is
+//! compared, page by page.
 //!
 //! `cargo run --release --package multifd-soak -- --seconds 1800`
 //!

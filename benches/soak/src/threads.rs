@@ -210,7 +210,8 @@ impl Shared {
         }
     }
 
-    /// After the write, not before it: a round in between would send the old page and take the mark.
+    /// After the write, not before it: a round in between would send the old page and take the
+    /// mark.
     fn note(&self, block: usize, first: usize, pages: usize) {
         if let Some(written) = self.written.get(block) {
             written.set_range(first, pages);

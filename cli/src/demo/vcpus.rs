@@ -71,8 +71,8 @@ fn load(block: &RamBlock, page: usize) -> std::result::Result<u64, String> {
     Ok(hash_of(&content))
 }
 
-/// Reads and writes one page after the other. What it has written must still be there later: a page that came after it would
-/// have undone that.
+/// Reads and writes one page after the other. What it has written must still be there later: a page
+/// that came after it would have undone that.
 fn run(block: &RamBlock, number: usize, all_here: &AtomicBool) -> std::result::Result<Pages, String> {
     let own = block.pages().saturating_sub(number).div_ceil(VCPUS);
     let mut random = Random::new(number as u64 + 7);

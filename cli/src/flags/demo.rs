@@ -28,7 +28,8 @@ pub(crate) struct Demo {
     /// With --postcopy: a connection of its own for pages that the guest waits for
     #[arg(long, requires = "postcopy")]
     pub(crate) postcopy_preempt: bool,
-    /// When the guest is paused, compare all of its RAM with what was sent: finds writes that the dirty log has missed
+    /// When the guest is paused, compare all of its RAM with what was sent: finds writes that the
+    /// dirty log has missed
     #[arg(long, conflicts_with = "postcopy")]
     pub(crate) audit: bool,
     #[command(flatten)]
@@ -65,8 +66,8 @@ pub(crate) struct Convergence {
     /// Total time after which to give up
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) deadline: Option<Duration>,
-    /// Limit over all channels while the guest is paused, such as 10Gbit/s, where --max-bandwidth does not hold; 0: unlimited.
-    /// Default: unlimited
+    /// Limit over all channels while the guest is paused, such as 10Gbit/s, where --max-bandwidth
+    /// does not hold; 0: unlimited. Default: unlimited
     #[arg(long, value_name = "RATE", value_parser = human::rate)]
     pub(crate) max_switchover_bandwidth: Option<Rate>,
 }

@@ -25,8 +25,8 @@ pub(super) struct Meter {
 pub(super) struct Snapshot {
     pub(super) rounds: u64,
     pub(super) ram_bytes: u64,
-    /// Bytes of the pages that have gone or come, in whatever form; more than all of RAM where pages
-    /// went again.
+    /// Bytes of the pages that have gone or come, in whatever form; more than all of RAM where
+    /// pages went again.
     pub(super) done_bytes: u64,
     pub(super) wire_bytes: u64,
     elapsed: Duration,

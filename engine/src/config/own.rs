@@ -2,7 +2,8 @@
 
 use multifd_transports::Channel;
 
-/// The number of parallel channels over the caller's connections; `configured` is what the settings say, if they do.
+/// The number of parallel channels over the caller's connections; `configured` is what the settings
+/// say, if they do.
 ///
 /// # Errors
 /// Another number of connections, or one that cannot be a parallel channel.

@@ -1,8 +1,8 @@
-//! QEMU's migration parameters, and those of this engine's own: the one table of their names, ranges and defaults. Spec:
-//! docs/wire.md §22.
+//! QEMU's migration parameters, and those of this engine's own: the one table of their names,
+//! ranges and defaults. Spec: docs/wire.md §22.
 //!
-//! Names are those of `migrate-set-parameters`. Ranges hold for this engine as well; defaults are QEMU's, and where this
-//! engine has others its settings say so.
+//! Names are those of `migrate-set-parameters`. Ranges hold for this engine as well; defaults are
+//! QEMU's, and where this engine has others its settings say so.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -88,7 +88,8 @@ pub const MAX_BANDWIDTH: Number = number("max-bandwidth", 0..=u64::MAX, 128 << 2
 pub const MAX_CPU_THROTTLE: Number = number("max-cpu-throttle", 1..=99, 99);
 /// Bytes per second of the background stream of a post-copy; 0: no limit.
 pub const MAX_POSTCOPY_BANDWIDTH: Number = number("max-postcopy-bandwidth", 0..=u64::MAX, 0);
-/// Bytes per second over all channels at the switch-over; 0: no limit. This engine's own: QEMU has no limit there.
+/// Bytes per second over all channels at the switch-over; 0: no limit. This engine's own: QEMU has
+/// no limit there.
 pub const MAX_SWITCHOVER_BANDWIDTH: Number = number("max-switchover-bandwidth", 0..=u64::MAX, 0);
 /// Parallel channels; of a file with mapped-ram: threads.
 pub const MULTIFD_CHANNELS: Number = number("multifd-channels", 1..=255, 2);

@@ -54,8 +54,9 @@ pub enum Relation {
     Needs,
 }
 
-/// Every rule, in the order in which they are checked. QEMU has the same (docs/wire.md §22), but for those of
-/// the audit, and one more: its xbzrle excludes parallel channels, where this engine has differences between two of its own ends.
+/// Every rule, in the order in which they are checked. QEMU has the same (docs/wire.md §22), but
+/// for those of the audit, and one more: its xbzrle excludes parallel channels, where this engine
+/// has differences between two of its own ends.
 pub const RULES: &[Rule] = &[
     excludes(Feature::MappedRam, Feature::Compression, "pages have fixed places"),
     excludes(Feature::MappedRam, Feature::Xbzrle, "pages have fixed places"),

@@ -15,8 +15,8 @@ use crate::run::session::DEFAULT_TIMEOUT;
 use crate::source::{ZeroCopySend, ZeroPages};
 use crate::stream::dialect::MAX_URGENT_CHANNELS;
 
-/// How a source moves its guest: plain data. What is an object (the guest's RAM, dirty logs, the codec, TLS credentials) is
-/// the [`SourceBuilder`](crate::SourceBuilder)'s.
+/// How a source moves its guest: plain data. What is an object (the guest's RAM, dirty logs, the
+/// codec, TLS credentials) is the [`SourceBuilder`](crate::SourceBuilder)'s.
 ///
 /// ```
 /// let mut config = multifd_engine::SourceConfig::default();
@@ -26,52 +26,60 @@ use crate::stream::dialect::MAX_URGENT_CHANNELS;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct SourceConfig {
-    /// Parallel channels, each a socket and a thread, and about 2 MiB of buffers with a codec: 1..=255. To a file with
-    /// `mapped_ram` each is a thread. 0, the default: everything goes on the main channel. A QEMU destination must be set to
-    /// the same number.
+    /// Parallel channels, each a socket and a thread, and about 2 MiB of buffers with a codec:
+    /// 1..=255. To a file with `mapped_ram` each is a thread. 0, the default: everything goes on
+    /// the main channel. A QEMU destination must be set to the same number.
     pub channels: usize,
-    /// Where the parallel channels connect to, one after the other and round again: other addresses of the destination, to
-    /// use several networks. Default: none, where main connects to.
+    /// Where the parallel channels connect to, one after the other and round again: other addresses
+    /// of the destination, to use several networks. Default: none, where main connects to.
     pub channel_endpoints: Vec<Endpoint>,
-    /// Gives every page a fixed place in the file that it goes to, where `channels` threads write at a time, or the caller's if
-    /// that is 0; a page that is sent again is written over. For a [`file`](Endpoint::File) only. Default: no.
+    /// Gives every page a fixed place in the file that it goes to, where `channels` threads write
+    /// at a time, or the caller's if that is 0; a page that is sent again is written over. For a
+    /// [`file`](Endpoint::File) only. Default: no.
     pub mapped_ram: bool,
-    /// Writes the pages past the page cache (O_DIRECT). Guest memory must begin at a multiple of the disk's block size.
-    /// Default: no.
+    /// Writes the pages past the page cache (O_DIRECT). Guest memory must begin at a multiple of
+    /// the disk's block size. Default: no.
     pub direct_io: bool,
-    /// Has the kernel send pages straight from guest memory, on parallel channels over plain TCP. Default: off; the kernel's
-    /// copy is cheap, and only a fast network card makes up for what this costs.
+    /// Has the kernel send pages straight from guest memory, on parallel channels over plain TCP.
+    /// Default: off; the kernel's copy is cheap, and only a fast network card makes up for what
+    /// this costs.
     pub zero_copy: ZeroCopySend,
-    /// How zero pages go. Default: `None`, as QEMU does for the machine type, [`ZeroPages::for_machine`].
+    /// How zero pages go. Default: `None`, as QEMU does for the machine type,
+    /// [`ZeroPages::for_machine`].
     pub zero_pages: Option<ZeroPages>,
-    /// Sends pages that are written again as differences, with a cache of this many bytes: a power of two, at least 4096. On
-    /// the main channel to every destination, on parallel channels to another multifd. Default: no cache.
+    /// Sends pages that are written again as differences, with a cache of this many bytes: a power
+    /// of two, at least 4096. On the main channel to every destination, on parallel channels to
+    /// another multifd. Default: no cache.
     pub xbzrle_cache: Option<usize>,
-    /// Bytes per second over all channels while the guest runs. Default: no limit. At the switch-over, while the guest is paused,
-    /// [`Limits::max_switchover_bandwidth`] holds instead.
+    /// Bytes per second over all channels while the guest runs. Default: no limit. At the
+    /// switch-over, while the guest is paused, [`Limits::max_switchover_bandwidth`] holds instead.
     pub max_bandwidth: Option<NonZeroU64>,
     /// By what rounds go on or end. Default: [`Limits::default`].
     pub limits: Limits,
-    /// Says after each round how much to hold the vCPUs back, if the guest writes faster than its pages are sent: in
-    /// [`RoundRecord::throttle_percent`](crate::RoundRecord). Default: never.
+    /// Says after each round how much to hold the vCPUs back, if the guest writes faster than its
+    /// pages are sent: in [`RoundRecord::throttle_percent`](crate::RoundRecord). Default: never.
     pub auto_converge: Option<AutoConverge>,
-    /// Has the destination confirm that the guest has arrived. Without it, it is not known whether it did. Default: `None`, yes
-    /// over sockets; no to a command, which has to pass answers on if this is set, and over a pipe or to a file, which cannot.
+    /// Has the destination confirm that the guest has arrived. Without it, it is not known whether
+    /// it did. Default: `None`, yes over sockets; no to a command, which has to pass answers on if
+    /// this is set, and over a pipe or to a file, which cannot.
     pub return_path: Option<bool>,
-    /// Allows [`Precopy::switch_to_postcopy`](crate::Precopy::switch_to_postcopy): the destination must allow it, too (QEMU's
-    /// capability `postcopy-ram`). Over sockets, with a return path. Parallel channels and their codec serve to the end where the
-    /// destination is multifd, too; to a QEMU, and xbzrle everywhere, up to the switch. A QEMU before 10.1 takes no migration that has
-    /// both. Default: no.
+    /// Allows [`Precopy::switch_to_postcopy`](crate::Precopy::switch_to_postcopy): the destination
+    /// must allow it, too (QEMU's capability `postcopy-ram`). Over sockets, with a return path.
+    /// Parallel channels and their codec serve to the end where the destination is multifd, too; to
+    /// a QEMU, and xbzrle everywhere, up to the switch. A QEMU before 10.1 takes no migration that
+    /// has both. Default: no.
     pub postcopy: bool,
-    /// Gives the pages that the guest waits for in a post-copy a connection of their own, so that they do not queue behind
-    /// others (QEMU's capability `postcopy-preempt`, from 7.1 on, which the destination must have on). Default: no.
+    /// Gives the pages that the guest waits for in a post-copy a connection of their own, so that
+    /// they do not queue behind others (QEMU's capability `postcopy-preempt`, from 7.1 on, which
+    /// the destination must have on). Default: no.
     pub postcopy_preempt: bool,
-    /// Connections for the pages that the guest waits for in a post-copy, to another multifd: 0..=8. With parallel channels they are
-    /// there without `postcopy_preempt`, too, made when the guest is handed over; without parallel channels only with it. 0: such
-    /// pages go on the main channel. To a QEMU there is one, with `postcopy_preempt`. Default: 1.
+    /// Connections for the pages that the guest waits for in a post-copy, to another multifd:
+    /// 0..=8. With parallel channels they are there without `postcopy_preempt`, too, made when the
+    /// guest is handed over; without parallel channels only with it. 0: such pages go on the main
+    /// channel. To a QEMU there is one, with `postcopy_preempt`. Default: 1.
     pub postcopy_urgent_channels: usize,
-    /// Bytes per second of a post-copy's background stream. Pages that the guest waits for count, but never wait. Default: no
-    /// limit.
+    /// Bytes per second of a post-copy's background stream. Pages that the guest waits for count,
+    /// but never wait. Default: no limit.
     pub max_postcopy_bandwidth: Option<NonZeroU64>,
     /// For tests of a VMM and its dirty logs: keeps a digest of what was sent of each page (8 bytes
     /// a page, 2 MiB for a GiB of guest), and compares all of RAM with them when the guest is
@@ -80,9 +88,10 @@ pub struct SourceConfig {
     /// each page that is sent, and downtime: all of RAM is read, on all cores. A switch to
     /// post-copy compares nothing, since it does not wait for the last RAM. Default: no.
     pub audit: bool,
-    /// Chooses the codec of each packet of the parallel channels by what is measured: how long a codec takes, what it saves, how
-    /// long the channel waits for its link. Between two multifd ends, among none, lz4 and zstd at three levels; towards a QEMU, which
-    /// is set to one codec, none. Changes are in the decision log. Not beside a codec. Default: no.
+    /// Chooses the codec of each packet of the parallel channels by what is measured: how long a
+    /// codec takes, what it saves, how long the channel waits for its link. Between two multifd
+    /// ends, among none, lz4 and zstd at three levels; towards a QEMU, which is set to one codec,
+    /// none. Changes are in the decision log. Not beside a codec. Default: no.
     pub auto_codec: bool,
     /// Gives each packet of the parallel channels a checksum, which another multifd looks at before
     /// it places a page of it: what was changed on the way ends the migration, and names channel,
@@ -96,15 +105,18 @@ pub struct SourceConfig {
     /// guest is handed over. Up to a switch to post-copy, and not with zero-copy send. Costs as
     /// `checksums`, together not more than one of them. Default: as `checksums`.
     pub digest: Option<bool>,
-    /// Announces the switch-over to the destination's devices: QEMU 10.0 with machine types from 10.0 on. Default: no.
+    /// Announces the switch-over to the destination's devices: QEMU 10.0 with machine types from
+    /// 10.0 on. Default: no.
     pub switchover_start: bool,
-    /// Has [`Precopy::stop_copy`](crate::Precopy::stop_copy) wait for [`Control::proceed`](crate::Control::proceed) before the
-    /// guest's last RAM goes. Default: no.
+    /// Has [`Precopy::stop_copy`](crate::Precopy::stop_copy) wait for
+    /// [`Control::proceed`](crate::Control::proceed) before the guest's last RAM goes. Default: no.
     pub pause_before_switchover: bool,
-    /// How long to wait for the destination: to listen, to take the next byte, to confirm. Default: 60 s.
+    /// How long to wait for the destination: to listen, to take the next byte, to confirm. Default:
+    /// 60 s.
     pub timeout: Duration,
-    /// How sockets are tuned. Default: [`SocketOptions::default`], and a user timeout that is 10 s longer than `timeout`:
-    /// `timeout` detects a stalled peer, TCP's user timeout one that has vanished.
+    /// How sockets are tuned. Default: [`SocketOptions::default`], and a user timeout that is 10 s
+    /// longer than `timeout`: `timeout` detects a stalled peer, TCP's user timeout one that has
+    /// vanished.
     pub socket: SocketOptions,
 }
 
@@ -169,7 +181,8 @@ impl SourceConfig {
         }
     }
 
-    /// The one place that knows what may be combined: with each other, with the codec and TLS, and with where it goes to.
+    /// The one place that knows what may be combined: with each other, with the codec and TLS, and
+    /// with where it goes to.
     pub(crate) fn check(&self, around: Surroundings<'_>) -> Result<(), String> {
         self.check_values()?;
         if self.auto_codec && around.codec.id() != CodecId::NONE {

@@ -15,16 +15,18 @@ pub struct Limits {
     pub downtime_limit: Duration,
     /// Guest bytes per second to expect at the switch-over; `None`, the default: what was measured.
     pub avail_switchover_bandwidth: Option<NonZeroU64>,
-    /// Bytes per second over all channels from the switch-over on, while the guest is paused. `None`, the default: no limit, as in
-    /// QEMU. Not to be taken for `avail_switchover_bandwidth`, which changes an estimate and holds nothing back.
+    /// Bytes per second over all channels from the switch-over on, while the guest is paused.
+    /// `None`, the default: no limit, as in QEMU. Not to be taken for `avail_switchover_bandwidth`,
+    /// which changes an estimate and holds nothing back.
     pub max_switchover_bandwidth: Option<NonZeroU64>,
-    /// Expected part of the downtime that RAM has no part in: until the guest is paused, saving and loading its devices. Of an earlier
-    /// migration, [`DowntimeLedger::beyond_ram`](super::DowntimeLedger::beyond_ram) has it. Default: 0.
+    /// Expected part of the downtime that RAM has no part in: until the guest is paused, saving and
+    /// loading its devices. Of an earlier migration,
+    /// [`DowntimeLedger::beyond_ram`](super::DowntimeLedger::beyond_ram) has it. Default: 0.
     pub device_downtime: Duration,
     /// What to do when rounds no longer shrink. Default: go on.
     pub on_stall: OnStall,
-    /// Gives up when rounds have not shrunk for this long, if `on_stall` has not ended it before. `None`: never, as QEMU. Default: 10
-    /// minutes.
+    /// Gives up when rounds have not shrunk for this long, if `on_stall` has not ended it before.
+    /// `None`: never, as QEMU. Default: 10 minutes.
     pub stall_deadline: Option<Duration>,
     /// Total time after which to give up. Default: none.
     pub deadline: Option<Duration>,
@@ -40,8 +42,9 @@ pub enum OnStall {
     /// Go on, as QEMU does: the guest's load may change.
     #[default]
     Continue,
-    /// Hand the guest over at once, and have its RAM follow: [`Precopy::switch_to_postcopy`](crate::Precopy::switch_to_postcopy).
-    /// Also when the deadline has passed.
+    /// Hand the guest over at once, and have its RAM follow:
+    /// [`Precopy::switch_to_postcopy`](crate::Precopy::switch_to_postcopy). Also when the deadline
+    /// has passed.
     Postcopy,
     /// Stop the guest at a local minimum, if that takes no longer than this second limit.
     SwitchBelow(Duration),

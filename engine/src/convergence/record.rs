@@ -16,7 +16,8 @@ pub enum Decision {
     AbortDeadline,
     /// Another round.
     Continue,
-    /// Pause the guest and switch to post-copy: the rounds do not shrink, or the total deadline has passed.
+    /// Pause the guest and switch to post-copy: the rounds do not shrink, or the total deadline has
+    /// passed.
     Postcopy,
     /// Stop the guest: what is left fits the downtime limit.
     SwitchOver,
@@ -58,7 +59,8 @@ pub struct RoundRecord {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct DowntimeLedger {
-    /// From the instant that [`Precopy::guest_paused_at`](crate::Precopy::guest_paused_at) named until the last bitmap sync.
+    /// From the instant that [`Precopy::guest_paused_at`](crate::Precopy::guest_paused_at) named
+    /// until the last bitmap sync.
     pub pause_us: u64,
     /// Collecting the dirty bits of the stopped guest.
     pub bitmap_sync_us: u64,
@@ -66,7 +68,8 @@ pub struct DowntimeLedger {
     pub hold_us: u64,
     /// Sending the last pages, to the last sync point.
     pub last_ram_us: u64,
-    /// From there to [`StopCopy::commit`](crate::StopCopy::commit): the embedder saves the device state.
+    /// From there to [`StopCopy::commit`](crate::StopCopy::commit): the embedder saves the device
+    /// state.
     pub state_save_us: u64,
     /// Sending it.
     pub device_state_us: u64,
@@ -83,8 +86,8 @@ impl DowntimeLedger {
         Duration::from_micros(sum)
     }
 
-    /// What RAM has no part in: for [`Limits::device_downtime`](crate::Limits::device_downtime) of the next migration of such a
-    /// guest.
+    /// What RAM has no part in: for [`Limits::device_downtime`](crate::Limits::device_downtime) of
+    /// the next migration of such a guest.
     pub fn beyond_ram(&self) -> Duration {
         let ram = [self.bitmap_sync_us, self.last_ram_us, self.hold_us];
         let ram = Duration::from_micros(ram.into_iter().fold(0, u64::saturating_add));

@@ -1,5 +1,5 @@
-//! Signs of life of a destination whose embedder has the guest: loading its state, making it durable
-//! takes as long as it takes. Spec: docs/wire.md §27.4.
+//! Signs of life of a destination whose embedder has the guest: loading its state, making it
+//! durable takes as long as it takes. Spec: docs/wire.md §27.4.
 
 use super::return_path::ReturnPath;
 use crate::error::{Phase, Result};

@@ -27,9 +27,9 @@ const LINGER: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_secs(5);
 
 /// RAM and device state are here. Load the device state, then [`Arrived::accept`]: that lets the
-/// source know that its guest lives here now. Dropped without that, or
-/// [refused](Arrived::refuse), the source is told of a failure and runs on. A source that is multifd,
-/// too, waits for as long as it takes.
+/// source know that its guest lives here now. Dropped without that, or [refused](Arrived::refuse),
+/// the source is told of a failure and runs on. A source that is multifd, too, waits for as long as
+/// it takes.
 #[must_use = "the source waits to be told whether its guest has arrived"]
 pub struct Arrived {
     stream: Arc<ReceivedMain>,

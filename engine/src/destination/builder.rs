@@ -12,7 +12,8 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::session::Session;
 use crate::stream::dialect;
 
-/// Settings of a [`Destination`], and the objects that it works with. Made by [`Destination::builder`].
+/// Settings of a [`Destination`], and the objects that it works with. Made by
+/// [`Destination::builder`].
 pub struct DestinationBuilder {
     config: DestinationConfig,
     ram: Box<dyn IncomingRam>,
@@ -42,23 +43,25 @@ impl DestinationBuilder {
         self
     }
 
-    /// The codecs that may come in. Default: none, zlib, zstd, and lz4 of other multifds. Which one it is, the packets say.
+    /// The codecs that may come in. Default: none, zlib, zstd, and lz4 of other multifds. Which one
+    /// it is, the packets say.
     #[must_use]
     pub fn codecs(mut self, codecs: Codecs) -> Self {
         self.codecs = codecs;
         self
     }
 
-    /// Takes encrypted connections only, and refuses a source whose certificate does not verify. Default: plain ones only.
-    /// Needs feature `tls-aws-lc` or `tls-ring`.
+    /// Takes encrypted connections only, and refuses a source whose certificate does not verify.
+    /// Default: plain ones only. Needs feature `tls-aws-lc` or `tls-ring`.
     #[must_use]
     pub fn tls(mut self, tls: TlsServer) -> Self {
         self.tls = Some(tls);
         self
     }
 
-    /// Called on each thread that the migration makes, before the thread does anything else, with its name: for affinity, a
-    /// cgroup, a seccomp filter. The threads are listed in docs/embedding.md. A hook that panics ends the migration.
+    /// Called on each thread that the migration makes, before the thread does anything else, with
+    /// its name: for affinity, a cgroup, a seccomp filter. The threads are listed in
+    /// docs/embedding.md. A hook that panics ends the migration.
     #[must_use]
     pub fn thread_hook(mut self, on_start: impl Fn(&str) + Send + Sync + 'static) -> Self {
         self.hook = ThreadHook::new(on_start);
@@ -175,10 +178,12 @@ impl DestinationBuilder {
     /// Opens the listening socket. The source may connect from now on.
     ///
     /// # Errors
-    /// `ApiMisuse` that names the setting or a codec with a reserved id, `Transport` if the address cannot be listened on.
+    /// `ApiMisuse` that names the setting or a codec with a reserved id, `Transport` if the address
+    /// cannot be listened on.
     pub fn listen(self, endpoint: &Endpoint) -> Result<Destination> {
         self.codecs.iter().try_for_each(|codec| dialect::check_codec(&**codec, Phase::Accept))?;
-        // Before a command is started or a file opened. What a descriptor is, shows when it is open.
+        // Before a command is started or a file opened. What a descriptor is, shows when it is
+        // open.
         let unknown = matches!(endpoint, Endpoint::Fd(_) | Endpoint::FdFrom(_));
         let is_file = matches!(endpoint, Endpoint::File { .. });
         self.check(endpoint, unknown || endpoint.takes_several(), is_file)?;
@@ -190,14 +195,17 @@ impl DestinationBuilder {
         Ok(self.served_by(listener, session))
     }
 
-    /// Receives over connections that the caller has made, instead of listening: main and one connection for each parallel
-    /// channel that the source has, in any order, since each says by its first bytes what it is. They are sockets of any family,
-    /// or one pipe or file for main alone; [`Channel`] is made from any of them, close-on-exec or not. There are no strangers
-    /// among them, so a connection that fails or is something else ends the migration. Socket options are left as they are.
-    /// With [`tls`](Self::tls) they are plain sockets, on each of which the source shakes hands.
+    /// Receives over connections that the caller has made, instead of listening: main and one
+    /// connection for each parallel channel that the source has, in any order, since each says by
+    /// its first bytes what it is. They are sockets of any family, or one pipe or file for main
+    /// alone; [`Channel`] is made from any of them, close-on-exec or not. There are no strangers
+    /// among them, so a connection that fails or is something else ends the migration. Socket
+    /// options are left as they are. With [`tls`](Self::tls) they are plain sockets, on each of
+    /// which the source shakes hands.
     ///
     /// # Errors
-    /// `ApiMisuse` that names the setting: TLS over what is no socket, or another number of channels.
+    /// `ApiMisuse` that names the setting: TLS over what is no socket, or another number of
+    /// channels.
     pub fn over(mut self, main: Channel, channels: Vec<Channel>) -> Result<Destination> {
         self.codecs.iter().try_for_each(|codec| dialect::check_codec(&**codec, Phase::Accept))?;
         let misuse = |problem: String| Error::new(ErrorKind::ApiMisuse, Phase::Accept, problem);

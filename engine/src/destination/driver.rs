@@ -77,7 +77,8 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    /// `incoming` provides the memory that pages go to; `guest`: where the guest of a post-copy runs.
+    /// `incoming` provides the memory that pages go to; `guest`: where the guest of a post-copy
+    /// runs.
     pub(super) fn new(
         reader: MainReader,
         shared: &Arc<DestinationShared>,
@@ -165,7 +166,8 @@ impl Driver {
     }
 
     fn read(&mut self, expected: Expected) -> Result<Input> {
-        // Before there is RAM a source has nothing to be held for, and behind a switch it goes on at once.
+        // Before there is RAM a source has nothing to be held for, and behind a switch it goes on
+        // at once.
         let may_be_held = self.ram.is_some() && self.package.is_none() && !self.machine.has_switched();
         let between_rounds = may_be_held && matches!(expected, Expected::Item | Expected::Footer);
         if let Some(limit) = self.shared.limits.hold.filter(|_| between_rounds) {

@@ -1,16 +1,18 @@
 //! A source that is held between two rounds, and cannot say so.
 //!
-//! A QEMU that waits for `migrate-continue` (pause-before-switchover) sends nothing and answers nothing: its protocol has no word for
-//! it. That its host and its process are there, the kernel knows: keepalive ends a connection whose peer has gone, and a process
-//! that ends closes it. A process that is stopped cannot be told from one that is held, so the wait has a limit. The footer of the
-//! last round's section is still in QEMU's buffer then.
+//! A QEMU that waits for `migrate-continue` (pause-before-switchover) sends nothing and answers
+//! nothing: its protocol has no word for it. That its host and its process are there, the kernel
+//! knows: keepalive ends a connection whose peer has gone, and a process that ends closes it. A
+//! process that is stopped cannot be told from one that is held, so the wait has a limit. The
+//! footer of the last round's section is still in QEMU's buffer then.
 
 use std::time::{Duration, Instant};
 
 use crate::error::{ErrorKind, Phase, Result};
 use crate::stream::MainReader;
 
-/// Waits up to `limit` for the first byte of what comes next, a footer or an item, where the timeout holds for the rest.
+/// Waits up to `limit` for the first byte of what comes next, a footer or an item, where the
+/// timeout holds for the rest.
 ///
 /// # Errors
 /// As reading gives them. An end of the stream is none: it shows when the item is read.

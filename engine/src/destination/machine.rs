@@ -115,8 +115,8 @@ enum State {
 type Effects = Vec<Effect>;
 
 impl Machine {
-    /// `two_way`: a source at the other end of the main channel could hear an answer. `max_package`:
-    /// a source may switch to post-copy, with at most so many bytes of device state.
+    /// `two_way`: a source at the other end of the main channel could hear an answer.
+    /// `max_package`: a source may switch to post-copy, with at most so many bytes of device state.
     pub(super) fn new(two_way: bool, ack: SwitchoverAck, max_package: Option<usize>) -> Self {
         let return_path =
             if two_way { ReturnDirection::Closed } else { ReturnDirection::OneWay { wanted: false } };

@@ -97,8 +97,8 @@ enum Begun {
 }
 
 impl Destination {
-    /// Where it listens, with the port that the system chose if 0 was asked for. Over connections of the caller's: the
-    /// descriptor of main.
+    /// Where it listens, with the port that the system chose if 0 was asked for. Over connections
+    /// of the caller's: the descriptor of main.
     pub fn endpoint(&self) -> Endpoint {
         self.listener.endpoint()
     }
@@ -141,8 +141,8 @@ impl Destination {
         }
     }
 
-    /// Waits for the source and receives the guest, up to where it may run here: that is when all of
-    /// RAM is here, or, with [`DestinationBuilder::postcopy`], when the source has switched to
+    /// Waits for the source and receives the guest, up to where it may run here: that is when all
+    /// of RAM is here, or, with [`DestinationBuilder::postcopy`], when the source has switched to
     /// post-copy. See docs/postcopy.md.
     ///
     /// # Errors

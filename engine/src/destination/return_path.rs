@@ -92,8 +92,8 @@ impl ReturnPath {
             .map_err(|error| Error::io(phase, format_args!("sending {message:?}"), error).on(self.name()))
     }
 
-    /// Tells the source which pages of the block are here. `received`: a bit a page, from the lowest
-    /// bit of each byte on.
+    /// Tells the source which pages of the block are here. `received`: a bit a page, from the
+    /// lowest bit of each byte on.
     pub(crate) fn send_bitmap(&self, block: &BlockName, received: &[u8]) -> Result<()> {
         let state = lock(&self.state);
         if *state != State::Open {
@@ -110,7 +110,8 @@ impl ReturnPath {
         })
     }
 
-    /// Tells a source that understands it that this end is alive. False: it does not, or it has been told of the end.
+    /// Tells a source that understands it that this end is alive. False: it does not, or it has
+    /// been told of the end.
     pub(super) fn say_alive(&self) -> Result<bool> {
         let state = lock(&self.state);
         if *state != State::Open || !self.dialect.load(Ordering::Relaxed) {
@@ -121,8 +122,8 @@ impl ReturnPath {
         Ok(true)
     }
 
-    /// Tells the source that the guest has arrived; from here on it must not run there. `load`: how long the embedder took to
-    /// load it.
+    /// Tells the source that the guest has arrived; from here on it must not run there. `load`: how
+    /// long the embedder took to load it.
     pub(crate) fn shut(&self, load: Duration) -> Result<()> {
         let load = ReturnMessage::Loaded(u64::try_from(load.as_micros()).unwrap_or(u64::MAX));
         self.finish(&mut lock(&self.state), SHUT_SUCCESS, Some(load)).map_err(|error| {
@@ -178,8 +179,8 @@ impl ReturnPath {
         })
     }
 
-    /// Tells the source that its guest did not arrive, and why, if it still listens; never waits for it.
-    /// An error of this has no one left to be told.
+    /// Tells the source that its guest did not arrive, and why, if it still listens; never waits
+    /// for it. An error of this has no one left to be told.
     pub(crate) fn abort(&self, why: Option<Failure>) {
         let Some(mut state) = self.lock_within(LAST_MESSAGE) else { return };
         let told = self
@@ -196,7 +197,8 @@ impl ReturnPath {
         self.channel.closer().close();
     }
 
-    /// A message that is being sent is out at once, unless the source takes nothing: then it would not take SHUT either.
+    /// A message that is being sent is out at once, unless the source takes nothing: then it would
+    /// not take SHUT either.
     fn lock_within(&self, limit: Duration) -> Option<MutexGuard<'_, State>> {
         const POLL: Duration = Duration::from_micros(100);
         let deadline = Instant::now() + limit;

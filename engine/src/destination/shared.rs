@@ -60,7 +60,8 @@ pub(crate) struct DestinationShared {
 /// A connection that may carry urgent pages, as long as this lives.
 pub(crate) struct UrgentCandidate(#[expect(dead_code, reason = "counted, not read")] Arc<()>);
 
-/// Most connections that may carry urgent pages. A source makes up to 8 for each link, strangers the others.
+/// Most connections that may carry urgent pages. A source makes up to 8 for each link, strangers
+/// the others.
 const MAX_URGENT: usize = 24;
 
 /// What a source may make this end use.
@@ -235,7 +236,8 @@ impl DestinationShared {
         self.dialect.load(Ordering::Relaxed)
     }
 
-    /// The source wishes these checks. The first word counts: one that came between pages would be too late.
+    /// The source wishes these checks. The first word counts: one that came between pages would be
+    /// too late.
     pub(crate) fn heed(&self, wishes: Wishes) {
         self.wishes.get_or_init(|| wishes);
     }
@@ -295,8 +297,8 @@ impl DestinationShared {
         })
     }
 
-    /// The codec of a packet with pages: known here, and the same for the whole migration, unless the source has announced
-    /// that it mixes them.
+    /// The codec of a packet with pages: known here, and the same for the whole migration, unless
+    /// the source has announced that it mixes them.
     pub(crate) fn codec(&self, flags: PacketFlags) -> Result<Arc<dyn Codec>> {
         let mixed = self.wishes().mixed;
         self.facts.modify_silently(|facts| match &facts.codec {

@@ -30,8 +30,8 @@ pub(crate) struct Described {
 }
 
 impl Tail {
-    /// The devices of a post-copy, `sections`, with an end as a pre-copy has it, so that they can be
-    /// sent on: QEMU waits for a description. This one describes no device.
+    /// The devices of a post-copy, `sections`, with an end as a pre-copy has it, so that they can
+    /// be sent on: QEMU waits for a description. This one describes no device.
     pub(super) fn packaged(sections: Vec<u8>) -> Result<Self> {
         let devices_len = sections.len();
         let mut bytes = sections;

@@ -71,8 +71,9 @@ impl RamBlock {
         self
     }
 
-    /// Says how many bytes a page of the destination's kernel has behind this block, where that is not as it is here: a
-    /// checkpoint that goes to memory of huge pages. For a post-copy, which moves such pages whole.
+    /// Says how many bytes a page of the destination's kernel has behind this block, where that is
+    /// not as it is here: a checkpoint that goes to memory of huge pages. For a post-copy, which
+    /// moves such pages whole.
     #[must_use]
     pub fn with_host_page_size(mut self, bytes: usize) -> Self {
         self.host_page = Some(bytes);
@@ -94,8 +95,8 @@ impl RamBlock {
         &self.memory
     }
 
-    /// Says what keeps the block from migrating: all of it must be pages, since a destination has no
-    /// others.
+    /// Says what keeps the block from migrating: all of it must be pages, since a destination has
+    /// no others.
     pub(crate) fn check(&self) -> Result<(), String> {
         let (name, len, address) = (&self.name, self.memory.len(), self.memory.address());
         match len % PAGE {

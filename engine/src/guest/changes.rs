@@ -1,4 +1,5 @@
-//! What a VMM does to guest memory that is no write: it plugs and unplugs, takes pages back, resizes.
+//! What a VMM does to guest memory that is no write: it plugs and unplugs, takes pages back,
+//! resizes.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,9 +11,10 @@ use super::{DirtyBitmap, PAGE, RamBlock};
 use crate::error::{Error, ErrorKind, Phase, Result};
 
 /// Tells migrations which parts of RAM blocks are there, as QEMU's RamDiscardManager does: for
-/// virtio-mem, a balloon, free page reporting, memory hot-unplug. Made once beside the blocks, given to
-/// [`SourceBuilder::ram_changes`](crate::SourceBuilder::ram_changes) of every attempt; clones go to the
-/// threads that change the memory, and may be used at any time, whether or not a migration runs.
+/// virtio-mem, a balloon, free page reporting, memory hot-unplug. Made once beside the blocks,
+/// given to [`SourceBuilder::ram_changes`](crate::SourceBuilder::ram_changes) of every attempt;
+/// clones go to the threads that change the memory, and may be used at any time, whether or not a
+/// migration runs.
 ///
 /// ```text
 ///   unplug, protect, unmap        unplug(block, pages), then MADV_DONTNEED, MADV_REMOVE, PROT_NONE, munmap
@@ -23,8 +25,8 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 /// ```
 ///
 /// What is unplugged arrives as zero, whatever the memory holds, and is not touched from the moment
-/// that `unplug` returns: it waits until no worker reads the block. Writes are not told here: plugged
-/// memory needs a dirty log (see [`KvmSlots`](crate::KvmSlots)).
+/// that `unplug` returns: it waits until no worker reads the block. Writes are not told here:
+/// plugged memory needs a dirty log (see [`KvmSlots`](crate::KvmSlots)).
 ///
 /// ```
 /// # use multifd_engine::{HostMemory, RamBlock, RamChanges, PAGE};
@@ -74,8 +76,8 @@ impl RamChanges {
         Self { blocks: Arc::new(RwLock::new(blocks)), in_use: Arc::default() }
     }
 
-    /// The guest has a block more. A migration that runs ends with an error that names it, since it has
-    /// announced its blocks; the next one is given this block, too.
+    /// The guest has a block more. A migration that runs ends with an error that names it, since it
+    /// has announced its blocks; the next one is given this block, too.
     ///
     /// # Errors
     /// `ApiMisuse`: there is a block of this name.
@@ -89,9 +91,9 @@ impl RamChanges {
         Ok(())
     }
 
-    /// These pages are about to be taken away: before they are, protected or unmapped. Returns when no
-    /// worker of a migration reads any page of the block any more, which may take as long as the sending
-    /// of a packet, and no migration does until [`plug`](Self::plug).
+    /// These pages are about to be taken away: before they are, protected or unmapped. Returns when
+    /// no worker of a migration reads any page of the block any more, which may take as long as the
+    /// sending of a packet, and no migration does until [`plug`](Self::plug).
     ///
     /// # Errors
     /// `ApiMisuse`: there is no such block, or it is shorter.
@@ -117,8 +119,8 @@ impl RamChanges {
         Ok(())
     }
 
-    /// What these pages held was given back to the host, and they read as zero, or as what the guest has
-    /// written since: it may use them without a word. To be called after that.
+    /// What these pages held was given back to the host, and they read as zero, or as what the
+    /// guest has written since: it may use them without a word. To be called after that.
     ///
     /// # Errors
     /// As [`unplug`](Self::unplug).
@@ -130,9 +132,9 @@ impl RamChanges {
         Ok(())
     }
 
-    /// The block is `bytes` long from now on, 0 if it goes; to be called before it is made shorter, or
-    /// unmapped. A migration that runs ends with an error that names the block and both sizes: what it has announced does not
-    /// exist any more. The next one is of the block as it is then.
+    /// The block is `bytes` long from now on, 0 if it goes; to be called before it is made shorter,
+    /// or unmapped. A migration that runs ends with an error that names the block and both sizes:
+    /// what it has announced does not exist any more. The next one is of the block as it is then.
     ///
     /// # Errors
     /// `ApiMisuse`: there is no such block.
@@ -226,7 +228,8 @@ impl BlockChanges {
         self.parts.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds what has changed since the last call to `dirty`; an error if `block` has another length now.
+    /// Adds what has changed since the last call to `dirty`; an error if `block` has another length
+    /// now.
     pub(crate) fn sync(&self, block: &RamBlock, dirty: &DirtyBitmap) -> Result<()> {
         let parts = self.read();
         if parts.bytes != block.used_len() {

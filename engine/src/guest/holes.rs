@@ -42,8 +42,8 @@ impl RamBlock {
         }
     }
 
-    /// The first page behind `page`, which holds data, that holds none, at most `end`. A page that is
-    /// data in part counts as data. The kernel walks all the way to it.
+    /// The first page behind `page`, which holds data, that holds none, at most `end`. A page that
+    /// is data in part counts as data. The kernel walks all the way to it.
     fn next_hole(&self, page: usize, end: usize) -> io::Result<usize> {
         let Some(file) = self.memory().file() else { return Ok(end) };
         let hole = seek(file.file(), file.start() + (page * PAGE) as u64, libc::SEEK_HOLE)?;

@@ -100,14 +100,14 @@ impl HostMemory {
         Ok(memory)
     }
 
-    /// Has the kernel leave the memory out of core dumps of this process (`MADV_DONTDUMP`): a guest's
-    /// RAM holds its keys. Memory that is mapped here is left out from the start.
+    /// Has the kernel leave the memory out of core dumps of this process (`MADV_DONTDUMP`): a
+    /// guest's RAM holds its keys. Memory that is mapped here is left out from the start.
     ///
     /// # Errors
     /// What madvise says.
     pub fn keep_out_of_core_dumps(&self) -> io::Result<()> {
-        // SAFETY: [start, start + len) is mapped for as long as `self` is there, and the advice changes
-        // nothing that can be read or written.
+        // SAFETY: [start, start + len) is mapped for as long as `self` is there, and the advice
+        // changes nothing that can be read or written.
         let outcome = unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, libc::MADV_DONTDUMP) };
         if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
@@ -190,7 +190,8 @@ impl HostMemory {
         self.host_page > PAGE
     }
 
-    /// Bytes in a page of the kernel's: 4096, or more for huge pages (hugetlbfs). Transparent huge pages are 4096.
+    /// Bytes in a page of the kernel's: 4096, or more for huge pages (hugetlbfs). Transparent huge
+    /// pages are 4096.
     pub fn host_page_size(&self) -> usize {
         self.host_page
     }
@@ -254,7 +255,8 @@ impl HostMemory {
         self.populate(offset, len, libc::MADV_POPULATE_WRITE)
     }
 
-    /// Makes pages missing, also in the file that the memory is shared with: what they held is gone.
+    /// Makes pages missing, also in the file that the memory is shared with: what they held is
+    /// gone.
     pub(crate) fn drop_pages(&self, offset: usize, len: usize) -> io::Result<()> {
         let slice = self.slice(offset, len).ok_or(io::ErrorKind::InvalidInput)?;
         let done = match &self.shared_file {
@@ -268,7 +270,8 @@ impl HostMemory {
             }
             None => {
                 let start = slice.ptr_guard_mut().as_ptr().cast();
-                // SAFETY: the range is mapped, see `slice`; that its content goes is what is asked for.
+                // SAFETY: the range is mapped, see `slice`; that its content goes is what is asked
+                // for.
                 unsafe { libc::madvise(start, slice.len(), libc::MADV_DONTNEED) }
             }
         };
@@ -347,7 +350,8 @@ fn huge_page_of(file: &File) -> Option<usize> {
     usize::try_from(statfs.f_bsize).ok().filter(|_| huge)
 }
 
-/// Bytes in a page of anonymous memory that was mapped with MAP_HUGETLB: in the flags, or the system's default.
+/// Bytes in a page of anonymous memory that was mapped with MAP_HUGETLB: in the flags, or the
+/// system's default.
 fn huge_page_of_flags(flags: i32) -> io::Result<usize> {
     let shift = (flags >> libc::MAP_HUGE_SHIFT) & libc::MAP_HUGE_MASK;
     if shift != 0 {

@@ -354,8 +354,8 @@ fn ask_file(block: &RamBlock, pages: Range<usize>, mut hole: impl FnMut(Range<us
         }
         return Ok(());
     }
-    // What is in the page cache is asked by mincore, which looks at these pages only: SEEK_HOLE walks
-    // to the end of the data, however far that is behind them.
+    // What is in the page cache is asked by mincore, which looks at these pages only: SEEK_HOLE
+    // walks to the end of the data, however far that is behind them.
     let Ok(resident) = block.memory().resident(pages.start * PAGE, pages.len()) else {
         return Ok(()); // Not mapped, at least in part: faulting it in tells which page.
     };

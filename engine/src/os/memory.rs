@@ -1,8 +1,8 @@
 //! How much memory the machine has.
 #![expect(unsafe_code, reason = "std does not know it")]
 
-/// Bytes that a peer or a file may have this process keep, where nothing else limits them: half of the
-/// machine's memory.
+/// Bytes that a peer or a file may have this process keep, where nothing else limits them: half of
+/// the machine's memory.
 pub(crate) fn most_kept() -> usize {
     // SAFETY: takes no pointer.
     let pages = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) };

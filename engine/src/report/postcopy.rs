@@ -13,15 +13,16 @@ pub struct PostcopyReport {
     pub requests: u64,
     /// Pages that were asked for, those that were on their way included.
     pub pages_requested: u64,
-    /// Pages that a source has sent on channels for pages that are asked for before they were, because those before them were
-    /// asked for in order. 0 at a destination.
+    /// Pages that a source has sent on channels for pages that are asked for before they were,
+    /// because those before them were asked for in order. 0 at a destination.
     pub neighbours_pushed: u64,
-    /// Pages that were asked for after they had gone behind others, and that a source has sent again at once. 0 at a destination.
+    /// Pages that were asked for after they had gone behind others, and that a source has sent
+    /// again at once. 0 at a destination.
     pub pages_repeated: u64,
     /// How often the link was replaced.
     pub recoveries: u64,
-    /// From the start of the migration until the destination had loaded the devices and started the guest, at a source. `None`:
-    /// the link broke before the destination could say so.
+    /// From the start of the migration until the destination had loaded the devices and started the
+    /// guest, at a source. `None`: the link broke before the destination could say so.
     #[serde(rename = "run_ms", serialize_with = "millis", skip_serializing_if = "Option::is_none")]
     pub run_after: Option<Duration>,
     /// How the guest's threads waited for pages, at a destination where it ran.

@@ -1,4 +1,5 @@
-//! What a migration counts: one table, from which the counters, [`Progress`] and the keys of JSON are made.
+//! What a migration counts: one table, from which the counters, [`Progress`] and the keys of JSON
+//! are made.
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,31 +18,35 @@ macro_rules! counters {
         migration { $($(#[$of_migration:meta])* $migration:ident,)* }
         channel { $($(#[$of_channel:meta])* $channel:ident,)* }
     ) => {
-        /// Plain numbers about a migration that is under way. All of them only grow, but for what is expected and
-        /// for percentiles.
+        /// Plain numbers about a migration that is under way. All of them only grow, but for what
+        /// is expected and for percentiles.
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
         #[non_exhaustive]
         pub struct Progress {
             $($(#[$of_migration])* pub $migration: u64,)*
             /// Bytes on the wire, all channels, both directions.
             pub wire_bytes: u64,
-            /// Guest bytes that are still to be sent, as far as it is known: what was dirty at the last bitmap sync, without what went
-            /// since. 0 at a destination.
+            /// Guest bytes that are still to be sent, as far as it is known: what was dirty at the
+            /// last bitmap sync, without what went since. 0 at a destination.
             pub remaining_bytes: u64,
-            /// Expected downtime if the guest were paused now, in µs. 0 before the end of the first round, and at a destination.
+            /// Expected downtime if the guest were paused now, in µs. 0 before the end of the first
+            /// round, and at a destination.
             pub expected_downtime_us: u64,
             /// Guest bytes with content per second in the last round. 0 as long as there is none.
             pub bandwidth_bytes_per_s: u64,
             $($(#[$of_channel])* pub $channel: u64,)*
-            /// Waits of a guest's threads for pages in a post-copy, at the destination, that are over.
+            /// Waits of a guest's threads for pages in a post-copy, at the destination, that are
+            /// over.
             pub faults: u64,
-            /// Half of these waits were shorter, in µs, to within an eighth: from when a fault was heard of until its page was there.
+            /// Half of these waits were shorter, in µs, to within an eighth: from when a fault was
+            /// heard of until its page was there.
             pub fault_p50_us: u64,
             /// 99 % of these waits were shorter.
             pub fault_p99_us: u64,
             /// The longest of these waits.
             pub fault_max_us: u64,
-            /// The sum of these waits. Each thread's: [`PostcopyGuest::figures`](crate::PostcopyGuest::figures).
+            /// The sum of these waits. Each thread's:
+            /// [`PostcopyGuest::figures`](crate::PostcopyGuest::figures).
             pub blocktime_us: u64,
             /// Parallel channels; 0 while there is only the main one.
             pub channels: u64,
@@ -53,8 +58,9 @@ macro_rules! counters {
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
         #[non_exhaustive]
         pub struct ChannelProgress {
-            /// `main`, or `channel 3`; for threads at a file, whose bytes are those of main, `thread 3`; `urgent` for pages that
-            /// are asked for in a post-copy. A channel that was replaced in a post-copy comes once for each connection.
+            /// `main`, or `channel 3`; for threads at a file, whose bytes are those of main,
+            /// `thread 3`; `urgent` for pages that are asked for in a post-copy. A channel that was
+            /// replaced in a post-copy comes once for each connection.
             pub name: String,
             /// Bytes sent.
             pub bytes_sent: u64,
@@ -63,7 +69,8 @@ macro_rules! counters {
             $($(#[$of_channel])* pub $channel: u64,)*
         }
 
-        /// The counters of a migration. Those of the migration itself are written by the thread of main.
+        /// The counters of a migration. Those of the migration itself are written by the thread of
+        /// main.
         #[derive(Default)]
         pub(crate) struct Counters {
             $(pub(crate) $migration: AtomicU64,)*
@@ -72,7 +79,8 @@ macro_rules! counters {
             pub(crate) faults: Mutex<FaultFigures>,
             pub(crate) main: ChannelCounters,
             parallel: Mutex<Vec<Arc<ChannelCounters>>>,
-            /// Of a post-copy's channels for pages that are asked for, and of those that replaced parallel ones.
+            /// Of a post-copy's channels for pages that are asked for, and of those that replaced
+            /// parallel ones.
             later: Mutex<Vec<Arc<ChannelCounters>>>,
         }
 
@@ -130,9 +138,11 @@ counters! {
         pages_requested,
         /// Pages that came in a post-copy before anything asked for them, at the destination.
         pages_pushed,
-        /// Pages that a post-copy's source has sent before they were asked for, because those before them were in order.
+        /// Pages that a post-copy's source has sent before they were asked for, because those
+        /// before them were in order.
         neighbours_pushed,
-        /// Pages that were asked for when they had gone already, and went again: the other copy was behind others.
+        /// Pages that were asked for when they had gone already, and went again: the other copy was
+        /// behind others.
         pages_repeated,
         /// New links of a post-copy whose link had gone.
         recoveries,
@@ -142,7 +152,8 @@ counters! {
         packets,
         /// Pages that went with their content, compressed or not.
         pages_normal,
-        /// Those of them that no codec makes shorter, and that went without one although there is one.
+        /// Those of them that no codec makes shorter, and that went without one although there is
+        /// one.
         pages_uncompressed,
         /// Pages that went as "is zero".
         pages_zero,

@@ -13,10 +13,12 @@ use crate::run::state::MigrationState;
 use crate::run::stop::{StopSwitch, lock};
 use crate::run::workers::Crew;
 
-/// How long a peer may keep us waiting by default: for a connection, an answer, the rest of a packet.
+/// How long a peer may keep us waiting by default: for a connection, an answer, the rest of a
+/// packet.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How far the hand-over of the guest has come: what an end of this process at this moment would leave.
+/// How far the hand-over of the guest has come: what an end of this process at this moment would
+/// leave.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HandOver {
     /// The guest may run on at the source.
@@ -32,7 +34,8 @@ pub enum HandOver {
 #[derive(Clone)]
 pub struct ProgressReader(Arc<Session>);
 
-/// Cancels a migration from any thread: everything that waits is woken, the migration ends with [`ErrorKind::Cancelled`].
+/// Cancels a migration from any thread: everything that waits is woken, the migration ends with
+/// [`ErrorKind::Cancelled`].
 #[derive(Clone)]
 pub struct Canceller(Arc<Session>);
 
@@ -75,7 +78,8 @@ impl Session {
 
     /// Makes a new connection part of the migration: its silence is limited, its bytes are counted.
     ///
-    /// The caller registers what wakes it when the migration stops: main may have a last message to send, the others just close.
+    /// The caller registers what wakes it when the migration stops: main may have a last message to
+    /// send, the others just close.
     ///
     /// # Errors
     /// `Cancelled` if the channels have been closed already: this one is closed, too.
@@ -98,18 +102,21 @@ impl Session {
         SocketOptions { user_timeout, ..wanted.clone() }
     }
 
-    /// Shuts the channel's socket down when the migration stops, which wakes the threads that read or write it.
+    /// Shuts the channel's socket down when the migration stops, which wakes the threads that read
+    /// or write it.
     pub(crate) fn close_on_stop(&self, channel: &Channel) {
         let closer = channel.closer();
         self.stop.on_trip(move || closer.close());
     }
 
-    /// Shuts every socket down, at the regular end. A channel that is adopted later is closed at once.
+    /// Shuts every socket down, at the regular end. A channel that is adopted later is closed at
+    /// once.
     pub(crate) fn close_channels(&self) {
         self.channels.close(|channel| channel.closer().close());
     }
 
-    /// The migration begins now: a destination that has waited for its source does not count the wait.
+    /// The migration begins now: a destination that has waited for its source does not count the
+    /// wait.
     pub(crate) fn begin(&self) {
         *lock(&self.started) = Instant::now();
     }
@@ -215,7 +222,8 @@ impl ProgressReader {
     }
 }
 
-/// Notes, when it is dropped, that a migration which has not come to an end was cancelled: the embedder has dropped it.
+/// Notes, when it is dropped, that a migration which has not come to an end was cancelled: the
+/// embedder has dropped it.
 pub(crate) struct NoteEnd(pub(crate) Arc<Session>);
 
 impl Drop for NoteEnd {
@@ -231,8 +239,8 @@ impl Canceller {
         Self(Arc::clone(session))
     }
 
-    /// Cancels. Has no effect on a migration that has ended. False: the guest has been handed over to the destination of a
-    /// post-copy, and needs what is here; the migration goes on.
+    /// Cancels. Has no effect on a migration that has ended. False: the guest has been handed over
+    /// to the destination of a post-copy, and needs what is here; the migration goes on.
     pub fn cancel(&self) -> bool {
         if let Err(refused) = self.0.enter(MigrationState::Cancelling)
             && self.0.state().is_postcopy()
@@ -249,8 +257,8 @@ impl Canceller {
         self.0.hand_over()
     }
 
-    /// Closes every channel, also after the point of no return, when a cancel comes too late: what is still waited for then
-    /// is waited for no longer, and commands behind channels are ended.
+    /// Closes every channel, also after the point of no return, when a cancel comes too late: what
+    /// is still waited for then is waited for no longer, and commands behind channels are ended.
     pub fn close_channels(&self) {
         self.0.close_channels();
     }

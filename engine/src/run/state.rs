@@ -4,7 +4,8 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// What `query-migrate` calls `status`. QEMU has two more, `colo` and `wait-unplug`, for what this engine does not do.
+/// What `query-migrate` calls `status`. QEMU has two more, `colo` and `wait-unplug`, for what this
+/// engine does not do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -86,7 +87,8 @@ impl MigrationState {
         TRANSITIONS.iter().any(|(from, to)| *from == self && to.contains(&next))
     }
 
-    /// Whether the guest has been handed over to the destination of a postcopy, where its RAM follows.
+    /// Whether the guest has been handed over to the destination of a postcopy, where its RAM
+    /// follows.
     pub fn is_postcopy(self) -> bool {
         use S::{PostcopyActive, PostcopyDevice, PostcopyPaused, PostcopyRecover, PostcopyRecoverSetup};
         matches!(

@@ -1,4 +1,5 @@
-//! The one switch that ends a migration, and the waits that it wakes. Checked under every interleaving by tests/loom.
+//! The one switch that ends a migration, and the waits that it wakes. Checked under every
+//! interleaving by tests/loom.
 
 use std::time::{Duration, Instant};
 
@@ -72,8 +73,8 @@ impl StopSwitch {
         sealed
     }
 
-    /// No thread is left that a trip would wake. What would have run then keeps memory and connections
-    /// alive, this switch among them.
+    /// No thread is left that a trip would wake. What would have run then keeps memory and
+    /// connections alive, this switch among them.
     pub(crate) fn release(&self) {
         let _never = std::mem::take(&mut lock(&self.0.inner).on_trip);
     }
@@ -87,7 +88,8 @@ impl StopSwitch {
         lock(&self.0.inner).cause.as_ref().map(look)
     }
 
-    /// The first cause, for the one caller who reports it; `otherwise` if it was taken or never set.
+    /// The first cause, for the one caller who reports it; `otherwise` if it was taken or never
+    /// set.
     pub(crate) fn cause_or(&self, otherwise: Error) -> Error {
         lock(&self.0.inner).cause.take().unwrap_or(otherwise)
     }
@@ -104,7 +106,8 @@ impl<T: Send + 'static> Monitor<T> {
         let this = Self(Arc::new((Mutex::new(value), Condvar::new())));
         let woken = this.clone();
         stop.on_trip(move || {
-            // Taking the lock orders the trip before the next check of a waiter that is about to sleep.
+            // Taking the lock orders the trip before the next check of a waiter that is about to
+            // sleep.
             drop(lock(&woken.0.0));
             woken.notify();
         });

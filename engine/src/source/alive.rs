@@ -1,5 +1,6 @@
-//! Signs of life of a source whose embedder has the migration in hand: a guest that is on pause between
-//! rounds, a hold before the switch-over, device state that is being saved. Spec: docs/wire.md §27.4.
+//! Signs of life of a source whose embedder has the migration in hand: a guest that is on pause
+//! between rounds, a hold before the switch-over, device state that is being saved. Spec:
+//! docs/wire.md §27.4.
 //!
 //! ```text
 //!  the caller's thread   Busy ── a call returns, or waits for the caller ──> Idle ── the next call ──> Busy
@@ -42,7 +43,8 @@ enum Turn {
 pub(super) struct Busy(Monitor<State>);
 
 impl KeepAlive {
-    /// `piece_of_ram`: what is sent instead of a PING to a destination that has no return path, if it takes that.
+    /// `piece_of_ram`: what is sent instead of a PING to a destination that has no return path, if
+    /// it takes that.
     pub(super) fn start(
         channel: &Arc<Channel>,
         return_path: bool,

@@ -33,8 +33,8 @@ impl AuditReport {
     }
 }
 
-/// Pages whose content is not what was sent of them, although the guest is paused and no dirty log has
-/// reported them: the cause of the error with which an audit ends a migration.
+/// Pages whose content is not what was sent of them, although the guest is paused and no dirty log
+/// has reported them: the cause of the error with which an audit ends a migration.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub struct MissedPages {
@@ -49,8 +49,8 @@ struct Progress {
 }
 
 impl OutgoingRam {
-    /// Compares every page with what was sent of it, if digests were kept: all dirty pages are out, and
-    /// the guest is paused.
+    /// Compares every page with what was sent of it, if digests were kept: all dirty pages are out,
+    /// and the guest is paused.
     ///
     /// # Errors
     /// `GuestMemory` because of [`MissedPages`].

@@ -70,7 +70,8 @@ pub struct SourceBuilder {
 }
 
 impl Source {
-    /// A source for `ram`, in the order in which the blocks are announced, of a machine as `configuration` names it.
+    /// A source for `ram`, in the order in which the blocks are announced, of a machine as
+    /// `configuration` names it.
     pub fn builder(ram: Vec<RamBlock>, configuration: Configuration) -> SourceBuilder {
         SourceBuilder {
             config: SourceConfig::default(),
@@ -114,55 +115,61 @@ impl SourceBuilder {
         self
     }
 
-    /// The guest's uuid, which a QEMU destination compares with its own. Default: all zero, a guest without one.
+    /// The guest's uuid, which a QEMU destination compares with its own. Default: all zero, a guest
+    /// without one.
     #[must_use]
     pub fn uuid(mut self, uuid: [u8; 16]) -> Self {
         self.guest.uuid = uuid;
         self
     }
 
-    /// Where writes to the guest's RAM are noted; any number of logs, which together cover all of it but what
-    /// [`read_only_block`](Self::read_only_block) names: what is written elsewhere would be lost.
+    /// Where writes to the guest's RAM are noted; any number of logs, which together cover all of
+    /// it but what [`read_only_block`](Self::read_only_block) names: what is written elsewhere
+    /// would be lost.
     #[must_use]
     pub fn dirty_log(mut self, log: impl DirtyLog + 'static) -> Self {
         self.guest.logs.push(Box::new(log));
         self
     }
 
-    /// Says that no vCPU and no device writes to this block while it migrates, so that it needs no dirty log: firmware, a ROM.
+    /// Says that no vCPU and no device writes to this block while it migrates, so that it needs no
+    /// dirty log: firmware, a ROM.
     #[must_use]
     pub fn read_only_block(mut self, name: BlockName) -> Self {
         self.guest.unwritten.blocks.push(name);
         self
     }
 
-    /// Says that the guest is paused for all of the migration, its devices too, so that no block needs a dirty log: a checkpoint
-    /// that is sent, a guest that is moved cold.
+    /// Says that the guest is paused for all of the migration, its devices too, so that no block
+    /// needs a dirty log: a checkpoint that is sent, a guest that is moved cold.
     #[must_use]
     pub fn paused_guest(mut self) -> Self {
         self.guest.unwritten.guest_paused = true;
         self
     }
 
-    /// What the VMM does to the memory that is no write: parts of blocks that are not there now, or come and go meanwhile
-    /// (virtio-mem, balloon, free page reporting), and blocks that are resized. Default: nothing.
+    /// What the VMM does to the memory that is no write: parts of blocks that are not there now, or
+    /// come and go meanwhile (virtio-mem, balloon, free page reporting), and blocks that are
+    /// resized. Default: nothing.
     #[must_use]
     pub fn ram_changes(mut self, changes: &RamChanges) -> Self {
         self.guest.notes.changes = Some(changes.clone());
         self
     }
 
-    /// Says that pages of this block which are not there are fetched by the handler of a userfaultfd when they are read, for as
-    /// long as the migration runs: memory that is restored on demand, or paged by another process. The kernel reads for the
-    /// engine, so the handler must serve the kernel's faults, too (a userfaultfd without UFFD_USER_MODE_ONLY). Without this, such
-    /// a block is refused: what is not there is not zero.
+    /// Says that pages of this block which are not there are fetched by the handler of a
+    /// userfaultfd when they are read, for as long as the migration runs: memory that is restored
+    /// on demand, or paged by another process. The kernel reads for the engine, so the handler must
+    /// serve the kernel's faults, too (a userfaultfd without UFFD_USER_MODE_ONLY). Without this,
+    /// such a block is refused: what is not there is not zero.
     #[must_use]
     pub fn paged_block(mut self, name: BlockName) -> Self {
         self.guest.notes.paged.push(name);
         self
     }
 
-    /// Compares all of RAM with what was sent, when the guest is paused: see [`SourceConfig::audit`].
+    /// Compares all of RAM with what was sent, when the guest is paused: see
+    /// [`SourceConfig::audit`].
     #[must_use]
     pub fn audit(mut self, audit: bool) -> Self {
         self.config.audit = audit;
@@ -190,39 +197,43 @@ impl SourceBuilder {
         self
     }
 
-    /// Device sections that go before the end of RAM, where the devices' source had them. Default: none.
+    /// Device sections that go before the end of RAM, where the devices' source had them. Default:
+    /// none.
     #[must_use]
     pub fn early_sections(mut self, early: EarlySections) -> Self {
         self.guest.early = early;
         self
     }
 
-    /// What the destination must know of the VM before it can provide memory for it, as bytes that only the embedder understands:
-    /// [`IncomingRam::configure`](crate::IncomingRam::configure) gets them before the list of RAM blocks. For a multifd destination; a
-    /// QEMU refuses the migration. `name`: 1..=255 bytes. Default: none.
+    /// What the destination must know of the VM before it can provide memory for it, as bytes that
+    /// only the embedder understands: [`IncomingRam::configure`](crate::IncomingRam::configure)
+    /// gets them before the list of RAM blocks. For a multifd destination; a QEMU refuses the
+    /// migration. `name`: 1..=255 bytes. Default: none.
     #[must_use]
     pub fn vm_state(mut self, name: &str, version: u32, state: &[u8]) -> Self {
         self.guest.vm = Some(VmState { name: name.to_owned(), version, bytes: state.to_vec() });
         self
     }
 
-    /// How the parallel channels compress. Default: not at all. The destination must be set to the same.
+    /// How the parallel channels compress. Default: not at all. The destination must be set to the
+    /// same.
     #[must_use]
     pub fn codec(mut self, codec: Arc<dyn Codec>) -> Self {
         self.codec = codec;
         self
     }
 
-    /// Encrypts main and every channel, and refuses a destination whose certificate does not verify. Default: no.
-    /// Needs feature `tls-aws-lc` or `tls-ring`.
+    /// Encrypts main and every channel, and refuses a destination whose certificate does not
+    /// verify. Default: no. Needs feature `tls-aws-lc` or `tls-ring`.
     #[must_use]
     pub fn tls(mut self, tls: TlsClient) -> Self {
         self.tls = Some(tls);
         self
     }
 
-    /// Called on each thread that the migration makes, before the thread does anything else, with its name: for affinity, a
-    /// cgroup, a seccomp filter. The threads are listed in docs/embedding.md. A hook that panics ends the migration.
+    /// Called on each thread that the migration makes, before the thread does anything else, with
+    /// its name: for affinity, a cgroup, a seccomp filter. The threads are listed in
+    /// docs/embedding.md. A hook that panics ends the migration.
     #[must_use]
     pub fn thread_hook(mut self, on_start: impl Fn(&str) + Send + Sync + 'static) -> Self {
         self.hook = ThreadHook::new(on_start);
@@ -278,7 +289,8 @@ impl SourceBuilder {
         self
     }
 
-    /// Bytes per second over all channels while the guest runs: see [`SourceConfig::max_bandwidth`].
+    /// Bytes per second over all channels while the guest runs: see
+    /// [`SourceConfig::max_bandwidth`].
     #[must_use]
     pub fn max_bandwidth(mut self, bytes_per_second: Option<NonZeroU64>) -> Self {
         self.config.max_bandwidth = bytes_per_second;
@@ -327,7 +339,8 @@ impl SourceBuilder {
         self
     }
 
-    /// Connections for pages that the guest waits for: see [`SourceConfig::postcopy_urgent_channels`].
+    /// Connections for pages that the guest waits for: see
+    /// [`SourceConfig::postcopy_urgent_channels`].
     #[must_use]
     pub fn postcopy_urgent_channels(mut self, channels: usize) -> Self {
         self.config.postcopy_urgent_channels = channels;

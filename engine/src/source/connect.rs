@@ -49,22 +49,25 @@ struct Parts {
 }
 
 impl Source {
-    /// Starts the dirty logs, connects main and every channel, announces the RAM blocks. The destination may not be listening
-    /// yet: dialling goes on for the timeout.
+    /// Starts the dirty logs, connects main and every channel, announces the RAM blocks. The
+    /// destination may not be listening yet: dialling goes on for the timeout.
     ///
     /// # Errors
-    /// `ApiMisuse` for RAM that may be written and that no dirty log covers. `Transport` if there is no connection, or what broke the setup. Nothing has left the guest.
+    /// `ApiMisuse` for RAM that may be written and that no dirty log covers. `Transport` if there
+    /// is no connection, or what broke the setup. Nothing has left the guest.
     pub fn connect(self, endpoint: &Endpoint) -> Result<Precopy> {
         self.begin(Connections::Dialled(endpoint))
     }
 
-    /// The same over connections that the caller has made: main and one for each parallel channel, in the order of their
-    /// numbers. They are sockets of any family, or one pipe or file for main alone; [`Channel`] is made from any of them,
-    /// close-on-exec or not. Socket options are left as they are. With TLS they are plain sockets, on each of which this end shakes
-    /// hands as the client; the certificate must be for [`TlsClient::hostname`](crate::TlsClient::hostname).
+    /// The same over connections that the caller has made: main and one for each parallel channel,
+    /// in the order of their numbers. They are sockets of any family, or one pipe or file for main
+    /// alone; [`Channel`] is made from any of them, close-on-exec or not. Socket options are left
+    /// as they are. With TLS they are plain sockets, on each of which this end shakes hands as the
+    /// client; the certificate must be for [`TlsClient::hostname`](crate::TlsClient::hostname).
     ///
     /// # Errors
-    /// As [`connect`](Self::connect), and `ApiMisuse` for channel addresses, which are about dialling, or another number of channels.
+    /// As [`connect`](Self::connect), and `ApiMisuse` for channel addresses, which are about
+    /// dialling, or another number of channels.
     pub fn connect_over(self, main: Channel, channels: Vec<Channel>) -> Result<Precopy> {
         let all: Vec<_> = std::iter::once(main).chain(channels).collect();
         self.begin(Connections::Own(all.into_iter()))
@@ -162,7 +165,8 @@ impl Source {
             urgent: OnceLock::new(),
             neighbours: OnceLock::new(),
         });
-        // Before the others are dialled: a destination that refuses us says so here, and nothing listens there any more.
+        // Before the others are dialled: a destination that refuses us says so here, and nothing
+        // listens there any more.
         let return_path = if self.wants_return_path(endpoint, opened) {
             Some(ReturnPathReader::start(Arc::clone(&main), Arc::clone(&shared), crew)?)
         } else {

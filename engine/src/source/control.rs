@@ -60,8 +60,8 @@ impl Control {
         Canceller::new(&self.session).cancel()
     }
 
-    /// Changes the limit over all channels for rounds, at once. `None`: no limit. At the switch-over
-    /// [`Limits::max_switchover_bandwidth`] holds instead.
+    /// Changes the limit over all channels for rounds, at once. `None`: no limit. At the
+    /// switch-over [`Limits::max_switchover_bandwidth`] holds instead.
     pub fn set_max_bandwidth(&self, bytes_per_second: Option<NonZeroU64>) {
         let switching_over = lock(&self.switching_over);
         if !*switching_over {
@@ -127,7 +127,8 @@ impl Control {
         }
     }
 
-    /// Lets a source with pause-before-switchover go on (migrate-continue). May come before the source waits for it.
+    /// Lets a source with pause-before-switchover go on (migrate-continue). May come before the
+    /// source waits for it.
     pub fn proceed(&self) {
         self.go_ahead.modify_and_notify(|go_ahead| *go_ahead = true);
     }
@@ -156,7 +157,8 @@ impl Control {
         &self.postcopy_pacer
     }
 
-    /// Waits for [`Control::proceed`], for as long as it takes: only the caller knows what it is waiting for.
+    /// Waits for [`Control::proceed`], for as long as it takes: only the caller knows what it is
+    /// waiting for.
     pub(super) fn wait_for_go_ahead(&self) -> Result<()> {
         self.go_ahead
             .wait(&self.session.stop, None, |go_ahead| go_ahead.then_some(()))

@@ -10,7 +10,8 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE;
 use crate::run::stop::lock;
 
-/// Device sections, the end of the stream, and the vmdescription if there is one, as a source wrote them.
+/// Device sections, the end of the stream, and the vmdescription if there is one, as a source wrote
+/// them.
 #[derive(Clone, Debug)]
 pub struct DeviceState {
     /// What comes before the EOF byte.
@@ -42,10 +43,12 @@ impl DeviceState {
         Self::from_sections(Vec::new(), "")
     }
 
-    /// One section with bytes that only the embedder understands: a VMM's own device state. A QEMU does not load it.
+    /// One section with bytes that only the embedder understands: a VMM's own device state. A QEMU
+    /// does not load it.
     ///
     /// `name`: 1..=255 bytes; [`StopCopy::commit`](crate::StopCopy::commit) refuses another before
-    /// anything of it is sent. At the destination, [`Arrived::opaque_state`](crate::Arrived::opaque_state) gives it back.
+    /// anything of it is sent. At the destination,
+    /// [`Arrived::opaque_state`](crate::Arrived::opaque_state) gives it back.
     pub fn opaque(name: &str, version: u32, state: &[u8]) -> Self {
         let mut this = Self::section(name, version, state.len() as u64);
         let at = this.streamed.take().map_or(0, |streamed| streamed.at);
@@ -53,9 +56,10 @@ impl DeviceState {
         this
     }
 
-    /// The same of `len` bytes that are read when they are sent, 1 MiB at a time: state that this end need not have in memory
-    /// as a whole. They are read once, so that another attempt needs another value. What the reader takes its time for counts
-    /// as downtime, and the destination waits for the next bytes for its timeout. A reader that ends early or fails ends the
+    /// The same of `len` bytes that are read when they are sent, 1 MiB at a time: state that this
+    /// end need not have in memory as a whole. They are read once, so that another attempt needs
+    /// another value. What the reader takes its time for counts as downtime, and the destination
+    /// waits for the next bytes for its timeout. A reader that ends early or fails ends the
     /// migration, and the guest runs on.
     pub fn opaque_from(name: &str, version: u32, len: u64, state: impl Read + Send + 'static) -> Self {
         let mut this = Self::section(name, version, len);

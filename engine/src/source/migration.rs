@@ -103,7 +103,8 @@ impl Migration {
         Ok(())
     }
 
-    /// Waits until it is known what the destination can do, if that makes a difference to the first page.
+    /// Waits until it is known what the destination can do, if that makes a difference to the first
+    /// page.
     pub(super) fn agree(&self) -> Result<()> {
         let codec = &*self.shared.codec;
         let Some(return_path) = &self.return_path else { return dialect::check_peer(codec, 0) };
@@ -280,7 +281,8 @@ impl Migration {
     }
 
     fn fail(&mut self, error: Error) -> Error {
-        // The first cause may be another thread's, but only this one knows whether the guest was handed over.
+        // The first cause may be another thread's, but only this one knows whether the guest was
+        // handed over.
         let handed_over = !error.source_may_resume();
         let mut cause = self.shared.session.fail(error, &self.crew);
         self.carrier.abort();
@@ -302,7 +304,8 @@ impl Migration {
     }
 }
 
-/// Whether the destination refused, hung up, or did not do what was waited for. One that has vanished is none of that.
+/// Whether the destination refused, hung up, or did not do what was waited for. One that has
+/// vanished is none of that.
 fn ended_by_destination(cause: &Error) -> bool {
     let vanished = std::error::Error::source(cause)
         .and_then(|source| source.downcast_ref::<std::io::Error>())

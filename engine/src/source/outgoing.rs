@@ -20,8 +20,9 @@ use crate::work::{BlockIndex, HostPages, PerBlock, Round};
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum ZeroPages {
-    /// As offsets in the packets of the parallel channels: `multifd`. Receivers from QEMU 9.0 on. They do not clear memory
-    /// that they take for fresh, so firmware blocks still go as in `Legacy`.
+    /// As offsets in the packets of the parallel channels: `multifd`. Receivers from QEMU 9.0 on.
+    /// They do not clear memory that they take for fresh, so firmware blocks still go as in
+    /// `Legacy`.
     Multifd,
     /// As records on the main channel, which always clear: `legacy`.
     Legacy,
@@ -71,7 +72,8 @@ pub(super) struct RamNotes {
 #[derive(Debug)]
 pub(super) struct OutgoingBlock {
     pub(super) block: RamBlock,
-    /// Pages that may hold data; all others were zero when the migration began. `None`: look at every page.
+    /// Pages that may hold data; all others were zero when the migration began. `None`: look at
+    /// every page.
     data: Option<DirtyBitmap>,
     /// What its pages are that the page table does not have.
     pub(super) absent: Absent,
@@ -102,8 +104,8 @@ pub(super) struct OutgoingRam {
     pub(super) host_pages: HostPages,
     /// The list says how large huge pages are.
     lists_host_pages: bool,
-    /// The first pass is under way: holes that were found at its begin can be taken for zero. A page that was written since
-    /// is in a dirty log, and goes out again.
+    /// The first pass is under way: holes that were found at its begin can be taken for zero. A
+    /// page that was written since is in a dirty log, and goes out again.
     holes_hold: AtomicBool,
     page_table: PageTable,
     pagers: PagerWatch,
@@ -115,7 +117,8 @@ pub(super) struct OutgoingRam {
 }
 
 impl OutgoingRam {
-    /// Every page is dirty at first. `parallel`: pages go over channels, so that zero pages have a choice of ways.
+    /// Every page is dirty at first. `parallel`: pages go over channels, so that zero pages have a
+    /// choice of ways.
     ///
     /// The dirty logs must have been started: what is found here may change from now on.
     pub(super) fn new(
@@ -222,8 +225,8 @@ impl OutgoingRam {
         })
     }
 
-    /// No pass follows that would send what was written since holes were looked for: they are not believed any more, even if this
-    /// pass is the first.
+    /// No pass follows that would send what was written since holes were looked for: they are not
+    /// believed any more, even if this pass is the first.
     pub(super) fn begin_last_pass(&self) {
         if !self.guest_paused {
             self.forget_holes();
@@ -235,15 +238,16 @@ impl OutgoingRam {
         self.holes_hold.store(false, Ordering::Relaxed);
     }
 
-    /// Behind a pass over RAM: that what went as zero because it is not there was no page that is filled on demand.
+    /// Behind a pass over RAM: that what went as zero because it is not there was no page that is
+    /// filled on demand.
     pub(super) fn check_holes(&self) -> Result<()> {
         if self.guest_paused { Ok(()) } else { self.pagers.check(self.blocks.iter()) }
     }
 
     /// Finds out which of `pages` are zero without being read, and that the others can be read.
     ///
-    /// A page that is not there now may be by the time it is sent: then it was written since its dirty bit was taken, is in a
-    /// dirty log, and goes out again.
+    /// A page that is not there now may be by the time it is sent: then it was written since its
+    /// dirty bit was taken, is in a dirty log, and goes out again.
     pub(super) fn look(&self, block: &HeldBlock<'_>, pages: &[usize], found: &mut Found) -> Result<()> {
         let unplugged = |page: &usize| block.is_unplugged(*page);
         if !pages.iter().any(unplugged) {

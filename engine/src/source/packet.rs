@@ -43,7 +43,8 @@ pub(super) struct Packet {
     pub(super) normal: Vec<u64>,
     /// Offsets of zero pages.
     pub(super) zero: Vec<u64>,
-    /// Private copies of the `normal` pages, back to back. Empty: they go straight from guest memory.
+    /// Private copies of the `normal` pages, back to back. Empty: they go straight from guest
+    /// memory.
     pub(super) pages: Vec<u8>,
     /// Hashes of these copies, if they were asked for.
     pub(super) hashes: Vec<u64>,
@@ -55,7 +56,8 @@ pub(super) struct Packet {
     pub(super) delta_payload: Vec<u8>,
     one_delta: Vec<u8>,
     found: Found,
-    /// Whether a `normal` page is known to be zero, when all pages go as content: it must not be read.
+    /// Whether a `normal` page is known to be zero, when all pages go as content: it must not be
+    /// read.
     blank: Vec<bool>,
 }
 
@@ -118,7 +120,8 @@ impl Packet {
         })
     }
 
-    /// Says what went wrong when `normal` pages were sent from where they lie, if it was guest memory.
+    /// Says what went wrong when `normal` pages were sent from where they lie, if it was guest
+    /// memory.
     pub(super) fn fault(
         &self,
         block: &OutgoingBlock,
@@ -133,7 +136,8 @@ impl Packet {
         }
     }
 
-    /// Copies pages to private memory, keeps those that are not zero, and treats them as it is wanted.
+    /// Copies pages to private memory, keeps those that are not zero, and treats them as it is
+    /// wanted.
     pub(super) fn copy_in(
         &mut self,
         ram: &OutgoingRam,

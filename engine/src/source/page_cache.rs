@@ -1,4 +1,5 @@
-//! The xbzrle cache: what the destination holds of pages that are written again and again. Rules: docs/wire.md §6.1.
+//! The xbzrle cache: what the destination holds of pages that are written again and again. Rules:
+//! docs/wire.md §6.1.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,7 +11,8 @@ use super::rounds::RoundContext;
 use crate::guest::PAGE;
 use crate::run::stop::lock;
 
-/// Direct-mapped: a page has one slot, shared with others. Each slot has its own lock, which no thread holds for long.
+/// Direct-mapped: a page has one slot, shared with others. Each slot has its own lock, which no
+/// thread holds for long.
 #[derive(Debug)]
 pub(super) struct PageCache {
     slots: Box<[Mutex<Slot>]>,
@@ -73,7 +75,8 @@ pub(super) enum Lookup {
     Unchanged,
 }
 
-/// A round saves enough with 5 % of what it looked at: below that, the copies cost more than they give.
+/// A round saves enough with 5 % of what it looked at: below that, the copies cost more than they
+/// give.
 const ENOUGH_PERCENT: u64 = 5;
 
 /// Pages in a round below which it says nothing.
@@ -100,8 +103,9 @@ impl PageCache {
         context.round > 1 && self.on.load(Ordering::Relaxed)
     }
 
-    /// Decides how the page `key` (unique in the guest) goes out; a difference is appended to `delta`. What is then sent must be
-    /// `content`, a private copy, and nothing else: the cache takes it for what the destination holds.
+    /// Decides how the page `key` (unique in the guest) goes out; a difference is appended to
+    /// `delta`. What is then sent must be `content`, a private copy, and nothing else: the cache
+    /// takes it for what the destination holds.
     pub(super) fn lookup(
         &self,
         key: u64,
@@ -249,7 +253,8 @@ mod tests {
         assert_eq!(lookup(&cache, 5, 2, 4), Lookup::Unchanged);
         let stats = cache.stats();
         assert_eq!((stats.hits, stats.misses, stats.deltas, stats.unchanged), (2, 1, 1, 1));
-        // 100 bytes alike in two length bytes? No: 100 < 128 takes one. One byte differs: its length, itself.
+        // 100 bytes alike in two length bytes? No: 100 < 128 takes one. One byte differs: its
+        // length, itself.
         assert_eq!(stats.delta_bytes, 3);
     }
 

@@ -1,4 +1,5 @@
-//! Userfaultfds that fill guest memory on demand: under one, what is not there is not zero but has not been fetched yet.
+//! Userfaultfds that fill guest memory on demand: under one, what is not there is not zero but has
+//! not been fetched yet.
 
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,15 +8,17 @@ use super::outgoing::OutgoingBlock;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{Absent, Mappings, RamBlock};
 
-/// The look for userfaultfds when the migration begins, and again behind each pass in which holes were taken for zero that had
-/// not been there at the beginning.
+/// The look for userfaultfds when the migration begins, and again behind each pass in which holes
+/// were taken for zero that had not been there at the beginning.
 ///
-/// The kernel tells them in /proc/self/smaps only, and walks the page tables for it: 15 ms a GiB in pages of 4 KiB, next to
-/// nothing in huge ones. So it is not read behind a pass without such a hole. Holes of a block whose VMM tells what it gives back
-/// (`RamChanges`) count in the first pass only, since those of later ones are what it told.
+/// The kernel tells them in /proc/self/smaps only, and walks the page tables for it: 15 ms a GiB in
+/// pages of 4 KiB, next to nothing in huge ones. So it is not read behind a pass without such a
+/// hole. Holes of a block whose VMM tells what it gives back (`RamChanges`) count in the first pass
+/// only, since those of later ones are what it told.
 #[derive(Debug)]
 pub(super) struct PagerWatch {
-    /// Open since the beginning: a jail without /proc may follow. `None`: userfaultfds cannot be seen.
+    /// Open since the beginning: a jail without /proc may follow. `None`: userfaultfds cannot be
+    /// seen.
     smaps: Option<File>,
     /// Holes were taken for zero since the last look.
     holes_taken: AtomicBool,

@@ -1,4 +1,5 @@
-//! Rounds while the guest runs, then the switch-over: the calls that an embedder makes, in their order.
+//! Rounds while the guest runs, then the switch-over: the calls that an embedder makes, in their
+//! order.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,8 @@ use crate::run::stop::lock;
 
 /// Connected; the guest runs while rounds move its RAM.
 ///
-/// Dropped before [`Precopy::stop_copy`] and [`StopCopy::commit`], the migration is cancelled and the guest is still here.
+/// Dropped before [`Precopy::stop_copy`] and [`StopCopy::commit`], the migration is cancelled and
+/// the guest is still here.
 #[must_use = "dropping it cancels the migration"]
 pub struct Precopy {
     pub(super) migration: Migration,
@@ -40,10 +42,12 @@ impl Precopy {
         Self { migration, convergence, decisions: Vec::new(), paused: None }
     }
 
-    /// Sends every page that is dirty now, then collects what was written meanwhile and decides what follows.
+    /// Sends every page that is dirty now, then collects what was written meanwhile and decides
+    /// what follows.
     ///
     /// # Errors
-    /// `NotConverging` if the limits say to give up; else anything that broke the migration. The guest may run on.
+    /// `NotConverging` if the limits say to give up; else anything that broke the migration. The
+    /// guest may run on.
     pub fn round(&mut self) -> Result<&RoundRecord> {
         let _busy = self.migration.alive.busy();
         let result = self.send_round();
@@ -96,15 +100,17 @@ impl Precopy {
         Ok(record)
     }
 
-    /// True when the last round's decision was to stop the guest. Then: pause it, and [`Precopy::stop_copy`].
+    /// True when the last round's decision was to stop the guest. Then: pause it, and
+    /// [`Precopy::stop_copy`].
     pub fn converged(&self) -> bool {
         self.decisions
             .last()
             .is_some_and(|last| matches!(last.decision, Decision::SwitchOver | Decision::SwitchOverStalled))
     }
 
-    /// True when the last round's decision was to switch to post-copy ([`OnStall::Postcopy`](crate::OnStall)). Then: pause the
-    /// guest, and [`Precopy::switch_to_postcopy`].
+    /// True when the last round's decision was to switch to post-copy
+    /// ([`OnStall::Postcopy`](crate::OnStall)). Then: pause the guest, and
+    /// [`Precopy::switch_to_postcopy`].
     pub fn wants_postcopy(&self) -> bool {
         self.decisions.last().is_some_and(|last| last.decision == Decision::Postcopy)
     }
@@ -134,14 +140,16 @@ impl Precopy {
         ProgressReader::new(&self.migration.shared.session)
     }
 
-    /// Says when the pause of the guest began: the downtime in the report counts from there. Take the time before the vCPUs are
-    /// asked to stop. Without this, it counts from [`Precopy::stop_copy`].
+    /// Says when the pause of the guest began: the downtime in the report counts from there. Take
+    /// the time before the vCPUs are asked to stop. Without this, it counts from
+    /// [`Precopy::stop_copy`].
     pub fn guest_paused_at(&mut self, begin: Instant) {
         self.paused = Some(begin);
     }
 
-    /// Sends what is still dirty, on all channels. The guest must be stopped, and stay so. With pause-before-switchover, waits
-    /// for [`Control::proceed`] first. [`SourceConfig::max_bandwidth`](crate::SourceConfig::max_bandwidth) does not hold any more.
+    /// Sends what is still dirty, on all channels. The guest must be stopped, and stay so. With
+    /// pause-before-switchover, waits for [`Control::proceed`] first.
+    /// [`SourceConfig::max_bandwidth`](crate::SourceConfig::max_bandwidth) does not hold any more.
     ///
     /// # Errors
     /// Anything that broke the migration; the guest may run on.

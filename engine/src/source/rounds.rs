@@ -72,7 +72,8 @@ impl Rounds {
         self.workers
     }
 
-    /// Main: starts a round, passes on the zero pages that workers find, returns when every SYNC is out.
+    /// Main: starts a round, passes on the zero pages that workers find, returns when every SYNC is
+    /// out.
     pub(super) fn run(
         &self,
         round: Round,

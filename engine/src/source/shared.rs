@@ -49,7 +49,8 @@ pub(super) struct SourceShared {
 }
 
 impl SourceShared {
-    /// The cache, if it serves this round and the destination takes differences on the parallel channels.
+    /// The cache, if it serves this round and the destination takes differences on the parallel
+    /// channels.
     pub(super) fn deltas_for_peer(&self, context: RoundContext) -> Option<&PageCache> {
         let can = self.peer_can(FEATURE_DELTAS);
         self.cache.as_ref().filter(|cache| can && cache.serves(context))
@@ -60,7 +61,8 @@ impl SourceShared {
         self.peer_features.load(Ordering::Relaxed) & feature != 0
     }
 
-    /// The cache, if it serves this round on the main channel: every destination takes differences there.
+    /// The cache, if it serves this round on the main channel: every destination takes differences
+    /// there.
     pub(super) fn deltas_for_main(&self, context: RoundContext) -> Option<&PageCache> {
         self.cache.as_ref().filter(|cache| cache.serves(context))
     }
@@ -100,7 +102,8 @@ impl SourceShared {
         })
     }
 
-    /// Pages in a batch: a full packet, or as many as take 25 ms at the rate limit, so that a slow link sees no bursts.
+    /// Pages in a batch: a full packet, or as many as take 25 ms at the rate limit, so that a slow
+    /// link sees no bursts.
     pub(super) fn batch_pages(&self) -> usize {
         let full = pages_per_packet(PAGE_SIZE);
         let Some(rate) = self.pacer.rate() else { return full };

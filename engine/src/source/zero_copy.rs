@@ -17,7 +17,8 @@ pub enum ZeroCopySend {
     /// The kernel copies, as it always does.
     #[default]
     Off,
-    /// Until the kernel says that it copies after all, as it does on loopback and virtual networks: then it only costs.
+    /// Until the kernel says that it copies after all, as it does on loopback and virtual networks:
+    /// then it only costs.
     WhileItPays,
     /// Even then; for measurements.
     Always,
@@ -31,8 +32,8 @@ pub struct ZeroCopyStats {
     pub sends: u64,
     /// Those of them that the kernel has copied after all.
     pub copied: u64,
-    /// Calls that had to be plain ones, because the kernel had no room to keep track of more (`net.core.optmem_max`,
-    /// RLIMIT_MEMLOCK).
+    /// Calls that had to be plain ones, because the kernel had no room to keep track of more
+    /// (`net.core.optmem_max`, RLIMIT_MEMLOCK).
     pub refused: u64,
 }
 
@@ -73,7 +74,8 @@ impl ZeroCopySender {
         self.account.reap(channel)
     }
 
-    /// Waits until the kernel is done with all of guest memory, and adds to `counters` what has become of it.
+    /// Waits until the kernel is done with all of guest memory, and adds to `counters` what has
+    /// become of it.
     pub(super) fn settle(&mut self, channel: &Channel, counters: &ChannelCounters) -> Result<()> {
         self.account.wait(channel).map_err(|error| Error::io(Phase::Active, "sending pages", error))?;
         let (sends, copied) = (self.account.sends(), self.account.copied());

@@ -37,8 +37,8 @@ pub(crate) fn read<S: ByteSource>(
     Ok(list.finish())
 }
 
-/// A name begins with its length, which is not 0; a record with an offset of pages and its flags in the
-/// lowest bits, all of which are 0 in the size of a huge page.
+/// A name begins with its length, which is not 0; a record with an offset of pages and its flags in
+/// the lowest bits, all of which are 0 in the size of a huge page.
 fn parse(bytes: &[u8], page: PageSize, format: BlockListFormat) -> Parsed<BlockEntry> {
     let plain = BlockEntry::parse(bytes, BlockListFormat { page_sizes: false, ..format })?;
     let Some((_, used)) = plain.as_ref().filter(|_| format.page_sizes) else { return Ok(plain) };

@@ -34,13 +34,15 @@ pub(crate) const FEATURE_POSTCOPY_CHANNELS: u64 = 1 << 16;
 /// Feature: up to [`MAX_URGENT_CHANNELS`] channels of a post-copy carry pages that are asked for.
 pub(crate) const FEATURE_URGENT_CHANNELS: u64 = 1 << 17;
 
-/// Feature: neighbours of pages that are asked for come on those channels, and pages that have gone before.
+/// Feature: neighbours of pages that are asked for come on those channels, and pages that have gone
+/// before.
 pub(crate) const FEATURE_NEIGHBOURS: u64 = 1 << 18;
 
 /// Feature: checksums of packets are looked at.
 const FEATURE_CHECKSUMS: u64 = 1 << 6;
 
-/// Feature: digests of the pages that were placed are kept, and compared with the source's at the end of RAM.
+/// Feature: digests of the pages that were placed are kept, and compared with the source's at the
+/// end of RAM.
 const FEATURE_DIGEST: u64 = 1 << 7;
 
 /// Feature: packets of different codecs on one channel are taken.
@@ -71,8 +73,9 @@ pub(crate) fn features(codecs: &Codecs) -> u64 {
     codecs.iter().fold(FEATURES, |features, codec| features | feature_of(codec.id()))
 }
 
-/// The codecs between which a source may choose by packet, towards a destination with these features: the cheapest first,
-/// each with the number of its stream among those of its kind. None, or one, if there is no choice.
+/// The codecs between which a source may choose by packet, towards a destination with these
+/// features: the cheapest first, each with the number of its stream among those of its kind. None,
+/// or one, if there is no choice.
 pub(crate) fn codecs_by_cost(features: u64) -> impl Iterator<Item = (Arc<dyn Codec>, u8)> {
     type Stream = (Arc<dyn Codec>, u8);
     let has = move |codec: CodecId| features & feature_of(codec) != 0;
@@ -97,8 +100,8 @@ pub(crate) fn codecs_by_cost(features: u64) -> impl Iterator<Item = (Arc<dyn Cod
     codecs.filter(move |(codec, _)| has(codec.id()))
 }
 
-/// Refuses to send packets of a codec that only another multifd has, unless a destination with these
-/// features is one that has it.
+/// Refuses to send packets of a codec that only another multifd has, unless a destination with
+/// these features is one that has it.
 pub(crate) fn check_peer(codec: &dyn Codec, features: u64) -> Result<()> {
     if !codec.id().is_reserved() || features & feature_of(codec.id()) != 0 {
         return Ok(());
@@ -121,8 +124,8 @@ pub(crate) fn granted(wishes: Wishes, features: u64) -> Wishes {
     }
 }
 
-/// The checksum of a packet's content, from the hash of each page in it. Of differences it is the hash of
-/// their payload.
+/// The checksum of a packet's content, from the hash of each page in it. Of differences it is the
+/// hash of their payload.
 pub(crate) fn checksum_of_pages(hashes: &[u64]) -> u64 {
     let bytes: Vec<u8> = hashes.iter().flat_map(|hash| hash.to_be_bytes()).collect();
     hash(&bytes)

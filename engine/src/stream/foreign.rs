@@ -30,7 +30,8 @@ const LIBVIRT_PROGRAMS: [Option<&str>; 7] =
 /// Length of the fixed part of libvirt's header.
 const LIBVIRT_HEADER: u64 = 92;
 
-/// What it is that begins with `first`, in words that follow "this is"; `None` if that is not known.
+/// What it is that begins with `first`, in words that follow "this is"; `None` if that is not
+/// known.
 pub(crate) fn what_it_is(first: &[u8]) -> Option<String> {
     if first.starts_with(b"Libv") {
         return Some(libvirt(first));
@@ -41,7 +42,8 @@ pub(crate) fn what_it_is(first: &[u8]) -> Option<String> {
         .map(|(_, words)| (*words).to_owned())
 }
 
-/// `LibvirtQemudSave`, version, length of the XML, whether it ran, format: 32-bit numbers, little-endian.
+/// `LibvirtQemudSave`, version, length of the XML, whether it ran, format: 32-bit numbers,
+/// little-endian.
 fn libvirt(first: &[u8]) -> String {
     if first.starts_with(b"LibvirtQemudPart") {
         return "a libvirt save image that was never finished: the guest in it is not whole".to_owned();

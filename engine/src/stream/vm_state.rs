@@ -1,7 +1,8 @@
 //! The embedder's description of its VM, a section before RAM. Spec: docs/wire.md §27.5.
 //!
-//! The destination must know the VM before it can provide memory for it. The section has no length, as all sections: its payload
-//! is written so that it never holds the byte with which a footer begins.
+//! The destination must know the VM before it can provide memory for it. The section has no length,
+//! as all sections: its payload is written so that it never holds the byte with which a footer
+//! begins.
 
 use multifd_wire::{Footer, Item, SectionHead, SectionId};
 
@@ -16,7 +17,8 @@ const ID: SectionId = SectionId(0x6d66_0001);
 /// Version of the layout.
 const VERSION: u32 = 1;
 
-/// The footer's first byte, and the one that stands for it and for itself, each with the other bit 5 behind it.
+/// The footer's first byte, and the one that stands for it and for itself, each with the other bit
+/// 5 behind it.
 const FLAG: u8 = 0x7e;
 const ESCAPE: u8 = 0x7d;
 const OTHER: u8 = 0x20;

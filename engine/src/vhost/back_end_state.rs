@@ -1,5 +1,5 @@
-//! The state that a vhost-user back-end has of its own, through a socket that is made for it (SET_DEVICE_STATE_FD). What it means
-//! only the back-end knows.
+//! The state that a vhost-user back-end has of its own, through a socket that is made for it
+//! (SET_DEVICE_STATE_FD). What it means only the back-end knows.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;

@@ -140,18 +140,19 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         self
     }
 
-    /// Leaves out the next ring: the guest has not set it up, as firmware that needs one ring of several. The back-end is told
-    /// nothing of it.
+    /// Leaves out the next ring: the guest has not set it up, as firmware that needs one ring of
+    /// several. The back-end is told nothing of it.
     #[must_use]
     pub fn no_ring(mut self) -> Self {
         self.rings.push(None);
         self
     }
 
-    /// Lets a device migrate whose back-end cannot log. As long as it runs, every page of the guest's memory that its
-    /// [`VhostDevices`](super::VhostDevices) has counts as written, at each sync. Rounds do not get smaller by that: stop it before
-    /// the last of them, or set limits that let the guest be paused for as long as all of this memory takes. A device that
-    /// reaches less than all memory goes into a `VhostDevices` of its own, with the regions that it reaches.
+    /// Lets a device migrate whose back-end cannot log. As long as it runs, every page of the
+    /// guest's memory that its [`VhostDevices`](super::VhostDevices) has counts as written, at each
+    /// sync. Rounds do not get smaller by that: stop it before the last of them, or set limits that
+    /// let the guest be paused for as long as all of this memory takes. A device that reaches less
+    /// than all memory goes into a `VhostDevices` of its own, with the regions that it reaches.
     #[must_use]
     pub fn without_log(mut self) -> Self {
         self.unlogged = true;

@@ -124,11 +124,12 @@ impl VhostDevices {
         self.group().change_regions(regions)
     }
 
-    /// Has a device use a ring, or not: the guest has changed the number of its queue pairs. Instead of SET_VRING_ENABLE by the
-    /// embedder: what is enabled is part of the device's state.
+    /// Has a device use a ring, or not: the guest has changed the number of its queue pairs.
+    /// Instead of SET_VRING_ENABLE by the embedder: what is enabled is part of the device's state.
     ///
     /// # Errors
-    /// There is no such device or ring, or its back-end does not do it; then a migration that runs will fail.
+    /// There is no such device or ring, or its back-end does not do it; then a migration that runs
+    /// will fail.
     pub fn enable_ring(&self, name: &str, index: usize, on: bool) -> Result<(), VhostError> {
         self.group().enable_ring(name, index, on)
     }

@@ -318,7 +318,8 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         Ok(())
     }
 
-    /// Tells what the halted rings need that the guest uses, and where they go on. None of them runs yet.
+    /// Tells what the halted rings need that the guest uses, and where they go on. None of them
+    /// runs yet.
     fn prepare_rings(&self, regions: &[VhostRegion]) -> Result<(), VhostError> {
         for (index, ring) in self.waiting_rings() {
             let size = self.front_end.set_vring_num(index, ring.size);
@@ -328,7 +329,8 @@ impl<F: VhostFrontEnd> VhostDevice<F> {
         self.tell_addresses(self.waiting_rings(), regions)
     }
 
-    /// Starts the halted rings that the guest uses: all of them, or, if they can be stopped again, none of the device.
+    /// Starts the halted rings that the guest uses: all of them, or, if they can be stopped again,
+    /// none of the device.
     fn start_rings(&mut self, regions: &[VhostRegion]) -> Result<(), VhostError> {
         let waiting: Vec<_> = self.waiting_rings().map(|(index, _)| index).collect();
         for index in waiting {

@@ -20,7 +20,8 @@ const MAX_RING_SIZE: u16 = 1 << 15;
 /// Longest in-flight region: 1024 rings of 32768 entries of 16 bytes would be 512 MiB; what exists
 /// has some KiB.
 const MAX_INFLIGHT: usize = 16 << 20;
-/// Longest inner state of a back-end. That of a file system with a million open files has some 100 MiB.
+/// Longest inner state of a back-end. That of a file system with a million open files has some 100
+/// MiB.
 pub(super) const MAX_BACK_END: usize = 1 << 30;
 /// How a ring is written.
 const LEFT_OUT: u8 = 0;
@@ -51,8 +52,8 @@ pub struct Ring {
     pub used: GuestAddress,
     /// Where a stopped ring continues: the reply to GET_VRING_BASE. 0 for a new one.
     pub base: u32,
-    /// The guest uses it. Of a card with several queue pairs, those beyond the ones that the guest has asked for are set up and
-    /// not used: a back-end is told nothing of them.
+    /// The guest uses it. Of a card with several queue pairs, those beyond the ones that the guest
+    /// has asked for are set up and not used: a back-end is told nothing of them.
     pub enabled: bool,
 }
 
@@ -79,7 +80,8 @@ pub struct VhostState {
     pub rings: Vec<Option<Ring>>,
     /// The content of the in-flight region, if there is one.
     pub inflight: Option<InflightState>,
-    /// What a back-end with the protocol feature DEVICE_STATE has given of its own: virtiofsd's open files.
+    /// What a back-end with the protocol feature DEVICE_STATE has given of its own: virtiofsd's
+    /// open files.
     pub back_end: Option<Vec<u8>>,
 }
 

@@ -2,8 +2,8 @@
 
 use std::ops::Deref;
 
-/// The position of a RAM block in the list of a migration's blocks. Only a [`PerBlock`] makes one, so
-/// that there is no index without its block.
+/// The position of a RAM block in the list of a migration's blocks. Only a [`PerBlock`] makes one,
+/// so that there is no index without its block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockIndex(usize);
 
@@ -32,8 +32,8 @@ impl<T> PerBlock<T> {
         self.0.iter().position(fits).map(BlockIndex)
     }
 
-    /// The last block for which `before` holds, where it holds for all blocks up to one and for none
-    /// behind it.
+    /// The last block for which `before` holds, where it holds for all blocks up to one and for
+    /// none behind it.
     pub(super) fn last_before(&self, before: impl FnMut(&T) -> bool) -> Option<BlockIndex> {
         self.0.partition_point(before).checked_sub(1).map(BlockIndex)
     }

@@ -8,8 +8,9 @@ use crate::sync::Arc;
 
 /// The dirty pages of a guest, in the units in which its destination places them: host pages.
 ///
-/// The dirty bit of a host page's first page says whose it is: the thread that clears it owns all of the host page. So no
-/// host page goes twice or over two channels, whether it was asked for or its turn has come.
+/// The dirty bit of a host page's first page says whose it is: the thread that clears it owns all
+/// of the host page. So no host page goes twice or over two channels, whether it was asked for or
+/// its turn has come.
 #[derive(Debug)]
 pub(crate) struct HostPages {
     blocks: PerBlock<HostBlock>,
@@ -60,8 +61,9 @@ impl HostPages {
         self.blocks.iter().map(|block| block.bitmap.count()).sum()
     }
 
-    /// The next dirty host pages of one block from `place` on, at most `most` pages, but one host page at least; behind the
-    /// last block the first follows. They are the caller's afterwards. `None`: nothing is dirty.
+    /// The next dirty host pages of one block from `place` on, at most `most` pages, but one host
+    /// page at least; behind the last block the first follows. They are the caller's afterwards.
+    /// `None`: nothing is dirty.
     pub(crate) fn claim(
         &self,
         place: &mut ScanPlace,
@@ -81,9 +83,9 @@ impl HostPages {
         None
     }
 
-    /// The host page that was asked for first and is still dirty; where a scan goes on behind it; and true. With `gone`, a
-    /// bit for the first page of each host page that went before its turn: also one that is not dirty any more and has no
-    /// bit, with false. It has one afterwards.
+    /// The host page that was asked for first and is still dirty; where a scan goes on behind it;
+    /// and true. With `gone`, a bit for the first page of each host page that went before its turn:
+    /// also one that is not dirty any more and has no bit, with false. It has one afterwards.
     pub(crate) fn claim_wanted(
         &self,
         urgent: &UrgentPages,
@@ -106,8 +108,8 @@ impl HostPages {
         None
     }
 
-    /// Those of `run`'s pages that are dirty, where host pages are single pages. False: none is. `gone` as in
-    /// [`HostPages::claim_wanted`].
+    /// Those of `run`'s pages that are dirty, where host pages are single pages. False: none is.
+    /// `gone` as in [`HostPages::claim_wanted`].
     pub(crate) fn claim_run(
         &self,
         block: BlockIndex,

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! The dirty bit decides who sends a page, whichever way a worker came upon it: the worker that
-//! clears the bit. A request only changes the order, so that one that is lost costs time and no page.
+//! clears the bit. A request only changes the order, so that one that is lost costs time and no
+//! page.
 
 mod blocks;
 mod host_pages;

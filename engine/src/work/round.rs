@@ -73,7 +73,8 @@ impl Round {
         // large one.
         let mut chunk_words = (words / (workers.max(1) * 8)).clamp(2, MOST_WORDS);
         if chunk_words > HUGE_WORDS {
-            // Whole huge pages, so that no two workers, and at the destination no two channels, fault in one and the same.
+            // Whole huge pages, so that no two workers, and at the destination no two channels,
+            // fault in one and the same.
             chunk_words -= chunk_words % HUGE_WORDS;
         }
         let mut chunks = 0;

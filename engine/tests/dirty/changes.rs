@@ -72,7 +72,8 @@ fn differing(ram: &[RamBlock], there: &[RamBlock], is_there: Expected<'_>) -> Ve
     (0..ram[0].pages()).filter(differs).collect()
 }
 
-/// What a balloon, virtio-mem and the guest do between two rounds. `give_back`: MADV_DONTNEED or MADV_REMOVE.
+/// What a balloon, virtio-mem and the guest do between two rounds. `give_back`: MADV_DONTNEED or
+/// MADV_REMOVE.
 fn change(ram: &[RamBlock], changes: &RamChanges, give_back: i32, wrote: impl Fn(usize)) {
     let (memory, name) = (ram[0].memory(), ram[0].name());
     // A balloon, and a guest that uses one of the pages again.
@@ -197,7 +198,8 @@ fn what_is_taken_back_or_unplugged_arrives_as_zero_under_a_log_of_regions() {
     }
 }
 
-/// The balloon takes pages that the vCPU has written and writes again; the slots' memory is a memfd.
+/// The balloon takes pages that the vCPU has written and writes again; the slots' memory is a
+/// memfd.
 #[test]
 fn pages_that_a_balloon_takes_from_a_kvm_guest_arrive_as_zero() {
     let upper = LEN / 2 / PAGE..LEN / PAGE;
@@ -252,7 +254,8 @@ fn memory_that_is_unplugged_from_a_kvm_guest_arrives_as_zero() {
     assert_eq!(differing(&guest.ram, &there.unwrap(), &|page| !upper.contains(&page)), [0; 0]);
 }
 
-/// The memory holds data and is protected while workers read: a load after `unplug` has returned would end this process.
+/// The memory holds data and is protected while workers read: a load after `unplug` has returned
+/// would end this process.
 #[test]
 fn no_worker_reads_what_was_unplugged() {
     for set in WAYS {

@@ -29,7 +29,8 @@ impl Drop for HugePages {
     }
 }
 
-/// By a difference, and locked: other tests on this machine do the same. Returns how many the kernel could not give.
+/// By a difference, and locked: other tests on this machine do the same. Returns how many the
+/// kernel could not give.
 fn change_huge_pages(to: impl FnOnce(usize) -> usize) -> io::Result<usize> {
     let file = File::options().read(true).write(true).open(HUGE_PAGES)?;
     file.lock()?;

@@ -42,7 +42,8 @@ pub(crate) fn anonymous_huge(len: usize) -> io::Result<HostMemory> {
     HostMemory::from_region(Arc::new(region))
 }
 
-/// Maps other memory in the place of a part, as a VMM does that unplugs memory and plugs some again.
+/// Maps other memory in the place of a part, as a VMM does that unplugs memory and plugs some
+/// again.
 pub(crate) fn map_anew(memory: &HostMemory, offset: usize, len: usize) {
     let slice = memory.slice(offset, len).unwrap();
     let (access, flags) =
@@ -55,7 +56,8 @@ pub(crate) fn map_anew(memory: &HostMemory, offset: usize, len: usize) {
 
 pub(crate) fn advise(memory: &HostMemory, offset: usize, len: usize, advice: i32) {
     let slice = memory.slice(offset, len).unwrap();
-    // SAFETY: the range lies in memory that is mapped, and that these tests only read and write volatile.
+    // SAFETY: the range lies in memory that is mapped, and that these tests only read and write
+    // volatile.
     let done = unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), len, advice) };
     assert_eq!(done, 0, "madvise: {}", io::Error::last_os_error());
 }

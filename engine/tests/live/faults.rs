@@ -67,7 +67,8 @@ fn everything_cut_at_the_switch_over() {
         relay.cut();
         precopy.stop_copy()?.commit(&no_devices()).map(drop)
     });
-    // Sent into a connection that is cut already: known to have failed, or not known to have arrived.
+    // Sent into a connection that is cut already: known to have failed, or not known to have
+    // arrived.
     assert!(error.channel().is_some(), "{}", error.chain());
 }
 

@@ -46,8 +46,8 @@ impl Relay {
         // Ends with the process: a test that is over has no more connections to pass on.
         thread::Builder::new()
             .spawn(move || {
-                // A destination accepts no channel behind the first sync point on main: main is held back until it has the
-                // channel on which a bit flips.
+                // A destination accepts no channel behind the first sync point on main: main is
+                // held back until it has the channel on which a bit flips.
                 let (last_held, mut held) = (flip.map_or(0, |flip| flip.connection), Vec::new());
                 for (number, source) in listener.incoming().enumerate() {
                     let source = source.unwrap();

@@ -87,7 +87,8 @@ fn memory_is_fresh_for_one_attempt() {
         let (here, there) = (anonymous(), anonymous().fresh());
         fill(&here, 0..PAGES);
         go(way, &here, &there, || ()).success(&way);
-        // The guest has gone on at the source, as after an attempt that failed, and has cleared its memory.
+        // The guest has gone on at the source, as after an attempt that failed, and has cleared its
+        // memory.
         advise(&here, 0..PAGES, libc::MADV_DONTNEED);
         fill(&here, 5..6);
         go(way, &here, &there, || ()).success(&way);

@@ -1,4 +1,5 @@
-//! Guest memory that faults: a move may fail, and says where; the process goes on, and what was never populated stays so.
+//! Guest memory that faults: a move may fail, and says where; the process goes on, and what was
+//! never populated stays so.
 #![allow(
     clippy::explicit_write,
     clippy::cast_possible_truncation,

@@ -89,7 +89,8 @@ fn live(way: Way, here: &RamBlock) -> impl FnOnce(SourceBuilder) -> SourceBuilde
     move |source| way.set(source).dirty_log(log)
 }
 
-/// An external manager takes the guest's pages over while it moves: what it took away must not go as zero.
+/// An external manager takes the guest's pages over while it moves: what it took away must not go
+/// as zero.
 #[test]
 fn a_pager_that_comes_in_the_first_round_is_refused_by_name() {
     for way in WAYS {
@@ -180,8 +181,8 @@ fn memory_whose_handler_serves_no_faults_of_the_kernel_is_an_error() {
     }
 }
 
-/// UFFDIO_POISON makes what a machine check makes: a page that cannot be read. VMMs do it with pages that were lost
-/// before the guest moved to this host.
+/// UFFDIO_POISON makes what a machine check makes: a page that cannot be read. VMMs do it with
+/// pages that were lost before the guest moved to this host.
 #[test]
 fn a_poisoned_page_is_an_error_that_names_it() {
     for way in WAYS {

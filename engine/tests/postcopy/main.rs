@@ -1,4 +1,5 @@
-//! Post-copy from this engine to this engine: the guest's threads read its memory at the destination while it comes.
+//! Post-copy from this engine to this engine: the guest's threads read its memory at the
+//! destination while it comes.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::explicit_write,
@@ -127,7 +128,8 @@ struct Awaited(Option<PostcopyGuest>);
 impl Drop for Awaited {
     fn drop(&mut self) {
         let guest = self.0.take().filter(|_| thread::panicking());
-        // Those that wait for a page get SIGBUS, or the process ends at once: what failed has been said.
+        // Those that wait for a page get SIGBUS, or the process ends at once: what failed has been
+        // said.
         if guest.is_some_and(|guest| guest.poison_missing().is_err()) {
             std::process::abort();
         }
@@ -165,7 +167,8 @@ fn after_the_first_request(progress: &ProgressReader, control: &Control, cut: bo
     assert!(asked(), "no request for a page");
 }
 
-/// Reads each page of all blocks once, in the order of `step` (odd), and compares it with the source's.
+/// Reads each page of all blocks once, in the order of `step` (odd), and compares it with the
+/// source's.
 fn read_all(there: &[RamBlock], here: &[RamBlock], step: usize) {
     for (ours, source) in there.iter().zip(here) {
         let round = ours.pages().next_power_of_two();
@@ -175,7 +178,8 @@ fn read_all(there: &[RamBlock], here: &[RamBlock], step: usize) {
     }
 }
 
-/// Moves a guest whose threads read all of its memory as soon as it runs at the destination: the reports of both ends.
+/// Moves a guest whose threads read all of its memory as soon as it runs at the destination: the
+/// reports of both ends.
 fn moved(how: Move) -> (Report, Report) {
     let (here, there) = (memory(how.memfd), memory(how.memfd));
     for block in &here {

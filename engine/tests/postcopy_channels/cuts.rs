@@ -61,8 +61,8 @@ fn wait(mut guest: PostcopyGuest, meeting: &Meeting, mut cuts: Vec<Cut>, tls: Op
     }
 }
 
-/// Moves a guest over a link of which connection `first` is cut while the guest waits for pages, and over others which `cuts`
-/// break: the source's report.
+/// Moves a guest over a link of which connection `first` is cut while the guest waits for pages,
+/// and over others which `cuts` break: the source's report.
 fn moved(how: &Move, first: usize, cuts: &[Cut]) -> Report {
     let Ends { here, there, source, marker, destination, control, sent, credentials } = Ends::new(how);
     let relay = Relay::to(&destination.endpoint(), None);
@@ -85,7 +85,8 @@ fn moved(how: &Move, first: usize, cuts: &[Cut]) -> Report {
     report
 }
 
-/// Connections of the first link, in the order in which they are made: main, two channels, one for pages that are asked for.
+/// Connections of the first link, in the order in which they are made: main, two channels, one for
+/// pages that are asked for.
 const MAIN: usize = 0;
 const CHANNEL: usize = 2;
 const URGENT: usize = 3;
@@ -120,7 +121,8 @@ fn a_link_that_breaks_while_it_is_set_up_or_soon_after_is_replaced_by_another() 
         return;
     }
     let cut = |connection, after| Cut { connection, after };
-    // Within the commands on main; within a channel's first packet, its header, its pages; within the first record.
+    // Within the commands on main; within a channel's first packet, its header, its pages; within
+    // the first record.
     let cuts =
         [cut(MAIN, 5), cut(MAIN, 20), cut(1, 30), cut(CHANNEL, 200), cut(CHANNEL, 9000), cut(URGENT, 8)];
     for cut in cuts {

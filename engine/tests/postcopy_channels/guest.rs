@@ -43,7 +43,8 @@ pub(crate) enum Order {
     Ascending,
     /// One thread, here and there.
     Random,
-    /// 16 threads at once, each in its own part of each block: half of them in order, half here and there.
+    /// 16 threads at once, each in its own part of each block: half of them in order, half here and
+    /// there.
     Many,
 }
 
@@ -57,7 +58,8 @@ fn walk(pages: std::ops::Range<usize>, random: bool) -> impl Iterator<Item = usi
 /// Value of what a thread writes to a page that it has used.
 const WRITTEN: usize = 0x7777;
 
-/// Uses each page: compares it with the source's, and writes to every second. What was written is read again at the end.
+/// Uses each page: compares it with the source's, and writes to every second. What was written is
+/// read again at the end.
 fn use_pages(there: &RamBlock, here: &RamBlock, pages: std::ops::Range<usize>, random: bool) {
     for page in walk(pages, random) {
         assert!(load(there, page) == load(here, page), "page {page} of {}", there.name());

@@ -1,5 +1,5 @@
-//! Post-copy between two of our own ends with parallel channels: they carry the background stream, and pages that are asked
-//! for have channels of their own.
+//! Post-copy between two of our own ends with parallel channels: they carry the background stream,
+//! and pages that are asked for have channels of their own.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::explicit_write,

@@ -13,8 +13,8 @@ use multifd_engine::{
 use super::guest::{self, Order};
 use super::{Ends, Move, SOON, arrived, missing, pages_on, switch, until};
 
-/// Moves a guest after `rounds`, whose threads use all of its memory as soon as it may run at the destination, and compares
-/// every page. The source's report.
+/// Moves a guest after `rounds`, whose threads use all of its memory as soon as it may run at the
+/// destination, and compares every page. The source's report.
 fn moved(how: &Move, rounds: usize) -> Report {
     let Ends { here, there, source, marker, destination, control, sent, credentials } = Ends::new(how);
     let to = destination.endpoint();
@@ -32,7 +32,8 @@ fn moved(how: &Move, rounds: usize) -> Report {
             PostcopyEnd::Completed(received) => received,
             PostcopyEnd::Paused(error) => panic!("the destination: {}", error.chain()),
         });
-        // Until then only what is asked for goes: threads that wait are certain, and so are neighbours of one in order.
+        // Until then only what is asked for goes: threads that wait are certain, and so are
+        // neighbours of one in order.
         let pushed = u64::from(how.order == Order::Ascending && how.urgent > 0);
         until(&sent, "requests", |sent| sent.requests > 2 && sent.neighbours_pushed >= pushed);
         control.set_max_postcopy_bandwidth(None);
@@ -62,7 +63,8 @@ fn kinds(order: Order, memfd: bool) {
                 let how = Move { channels, codec, tls, order, memfd, ..Move::default() };
                 let report = moved(&how, 2);
                 let kind = (channels, how.codec.name(), tls);
-                // Two rounds have taken the guest's pages once at least; the rest is more than a round's.
+                // Two rounds have taken the guest's pages once at least; the rest is more than a
+                // round's.
                 let bulk = pages_on(&report.progress, "channel");
                 let asked = pages_on(&report.progress, "urgent");
                 assert!(bulk >= 2348, "{kind:?}: {bulk} pages on channels");

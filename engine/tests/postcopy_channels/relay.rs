@@ -1,4 +1,5 @@
-//! A relay between source and destination, of which any connection can be stopped for a while, or cut.
+//! A relay between source and destination, of which any connection can be stopped for a while, or
+//! cut.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};

@@ -8,7 +8,8 @@ use super::guest::{self, Order};
 use super::relay::Relay;
 use super::{Ends, Move, arrived, missing, switch, until};
 
-/// The background stream has claimed pages that do not come: the guest gets them all the same, as soon as it asks.
+/// The background stream has claimed pages that do not come: the guest gets them all the same, as
+/// soon as it asks.
 #[test]
 fn a_page_that_is_stuck_in_the_background_stream_comes_when_it_is_asked_for() {
     if missing() {

@@ -1,4 +1,5 @@
-//! A source that switches to post-copy, against a scripted destination: every page once, nothing lost whatever breaks.
+//! A source that switches to post-copy, against a scripted destination: every page once, nothing
+//! lost whatever breaks.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::indexing_slicing,
@@ -176,7 +177,8 @@ fn what_was_written_since_it_was_sent_is_discarded_and_goes_again() {
         completed(postcopy.serve().unwrap());
         let (peer, _) = there.end();
         peer.check(&blocks);
-        // A round collects what was written before it when its pages are out: the last two writes are left.
+        // A round collects what was written before it when its pages are out: the last two writes
+        // are left.
         let last = 60 + rounds;
         let expected = [3, 4, 5].into_iter().chain(last.saturating_sub(2).max(60)..last);
         assert!(expected.eq(peer.order.iter().map(|(_, page)| *page)), "{:?}", peer.order);
@@ -184,7 +186,8 @@ fn what_was_written_since_it_was_sent_is_discarded_and_goes_again() {
     }
 }
 
-/// Holes are found when a migration begins; no round follows that would send what was written since.
+/// Holes are found when a migration begins; no round follows that would send what was written
+/// since.
 #[test]
 fn a_hole_that_was_written_before_the_switch_is_not_taken_for_zero() {
     let memory = HostMemory::anonymous(64 * PAGE).unwrap();
@@ -232,7 +235,8 @@ fn huge_pages_go_whole_in_order_and_their_size_is_listed() {
     );
 }
 
-/// Serves a post-copy whose preempt channel is read on a thread of its own, `cut` after so many pages.
+/// Serves a post-copy whose preempt channel is read on a thread of its own, `cut` after so many
+/// pages.
 fn preempted(cut: Option<usize>) -> (Vec<RamBlock>, Served, Postcopy, Peer, Peer) {
     let blocks = guest();
     let requests = vec![request("pc.ram", 30, 2), request("vga.vram", 3, 1)];

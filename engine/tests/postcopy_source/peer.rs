@@ -1,4 +1,5 @@
-//! A destination of a post-copy that does what a script says: what it has of the guest, and where it hangs up.
+//! A destination of a post-copy that does what a script says: what it has of the guest, and where
+//! it hangs up.
 
 use std::collections::BTreeMap;
 

@@ -51,7 +51,8 @@ fn each_class_ends_with_exit_code_1_and_nothing_on_disk() -> Outcome {
     Ok(())
 }
 
-/// A hold is for a source that is silent between rounds, not for one that stops in the middle of something.
+/// A hold is for a source that is silent between rounds, not for one that stops in the middle of
+/// something.
 #[test]
 fn a_source_that_stalls_within_an_item_ends_by_the_timeout_whatever_hold_is_allowed() -> Outcome {
     let mut receive = ReceiveTrial::start(&["--timeout", "4s", "--hold-timeout", "1h"])?;

@@ -1,5 +1,5 @@
-//! What a source can make a receiver use: memory within one limit, RAM and time within theirs, however
-//! the source tries.
+//! What a source can make a receiver use: memory within one limit, RAM and time within theirs,
+//! however the source tries.
 
 use std::time::Duration;
 

@@ -16,7 +16,8 @@ fn source(return_path: Option<bool>) -> Outcome<Source> {
     let builder = Source::builder(memory.provide_content()?, configuration)
         .paused_guest()
         .zero_pages(ZeroPages::None)
-        // These destinations read and do not answer: a source that wished to know what they can do would not go on.
+        // These destinations read and do not answer: a source that wished to know what they can do
+        // would not go on.
         .checksums(false)
         .digest(false)
         .timeout(TIMEOUT);

@@ -146,7 +146,8 @@ impl Link {
             (link, end) if link.is_qemu(end) => !kind.is_of_the_machine() && kind != Kind::Cancel,
             // QEMU waits without a limit for an end that was stopped.
             (link, _) if link.has_qemu() && kind == Kind::Stop => false,
-            // A QEMU that does not hear that its guest has arrived runs it on (docs/reliability.md).
+            // A QEMU that does not hear that its guest has arrived runs it on
+            // (docs/reliability.md).
             (Self::FromQemu, End::Destination) => kind.is_of_the_machine() || kind == Kind::StallAndGoOn,
             // Its answers go nowhere.
             (Self::Exec, End::Destination) => kind.is_of_the_machine() || kind.is_of_a_process(),

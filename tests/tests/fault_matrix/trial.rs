@@ -195,7 +195,8 @@ impl Room {
     }
 
     fn check(&self, cell: Option<Cell>, arrived: bool) -> Outcome {
-        // What a killed run leaves is swept by the next one (engine/src/at_rest/checkpoint/partial.rs).
+        // What a killed run leaves is swept by the next one
+        // (engine/src/at_rest/checkpoint/partial.rs).
         if is_killed(cell, End::Destination) { Ok(()) } else { self.check_empty(arrived) }
     }
 

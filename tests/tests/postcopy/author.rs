@@ -128,8 +128,8 @@ impl Author {
         (0..pages).filter(|page| (page / host).is_multiple_of(5)).collect()
     }
 
-    /// Discards all but every tenth host page of those that went, and sends that again: the rest was
-    /// never sent. Then the package.
+    /// Discards all but every tenth host page of those that went, and sends that again: the rest
+    /// was never sent. Then the package.
     pub(crate) fn switch(&mut self) -> Outcome {
         self.item(Item::SectionPart(RAM))?;
         for block in 0..self.blocks.len() {
@@ -290,7 +290,8 @@ impl Author {
         }
     }
 
-    /// The link breaks, and is made again over another. Gives what the destination says that it has.
+    /// The link breaks, and is made again over another. Gives what the destination says that it
+    /// has.
     pub(crate) fn recover(self, main: UnixStream) -> Outcome<Self> {
         let mut next = Self::new(main, &self.blocks)?;
         for block in 0..next.blocks.len() {

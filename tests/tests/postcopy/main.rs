@@ -93,7 +93,8 @@ fn a_source_with_channels_switches() -> Outcome {
     Ok(())
 }
 
-/// A connection of its own for pages that are asked for: none is asked for here, but it has to be taken.
+/// A connection of its own for pages that are asked for: none is asked for here, but it has to be
+/// taken.
 #[test]
 fn a_source_with_a_channel_for_urgent_pages_switches() -> Outcome {
     skip_without_kvm!();

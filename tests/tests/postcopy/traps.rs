@@ -73,7 +73,8 @@ fn what_is_missing_is_never_read_as_zero_whatever_becomes_of_the_destination() -
     Ok(())
 }
 
-/// Neither the thread that hears of faults nor the one that places pages takes the descriptor along.
+/// Neither the thread that hears of faults nor the one that places pages takes the descriptor
+/// along.
 #[test]
 fn what_is_missing_is_never_read_as_zero_when_a_thread_panics() -> Outcome {
     for thread in ["mig-fault", "mig-postcopy"] {
@@ -130,7 +131,8 @@ fn threads_that_wait_go_on_with_an_error_when_what_is_missing_is_poisoned() -> O
     Ok(())
 }
 
-/// The kernel says ENOMEM then; a thread that touches such a page without a userfaultfd gets SIGBUS.
+/// The kernel says ENOMEM then; a thread that touches such a page without a userfaultfd gets
+/// SIGBUS.
 #[test]
 fn an_empty_pool_of_huge_pages_pauses_and_a_larger_one_lets_it_go_on() -> Outcome {
     const HOSTS: usize = 4;

@@ -126,7 +126,8 @@ fn what_is_allowed_at_any_time_changes_nothing() -> Outcome {
     Ok(())
 }
 
-/// How many packets on the channels have checksums, how many have none, and how many have pages without a codec.
+/// How many packets on the channels have checksums, how many have none, and how many have pages
+/// without a codec.
 fn sealed(channels: &[Vec<u8>]) -> (usize, usize, usize) {
     let (mut with, mut without, mut plain) = (0, 0, 0);
     for channel in channels {
@@ -148,8 +149,8 @@ fn sealed(channels: &[Vec<u8>]) -> (usize, usize, usize) {
     (with, without, plain)
 }
 
-/// The HELLO of each version so far, as it was recorded; whether a destination of it checks anything, and takes packets of
-/// different codecs.
+/// The HELLO of each version so far, as it was recorded; whether a destination of it checks
+/// anything, and takes packets of different codecs.
 const HELLOS: [(&[u8], bool, bool); 3] = [
     // Differences, reasons, signs of life, time of loading.
     (b"\x4d\x46\0\x0a\0\x01\0\0\0\0\0\0\0\x0f", false, false),

@@ -129,7 +129,8 @@ impl Ended {
     }
 }
 
-/// Cancels once the source has `reached` what it cannot leave by itself, or after a while, and tells when.
+/// Cancels once the source has `reached` what it cannot leave by itself, or after a while, and
+/// tells when.
 pub(crate) fn cancel_when(reached: impl Fn() -> bool, control: &Control) -> Instant {
     let begun = Instant::now();
     while !reached() && begun.elapsed() < LONGEST_WAIT {

@@ -85,8 +85,8 @@ fn a_cancel_wakes_a_source_wherever_it_is() -> Outcome {
         let asking = Way { checks: true, ..way.clone() };
         let nowhere = Endpoint::Unix(Scratch::new()?.path("nobody"));
         let deaf = Sink::unix()?;
-        // It dials for as long as its timeout; or it waits to hear what the other end can do; or it sends what no socket has
-        // room for.
+        // It dials for as long as its timeout; or it waits to hear what the other end can do; or it
+        // sends what no socket has room for.
         let dials: fn(&Control) -> bool = |control| control.state() == MigrationState::Setup;
         let sends: fn(&Control) -> bool = |control| control.progress().pages_normal > 0;
         let asks: fn(&Control) -> bool = |control| control.state() == MigrationState::Active;

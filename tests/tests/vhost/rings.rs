@@ -89,7 +89,8 @@ fn a_back_end_hears_of_the_rings_that_the_guest_uses_and_of_no_others() {
 fn a_guest_with_some_of_its_rings_goes_on_at_another_back_end_and_enables_more() {
     let memory = memory();
     let mut drivers: Vec<_> = (0..4).map(|ring| Driver::new(&memory, GuestAddress(ring * 0x4000))).collect();
-    // As firmware leaves a device: the last ring alone is set up; a driver has set up one more, which it does not use yet.
+    // As firmware leaves a device: the last ring alone is set up; a driver has set up one more,
+    // which it does not use yet.
     let build = |user| {
         let mut unused = drivers[2].queue.ring();
         unused.enabled = false;
@@ -142,7 +143,8 @@ fn what_a_back_end_without_a_log_writes_arrives_when_that_is_asked_for() {
     written.start(&ram).unwrap();
     let mut replica = Replica::of(&ram);
     for round in 0..20_u8 {
-        // The ring is reused many times between two syncs: what is in it does not tell what was written.
+        // The ring is reused many times between two syncs: what is in it does not tell what was
+        // written.
         for part in 0..40_u64 {
             let at = GuestAddress(HIGH.0 + 0x1_0000 * part + 0x100 * u64::from(round));
             assert!(drivers[0].order(round, false, at, 300));

@@ -153,8 +153,8 @@ fn records_of_another_kind_or_version_and_in_the_clear_are_refused() {
 
 #[test]
 fn messages_that_may_not_come_after_the_handshake_are_refused() {
-    // HelloRequest, ClientHello, ServerHello, EndOfEarlyData, EncryptedExtensions, Certificate, CertificateRequest,
-    // CertificateVerify, Finished, an unknown type.
+    // HelloRequest, ClientHello, ServerHello, EndOfEarlyData, EncryptedExtensions, Certificate,
+    // CertificateRequest, CertificateVerify, Finished, an unknown type.
     for kind in [0, 1, 2, 5, 8, 11, 13, 15, 20, 99] {
         let refused = Peer::new().sends(content::HANDSHAKE, &[kind, 0, 0, 0]).opener().open();
         assert_eq!(refused, Err(Bad::Message(kind)));

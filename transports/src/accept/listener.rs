@@ -44,7 +44,8 @@ pub struct Listener {
 /// Where connections come from.
 #[derive(Debug)]
 enum Origin {
-    /// Those that are there already: connected sockets, pipes, a command or a file. Taken by the first `serve`.
+    /// Those that are there already: connected sockets, pipes, a command or a file. Taken by the
+    /// first `serve`.
     Ready { waiting: Mutex<Vec<Channel>>, several: bool },
     /// `None` when the listener is closed.
     Socket(Mutex<Option<Listening>>),
@@ -88,8 +89,8 @@ impl Listener {
         })
     }
 
-    /// Listens for nothing: `connections` are all that there is, and [`serve`](Self::serve) reports what becomes of each. They
-    /// go by the name `endpoint`.
+    /// Listens for nothing: `connections` are all that there is, and [`serve`](Self::serve) reports
+    /// what becomes of each. They go by the name `endpoint`.
     pub fn of_connections(connections: Vec<Channel>, endpoint: Endpoint) -> Self {
         let several = connections.len() > 1;
         let origin = Origin::Ready { waiting: Mutex::new(connections), several };

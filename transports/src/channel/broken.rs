@@ -1,7 +1,7 @@
 //! The reason for which a connection broke, the same for every thread that uses it.
 //!
-//! When TCP gives a connection up, the kernel hands its error to one call, whichever is first; every
-//! other call on the same socket gets a broken pipe, or the end of what is received.
+//! When TCP gives a connection up, the kernel hands its error to one call, whichever is first;
+//! every other call on the same socket gets a broken pipe, or the end of what is received.
 
 use std::fmt;
 use std::io::{self, ErrorKind};

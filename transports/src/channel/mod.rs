@@ -198,7 +198,8 @@ impl Channel {
         if self.pushed_back.is_empty() { self.link.stream.direct() } else { None }
     }
 
-    /// The number of the channel's descriptor, to name it by; of two pipes the one that receives. `None` if it is closed.
+    /// The number of the channel's descriptor, to name it by; of two pipes the one that receives.
+    /// `None` if it is closed.
     pub fn descriptor_number(&self) -> Option<i32> {
         self.link.stream.descriptor_number()
     }
@@ -270,8 +271,8 @@ impl Channel {
     /// [`finish_sending`](Self::finish_sending). Other channels have nothing to wait for.
     ///
     /// # Errors
-    /// Names the command, and the exit status if that is not 0; the stream's error; `TimedOut` if it
-    /// takes longer than `limit`.
+    /// Names the command, and the exit status if that is not 0; the stream's error; `TimedOut` if
+    /// it takes longer than `limit`.
     pub fn settle(&self, limit: Duration) -> io::Result<()> {
         let settled = match &self.copying {
             Some(copying) => copying.settle(limit),
@@ -300,8 +301,8 @@ impl Channel {
         }
     }
 
-    /// The certificate, in DER, by which a TLS client has authenticated itself to this end. `None` for
-    /// any other channel.
+    /// The certificate, in DER, by which a TLS client has authenticated itself to this end. `None`
+    /// for any other channel.
     pub fn client_certificate(&self) -> Option<&[u8]> {
         match &self.link.stream {
             Stream::Tls(tls) => tls.client_certificate(),

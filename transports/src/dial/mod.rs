@@ -98,12 +98,14 @@ pub fn dial(endpoint: &Endpoint, options: &DialOptions) -> Result<Channel, Trans
     }
 }
 
-/// Encrypts a connection that is there already, with the TLS of `options`: the handshake that [`dial`] makes. It is a plain
-/// socket on which nothing has been said. A connection has no host name: the name in the server's certificate is the one that
-/// [`TlsClient`] was told to expect. Without TLS in `options` the connection stays as it is.
+/// Encrypts a connection that is there already, with the TLS of `options`: the handshake that
+/// [`dial`] makes. It is a plain socket on which nothing has been said. A connection has no host
+/// name: the name in the server's certificate is the one that [`TlsClient`] was told to expect.
+/// Without TLS in `options` the connection stays as it is.
 ///
 /// # Errors
-/// `TimedOut` after the deadline, `ConnectionAborted` by the stopper, `InvalidData` with the reason of a handshake that failed.
+/// `TimedOut` after the deadline, `ConnectionAborted` by the stopper, `InvalidData` with the reason
+/// of a handshake that failed.
 pub fn encrypt(connection: Channel, options: &DialOptions) -> io::Result<Channel> {
     let Some(tls) = &options.tls else { return Ok(connection) };
     let number = connection.descriptor_number().ok_or(ErrorKind::NotConnected)?;

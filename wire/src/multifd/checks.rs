@@ -64,8 +64,8 @@ impl PacketChecks {
     }
 }
 
-/// Says in an encoded header, which is not sealed yet, to which of several streams of its codec the payload belongs. Spec:
-/// docs/wire.md §27.9.
+/// Says in an encoded header, which is not sealed yet, to which of several streams of its codec the
+/// payload belongs. Spec: docs/wire.md §27.9.
 ///
 /// # Errors
 /// It is shorter than any header.
@@ -74,7 +74,8 @@ pub fn put_codec_stream(header: &mut [u8], stream: u8) -> Result<(), Invalid> {
     Ok(())
 }
 
-/// To which of several streams of its codec the payload behind this header belongs: 0 where there is one.
+/// To which of several streams of its codec the payload behind this header belongs: 0 where there
+/// is one.
 ///
 /// # Errors
 /// It is shorter than any header.

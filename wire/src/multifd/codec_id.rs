@@ -49,8 +49,9 @@ impl CodecId {
         self.0
     }
 
-    /// True for the ids of multifd's dialect, present and to come: no codec of an embedder's own may
-    /// have one, since the other end takes packets with such an id for what the dialect says they are.
+    /// True for the ids of multifd's dialect, present and to come: no codec of an embedder's own
+    /// may have one, since the other end takes packets with such an id for what the dialect says
+    /// they are.
     pub const fn is_reserved(self) -> bool {
         self.0.count_ones() > 1 && self.0 < Self::FIRST_OWN.0
     }

@@ -91,7 +91,8 @@ fn packets(bytes: &[u8], page: PageSize) {
     assert_eq!(format!("{packet:?}"), format!("{twin:?}"));
 }
 
-/// The end of a tail is found in the same place in whatever pieces it comes, and its sections lie in it one behind the other.
+/// The end of a tail is found in the same place in whatever pieces it comes, and its sections lie
+/// in it one behind the other.
 fn tail(bytes: &[u8], piece: usize) {
     let whole = TailScanner::new().push(bytes).ok().flatten();
     let mut scanner = TailScanner::new();
@@ -123,7 +124,8 @@ fn described(bytes: &[u8]) {
     }
 }
 
-/// The bytes of all fields. Arrays are visited run by run, so this ends however many elements they claim.
+/// The bytes of all fields. Arrays are visited run by run, so this ends however many elements they
+/// claim.
 pub(crate) fn visit(structure: Structure<'_>) -> usize {
     let Ok(contents) = structure.contents() else { return 0 };
     let mut seen = 0;

@@ -35,7 +35,8 @@ pub(crate) struct Faulting {
     /// Threads of our destination that hear of faults
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) fault_threads: usize,
-    /// Send buffer of our source's connections, which is what a page that is asked for waits behind on a slow link
+    /// Send buffer of our source's connections, which is what a page that is asked for waits behind
+    /// on a slow link
     #[arg(long, value_name = "SIZE")]
     pub(crate) send_buffer: Option<String>,
 }

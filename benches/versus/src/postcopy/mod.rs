@@ -1,5 +1,5 @@
-//! Post-copy beside QEMU's: how long threads wait for pages while the rest comes, and how soon a guest
-//! at rest runs.
+//! Post-copy beside QEMU's: how long threads wait for pages while the rest comes, and how soon a
+//! guest at rest runs.
 //!
 //! Not like for like, and said with each table: QEMU's threads are vCPUs under emulation, ours are
 //! threads of a process; QEMU loads the devices of a PC, ours takes their state and loads nothing.

@@ -183,8 +183,8 @@ enum Who {
 }
 
 impl There {
-    /// Waits until the guest runs, and has a QEMU's vCPUs touch their pages. When that was, in µs of
-    /// the clock, if it is known.
+    /// Waits until the guest runs, and has a QEMU's vCPUs touch their pages. When that was, in µs
+    /// of the clock, if it is known.
     fn run(&mut self) -> Outcome<Option<u64>> {
         let Who::Qemu(qemu) = &mut self.who else { return Ok(None) };
         let running = qemu.wait_event("RESUME", TIMEOUT, |event| is(event, "RESUME"))?;

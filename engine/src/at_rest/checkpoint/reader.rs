@@ -150,8 +150,8 @@ fn read_file(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(|error| storage("reading", path, error))
 }
 
-/// Bytes in a regular file; anything else could keep its reader waiting for ever, and a symbolic link
-/// could make a file of this machine part of a guest.
+/// Bytes in a regular file; anything else could keep its reader waiting for ever, and a symbolic
+/// link could make a file of this machine part of a guest.
 fn file_len(path: &Path) -> Result<u64> {
     let found = fs::symlink_metadata(path).map_err(|error| storage("reading", path, error))?;
     if found.is_file() {

@@ -1,7 +1,9 @@
-//! Accepting the connections of one migration, in any order, and telling them apart by their first bytes.
+//! Accepting the connections of one migration, in any order, and telling them apart by their first
+//! bytes.
 //!
-//! A connection is nothing until it has proved what it is: main by the stream's magic, a channel by a whole initial packet that
-//! fits. Until then nothing that becomes of it ends the migration; it is closed, with a warning. See docs/channels.md.
+//! A connection is nothing until it has proved what it is: main by the stream's magic, a channel by
+//! a whole initial packet that fits. Until then nothing that becomes of it ends the migration; it
+//! is closed, with a warning. See docs/channels.md.
 
 use std::sync::{Arc, Mutex};
 
@@ -17,7 +19,8 @@ use crate::run::stop::{Monitor, lock};
 use crate::run::workers::Crew;
 use crate::stream::foreign;
 
-/// Accepts until the listener is closed or stopped: hands main over, starts a worker for every other channel.
+/// Accepts until the listener is closed or stopped: hands main over, starts a worker for every
+/// other channel.
 pub(crate) struct Accepting {
     shared: Arc<DestinationShared>,
     crew: Arc<Crew>,
@@ -41,7 +44,8 @@ pub(crate) struct Main {
 /// Channels that may wait for main: as many as a source has.
 const MAX_EARLY: usize = 255;
 
-/// How long the opening message of a connection is: nothing is known of a channel before its initial packet has come whole.
+/// How long the opening message of a connection is: nothing is known of a channel before its
+/// initial packet has come whole.
 pub(crate) fn opening_len(first: [u8; 4]) -> usize {
     if u32::from_be_bytes(first) == MULTIFD_MAGIC { InitialPacket::LEN } else { 0 }
 }
@@ -74,7 +78,8 @@ impl Accepting {
         self.main.clone()
     }
 
-    /// The accept thread: runs until the listener is stopped, or closed and all that were accepted are told apart.
+    /// The accept thread: runs until the listener is stopped, or closed and all that were accepted
+    /// are told apart.
     pub(crate) fn run(&self, listener: &Listener) -> Result<()> {
         let timeout = self.shared.session.timeout;
         let stop = self.crew.stop();
@@ -185,8 +190,8 @@ impl Accepting {
         }
     }
 
-    /// Of a client that has authenticated itself nothing is known before main has: another client of the same CA could
-    /// take the place of a channel of the source.
+    /// Of a client that has authenticated itself nothing is known before main has: another client
+    /// of the same CA could take the place of a channel of the source.
     fn join_or_wait(&self, channel: Channel) -> Result<(), JoinError> {
         if channel.client_certificate().is_none() || self.main.read(|main| main.came) {
             return self.join_authenticated(channel);
@@ -200,7 +205,8 @@ impl Accepting {
         Ok(())
     }
 
-    /// A channel must have shown the certificate that main has: a source has one. A strange one never ends the migration.
+    /// A channel must have shown the certificate that main has: a source has one. A strange one
+    /// never ends the migration.
     fn join_authenticated(&self, channel: Channel) -> Result<(), JoinError> {
         let peer = channel.peer().to_owned();
         let same = |main: &Main| !main.came || main.certificate.as_deref() == channel.client_certificate();
@@ -214,8 +220,9 @@ impl Accepting {
         })
     }
 
-    /// A connection that says that it is a channel. Until the first sync point it may be one of the source, which has pages for
-    /// it: if it does not fit, the migration ends before a page is missed. Later, the source has all of its channels here.
+    /// A connection that says that it is a channel. Until the first sync point it may be one of the
+    /// source, which has pages for it: if it does not fit, the migration ends before a page is
+    /// missed. Later, the source has all of its channels here.
     fn join(&self, channel: Channel) -> Result<(), JoinError> {
         let early = self.shared.channels.is_early();
         let unfit = |error| if early { JoinError::Early(error) } else { JoinError::Late(error) };

@@ -9,7 +9,8 @@ use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{PAGE, hash};
 use crate::stream::dialect;
 
-/// Leaves the hashes of `pages` in `hashes`, if anything is made of them. An error if they are not what was sent.
+/// Leaves the hashes of `pages` in `hashes`, if anything is made of them. An error if they are not
+/// what was sent.
 pub(super) fn check(
     sink: &BlockSink,
     packet: &RamPacket<'_>,
@@ -40,7 +41,8 @@ pub(super) fn compare(packet: &RamPacket<'_>, seen: u64, checks: PacketChecks) -
     Err(Error::new(ErrorKind::InvalidStream, Phase::Active, detail))
 }
 
-/// Puts the packet's pages where they belong; neighbours go in one write. `hashes`: of the pages, if digests are kept.
+/// Puts the packet's pages where they belong; neighbours go in one write. `hashes`: of the pages,
+/// if digests are kept.
 pub(super) fn store(
     sink: &BlockSink,
     packet: &RamPacket<'_>,

@@ -142,10 +142,11 @@ impl ChannelSync {
 
     /// Main has reached the sync point at the switch to post-copy: waits until every channel has.
     ///
-    /// From its return on until [`ChannelSync::let_go`] no channel places a page. All that was sent on them before the
-    /// switch is in its place by then, older than the discards that follow; what is sent behind it is read when missing
-    /// pages have been taken out of memory and a pager fills them. So no page of the one kind is ever taken for one of
-    /// the other, whatever the channels and main do in between.
+    /// From its return on until [`ChannelSync::let_go`] no channel places a page. All that was sent
+    /// on them before the switch is in its place by then, older than the discards that follow; what
+    /// is sent behind it is read when missing pages have been taken out of memory and a pager fills
+    /// them. So no page of the one kind is ever taken for one of the other, whatever the channels
+    /// and main do in between.
     ///
     /// # Errors
     /// As [`ChannelSync::flush`].

@@ -28,7 +28,8 @@ pub(in crate::destination) struct SyncState {
     expected: Option<usize>,
     /// Sync points that main has passed.
     released: u64,
-    /// The sync point at the switch to post-copy was reached: pages come on the channels that there are.
+    /// The sync point at the switch to post-copy was reached: pages come on the channels that there
+    /// are.
     switched: bool,
     /// The main stream has ended: channels are read to their end, nothing is waited for.
     finished: bool,
@@ -38,7 +39,8 @@ pub(in crate::destination) struct SyncState {
 struct Arrivals {
     syncs: u64,
     ended: bool,
-    /// Packets whose pages are on their way into guest memory: more than one where the channel was replaced.
+    /// Packets whose pages are on their way into guest memory: more than one where the channel was
+    /// replaced.
     storing: usize,
     /// Moves with every packet, so that slow is told from dead.
     packets: u64,
@@ -78,8 +80,8 @@ impl MainWait {
     }
 }
 
-/// Half of `timeout` more: a channel that stalls within a packet fails after `timeout` by itself, and
-/// knows better what is missing.
+/// Half of `timeout` more: a channel that stalls within a packet fails after `timeout` by itself,
+/// and knows better what is missing.
 fn grace(timeout: Duration) -> Duration {
     timeout.saturating_add(timeout / 2)
 }

@@ -119,7 +119,8 @@ impl ChannelWorker {
             .packets()
             .map_err(|error| error.on(format!("channel {} ({})", self.id, self.channel.peer())));
         if let Some(link) = self.link.take() {
-            // The guest has no other memory than the one that is half here: this ends the link and no more.
+            // The guest has no other memory than the one that is half here: this ends the link and
+            // no more.
             self.channel.closer().close();
             self.shared.channels.ended(self.id);
             link.ended(result);
@@ -275,8 +276,8 @@ impl ChannelWorker {
         Counters::add(&counters.pages_zero, packet.zero_pages());
     }
 
-    /// After the switch to post-copy: a page is there as a whole or not at all, so that all of them come into a buffer
-    /// first.
+    /// After the switch to post-copy: a page is there as a whole or not at all, so that all of them
+    /// come into a buffer first.
     fn place(
         &mut self,
         sink: &BlockSink,

@@ -82,7 +82,8 @@ pub(in crate::destination) enum Effect {
         /// RAM has begun before them.
         within_ram: bool,
     },
-    /// Wait until every channel has reached the sync point at the switch, and let none go on before LISTEN.
+    /// Wait until every channel has reached the sync point at the switch, and let none go on before
+    /// LISTEN.
     HoldChannels,
     /// Connections may come until the end: the source may switch to post-copy.
     KeepListening,

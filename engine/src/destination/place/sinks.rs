@@ -17,8 +17,9 @@ use crate::guest::{Absent, Mappings, PageTable, RamBlock};
 ///
 /// A `Vec<RamBlock>` is the provider of a VMM whose memory is there already.
 pub trait IncomingRam: Send {
-    /// What the source's embedder has said of its VM by [`SourceBuilder::vm_state`](crate::SourceBuilder::vm_state), before
-    /// [`open`](Self::open): to make the VM of it, or to refuse it while nothing has moved. Not called if nothing was said.
+    /// What the source's embedder has said of its VM by
+    /// [`SourceBuilder::vm_state`](crate::SourceBuilder::vm_state), before [`open`](Self::open): to
+    /// make the VM of it, or to refuse it while nothing has moved. Not called if nothing was said.
     ///
     /// # Errors
     /// Whatever makes this machine unfit for that VM. By default: it is not expected here.

@@ -171,7 +171,8 @@ impl Pager {
             return Ok(());
         }
         let Some(whole) = paged.gather(page, content)? else {
-            // Whole by now, over another channel: what was gathered of this copy would wait for its rest for ever.
+            // Whole by now, over another channel: what was gathered of this copy would wait for its
+            // rest for ever.
             if sink.has_come(page) {
                 paged.forget(page / paged.per());
             }
@@ -377,8 +378,8 @@ impl Pager {
             .for_each(|paged| lock(&paged.gathered).clear());
     }
 
-    /// Every page is here, or will never be: nothing waits for one any more. The order matters: while
-    /// the descriptor is there, memory is taken back from it, and only then it is closed.
+    /// Every page is here, or will never be: nothing waits for one any more. The order matters:
+    /// while the descriptor is there, memory is taken back from it, and only then it is closed.
     pub(crate) fn release(&self) -> Result<()> {
         self.released.store(true, Ordering::Release);
         for sink in &self.blocks {
@@ -388,8 +389,8 @@ impl Pager {
                     Error::io(Phase::Active, format!("giving RAM block {} back", sink.block().name()), error)
                 };
                 slice.missing.unregister(at, len).map_err(failed)?;
-                // The kernel wakes who waits before it takes the memory back: a thread that comes in between, to a page that is a
-                // hole and came as zeros, would wait for ever.
+                // The kernel wakes who waits before it takes the memory back: a thread that comes
+                // in between, to a page that is a hole and came as zeros, would wait for ever.
                 slice.missing.wake(at, len).map_err(failed)?;
             }
             if paged.may_be_huge

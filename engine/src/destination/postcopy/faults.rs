@@ -34,8 +34,8 @@ pub(super) fn start(serving: &Arc<Serving>, pager: &Arc<Pager>, crew: &Crew) -> 
 }
 
 fn run(serving: &Serving, pager: &Pager, slice: usize) -> Result<()> {
-    // Faults that have to wait: until the kernel's word on dropped pages was read, or until there is
-    // memory for them.
+    // Faults that have to wait: until the kernel's word on dropped pages was read, or until there
+    // is memory for them.
     let mut later: Vec<MemoryEvent> = Vec::new();
     let limit = |later: &[MemoryEvent]| (!later.is_empty()).then_some(TRY_AGAIN);
     while let Some(events) = pager.events(slice, limit(&later))? {

@@ -1,4 +1,5 @@
-//! A parallel channel after the switch: its pages are placed as those on main are. Spec: docs/wire.md §27.10.
+//! A parallel channel after the switch: its pages are placed as those on main are. Spec:
+//! docs/wire.md §27.10.
 //!
 //! ```text
 //!  before LISTEN   packets into memory ─ SYNC ┐ waits (ChannelSync::hold)
@@ -6,8 +7,9 @@
 //!  after LISTEN                               └──────────────────────────────────────────────┴ packets to the pager
 //! ```
 //!
-//! All copies of a page that come after the switch are the same, since the guest's memory at the source does not
-//! change any more: which of them comes first, over which channel and over which link, makes no difference.
+//! All copies of a page that come after the switch are the same, since the guest's memory at the
+//! source does not change any more: which of them comes first, over which channel and over which
+//! link, makes no difference.
 
 use std::sync::Arc;
 

@@ -30,9 +30,9 @@ const DEVICES_LOADED: u32 = 0x42;
 /// which is not here waits for it. Threads of the engine's own fill the memory all the while.
 ///
 /// When the link to the source breaks, nothing is lost: what has come stays, threads that need what
-/// has not come wait, and [`PostcopyGuest::recover`] goes on over another link. **Dropped before all
-/// of RAM is here, these threads wait for as long as the process lives**: a page that is missing is
-/// never read as zero.
+/// has not come wait, and [`PostcopyGuest::recover`] goes on over another link. **Dropped before
+/// all of RAM is here, these threads wait for as long as the process lives**: a page that is
+/// missing is never read as zero.
 #[must_use = "the guest's RAM comes in as long as this lives"]
 pub struct PostcopyGuest {
     serving: Arc<Serving>,
@@ -116,8 +116,8 @@ impl PostcopyGuest {
     /// The device state has been loaded: the guest may run here from now on.
     ///
     /// # Errors
-    /// The migration was cancelled before, or the source has gone without having heard this, and may
-    /// run the guest itself: it must not run here.
+    /// The migration was cancelled before, or the source has gone without having heard this, and
+    /// may run the guest itself: it must not run here.
     pub fn loaded(&self) -> Result<()> {
         if self.loaded.load(Ordering::Acquire) {
             return Ok(());
@@ -171,9 +171,9 @@ impl PostcopyGuest {
         }
     }
 
-    /// Goes on, after a pause, over the first connection to `listener` by which the source does, and
-    /// returns when it is there; it has to come within `limit`. What the listener takes is TLS if the
-    /// first link was.
+    /// Goes on, after a pause, over the first connection to `listener` by which the source does,
+    /// and returns when it is there; it has to come within `limit`. What the listener takes is TLS
+    /// if the first link was.
     ///
     /// # Errors
     /// The migration is not paused (`ApiMisuse`), or no source came. It is paused as before then.
@@ -181,8 +181,8 @@ impl PostcopyGuest {
         recover::over_listener(&self.serving, &recover::for_recovery(listener), limit, &self.crew)
     }
 
-    /// The same over connections that the caller has made: main, and `others` in any order, those for urgent pages and
-    /// the parallel channels, as many as the source makes.
+    /// The same over connections that the caller has made: main, and `others` in any order, those
+    /// for urgent pages and the parallel channels, as many as the source makes.
     ///
     /// # Errors
     /// As [`PostcopyGuest::recover`].
@@ -191,13 +191,13 @@ impl PostcopyGuest {
     }
 
     /// Gives up what has not come: each page that is missing is poisoned. Threads that wait for one
-    /// go on, and get a signal, as those that touch one later: SIGBUS with BUS_MCEERR_AR, or a system
-    /// call's EFAULT or EHWPOISON, as of memory that a machine check has lost. What has come stays,
-    /// and can be read; nothing waits any more, and the memory can be unmapped or sent on. The source
-    /// keeps all of RAM as it was at the switch.
+    /// go on, and get a signal, as those that touch one later: SIGBUS with BUS_MCEERR_AR, or a
+    /// system call's EFAULT or EHWPOISON, as of memory that a machine check has lost. What has come
+    /// stays, and can be read; nothing waits any more, and the memory can be unmapped or sent on.
+    /// The source keeps all of RAM as it was at the switch.
     ///
-    /// Without this, threads wait for as long as the process lives (see [`PostcopyGuest`]). Gives the
-    /// number of pages that are lost.
+    /// Without this, threads wait for as long as the process lives (see [`PostcopyGuest`]). Gives
+    /// the number of pages that are lost.
     ///
     /// # Errors
     /// `Incompatible`: the kernel cannot (before Linux 6.6); threads wait then, as when this is

@@ -150,7 +150,8 @@ impl Serving {
 
     /// Reads what follows RUN on a thread of its own.
     pub(in crate::destination) fn start(self: &Arc<Self>, driver: Box<Driver>, crew: &Crew) -> Result<()> {
-        // Before the thread's first step: a hook that panics would leave a guest that waits for ever.
+        // Before the thread's first step: a hook that panics would leave a guest that waits for
+        // ever.
         let guard = PauseOnPanic(Arc::clone(self));
         crew.spawn("mig-postcopy", Phase::Active, move || {
             guard.0.serve(driver);
@@ -159,8 +160,8 @@ impl Serving {
         })
     }
 
-    /// Whatever ends this pauses the migration, and nothing else does: the guest has no other memory
-    /// than the one that is half here.
+    /// Whatever ends this pauses the migration, and nothing else does: the guest has no other
+    /// memory than the one that is half here.
     fn serve(&self, mut driver: Box<Driver>) {
         let whole = driver.postcopy_part().and_then(|()| self.wait_for_rest());
         if whole.is_ok() {
@@ -177,8 +178,8 @@ impl Serving {
         }
     }
 
-    /// Every page is here: the guest's memory is its own again, and the source is told. A guest that
-    /// runs nowhere is put away first, by its owner.
+    /// Every page is here: the guest's memory is its own again, and the source is told. A guest
+    /// that runs nowhere is put away first, by its owner.
     fn let_go(&self) -> Result<()> {
         let Some(pager) = &self.pager else { return Ok(()) };
         pager.release()?;
@@ -205,7 +206,8 @@ impl Serving {
     }
 
     /// Main has ended. Pages that went over other connections may come after that, and so may the
-    /// connection: its pages and the end of main are in no order. The timeout counts from the last page.
+    /// connection: its pages and the end of main are in no order. The timeout counts from the last
+    /// page.
     fn wait_for_rest(&self) -> Result<()> {
         let session = &self.shared.session;
         loop {
@@ -327,8 +329,8 @@ impl Serving {
         Err(Error::misbehaved(Phase::Accept, refusal))
     }
 
-    /// A channel beside main has ended. That breaks the link unless all of RAM is here: then a source ends its
-    /// connections as it likes.
+    /// A channel beside main has ended. That breaks the link unless all of RAM is here: then a
+    /// source ends its connections as it likes.
     pub(super) fn channel_ended(&self, link: u64, result: Result<()>) {
         if self.check_all_came().is_ok() {
             return;

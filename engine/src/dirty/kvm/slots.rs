@@ -108,10 +108,11 @@ impl KvmSlots {
     }
 
     /// The pages that migrations have taken from KVM's log of slot `id` since the last call, as
-    /// KVM_GET_DIRTY_LOG tells them: a bit for each page of the slot. KVM forgets what is fetched, so
-    /// after an attempt the VMM ORs these to the next bits that it fetches for itself.
+    /// KVM_GET_DIRTY_LOG tells them: a bit for each page of the slot. KVM forgets what is fetched,
+    /// so after an attempt the VMM ORs these to the next bits that it fetches for itself.
     ///
-    /// `None`: nothing was taken, or the log has no such slot, or the VMM does not log it for itself.
+    /// `None`: nothing was taken, or the log has no such slot, or the VMM does not log it for
+    /// itself.
     pub fn taken(&self, id: u32) -> Option<Vec<u64>> {
         let mut state = self.lock();
         let known = state.slots.iter_mut().find(|known| known.slot.id == id)?;

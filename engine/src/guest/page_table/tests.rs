@@ -88,7 +88,8 @@ fn holes_of_a_file_are_told_from_data_that_is_not_mapped() {
         table.look(&block, Absent::InFile, &pages, &mut found).unwrap();
         let data: Vec<_> =
             pages.iter().zip(found.zeros()).filter(|(_, zero)| !zero).map(|(page, _)| *page).collect();
-        // A file system may report more as data than was written, but what was written is never a hole.
+        // A file system may report more as data than was written, but what was written is never a
+        // hole.
         assert!([3, 4, 100, 255].iter().all(|page| data.contains(page)), "{data:?}");
     }
 }

@@ -9,18 +9,20 @@ use super::{Absent, PageTable, State, scan};
 use crate::guest::{DirtyBitmap, PAGE, RamBlock};
 
 impl PageTable {
-    /// One bit for each page of a block that may hold something else than zeros; all others are zero. `None`: the page table does
-    /// not say.
+    /// One bit for each page of a block that may hold something else than zeros; all others are
+    /// zero. `None`: the page table does not say.
     ///
-    /// It costs a step for each page of 4 KiB that is there (1.2 ms a GiB), for each huge page, and for each 2 MiB or more that
-    /// nothing has touched. hugetlbfs does not tell its holes otherwise: each would be read through its file.
+    /// It costs a step for each page of 4 KiB that is there (1.2 ms a GiB), for each huge page, and
+    /// for each 2 MiB or more that nothing has touched. hugetlbfs does not tell its holes
+    /// otherwise: each would be read through its file.
     pub(crate) fn data_pages(&self, block: &RamBlock, absent: Absent) -> io::Result<Option<DirtyBitmap>> {
         let memory = block.memory();
         match (absent, memory.shared_file()) {
             (Absent::Zero, _) => Ok(self.held_pages(block)?.map(|(held, _)| held)),
             (Absent::InFile, Some(file)) if memory.is_huge() => {
-                // Another mapping may have filled pages that this one does not have: then the file has more than is present
-                // here. Asked before and behind the walk, so that nothing which comes or goes meanwhile makes up for it.
+                // Another mapping may have filled pages that this one does not have: then the file
+                // has more than is present here. Asked before and behind the walk, so that nothing
+                // which comes or goes meanwhile makes up for it.
                 let before = allocated(file)?;
                 let held = self.held_pages(block)?;
                 let all_here =

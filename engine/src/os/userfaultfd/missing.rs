@@ -111,7 +111,8 @@ impl MissingPages {
     /// From now on, a thread that touches a missing page of these waits for it.
     pub(crate) fn register(&self, start: u64, len: u64) -> io::Result<()> {
         let mut register = Register { range: Range { start, len }, mode: REGISTER_MODE_MISSING, ioctls: 0 };
-        // SAFETY: the request reads and writes a Register, and changes nothing that the memory holds.
+        // SAFETY: the request reads and writes a Register, and changes nothing that the memory
+        // holds.
         unsafe { ask(&*self.descriptor, super::UFFDIO_REGISTER, &raw mut register) }.map(drop)
     }
 

@@ -1,4 +1,5 @@
-//! Pages in packets on parallel channels: each has a worker that claims pages, packs them, sends them.
+//! Pages in packets on parallel channels: each has a worker that claims pages, packs them, sends
+//! them.
 
 use std::io::IoSlice;
 use std::sync::atomic::Ordering;
@@ -37,7 +38,8 @@ pub(in crate::source) struct Channels {
     sync_points: SyncPoints,
 }
 
-/// Where the destination expects the sync points of the parallel channels; its machine type decides.
+/// Where the destination expects the sync points of the parallel channels; its machine type
+/// decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::source) enum SyncPoints {
     /// At FLUSH records: machine types from 8.1 on.
@@ -133,7 +135,8 @@ impl Channels {
     }
 }
 
-/// The worker of one channel. Owns its buffers: 512 KiB of pages and at most 1 MiB of payload, none without a codec or cache.
+/// The worker of one channel. Owns its buffers: 512 KiB of pages and at most 1 MiB of payload, none
+/// without a codec or cache.
 struct SendWorker {
     channel: Arc<Channel>,
     counters: Arc<ChannelCounters>,
@@ -226,8 +229,8 @@ impl SendWorker {
         }
     }
 
-    /// Whole host pages, in order: a huge page takes several packets. Zero pages go with the others, since the destination
-    /// places them as it places those.
+    /// Whole host pages, in order: a huge page takes several packets. Zero pages go with the
+    /// others, since the destination places them as it places those.
     fn follow(&mut self, block: BlockIndex, pages: &[usize], shared: &SourceShared) -> Result<()> {
         let block = &shared.ram.hold(block);
         for pages in pages.chunks(pages_per_packet(PAGE_SIZE)) {
@@ -344,7 +347,8 @@ impl SendWorker {
         Ok(())
     }
 
-    /// One vectored write: the header, then the pages where they are. With zero-copy sends one each.
+    /// One vectored write: the header, then the pages where they are. With zero-copy sends one
+    /// each.
     fn send_in_place(&mut self, block: &OutgoingBlock) -> Result<()> {
         let packet = &self.packet;
         let payload_len = packet.normal.len() * crate::guest::PAGE;

@@ -86,7 +86,8 @@ impl File {
         self.file.sync().map_err(|error| main.error(error))
     }
 
-    /// A file runs no guest: it is thrown away unless it is whole on the disk, and up to then the source may run on.
+    /// A file runs no guest: it is thrown away unless it is whole on the disk, and up to then the
+    /// source may run on.
     pub(super) fn finish(&self, end: &[u8], main: &mut MainWriter) -> Result<Instant> {
         main.raw(end)?;
         let sent = Instant::now();
@@ -98,7 +99,8 @@ impl File {
         self.places.iter().for_each(|places| places.rounds.close());
     }
 
-    /// Again, as the switch has done before the workers ended: what they have written meanwhile goes, too.
+    /// Again, as the switch has done before the workers ended: what they have written meanwhile
+    /// goes, too.
     pub(super) fn abort(&self) {
         self.file.abort();
     }

@@ -16,8 +16,8 @@ use crate::source::shared::SourceShared;
 use crate::stream::dialect;
 use crate::work::{Batch, BlockIndex, Place, Round};
 
-/// Sends the pages of a round as records of the section that is open on `main`. One call writes a batch: with a header a page,
-/// at most 256 of the 1024 ranges that the kernel takes.
+/// Sends the pages of a round as records of the section that is open on `main`. One call writes a
+/// batch: with a header a page, at most 256 of the 1024 ranges that the kernel takes.
 pub(super) fn send_round(
     round: &Round,
     context: RoundContext,
@@ -92,8 +92,8 @@ fn send_deltas(
     Ok(())
 }
 
-/// One vectored write: what is buffered on main, then header, page, header, page, ... The pages are not copied, unless the
-/// cache has made a copy that must go instead of them.
+/// One vectored write: what is buffered on main, then header, page, header, page, ... The pages are
+/// not copied, unless the cache has made a copy that must go instead of them.
 fn send_pages(
     main: &mut MainWriter,
     ranges: &mut IoVecs,

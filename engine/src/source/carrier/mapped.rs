@@ -1,5 +1,5 @@
-//! Pages at fixed places of a file (`mapped-ram`): written by any number of workers, a page again in the same place. Spec:
-//! docs/wire.md §17.
+//! Pages at fixed places of a file (`mapped-ram`): written by any number of workers, a page again
+//! in the same place. Spec: docs/wire.md §17.
 
 use std::fs::File;
 use std::ops::Range;
@@ -47,7 +47,8 @@ impl MappedFile {
         Ok(Self { file, pages, blocks })
     }
 
-    /// Writes the list of blocks, each with its place, and leaves the room for bitmap and pages behind it.
+    /// Writes the list of blocks, each with its place, and leaves the room for bitmap and pages
+    /// behind it.
     pub(super) fn announce(&self, main: &mut MainWriter, ram: &OutgoingRam) -> Result<()> {
         main.ram_head(ram);
         for (entry, block) in ram.list().zip(self.blocks.iter()) {
@@ -104,7 +105,8 @@ impl MappedFile {
         let mut found = Found::default();
         shared.ram.look(outgoing, batch.pages, &mut found)?;
         for (page, absent) in batch.pages.iter().zip(found.zeros()) {
-            // A page that has no content in the file is zero, whatever was asked for: one that is absent must not be read.
+            // A page that has no content in the file is zero, whatever was asked for: one that is
+            // absent must not be read.
             let seek_zero = outgoing.zero_route != ZeroRoute::Content;
             let is_zero = absent || seek_zero && outgoing.block.is_zero(*page);
             block.note(*page, !is_zero)?;

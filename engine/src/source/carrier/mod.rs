@@ -82,8 +82,9 @@ impl Carrier {
         }
     }
 
-    /// Returns when all of a round has arrived, as far as that can be known: only then is the bandwidth known, and not that of
-    /// the socket buffers. `ping` is larger than in the rounds before.
+    /// Returns when all of a round has arrived, as far as that can be known: only then is the
+    /// bandwidth known, and not that of the socket buffers. `ping` is larger than in the rounds
+    /// before.
     pub(super) fn settle_round(
         &self,
         ping: u32,
@@ -101,7 +102,8 @@ impl Carrier {
         }
     }
 
-    /// Sends `end`, the last bytes of the stream, and waits until the guest is known to have arrived. Gives when they were sent.
+    /// Sends `end`, the last bytes of the stream, and waits until the guest is known to have
+    /// arrived. Gives when they were sent.
     ///
     /// # Errors
     /// [`Error::source_may_resume`] says whether the guest may be running at the destination.
@@ -148,8 +150,9 @@ fn hand_over(
     let before = channel.bytes_sent();
     return_path.iter().for_each(|return_path| return_path.expect_shut());
     let sent = channel.send_all(end);
-    // The point of no return: with EOF, the first of these bytes, the destination has all it needs to run the guest. If not
-    // even that one has left, because the destination died before, it has not been reached.
+    // The point of no return: with EOF, the first of these bytes, the destination has all it needs
+    // to run the guest. If not even that one has left, because the destination died before, it has
+    // not been reached.
     let handed_over = channel.bytes_sent() > before;
     if handed_over {
         main.enter(Phase::Commit);
@@ -165,7 +168,8 @@ fn hand_over(
     confirmed.map_err(|error| if handed_over { error.after_hand_over() } else { error })
 }
 
-/// Without a return path, the end of the connection is all that is known. A command behind it must end well.
+/// Without a return path, the end of the connection is all that is known. A command behind it must
+/// end well.
 fn end_unanswered(main: &MainWriter, shared: &SourceShared) -> Result<()> {
     let channel = main.channel();
     channel.finish_sending().map_err(|error| main.error(error))?;

@@ -80,7 +80,8 @@ impl Bulk {
         self.return_path.notify();
     }
 
-    /// Watches a worker's channel, on which everything has been sent, until nothing waits for its pages any more.
+    /// Watches a worker's channel, on which everything has been sent, until nothing waits for its
+    /// pages any more.
     ///
     /// # Errors
     /// It has broken.

@@ -18,7 +18,8 @@ use crate::source::main_writer::MainWriter;
 use crate::source::return_path::ReturnPathReader;
 use crate::stream::dialect::ALIVE_INTERVAL;
 
-/// Pages of the background stream in one go: what a page that is asked for meanwhile waits for, on main.
+/// Pages of the background stream in one go: what a page that is asked for meanwhile waits for, on
+/// main.
 const BATCH: usize = 32;
 
 /// Pages in a section of main.
@@ -83,7 +84,8 @@ impl Link {
         Ok(())
     }
 
-    /// Sends all that is dirty, what is wanted first, ends the stream, and waits for the destination's word.
+    /// Sends all that is dirty, what is wanted first, ends the stream, and waits for the
+    /// destination's word.
     pub(super) fn serve(&mut self) -> Result<()> {
         self.main.enter(Phase::Postcopy);
         if self.first {
@@ -101,8 +103,8 @@ impl Link {
         self.finish()
     }
 
-    /// The parallel channels have the background stream. Main says that this end is alive; what is asked for goes there if
-    /// it has no channel of its own.
+    /// The parallel channels have the background stream. Main says that this end is alive; what is
+    /// asked for goes there if it has no channel of its own.
     fn oversee(&mut self, bulk: &Bulk) -> Result<()> {
         let wanted = Arc::clone(&self.wanted);
         let on_main = self.urgent.is_empty();
@@ -221,14 +223,16 @@ impl Link {
         let refused = refusal.is_some();
         // A destination that gives up hangs up as well: which of the two shows first is chance.
         let cause = refusal.filter(|_| cause.kind() == ErrorKind::Transport).unwrap_or(cause);
-        // Another connection can break without main, for reasons of the network's: the guest may be about to run there.
+        // Another connection can break without main, for reasons of the network's: the guest may be
+        // about to run there.
         let on_main = cause.channel() == Some(self.main.name().as_str());
         let by_peer = refused || self.return_path.ended() || (on_main && is_hang_up(&cause));
         LinkEnd { loaded: self.return_path.loaded(), by_peer, refused, cause }
     }
 }
 
-/// Whether the peer's system has said that nothing reads any more: not a silence, which may be the network's.
+/// Whether the peer's system has said that nothing reads any more: not a silence, which may be the
+/// network's.
 fn is_hang_up(error: &Error) -> bool {
     let source = std::error::Error::source(error);
     let code = source

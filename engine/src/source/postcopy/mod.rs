@@ -6,7 +6,8 @@
 //!    devices, RUN (the hand-over)                └──── recover ───┘ nothing is lost
 //! ```
 //!
-//! What goes over one connection is a [`Link`](link::Link): its threads and its stop switch end with it, the rest stays.
+//! What goes over one connection is a [`Link`](link::Link): its threads and its stop switch end
+//! with it, the rest stays.
 
 mod bulk;
 mod link;
@@ -52,8 +53,8 @@ pub(super) struct PostcopySettings {
 }
 
 impl PostcopySettings {
-    /// How many channels there are for pages that are asked for. `parallel`: the background stream has channels of its own, so
-    /// that the destination can be reached by more than one connection.
+    /// How many channels there are for pages that are asked for. `parallel`: the background stream
+    /// has channels of its own, so that the destination can be reached by more than one connection.
     fn urgent(&self, shared: &SourceShared, parallel: bool) -> usize {
         match (self.preempt, shared.peer_can(FEATURE_URGENT_CHANNELS)) {
             (true, true) => self.urgent_channels.max(1),
@@ -64,7 +65,8 @@ impl PostcopySettings {
     }
 }
 
-/// When the channel for pages that are asked for is connected, and how it ends; the destination's machine type decides.
+/// When the channel for pages that are asked for is connected, and how it ends; the destination's
+/// machine type decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PreemptStyle {
     /// At the switch, and closed after SHUT: machine types from 8.0 on.
@@ -82,21 +84,24 @@ impl PreemptStyle {
     }
 }
 
-/// How long main may take to show that the destination has ended, when another connection has shown that already.
+/// How long main may take to show that the destination has ended, when another connection has shown
+/// that already.
 const WORD_OF_MAIN: Duration = Duration::from_secs(2);
 
-/// A connection beside main has broken. That ends the link; but as long as the devices have not been loaded, a destination that
-/// has ended gives the guest back, and only main tells that.
+/// A connection beside main has broken. That ends the link; but as long as the devices have not
+/// been loaded, a destination that has ended gives the guest back, and only main tells that.
 fn wait_for_main(session: &Session, return_path: &ReturnPathReader) {
     if session.state() == MigrationState::PostcopyDevice {
         return_path.rest(WORD_OF_MAIN);
     }
 }
 
-/// Watches a connection on which only this end sends. Returns when nothing waits for its pages any more.
+/// Watches a connection on which only this end sends. Returns when nothing waits for its pages any
+/// more.
 ///
 /// # Errors
-/// It has broken, and pages that were on their way may be lost without the destination knowing of it.
+/// It has broken, and pages that were on their way may be lost without the destination knowing of
+/// it.
 fn watch(channel: &Channel, name: &str, return_path: &ReturnPathReader) -> Result<()> {
     loop {
         let error = match channel.recv(&mut [0]) {
@@ -117,8 +122,8 @@ fn watch(channel: &Channel, name: &str, return_path: &ReturnPathReader) -> Resul
 
 /// A guest that runs at its destination, or is about to, and needs the RAM that is here.
 ///
-/// The source's memory may only be freed or written when [`Postcopy::serve`] has completed. Dropped before that, the link is
-/// cut, and the guest stops at the next page that it lacks.
+/// The source's memory may only be freed or written when [`Postcopy::serve`] has completed. Dropped
+/// before that, the link is cut, and the guest stops at the next page that it lacks.
 #[must_use = "the guest at the destination waits for its RAM"]
 pub struct Postcopy {
     shared: Arc<SourceShared>,
@@ -146,18 +151,19 @@ pub struct Postcopy {
 pub enum Served {
     /// All of RAM is at the destination, which has said so. What is here may be freed.
     Completed(Box<Report>),
-    /// The link is broken, for this reason. The guest runs on at the destination up to the next page that it lacks; nothing is
-    /// lost if [`Postcopy::recover`] follows.
+    /// The link is broken, for this reason. The guest runs on at the destination up to the next
+    /// page that it lacks; nothing is lost if [`Postcopy::recover`] follows.
     Paused(Error),
 }
 
 impl Postcopy {
-    /// Serves until all of RAM is at the destination, or the link breaks: pages that the guest waits for first, all others in
-    /// the background, each once.
+    /// Serves until all of RAM is at the destination, or the link breaks: pages that the guest
+    /// waits for first, all others in the background, each once.
     ///
     /// # Errors
-    /// The destination gave the guest up. [`Error::source_may_resume`] is true if that was before it had loaded the devices: then
-    /// the guest may run on here. Else it is lost. `ApiMisuse` if there is nothing to serve.
+    /// The destination gave the guest up. [`Error::source_may_resume`] is true if that was before
+    /// it had loaded the devices: then the guest may run on here. Else it is lost. `ApiMisuse` if
+    /// there is nothing to serve.
     pub fn serve(&mut self) -> Result<Served> {
         let Some(link) = &mut self.link else {
             let detail = format!("the migration is {}: there is no link to serve", self.control.state());

@@ -6,7 +6,8 @@
 //!                  in order: push 9..13    push 14..22: twice as many, up to MOST
 //! ```
 //!
-//! In order is what has nothing between it that is still to be sent: pages that are there already are not asked for.
+//! In order is what has nothing between it that is still to be sent: pages that are there already
+//! are not asked for.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -116,7 +117,8 @@ mod tests {
 
     const NONE: [usize; 0] = [];
 
-    /// Everything that is pushed after requests for `asked`, of a block of 1000 pages of which none has gone.
+    /// Everything that is pushed after requests for `asked`, of a block of 1000 pages of which none
+    /// has gone.
     fn pushed(asked: impl IntoIterator<Item = usize>) -> Vec<usize> {
         let dirty = DirtyBitmap::new(1000);
         dirty.set_range(0, 1000);

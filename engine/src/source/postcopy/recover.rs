@@ -38,17 +38,19 @@ enum Others<'a> {
 }
 
 impl Postcopy {
-    /// Goes on over a new connection, on which the destination waits (QEMU: `migrate-recover`): asks for what has arrived, and
-    /// has [`Postcopy::serve`], which must follow, send all else. Dials for `within`.
+    /// Goes on over a new connection, on which the destination waits (QEMU: `migrate-recover`):
+    /// asks for what has arrived, and has [`Postcopy::serve`], which must follow, send all else.
+    /// Dials for `within`.
     ///
     /// # Errors
-    /// What broke, and `ApiMisuse` if the migration is not paused. It stays paused, nothing is lost, and it may be called again.
+    /// What broke, and `ApiMisuse` if the migration is not paused. It stays paused, nothing is
+    /// lost, and it may be called again.
     pub fn recover(&mut self, endpoint: &Endpoint, within: Duration) -> Result<()> {
         self.replace_link(NewConnections::Dialled(endpoint, within))
     }
 
-    /// The same over connections that the caller has made: main, and one for pages that are asked for where the settings have
-    /// that. Pages that are not asked for go on main.
+    /// The same over connections that the caller has made: main, and one for pages that are asked
+    /// for where the settings have that. Pages that are not asked for go on main.
     ///
     /// # Errors
     /// As [`Postcopy::recover`].
@@ -56,8 +58,9 @@ impl Postcopy {
         self.recover_over_channels(main, Vec::new(), urgent.into_iter().collect())
     }
 
-    /// The same with parallel channels, where there were some at the switch and the destination took pages on them after it: in
-    /// the order of their numbers; and with several for pages that are asked for.
+    /// The same with parallel channels, where there were some at the switch and the destination
+    /// took pages on them after it: in the order of their numbers; and with several for pages that
+    /// are asked for.
     ///
     /// # Errors
     /// As [`Postcopy::recover`], and `ApiMisuse` for more channels than there were.

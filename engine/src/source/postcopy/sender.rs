@@ -85,7 +85,8 @@ impl PageSender {
         channel.send_all(&bytes)
     }
 
-    /// Zero pages and others in one ascending order: the destination puts huge pages together from them.
+    /// Zero pages and others in one ascending order: the destination puts huge pages together from
+    /// them.
     fn encode_headers(&mut self, index: BlockIndex, shared: &SourceShared) {
         let Self { naming, packet, headers, spans, .. } = self;
         headers.clear();

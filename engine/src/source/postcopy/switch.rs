@@ -1,4 +1,5 @@
-//! The switch: what is stale at the destination is discarded there, the devices go, the guest starts.
+//! The switch: what is stale at the destination is discarded there, the devices go, the guest
+//! starts.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -21,10 +22,12 @@ use crate::source::return_path::LOADED_PING;
 use crate::stream::dialect::{FEATURE_NEIGHBOURS, FEATURE_POSTCOPY_CHANNELS, FEATURE_URGENT_CHANNELS};
 use crate::work::{ScanPlace, UrgentPages};
 
-/// Pages that may be wanted at a time: 1.5 MiB of queue. A request that finds it full is served in the pages' turn.
+/// Pages that may be wanted at a time: 1.5 MiB of queue. A request that finds it full is served in
+/// the pages' turn.
 const MOST_WANTED: usize = 1 << 16;
 
-/// The values of the PINGs at the switch, which are QEMU's: behind the discards, and behind the device state.
+/// The values of the PINGs at the switch, which are QEMU's: behind the discards, and behind the
+/// device state.
 const DISCARDED_PING: u32 = 2;
 const DEVICES_PING: u32 = 3;
 
@@ -49,8 +52,8 @@ pub(in crate::source) struct UrgentChannels {
 }
 
 impl Precopy {
-    /// Connects what the switch to post-copy will need, while the guest runs: [`Precopy::switch_to_postcopy`] does it otherwise,
-    /// in the downtime.
+    /// Connects what the switch to post-copy will need, while the guest runs:
+    /// [`Precopy::switch_to_postcopy`] does it otherwise, in the downtime.
     ///
     /// # Errors
     /// Anything that broke the migration; the guest may run on.
@@ -59,9 +62,12 @@ impl Precopy {
         self.migration.caused(result).map(drop)
     }
 
-    /// Takes a connection of the caller's for the pages that the guest waits for, where the others are the caller's: one where
-    /// [`SourceConfig::postcopy_preempt`](crate::SourceConfig::postcopy_preempt) asks for it, and with parallel channels as many as
-    /// [`SourceConfig::postcopy_urgent_channels`](crate::SourceConfig::postcopy_urgent_channels) says, one a call.
+    /// Takes a connection of the caller's for the pages that the guest waits for, where the others
+    /// are the caller's: one where
+    /// [`SourceConfig::postcopy_preempt`](crate::SourceConfig::postcopy_preempt) asks for it, and
+    /// with parallel channels as many as
+    /// [`SourceConfig::postcopy_urgent_channels`](crate::SourceConfig::postcopy_urgent_channels)
+    /// says, one a call.
     ///
     /// # Errors
     /// `ApiMisuse` if it was not asked for, or all are there already; the migration ends.
@@ -71,14 +77,15 @@ impl Precopy {
         Ok(self)
     }
 
-    /// Hands the guest over now, at any round from before the first on, and leaves the rest of its RAM to
-    /// [`Postcopy::serve`], which must follow at once. The guest must be paused, and stay so; nothing may write to its memory
-    /// any more.
+    /// Hands the guest over now, at any round from before the first on, and leaves the rest of its
+    /// RAM to [`Postcopy::serve`], which must follow at once. The guest must be paused, and stay
+    /// so; nothing may write to its memory any more.
     ///
     /// # Errors
     /// Anything that broke the migration; the guest may run on. `ApiMisuse` without
-    /// [`SourceConfig::postcopy`](crate::SourceConfig::postcopy). After an `Ok` the guest is the destination's, as far as this
-    /// end knows: a link that broke in the last moment shows in [`Postcopy::serve`].
+    /// [`SourceConfig::postcopy`](crate::SourceConfig::postcopy). After an `Ok` the guest is the
+    /// destination's, as far as this end knows: a link that broke in the last moment shows in
+    /// [`Postcopy::serve`].
     pub fn switch_to_postcopy(mut self, state: &DeviceState) -> Result<Postcopy> {
         let result = self.migration.switch(state);
         let switched = self.migration.caused(result)?;
@@ -87,12 +94,13 @@ impl Precopy {
 }
 
 impl Migration {
-    /// The channels for pages that are asked for, as far as they are not there yet. Gives how many of them serve.
+    /// The channels for pages that are asked for, as far as they are not there yet. Gives how many
+    /// of them serve.
     fn prepare_urgent_channels(&mut self) -> Result<usize> {
         let Some(settings) = self.postcopy else { return Ok(0) };
         if let Some(return_path) = &self.return_path {
-            // Main must be known as such before a connection comes that has nothing to say who it is; and what the
-            // destination can do, it has said before this.
+            // Main must be known as such before a connection comes that has nothing to say who it
+            // is; and what the destination can do, it has said before this.
             return_path.wait_for_pong(1, self.shared.session.timeout)?;
             if self.shared.peer_can(FEATURE_URGENT_CHANNELS) {
                 // Behind ADVISE, from which on it takes connections that begin with a record.
@@ -103,7 +111,8 @@ impl Migration {
         self.open_urgent_channels(count)?;
         let UrgentChannels { all, known } = &mut self.urgent_channels;
         if self.shared.peer_can(FEATURE_URGENT_CHANNELS) {
-            // Without a page a channel has said nothing, and a sync point would wait for it to be told from a parallel one.
+            // Without a page a channel has said nothing, and a sync point would wait for it to be
+            // told from a parallel one.
             for channel in all.iter().skip(*known) {
                 say_end_of_records(channel).map_err(|error| {
                     let name = format!("channel of pages that are asked for ({})", channel.peer());
@@ -153,8 +162,8 @@ impl Migration {
         matches!(self.carrier, Carrier::Channels(_)) && self.shared.peer_can(FEATURE_POSTCOPY_CHANNELS)
     }
 
-    /// The sync point at the switch: behind all pages that went on the parallel channels, before the discards. The destination
-    /// lets nothing that follows on them into memory before LISTEN.
+    /// The sync point at the switch: behind all pages that went on the parallel channels, before
+    /// the discards. The destination lets nothing that follows on them into memory before LISTEN.
     fn keep_channels(&mut self) -> Result<bool> {
         let Carrier::Channels(channels) = &self.carrier else { return Ok(false) };
         if !self.can_keep_channels() {
@@ -187,7 +196,8 @@ impl Migration {
             return Err(Error::bug(Phase::Device, "neighbours before the switch to post-copy"));
         }
         let ram = &self.shared.ram;
-        // What was a hole when the migration began may have been written since, and no round follows that would tell.
+        // What was a hole when the migration began may have been written since, and no round
+        // follows that would tell.
         ram.forget_holes();
         ram.host_pages.round_up();
         let place = ram.host_pages.first_place();
@@ -248,8 +258,9 @@ impl Migration {
         session.set_hand_over(HandOver::Begun);
         let channel = self.main.channel();
         let before = channel.bytes_sent();
-        // The point of no return: with RUN, the end of the package, the destination has all that it needs to run the guest. If
-        // nothing of its last piece has left, the point has not been reached.
+        // The point of no return: with RUN, the end of the package, the destination has all that it
+        // needs to run the guest. If nothing of its last piece has left, the point has not been
+        // reached.
         match channel.send_all(&run) {
             Err(error) if channel.bytes_sent() == before => Err(self.main.error(error)),
             // A link that broke shows when it is used next.

@@ -62,7 +62,8 @@ impl UrgentChannel {
         if self.style != PreemptStyle::AtSetup {
             return;
         }
-        // A destination that has seen the end on main may have closed this channel, or waits for its end: its SHUT tells.
+        // A destination that has seen the end on main may have closed this channel, or waits for
+        // its end: its SHUT tells.
         if let Err(error) = say_end_of_records(&self.channel) {
             tracing::debug!(%error, "ending the channel of pages that are asked for");
         }
@@ -73,7 +74,8 @@ impl UrgentChannel {
     }
 }
 
-/// A record that is no page: the last one on a channel, or the first, by which a multifd destination knows the channel.
+/// A record that is no page: the last one on a channel, or the first, by which a multifd
+/// destination knows the channel.
 pub(super) fn say_end_of_records(channel: &Channel) -> io::Result<()> {
     PageSender::end_of_records(channel)
 }
@@ -122,8 +124,8 @@ impl UrgentWorker {
     }
 }
 
-/// The thread that sees when the channel of pages that are asked for ends: a page that is lost there would be waited for until
-/// another is sent.
+/// The thread that sees when the channel of pages that are asked for ends: a page that is lost
+/// there would be waited for until another is sent.
 struct Watch {
     channel: Arc<Channel>,
     return_path: ReturnPathReader,

@@ -1,4 +1,5 @@
-//! What goes next over a link of a post-copy: pages that are asked for, their neighbours, the background stream.
+//! What goes next over a link of a post-copy: pages that are asked for, their neighbours, the
+//! background stream.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,8 +12,8 @@ use crate::run::stop::lock;
 use crate::source::shared::SourceShared;
 use crate::work::{BlockIndex, PerBlock, ScanPlace, UrgentPages};
 
-/// Where the background stream is: all threads that send it claim from here, and go on behind the page that was asked for
-/// last.
+/// Where the background stream is: all threads that send it claim from here, and go on behind the
+/// page that was asked for last.
 pub(in crate::source) struct Scan(Mutex<ScanPlace>);
 
 /// Why pages go now.
@@ -38,11 +39,13 @@ pub(super) struct Wanted {
     shared: Arc<SourceShared>,
     scan: Arc<Scan>,
     pacer: Arc<Pacer>,
-    /// What has gone over the channels for pages that are asked for. `None`: a page that has gone is never sent again.
+    /// What has gone over the channels for pages that are asked for. `None`: a page that has gone
+    /// is never sent again.
     ///
-    /// The background stream's channels are deep: a page that was claimed there and is asked for afterwards may be behind
-    /// megabytes of others, most of all at the end, when everything has been claimed and nothing is left to be sent first.
-    /// It goes again on its own channel, once; the destination takes the copy that comes first.
+    /// The background stream's channels are deep: a page that was claimed there and is asked for
+    /// afterwards may be behind megabytes of others, most of all at the end, when everything has
+    /// been claimed and nothing is left to be sent first. It goes again on its own channel, once;
+    /// the destination takes the copy that comes first.
     gone: Option<PerBlock<DirtyBitmap>>,
 }
 
@@ -51,7 +54,8 @@ impl Scan {
         Arc::new(Self(Mutex::new(place)))
     }
 
-    /// The next pages of the background stream, at most `most`, but one host page at least. `None`: nothing is left.
+    /// The next pages of the background stream, at most `most`, but one host page at least. `None`:
+    /// nothing is left.
     pub(super) fn claim(
         &self,
         shared: &SourceShared,

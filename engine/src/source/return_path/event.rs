@@ -21,7 +21,8 @@ pub(super) enum ReturnEvent {
     Hello { features: u64 },
     /// What the destination knows this migration by, if it goes on over another link.
     Id(MigrationId),
-    /// The destination has loaded the device state, in this time. Its word that the guest has arrived follows.
+    /// The destination has loaded the device state, in this time. Its word that the guest has
+    /// arrived follows.
     Loaded(Duration),
     /// All before the PING with this value has been dealt with.
     Pong(u32),
@@ -49,7 +50,8 @@ impl ReturnEvents {
     /// `urgent`: pages may be asked for.
     ///
     /// # Errors
-    /// `Incompatible` for messages of a post-copy where there is none; `PeerMisbehaved` for pages that are not there.
+    /// `Incompatible` for messages of a post-copy where there is none; `PeerMisbehaved` for pages
+    /// that are not there.
     pub(super) fn event(
         &mut self,
         message: ReturnMessage,

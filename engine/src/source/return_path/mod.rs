@@ -22,7 +22,8 @@ use crate::run::workers::Crew;
 use crate::stream::dialect;
 use crate::work::{BlockIndex, Requested, WantedPage};
 
-/// Reads the return path on a thread of its own until SHUT, the destination's last message. Clones are of the same.
+/// Reads the return path on a thread of its own until SHUT, the destination's last message. Clones
+/// are of the same.
 #[derive(Clone)]
 pub(super) struct ReturnPathReader {
     received: Monitor<Received>,
@@ -73,8 +74,8 @@ enum Reached {
     Ram,
 }
 
-/// Value of the PING between the device state of a post-copy and the command that starts the guest: its PONG says that the
-/// devices are loaded.
+/// Value of the PING between the device state of a post-copy and the command that starts the guest:
+/// its PONG says that the devices are loaded.
 pub(super) const LOADED_PING: u32 = 0x42;
 
 impl Received {
@@ -136,8 +137,8 @@ impl ReturnPathReader {
         Ok(reader)
     }
 
-    /// Waits for the answer to PING(`value`), or to a later one with a larger value: the destination has done all that came
-    /// before it.
+    /// Waits for the answer to PING(`value`), or to a later one with a larger value: the
+    /// destination has done all that came before it.
     pub(super) fn wait_for_pong(&self, value: u32, timeout: Duration) -> Result<()> {
         self.wait_while_alive(timeout, |received| (received.pong >= value).then_some(())).ok_or_else(|| {
             let detail = format!("no PONG({value:#x}) within {timeout:?}");
@@ -165,8 +166,8 @@ impl ReturnPathReader {
         self.received.read(|received| received.ended)
     }
 
-    /// Waits for `ready`, which requests or [`ReturnPathReader::notify`] can make true, for `limit` at most. False: it is not,
-    /// or the link has ended.
+    /// Waits for `ready`, which requests or [`ReturnPathReader::notify`] can make true, for `limit`
+    /// at most. False: it is not, or the link has ended.
     pub(super) fn wait_until(&self, limit: Duration, ready: impl Fn() -> bool) -> bool {
         self.received.wait(&self.stop, Some(limit), |_| ready().then_some(())).is_some()
     }
@@ -176,7 +177,8 @@ impl ReturnPathReader {
         self.received.wait(&self.stop, Some(limit), |_| None::<()>);
     }
 
-    /// Waits for the destination's word that all has arrived, for `limit` at most. True also when nothing waits for it any more.
+    /// Waits for the destination's word that all has arrived, for `limit` at most. True also when
+    /// nothing waits for it any more.
     pub(super) fn is_over_within(&self, limit: Duration) -> bool {
         let over = |received: &mut Received| (received.arrived || received.closing).then_some(());
         self.received.wait(&self.stop, Some(limit), over).is_some()
@@ -257,7 +259,8 @@ impl ReturnPathReader {
         }
     }
 
-    /// Waits for SHUT(0). An error if something else ends the migration, or nothing comes within `timeout`, no sign of life either.
+    /// Waits for SHUT(0). An error if something else ends the migration, or nothing comes within
+    /// `timeout`, no sign of life either.
     pub(super) fn wait_for_shut(&self, timeout: Duration) -> Result<()> {
         self.wait_while_alive(timeout, |received| received.arrived.then_some(())).ok_or_else(|| {
             let detail =
@@ -328,13 +331,15 @@ impl Worker {
         }
     }
 
-    /// Receives a piece, or returns without one to be called again: a destination sends only when it has something to report.
+    /// Receives a piece, or returns without one to be called again: a destination sends only when
+    /// it has something to report.
     fn receive(&mut self) -> Result<()> {
         let mut piece = [0; 1024];
         let phase = || self.phase();
         match self.channel.recv(&mut piece) {
             Ok(0) => {
-                // Once the link has ended here, this end has closed it, and nothing is known of the destination.
+                // Once the link has ended here, this end has closed it, and nothing is known of the
+                // destination.
                 let ended = !self.stop.tripped();
                 self.received.modify_silently(|received| received.ended |= ended);
                 let detail = match self.shared.session.state().is_postcopy() {

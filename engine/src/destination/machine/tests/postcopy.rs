@@ -131,8 +131,8 @@ fn steps_of_a_postcopy_out_of_order_are_the_peers_fault() {
     }
 }
 
-/// What was sent on a channel before the switch is in its place when pages are discarded, and what is sent behind it is not read
-/// before memory is armed.
+/// What was sent on a channel before the switch is in its place when pages are discarded, and what
+/// is sent behind it is not read before memory is armed.
 #[test]
 fn the_channels_meet_at_the_switch_before_anything_is_discarded() {
     let channels = || command(Command::PostcopyChannels);

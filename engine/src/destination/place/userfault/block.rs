@@ -31,7 +31,8 @@ pub(super) struct Gathered {
     pub(super) zero: bool,
 }
 
-/// Huge pages in the making: a source sends one at a time on each channel, of which it has 255 and those for urgent pages.
+/// Huge pages in the making: a source sends one at a time on each channel, of which it has 255 and
+/// those for urgent pages.
 const MAX_GATHERED: usize = 255 + 9;
 
 impl PagedBlock {
