@@ -10,28 +10,27 @@
 
 #[path = "../live/credentials.rs"]
 mod credentials;
+mod ram;
 mod recovery;
 mod relay;
 #[path = "../dirty/skip.rs"]
 mod skip;
 
-use std::fs::File;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use multifd_engine::transports::{Endpoint, Listener, TlsClient, TlsServer};
-use multifd_engine::vm_memory::Bytes;
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
-    Control, Destination, DeviceState, DirtyMarker, HostMemory, Incoming, PAGE, Postcopy, PostcopyEnd,
-    PostcopyGuest, ProgressReader, RamBlock, Report, Served, SoftwareLog, Source, UserfaultLog,
+    Control, Destination, DeviceState, DirtyMarker, Incoming, PAGE, Postcopy, PostcopyEnd, PostcopyGuest,
+    ProgressReader, RamBlock, Report, Served, SoftwareLog, Source, UserfaultLog,
 };
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+use ram::{load, memory, write};
 
 const SOON: Duration = Duration::from_secs(60);
-const BLOCKS: [(&str, usize); 2] = [("pc.ram", 2048), ("vga.vram", 300)];
 
 /// How a guest moves.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,33 +43,6 @@ struct Move {
     cut: bool,
     /// All connections are encrypted.
     tls: bool,
-}
-
-fn memory(memfd: bool) -> Vec<RamBlock> {
-    BLOCKS
-        .map(|(name, pages)| {
-            let memory = if memfd {
-                let file = File::from(memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
-                ftruncate(&file, (pages * PAGE) as u64).unwrap();
-                HostMemory::map_file(file, pages * PAGE).unwrap()
-            } else {
-                HostMemory::anonymous(pages * PAGE).unwrap()
-            };
-            RamBlock::new(name.try_into().unwrap(), memory)
-        })
-        .to_vec()
-}
-
-fn write(block: &RamBlock, page: usize, value: usize) {
-    let bytes = ((value << 16 | page) as u64 | 1 << 63).to_le_bytes();
-    block.memory().slice(page * PAGE, PAGE).unwrap().write_slice(&bytes.repeat(PAGE / 8), 0).unwrap();
-}
-
-/// Loads a page, as a vCPU would: a fault waits for it.
-fn load(block: &RamBlock, page: usize) -> [u8; PAGE] {
-    let mut bytes = [0; PAGE];
-    block.memory().slice(page * PAGE, PAGE).unwrap().read_slice(&mut bytes, 0).unwrap();
-    bytes
 }
 
 /// A guest in its rounds: writes here and there until it is stopped.

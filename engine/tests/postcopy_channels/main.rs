@@ -13,6 +13,8 @@ mod credentials;
 mod cuts;
 mod guest;
 mod matrix;
+#[path = "../postcopy/ram.rs"]
+mod ram;
 mod relay;
 #[path = "../dirty/skip.rs"]
 mod skip;
@@ -33,7 +35,8 @@ use multifd_engine::{
 };
 use tempfile::TempDir;
 
-use guest::{Order, memory, write};
+use guest::Order;
+use ram::{memory, write};
 
 const SOON: Duration = Duration::from_secs(60);
 

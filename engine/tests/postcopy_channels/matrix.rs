@@ -11,6 +11,7 @@ use multifd_engine::{
 };
 
 use super::guest::{self, Order};
+use super::ram;
 use super::{Ends, Move, SOON, arrived, missing, pages_on, switch, until};
 
 /// Moves a guest after `rounds`, whose threads use all of its memory as soon as it may run at the
@@ -134,7 +135,7 @@ fn a_guest_that_runs_nowhere_is_received_over_channels_in_huge_pages_too() {
             let memory = HostMemory::anonymous(8 << 20).unwrap();
             RamBlock::new("pc.ram".try_into().unwrap(), memory)
         });
-        (0..here.pages()).filter(|page| page % 5 != 0).for_each(|page| guest::write(&here, page, 3));
+        (0..here.pages()).filter(|page| page % 5 != 0).for_each(|page| ram::write(&here, page, 3));
         let any: Endpoint = "tcp:127.0.0.1:0".parse().unwrap();
         let destination =
             Destination::builder(vec![there.clone()]).postcopy(true).timeout(SOON).listen(&any).unwrap();
@@ -161,7 +162,7 @@ fn a_guest_that_runs_nowhere_is_received_over_channels_in_huge_pages_too() {
         let Served::Completed(report) = report else { panic!("{report:?}") };
         assert_eq!(pages_on(&report.progress, "channel"), here.pages() as u64);
         for page in 0..here.pages() {
-            assert!(guest::load(&there, page) == guest::load(&here, page), "page {page}");
+            assert!(ram::load(&there, page) == ram::load(&here, page), "page {page}");
         }
     }
 }
