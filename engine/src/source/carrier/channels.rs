@@ -72,8 +72,7 @@ impl Channels {
         crew: &Crew,
     ) -> Result<()> {
         let counters = shared.session.counters.channel(id, &channel);
-        lock(&self.closers).push(channel.closer());
-        SendWorker::start((channel, counters), id, self.rounds.clone(), shared, crew)
+        self.start_worker((channel, counters), id, shared, crew)
     }
 
     /// The same of a channel that replaces one of that number.
@@ -85,6 +84,16 @@ impl Channels {
         crew: &Crew,
     ) -> Result<()> {
         let counters = shared.session.counters.replaced_channel(id, &channel);
+        self.start_worker((channel, counters), id, shared, crew)
+    }
+
+    fn start_worker(
+        &self,
+        (channel, counters): (Arc<Channel>, Arc<ChannelCounters>),
+        id: u8,
+        shared: &Arc<SourceShared>,
+        crew: &Crew,
+    ) -> Result<()> {
         lock(&self.closers).push(channel.closer());
         SendWorker::start((channel, counters), id, self.rounds.clone(), shared, crew)
     }

@@ -67,7 +67,10 @@ impl PageSender {
             }
         }
         // Zero pages behind the last page with content.
-        list.private(self.headers.get(end..).unwrap_or_default());
+        let zeros = self.headers.get(end..);
+        list.private(
+            zeros.ok_or_else(|| Error::bug(Phase::Postcopy, "records that end before their pages"))?,
+        );
         list.send(&self.channel).map_err(|error| {
             let name = || self.name.clone();
             self.packet
