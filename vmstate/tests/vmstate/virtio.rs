@@ -1,0 +1,1 @@
+//! virtio devices against each other's rules and guest RAM.
