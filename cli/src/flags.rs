@@ -260,6 +260,12 @@ pub(crate) struct Inspect {
     /// mapped-ram or without. As file:PATH,offset=N: a stream within a file. -v adds the fields of
     /// every device
     pub(crate) path: PathBuf,
+    /// Another one: show only in which fields of which devices they differ
+    pub(crate) other: Option<PathBuf>,
+    /// Only check the devices' state: rings within RAM, indices, vectors, features. The exit code
+    /// is 1 if something is inconsistent
+    #[arg(long, conflicts_with = "other")]
+    pub(crate) check: bool,
 }
 
 #[derive(Debug, Args)]

@@ -86,7 +86,7 @@ pub use multifd_codecs::{Codec, Codecs, Uncompressed};
 pub use multifd_transports::{
     ByteStream, Channel, Endpoint, SocketOptions, ThreadHook, TlsClient, TlsServer,
 };
-pub use multifd_wire::{BlockName, Configuration};
+pub use multifd_wire::{BlockName, Configuration, DescribedSection, SectionHead};
 
 pub use multifd_codecs as codecs;
 pub use multifd_transports as transports;

@@ -6,8 +6,8 @@ use multifd_wire::DeviceDescription;
 
 use crate::devices::*;
 use crate::virtio::{
-    Balloon, Blk, Console, Kind, Net, NetMultiqueue, Rng, Scsi, Transport, VirtioDevice, VirtioMmio, VirtioPci,
-    Vsock,
+    Balloon, Blk, Console, Kind, Net, NetMultiqueue, Rng, Scsi, Transport, VirtioDevice, VirtioMmio,
+    VirtioPci, Vsock,
 };
 use crate::{Device, Error, Section, load, save};
 
@@ -191,7 +191,9 @@ impl Examine for Apic {
         // Exceptions have the vectors below 16, which no interrupt can be of.
         let of_exception = |name: &str, map: &[u32; 8]| {
             let low = map.first().map_or(0, |word| word & 0xffff);
-            (low != 0).then(|| Remark::new(format!("{name}[0]"), format!("{low:#x}: interrupts of vectors below 16")))
+            (low != 0).then(|| {
+                Remark::new(format!("{name}[0]"), format!("{low:#x}: interrupts of vectors below 16"))
+            })
         };
         [of_exception("irr", &self.irr), of_exception("isr", &self.isr)].into_iter().flatten().collect()
     }
@@ -309,7 +311,9 @@ impl Examine for Rtc {
         let century = |index: usize| self.cmos.get(index).copied().unwrap_or_default();
         let [second, minute, hour] = [0, 2, 4].map(century);
         let [day, month, year] = [7, 8, 9].map(century);
-        let text = format!("{year:02x}-{month:02x}-{day:02x} {hour:02x}:{minute:02x}:{second:02x}, as the guest has it");
+        let text = format!(
+            "{year:02x}-{month:02x}-{day:02x} {hour:02x}:{minute:02x}:{second:02x}, as the guest has it"
+        );
         vec![
             Remark::new("cmos_data", text),
             Remark::new("base_rtc", format!("{} s since 1970", self.base_rtc)),

@@ -20,6 +20,8 @@ pub struct Fields<'a> {
     version: u32,
     /// Names from the device down to the field that is being passed.
     path: Vec<Step>,
+    /// The field that was passed last in the structure that is being passed.
+    last: Option<&'static str>,
     device: &'static Description,
 }
 
@@ -52,12 +54,12 @@ enum Step {
 impl<'a> Fields<'a> {
     pub(crate) fn saving(device: &'static Description) -> Self {
         let direction = Direction::Save(Output::default());
-        Self { direction, version: device.version, path: Vec::new(), device }
+        Self { direction, version: device.version, path: Vec::new(), last: None, device }
     }
 
     pub(crate) fn loading(device: &'static Description, version: u32, bytes: &'a [u8]) -> Self {
         let direction = Direction::Load(Input { rest: bytes });
-        Self { direction, version, path: Vec::new(), device }
+        Self { direction, version, path: Vec::new(), last: None, device }
     }
 
     /// The version of the state: that of the description when it is saved, what the stream says
@@ -95,13 +97,17 @@ impl<'a> Fields<'a> {
         if self.version > version { Ok(()) } else { self.field(name, value) }
     }
 
-    /// A rule for what was passed so far, in words that name it (`num_timers in range`), with the
-    /// value that it is about.
+    /// A rule for the field that was passed last, and those before it, in words that name it
+    /// (`num_timers in range`), with the value that it is about.
     ///
     /// # Errors
     /// It does not hold, be it of what is loaded or of what is to be saved.
     pub fn validate(&mut self, rule: &'static str, seen: impl Display, holds: bool) -> Result<(), Error> {
-        if holds { Ok(()) } else { Err(self.wrong(seen, rule)) }
+        match self.last {
+            _ if holds => Ok(()),
+            Some(name) => self.within(Step::Name(name), |this| Err(this.wrong(seen, rule))),
+            None => Err(self.wrong(seen, rule)),
+        }
     }
 
     /// Bytes with a meaning that no type here has: saved from `bytes`, or loaded into them.
@@ -158,8 +164,11 @@ impl<'a> Fields<'a> {
         pass: impl FnOnce(&mut Self) -> Result<T, Error>,
     ) -> Result<T, Error> {
         self.path.push(step);
+        self.last = None;
         let result = pass(self);
-        self.path.pop();
+        if let Some(Step::Name(name)) = self.path.pop() {
+            self.last = Some(name);
+        }
         result
     }
 
@@ -213,7 +222,8 @@ impl<'a> Fields<'a> {
             Direction::Load(_) => Output::default(),
         };
         let Output { bytes, fields, subsections } = output;
-        let layout = StructDescription { vmsd_name: (*name).to_owned(), version: *version, fields, subsections };
+        let layout =
+            StructDescription { vmsd_name: (*name).to_owned(), version: *version, fields, subsections };
         Saved { bytes, layout }
     }
 }

@@ -75,7 +75,8 @@
 //!
 //! let mut bad = saved.bytes.clone();
 //! bad[24] = 99;
-//! assert_eq!(load(&mut hpet, 2, &bad).unwrap_err().to_string(), "hpet: 99, expected num_timers in range");
+//! let error = load(&mut hpet, 2, &bad).unwrap_err();
+//! assert_eq!(error.to_string(), "hpet: num_timers_save: 99, expected num_timers in range");
 //! assert_eq!(load(&mut hpet, 3, &saved.bytes).unwrap_err().to_string(), "hpet: version 3, expected 1..=2");
 //! # Ok::<(), multifd_vmstate::Error>(())
 //! ```

@@ -48,10 +48,17 @@ pub struct Section<'a> {
     pub payload: &'a [u8],
 }
 
+impl<'a> Section<'a> {
+    /// A section with this head and payload.
+    pub fn of(head: &'a SectionHead, payload: &'a [u8]) -> Self {
+        let SectionHead { idstr, instance_id, version_id, .. } = head;
+        Self { name: idstr, instance: *instance_id, version: *version_id, payload }
+    }
+}
+
 impl<'a> From<&'a DescribedSection> for Section<'a> {
     fn from(section: &'a DescribedSection) -> Self {
-        let SectionHead { idstr, instance_id, version_id, .. } = &section.head;
-        Self { name: idstr, instance: *instance_id, version: *version_id, payload: &section.payload }
+        Self::of(&section.head, &section.payload)
     }
 }
 

@@ -41,7 +41,7 @@ impl Default for PciDevice {
 }
 
 impl Device for PciDevice {
-    const DESCRIPTION: Description = Description::new("PciDevice", 2).minimum(1);
+    const DESCRIPTION: Description = Description::new("PCIDevice", 2).minimum(1);
 
     fn fields(&mut self, fields: &mut Fields<'_>) -> Result<(), Error> {
         fields.field("version_id", &mut self.version)?;

@@ -44,7 +44,8 @@ impl Fields<'_> {
             Some(_) => values.resize_with(len, V::default),
             None if len != values.len() => {
                 return self.within(Step::Name(name), |this| {
-                    Err(this.wrong(format_args!("{} elements", values.len()), format_args!("{len}, their count")))
+                    Err(this
+                        .wrong(format_args!("{} elements", values.len()), format_args!("{len}, their count")))
                 });
             }
             None => {}
@@ -70,7 +71,9 @@ impl Fields<'_> {
                 }
                 Some(_) => bytes.resize(len, 0),
                 None if len != bytes.len() => {
-                    return Err(this.wrong(format_args!("{} bytes", bytes.len()), format_args!("{len}, their count")));
+                    return Err(
+                        this.wrong(format_args!("{} bytes", bytes.len()), format_args!("{len}, their count"))
+                    );
                 }
                 None => {}
             }

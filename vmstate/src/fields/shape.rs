@@ -9,7 +9,11 @@ use crate::{Description, Error, Value};
 
 impl Fields<'_> {
     /// A value as one field.
-    pub(crate) fn single<V: Value + ?Sized>(&mut self, name: &'static str, value: &mut V) -> Result<(), Error> {
+    pub(crate) fn single<V: Value + ?Sized>(
+        &mut self,
+        name: &'static str,
+        value: &mut V,
+    ) -> Result<(), Error> {
         let (kind, part) = (V::KIND, V::PART);
         self.noted(Step::Name(name), name, None, kind, part, |this| value.pass(this))
     }

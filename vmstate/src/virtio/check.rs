@@ -24,8 +24,10 @@ impl<T: Transport, K: Kind> VirtioDevice<T, K> {
     /// What fields mean: status and features by name, where rings are.
     pub(crate) fn remarks(&self) -> Vec<Remark> {
         let features = Features { device: K::ID, bits: self.core.accepted() };
-        let mut remarks =
-            vec![Remark::new("status", self.core.status.to_string()), Remark::new("features", features.to_string())];
+        let mut remarks = vec![
+            Remark::new("status", self.core.status.to_string()),
+            Remark::new("features", features.to_string()),
+        ];
         for index in 0..self.core.queues.len() {
             let Some(ring) = self.ring(index) else { continue };
             let Ring { size, descriptors, avail, used } = ring;
@@ -45,7 +47,8 @@ impl<T: Transport, K: Kind> VirtioDevice<T, K> {
                 && vector != NO_VECTOR
                 && usize::from(vector) >= entries
             {
-                findings.push(Remark::new(format!("{name}.vector"), format!("{vector}, of {entries} vectors")));
+                findings
+                    .push(Remark::new(format!("{name}.vector"), format!("{vector}, of {entries} vectors")));
             }
             if let Some(registers) = self.transport.registers(index)
                 && queue.descriptors != 0
@@ -80,13 +83,13 @@ impl<T: Transport, K: Kind> VirtioDevice<T, K> {
 
     fn check_ring(&self, index: usize, ring: &Ring, ram: &dyn GuestRam, findings: &mut Vec<Remark>) {
         let Ring { size, descriptors, avail, used } = *ring;
-        let mut find = |field: &str, text| findings.push(Remark::new(format!("queue[{index}].{field}"), text));
+        let mut find =
+            |field: &str, text| findings.push(Remark::new(format!("queue[{index}].{field}"), text));
         let packed = self.is_packed();
         if !packed && !size.is_power_of_two() {
             find("size", format!("{size}, which is no power of two"));
         }
-        let (avail_len, used_len) =
-            if packed { (EVENTS, EVENTS) } else { (6 + 2 * size, 6 + USED * size) };
+        let (avail_len, used_len) = if packed { (EVENTS, EVENTS) } else { (6 + 2 * size, 6 + USED * size) };
         let parts = [
             ("descriptors", descriptors, DESCRIPTOR * size, 16),
             ("avail", avail, avail_len, if packed { 4 } else { 2 }),
@@ -119,7 +122,8 @@ impl<T: Transport, K: Kind> VirtioDevice<T, K> {
 fn indices(last_avail: u16, avail: u16, used: u16, size: u64, mut find: impl FnMut(&str, String)) {
     let waiting = avail.wrapping_sub(last_avail);
     if u64::from(waiting) > size {
-        let text = format!("{last_avail}, but the driver is at {avail}: {waiting} requests in {size} entries");
+        let text =
+            format!("{last_avail}, but the driver is at {avail}: {waiting} requests in {size} entries");
         find("last_avail_idx", text);
     }
     let in_flight = last_avail.wrapping_sub(used);

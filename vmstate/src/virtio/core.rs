@@ -82,7 +82,11 @@ impl Core {
         }
         fields.each("queue", &QUEUE, &mut self.queues, |index, queue, fields| {
             fields.field("size", &mut queue.size)?;
-            fields.validate("a ring of 1 to 32768 entries", queue.size, (1..=MAX_RING).contains(&queue.size))?;
+            fields.validate(
+                "a ring of 1 to 32768 entries",
+                queue.size,
+                (1..=MAX_RING).contains(&queue.size),
+            )?;
             if T::ALIGNS_RINGS {
                 fields.field("align", &mut queue.align)?;
             }

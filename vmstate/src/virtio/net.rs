@@ -88,7 +88,8 @@ pub struct NetRss {
 impl Net {
     /// A device that has so many pairs of queues.
     pub fn with_pairs(pairs: u16) -> Self {
-        let several = NetMultiqueue { max_queue_pairs: pairs, current_queue_pairs: 1, tx_waiting: Vec::new() };
+        let several =
+            NetMultiqueue { max_queue_pairs: pairs, current_queue_pairs: 1, tx_waiting: Vec::new() };
         Self { multiqueue: (pairs > 1).then_some(several), ..Self::default() }
     }
 }

@@ -92,7 +92,8 @@ fn state_of_each_release_in_each_other() {
     assert_eq!(two, v2::Watchdog { seconds: 30, strikes: 2 }, "what it did not have stays");
     assert_eq!(moved(three.clone(), &mut two), Ok(()));
     assert_eq!(two, v2::Watchdog { seconds: 32, strikes: 3 });
-    let unknown = "watchdog: watchdog/warning: a subsection that is unknown here, expected one of a description";
+    let unknown =
+        "watchdog: watchdog/warning: a subsection that is unknown here, expected one of a description";
     assert_eq!(moved(warned.clone(), &mut two), Err(unknown.to_owned()));
     assert_eq!(two, v2::Watchdog { seconds: 32, strikes: 3 }, "nothing is half loaded");
     assert_eq!(moved(four.clone(), &mut two), too_new(3, "1..=2"));
@@ -143,7 +144,10 @@ impl Device for Lamp {
     fn post_load(&mut self, version: u32) -> Hook {
         self.hooks.push("post_load");
         if self.saved > self.limit {
-            return Err(format!("version {version} was on for {}, at most {} is known", self.saved, self.limit));
+            return Err(format!(
+                "version {version} was on for {}, at most {} is known",
+                self.saved, self.limit
+            ));
         }
         self.on_since = self.saved.into();
         Ok(())
@@ -154,7 +158,10 @@ impl Device for Lamp {
 fn hooks_run_in_order_and_a_refusal_leaves_the_device_as_it_was() {
     let mut lamp = Lamp { on_since: 9, limit: 10, ..Lamp::default() };
     let bytes = save(&mut lamp).unwrap().bytes;
-    assert_eq!((lamp.hooks.as_slice(), bytes.as_slice()), (&["pre_save", "fields", "post_save"][..], &[0, 0, 0, 9][..]));
+    assert_eq!(
+        (lamp.hooks.as_slice(), bytes.as_slice()),
+        (&["pre_save", "fields", "post_save"][..], &[0, 0, 0, 9][..])
+    );
 
     let mut here = Lamp { limit: 10, ..Lamp::default() };
     load(&mut here, 1, &bytes).unwrap();
@@ -164,7 +171,10 @@ fn hooks_run_in_order_and_a_refusal_leaves_the_device_as_it_was() {
     let error = load(&mut here, 1, &[0, 0, 0, 11]).unwrap_err();
     assert_eq!(error.to_string(), "lamp: post_load: version 1 was on for 11, at most 10 is known");
     assert_eq!(here, before);
-    assert_eq!(load(&mut here, 1, &[0, 0]).unwrap_err().to_string(), "lamp: saved: 2 bytes are left, expected 4");
+    assert_eq!(
+        load(&mut here, 1, &[0, 0]).unwrap_err().to_string(),
+        "lamp: saved: 2 bytes are left, expected 4"
+    );
     let error = load(&mut here, 1, &[0, 0, 0, 1, 1]).unwrap_err();
     assert_eq!(error.to_string(), "lamp: 1 bytes are left behind the fields, expected none");
     assert_eq!(here, before);

@@ -116,12 +116,11 @@ fn part() -> impl Strategy<Value = Part> {
 }
 
 fn everything() -> impl Strategy<Value = Everything> {
-    let outer = (any::<u8>(), any::<u16>(), any::<Option<[u8; 3]>>()).prop_map(|(value, newer, inner)| Outer {
-        value,
-        newer,
-        inner: inner.map(|bytes| Inner { bytes: Buffer(bytes) }),
+    let outer = (any::<u8>(), any::<u16>(), any::<Option<[u8; 3]>>()).prop_map(|(value, newer, inner)| {
+        Outer { value, newer, inner: inner.map(|bytes| Inner { bytes: Buffer(bytes) }) }
     });
-    let numbers = (any::<(u8, u16, u32, u64)>(), any::<(i8, i16, i32, i64)>(), any::<i64>(), any::<[u16; 3]>());
+    let numbers =
+        (any::<(u8, u16, u32, u64)>(), any::<(i8, i16, i32, i64)>(), any::<i64>(), any::<[u16; 3]>());
     let len = 0_usize..5;
     let arrays = len.prop_flat_map(|len| {
         let counted = prop::collection::vec(any::<u32>(), len);
@@ -224,7 +223,10 @@ fn checks_against_what_this_end_has() {
     let mut pointed = Everything { pointers: [Some(Part::default()), None], ..Everything::default() };
     assert!(load(&mut pointed, 5, &bytes).is_err());
     source.len = 7;
-    assert_eq!(save(&mut source).unwrap_err().to_string(), "device: counted: 0 elements, expected 7, their count");
+    assert_eq!(
+        save(&mut source).unwrap_err().to_string(),
+        "device: counted: 0 elements, expected 7, their count"
+    );
     source.len = 101;
     assert_eq!(save(&mut source).unwrap_err().to_string(), "device: len: 101, expected len up to 100");
 }

@@ -43,7 +43,8 @@ fn descriptions_name_the_fields_that_qemu_names() {
 }
 
 fn compare(place: &str, ours: &[FieldDescription], theirs: &[FieldDescription]) {
-    let names = |fields: &[FieldDescription]| fields.iter().map(|field| field.name.clone()).collect::<Vec<_>>();
+    let names =
+        |fields: &[FieldDescription]| fields.iter().map(|field| field.name.clone()).collect::<Vec<_>>();
     // A temporary structure, which has no fields of its own in QEMU's description.
     if names(theirs) == ["tmp"] {
         return;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use multifd_transports::{Channel, Listener};
-use multifd_wire::{Configuration, ReturnMessage};
+use multifd_wire::{Configuration, ReturnMessage, SectionHead};
 
 use super::faults;
 use super::recover;
@@ -86,6 +86,15 @@ impl PostcopyGuest {
     /// its version and bytes. `None` if the device state is anything else.
     pub fn opaque_state(&self, name: &str) -> Option<(u32, &[u8])> {
         self.received.tail.opaque(name)
+    }
+
+    /// The devices' sections one by one: their heads and payloads, such as a source made by
+    /// [`DeviceState::described`](crate::DeviceState::described).
+    ///
+    /// # Errors
+    /// `InvalidStream` if they are no sections.
+    pub fn sections(&self) -> Result<Vec<(SectionHead, &[u8])>> {
+        self.received.tail.split()
     }
 
     /// The guest's uuid, if it has one: QEMU says all zeros for a guest without.
