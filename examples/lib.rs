@@ -12,6 +12,8 @@
 //!   without codecs
 //! * `cargo run --release --example seccomp`: each thread of a migration has a filter of system
 //!   calls
+//! * `cargo run --release --example versioned_device`: a device whose state goes between releases of
+//!   a VMM, both ways
 //! * `cargo run --release --example vhost_user_blk`: a disk in another process, before, during and
 //!   after the move
 

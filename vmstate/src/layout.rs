@@ -56,7 +56,7 @@ macro_rules! layout {
             const DESCRIPTION: $crate::Description =
                 $crate::Description::new($name, $version)$(.minimum($minimum))?;
 
-            fn fields(&mut self, fields: &mut $crate::Fields<'_>) -> Result<(), $crate::Error> {
+            fn fields(&mut self, fields: &mut $crate::Fields<'_>) -> ::core::result::Result<(), $crate::Error> {
                 $(
                     $crate::layout!(
                         @pass fields, $crate::layout!(@name $field $($field_name)?), &mut self.$field
@@ -76,7 +76,7 @@ macro_rules! layout {
                 fn subsections(
                     &mut self,
                     subsections: &mut $crate::Subsections<'_, '_>,
-                ) -> Result<(), $crate::Error> {
+                ) -> ::core::result::Result<(), $crate::Error> {
                     $(subsections.optional(&mut self.$sub)?;)*
                     Ok(())
                 }

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  fuzz/targets (libFuzzer, nightly) ──┐
-//!  fuzz/corpus, mutated by replay.rs ──┴─> one function a target ──> wire, codecs, TLS records, recordings, destinations
+//!  fuzz/corpus, mutated by replay.rs ──┴─> one function a target ──> wire, device state, codecs, TLS records, recordings, destinations
 //! ```
 //!
 //! A function returns whatever the bytes are, soon, and panics where the code under test breaks a
@@ -17,6 +17,7 @@ mod packets;
 mod recording;
 mod streams;
 mod tls;
+mod vmstate;
 mod wire;
 mod xbzrle;
 
@@ -26,6 +27,7 @@ pub use packets::{zlib, zstd};
 pub use recording::recording;
 pub use streams::streams;
 pub use tls::tls;
+pub use vmstate::vmstate;
 pub use wire::wire;
 pub use xbzrle::xbzrle;
 
@@ -33,7 +35,7 @@ pub use xbzrle::xbzrle;
 pub type Body = fn(&[u8]);
 
 /// Every target, by the name of its corpus.
-pub const TARGETS: [(&str, Body); 9] = [
+pub const TARGETS: [(&str, Body); 10] = [
     ("channels", |bytes| {
         channels(bytes, TIMEOUT);
     }),
@@ -45,6 +47,7 @@ pub const TARGETS: [(&str, Body); 9] = [
     }),
     ("streams", streams),
     ("tls", tls),
+    ("vmstate", vmstate),
     ("wire", wire),
     ("xbzrle", xbzrle),
     ("zlib", zlib),

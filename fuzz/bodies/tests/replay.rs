@@ -42,6 +42,11 @@ fn tls() {
 }
 
 #[test]
+fn vmstate() {
+    replay("vmstate", 1000);
+}
+
+#[test]
 fn wire() {
     replay("wire", 20_000);
 }

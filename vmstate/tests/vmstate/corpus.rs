@@ -1,6 +1,5 @@
 //! Reading `tests/corpus/sections.txt`, whose form is in the README beside it.
 
-use multifd_vmstate::Section;
 use multifd_wire::DeviceDescription;
 
 /// A section of a real guest.
@@ -15,11 +14,6 @@ pub(crate) struct Recorded {
 }
 
 impl Recorded {
-    pub(crate) fn section(&self) -> Section<'_> {
-        let Self { name, instance, version, payload, .. } = self;
-        Section { name, instance: *instance, version: *version, payload }
-    }
-
     /// The part of the name behind the path.
     pub(crate) fn kind(&self) -> &str {
         self.name.rsplit('/').next().unwrap()
@@ -56,11 +50,6 @@ pub(crate) fn all() -> Vec<Recorded> {
         }
     }
     all
-}
-
-/// The one of this kind that was recorded first.
-pub(crate) fn first(kind: &str) -> Recorded {
-    all().into_iter().find(|recorded| recorded.kind() == kind).unwrap_or_else(|| panic!("no {kind}"))
 }
 
 /// `00ff`, or `00ff*3`.

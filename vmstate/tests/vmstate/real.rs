@@ -1,9 +1,17 @@
 //! Sections that QEMU has written.
 
+use multifd_vmstate::Section;
 use multifd_vmstate::examine::{UnknownRam, examine, known};
 use multifd_wire::{FieldDescription, StructDescription};
 
 use crate::corpus::{self, Recorded};
+
+impl Recorded {
+    fn section(&self) -> Section<'_> {
+        let Self { name, instance, version, payload, .. } = self;
+        Section { name, instance: *instance, version: *version, payload }
+    }
+}
 
 /// Sections that are carried without a description: docs/devices.md says why.
 const OPAQUE: [&str; 2] = ["pcie-root-port", "slirp"];
@@ -84,7 +92,7 @@ fn sections_that_are_cut_or_flipped_are_refused_or_read_as_they_are() {
         let payload = &recorded.payload;
         let step = (payload.len() / 64).max(1);
         for len in (0..payload.len()).step_by(step) {
-            let section = multifd_vmstate::Section { payload: &payload[..len], ..recorded.section() };
+            let section = Section { payload: &payload[..len], ..recorded.section() };
             // A prefix that ends before a subsection is a section without it.
             if let Some(Ok(short)) = examine(section, &UnknownRam) {
                 let len_of = short.description.payload_len();
@@ -95,7 +103,7 @@ fn sections_that_are_cut_or_flipped_are_refused_or_read_as_they_are() {
         for at in (0..payload.len()).step_by(step) {
             let mut flipped = payload.clone();
             flipped[at] ^= 1 << (at % 8);
-            let section = multifd_vmstate::Section { payload: &flipped, ..recorded.section() };
+            let section = Section { payload: &flipped, ..recorded.section() };
             if let Some(Ok(read)) = examine(section, &UnknownRam) {
                 assert_eq!(read.description.payload_len(), Some(payload.len() as u64), "{}", recorded.name);
             }

@@ -1,5 +1,8 @@
 //! Writes the seeds of the corpora: what a legal peer sends, in the form that each target reads.
 
+#[path = "../../../../vmstate/tests/vmstate/corpus.rs"]
+mod corpus;
+
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -17,6 +20,9 @@ use multifd_wire::{
 
 /// Bytes of a seed at most.
 const MAX_SEED: usize = 64 << 10;
+
+/// Bytes of a device section that is a seed: those of most devices but virtio-pci's.
+const MAX_SECTION: usize = 5000;
 
 const PAGE: usize = 4096;
 
@@ -52,7 +58,27 @@ fn main() -> io::Result<()> {
     for (name, bytes) in records() {
         write("tls", name, bytes)?;
     }
+    for (name, bytes) in sections() {
+        write("vmstate", &name, bytes)?;
+    }
     Ok(())
+}
+
+/// A section of each kind that QEMU wrote, the first that is small.
+fn sections() -> Vec<(String, Vec<u8>)> {
+    let mut seeds: Vec<(String, Vec<u8>)> = Vec::new();
+    for recorded in corpus::all() {
+        let place = if recorded.name.contains("mmio") { "mmio-" } else { "" };
+        let name = format!("{place}{}", recorded.kind());
+        let Ok(len) = u8::try_from(recorded.name.len()) else { continue };
+        let Ok(version) = u8::try_from(recorded.version) else { continue };
+        if recorded.payload.len() > MAX_SECTION || seeds.iter().any(|(seed, _)| *seed == name) {
+            continue;
+        }
+        let bytes = [&[len], recorded.name.as_bytes(), &[version], &recorded.payload].concat();
+        seeds.push((name, bytes));
+    }
+    seeds
 }
 
 /// Everything that a stream is made of, one at a time.
