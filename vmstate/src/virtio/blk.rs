@@ -76,10 +76,9 @@ impl Value for InFlight {
         if self.several {
             self.request.queue.pass(fields)?;
         }
-        fields.bytes(self.request.element.as_mut_slice())?;
         if self.packed {
             self.request.descriptors.pass(fields)?;
         }
-        Ok(())
+        fields.bytes(self.request.element.as_mut_slice())
     }
 }
