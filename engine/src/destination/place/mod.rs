@@ -174,6 +174,23 @@ impl BlockSink {
         self.came.set_range(first, pages);
     }
 
+    /// Writes pages that lie apart in memory, from `first` on.
+    pub(crate) fn write_parts(&self, first: usize, parts: &[&[u8]]) -> Result<()> {
+        let pages = first..first + parts.len();
+        let present = || self.written.all(pages.clone());
+        let (block, offset) = (&self.block, first * PAGE);
+        let placed = match self.best_place() {
+            Place::Mapping(mapping) => mapping.place_parts(block, offset, parts, present),
+            Place::File(file) => file.place_parts(block, offset, parts),
+        };
+        placed.map_err(|error| self.fault("writing", pages.clone(), error))?;
+        self.note_written(first, parts.len());
+        if !self.keeps_digests() {
+            return Ok(());
+        }
+        self.note(first, parts.len(), parts.iter().map(|part| hash(part)))
+    }
+
     /// Writes whole pages from `first` on.
     pub(crate) fn write(&self, first: usize, content: &[u8], place: &impl PlacePages) -> Result<()> {
         if !self.keeps_digests() {
