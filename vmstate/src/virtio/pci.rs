@@ -15,7 +15,7 @@ const MSIX: u8 = 0x11;
 const MAX_CAPABILITIES: usize = 48;
 
 /// virtio-pci.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VirtioPci {
     /// What every PCI device has.
     pub pci: PciDevice,
@@ -71,10 +71,23 @@ layout! {
     }
 }
 
+impl Default for VirtioPci {
+    fn default() -> Self {
+        Self::of_len(PciDevice::CONVENTIONAL)
+    }
+}
+
 impl VirtioPci {
     /// A device with a configuration space of so many bytes, 256 or 4096.
     pub fn of_len(len: usize) -> Self {
-        Self { pci: PciDevice::of_len(len), ..Self::default() }
+        Self {
+            pci: PciDevice::of_len(len),
+            vectors: Vec::new(),
+            pending: Vec::new(),
+            config_vector: NO_VECTOR,
+            queue_vectors: Vec::new(),
+            extra: None,
+        }
     }
 
     /// Entries of the MSI-X table, as configuration space says; `None` without MSI-X.

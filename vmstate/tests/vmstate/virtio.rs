@@ -137,7 +137,7 @@ fn loads_are_refused_with_the_field_and_its_value() {
         let mut here = VirtioDevice::<VirtioPci, Net>::default();
         let before = here.clone();
         let error = load(&mut here, 11, bytes).unwrap_err().to_string();
-        assert_eq!(here, before, "nothing is half loaded");
+        assert!(here == before, "nothing is half loaded");
         error
     };
     let mut differ = running(|device| device.core.features_low = 3);
@@ -186,7 +186,7 @@ fn the_order_is_transport_core_device_subsections() {
     assert!(order.is_sorted(), "{order:?}");
     let mut here = VirtioDevice::<VirtioPci, Net>::default();
     load(&mut here, 11, &bytes).unwrap();
-    assert_eq!(here, device);
+    assert!(here == device);
 }
 
 fn comes_back<T: Transport, K: Kind>(kind: K) {
@@ -210,7 +210,7 @@ fn comes_back<T: Transport, K: Kind>(kind: K) {
     let saved = save(&mut device).unwrap();
     let mut here = VirtioDevice { transport: T::default(), core: Core::default(), kind };
     load(&mut here, K::DESCRIPTION.version, &saved.bytes).unwrap();
-    assert_eq!(here, device);
+    assert!(here == device, "{:?}", K::ID);
     let described = saved.describe("device", 0).payload_len();
     assert_eq!(described, Some(saved.bytes.len() as u64), "{:?}", K::ID);
 }
