@@ -103,19 +103,27 @@ fn sections_of_the_installed_qemu_are_the_same_bytes_when_saved_again() -> Outco
 }
 
 /// Changes a device in a recorded stream or its tail by its description.
-fn change<D: Device + Default>(stream: &mut Vec<u8>, devices: &Devices, kind: &str, to: impl FnOnce(&mut D)) {
+fn change<D: Device + Default>(
+    stream: &mut Vec<u8>,
+    devices: &Devices,
+    kind: &str,
+    to: impl FnOnce(&mut D) -> Option<()>,
+) -> Outcome {
+    let none = || Failure::new(format!("no {kind}, or not the field of it"));
     let is_it = |section: &&RecordedSection| section.head.idstr.rsplit('/').next() == Some(kind);
-    let section = devices.sections.iter().find(is_it).unwrap_or_else(|| panic!("no {kind}"));
+    let section = devices.sections.iter().find(is_it).ok_or_else(none)?;
+    let text = |error: multifd_vmstate::Error| Failure::new(error.to_string());
     let mut device = D::default();
-    load(&mut device, section.head.version_id, payload(section)).unwrap();
-    to(&mut device);
-    let new = save(&mut device).unwrap().bytes;
+    load(&mut device, section.head.version_id, payload(section)).map_err(text)?;
+    to(&mut device).ok_or_else(none)?;
+    let new = save(&mut device).map_err(text)?.bytes;
     let mut head = Vec::new();
     Item::SectionFull(section.head.clone()).encode(&mut head);
     let before = [&head, payload(section)].concat();
-    let at = stream.windows(before.len()).position(|window| window == before).unwrap();
+    let at = stream.windows(before.len()).position(|window| window == before).ok_or_else(none)?;
     let start = at + head.len();
     stream.splice(start..start + payload(section).len(), new);
+    Ok(())
 }
 
 #[test]
@@ -127,12 +135,19 @@ fn fields_that_are_changed_here_are_what_qemus_monitor_shows() -> Outcome {
     recorded(&vm, &path)?;
     let mut stream = fs::read(&path)?;
     let devices = devices(&path)?;
-    change::<Serial>(&mut stream, &devices, "serial", |serial| serial.state.scr = 0x5a);
-    change::<Rtc>(&mut stream, &devices, "mc146818rtc", |rtc| rtc.cmos[0x50] = 0xc3);
-    change::<VirtioDevice<VirtioPci, Net>>(&mut stream, &devices, "virtio-net", |card| {
+    change(&mut stream, &devices, "serial", |serial: &mut Serial| {
+        serial.state.scr = 0x5a;
+        Some(())
+    })?;
+    change(&mut stream, &devices, "mc146818rtc", |rtc: &mut Rtc| {
+        *rtc.cmos.get_mut(0x50)? = 0xc3;
+        Some(())
+    })?;
+    change(&mut stream, &devices, "virtio-net", |card: &mut VirtioDevice<VirtioPci, Net>| {
         card.kind.mac.0 = [2, 0, 0, 0xca, 0xfe, 1];
         card.kind.nobcast = true;
-    });
+        Some(())
+    })?;
     fs::write(&path, stream)?;
 
     let mut there = vm.clone().incoming("defer").spawn("destination")?;
@@ -192,9 +207,10 @@ fn a_booted_linux_is_consistent_and_a_spoilt_ring_index_is_found() -> Outcome {
     let mut state = fs::read(&path)?;
     let devices = Checkpoint::open(&spoilt).and_then(|checkpoint| checkpoint.devices());
     let devices = devices.map_err(|error| Failure::new(error.chain()))?;
-    change::<VirtioDevice<VirtioPci, Net>>(&mut state, &devices, "virtio-net", |card| {
-        card.core.queues[0].last_avail = 54_321;
-    });
+    change(&mut state, &devices, "virtio-net", |card: &mut VirtioDevice<VirtioPci, Net>| {
+        card.core.queues.first_mut()?.last_avail = 54_321;
+        Some(())
+    })?;
     fs::write(&path, state)?;
     let (code, checked) = inspect(&["--check"], &[&spoilt])?;
     assert_eq!(code, Some(1), "{checked}");

@@ -1,4 +1,4 @@
-//! Sections of a guest that somebody else saved, taken apart and checked.
+//! Sections that another program saved, taken apart and checked.
 
 use std::fmt;
 

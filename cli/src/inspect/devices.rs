@@ -1,6 +1,5 @@
 //! The devices of a guest at rest, without a look at its pages.
 
-use std::fs::File;
 use std::path::Path;
 
 use multifd_engine::{Checkpoint, Devices, PageContent, Recording};
@@ -25,10 +24,7 @@ impl DevicesAtRest {
 
     fn checkpoint(directory: &Path) -> Result<Self> {
         let checkpoint = Checkpoint::open(directory).map_err(|error| error.chain())?;
-        Ok(Self {
-            devices: checkpoint.devices().map_err(|error| error.chain())?,
-            ram: ram_of(directory, &checkpoint),
-        })
+        Ok(Self { devices: checkpoint.devices().map_err(|error| error.chain())?, ram: ram_of(&checkpoint)? })
     }
 
     /// The devices are behind the pages, which are passed over.
@@ -44,13 +40,11 @@ impl DevicesAtRest {
 }
 
 /// The RAM of a checkpoint, whose pages can be read.
-pub(super) fn ram_of(directory: &Path, checkpoint: &Checkpoint) -> Ram {
+pub(super) fn ram_of(checkpoint: &Checkpoint) -> Result<Ram> {
     let manifest = checkpoint.manifest();
     let blocks = manifest.blocks.iter().map(|block| (block.idstr.as_str(), block.length));
-    let ram = Ram::new(&manifest.machine, blocks);
-    let main = ram.main_block().and_then(|main| manifest.blocks.iter().find(|block| block.idstr == main));
-    let image = main.and_then(|block| File::open(directory.join(&block.file)).ok());
-    ram.with_image(image)
+    let content = checkpoint.ram().map_err(|error| error.chain())?;
+    Ok(Ram::new(&manifest.machine, blocks).with_content(content))
 }
 
 /// The RAM of a stream, of which only the size is known.

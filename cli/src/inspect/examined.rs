@@ -83,8 +83,9 @@ fn checked(section: &RecordedSection, ram: &Ram) -> Checked {
             (Verdict::Inconsistent, examined.findings.into_iter().map(Into::into).collect())
         }
         Some(Err(error)) => {
-            let Error { field, .. } = &error;
-            (Verdict::Inconsistent, vec![RemarkView { field: field.clone(), text: error.to_string() }])
+            let Error { field, seen, expected, .. } = error;
+            let expected = expected.map(|expected| format!(", expected {expected}")).unwrap_or_default();
+            (Verdict::Inconsistent, vec![RemarkView { field, text: seen + &expected }])
         }
     };
     let head = &section.head;

@@ -59,7 +59,7 @@ pub(super) fn checkpoint(directory: &Path, progress: impl Fn(u64, u64)) -> Resul
         blocks,
         pages,
         notes: notes(&devices, &[]),
-        devices: all_devices(&devices, &ram_of(directory, &checkpoint)),
+        devices: all_devices(&devices, &ram_of(&checkpoint)?),
     })
 }
 

@@ -1,8 +1,6 @@
 //! Where a machine of QEMU has its RAM.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-
+use multifd_engine::{PAGE, RamBlock};
 use multifd_vmstate::examine::GuestRam;
 
 /// RAM above the hole for devices begins here.
@@ -27,7 +25,7 @@ pub(super) struct Ram {
     board: Option<(String, u64, u64)>,
     /// There is no other memory.
     complete: bool,
-    image: Option<File>,
+    content: Option<RamBlock>,
 }
 
 impl Ram {
@@ -43,16 +41,17 @@ impl Ram {
         });
         let others = blocks.iter().filter(|(name, _)| board.as_ref().is_none_or(|(main, ..)| main != name));
         let complete = others.into_iter().all(|(_, length)| *length < MAY_BE_RAM);
-        Self { board, complete, image: None }
+        Self { board, complete, content: None }
     }
 
-    pub(super) fn main_block(&self) -> Option<&str> {
+    fn main_block(&self) -> Option<&str> {
         self.board.as_ref().map(|(name, ..)| name.as_str())
     }
 
-    /// With the content of its block.
-    pub(super) fn with_image(mut self, image: Option<File>) -> Self {
-        self.image = image;
+    /// With the content of its block, which is one of these.
+    pub(super) fn with_content(mut self, blocks: Vec<RamBlock>) -> Self {
+        let is_main = |block: &RamBlock| self.main_block() == Some(block.name().as_str());
+        self.content = blocks.into_iter().find(is_main);
         self
     }
 
@@ -77,9 +76,11 @@ impl GuestRam for Ram {
     }
 
     fn read_u16(&self, address: u64) -> Option<u16> {
-        let mut bytes = [0; 2];
-        self.image.as_ref()?.read_exact_at(&mut bytes, self.offset(address, 2)?).ok()?;
-        Some(u16::from_le_bytes(bytes))
+        let at = usize::try_from(self.offset(address, 2)?).ok()?;
+        let mut page = [0; PAGE];
+        let found = self.content.as_ref()?.read_page(at / PAGE, &mut page);
+        let bytes = page.get(at % PAGE..)?.first_chunk()?;
+        found.then(|| u16::from_le_bytes(*bytes))
     }
 }
 
