@@ -112,8 +112,8 @@ fn moved<A: Device, B: Device + Send>(source: &mut A, here: &mut B) -> Result<()
             Ok(())
         });
         let state = DeviceState::described(&Devices::new().with("mailer", 0, source).save()?);
-        let precopy =
-            Source::builder(vec![ram()?], Configuration::new("my-vmm-1.0")).build()?.connect(&to)?;
+        let precopy = Source::builder(vec![ram()?], Configuration::new("my-vmm-1.0")).paused_guest();
+        let precopy = precopy.build()?.connect(&to)?;
         let sent = precopy.stop_copy()?.commit(&state);
         let loaded = receiving.join().map_err(|_| "the destination panicked")?;
         if let (Err(_), Err(error)) = (&loaded, &sent) {

@@ -110,7 +110,7 @@ macro_rules! known {
 
 known! {
     AcpiGed AcpiTables Apic Cpu CpuCommon Dma FloppyController FwCfg GlobalState GuestClock Hpet I2cBus I440fx
-    Ich9Ahci Ich9Lpc Ich9Smb Ide IoApic KeyboardController KvmClock KvmVapic Mch PciBus PciHost Pic Piix3
+    Ich9Ahci Ich9Lpc Ich9Smb Ide IoApic KeyboardController KvmClock KvmVapic Mch PciBus PciHost PcieRootPort Pic Piix3
     Piix4Pm Pit Port92 Ps2Keyboard Ps2Mouse Rtc ScsiDisk Serial Speaker VmMouse
 }
 
@@ -120,7 +120,7 @@ macro_rules! without_remarks {
 
 without_remarks! {
     AcpiGed AcpiTables CpuCommon Dma FloppyController FwCfg I2cBus I440fx Ich9Ahci Ich9Lpc Ich9Smb Ide
-    KeyboardController KvmVapic Mch PciBus PciHost Pic Piix3 Piix4Pm Port92 Ps2Keyboard Ps2Mouse ScsiDisk
+    KeyboardController KvmVapic Mch PciBus PciHost PcieRootPort Pic Piix3 Piix4Pm Port92 Ps2Keyboard Ps2Mouse ScsiDisk
     Speaker VmMouse
 }
 

@@ -27,7 +27,7 @@ pub use kinds::{Balloon, BalloonHints, BalloonPoison, BalloonState, Rng, Scsi, V
 pub use mmio::{MmioExtra, MmioQueue, MmioState, VirtioMmio};
 pub use names::{DeviceId, Features, Status};
 pub use net::{Net, NetMultiqueue, NetRss};
-pub use pci::{MsixVector, NO_VECTOR, PciExtra, PciModernState, PciQueue, VirtioPci};
+pub use pci::{NO_VECTOR, PciExtra, PciModernState, PciQueue, VirtioPci};
 pub use subsections::{
     Broken, DeviceEndian, Disabled, Features64, MAX_QUEUES, PackedRing, PackedRings, RingAddresses, RingSize,
     RingSizes, Rings, Started,

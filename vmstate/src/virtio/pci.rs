@@ -2,17 +2,11 @@
 
 use super::subsections::MAX_QUEUES;
 use super::{RingRegisters, Transport};
-use crate::devices::PciDevice;
-use crate::{Description, Device, Error, Fields, Subsections, Table, Unused, Value, layout};
+use crate::devices::{MsixVector, PciDevice};
+use crate::{Description, Device, Error, Fields, Subsections, Table, Unused, layout};
 
 /// No interrupt vector was chosen.
 pub const NO_VECTOR: u16 = 0xffff;
-
-/// Where the list of capabilities begins in configuration space.
-const CAPABILITIES: usize = 0x34;
-const MSIX: u8 = 0x11;
-/// More capabilities than fit: a list that is longer goes round in circles.
-const MAX_CAPABILITIES: usize = 48;
 
 /// virtio-pci.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,17 +23,6 @@ pub struct VirtioPci {
     pub queue_vectors: Vec<u16>,
     /// `virtio/extra_state` of a device that can be modern.
     pub extra: Option<PciExtra>,
-}
-
-/// An entry of an MSI-X table, as a driver writes it: little endian.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MsixVector {
-    /// Where the message is written.
-    pub address: u64,
-    /// The message.
-    pub data: u32,
-    /// Bit 0: masked.
-    pub control: u32,
 }
 
 /// What is in `virtio/extra_state`: nothing but a subsection.
@@ -92,20 +75,7 @@ impl VirtioPci {
 
     /// Entries of the MSI-X table, as configuration space says; `None` without MSI-X.
     pub fn msix_entries(&self) -> Option<usize> {
-        let config = &self.pci.config.0;
-        let byte = |at: usize| config.get(at).copied();
-        let mut at = usize::from(byte(CAPABILITIES)? & !3);
-        for _ in 0..MAX_CAPABILITIES {
-            if at == 0 {
-                break;
-            }
-            if byte(at)? == MSIX {
-                let control = u16::from_le_bytes([byte(at + 2)?, byte(at + 3)?]);
-                return Some(usize::from(control & 0x7ff) + 1);
-            }
-            at = usize::from(byte(at + 1)? & !3);
-        }
-        None
+        self.pci.config.msix_entries()
     }
 }
 
@@ -181,21 +151,5 @@ impl Device for PciExtra {
 
     fn subsections(&mut self, subsections: &mut Subsections<'_, '_>) -> Result<(), Error> {
         subsections.optional(&mut self.modern)
-    }
-}
-
-impl Value for MsixVector {
-    const KIND: &'static str = "msix vector buffer";
-
-    fn pass(&mut self, fields: &mut Fields<'_>) -> Result<(), Error> {
-        let (mut address, mut data) = (self.address.to_le_bytes(), self.data.to_le_bytes());
-        let mut control = self.control.to_le_bytes();
-        fields.bytes(&mut address)?;
-        fields.bytes(&mut data)?;
-        fields.bytes(&mut control)?;
-        self.address = u64::from_le_bytes(address);
-        self.data = u32::from_le_bytes(data);
-        self.control = u32::from_le_bytes(control);
-        Ok(())
     }
 }
