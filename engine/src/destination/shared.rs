@@ -144,7 +144,8 @@ impl DestinationShared {
     pub(crate) fn sync_point(&self) -> Result<()> {
         let limit = self.session.timeout;
         if self.keeps_listening() {
-            return self.channels.flush(limit);
+            let whole_pages = self.session.counters.main.pages_normal.load(Ordering::Relaxed) > 0;
+            return self.channels.flush_past_urgent(limit, whole_pages);
         }
         let listener = self.listener();
         listener.close();

@@ -203,3 +203,22 @@ fn over_a_new_link_bitmaps_are_asked_for_and_pages_go_on() {
     early.run(advised()).unwrap();
     assert_eq!(early.machine.recover().unwrap_err().kind(), ErrorKind::Bug);
 }
+
+/// The connection for urgent pages of a machine type up to 7.2, which speaks behind the switch.
+#[test]
+fn a_connection_for_urgent_pages_holds_up_no_sync_point_of_a_source_without_channels() {
+    let mut session = Session::new(true);
+    session.sync.opened();
+    let now = session.now;
+    let passes = |whole_pages_on_main: bool, sync: &mut SyncState| {
+        let mut wait = MainWait::new(sync, TIMEOUT, now).past_urgent(sync, whole_pages_on_main);
+        sync.poll(&mut wait, now).is_some()
+    };
+    assert!(passes(false, &mut session.sync), "no page comes before the first");
+    assert!(!passes(false, &mut session.sync), "zero pages of a source with channels come on main, too");
+    assert!(passes(true, &mut session.sync));
+    let mut with_channel = Session::new(true).sync;
+    with_channel.opened();
+    with_channel.join(0).unwrap();
+    assert!(!passes(true, &mut with_channel));
+}
