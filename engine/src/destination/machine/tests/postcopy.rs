@@ -87,6 +87,20 @@ fn a_source_that_may_switch_can_end_as_a_precopy() {
     assert!(session.is_done() && !session.machine.has_switched());
 }
 
+/// Capability dirty-bitmaps of QEMU, which is on and has no bitmap, or postcopy-ram is off.
+#[test]
+fn a_source_that_may_move_dirty_bitmaps_and_has_none_is_a_precopy() {
+    for mut session in [allowed(), Session::new(true)] {
+        session.run([configuration("pc-q35-10.0"), command(Command::OpenReturnPath)]).unwrap();
+        session.main(command(Command::PostcopyAdvise(None))).unwrap();
+        session.run(start()).unwrap();
+        session.run(part()).unwrap();
+        session.run(piece(Item::SectionEnd(RAM))).unwrap();
+        session.main(device(3)).unwrap();
+        assert!(session.is_done() && !session.machine.has_switched());
+    }
+}
+
 #[test]
 fn steps_of_a_postcopy_out_of_order_are_the_peers_fault() {
     let open = || vec![configuration("pc-q35-10.0"), command(Command::OpenReturnPath)];
@@ -95,7 +109,8 @@ fn steps_of_a_postcopy_out_of_order_are_the_peers_fault() {
     for (before, then, expected) in [
         (vec![configuration("pc-q35-10.0")], vec![advise(0x1000)], "has not opened the return path"),
         (open(), vec![advise(0x4000)], "pages of 16384 bytes at the source"),
-        (open(), vec![command(Command::PostcopyAdvise(None))], "switch off capability postcopy-ram"),
+        ([open(), start()].concat(), vec![command(Command::PostcopyAdvise(None))], "capability postcopy-ram"),
+        (open(), vec![command(Command::PostcopyAdvise(None)), command(Command::Packaged(5))], "is Allowed"),
         ([open(), vec![advise(0x1000)]].concat(), vec![advise(0x1000)], "out of order"),
         ([open(), start()].concat(), vec![advise(0x1000)], "switch off capability postcopy-ram"),
         ([open(), start()].concat(), vec![discard()], "post-copy is Allowed"),
