@@ -144,7 +144,8 @@ impl DestinationShared {
     pub(crate) fn sync_point(&self) -> Result<()> {
         let limit = self.session.timeout;
         if self.keeps_listening() {
-            return self.channels.flush(limit);
+            let whole_pages = self.session.counters.main.pages_normal.load(Ordering::Relaxed) > 0;
+            return self.channels.flush_past_urgent(limit, whole_pages);
         }
         let listener = self.listener();
         listener.close();
@@ -317,8 +318,9 @@ impl DestinationShared {
                 let found = self.codecs.get(flags.codec()).filter(|_| !of_dialect || self.speaks_dialect());
                 let codec = found.ok_or_else(|| {
                     let known: Vec<_> = self.codecs.iter().map(|codec| codec.name()).collect();
-                    let seen = flags.codec().value();
-                    let detail = format!("packet with codec {seen:#x}; known here: {}", known.join(", "));
+                    let name = flags.codec().name().map(|name| format!(" ({name})")).unwrap_or_default();
+                    let (seen, known) = (flags.codec().value(), known.join(", "));
+                    let detail = format!("packet with codec {seen:#x}{name}; known here: {known}");
                     Error::incompatible(Phase::Active, detail)
                 })?;
                 // The migration's codec is what is not none, if anything is.
