@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -35,15 +35,22 @@ pub(super) struct Connection {
     /// Held from a request to the last byte of its reply: the end of a post-copy is said by a
     /// thread of the engine's own.
     turn: Mutex<()>,
-    /// Threads of the back-end that wait for pages of the guest's memory: the timeout does not
-    /// count meanwhile, since one of them may be the one that answers.
-    page_waits: AtomicUsize,
+    /// The timeout does not count meanwhile: a thread that waits may be the one that answers.
+    page_waits: Mutex<PageWaits>,
     /// Why it was broken off here.
     why: OnceLock<String>,
     /// REPLY_ACK is negotiated: every request can be confirmed.
     reply_ack: bool,
     /// A reply is missing: what comes next would be taken for it.
     broken: AtomicBool,
+}
+
+/// Waits of the back-end's threads for pages of the guest's memory.
+#[derive(Debug, Default)]
+struct PageWaits {
+    threads: usize,
+    /// When the last one ended.
+    ended: Option<Instant>,
 }
 
 impl Connection {
@@ -54,7 +61,7 @@ impl Connection {
             socket,
             timeout: Mutex::new(timeout),
             turn: Mutex::default(),
-            page_waits: AtomicUsize::new(0),
+            page_waits: Mutex::default(),
             why: OnceLock::new(),
             reply_ack,
             broken: AtomicBool::new(false),
@@ -71,10 +78,11 @@ impl Connection {
 
     /// The number of the back-end's threads that wait for a page has grown, or shrunk.
     pub(super) fn note_page_wait(&self, more: bool) {
+        let mut waits = lock(&self.page_waits);
         if more {
-            self.page_waits.fetch_add(1, Ordering::AcqRel);
+            waits.threads += 1;
         } else {
-            self.page_waits.fetch_sub(1, Ordering::AcqRel);
+            (waits.threads, waits.ended) = (waits.threads - 1, Some(Instant::now()));
         }
     }
 
@@ -259,10 +267,13 @@ impl Connection {
     }
 
     /// What is left of the time for a reply, which begins anew as long as a thread of the
-    /// back-end's waits for a page.
+    /// back-end's waits for a page, and when it has it.
     fn left(&self, deadline: &mut Instant) -> io::Result<Duration> {
-        if Instant::now() >= *deadline && self.page_waits.load(Ordering::Acquire) > 0 {
-            *deadline = Instant::now() + self.timeout();
+        let now = Instant::now();
+        if now >= *deadline {
+            let waits = lock(&self.page_waits);
+            let from = if waits.threads > 0 { Some(now) } else { waits.ended };
+            *deadline = from.map_or(*deadline, |from| from + self.timeout());
         }
         left(*deadline)
     }

@@ -1,6 +1,10 @@
 //! Back-ends that take over while the guest's memory comes by post-copy.
 
+mod faults;
 mod life;
+mod links;
+mod messages;
+mod pages;
 
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
