@@ -163,13 +163,8 @@ impl Destination {
         self.session.enter(MigrationState::Setup)?;
         let crew = Arc::new(Crew::new(self.session.stop.clone()).with_hook(self.hook.clone()));
         let sharing = self.sharing.take().filter(|_| guest == Guest::Here);
-        let shared = DestinationShared::new(
-            &self.session,
-            self.codecs.clone(),
-            &self.config,
-            &self.listener,
-            sharing,
-        );
+        let shared =
+            DestinationShared::new(&self.session, self.codecs.clone(), &self.config, &self.listener, sharing);
         let accepting = Accepting::new(&shared, &crew);
         let main = accepting.main();
         let listener = Arc::clone(&self.listener);

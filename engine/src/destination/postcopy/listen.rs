@@ -58,7 +58,8 @@ fn check_shared(shared: &DestinationShared, sinks: &BlockSinks) -> Result<()> {
             within.and_then(|within| within.checked_add(len)).is_some_and(|end| end <= used)
         });
         if !comes {
-            let detail = format!("{name} is shared with back-ends, and is in none of the source's RAM blocks");
+            let detail =
+                format!("{name} is shared with back-ends, and is in none of the source's RAM blocks");
             return Err(Error::incompatible(Phase::Setup, detail));
         }
     }

@@ -67,7 +67,8 @@ impl VhostPostcopy {
     /// A region outside of its block, or overlaps another; or this process has no descriptors left.
     pub fn new(regions: Vec<VhostRegion>) -> std::result::Result<Self, VhostError> {
         region::check(&regions).map_err(VhostError::of_memory)?;
-        let watch = Watch::new().map_err(|cause| VhostError::of_memory("watching page faults").because(cause))?;
+        let watch =
+            Watch::new().map_err(|cause| VhostError::of_memory("watching page faults").because(cause))?;
         let (stage, back_ends) = (Mutex::new(Stage::Idle), Mutex::default());
         Ok(Self(Arc::new(Group { regions, stage, back_ends, watch })))
     }

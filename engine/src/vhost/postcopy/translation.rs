@@ -103,7 +103,7 @@ mod tests {
     }
 
     fn reply(regions: &[VhostUserMemoryRegionInfo], bases: &[u64]) -> Vec<u8> {
-        let mut body = [(regions.len() as u32).to_ne_bytes(), [0; 4]].concat();
+        let mut body = [u32::try_from(regions.len()).unwrap().to_ne_bytes(), [0; 4]].concat();
         for (region, base) in regions.iter().zip(bases) {
             let words = [region.guest_phys_addr, region.memory_size, *base, region.mmap_offset];
             body.extend(words.map(u64::to_ne_bytes).concat());
@@ -178,7 +178,9 @@ mod tests {
     fn wrong_answers_are_named() {
         let regions = [region(0, MIB, 1 << 46), region(1 << 32, MIB, 1 << 45)];
         let wrong = |bases: [u64; 2]| answered(&regions, &reply(&regions, &bases)).unwrap_err();
-        assert!(wrong([1 << 44, 1 << 45]).starts_with("our own address 0x200000000000 of the memory at guest"));
+        assert!(
+            wrong([1 << 44, 1 << 45]).starts_with("our own address 0x200000000000 of the memory at guest")
+        );
         assert_eq!(wrong([1 << 44, (1 << 44) + MIB - 4096]), "regions that overlap each other");
         assert_eq!(
             wrong([0x1001, 1 << 44]),

@@ -53,7 +53,8 @@ impl Token {
 
 impl Watch {
     pub(super) fn new() -> io::Result<Self> {
-        let watch = Self { epoll: Epoll::new()?, wake: EventFd::new(EFD_NONBLOCK)?, over: AtomicBool::new(false) };
+        let watch =
+            Self { epoll: Epoll::new()?, wake: EventFd::new(EFD_NONBLOCK)?, over: AtomicBool::new(false) };
         watch.watch(watch.wake.as_raw_fd(), EventSet::IN, &Token::Wake)?;
         Ok(watch)
     }

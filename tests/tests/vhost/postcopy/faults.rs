@@ -99,7 +99,11 @@ fn a_fault_outside_of_all_regions_costs_the_back_end_and_not_the_guest() {
     }
     let failure = back_ends.failures()[0].to_string();
     let at = elsewhere.as_ptr() as u64 + 3 * PAGE as u64;
-    assert!(failure.starts_with(&format!("vhost device odd: lost to the post-copy: a page fault at {at:#x}, outside")));
+    assert!(
+        failure.starts_with(&format!(
+            "vhost device odd: lost to the post-copy: a page fault at {at:#x}, outside"
+        ))
+    );
     assert_eq!(good.read(0, 5).word(), word(0, 5), "the others are served");
     moved.complete();
     assert_eq!(different(&here, &there), []);
@@ -158,7 +162,8 @@ fn a_region_that_is_added_while_pages_come_is_faulted_on_like_the_others() {
     moved.guest().loaded().unwrap();
     let mut driver = driver.moved_to(&there);
     let devices = VhostDevices::new(both[..1].to_vec()).unwrap();
-    let device = VhostDevice::new("disk", user, VERSION_1).ring(driver.queue.ring(), driver.queue.events().unwrap());
+    let device =
+        VhostDevice::new("disk", user, VERSION_1).ring(driver.queue.ring(), driver.queue.events().unwrap());
     devices.add(device).unwrap();
     devices.start().unwrap();
     driver.finish(SOON);

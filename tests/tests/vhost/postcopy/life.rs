@@ -1,11 +1,8 @@
 //! Rings that are taken over while descriptors, buffers and used rings are missing.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use multifd_engine::vhost::VhostState;
+use multifd_engine::vhost::{VhostDevice, VhostDevices, VhostState};
 use multifd_engine::vm_memory::{Bytes, GuestAddress};
-use multifd_engine::{Incoming, PAGE};
+use multifd_engine::{Incoming, PAGE, PageFaults, Precopy};
 use multifd_tests::virtio::Memory;
 
 use super::{Peer, destination, fill, logged, postcopy, silent_source, switch_after, take_over};
@@ -61,105 +58,119 @@ fn read_all(there: &Memory, step: usize) -> u64 {
     sum
 }
 
+/// Their names, and where their rings are.
+const DEVICES: [(&str, [u64; 2]); 2] = [("disk", [RINGS[0], RINGS[1]]), ("nic", [RINGS[2], RINGS[3]])];
+
+/// The drivers of both devices.
+type Drivers = [Vec<Driver>; 2];
+
+/// Both devices at the source, and their back-ends.
+fn at_source(here: &Memory, drivers: &Drivers) -> (VhostDevices, Vec<Own>) {
+    let before = devices(here);
+    let start = |((name, _), drivers): (&(&str, _), &Vec<Driver>)| {
+        let (own, device) = own(name, Filler::new(2), drivers);
+        before.add(device).unwrap();
+        own
+    };
+    let owns = DEVICES.iter().zip(drivers).map(start).collect();
+    before.start().unwrap();
+    (before, owns)
+}
+
+/// A round while the devices work; then they stop, with requests in flight: their states.
+fn leave(precopy: &mut Precopy, before: &VhostDevices, drivers: &mut Drivers, here: &Memory) -> [Vec<u8>; 2] {
+    let all = |drivers: &mut Drivers, seed| {
+        for ((_, at), drivers) in DEVICES.iter().zip(drivers) {
+            work(drivers, at, seed);
+        }
+    };
+    all(drivers, 1);
+    precopy.round().unwrap();
+    // Pages that nothing but the process reads.
+    here.write_slice(&vec![7; 0x8_0000], GuestAddress(0x1000)).unwrap();
+    // What is written from here on, by vCPUs and devices, is missing after the switch.
+    all(drivers, 5);
+    before.stop().unwrap();
+    order_each(drivers, 100);
+    DEVICES.map(|(name, _)| before.state(name).unwrap().encode())
+}
+
+/// Eight more orders on each ring.
+fn order_each(drivers: &mut Drivers, seed: u8) {
+    for ((_, at), drivers) in DEVICES.iter().zip(drivers) {
+        for (driver, at) in drivers.iter_mut().zip(at) {
+            (0..8).for_each(|turn| assert!(order(driver, *at, seed + turn)));
+        }
+    }
+}
+
 #[test]
 fn two_back_ends_and_threads_of_the_process_fault_their_way_through_one_memory() {
     let (Some(mut disk), Some(mut nic)) = (Peer::start("disk", 2), Peer::start("nic", 2)) else { return };
     let (here, there) = (memory(), memory());
     fill(&here);
-    // At the source: two devices that work, with their log.
-    let [a, b, c, d] = RINGS;
-    let (mut first, mut second) = (drivers(&here, &[a, b]), drivers(&here, &[c, d]));
-    let (_disk, disk_there) = own("disk", Filler::new(2), &first);
-    let (_nic, nic_there) = own("nic", Filler::new(2), &second);
-    let before = devices(&here);
-    before.add(disk_there).unwrap();
-    before.add(nic_there).unwrap();
-    before.start().unwrap();
+    let mut drivers = DEVICES.map(|(_, at)| drivers(&here, &at));
+    let (before, _owns) = at_source(&here, &drivers);
     let source = logged(silent_source(&here), &here, &before);
-
     let back_ends = postcopy(&there);
-    let (disk_user, nic_user) = (disk.take_user(), nic.take_user());
-    back_ends.add("disk", &disk_user).unwrap();
-    back_ends.add("nic", &nic_user).unwrap();
+    let users = [disk.take_user(), nic.take_user()];
+    DEVICES.iter().zip(&users).for_each(|((name, _), user)| back_ends.add(name, user).unwrap());
     assert!(back_ends.blockers().is_empty());
-    let fresh = here.clone();
     let (give, taken) = std::sync::mpsc::channel();
+    let source_memory = here.clone();
     let mut moved = switch_after(source, destination(&there, &back_ends), move |precopy| {
-        work(&mut first, &[a, b], 1);
-        work(&mut second, &[c, d], 1);
-        precopy.round().unwrap();
-        // Pages that nothing but the process reads.
-        let again = fresh.write_slice(&vec![7; 0x8_0000], GuestAddress(0x1000));
-        again.unwrap();
-        // What is written from here on, by vCPUs and devices, is missing after the switch.
-        work(&mut first, &[a, b], 5);
-        work(&mut second, &[c, d], 5);
-        before.stop().unwrap();
-        // In flight at the switch.
-        for (driver, at) in first.iter_mut().zip([a, b]).chain(second.iter_mut().zip([c, d])) {
-            (0..8).for_each(|turn| assert!(order(driver, at, 100 + turn)));
-        }
-        let states = ["disk", "nic"].map(|name| before.state(name).unwrap().encode());
-        give.send((first, second, states.clone())).unwrap();
-        states[0].clone()
+        let states = leave(precopy, &before, &mut drivers, &source_memory);
+        let first = states[0].clone();
+        give.send((drivers, states)).unwrap();
+        first
     })
     .unwrap();
-    let (first, second, states) = taken.recv_timeout(SOON).unwrap();
-    let [disk_state, nic_state] = states.map(|state| VhostState::parse(&state).unwrap());
-    let mut first: Vec<_> = first.into_iter().map(|driver| driver.moved_to(&there)).collect();
-    let mut second: Vec<_> = second.into_iter().map(|driver| driver.moved_to(&there)).collect();
+    let (drivers, states) = taken.recv_timeout(SOON).unwrap();
+    let moved_to = |driver: Driver| driver.moved_to(&there);
+    let mut drivers: Drivers = drivers.map(|all| all.into_iter().map(moved_to).collect());
     moved.guest().loaded().unwrap();
     // A back-end looks at its rings when it is told of them: nothing else has touched these.
-    let disk_here = take_over(&there, "disk", disk_user, &disk_state, &first);
-    let nic_here = take_over(&there, "nic", nic_user, &nic_state, &second);
-    let running = Arc::new(AtomicBool::new(true));
-    let reading: Vec<_> = [1, 1237]
-        .map(|step| {
-            let (there, running) = (there.clone(), Arc::clone(&running));
-            let read = move || {
-                let sum = read_all(&there, step);
-                while running.load(Ordering::Acquire) {
-                    std::thread::yield_now();
-                }
-                sum
-            };
-            std::thread::Builder::new().spawn(read).unwrap()
+    let parts = users.into_iter().zip(&states).zip(DEVICES.iter().zip(&drivers));
+    let after: Vec<_> = parts
+        .map(|((user, state), ((name, _), drivers))| {
+            take_over(&there, name, user, &VhostState::parse(state).unwrap(), drivers)
         })
-        .into();
-    for driver in first.iter().chain(&second) {
-        driver.queue.kick().unwrap();
-    }
-    for driver in first.iter_mut().chain(&mut second) {
-        driver.finish(SOON);
-    }
+        .collect();
+    let reading = [1, 1237].map(|step| {
+        let there = there.clone();
+        std::thread::Builder::new().spawn(move || read_all(&there, step)).unwrap()
+    });
+    let finish = |drivers: &mut Drivers| drivers.iter_mut().flatten().for_each(|driver| driver.finish(SOON));
+    drivers.iter().flatten().for_each(|driver| driver.queue.kick().unwrap());
+    finish(&mut drivers);
     // And more, while the rest comes.
-    for (driver, at) in first.iter_mut().zip([a, b]).chain(second.iter_mut().zip([c, d])) {
-        (0..8).for_each(|turn| assert!(order(driver, at, 50 + turn)));
-        driver.finish(SOON);
-    }
-    running.store(false, Ordering::Release);
+    order_each(&mut drivers, 50);
+    finish(&mut drivers);
     for thread in reading {
         thread.join().unwrap();
     }
-    let report = moved.complete();
-    for driver in first.iter().chain(&second) {
-        assert_eq!((driver.done, driver.in_flight()), (4 + 4 + 8 + 8, 0), "every order is accounted for");
+    check_faults(&moved.complete().faults.unwrap());
+    assert!(back_ends.failures().is_empty(), "{:?}", back_ends.failures());
+    // After the end, as any device: rings stop, and go on.
+    for devices in &after {
+        devices.stop().unwrap();
+        devices.start().unwrap();
     }
-    let faults = report.faults.unwrap();
+    order_each(&mut drivers, 77);
+    finish(&mut drivers);
+    for driver in drivers.iter().flatten() {
+        assert_eq!((driver.done, driver.in_flight()), (4 + 4 + 3 * 8, 0), "every order is accounted for");
+    }
+    assert_eq!(unexplained(&here, &there), []);
+}
+
+/// Those of the back-ends are counted by device, and apart from the process's own.
+fn check_faults(faults: &PageFaults) {
     let names: Vec<_> = faults.back_ends.iter().map(|back_end| &back_end.device[..]).collect();
     assert_eq!(names, ["disk", "nic"]);
     assert!(faults.back_ends.iter().all(|back_end| back_end.faults > 0), "{faults:?}");
     assert!(faults.back_ends.iter().all(|back_end| back_end.fault_us.max <= back_end.blocktime_us));
-    assert!(faults.faults > 0, "those of the process are counted apart");
-    assert!(back_ends.failures().is_empty(), "{:?}", back_ends.failures());
-    // After the end, as any device: rings stop, and go on.
-    for devices in [&disk_here, &nic_here] {
-        devices.stop().unwrap();
-        devices.start().unwrap();
-    }
-    assert!(order(&mut first[0], a, 77));
-    first[0].finish(SOON);
-    assert_eq!(unexplained(&here, &there), []);
+    assert!(faults.faults > 0, "{faults:?}");
 }
 
 #[test]
@@ -225,9 +236,7 @@ fn a_back_end_that_does_not_wait_for_pages_gets_no_memory_that_misses_some() {
     let moved_drivers: Vec<_> = drivers_here.into_iter().map(|driver| driver.moved_to(&there)).collect();
     let events = moved_drivers.iter().map(|driver| driver.queue.events().unwrap()).collect();
     let after = devices(&there);
-    after
-        .add(multifd_engine::vhost::VhostDevice::load("disk", user, &moved.state(), events).unwrap())
-        .unwrap();
+    after.add(VhostDevice::load("disk", user, &moved.state(), events).unwrap()).unwrap();
     let error = after.start().unwrap_err().chain();
     assert!(error.contains("its pages are still coming by post-copy"), "{error}");
     moved.complete();

@@ -56,7 +56,8 @@ fn an_answer_that_waits_for_a_page_is_waited_for_as_long_as_the_page_is() {
     let mut moved = switched(&here, &there, &back_ends);
     moved.cut();
     let driver = Driver::new(&there, GuestAddress(0x10_0000));
-    let device = VhostDevice::new("slow", user, VERSION_1).ring(driver.queue.ring(), driver.queue.events().unwrap());
+    let device =
+        VhostDevice::new("slow", user, VERSION_1).ring(driver.queue.ring(), driver.queue.events().unwrap());
     let all = devices(&there);
     all.add(device).unwrap();
     let starting = {

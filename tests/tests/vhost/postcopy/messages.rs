@@ -93,7 +93,8 @@ fn a_back_end_without_page_faults_is_named_before_anything_is_said_to_any() {
 #[test]
 fn what_is_no_userfaultfd_is_refused() {
     let there = memory();
-    for (descriptor, why) in [(false, "its back-end made no userfaultfd"), (true, "expected anon_inode:[userfaultfd]")]
+    for (descriptor, why) in
+        [(false, "its back-end made no userfaultfd"), (true, "expected anon_inode:[userfaultfd]")]
     {
         let odd = move |asked| {
             (asked == u32::from(FrontendReq::POSTCOPY_ADVISE)).then(|| match descriptor {
@@ -114,7 +115,9 @@ fn a_back_end_that_answers_with_our_addresses_is_refused_before_the_guest_has_le
     let (socket, _) = script::start_with_bodies({
         let userfault = super::pages::Userfault::new();
         move |asked, body| match body.len() {
-            0 if asked == u32::from(FrontendReq::POSTCOPY_ADVISE) => Answer::Descriptor(userfault.duplicate()),
+            0 if asked == u32::from(FrontendReq::POSTCOPY_ADVISE) => {
+                Answer::Descriptor(userfault.duplicate())
+            }
             72 => Answer::Body(body.to_vec()),
             _ => Answer::Usual,
         }

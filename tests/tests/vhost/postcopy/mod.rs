@@ -4,6 +4,7 @@ mod faults;
 mod life;
 mod links;
 mod messages;
+mod net;
 mod pages;
 
 use std::process::{Command, Stdio};

@@ -10,9 +10,7 @@ use std::thread::JoinHandle;
 use multifd_engine::PAGE;
 use multifd_engine::vhost::VhostUser;
 use multifd_engine::vhost::vhost::vhost_user::message::FrontendReq;
-use multifd_engine::vm_memory::{
-    Bytes, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, VolatileMemory,
-};
+use multifd_engine::vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, VolatileMemory};
 use multifd_tests::virtio::Memory;
 
 use super::faulting;
