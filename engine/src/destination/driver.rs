@@ -237,7 +237,7 @@ impl Driver {
         let kinds = (mapped, advise.is_some());
         let ram = RamReader::open(&mut self.reader, shared, configuration, incoming, &self.readers, kinds)?;
         if let Some(advise) = advise {
-            listen::check_memory(ram.sinks(), advise, self.guest)?;
+            listen::check_memory(&self.shared, ram.sinks(), advise, self.guest)?;
         }
         self.ram = Some(ram);
         Ok(())
@@ -255,7 +255,7 @@ impl Driver {
             Effect::HoldChannels => self.hold_channels()?,
             Effect::KeepEarly { within_ram } => self.early.place(within_ram),
             Effect::KeepListening => {
-                listen::check_kernel(self.guest)?;
+                listen::check_kernel(&self.shared, self.guest)?;
                 self.shared.keep_listening();
                 if self.shared.speaks_dialect() {
                     self.return_path.send(Phase::Setup, &ReturnMessage::Id(self.shared.make_id()))?;
