@@ -16,6 +16,8 @@
 //!   a VMM, both ways
 //! * `cargo run --release --example vhost_user_blk`: a disk in another process, before, during and
 //!   after the move
+//! * `cargo run --release --example vhost_user_postcopy`: a device in another process, which goes on
+//!   before the guest's memory is there
 
 /// What the book for embedders shows compiles as it stands.
 #[cfg(doctest)]

@@ -91,6 +91,10 @@ pub(crate) struct Common {
     /// URI
     #[arg(long, global = true, value_name = "NAME", requires = "tls_dir")]
     pub(crate) tls_hostname: Option<String>,
+    /// With TLS: a revocation list past its next update is an error. Default: a warning, and it
+    /// still counts
+    #[arg(long, global = true, requires = "tls_dir")]
+    pub(crate) tls_crl_strict: bool,
     /// Let the process open any file and start any program also once it reads what others wrote.
     /// Default: only its own files, and no programs, where the kernel can see to it; no sandbox
     /// with exec:

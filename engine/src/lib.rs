@@ -54,7 +54,9 @@ pub use dirty::{
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use error::{Error, ErrorKind, Phase, Remedy, Result};
 pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock, RamChanges};
-pub use report::{DigestVerdict, FaultLatency, Figures, PageFaults, PostcopyReport, Report, ThreadWaits};
+pub use report::{
+    BackEndWaits, DigestVerdict, FaultLatency, Figures, PageFaults, PostcopyReport, Report, ThreadWaits,
+};
 pub use run::counters::{ChannelProgress, Progress};
 pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, ProgressReader};
 pub use run::state::MigrationState;

@@ -14,6 +14,7 @@
 mod destination;
 mod input;
 mod packets;
+mod postcopy;
 mod recording;
 mod streams;
 mod tls;
@@ -23,7 +24,8 @@ mod xbzrle;
 
 pub use destination::{TIMEOUT, channels, destination};
 use input::Input;
-pub use packets::{zlib, zstd};
+pub use packets::{lz4, zlib, zstd};
+pub use postcopy::{postcopy, switched};
 pub use recording::recording;
 pub use streams::streams;
 pub use tls::tls;
@@ -35,13 +37,15 @@ pub use xbzrle::xbzrle;
 pub type Body = fn(&[u8]);
 
 /// Every target, by the name of its corpus.
-pub const TARGETS: [(&str, Body); 10] = [
+pub const TARGETS: [(&str, Body); 12] = [
     ("channels", |bytes| {
         channels(bytes, TIMEOUT);
     }),
     ("destination", |bytes| {
         destination(bytes, TIMEOUT);
     }),
+    ("lz4", lz4),
+    ("postcopy", postcopy),
     ("recording", |bytes| {
         recording(bytes, TIMEOUT);
     }),

@@ -11,6 +11,7 @@ use multifd_wire::{Configuration, ReturnMessage, SectionHead};
 use super::faults;
 use super::recover;
 use super::serving::{Serving, Waited};
+use super::shared_faults;
 use crate::destination::driver::{Driver, ReceivedMain};
 use crate::error::{Error, Phase, Result};
 use crate::report::{PostcopyReport, Report};
@@ -62,6 +63,7 @@ impl PostcopyGuest {
         let (received, pings) = driver.take_devices()?;
         let received = serving.keep(received)?;
         faults::start(&serving, &pager, crew)?;
+        shared_faults::start(&serving, &pager, crew)?;
         serving.start(driver, crew)?;
         let crew = Arc::clone(crew);
         Ok(Self { serving, received, pings, crew, loaded: AtomicBool::new(false), over: false })
