@@ -73,6 +73,11 @@ impl StopSwitch {
         sealed
     }
 
+    /// Nothing trips the switch any more.
+    pub(crate) fn is_sealed(&self) -> bool {
+        lock(&self.0.inner).sealed
+    }
+
     /// No thread is left that a trip would wake. What would have run then keeps memory and
     /// connections alive, this switch among them.
     pub(crate) fn release(&self) {

@@ -61,6 +61,7 @@ impl PostcopyGuest {
         let pager = Arc::clone(serving.pager().ok_or_else(none)?);
         let (received, pings) = driver.take_devices()?;
         let received = serving.keep(received)?;
+        serving.pause_on_panics(crew);
         faults::start(&serving, &pager, crew)?;
         serving.start(driver, crew)?;
         let crew = Arc::clone(crew);

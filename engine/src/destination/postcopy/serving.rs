@@ -1,6 +1,6 @@
 //! A post-copy as its threads share it: which link it has, and how far it is.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use crate::run::counters::Counters;
 use crate::run::state::MigrationState;
 use crate::run::stop::{Monitor, lock};
 use crate::run::workers::Crew;
+use crate::stream::dialect::ALIVE_INTERVAL;
 
 /// How long a source may take to end the connection after it was told that all of RAM is here.
 const LINGER: Duration = Duration::from_secs(1);
@@ -39,6 +40,8 @@ pub(in crate::destination) struct Serving {
     since: Instant,
     /// What came before RUN.
     received: OnceLock<Arc<ReceivedMain>>,
+    /// Main has ended, and pages are waited for that come over other connections.
+    wants_pages: AtomicBool,
 }
 
 /// How far a post-copy is.
@@ -82,6 +85,7 @@ impl Serving {
             loaded: Monitor::new(None, &shared.session.stop),
             since: Instant::now(),
             received: OnceLock::new(),
+            wants_pages: AtomicBool::new(false),
         });
         shared.serve(&serving);
         serving
@@ -109,22 +113,24 @@ impl Serving {
         }
     }
 
-    /// Asks for a host page. What fails is the link over which it was asked for, whatever replaces
-    /// that: it is broken before another can be there. False: nothing can be asked for.
-    pub(super) fn request(&self, pager: &Pager, wanted: &Wanted) -> bool {
+    /// Asks for host pages. Without a link they are asked for when there is one again. What fails
+    /// is the link over which they were asked for, whatever replaces that: it is broken before
+    /// another can be there.
+    pub(super) fn ask(&self, pager: &Pager, wanted: &[Wanted]) {
         let mut link = lock(&self.link);
-        if !link.asks {
-            return false;
+        if wanted.is_empty() || !link.asks {
+            return;
         }
         // Before the source can have counted it, too.
         let counters = &self.shared.session.counters;
-        Counters::add(&counters.requests, 1);
-        Counters::add(&counters.pages_requested, wanted.len as usize / PAGE);
-        let Err(error) = link.ask(pager, wanted) else { return true };
-        link.break_off(error);
-        drop(link);
-        self.stage.modify_and_notify(|_| ());
-        false
+        Counters::add(&counters.requests, wanted.len());
+        let pages = wanted.iter().map(|wanted| wanted.len as usize / PAGE).sum();
+        Counters::add(&counters.pages_requested, pages);
+        if let Err(error) = link.ask(pager, wanted) {
+            link.break_off(error);
+            drop(link);
+            self.stage.modify_and_notify(|_| ());
+        }
     }
 
     pub(super) fn shared(&self) -> &Arc<DestinationShared> {
@@ -146,6 +152,17 @@ impl Serving {
         let kept = self.received.set(Arc::clone(&received));
         kept.map_err(|_| Error::bug(Phase::Device, "a guest that is received twice"))?;
         Ok(received)
+    }
+
+    /// A panic of any thread of `crew` breaks the link, once nothing ends the migration any more:
+    /// what that thread would have done for the link is not done.
+    pub(super) fn pause_on_panics(self: &Arc<Self>, crew: &Crew) {
+        let serving = Arc::downgrade(self);
+        crew.on_panic(move |error| {
+            if let Some(serving) = serving.upgrade() {
+                serving.break_link(error);
+            }
+        });
     }
 
     /// Reads what follows RUN on a thread of its own.
@@ -183,13 +200,26 @@ impl Serving {
     fn let_go(&self) -> Result<()> {
         let Some(pager) = &self.pager else { return Ok(()) };
         pager.release()?;
-        let load = self.loaded.wait(&self.shared.session.stop, None, |loaded| *loaded);
+        let return_path = self.return_path();
+        let load = self.wait_until_loaded(&return_path)?;
         if self.stage.read(|stage| matches!(stage, Stage::Over)) {
             return Ok(());
         }
-        let return_path = self.return_path();
         return_path.shut(load.unwrap_or_default())?;
         return_path.confirm(LINGER)
+    }
+
+    /// Waits until the devices have been loaded, which may take longer than the source waits for
+    /// an end that says nothing. `None`: it was stopped.
+    fn wait_until_loaded(&self, return_path: &ReturnPath) -> Result<Option<Duration>> {
+        let stop = &self.shared.session.stop;
+        loop {
+            let loaded = self.loaded.wait(stop, Some(ALIVE_INTERVAL), |loaded| *loaded);
+            if loaded.is_some() || stop.tripped() {
+                return Ok(loaded);
+            }
+            return_path.say_alive()?;
+        }
     }
 
     /// The guest has never been able to run here: its memory is given back as it is.
@@ -210,6 +240,9 @@ impl Serving {
     /// page.
     fn wait_for_rest(&self) -> Result<()> {
         let session = &self.shared.session;
+        // Before it is looked at what has come: see `note_pages`.
+        self.wants_pages.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
         loop {
             let before = session.counters.pages();
             let whole = self.stage.wait(&session.stop, Some(session.timeout), |stage| {
@@ -225,9 +258,15 @@ impl Serving {
         }
     }
 
-    /// Pages have come over a connection beside main.
+    /// Pages have come over a connection beside main. Before main has ended, nothing waits for
+    /// that: a thread would be woken for each page.
     pub(super) fn note_pages(&self) {
-        self.stage.modify_and_notify(|_| ());
+        // That they have come is noted before: either this sees that they are waited for, or the
+        // thread that begins to wait sees them.
+        fence(Ordering::SeqCst);
+        if self.wants_pages.load(Ordering::Relaxed) {
+            self.stage.modify_and_notify(|_| ());
+        }
     }
 
     fn check_all_came(&self) -> Result<()> {
@@ -292,11 +331,20 @@ impl Serving {
         self.break_link(error);
     }
 
-    /// Makes a channel for urgent pages part of the link, and gives the number of that.
-    pub(super) fn add_urgent(&self, closer: Closer) -> u64 {
+    /// The number of the link that there is, or was.
+    pub(super) fn link_number(&self) -> u64 {
+        lock(&self.link).number
+    }
+
+    /// Makes a channel for urgent pages part of the link with this number, or ends it if that was
+    /// replaced.
+    pub(super) fn add_urgent(&self, number: u64, closer: Closer) {
         let mut link = lock(&self.link);
-        link.add(closer);
-        link.number
+        if link.number == number {
+            link.add(closer);
+        } else {
+            closer.close();
+        }
     }
 
     /// Makes a parallel channel part of the link over which RUN came, or ends it if that is gone.

@@ -114,9 +114,19 @@ impl Wanted {
         Ok(None)
     }
 
-    /// They have been sent, in so many bytes: they count, but have not waited.
+    /// They have been sent, in so many bytes.
     pub(super) fn sent(&self, before: Before, pages: &[usize], bytes: usize) {
+        self.charge(bytes);
+        self.note_sent(before, pages);
+    }
+
+    /// So many bytes went before their turn: they count, but have not waited.
+    pub(super) fn charge(&self, bytes: usize) {
         self.pacer.charge(bytes);
+    }
+
+    /// They have been sent.
+    pub(super) fn note_sent(&self, before: Before, pages: &[usize]) {
         let counters = &self.shared.session.counters;
         match before.why {
             Why::Asked => {}
