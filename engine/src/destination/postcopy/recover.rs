@@ -122,7 +122,8 @@ pub(in crate::destination) fn over_listener(
                 Err(Error::new(ErrorKind::Transport, Phase::Accept, detail))
             }
             None => {
-                let detail = format!("no source for the recovery on {} within {limit:?}", listener.endpoint());
+                let detail =
+                    format!("no source for the recovery on {} within {limit:?}", listener.endpoint());
                 Err(Error::new(ErrorKind::Deadline, Phase::Accept, detail))
             }
         }

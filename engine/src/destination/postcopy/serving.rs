@@ -21,7 +21,6 @@ use crate::run::counters::Counters;
 use crate::run::state::MigrationState;
 use crate::run::stop::{Monitor, lock};
 use crate::run::workers::Crew;
-use crate::stream::dialect::ALIVE_INTERVAL;
 
 /// How long a source may take to end the connection after it was told that all of RAM is here.
 const LINGER: Duration = Duration::from_secs(1);
@@ -200,26 +199,13 @@ impl Serving {
     fn let_go(&self) -> Result<()> {
         let Some(pager) = &self.pager else { return Ok(()) };
         pager.release()?;
-        let return_path = self.return_path();
-        let load = self.wait_until_loaded(&return_path)?;
+        let load = self.loaded.wait(&self.shared.session.stop, None, |loaded| *loaded);
         if self.stage.read(|stage| matches!(stage, Stage::Over)) {
             return Ok(());
         }
+        let return_path = self.return_path();
         return_path.shut(load.unwrap_or_default())?;
         return_path.confirm(LINGER)
-    }
-
-    /// Waits until the devices have been loaded, which may take longer than the source waits for
-    /// an end that says nothing. `None`: it was stopped.
-    fn wait_until_loaded(&self, return_path: &ReturnPath) -> Result<Option<Duration>> {
-        let stop = &self.shared.session.stop;
-        loop {
-            let loaded = self.loaded.wait(stop, Some(ALIVE_INTERVAL), |loaded| *loaded);
-            if loaded.is_some() || stop.tripped() {
-                return Ok(loaded);
-            }
-            return_path.say_alive()?;
-        }
     }
 
     /// The guest has never been able to run here: its memory is given back as it is.

@@ -9,6 +9,7 @@ use multifd_wire::{ALIVE_PING, pages_per_packet};
 use super::PreemptStyle;
 use super::bulk::{Bulk, LOOK_AGAIN};
 use super::sender::PageSender;
+use super::short_queue::ShortQueue;
 use super::urgent::UrgentChannel;
 use super::wanted::Wanted;
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -94,8 +95,7 @@ impl Link {
         }
         match &self.channels {
             Some(channels) => {
-                let (scan, pacer) = (self.wanted.scan(), self.wanted.pacer());
-                let bulk = Bulk::new(scan, pacer, &self.return_path, channels.workers());
+                let bulk = Bulk::new(&self.wanted, &self.return_path, channels.workers());
                 channels.start_bulk(&bulk);
                 self.oversee(&bulk)?;
             }
@@ -151,6 +151,7 @@ impl Link {
         let wanted = Arc::clone(&self.wanted);
         let (shared, pacer) = (wanted.shared(), wanted.pacer());
         let counters = &shared.session.counters.main;
+        let mut queue = ShortQueue::of(self.main.channel(), wanted.has_short_queues());
         let (mut claimed, mut in_section) = (Vec::new(), 0);
         loop {
             self.check_goes_on()?;
@@ -160,7 +161,11 @@ impl Link {
                 None => {
                     if let Some(wait) = pacer.debt() {
                         match self.urgent.is_empty() {
-                            true => _ = self.return_path.wait_for_request(wait.min(LOOK_AGAIN), || !wanted.is_empty()),
+                            true => {
+                                _ = self
+                                    .return_path
+                                    .wait_for_request(wait.min(LOOK_AGAIN), || !wanted.is_empty())
+                            }
                             false => self.return_path.rest(wait.min(LOOK_AGAIN)),
                         }
                         continue;
@@ -176,7 +181,10 @@ impl Link {
                 .inspect_err(|_| shared.ram.host_pages.put_back(block, &claimed))?;
             match before {
                 Some(before) => wanted.sent(before, &claimed, sent),
-                None => pacer.charge(sent),
+                None => {
+                    pacer.charge(sent);
+                    queue.sent();
+                }
             }
             in_section += claimed.len();
             if in_section >= SECTION_PAGES {

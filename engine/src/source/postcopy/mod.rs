@@ -15,6 +15,7 @@ mod link;
 mod neighbours;
 mod recover;
 mod sender;
+mod short_queue;
 mod switch;
 mod urgent;
 mod wanted;
@@ -118,9 +119,8 @@ fn watch(channel: &Channel, name: &str, return_path: &ReturnPathReader) -> Resul
         };
         // At the end, the destination closes it as it likes. Once that was announced on main, what
         // is missing there breaks main; how long it may take to say that nothing is, main knows.
-        let over = return_path.is_ending()
-            || return_path.is_over_within(WORD_OF_MAIN)
-            || return_path.is_ending();
+        let over =
+            return_path.is_ending() || return_path.is_over_within(WORD_OF_MAIN) || return_path.is_ending();
         return if over { Ok(()) } else { Err(error.on(name)) };
     }
 }
@@ -222,17 +222,20 @@ impl Postcopy {
             running: None,
             recoveries: 0,
         };
-        let wanted = this.wanted(!urgent.is_empty());
+        let wanted = this.wanted(!urgent.is_empty(), this.dialer.endpoint.is_some());
         let mut link = Link::new(main, return_path, crew, wanted, channels);
         this.start_urgent(&mut link, urgent)?;
         this.link = Some(link);
         Ok(this)
     }
 
-    /// What goes before its turn over a link. `urgent`: it has channels for that.
-    fn wanted(&self, urgent: bool) -> Wanted {
+    /// What goes before its turn over a link. `urgent`: it has channels for that. `dialled`: its
+    /// sockets are not the caller's.
+    fn wanted(&self, urgent: bool, dialled: bool) -> Wanted {
         let again = self.shared.peer_can(FEATURE_NEIGHBOURS) && (urgent || self.channels > 0);
-        Wanted::new(&self.shared, &self.scan, self.control.postcopy_pacer(), again)
+        let short_queues = dialled && self.dialer.socket.send_buffer.is_none();
+        let wanted = Wanted::new(&self.shared, &self.scan, self.control.postcopy_pacer(), again);
+        wanted.with_short_queues(short_queues)
     }
 
     /// Gives a link its channels for pages that are asked for.

@@ -14,8 +14,8 @@ use crate::run::stop::StopSwitch;
 use crate::run::workers::Crew;
 use crate::source::carrier::{Channels, SyncPoints};
 use crate::source::main_writer::MainWriter;
-use crate::source::return_path::ReturnPathReader;
 use crate::source::return_path::received_pages::set_missing;
+use crate::source::return_path::{LastWords, ReturnPathReader};
 
 /// Where the connections of a recovery come from.
 enum NewConnections<'a> {
@@ -99,6 +99,7 @@ impl Postcopy {
     }
 
     fn try_link(&mut self, connections: NewConnections<'_>, stop: StopSwitch) -> Result<()> {
+        let dialled = matches!(connections, NewConnections::Dialled(..));
         let (main, others) = match connections {
             NewConnections::Dialled(endpoint, within) => {
                 (self.dialer.dial_within(endpoint, "main", &stop, within)?, Others::Dialled(endpoint))
@@ -110,7 +111,12 @@ impl Postcopy {
         let channel = self.dialer.adopt(main, &stop)?;
         self.shared.session.counters.main.count_bytes_of(&channel);
         let crew = Crew::new(stop.clone()).with_hook(self.dialer.hook.clone());
-        let return_path = ReturnPathReader::start(Arc::clone(&channel), Arc::clone(&self.shared), &crew)?;
+        let return_path = ReturnPathReader::start(
+            Arc::clone(&channel),
+            Arc::clone(&self.shared),
+            &crew,
+            &LastWords::default(),
+        )?;
         self.shared.session.enter(MigrationState::PostcopyRecover)?;
         let mut main = MainWriter::new(channel, None);
         main.enter(Phase::Postcopy);
@@ -125,7 +131,7 @@ impl Postcopy {
             Ok((channels, urgent)) => (Ok(()), channels, urgent),
             Err(error) => (Err(error), None, Vec::new()),
         };
-        let wanted = self.wanted(!urgent.is_empty());
+        let wanted = self.wanted(!urgent.is_empty(), dialled);
         let mut link = Link::recovered(main, return_path, crew, wanted, channels);
         if let Err(error) = resumed.and_then(|()| self.start_urgent(&mut link, urgent)) {
             return Err(link.end(error).cause);

@@ -1,6 +1,7 @@
 //! The return path, from the source's end.
 
 mod event;
+mod last_words;
 pub(super) mod received_pages;
 
 use std::io;
@@ -13,6 +14,8 @@ use multifd_transports::Channel;
 use multifd_wire::{Failure, MigrationId, RAM_PING, ReturnMessage, SETUP_PING};
 
 use self::event::{ReturnEvent, ReturnEvents};
+pub(super) use self::last_words::LastWords;
+use self::last_words::Listening;
 use super::shared::SourceShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::counters::Counters;
@@ -138,7 +141,12 @@ fn printable(text: &str) -> String {
 
 impl ReturnPathReader {
     /// What the destination says changes `shared`: its features, the pages that it wants.
-    pub(super) fn start(channel: Arc<Channel>, shared: Arc<SourceShared>, crew: &Crew) -> Result<Self> {
+    pub(super) fn start(
+        channel: Arc<Channel>,
+        shared: Arc<SourceShared>,
+        crew: &Crew,
+        last_words: &LastWords,
+    ) -> Result<Self> {
         let received = Monitor::new(Received::default(), crew.stop());
         let requests = Monitor::new(Requests::default(), crew.stop());
         let (name, stop) = (format!("return path ({})", channel.peer()), crew.stop().clone());
@@ -148,8 +156,8 @@ impl ReturnPathReader {
             stop: stop.clone(),
             name: name.clone(),
         };
-        let unparsed = Vec::new();
-        let worker = Worker { channel, shared, stop, received, requests, asked: false, unparsed };
+        let (unparsed, listening) = (Vec::new(), last_words.listen());
+        let worker = Worker { channel, shared, stop, received, requests, asked: false, unparsed, listening };
         crew.spawn("mig-return", Phase::Setup, move || worker.run().map_err(|error| error.on(name)))?;
         Ok(reader)
     }
@@ -313,6 +321,7 @@ struct Worker {
     asked: bool,
     /// What was received and is no whole message yet.
     unparsed: Vec<u8>,
+    listening: Listening,
 }
 
 impl Worker {
@@ -427,6 +436,7 @@ impl Worker {
         let loaded = value == LOADED_PING && session.state() == MigrationState::PostcopyDevice;
         if loaded {
             session.enter(MigrationState::PostcopyActive)?;
+            self.listening.end();
         }
         self.received.modify_and_notify(|received| {
             received.on_pong(value);
