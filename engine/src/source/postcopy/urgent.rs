@@ -15,6 +15,7 @@ use crate::run::counters::ChannelCounters;
 use crate::run::stop::lock;
 use crate::run::workers::Crew;
 use crate::source::return_path::ReturnPathReader;
+use crate::stream::dialect::FEATURE_URGENT_CHANNELS;
 
 /// One of them; its thread sends.
 pub(super) struct UrgentChannel {
@@ -43,11 +44,16 @@ impl UrgentChannel {
         };
         let end = End { wanted: Arc::clone(wanted), return_path: return_path.clone() };
         let (end_too, watched) = (end.clone(), Arc::clone(&channel));
+        // A QEMU closes the channel before it says on main that this is the end.
+        let closes_early = !wanted.shared().peer_can(FEATURE_URGENT_CHANNELS);
         crew.spawn("mig-urgent", Phase::Postcopy, move || worker.run().inspect_err(|_| end.wait_for_main()))?;
         // A page that is lost there would be waited for until another is sent.
         crew.spawn("mig-urgent-in", Phase::Postcopy, move || {
-            let watched = watch(&watched, &name(&watched), &end_too.return_path);
-            watched.inspect_err(|_| end_too.wait_for_main())
+            let End { return_path, .. } = &end_too;
+            match watch(&watched, &name(&watched), return_path) {
+                Err(_) if closes_early && return_path.is_ending() => Ok(()),
+                ended => ended.inspect_err(|_| end_too.wait_for_main()),
+            }
         })?;
         Ok(Self { channel, style, busy })
     }

@@ -214,11 +214,11 @@ impl ReturnPathReader {
         self.received.wait(&self.stop, Some(limit), |_| None::<()>);
     }
 
-    /// Waits for the destination's word that all has arrived, for `limit` at most. True also when
-    /// nothing waits for it any more.
+    /// Waits for the destination's word that all has arrived, for `limit` at most from the last
+    /// sign of life on. True also when nothing waits for it any more.
     pub(super) fn is_over_within(&self, limit: Duration) -> bool {
         let over = |received: &mut Received| (received.arrived || received.closing).then_some(());
-        self.received.wait(&self.stop, Some(limit), over).is_some()
+        self.wait_while_alive(limit, over).is_some()
     }
 
     /// Has every [`ReturnPathReader::wait_until`] and [`ReturnPathReader::wait_for_request`] look
