@@ -31,7 +31,7 @@ const EVENTS_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) enum Lines {
     /// The counters are watched for new rounds.
     Watched,
-    /// Whoever runs the rounds tells of them.
+    /// What runs the rounds tells of them.
     Told,
 }
 

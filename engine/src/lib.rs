@@ -44,7 +44,7 @@ pub use at_rest::recording::{
 pub use config::{DestinationConfig, SourceConfig, parameter, rule};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{
-    Arrived, ChangedPages, Destination, DestinationBuilder, DevicePacket, DigestsDiffer, Incoming,
+    Arrived, ChangedPages, Destination, DestinationBuilder, DevicePacket, DigestsDiffer, FreshRam, Incoming,
     IncomingRam, PostcopyEnd, PostcopyGuest, SwitchoverAck,
 };
 pub use dirty::{

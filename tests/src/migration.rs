@@ -32,7 +32,7 @@ pub struct Report {
     pub rounds: u64,
     /// Bytes on the wire.
     pub transferred_bytes: u64,
-    /// Pages sent as data, zero pages included if nobody looked for them.
+    /// Pages sent as data, zero pages included if no end looked for them.
     pub normal_pages: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,

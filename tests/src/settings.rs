@@ -23,7 +23,7 @@ pub enum ZeroPages {
     Legacy,
     /// The multifd channels (QEMU's default).
     Multifd,
-    /// Nobody: they travel as data.
+    /// None: they travel as data.
     None,
 }
 

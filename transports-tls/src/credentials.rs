@@ -207,7 +207,7 @@ fn warn_if_expired(path: &Path, certificate: &[u8]) {
     }
 }
 
-/// Whoever can read the key can be us.
+/// A reader of the key can be us.
 fn warn_if_readable_by_all(key: &Path) {
     let Ok(metadata) = fs::metadata(key) else { return };
     let mode = metadata.permissions().mode() & 0o777;

@@ -27,7 +27,7 @@ use super::verify::{Circumstances, Seen, Witness};
 pub struct TlsServer {
     directory: Directory,
     verifier: Arc<dyn ClientCertVerifier>,
-    /// Nobody needs a certificate, unless there is a list.
+    /// No client needs a certificate, unless there is a list.
     anonymous: bool,
     identity: Arc<CertifiedKey>,
     crypto: Arc<CryptoProvider>,

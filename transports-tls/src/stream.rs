@@ -327,7 +327,7 @@ impl TlsStream {
         let mut receiving = match self.receiving.try_lock() {
             Ok(receiving) => receiving,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            // Somebody receives, and sees it.
+            // A thread receives, and sees it.
             Err(TryLockError::WouldBlock) => return Ok(()),
         };
         match self.advance(&mut receiving, Wait::No) {

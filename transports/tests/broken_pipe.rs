@@ -8,7 +8,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 use rustix::pipe::pipe;
 
 #[test]
-fn a_pipe_that_nobody_reads_is_an_error_and_no_signal() {
+fn a_pipe_without_a_reader_is_an_error_and_no_signal() {
     // SAFETY: the default action runs no code of ours.
     unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }.unwrap();
     for _ in 0..3 {

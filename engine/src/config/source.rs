@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_postcopy_needs_somebody_who_can_ask() {
+    fn a_postcopy_needs_a_return_path() {
         let postcopy = SourceConfig { postcopy: true, ..SourceConfig::default() };
         assert_eq!(says(&postcopy, &Uncompressed, Some("tcp:h:1")), "");
         assert!(says(&postcopy, &Uncompressed, Some("file:f")).contains("where nothing can be asked for"));

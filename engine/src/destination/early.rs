@@ -72,7 +72,8 @@ impl EarlyDevices {
             let follows = |next: &[u8]| goes_on(next, ram, |other| self.seen.contains(&other));
             let found = find_footer(reader.buffered(), id, follows);
             if matches!(found, Found::Unsure(_)) {
-                let new = reader.buffered().get(scanned..).unwrap_or_default();
+                let new = reader.buffered().get(scanned..);
+                let new = new.ok_or_else(|| Error::bug(Phase::Active, "more was scanned than came"))?;
                 let end = tail.push(new).map_err(|invalid| Error::invalid(Phase::Active, invalid))?;
                 if end.is_some() {
                     return Ok(DeviceEnd::Stream);
@@ -80,7 +81,9 @@ impl EarlyDevices {
                 scanned = reader.buffered().len();
             }
             let (Found::Whole(taken) | Found::Unsure(taken)) = found;
-            self.open.extend_from_slice(reader.buffered().get(..taken).unwrap_or_default());
+            let payload = reader.buffered().get(..taken);
+            let payload = payload.ok_or_else(|| Error::bug(Phase::Active, "a footer before its section"))?;
+            self.open.extend_from_slice(payload);
             reader.consume(taken);
             scanned -= taken.min(scanned);
             let kept = self.kept.before_ram.len() + self.kept.within_ram.len() + self.open.len();

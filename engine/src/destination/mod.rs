@@ -46,7 +46,7 @@ use multifd_transports::{Channel, Endpoint, Listener, ThreadHook, TlsServer};
 
 pub use arrived::Arrived;
 pub use builder::DestinationBuilder;
-pub use place::{DigestsDiffer, IncomingRam};
+pub use place::{DigestsDiffer, FreshRam, IncomingRam};
 pub use shared::DevicePacket;
 pub use switchover::SwitchoverAck;
 pub use verify::ChangedPages;

@@ -28,6 +28,9 @@ pub(super) struct RamReader {
     last_block: Option<Arc<BlockSink>>,
 }
 
+/// Most pages that are written at once: as many as the reader's buffer has room for.
+const LONGEST_RUN: usize = 64;
+
 /// A record that is no page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mark {
@@ -159,12 +162,13 @@ impl RamReader {
                 let pager = self.pager.clone();
                 let sink = self.sink(block)?;
                 let page = sink.page_at(offset)?;
-                let content = reader.take(Phase::Active, "a page", PAGE)?;
-                match pager {
-                    Some(pager) => pager.put(sink, page, Some(content))?,
-                    None => sink.write(page, content, &sink.best_place())?,
-                }
-                pages.normal += 1;
+                pages.normal += match pager {
+                    Some(pager) => {
+                        pager.put(sink, page, Some(reader.take(Phase::Active, "a page", PAGE)?))?;
+                        1
+                    }
+                    None => write_run(reader, sink, page)?,
+                };
             }
             RamRecord::Zero { offset, block } => {
                 let pager = self.pager.clone();
@@ -205,6 +209,43 @@ impl RamReader {
     }
 }
 
+/// Writes `page`, whose record was read, and the pages behind it whose records have arrived, too:
+/// one write costs less than one for each. Gives their number.
+fn write_run(reader: &mut MainReader, sink: &BlockSink, page: usize) -> Result<usize> {
+    while reader.buffered().len() < PAGE {
+        reader.more(Phase::Active, "a page")?;
+    }
+    let (pages, len) = arrived(reader.buffered(), |offset, after| {
+        sink.block().page_at(offset).is_some_and(|other| other == page + after)
+    });
+    sink.write_parts(page, &pages)?;
+    let count = pages.len();
+    reader.consume(len);
+    Ok(count)
+}
+
+/// The content of a page, which `bytes` begins with, and of those that `follows` says come so many
+/// pages after it in the block, for as long as one follows the other; and how many bytes all of
+/// them take, with their records.
+fn arrived(bytes: &[u8], follows: impl Fn(u64, usize) -> bool) -> (Vec<&[u8]>, usize) {
+    let (mut pages, mut end) = (Vec::with_capacity(LONGEST_RUN), 0);
+    let mut content = Some(0..PAGE);
+    while let Some((page, range)) = content.and_then(|range| Some((bytes.get(range.clone())?, range))) {
+        pages.push(page);
+        end = range.end;
+        let next = bytes.get(end..).map(|next| RamRecord::parse(next, PAGE_SIZE));
+        content = match next {
+            Some(Ok(Some((RamRecord::Page { offset, block: BlockRef::Same }, head))))
+                if pages.len() < LONGEST_RUN && follows(offset, pages.len()) =>
+            {
+                Some(end + head..end + head + PAGE)
+            }
+            _ => None,
+        };
+    }
+    (pages, end)
+}
+
 /// Counted for a whole run of records at a time.
 #[derive(Default)]
 struct Pages {
@@ -218,5 +259,54 @@ impl Pages {
         Counters::add(&counters.pages_normal, self.normal);
         Counters::add(&counters.pages_zero, self.zero);
         Counters::add(&counters.pages_xbzrle, self.xbzrle);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page(offset: usize, block: BlockRef) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        RamRecord::Page { offset: (offset * PAGE) as u64, block }.encode(PAGE_SIZE, &mut bytes);
+        bytes.extend([offset as u8; PAGE]);
+        bytes
+    }
+
+    /// Pages that belong together when this follows page 7, of a block of 100.
+    fn run(next: &[Vec<u8>]) -> (Vec<u8>, usize) {
+        let bytes = [vec![7; PAGE], next.concat()].concat();
+        let place = |offset: u64| usize::try_from(offset).unwrap() / PAGE;
+        let (pages, len) = arrived(&bytes, |offset, after| place(offset) < 100 && place(offset) == 7 + after);
+        assert!(pages.iter().all(|page| page.len() == PAGE && page.iter().all(|byte| *byte == page[0])));
+        (pages.iter().map(|page| page[0]).collect(), len)
+    }
+
+    #[test]
+    fn neighbours_that_have_arrived_are_one_run() {
+        let record = PAGE + 8;
+        let same = |offset| page(offset, BlockRef::Same);
+        assert_eq!(run(&[]), (vec![7], PAGE));
+        assert_eq!(run(&[same(8), same(9)]), (vec![7, 8, 9], PAGE + 2 * record));
+        assert_eq!(run(&[same(8), same(10)]), (vec![7, 8], PAGE + record), "a gap");
+        assert_eq!(run(&[same(7)]), (vec![7], PAGE), "the same page again");
+        let named = BlockRef::Named("pc.rom".try_into().unwrap());
+        assert_eq!(run(&[page(8, named)]), (vec![7], PAGE), "another block");
+        assert_eq!(run(&[same(8)[..record - 1].to_vec()]), (vec![7], PAGE), "a page that is not whole");
+        assert_eq!(run(&[same(8)[..5].to_vec()]), (vec![7], PAGE), "a record that is not whole");
+        let mut zero = Vec::new();
+        RamRecord::Zero { offset: 8 * PAGE as u64, block: BlockRef::Same }.encode(PAGE_SIZE, &mut zero);
+        assert_eq!(run(&[zero, same(9)]), (vec![7], PAGE), "another kind of record");
+    }
+
+    #[test]
+    fn a_run_ends_with_its_block_and_at_a_length() {
+        let to_the_end: Vec<_> = (8..103).map(|offset| page(offset, BlockRef::Same)).collect();
+        assert_eq!(run(&to_the_end).0.len(), LONGEST_RUN);
+        let bytes = [vec![98; PAGE], page(99, BlockRef::Same), page(100, BlockRef::Same)].concat();
+        let place = |offset: u64| usize::try_from(offset).unwrap() / PAGE;
+        let (pages, len) =
+            arrived(&bytes, |offset, after| place(offset) < 100 && place(offset) == 98 + after);
+        assert_eq!((pages.len(), len), (2, 2 * PAGE + 8));
     }
 }

@@ -65,6 +65,7 @@ impl Tail {
     pub(super) fn sections(&self) -> &[u8] {
         // Without a description, EOF is the last byte.
         let len = self.described.as_ref().map_or(self.bytes.len().saturating_sub(1), |it| it.end.devices_len);
+        // It is never more: checked when the end was found.
         self.bytes.get(..len).unwrap_or_default()
     }
 }
@@ -111,7 +112,9 @@ fn scan(
         }
         if let Some(end) = end {
             let mut bytes = scanner.into_bytes();
-            let json = bytes.get(end.vmdesc.clone()).unwrap_or_default();
+            let whole = end.devices_len <= end.total && end.total <= bytes.len();
+            let json = bytes.get(end.vmdesc.clone()).filter(|_| whole);
+            let json = json.ok_or_else(|| Error::bug(Phase::Device, "an end of devices past their bytes"))?;
             // The names in it are in the text, too.
             let parsed = VmDescription::nodes(json) * VMDESC_NODE_LEN + json.len();
             memory.grow_to(bytes.len() + parsed, Phase::Device, "the description of device state")?;

@@ -20,6 +20,7 @@ use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileSlice};
 
 use super::PAGE;
+use crate::io::write_parts;
 use crate::os::retry;
 
 /// A mapped range of guest memory, kept alive for as long as this value or a clone of it lives.
@@ -208,39 +209,43 @@ impl HostMemory {
         }
     }
 
-    /// Writes guest memory by the cheapest means that fails cleanly.
+    /// Writes `parts`, one behind the other, by the cheapest means that fails cleanly.
     ///
     /// Shared file memory is written through its file: no page fault, and a full file system is an
     /// error where a store to the mapping would kill the process by SIGBUS. Other memory is copied
     /// to, once its pages are there.
-    pub(crate) fn store(&self, offset: usize, from: &[u8]) -> io::Result<()> {
+    pub(crate) fn store(&self, offset: usize, parts: &[&[u8]]) -> io::Result<()> {
         if let Some(file) = &self.shared_file {
-            if offset.checked_add(from.len()).is_none_or(|end| end > self.len) {
+            if offset.checked_add(total(parts)).is_none_or(|end| end > self.len) {
                 return Err(io::ErrorKind::InvalidInput.into());
             }
-            match file.file().write_all_at(from, file.start() + offset as u64) {
+            match write_parts(file.file(), parts, file.start() + offset as u64) {
                 // hugetlbfs maps but does not write.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
                 result => return result,
             }
         }
-        self.populate_to_write(offset, from.len())?;
-        self.store_present(offset, from)
+        self.populate_to_write(offset, total(parts))?;
+        self.store_present(offset, parts)
     }
 
     /// As [`store`](Self::store), but through the mapping: for a file that another thread writes
     /// to, which a write would wait for.
-    pub(crate) fn store_mapped(&self, offset: usize, from: &[u8]) -> io::Result<()> {
-        match self.populate_to_write(offset, from.len()) {
-            Err(_) if self.shared_file.is_some() => self.store(offset, from),
-            populated => populated.and_then(|()| self.store_present(offset, from)),
+    pub(crate) fn store_mapped(&self, offset: usize, parts: &[&[u8]]) -> io::Result<()> {
+        match self.populate_to_write(offset, total(parts)) {
+            Err(_) if self.shared_file.is_some() => self.store(offset, parts),
+            populated => populated.and_then(|()| self.store_present(offset, parts)),
         }
     }
 
     /// Copies to pages that are there and were written to before.
-    pub(crate) fn store_present(&self, offset: usize, from: &[u8]) -> io::Result<()> {
-        let slice = self.slice(offset, from.len()).ok_or(io::ErrorKind::InvalidInput)?;
-        slice.copy_from(from);
+    pub(crate) fn store_present(&self, offset: usize, parts: &[&[u8]]) -> io::Result<()> {
+        let mut at = offset;
+        for part in parts {
+            let slice = self.slice(at, part.len()).ok_or(io::ErrorKind::InvalidInput)?;
+            slice.copy_from(part);
+            at += part.len();
+        }
         Ok(())
     }
 
@@ -336,6 +341,10 @@ fn probe(slice: &VolatileSlice<'_>, write: bool) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+fn total(parts: &[&[u8]]) -> usize {
+    parts.iter().map(|part| part.len()).sum()
 }
 
 /// HUGETLBFS_MAGIC of linux/magic.h.

@@ -65,6 +65,15 @@ pub(crate) struct Unreadable {
     pub(crate) cause: io::Error,
 }
 
+/// Neighbouring pages in one state.
+#[derive(Clone)]
+struct Run {
+    /// Where they are among the pages that were asked for.
+    indices: Range<usize>,
+    /// The first of them, in its block.
+    first: usize,
+}
+
 /// Longest gap between two queried pages that is queried with them: cheaper than a second call.
 const WIDEST_GAP: usize = 64;
 
@@ -87,27 +96,31 @@ impl Found {
         self.0.extend(zero.map_while(|zero| if zero { Some(State::Zero) } else { others.next() }));
     }
 
-    /// Neighbouring pages in one state, as indices.
-    fn runs(&self, pages: &[usize], wanted: State) -> Vec<Range<usize>> {
-        let mut runs: Vec<Range<usize>> = Vec::new();
+    fn runs(&self, pages: &[usize], wanted: State) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
         for (index, (page, state)) in pages.iter().zip(&self.0).enumerate() {
             if *state != wanted {
                 continue;
             }
             match runs.last_mut() {
-                Some(run)
-                    if run.end == index && pages.get(index - 1).is_some_and(|last| last + 1 == *page) =>
-                {
-                    run.end += 1;
-                }
-                _ => runs.push(index..index + 1),
+                Some(run) if run.indices.end == index && run.pages().end == *page => run.indices.end += 1,
+                _ => runs.push(Run { indices: index..index + 1, first: *page }),
             }
         }
         runs
     }
 
-    fn set(&mut self, indices: Range<usize>, state: State) {
-        self.0.get_mut(indices).unwrap_or_default().fill(state);
+    fn set(&mut self, indices: Range<usize>, state: State) -> io::Result<()> {
+        let count = self.0.len();
+        let states = self.0.get_mut(indices.clone());
+        let outside = || io::Error::other(format!("pages {indices:?} of {count} (a bug in multifd)"));
+        states.ok_or_else(outside).map(|states| states.fill(state))
+    }
+}
+
+impl Run {
+    fn pages(&self) -> Range<usize> {
+        self.first..self.first + self.indices.len()
     }
 }
 
@@ -135,15 +148,13 @@ impl PageTable {
         found: &mut Found,
     ) -> Result<(), Unreadable> {
         found.0.clear();
-        match &self.files {
-            None => found.0.resize(pages.len(), State::Absent),
-            Some(files) => {
-                found.0.resize(pages.len(), State::Absent);
-                self.find_held(files, block, pages, found)
-                    .and_then(|()| drop_marks(files, block, pages, found))
-                    .map_err(|cause| Unreadable { page: pages.first().copied().unwrap_or(0), cause })?;
-                self.check_protection(files, block, pages, found)?;
-            }
+        found.0.resize(pages.len(), State::Absent);
+        let Some(first) = pages.first() else { return Ok(()) };
+        if let Some(files) = &self.files {
+            self.find_held(files, block, pages, found)
+                .and_then(|()| drop_marks(files, block, pages, found))
+                .map_err(|cause| Unreadable { page: *first, cause })?;
+            self.check_protection(files, block, pages, found)?;
         }
         let absent = if self.files.is_none() && absent == Absent::Zero { Absent::Unknown } else { absent };
         if absent == Absent::Zero {
@@ -153,14 +164,14 @@ impl PageTable {
             return fault_in(block, pages, found);
         }
         for run in found.runs(pages, State::Absent) {
-            found.set(run.clone(), State::Fault);
+            let unreadable = |cause| Unreadable { page: run.first, cause };
+            found.set(run.indices.clone(), State::Fault).map_err(unreadable)?;
             if absent == Absent::InFile {
-                let (first, count) = (pages.get(run.start).copied().unwrap_or(0), run.len());
-                ask_file(block, first..first + count, |hole| {
-                    let start = run.start + (hole.start - first);
-                    found.set(start..start + hole.len(), State::Zero);
+                ask_file(block, run.pages(), |hole| {
+                    let start = run.indices.start + (hole.start - run.first);
+                    found.set(start..start + hole.len(), State::Zero)
                 })
-                .map_err(|cause| Unreadable { page: first, cause })?;
+                .map_err(unreadable)?;
             }
         }
         fault_in(block, pages, found)
@@ -184,7 +195,7 @@ impl PageTable {
             self.held(files, within, |addresses, state| {
                 let index =
                     |address: u64| pages.partition_point(|page| address > base + (page * PAGE) as u64);
-                found.set(index(addresses.start)..index(addresses.end), state);
+                found.set(index(addresses.start)..index(addresses.end), state)
             })?;
             rest = later;
         }
@@ -195,7 +206,7 @@ impl PageTable {
         &self,
         files: &Files,
         within: Range<u64>,
-        mut each: impl FnMut(Range<u64>, State),
+        mut each: impl FnMut(Range<u64>, State) -> io::Result<()>,
     ) -> io::Result<()> {
         if !self.no_scan.load(Ordering::Relaxed) {
             match scan(&files.pagemap, within.clone(), &mut each) {
@@ -253,13 +264,17 @@ const HELD: PageQuery = PageQuery {
     told: PageQuery::PRESENT,
 };
 
-fn scan(pagemap: &File, within: Range<u64>, each: &mut impl FnMut(Range<u64>, State)) -> io::Result<()> {
+fn scan(
+    pagemap: &File,
+    within: Range<u64>,
+    each: &mut impl FnMut(Range<u64>, State) -> io::Result<()>,
+) -> io::Result<()> {
     let mut runs = [PageRun::default(); 32];
     let mut start = within.start;
     while start < within.end {
         let (filled, walked) = HELD.scan(pagemap, start..within.end, &mut runs)?;
         for run in runs.iter().take(filled) {
-            each(run.start..run.end, if run.is_present() { State::There } else { State::Fault });
+            each(run.start..run.end, if run.is_present() { State::There } else { State::Fault })?;
         }
         if walked <= start {
             return Err(io::ErrorKind::WriteZero.into());
@@ -274,7 +289,7 @@ fn scan(pagemap: &File, within: Range<u64>, each: &mut impl FnMut(Range<u64>, St
 fn read_entries(
     pagemap: &File,
     within: Range<u64>,
-    mut each: impl FnMut(Range<u64>, State),
+    mut each: impl FnMut(Range<u64>, State) -> io::Result<()>,
 ) -> io::Result<()> {
     const PRESENT: u64 = 1 << 63;
     const SWAPPED: u64 = 1 << 62;
@@ -282,14 +297,14 @@ fn read_entries(
     let mut bytes = [0; 64 * ENTRY];
     let mut address = within.start;
     while address < within.end {
-        let left = usize::try_from((within.end - address) / PAGE as u64).unwrap_or(usize::MAX);
-        let part = bytes.get_mut(..left.min(64) * ENTRY).unwrap_or_default();
+        let left = usize::try_from((within.end - address) / PAGE as u64).map_or(64, |left| left.min(64));
+        let (part, _) = bytes.split_at_mut(left * ENTRY);
         pagemap.read_exact_at(part, address / PAGE as u64 * ENTRY as u64)?;
         for entry in part.as_chunks::<ENTRY>().0 {
             let entry = u64::from_ne_bytes(*entry);
             let end = address + PAGE as u64;
             if entry & (PRESENT | SWAPPED) != 0 {
-                each(address..end, if entry & PRESENT != 0 { State::There } else { State::Fault });
+                each(address..end, if entry & PRESENT != 0 { State::There } else { State::Fault })?;
             }
             address = end;
         }
@@ -305,11 +320,11 @@ fn drop_marks(files: &Files, block: &RamBlock, pages: &[usize], found: &mut Foun
         return Ok(());
     }
     for run in found.runs(pages, State::Fault) {
-        let first = pages.get(run.start).copied().unwrap_or(0);
-        let resident = block.memory().resident(first * PAGE, run.len())?;
-        for (index, page) in run.zip(first..).zip(resident).filter_map(|(at, there)| (!there).then_some(at)) {
+        let resident = block.memory().resident(run.first * PAGE, run.indices.len())?;
+        let pages = run.indices.clone().zip(run.pages()).zip(resident);
+        for (index, page) in pages.filter_map(|(at, there)| (!there).then_some(at)) {
             if is_protected(&files.pagemap, block.memory().address() + (page * PAGE) as u64)? {
-                found.set(index..index + 1, State::Absent);
+                found.set(index..index + 1, State::Absent)?;
             }
         }
     }
@@ -326,30 +341,35 @@ fn is_protected(pagemap: &File, address: u64) -> io::Result<bool> {
 /// Has the kernel make the pages that loads would fault on.
 fn fault_in(block: &RamBlock, pages: &[usize], found: &mut Found) -> Result<(), Unreadable> {
     for run in found.runs(pages, State::Fault) {
-        let first = pages.get(run.start).copied().unwrap_or(0);
-        if block.memory().populate_to_read(first * PAGE, run.len() * PAGE).is_err() {
+        let pages = run.pages();
+        if block.memory().populate_to_read(pages.start * PAGE, pages.len() * PAGE).is_err() {
             // Again one by one, to name the first that fails.
-            for page in first..first + run.len() {
+            for page in pages {
                 block
                     .memory()
                     .populate_to_read(page * PAGE, PAGE)
                     .map_err(|cause| Unreadable { page, cause })?;
             }
         }
-        found.set(run, State::There);
+        let first = run.first;
+        found.set(run.indices, State::There).map_err(|cause| Unreadable { page: first, cause })?;
     }
     Ok(())
 }
 
 /// Tells `hole` of those `pages` that are zero in the file behind the block.
-fn ask_file(block: &RamBlock, pages: Range<usize>, mut hole: impl FnMut(Range<usize>)) -> io::Result<()> {
+fn ask_file(
+    block: &RamBlock,
+    pages: Range<usize>,
+    mut hole: impl FnMut(Range<usize>) -> io::Result<()>,
+) -> io::Result<()> {
     if block.memory().is_huge() {
         // hugetlbfs does not tell its holes, but reads them without filling them.
         let mut content = [0; PAGE];
         for page in pages {
             block.memory().read_file(page * PAGE, &mut content)?;
             if multifd_codecs::zero::is_zero(&content) {
-                hole(page..page + 1);
+                hole(page..page + 1)?;
             }
         }
         return Ok(());
@@ -366,7 +386,7 @@ fn ask_file(block: &RamBlock, pages: Range<usize>, mut hole: impl FnMut(Range<us
         }
         holes_end = block.next_data(page, pages.end)?;
         if holes_end > page {
-            hole(page..holes_end);
+            hole(page..holes_end)?;
         }
     }
     Ok(())

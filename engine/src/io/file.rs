@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "std knows no pread into, and no pwrite from, memory that others write")]
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -53,6 +53,25 @@ impl HostMemory {
     }
 }
 
+/// Writes `parts`, one behind the other, at `position` of a file.
+pub(crate) fn write_parts(file: &File, parts: &[&[u8]], position: u64) -> io::Result<()> {
+    let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+    let (mut left, mut at) = (&mut slices[..], position);
+    while !left.is_empty() {
+        let count = i32::try_from(left.len().min(MAX_RANGES_PER_CALL)).map_err(io::Error::other)?;
+        let offset = file_offset(at)?;
+        // SAFETY: an IoSlice is an iovec, and there are at least `count`.
+        let written =
+            retry(|| unsafe { libc::pwritev(file.as_raw_fd(), left.as_ptr().cast(), count, offset) })?;
+        if written == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        IoSlice::advance_slices(&mut left, written);
+        at += written as u64;
+    }
+    Ok(())
+}
+
 /// Writes ranges to the file behind a channel, where that is.
 pub(super) fn write_all(ranges: &mut [libc::iovec], channel: &Channel, file: &FileStream) -> io::Result<()> {
     let mut left = ranges;
@@ -82,4 +101,24 @@ fn write_once(file: &FileStream, ranges: &[libc::iovec]) -> isize {
 
 fn file_offset(position: u64) -> io::Result<i64> {
     i64::try_from(position).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn more_parts_than_a_call_takes_are_written_one_behind_the_other() {
+        let file = tempfile::tempfile().unwrap();
+        let parts: Vec<Vec<u8>> = (0..2 * MAX_RANGES_PER_CALL + 3).map(|at| vec![at as u8; at % 5]).collect();
+        let slices: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+        write_parts(&file, &slices, 11).unwrap();
+        let mut written = vec![0; parts.concat().len()];
+        file.read_exact_at(&mut written, 11).unwrap();
+        assert!(written == parts.concat());
+        assert_eq!(file.metadata().unwrap().len(), 11 + written.len() as u64);
+        write_parts(&file, &[], 0).unwrap();
+    }
 }

@@ -4,5 +4,6 @@ mod file;
 mod iovec;
 mod main_file;
 
+pub(crate) use file::write_parts;
 pub(crate) use iovec::{IoVecs, Ranges};
 pub(crate) use main_file::MainFile;

@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_can_change_its_length() {
+    fn its_length_is_sealed() {
         let log = SharedLog::new(1 << 30).unwrap();
         assert!(log.file.set_len(0).is_err() && log.file.set_len(1 << 20).is_err());
     }

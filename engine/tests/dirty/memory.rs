@@ -26,7 +26,7 @@ pub(crate) fn memfd(len: usize, flags: libc::c_uint) -> io::Result<HostMemory> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: a new descriptor that nobody else owns.
+    // SAFETY: a new descriptor with no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(len as u64)?;
     HostMemory::map_file(file, len)

@@ -21,7 +21,7 @@ fn is_mapped(name: &str) -> bool {
 }
 
 #[test]
-fn memory_is_nobodys_after_a_migration() {
+fn memory_is_let_go_after_a_migration() {
     for (channels, arrives) in [(0, true), (0, false), (2, true), (2, false)] {
         let names = ["source", "destination"].map(|end| format!("{end}-{channels}-{arrives}"));
         let destination = Destination::builder(vec![shown_as(&names[1])]).timeout(SOON);

@@ -17,11 +17,11 @@ fn unasked() -> Recording {
 
 #[test]
 fn each_class_ends_with_exit_code_1_and_nothing_on_disk() -> Outcome {
-    let nobody = Recording { steps: Vec::new(), ending: Ending::Wait };
+    let silent = Recording { steps: Vec::new(), ending: Ending::Wait };
     let cases = [
         ("magic", single().patched("header", 0, 0, b"HTTP"), "magic 0x48545450"),
         ("silence", single().stopped(Lane::Main, 0), "no main channel on unix:"),
-        ("nobody", nobody, "no main channel on unix:"),
+        ("silent", silent, "no main channel on unix:"),
         ("cut", multifd().cut(Lane::Channel(1), 3000), "channel 1 (unix:"),
         ("main cut", unasked().cut(Lane::Main, 300), "main (unix:"),
         ("duplicate", multifd().patched("hello", 1, 24, &[0]), "channel id 0 is taken"),
@@ -74,9 +74,9 @@ fn a_source_that_asked_is_told_of_the_failure() -> Outcome {
 #[test]
 fn ctrl_c_ends_a_receive_at_once_wherever_it_is() -> Outcome {
     let whole = multifd();
-    let nobody = Recording { steps: Vec::new(), ending: Ending::Wait };
+    let silent = Recording { steps: Vec::new(), ending: Ending::Wait };
     let places = [
-        nobody,
+        silent,
         whole.clone().stopped(Lane::Main, 0),
         whole.clone().stopped(Lane::Main, 150),
         whole.stopped(Lane::Channel(0), 2000),

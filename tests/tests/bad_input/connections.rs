@@ -19,7 +19,7 @@ fn missed<const N: usize>(cases: [(&str, Recording, &[&str]); N]) -> Outcome {
 }
 
 #[test]
-fn first_bytes_that_belong_to_nobody() -> Outcome {
+fn first_bytes_of_strangers() -> Outcome {
     let magic = "magic 0x48545450, expected 0x5145564d (main) or 0x11223344 (channel)";
     refused([
         (

@@ -138,7 +138,7 @@ fn payload_lengths() -> Outcome {
 }
 
 #[test]
-fn codecs_that_nobody_knows_or_that_change() -> Outcome {
+fn codecs_that_are_unknown_or_change() -> Outcome {
     // One channel: of two, the changed packet may well come first.
     let changed = recording(&Style::multifd(1)).patched("packet", 1, field::FLAGS + 3, &[4]);
     let one = |codec| recording(&Style::multifd(1)).patched("packet", 0, field::FLAGS + 3, &[codec]);

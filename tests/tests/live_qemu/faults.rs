@@ -13,7 +13,7 @@ use super::{MIB, ROUNDS, in_the_middle, ways};
 
 #[derive(Clone, Copy, Debug)]
 enum Fault {
-    /// Somebody cancels at the source.
+    /// The operator cancels at the source.
     Cancel,
     /// The destination dies.
     Kill,

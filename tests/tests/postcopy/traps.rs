@@ -138,7 +138,7 @@ fn an_empty_pool_of_huge_pages_pauses_and_a_larger_one_lets_it_go_on() -> Outcom
     const HOSTS: usize = 4;
     let free = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
     if free.map_or(true, |free| free.trim() != "0") {
-        skip!("huge pages that are nobody's, or none at all");
+        skip!("no free huge pages, or none at all");
     }
     // For the page that comes before the switch.
     let pool = match HugePages::reserve(1) {

@@ -30,10 +30,10 @@ fn send(checkpoint: &Path, uri: &str, arguments: &[&str]) -> Outcome<Process> {
 fn what_leaves_the_guest_here_ends_with_exit_code_1() -> Outcome {
     let trial = checkpoint()?;
     let scratch = Scratch::new()?;
-    let mut nobody = send(&trial.checkpoint(), &scratch.unix_uri("nobody"), &["--timeout", "300ms"])?;
-    let nobody = ended(&mut nobody)?;
-    assert_eq!((nobody.code, &nobody.json["status"]), (1, &"failed".into()), "{}", nobody.stderr);
-    assert!(nobody.stderr.contains("gave up after"), "{}", nobody.stderr);
+    let mut absent = send(&trial.checkpoint(), &scratch.unix_uri("absent"), &["--timeout", "300ms"])?;
+    let absent = ended(&mut absent)?;
+    assert_eq!((absent.code, &absent.json["status"]), (1, &"failed".into()), "{}", absent.stderr);
+    assert!(absent.stderr.contains("gave up after"), "{}", absent.stderr);
 
     for (channels, done, says) in [
         ("0", "stall", "no byte moved for 500ms, the timeout"),
@@ -100,8 +100,8 @@ fn a_destination_that_ends_it_brings_up_the_settings_to_compare() -> Outcome {
         }
     }
     let scratch = Scratch::new()?;
-    let mut nobody = send(&trial.checkpoint(), &scratch.unix_uri("nobody"), &["--timeout", "300ms"])?;
-    assert!(ended(&mut nobody)?.json.get("hint").is_none());
+    let mut absent = send(&trial.checkpoint(), &scratch.unix_uri("absent"), &["--timeout", "300ms"])?;
+    assert!(ended(&mut absent)?.json.get("hint").is_none());
     Ok(())
 }
 

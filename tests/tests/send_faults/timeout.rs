@@ -12,7 +12,7 @@ use crate::fixture::{TIMEOUT, Way, cancel_when};
 const BOTH: [usize; 2] = [0, 2];
 
 #[test]
-fn nobody_listens() -> Outcome {
+fn no_peer_listens() -> Outcome {
     let scratch = Scratch::new()?;
     let free_port = Sink::tcp()?.endpoint().clone();
     for endpoint in [Endpoint::Unix(scratch.path("nobody")), free_port] {
@@ -29,7 +29,7 @@ fn nobody_listens() -> Outcome {
 }
 
 #[test]
-fn somebody_answers_and_reads_no_page() -> Outcome {
+fn a_peer_answers_and_reads_no_page() -> Outcome {
     for (channels, codec, place) in
         [(0, "none", "active, main (unix:"), (2, "none", "active, channel "), (2, "zstd", "active, channel ")]
     {
@@ -46,7 +46,7 @@ fn somebody_answers_and_reads_no_page() -> Outcome {
 
 /// A QEMU that waits for another channel is such a one.
 #[test]
-fn somebody_accepts_and_never_reads() -> Outcome {
+fn a_peer_accepts_and_never_reads() -> Outcome {
     for channels in BOTH {
         let way = Way::channels(channels).timeout(TIMEOUT);
         let ended = way.send(|destination| destination.wait_for_the_end())?;
@@ -57,7 +57,7 @@ fn somebody_accepts_and_never_reads() -> Outcome {
 }
 
 #[test]
-fn somebody_reads_and_never_answers() -> Outcome {
+fn a_peer_reads_and_never_answers() -> Outcome {
     for channels in BOTH {
         // All is in its hands, and it says nothing: which end has the guest is unknown.
         let way = Way::channels(channels).timeout(TIMEOUT);
@@ -100,7 +100,7 @@ fn a_cancel_wakes_a_source_wherever_it_is() -> Outcome {
                 let result = source.connect(endpoint).and_then(|mut precopy| precopy.round().map(|_| ()));
                 (result, cancel.join())
             });
-            let error = result.expect_err("nobody reads");
+            let error = result.expect_err("no peer reads");
             assert_eq!(error.kind(), ErrorKind::Cancelled, "{}", error.chain());
             assert!(error.source_may_resume());
             let cancelled = cancelled.map_err(|_| Failure::new("the canceller panicked"))?;

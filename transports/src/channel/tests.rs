@@ -135,7 +135,7 @@ fn a_closer_does_not_keep_the_channel_open() {
 }
 
 #[test]
-fn a_send_to_nobody_is_an_error_and_no_signal() {
+fn a_send_to_a_closed_peer_is_an_error_and_no_signal() {
     let (one, other) = Channel::pair().unwrap();
     drop(other);
     assert_eq!(one.send_all(b"x").unwrap_err().kind(), ErrorKind::BrokenPipe);

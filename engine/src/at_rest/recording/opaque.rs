@@ -6,7 +6,7 @@ use multifd_wire::{Footer, SectionHead, SectionId};
 
 use super::file::FileReader;
 use super::invalid;
-use crate::error::{Phase, Result};
+use crate::error::{Error, Phase, Result};
 use crate::stream::sections::{Found, find_footer, goes_on};
 
 const WHAT: &str = "a device section";
@@ -46,7 +46,8 @@ pub(super) fn payload(
             Found::Whole(len) => (len - Footer::LEN, Footer::LEN),
             Found::Unsure(len) => (len, 0),
         };
-        keep(bytes.get(..taken).unwrap_or_default())?;
+        let payload = bytes.get(..taken);
+        keep(payload.ok_or_else(|| Error::bug(Phase::Device, "a footer before its section"))?)?;
         reader.consume(taken + footer);
         match found {
             Found::Whole(_) => return Ok(()),

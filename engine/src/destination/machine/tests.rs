@@ -196,7 +196,7 @@ fn the_end_of_the_items_anywhere_before_the_end_of_ram_is_refused() {
     assert!(session.is_done(), "behind END, there may be no device at all");
 }
 
-/// Only a stream that nobody answers, without channels, may do without an END of RAM: a background
+/// Only a stream that is not answered, without channels, may do without an END of RAM: a background
 /// snapshot.
 #[test]
 fn a_stream_without_an_end_of_ram_needs_no_return_path_and_no_channels() {

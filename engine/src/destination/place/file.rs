@@ -15,6 +15,11 @@ impl<'s> FileWriter<'s> {
         Self(Some(turn))
     }
 
+    /// As [`PlacePages::place`], for content that lies in several places.
+    pub(super) fn place_parts(&self, block: &RamBlock, offset: usize, parts: &[&[u8]]) -> io::Result<()> {
+        block.memory().store(offset, parts)
+    }
+
     /// One of several, for a block that cannot be written in any other way: the kernel has them
     /// wait for each other.
     pub(super) fn beside_others() -> Self {
@@ -30,6 +35,6 @@ impl PlacePages for FileWriter<'_> {
         content: &[u8],
         _: impl FnOnce() -> bool,
     ) -> io::Result<()> {
-        block.memory().store(offset, content)
+        self.place_parts(block, offset, &[content])
     }
 }

@@ -17,7 +17,20 @@ impl PlacePages for Mapping {
         content: &[u8],
         present: impl FnOnce() -> bool,
     ) -> io::Result<()> {
+        self.place_parts(block, offset, &[content], present)
+    }
+}
+
+impl Mapping {
+    /// As [`PlacePages::place`], for content that lies in several places.
+    pub(super) fn place_parts(
+        &self,
+        block: &RamBlock,
+        offset: usize,
+        parts: &[&[u8]],
+        present: impl FnOnce() -> bool,
+    ) -> io::Result<()> {
         let memory = block.memory();
-        if present() { memory.store_present(offset, content) } else { memory.store_mapped(offset, content) }
+        if present() { memory.store_present(offset, parts) } else { memory.store_mapped(offset, parts) }
     }
 }

@@ -3,6 +3,7 @@
 
 mod digest;
 mod file;
+mod fresh;
 mod mapping;
 mod page_bits;
 mod sinks;
@@ -22,6 +23,7 @@ use page_bits::PageBits;
 
 pub use digest::DigestsDiffer;
 pub(crate) use file::FileWriter;
+pub use fresh::FreshRam;
 pub(crate) use mapping::Mapping;
 pub(crate) use sinks::BlockSinks;
 pub(super) use sinks::Gap;
@@ -172,6 +174,23 @@ impl BlockSink {
     pub(crate) fn note_written(&self, first: usize, pages: usize) {
         self.written.set_range(first, pages);
         self.came.set_range(first, pages);
+    }
+
+    /// Writes pages that lie apart in memory, from `first` on.
+    pub(crate) fn write_parts(&self, first: usize, parts: &[&[u8]]) -> Result<()> {
+        let pages = first..first + parts.len();
+        let present = || self.written.all(pages.clone());
+        let (block, offset) = (&self.block, first * PAGE);
+        let placed = match self.best_place() {
+            Place::Mapping(mapping) => mapping.place_parts(block, offset, parts, present),
+            Place::File(file) => file.place_parts(block, offset, parts),
+        };
+        placed.map_err(|error| self.fault("writing", pages.clone(), error))?;
+        self.note_written(first, parts.len());
+        if !self.keeps_digests() {
+            return Ok(());
+        }
+        self.note(first, parts.len(), parts.iter().map(|part| hash(part)))
     }
 
     /// Writes whole pages from `first` on.

@@ -39,19 +39,20 @@ impl Package {
     /// The sections of all devices, of which the first `head` was read. They have no lengths; what
     /// ends them is what a source puts behind the last: PINGs and RUN.
     pub(in crate::destination) fn devices(&mut self, head: SectionHead) -> Result<Vec<u8>> {
-        let begin = usize::try_from(self.0.position()).unwrap_or(usize::MAX);
-        let rest = self.0.source().0.get(begin..).unwrap_or_default();
-        let len = devices_len(rest).ok_or_else(|| {
-            let detail = format!(
-                "a package of {} bytes, whose devices do not end in a footer with RUN behind it",
-                begin + rest.len()
-            );
+        let (begin, package) = (self.0.position(), &self.0.source().0);
+        let rest = usize::try_from(begin).ok().and_then(|begin| package.get(begin..));
+        let rest = rest.ok_or_else(|| Error::bug(Phase::Device, "a package that was read past its end"))?;
+        let devices = devices_len(rest).and_then(|len| rest.get(..len)).ok_or_else(|| {
+            let len = package.len();
+            let detail =
+                format!("a package of {len} bytes, whose devices do not end in a footer with RUN behind it");
             Error::new(ErrorKind::InvalidStream, Phase::Device, detail)
         })?;
         let mut sections = Vec::new();
         Item::SectionFull(head).encode(&mut sections);
-        sections.extend_from_slice(rest.get(..len).unwrap_or_default());
-        self.0.seek((begin + len) as u64, || "the devices of a package".to_owned())?;
+        sections.extend_from_slice(devices);
+        let end = begin + devices.len() as u64;
+        self.0.seek(end, || "the devices of a package".to_owned())?;
         Ok(sections)
     }
 

@@ -39,18 +39,16 @@ impl PageTable {
         let (held, mut present) = (DirtyBitmap::new(block.pages()), 0);
         let base = block.memory().address();
         let page = |address: u64| usize::try_from((address - base) / PAGE as u64).map_err(io::Error::other);
-        let mut problem = Ok(());
         let walked = scan(&files.pagemap, base..base + block.used_len(), &mut |run, state| {
             if state == State::There {
                 present += run.end - run.start;
             }
-            match (page(run.start), page(run.end)) {
-                (Ok(first), Ok(end)) => held.set_range(first, end - first),
-                (Err(error), _) | (_, Err(error)) => problem = Err(error),
-            }
+            let (first, end) = (page(run.start)?, page(run.end)?);
+            held.set_range(first, end - first);
+            Ok(())
         });
         match walked {
-            Ok(()) => problem.map(|()| Some((held, present))),
+            Ok(()) => Ok(Some((held, present))),
             // A kernel without the request.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => Ok(None),
             Err(error) => Err(error),

@@ -130,7 +130,9 @@ impl MissingPages {
     /// EEXIST: a page is there. EAGAIN: pages are being dropped, read the events first.
     pub(crate) fn copy(&self, to: u64, content: &[u8]) -> io::Result<()> {
         in_steps(content.len(), |done| {
-            let rest = content.get(done..).unwrap_or_default();
+            let Some(rest) = content.get(done..) else {
+                return (0, Err(io::Error::other("more was copied than there was (a bug in multifd)")));
+            };
             let mut copy = Copy {
                 to: to + done as u64,
                 from: rest.as_ptr() as u64,

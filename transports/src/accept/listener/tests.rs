@@ -188,7 +188,7 @@ fn clients_are_identified_in_the_order_in_which_they_speak() {
 }
 
 #[test]
-fn silent_and_leaving_clients_are_told_and_delay_nobody() {
+fn silent_and_leaving_clients_are_told_and_delay_no_other() {
     let serving = Serving::new("tcp:127.0.0.1:0", 4, Duration::from_millis(300));
     let begun = Instant::now();
     let _silent = serving.dial();

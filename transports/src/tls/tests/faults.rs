@@ -79,7 +79,7 @@ fn a_handshake_that_stalls_anywhere_ends_at_both_ends() {
 }
 
 #[test]
-fn a_silent_client_holds_up_nobody() {
+fn a_silent_client_holds_up_no_other() {
     let credentials = Credentials::new();
     let serving = Serving::new("tcp:localhost:0", Some(credentials.server()), BRIEF);
     let Endpoint::Tcp { port, .. } = serving.endpoint() else { panic!() };

@@ -1,4 +1,4 @@
-//! Whoever is refused hears why, and whoever refuses says it.
+//! A refused peer hears why, and the refusing end says it.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,7 +18,7 @@ pub(super) fn refused_client(client: TlsClient, server: TlsServer) -> (String, S
             break error.to_string();
         }
     };
-    // And when it receives, if somebody does.
+    // And when it receives, if it does.
     assert_eq!(one.recv(&mut [0; 8]).unwrap_err().to_string(), there);
     serving.stop();
     (here, there)
@@ -119,7 +119,7 @@ fn no_certificate() {
     let (here, there) = refused_client(credentials.client(), credentials.server());
     says(&here, &["the peer has sent no certificate", "ca-cert.pem"]);
     says(&there, &["the peer demands a client certificate and we have none"]);
-    // Unless nobody asks.
+    // Unless it does not ask.
     let (one, other) = pair(credentials.client(), credentials.server().without_client_certificates());
     one.send_all(b"in").unwrap();
     other.recv_exact(&mut [0; 2]).unwrap();
