@@ -2,7 +2,7 @@
 
 use std::net::TcpListener;
 
-use multifd_engine::transports::Channel;
+use multifd_engine::transports::{Channel, Endpoint};
 use multifd_engine::wire::{Configuration, ReturnMessage};
 use multifd_engine::{Error, ErrorKind, MigrationState, PAGE, Postcopy, RamBlock, Served, Source};
 
@@ -304,28 +304,31 @@ fn a_switch_that_was_not_allowed_is_refused_and_the_guest_runs_on() {
 #[test]
 fn a_destination_of_an_old_machine_type_gets_its_second_connection_before_it_is_asked_anything() {
     let blocks = guest();
-    let (main, there) = There::start(Peer::new(&blocks), script(60), false);
-    let (urgent, _theirs) = Channel::pair().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at: Endpoint = format!("tcp:{}", listener.local_addr().unwrap()).parse().unwrap();
+    let accept = |peer, script, resumed| {
+        let [main, urgent] = [(); 2].map(|()| Channel::try_from(listener.accept().unwrap().0).unwrap());
+        (There::over(main, peer, script, resumed), urgent)
+    };
     let source = Source::builder(blocks.clone(), Configuration::new("pc-q35-7.2"))
         .paused_guest()
         .postcopy(true)
         .postcopy_preempt(true)
-        .timeout(SOON);
-    let precopy = source.build().unwrap().connect_over(main, Vec::new()).unwrap();
-    let precopy = precopy.with_urgent_channel(urgent).unwrap();
-    let mut postcopy = precopy.switch_to_postcopy(&devices()).unwrap();
-    assert!(matches!(postcopy.serve().unwrap(), Served::Paused(_)));
-    let (peer, _) = there.end();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let at = format!("tcp:{}", listener.local_addr().unwrap()).parse().unwrap();
-    let accepting = std::thread::Builder::new();
-    let accepting = accepting.spawn(move || {
-        let [main, urgent] = [(); 2].map(|()| Channel::try_from(listener.accept().unwrap().0).unwrap());
-        (There::over(main, peer, Script::default(), true), urgent)
+        .timeout(SOON)
+        .build()
+        .unwrap();
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| accept(Peer::new(&blocks), script(60), false));
+        let precopy = source.connect(&at).unwrap();
+        let mut postcopy = precopy.switch_to_postcopy(&devices()).unwrap();
+        assert!(matches!(postcopy.serve().unwrap(), Served::Paused(_)));
+        let (there, _urgent) = first.join().unwrap();
+        let (peer, _) = there.end();
+        let second = scope.spawn(|| accept(peer, Script::default(), true));
+        postcopy.recover(&at, SOON).unwrap();
+        completed(postcopy.serve().unwrap());
+        let (there, urgent) = second.join().unwrap();
+        there.end().0.check(&blocks);
+        assert_eq!(urgent.recv(&mut [0]).ok(), Some(1), "the record that ends it");
     });
-    postcopy.recover(&at, SOON).unwrap();
-    completed(postcopy.serve().unwrap());
-    let (there, urgent) = accepting.unwrap().join().unwrap();
-    there.end().0.check(&blocks);
-    assert_eq!(urgent.recv(&mut [0]).ok(), Some(1), "the record that ends it");
 }
