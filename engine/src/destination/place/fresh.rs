@@ -27,9 +27,12 @@ use crate::run::stop::lock;
 /// ```
 #[derive(Clone)]
 pub struct FreshRam {
-    make: Arc<dyn Fn(&BlockEntry) -> io::Result<HostMemory> + Send + Sync>,
+    make: Arc<Make>,
     blocks: Arc<Mutex<Vec<RamBlock>>>,
 }
+
+/// Gives memory for a block.
+type Make = dyn Fn(&BlockEntry) -> io::Result<HostMemory> + Send + Sync;
 
 impl FreshRam {
     /// Private memory.
