@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use multifd_codecs::Zstd;
 use multifd_engine::transports::{Endpoint, Listener, TlsServer};
-use multifd_engine::{Postcopy, PostcopyEnd, PostcopyGuest, Report, Served};
+use multifd_engine::{MigrationState, Postcopy, PostcopyEnd, PostcopyGuest, Report, Served};
 
 use super::guest;
 use super::relay::{Cut, Relay};
@@ -74,8 +74,10 @@ fn moved(how: &Move, first: usize, cuts: &[Cut]) -> Report {
         let threads = scope.spawn(|| guest::run(&there, &here, how.order));
         let waiting = scope.spawn(|| wait(guest, &meeting, cuts.to_vec(), tls.as_ref()));
         until(&sent, "requests", |sent| sent.requests > 2);
+        let states = control.state_changes();
         relay.cut(first);
-        // Over the link that replaces it, everything goes.
+        // Everything goes over the link that replaces it, and not before that one has broken.
+        while states.recv_timeout(SOON).unwrap() != MigrationState::PostcopyPaused {}
         control.set_max_postcopy_bandwidth(None);
         threads.join().unwrap();
         (serving.join().unwrap(), waiting.join().unwrap())

@@ -37,7 +37,10 @@ fn moved(how: &Move, rounds: usize) -> Report {
         // Until then only what is asked for goes: threads that wait are certain, and so are
         // neighbours of one in order.
         let pushed = u64::from(how.order == Order::Ascending && how.urgent > 0);
-        until(&sent, "requests", |sent| sent.requests > 2 && sent.neighbours_pushed >= pushed);
+        let asked_on = if how.urgent > 0 { "urgent" } else { "main" };
+        until(&sent, "requests", |sent| {
+            sent.requests > 2 && sent.neighbours_pushed >= pushed && pages_on(sent, asked_on) > 0
+        });
         control.set_max_postcopy_bandwidth(None);
         threads.join().unwrap();
         (serving.join().unwrap(), waiting.join().unwrap())
