@@ -6,6 +6,7 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use multifd_codecs::CodecChoice;
 use multifd_engine::{SwitchoverAck, ZeroPages};
@@ -241,6 +242,10 @@ pub(crate) struct Following {
     /// capability postcopy-preempt)
     #[arg(long, requires = "postcopy")]
     pub(crate) postcopy_preempt: bool,
+    /// With --postcopy: how many such connections to a multifd destination, 0 to 8; 0: none, such
+    /// pages go on main. With --channels also without --postcopy-preempt. Default: 1
+    #[arg(long, value_name = "N", requires = "postcopy", value_parser = urgent_channels())]
+    pub(crate) postcopy_urgent_channels: Option<u8>,
     /// With --postcopy: limit of what goes before the guest asks for it, such as 100MiB/s; 0:
     /// unlimited. Default: unlimited
     #[arg(long, value_name = "RATE", requires = "postcopy", value_parser = human::rate)]
@@ -249,6 +254,11 @@ pub(crate) struct Following {
     /// (QEMU: migrate-recover). Default: end with exit code 3
     #[arg(long, value_name = "TIME", requires = "postcopy", value_parser = human::duration)]
     pub(crate) recover: Option<Duration>,
+}
+
+/// As many as the engine takes.
+fn urgent_channels() -> RangedI64ValueParser<u8> {
+    clap::value_parser!(u8).range(0..=8)
 }
 
 impl Following {

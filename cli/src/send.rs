@@ -62,6 +62,9 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         .socket_options(flags.sockets.options())
         .channel_endpoints(flags.sockets.channel_uri.clone())
         .zero_copy_send(flags.sockets.zero_copy_send());
+    if let Some(channels) = flags.following.postcopy_urgent_channels {
+        builder = builder.postcopy_urgent_channels(channels.into());
+    }
     if flags.return_path || flags.no_return_path {
         builder = builder.return_path(flags.return_path);
     }

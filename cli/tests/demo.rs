@@ -74,7 +74,8 @@ fn a_guest_that_goes_on_before_its_ram_is_there_finds_every_page() {
         eprintln!("skipped: userfaultfd: {error}");
         return;
     }
-    for flags in [&["--postcopy"][..], &["--postcopy", "--postcopy-preempt"]] {
+    let channels = ["--postcopy", "--channels", "2", "--postcopy-urgent-channels", "2"];
+    for flags in [&["--postcopy"][..], &["--postcopy", "--postcopy-preempt"], &channels] {
         let object = demo(flags);
         let figures = &object["postcopy"];
         let number = |key: &str| figures[key].as_u64().unwrap_or_else(|| panic!("{key}: {object:#}"));

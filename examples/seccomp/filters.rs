@@ -149,6 +149,7 @@ const THREADS: &[(&str, &[i64])] = &[
             libc::SYS_process_vm_readv,
             libc::SYS_sendmsg,
             libc::SYS_sendto,
+            libc::SYS_setsockopt,
             libc::SYS_shutdown,
         ],
     ),

@@ -61,6 +61,7 @@ fn machines() -> Vec<(&'static str, QemuBuilder)> {
 /// The stream of a guest that does not run.
 fn recorded(vm: &QemuBuilder, path: &Path) -> Outcome {
     let mut source = vm.spawn("source")?;
+    source.set_up(&Settings::default(), Side::Source)?;
     source.migrate(&format!("file:{}", path.display()))?;
     source.wait_completed(SOON)?;
     source.quit().map(drop)
@@ -145,12 +146,13 @@ fn fields_that_are_changed_here_are_what_qemus_monitor_shows() -> Outcome {
     })?;
     change(&mut stream, &devices, "virtio-net", |card: &mut VirtioDevice<VirtioPci, Net>| {
         card.kind.mac.0 = [2, 0, 0, 0xca, 0xfe, 1];
-        card.kind.nobcast = true;
+        card.kind.allmulti = true;
         Some(())
     })?;
     fs::write(&path, stream)?;
 
     let mut there = vm.clone().incoming("defer").spawn("destination")?;
+    there.set_up(&Settings::default(), Side::Destination)?;
     there.execute("migrate-incoming", json!({ "uri": format!("file:{}", path.display()) }))?;
     there.wait_completed(SOON)?;
     let monitor = |there: &mut Qemu, line: &str| -> Outcome<String> {
@@ -161,8 +163,8 @@ fn fields_that_are_changed_here_are_what_qemus_monitor_shows() -> Outcome {
     monitor(&mut there, "o /xb 0x70 0x50")?;
     assert_eq!(monitor(&mut there, "i /xb 0x71")?, "portb[0x0071] = 0xc3", "a byte of CMOS memory");
     let filter = there.execute("query-rx-filter", json!({ "name": "card" }))?;
-    assert_eq!(filter.pointer("/0/main-mac"), Some(&json!("02:00:00:ca:fe:01")), "{filter}");
-    assert_eq!(filter.pointer("/0/broadcast-allowed"), Some(&json!(false)), "{filter}");
+    assert_eq!(filter.pointer("/0/main-mac"), Some(&json!("02:00:00:ca:fe:01")));
+    assert_eq!(filter.pointer("/0/multicast"), Some(&json!("all")));
     there.quit().map(drop)
 }
 
@@ -194,6 +196,10 @@ fn a_booted_linux_is_consistent_and_a_spoilt_ring_index_is_found() -> Outcome {
     let (code, checked) = inspect(&["--check"], &[&out])?;
     assert_eq!(code, Some(0), "{checked}");
     assert!(!checked.contains("inconsistent"), "{checked}");
+    // What these three have beside the usual depends on processor and machine.
+    let not_all = |line: &&str| ["slirp ", "cpu ", "/ICH9LPC "].iter().any(|name| line.contains(name));
+    let unchecked = checked.lines().filter(|line| line.ends_with("not checked"));
+    assert_eq!(unchecked.filter(|line| !not_all(line)).collect::<Vec<_>>(), [""; 0], "{checked}");
     let (_, shown) = inspect(&["-v"], &[&out])?;
     for expected in ["DRIVER_OK", "VERSION_1", "last_avail_idx", "in_use"] {
         assert!(shown.contains(expected), "no {expected} in {shown}");

@@ -47,6 +47,7 @@ pub use channel::Channel;
 pub use channel::broken::PeerVanished;
 pub use channel::byte_stream::ByteStream;
 pub use channel::closer::Closer;
+pub use channel::send_queue::SendQueue;
 pub use channel::zero_copy::ZeroCopy;
 pub use dial::descriptor::receive_descriptor;
 pub use dial::{DialOptions, dial, encrypt};

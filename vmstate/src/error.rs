@@ -30,6 +30,17 @@ impl Error {
     }
 }
 
+/// What is seen where a subsection is of no description.
+pub(crate) const UNKNOWN_SUBSECTION: &str = "a subsection that is unknown here";
+
+impl Error {
+    /// Whether the state has a subsection that no description here has: it may be right, but is of
+    /// a device that can do more.
+    pub fn is_unknown_subsection(&self) -> bool {
+        self.seen == UNKNOWN_SUBSECTION
+    }
+}
+
 impl Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: ", self.device)?;

@@ -127,6 +127,9 @@ fn settings(flags: &Demo, common: &Common, guest: &Guest) -> Result<SourceBuilde
         .digest(flags.proof.digest())
         .limits(flags.convergence.limits(common.downtime_limit))
         .timeout(common.timeout);
+    if let Some(channels) = flags.postcopy_urgent_channels {
+        builder = builder.postcopy_urgent_channels(channels.into());
+    }
     if flags.auto_converge {
         builder = builder.auto_converge(AutoConverge::default());
     }

@@ -28,6 +28,10 @@ pub(crate) struct Demo {
     /// With --postcopy: a connection of its own for pages that the guest waits for
     #[arg(long, requires = "postcopy")]
     pub(crate) postcopy_preempt: bool,
+    /// In post-copy: how many such connections, 0 to 8; 0: such pages go on main. With --channels
+    /// also without --postcopy-preempt. Default: 1
+    #[arg(long, value_name = "N", value_parser = super::urgent_channels())]
+    pub(crate) postcopy_urgent_channels: Option<u8>,
     /// When the guest is paused, compare all of its RAM with what was sent: finds writes that the
     /// dirty log has missed
     #[arg(long, conflicts_with = "postcopy")]

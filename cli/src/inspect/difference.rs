@@ -141,7 +141,7 @@ fn structures(found: &mut Listed, place: &str, left: Structure<'_>, right: Struc
 fn subsections(found: &mut Listed, place: &str, left: &[Subsection<'_>], right: &[Subsection<'_>]) {
     let there =
         |subsection: &Subsection<'_>| format!("subsection of {} bytes", subsection.structure.bytes().len());
-    let at = |name: &str| if place.is_empty() { name.to_owned() } else { format!("{place}: {name}") };
+    let at = |name: &str| if place.is_empty() { name.to_owned() } else { format!("{place}.{name}") };
     for a in left {
         match right.iter().find(|b| b.name == a.name) {
             Some(b) if a.structure.bytes() == b.structure.bytes() => {}

@@ -25,6 +25,8 @@ pub(super) enum Verdict {
     Inconsistent,
     /// No description here: not checked.
     Opaque,
+    /// There is a subsection that no description here has: not checked.
+    Partly,
 }
 
 /// Something that is said of a field.
@@ -82,6 +84,7 @@ fn checked(section: &RecordedSection, ram: &Ram) -> Checked {
         Some(Ok(examined)) => {
             (Verdict::Inconsistent, examined.findings.into_iter().map(Into::into).collect())
         }
+        Some(Err(error)) if error.is_unknown_subsection() => (Verdict::Partly, Vec::new()),
         Some(Err(error)) => {
             let Error { field, seen, expected, .. } = error;
             let expected = expected.map(|expected| format!(", expected {expected}")).unwrap_or_default();

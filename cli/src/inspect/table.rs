@@ -151,6 +151,7 @@ pub(super) fn of_check(devices: &[Checked]) -> String {
             Verdict::Consistent => "consistent",
             Verdict::Inconsistent => "inconsistent",
             Verdict::Opaque => "not described here, not checked",
+            Verdict::Partly => "has a subsection that is not described here, not checked",
         };
         let _ = writeln!(out, "{name:<width$}  {verdict}");
         remarks(&mut out, "inconsistent", &device.findings);

@@ -115,12 +115,7 @@ impl Driver {
     /// Reads to the end, or up to where the guest may run.
     pub(super) fn run(mut self) -> Result<Switched> {
         let name = self.reader.name();
-        let live = self.live_part();
-        if live.is_err()
-            && let Some(serving) = &self.serving
-        {
-            serving.give_back();
-        }
+        let live = self.live_part().inspect_err(|_| self.give_back());
         let begins = live.map_err(|error| error.on(name.clone()))?;
         if self.machine.has_switched() {
             return Ok(Switched::Running(Box::new(self)));
@@ -367,6 +362,14 @@ impl Driver {
         let memory = std::mem::replace(&mut self.devices_memory, self.shared.limits.memory.share());
         let received = received(self.machine.facts(), early, tail, memory)?;
         Ok((received, std::mem::take(&mut self.when_loaded)))
+    }
+
+    /// The guest does not run here: if memory waits for pages, it is given back as it is, so that no
+    /// thread waits for what never comes.
+    pub(super) fn give_back(&self) {
+        if let Some(serving) = &self.serving {
+            serving.give_back();
+        }
     }
 
     /// What a post-copy shares with other threads.

@@ -222,7 +222,7 @@ impl Destination {
                 if self.config.verify {
                     tracing::warn!("the source has switched to post-copy: what follows is not read again");
                 }
-                self.session.enter(MigrationState::PostcopyActive)?;
+                self.session.enter(MigrationState::PostcopyActive).inspect_err(|_| driver.give_back())?;
                 Ok(Begun::Switched(driver, Arc::clone(crew)))
             }
         }
@@ -281,3 +281,6 @@ impl Destination {
         Ok((switched, return_path))
     }
 }
+
+#[cfg(test)]
+mod tests;

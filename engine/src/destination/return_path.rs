@@ -52,6 +52,14 @@ impl ReturnPath {
         self.dialect.store(true, Ordering::Relaxed);
     }
 
+    /// The return path over a `channel` that replaces one which broke: it is open, and what the
+    /// source takes is known.
+    pub(super) fn over(&self, channel: Arc<Channel>) -> Self {
+        let this = Self { dialect: Arc::clone(&self.dialect), ..Self::new(channel) };
+        this.open();
+        this
+    }
+
     /// The source sent OPEN_RETURN_PATH. Repeats are harmless.
     pub(crate) fn open(&self) {
         let mut state = lock(&self.state);
@@ -79,17 +87,23 @@ impl ReturnPath {
     }
 
     pub(crate) fn send(&self, phase: Phase, message: &ReturnMessage) -> Result<()> {
+        self.send_all(phase, std::slice::from_ref(message))
+    }
+
+    /// Sends these messages in one piece.
+    pub(crate) fn send_all(&self, phase: Phase, messages: &[ReturnMessage]) -> Result<()> {
+        let Some(first) = messages.first() else { return Ok(()) };
         let state = lock(&self.state);
         match *state {
             State::Open => {}
             // The migration was stopped meanwhile.
             State::Shut => return Err(Error::stopped(phase)),
             State::Closed | State::OneWay => {
-                return Err(Error::bug(phase, format_args!("{message:?} to a source that does not listen")));
+                return Err(Error::bug(phase, format_args!("{first:?} to a source that does not listen")));
             }
         }
-        self.write(std::slice::from_ref(message))
-            .map_err(|error| Error::io(phase, format_args!("sending {message:?}"), error).on(self.name()))
+        self.write(messages)
+            .map_err(|error| Error::io(phase, format_args!("sending {first:?}"), error).on(self.name()))
     }
 
     /// Tells the source which pages of the block are here. `received`: a bit a page, from the

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::error::Error;
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, MutexGuard, Ordering, PoisonError};
 
-type OnTrip = Box<dyn FnOnce() + Send>;
+type OnTrip = Box<dyn FnOnce(&StopSwitch) + Send>;
 
 /// Ends a migration, once. Cheap to clone; any thread may trip it.
 #[derive(Clone, Default)]
@@ -42,11 +42,16 @@ impl StopSwitch {
             self.0.tripped.store(true, Ordering::Release);
             std::mem::take(&mut inner.on_trip)
         };
-        actions.into_iter().for_each(|action| action());
+        actions.into_iter().for_each(|action| action(self));
     }
 
     /// Runs `action` when the switch trips; at once if it has tripped.
     pub(crate) fn on_trip(&self, action: impl FnOnce() + Send + 'static) {
+        self.on_trip_of(|_| action());
+    }
+
+    /// The same of an `action` that looks at the cause.
+    pub(crate) fn on_trip_of(&self, action: impl FnOnce(&Self) + Send + 'static) {
         {
             let mut inner = lock(&self.0.inner);
             if inner.sealed {
@@ -57,7 +62,7 @@ impl StopSwitch {
                 return;
             }
         }
-        action();
+        action(self);
     }
 
     /// Nothing trips the switch from now on: the point of no return. False: it has tripped before.
@@ -71,6 +76,11 @@ impl StopSwitch {
         drop(inner);
         drop(never);
         sealed
+    }
+
+    /// Nothing trips the switch any more.
+    pub(crate) fn is_sealed(&self) -> bool {
+        lock(&self.0.inner).sealed
     }
 
     /// No thread is left that a trip would wake. What would have run then keeps memory and

@@ -5,10 +5,13 @@
 //!  worker panics ──────┼─> StopSwitch::trip(cause) ──> every on_trip action: sockets shut down, waits woken
 //!  caller cancels ─────┘        first cause wins        every thread joined
 //! ```
+//!
+//! Behind the point of no return nothing trips the switch: a panic is told to what
+//! [`Crew::on_panic`] has named.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
 use multifd_transports::ThreadHook;
@@ -16,16 +19,20 @@ use multifd_transports::ThreadHook;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::{StopSwitch, lock};
 
+/// What is told that a thread has panicked.
+type OnPanic = Box<dyn Fn(Error) + Send + Sync>;
+
 /// The threads of one migration. Dropping it cancels and joins them.
 pub(crate) struct Crew {
     stop: StopSwitch,
     hook: ThreadHook,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    panicked: Arc<OnceLock<OnPanic>>,
 }
 
 impl Crew {
     pub(crate) fn new(stop: StopSwitch) -> Self {
-        Self { stop, hook: ThreadHook::default(), threads: Mutex::default() }
+        Self { stop, hook: ThreadHook::default(), threads: Mutex::default(), panicked: Arc::default() }
     }
 
     /// Calls `hook` on every thread that is started from now on.
@@ -38,6 +45,12 @@ impl Crew {
         &self.stop
     }
 
+    /// Tells `told` of each panic of a thread that the switch does not take, because it is sealed.
+    /// The first call counts.
+    pub(crate) fn on_panic(&self, told: impl Fn(Error) + Send + Sync + 'static) {
+        self.panicked.get_or_init(|| Box::new(told));
+    }
+
     /// Starts a thread whose every bad end, a panic included, trips the switch.
     pub(crate) fn spawn(
         &self,
@@ -45,21 +58,21 @@ impl Crew {
         phase: Phase,
         body: impl FnOnce() -> Result<()> + Send + 'static,
     ) -> Result<()> {
-        let (stop, hook) = (self.stop.clone(), self.hook.clone());
+        let (stop, hook, panicked) = (self.stop.clone(), self.hook.clone(), Arc::clone(&self.panicked));
         let label = name.to_owned();
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || match catch_unwind(AssertUnwindSafe(|| hooked(&hook, &label, body))) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => stop.trip(error),
-                Err(panic) => stop.trip(
-                    Error::new(
-                        ErrorKind::Panicked,
-                        phase,
-                        format!("thread panicked: {}", panic_text(&*panic)),
-                    )
-                    .on(label),
-                ),
+                Err(panic) => {
+                    let detail = format!("thread panicked: {}", panic_text(&*panic));
+                    let error = Error::new(ErrorKind::Panicked, phase, detail).on(label);
+                    match panicked.get() {
+                        Some(told) if stop.is_sealed() => told(error),
+                        _ => stop.trip(error),
+                    }
+                }
             })
             .map_err(|error| Error::io(phase, format_args!("starting thread {name}"), error))?;
         let mut threads = lock(&self.threads);

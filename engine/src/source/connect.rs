@@ -17,7 +17,7 @@ use super::outgoing::{OutgoingRam, ZeroPages};
 use super::page_cache::PageCache;
 use super::postcopy::{PostcopySettings, PreemptStyle, UrgentChannels};
 use super::precopy::Precopy;
-use super::return_path::ReturnPathReader;
+use super::return_path::{LastWords, ReturnPathReader};
 use super::shared::SourceShared;
 use crate::config::{Opened, Surroundings, own};
 use crate::convergence::Convergence;
@@ -142,7 +142,8 @@ impl Source {
         let ram = if self.config.postcopy { ram.for_postcopy()? } else { ram };
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
         self.session.counters.expect(Estimate { remaining_bytes: ram.total_bytes(), ..Estimate::default() });
-        let main = self.next_connection(&mut connections, dialer, None)?;
+        let last_words = LastWords::default();
+        let main = dialer.adopt_main(self.next_connection(&mut connections, dialer, None)?, &last_words)?;
         self.session.counters.main.count_bytes_of(&main);
         let file = MainFile::of(&main);
         let opened = Opened { file: file.is_some(), two_way: main.is_two_way() };
@@ -168,7 +169,7 @@ impl Source {
         // Before the others are dialled: a destination that refuses us says so here, and nothing
         // listens there any more.
         let return_path = if self.wants_return_path(endpoint, opened) {
-            Some(ReturnPathReader::start(Arc::clone(&main), Arc::clone(&shared), crew)?)
+            Some(ReturnPathReader::start(Arc::clone(&main), Arc::clone(&shared), crew, &last_words)?)
         } else {
             None
         };
@@ -196,6 +197,7 @@ impl Source {
         let channels = Channels::new(count, SyncPoints::for_machine(&self.guest.configuration), crew);
         for id in (0..=u8::MAX).take(count) {
             let channel = self.next_connection(connections, dialer, Some(id))?;
+            let channel = dialer.adopt(channel, &self.session.stop)?;
             channels.start(channel, id, shared, crew)?;
         }
         Ok(channels)
@@ -242,21 +244,20 @@ impl Source {
         connections: &mut Connections<'_>,
         dialer: &Dialer,
         id: Option<u8>,
-    ) -> Result<Arc<Channel>> {
+    ) -> Result<Channel> {
         let name = id.map_or_else(|| "main".to_owned(), |id| format!("channel {id}"));
-        let channel = match connections {
+        match connections {
             Connections::Own(channels) => {
                 let none = || Error::bug(Phase::Connect, format_args!("no connection for {name}"));
                 let connection = channels.next().ok_or_else(none)?;
                 encrypt(connection, &dialer.options(self.session.timeout, &self.session.stop))
-                    .map_err(|error| Error::io(Phase::Connect, "shaking hands", error).on(&name))?
+                    .map_err(|error| Error::io(Phase::Connect, "shaking hands", error).on(&name))
             }
             Connections::Dialled(main) => {
                 let own = id.and_then(|id| self.config.channel_endpoints.iter().cycle().nth(id.into()));
-                dialer.dial(own.unwrap_or(main), &name, &self.session.stop)?
+                dialer.dial(own.unwrap_or(main), &name, &self.session.stop)
             }
-        };
-        dialer.adopt(channel, &self.session.stop)
+        }
     }
 }
 

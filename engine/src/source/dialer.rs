@@ -10,6 +10,7 @@ use multifd_transports::{
 use crate::error::{Error, Phase, Remedy, Result};
 use crate::run::session::Session;
 use crate::run::stop::StopSwitch;
+use crate::source::return_path::LastWords;
 
 /// What every connection of a migration is made with.
 pub(super) struct Dialer {
@@ -54,6 +55,14 @@ impl Dialer {
         };
         stop.on_trip(move || stopper.stop());
         options
+    }
+
+    /// Makes main part of the migration. It is closed when the migration is stopped, but not before
+    /// a destination that fails has said why, if it does.
+    pub(super) fn adopt_main(&self, channel: Channel, last_words: &LastWords) -> Result<Arc<Channel>> {
+        let channel = self.session.adopt(channel, Phase::Connect)?;
+        last_words.close_behind(channel.closer(), &self.session.stop);
+        Ok(channel)
     }
 
     /// Makes a connection part of the migration; it is closed when `stop` trips.

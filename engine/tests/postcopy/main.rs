@@ -15,6 +15,7 @@ mod recovery;
 mod relay;
 #[path = "../dirty/skip.rs"]
 mod skip;
+mod threads;
 
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -24,6 +24,22 @@ pub(crate) fn memory(memfd: bool) -> Vec<RamBlock> {
         .to_vec()
 }
 
+/// Blocks of whole huge pages of 2 MiB, of the machine's pool.
+#[allow(dead_code, reason = "one of the suites has it")]
+pub(crate) fn huge_memory() -> Vec<RamBlock> {
+    HUGE_BLOCKS
+        .map(|(name, pages)| {
+            let file = File::from(memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB).unwrap());
+            ftruncate(&file, (pages * PAGE) as u64).unwrap();
+            RamBlock::new(name.try_into().unwrap(), HostMemory::map_file(file, pages * PAGE).unwrap())
+        })
+        .to_vec()
+}
+
+/// Eight huge pages, and one.
+#[allow(dead_code, reason = "as above")]
+pub(crate) const HUGE_BLOCKS: [(&str, usize); 2] = [("pc.ram", 4096), ("vga.vram", 512)];
+
 pub(crate) fn write(block: &RamBlock, page: usize, value: usize) {
     let bytes = ((value << 16 | page) as u64 | 1 << 63).to_le_bytes();
     block.memory().slice(page * PAGE, PAGE).unwrap().write_slice(&bytes.repeat(PAGE / 8), 0).unwrap();

@@ -30,7 +30,7 @@ struct Pair {
     relay: Relay,
 }
 
-fn any() -> Endpoint {
+pub(crate) fn any() -> Endpoint {
     "tcp:127.0.0.1:0".parse().unwrap()
 }
 

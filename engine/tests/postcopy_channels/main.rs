@@ -12,6 +12,8 @@
 mod credentials;
 mod cuts;
 mod guest;
+#[path = "../dirty/huge_pages.rs"]
+mod huge_pages;
 mod matrix;
 #[path = "../postcopy/ram.rs"]
 mod ram;
@@ -36,7 +38,7 @@ use multifd_engine::{
 use tempfile::TempDir;
 
 use guest::Order;
-use ram::{memory, write};
+use ram::{huge_memory, memory, write};
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -50,13 +52,15 @@ struct Move {
     tls: bool,
     /// Its memory is shared with a file, at both ends.
     memfd: bool,
+    /// The same in huge pages, for which there must be a pool.
+    huge: bool,
     order: Order,
 }
 
 impl Default for Move {
     fn default() -> Self {
         let codec = Arc::new(Uncompressed);
-        Self { channels: 2, urgent: 1, codec, tls: false, memfd: false, order: Order::Many }
+        Self { channels: 2, urgent: 1, codec, tls: false, memfd: false, huge: false, order: Order::Many }
     }
 }
 
@@ -75,7 +79,8 @@ struct Ends {
 
 impl Ends {
     fn new(how: &Move) -> Self {
-        let (here, there) = (memory(how.memfd), memory(how.memfd));
+        let memory = || if how.huge { huge_memory() } else { memory(how.memfd) };
+        let (here, there) = (memory(), memory());
         for block in &here {
             (0..block.pages()).filter(|page| page % 4 != 0).for_each(|page| write(block, page, 1));
         }

@@ -11,8 +11,9 @@ use multifd_engine::{
 };
 
 use super::guest::{self, Order};
+use super::huge_pages::HugePages;
 use super::ram;
-use super::{Ends, Move, SOON, arrived, missing, pages_on, switch, until};
+use super::{Ends, Move, SOON, arrived, missing, pages_on, skip, switch, until};
 
 /// Moves a guest after `rounds`, whose threads use all of its memory as soon as it may run at the
 /// destination, and compares every page. The source's report.
@@ -99,6 +100,28 @@ fn sixteen_threads_read_and_write_at_once_while_their_memory_comes_over_channels
 #[test]
 fn memory_that_is_shared_with_a_file_comes_over_channels() {
     kinds(Order::Many, true);
+}
+
+#[test]
+fn a_guest_of_huge_pages_runs_while_they_come_over_channels() {
+    if missing() {
+        return;
+    }
+    let pages: usize = ram::HUGE_BLOCKS.iter().map(|(_, pages)| pages).sum();
+    let _pool = match HugePages::reserve(2 * pages * PAGE / (2 << 20)) {
+        Ok(pool) => pool,
+        Err(why) => return skip::skipped(&why),
+    };
+    for codec in codecs() {
+        let report = moved(&Move { codec: Arc::clone(&codec), huge: true, ..Move::default() }, 2);
+        let asked = pages_on(&report.progress, "urgent");
+        assert!(
+            asked > 0 && asked.is_multiple_of(512),
+            "{}: {asked} pages, expected whole ones",
+            codec.name()
+        );
+        assert_eq!(report.progress.neighbours_pushed, 0, "a huge page has its neighbours with it");
+    }
 }
 
 #[test]

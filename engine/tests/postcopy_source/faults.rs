@@ -1,11 +1,14 @@
 //! Links that break, destinations that fail or say what they must not, cancels.
 
-use multifd_engine::wire::ReturnMessage;
-use multifd_engine::{Error, ErrorKind, MigrationState, PAGE, Postcopy, RamBlock, Served};
+use std::net::TcpListener;
+
+use multifd_engine::transports::{Channel, Endpoint};
+use multifd_engine::wire::{Configuration, ReturnMessage};
+use multifd_engine::{Error, ErrorKind, MigrationState, PAGE, Postcopy, RamBlock, Served, Source};
 
 use crate::open_files::{is_open, socket};
 use crate::peer::{LinkEnd, Peer, Script};
-use crate::{There, completed, devices, guest, paused, preempted, request};
+use crate::{SOON, There, completed, devices, guest, paused, preempted, request};
 
 /// What became of a post-copy whose first link was cut.
 enum Ended {
@@ -295,4 +298,37 @@ fn a_switch_that_was_not_allowed_is_refused_and_the_guest_runs_on() {
     let error = precopy.switch_to_postcopy(&devices()).err().unwrap();
     assert!(error.kind() == ErrorKind::ApiMisuse && error.source_may_resume(), "{error}");
     there.end();
+}
+
+/// Its QEMU waits for both connections before it reads the first.
+#[test]
+fn a_destination_of_an_old_machine_type_gets_its_second_connection_before_it_is_asked_anything() {
+    let blocks = guest();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at: Endpoint = format!("tcp:{}", listener.local_addr().unwrap()).parse().unwrap();
+    let accept = |peer, script, resumed| {
+        let [main, urgent] = [(); 2].map(|()| Channel::try_from(listener.accept().unwrap().0).unwrap());
+        (There::over(main, peer, script, resumed), urgent)
+    };
+    let source = Source::builder(blocks.clone(), Configuration::new("pc-q35-7.2"))
+        .paused_guest()
+        .postcopy(true)
+        .postcopy_preempt(true)
+        .timeout(SOON)
+        .build()
+        .unwrap();
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| accept(Peer::new(&blocks), script(60), false));
+        let precopy = source.connect(&at).unwrap();
+        let mut postcopy = precopy.switch_to_postcopy(&devices()).unwrap();
+        assert!(matches!(postcopy.serve().unwrap(), Served::Paused(_)));
+        let (there, _urgent) = first.join().unwrap();
+        let (peer, _) = there.end();
+        let second = scope.spawn(|| accept(peer, Script::default(), true));
+        postcopy.recover(&at, SOON).unwrap();
+        completed(postcopy.serve().unwrap());
+        let (there, urgent) = second.join().unwrap();
+        there.end().0.check(&blocks);
+        assert_eq!(urgent.recv(&mut [0]).ok(), Some(1), "the record that ends it");
+    });
 }

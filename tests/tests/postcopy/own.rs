@@ -99,6 +99,14 @@ fn a_link_that_breaks_again_and_again_is_replaced_by_both_ends() -> Outcome {
     Ok(())
 }
 
+#[test]
+fn pages_that_are_asked_for_have_as_many_connections_as_the_flag_says() -> Outcome {
+    let own = Own::start(&[], &[], &["--channels", "2", "--postcopy-urgent-channels", "3"])?;
+    // Main, two channels, then three for pages that are asked for, each with its first record.
+    own.relay.wait_sent(5, 8);
+    own.check_arrived().map(drop)
+}
+
 /// Its destination takes its silence for a link that is gone, and waits for it again.
 #[test]
 fn a_source_that_is_stopped_for_a_while_goes_on() -> Outcome {

@@ -24,6 +24,7 @@ pub(crate) mod byte_stream;
 pub(crate) mod closer;
 mod command;
 pub(crate) mod pipe;
+pub(crate) mod send_queue;
 pub(crate) mod stream;
 pub(crate) mod zero_copy;
 

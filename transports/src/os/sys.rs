@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 /// Looks at a descriptor by its number, and gives it to `look`.
 pub(crate) fn borrow<T>(number: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> T) -> T {
@@ -78,6 +79,46 @@ pub(crate) fn tcp_state(socket: BorrowedFd<'_>) -> io::Result<TcpState> {
 }
 
 const TCP_INFO_HEAD_LEN: libc::socklen_t = 4;
+
+/// How fast a TCP connection is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TcpPace {
+    /// The shortest round trip of the last minutes.
+    pub(crate) round_trip: Duration,
+    /// Delivered to the peer, as it was measured last; 0: nothing was.
+    pub(crate) bytes_per_second: u64,
+}
+
+/// The pace of a TCP connection, by `TCP_INFO` of Linux 4.9 and later; an error for a kernel that
+/// does not tell.
+pub(crate) fn tcp_pace(socket: BorrowedFd<'_>) -> io::Result<TcpPace> {
+    // Up to `tcpi_delivery_rate` of the kernel's `tcp_info`, which not every libc has.
+    let mut info = [0_u8; TCP_INFO_PACE_LEN as usize];
+    let mut len = TCP_INFO_PACE_LEN;
+    // SAFETY: the call writes at most `len` bytes, the length of `info`, to it.
+    let outcome = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut len,
+        )
+    };
+    if outcome != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let min_rtt = info.get(148..).and_then(|field| field.first_chunk()).map(|us| u32::from_ne_bytes(*us));
+    let rate = info.get(160..).and_then(|field| field.first_chunk()).map(|rate| u64::from_ne_bytes(*rate));
+    match (min_rtt, rate) {
+        (Some(min_rtt), Some(bytes_per_second)) if len == TCP_INFO_PACE_LEN => {
+            Ok(TcpPace { round_trip: Duration::from_micros(min_rtt.into()), bytes_per_second })
+        }
+        _ => Err(io::ErrorKind::Unsupported.into()),
+    }
+}
+
+const TCP_INFO_PACE_LEN: libc::socklen_t = 168;
 
 const INT_LEN: libc::socklen_t = 4;
 const _: () = assert!(size_of::<libc::c_int>() == INT_LEN as usize);

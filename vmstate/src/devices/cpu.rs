@@ -84,6 +84,7 @@ layout! {
         tsc_khz: CpuTscFrequency;
         poll_control_msr: CpuPollControl;
         misc_enable: CpuMiscEnable;
+        last_fpu_op: CpuLastFpuOp;
     }
 }
 
@@ -139,6 +140,15 @@ layout! {
     /// IA32_MISC_ENABLE where it is not as after a reset.
     pub struct CpuMiscEnable = "cpu/msr_ia32_misc_enable", version 1 {
         misc_enable as "env.msr_ia32_misc_enable": u64;
+    }
+}
+
+layout! {
+    /// The last instruction of the x87, and where it and its operand were.
+    pub struct CpuLastFpuOp = "cpu/fpop_ip_dp", version 1 {
+        fpop as "env.fpop": u16;
+        fpip as "env.fpip": u64;
+        fpdp as "env.fpdp": u64;
     }
 }
 

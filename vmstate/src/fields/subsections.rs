@@ -3,6 +3,7 @@ use std::mem;
 use multifd_wire::{ItemType, StructDescription};
 
 use super::{Direction, Fields, Step};
+use crate::error::UNKNOWN_SUBSECTION;
 use crate::{Description, Device, Error};
 
 const SUBSECTION: u8 = ItemType::Subsection.byte();
@@ -179,5 +180,5 @@ pub(super) fn head_at(bytes: &[u8]) -> Option<(&[u8], u32, &[u8])> {
 #[cold]
 pub(super) fn unknown(fields: &Fields<'_>, name: &[u8]) -> Error {
     let name = name.escape_ascii().to_string();
-    Error::new(fields.device.name, &name, "a subsection that is unknown here", "one of a description")
+    Error::new(fields.device.name, &name, UNKNOWN_SUBSECTION, "one of a description")
 }

@@ -174,7 +174,7 @@ impl Accepting {
             // A TLS record of the handshake: type 22, version 3.x.
             tls if tls >> 16 == 0x1603 => refused(Error::unexpected_tls(Phase::Accept, "peer")),
             _ if several && self.shared.keeps_listening() && urgent::can_begin(first) => {
-                urgent::start(channel, &self.shared, &self.crew)
+                urgent::start(channel, 0, &self.shared, &self.crew)
                     .map_err(|error| JoinError::Late(error.on(peer)))
             }
             other => {

@@ -34,6 +34,7 @@ impl AtRest {
     /// RUN was read. No device waits for anything: what was asked behind them is answered at once.
     pub(in crate::destination) fn start(mut driver: Box<Driver>, crew: &Arc<Crew>) -> Result<Self> {
         let serving = driver.share()?;
+        serving.pause_on_panics(crew);
         let session = &serving.shared().session;
         // From here on, whatever ends a thread pauses the migration.
         if !session.stop.seal() {

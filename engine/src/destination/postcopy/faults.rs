@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::serving::Serving;
-use crate::destination::place::{Pager, Wanted};
+use crate::destination::place::Pager;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::os::userfaultfd::MemoryEvent;
 use crate::run::workers::Crew;
@@ -51,17 +51,6 @@ fn run(serving: &Serving, pager: &Pager, slice: usize) -> Result<()> {
         serving.ask(pager, &wanted);
     }
     Ok(())
-}
-
-impl Serving {
-    /// Asks the source for pages. Without a link they are asked for when there is one again.
-    pub(super) fn ask(&self, pager: &Pager, wanted: &[Wanted]) {
-        for wanted in wanted {
-            if !self.request(pager, wanted) {
-                return;
-            }
-        }
-    }
 }
 
 impl Drop for Stopping {

@@ -55,14 +55,17 @@ impl Link {
         }
     }
 
-    pub(super) fn ask(&mut self, pager: &Pager, wanted: &Wanted) -> Result<()> {
+    /// Asks for all of `wanted` in one piece.
+    pub(super) fn ask(&mut self, pager: &Pager, wanted: &[Wanted]) -> Result<()> {
         let none = || Error::bug(Phase::Active, "a page of a block that is not there");
-        let block = pager.block(wanted.block).ok_or_else(none)?;
-        let name = (self.last_asked != Some(wanted.block)).then(|| block.name().clone());
-        let message = ReturnMessage::RequestPages { block: name, offset: wanted.offset, len: wanted.len };
-        self.return_path.send(Phase::Active, &message)?;
-        self.last_asked = Some(wanted.block);
-        Ok(())
+        let last_asked = &mut self.last_asked;
+        let messages = wanted.iter().map(|wanted| {
+            let block = pager.block(wanted.block).ok_or_else(none)?;
+            let name = (last_asked.replace(wanted.block) != Some(wanted.block)).then(|| block.name().clone());
+            Ok(ReturnMessage::RequestPages { block: name, offset: wanted.offset, len: wanted.len })
+        });
+        let messages: Vec<_> = messages.collect::<Result<_>>()?;
+        self.return_path.send_all(Phase::Active, &messages)
     }
 
     /// It cannot go on: main finds out, and why, if nothing else has said so before.

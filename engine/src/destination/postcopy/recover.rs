@@ -11,7 +11,6 @@ use super::urgent;
 use crate::destination::channels::accept::opening_len;
 use crate::destination::channels::worker::ChannelWorker;
 use crate::destination::driver::Driver;
-use crate::destination::return_path::ReturnPath;
 use crate::destination::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::Monitor;
@@ -30,6 +29,17 @@ pub(in crate::destination) struct Relisten {
 struct NewMain {
     channel: Option<Channel>,
     came: bool,
+    /// Nothing is accepted any more.
+    over: bool,
+}
+
+/// Says, when it is dropped, that nothing is accepted any more: whatever has ended the thread.
+struct NoteOver(Monitor<NewMain>);
+
+impl Drop for NoteOver {
+    fn drop(&mut self) {
+        self.0.modify_and_notify(|main| main.over = true);
+    }
 }
 
 impl Relisten {
@@ -97,17 +107,26 @@ pub(in crate::destination) fn over_listener(
     let stop = &serving.shared().session.stop;
     let main = Monitor::new(NewMain::default(), stop);
     serving.shared().listen_to(Arc::clone(listener));
-    let accepting = (Arc::clone(serving), Arc::clone(listener), main.clone(), Arc::clone(crew));
+    let accepting = (Arc::clone(serving), Arc::clone(listener), NoteOver(main.clone()), Arc::clone(crew));
     let spawned = crew.spawn("mig-accept", Phase::Accept, move || {
-        let (serving, listener, main, crew) = accepting;
-        accept(&serving, &listener, &main, &crew);
+        let (serving, listener, over, crew) = accepting;
+        accept(&serving, &listener, &over.0, &crew);
         Ok(())
     });
     let came = spawned.and_then(|()| {
-        main.wait(stop, Some(limit), |main| main.channel.take()).ok_or_else(|| {
-            let detail = format!("no source for the recovery on {} within {limit:?}", listener.endpoint());
-            Error::new(ErrorKind::Deadline, Phase::Accept, detail)
-        })
+        let ended = |main: &mut NewMain| main.channel.take().map(Ok).or(main.over.then_some(Err(())));
+        match main.wait(stop, Some(limit), ended) {
+            Some(Ok(channel)) => Ok(channel),
+            Some(Err(())) => {
+                let detail = format!("{} takes no connection any more", listener.endpoint());
+                Err(Error::new(ErrorKind::Transport, Phase::Accept, detail))
+            }
+            None => {
+                let detail =
+                    format!("no source for the recovery on {} within {limit:?}", listener.endpoint());
+                Err(Error::new(ErrorKind::Deadline, Phase::Accept, detail))
+            }
+        }
     });
     match came {
         Ok(channel) => go_on(serving, driver, channel, crew),
@@ -156,8 +175,7 @@ fn go_on(serving: &Arc<Serving>, mut driver: Box<Driver>, channel: Channel, crew
     let session = &serving.shared().session;
     let adopted = session.adopt(channel, Phase::Setup).and_then(|channel| {
         session.counters.main.count_bytes_of(&channel);
-        let return_path = ReturnPath::new(Arc::clone(&channel));
-        return_path.open();
+        let return_path = serving.return_path().over(Arc::clone(&channel));
         serving.replace_link(&return_path);
         driver.recover(MainReader::of_main(channel, session), return_path)?;
         session.retire_closed_channels();
@@ -183,7 +201,7 @@ fn accept(serving: &Arc<Serving>, listener: &Listener, main: &Monitor<NewMain>, 
         } else if u32::from_be_bytes(first) == MULTIFD_MAGIC {
             take_channel(channel, serving, main, crew)
         } else {
-            urgent::start(channel, serving.shared(), crew)
+            urgent::start(channel, serving.link_number(), serving.shared(), crew)
         };
         if let Err(error) = taken {
             serving.shared().refusals.note(&error);

@@ -55,13 +55,18 @@ pub enum PostcopyEnd {
 }
 
 impl PostcopyGuest {
-    /// RUN was read.
-    pub(in crate::destination) fn start(mut driver: Box<Driver>, crew: &Arc<Crew>) -> Result<Self> {
+    /// RUN was read. An error gives the memory back: the guest does not run here.
+    pub(in crate::destination) fn start(driver: Box<Driver>, crew: &Arc<Crew>) -> Result<Self> {
         let serving = driver.share()?;
+        Self::serve(driver, Arc::clone(&serving), crew).inspect_err(|_| serving.give_back())
+    }
+
+    fn serve(mut driver: Box<Driver>, serving: Arc<Serving>, crew: &Arc<Crew>) -> Result<Self> {
         let none = || Error::bug(Phase::Device, "a guest that runs without a pager");
         let pager = Arc::clone(serving.pager().ok_or_else(none)?);
         let (received, pings) = driver.take_devices()?;
         let received = serving.keep(received)?;
+        serving.pause_on_panics(crew);
         faults::start(&serving, &pager, crew)?;
         shared_faults::start(&serving, &pager, crew)?;
         serving.start(driver, crew)?;

@@ -1,6 +1,6 @@
 //! A post-copy as its threads share it: which link it has, and how far it is.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -39,6 +39,8 @@ pub(in crate::destination) struct Serving {
     since: Instant,
     /// What came before RUN.
     received: OnceLock<Arc<ReceivedMain>>,
+    /// Main has ended, and pages are waited for that come over other connections.
+    wants_pages: AtomicBool,
 }
 
 /// How far a post-copy is.
@@ -82,6 +84,7 @@ impl Serving {
             loaded: Monitor::new(None, &shared.session.stop),
             since: Instant::now(),
             received: OnceLock::new(),
+            wants_pages: AtomicBool::new(false),
         });
         shared.serve(&serving);
         serving
@@ -109,22 +112,24 @@ impl Serving {
         }
     }
 
-    /// Asks for a host page. What fails is the link over which it was asked for, whatever replaces
-    /// that: it is broken before another can be there. False: nothing can be asked for.
-    pub(super) fn request(&self, pager: &Pager, wanted: &Wanted) -> bool {
+    /// Asks for host pages. Without a link they are asked for when there is one again. What fails
+    /// is the link over which they were asked for, whatever replaces that: it is broken before
+    /// another can be there.
+    pub(super) fn ask(&self, pager: &Pager, wanted: &[Wanted]) {
         let mut link = lock(&self.link);
-        if !link.asks {
-            return false;
+        if wanted.is_empty() || !link.asks {
+            return;
         }
         // Before the source can have counted it, too.
         let counters = &self.shared.session.counters;
-        Counters::add(&counters.requests, 1);
-        Counters::add(&counters.pages_requested, wanted.len as usize / PAGE);
-        let Err(error) = link.ask(pager, wanted) else { return true };
-        link.break_off(error);
-        drop(link);
-        self.stage.modify_and_notify(|_| ());
-        false
+        Counters::add(&counters.requests, wanted.len());
+        let pages = wanted.iter().map(|wanted| wanted.len as usize / PAGE).sum();
+        Counters::add(&counters.pages_requested, pages);
+        if let Err(error) = link.ask(pager, wanted) {
+            link.break_off(error);
+            drop(link);
+            self.stage.modify_and_notify(|_| ());
+        }
     }
 
     pub(super) fn shared(&self) -> &Arc<DestinationShared> {
@@ -146,6 +151,17 @@ impl Serving {
         let kept = self.received.set(Arc::clone(&received));
         kept.map_err(|_| Error::bug(Phase::Device, "a guest that is received twice"))?;
         Ok(received)
+    }
+
+    /// A panic of any thread of `crew` breaks the link, once nothing ends the migration any more:
+    /// what that thread would have done for the link is not done.
+    pub(super) fn pause_on_panics(self: &Arc<Self>, crew: &Crew) {
+        let serving = Arc::downgrade(self);
+        crew.on_panic(move |error| {
+            if let Some(serving) = serving.upgrade() {
+                serving.break_link(error);
+            }
+        });
     }
 
     /// Reads what follows RUN on a thread of its own.
@@ -212,6 +228,9 @@ impl Serving {
     /// page.
     fn wait_for_rest(&self) -> Result<()> {
         let session = &self.shared.session;
+        // Before it is looked at what has come: see `note_pages`.
+        self.wants_pages.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
         loop {
             let before = session.counters.pages();
             let whole = self.stage.wait(&session.stop, Some(session.timeout), |stage| {
@@ -227,9 +246,15 @@ impl Serving {
         }
     }
 
-    /// Pages have come over a connection beside main.
+    /// Pages have come over a connection beside main. Before main has ended, nothing waits for
+    /// that: a thread would be woken for each page.
     pub(super) fn note_pages(&self) {
-        self.stage.modify_and_notify(|_| ());
+        // That they have come is noted before: either this sees that they are waited for, or the
+        // thread that begins to wait sees them.
+        fence(Ordering::SeqCst);
+        if self.wants_pages.load(Ordering::Relaxed) {
+            self.stage.modify_and_notify(|_| ());
+        }
     }
 
     fn check_all_came(&self) -> Result<()> {
@@ -294,11 +319,20 @@ impl Serving {
         self.break_link(error);
     }
 
-    /// Makes a channel for urgent pages part of the link, and gives the number of that.
-    pub(super) fn add_urgent(&self, closer: Closer) -> u64 {
+    /// The number of the link that there is, or was.
+    pub(super) fn link_number(&self) -> u64 {
+        lock(&self.link).number
+    }
+
+    /// Makes a channel for urgent pages part of the link with this number, or ends it if that was
+    /// replaced.
+    pub(super) fn add_urgent(&self, number: u64, closer: Closer) {
         let mut link = lock(&self.link);
-        link.add(closer);
-        link.number
+        if link.number == number {
+            link.add(closer);
+        } else {
+            closer.close();
+        }
     }
 
     /// Makes a parallel channel part of the link over which RUN came, or ends it if that is gone.

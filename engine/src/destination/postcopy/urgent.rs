@@ -22,9 +22,11 @@ pub(in crate::destination) fn can_begin(first: [u8; 4]) -> bool {
 /// Reads pages on a connection that the source has made beside main, on a thread of its own.
 ///
 /// Its first bytes do not say what it is. Until a page of a block that is there has come, it is a
-/// stranger's, and its end means nothing.
+/// stranger's, and its end means nothing. It is a part of link number `link`, and of none that
+/// replaces that one.
 pub(in crate::destination) fn start(
     channel: Channel,
+    link: u64,
     shared: &Arc<DestinationShared>,
     crew: &Crew,
 ) -> Result<()> {
@@ -35,7 +37,7 @@ pub(in crate::destination) fn start(
     crew.spawn("mig-urgent", Phase::Active, move || {
         // Before LISTEN, there is nothing that can be urgent.
         let Ok(serving) = shared.serving() else { return Ok(()) };
-        let link = serving.add_urgent(channel.closer());
+        serving.add_urgent(link, channel.closer());
         let counters = shared.session.counters.urgent(&channel);
         let mut reader = MainReader::of_main(Arc::clone(&channel), &shared.session);
         let mut ram = RamReader::of_urgent(&serving);

@@ -224,6 +224,7 @@ impl SendWorker {
     fn bulk(&mut self, bulk: &Bulk) -> Result<()> {
         self.follows = true;
         let shared = Arc::clone(&self.shared);
+        let mut queue = bulk.short_queue(&self.channel);
         let mut pages = Vec::new();
         while let Some(block) = bulk.next(&shared, &mut pages)? {
             let before = self.channel.bytes_sent();
@@ -231,6 +232,7 @@ impl SendWorker {
                 .inspect_err(|_| shared.ram.host_pages.put_back(block, &pages))?;
             let sent = self.channel.bytes_sent().saturating_sub(before);
             bulk.charge(usize::try_from(sent).unwrap_or(usize::MAX));
+            queue.sent();
         }
         match &mut self.zero_copy {
             Some(zero_copy) => zero_copy.settle(&self.channel, &self.counters),

@@ -13,7 +13,8 @@ use std::time::Duration;
 use multifd_transports::{Channel, Pacer};
 use multifd_wire::pages_per_packet;
 
-use super::wanted::Scan;
+use super::short_queue::ShortQueue;
+use super::wanted::{Scan, Wanted};
 use super::{wait_for_main, watch};
 use crate::error::{Error, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
@@ -31,22 +32,24 @@ pub(in crate::source) struct Bulk {
     return_path: ReturnPathReader,
     /// Workers that have something to send.
     busy: AtomicUsize,
+    short_queues: bool,
 }
 
 impl Bulk {
-    /// The background stream for so many `workers`.
-    pub(super) fn new(
-        scan: &Arc<Scan>,
-        pacer: &Arc<Pacer>,
-        return_path: &ReturnPathReader,
-        workers: usize,
-    ) -> Arc<Self> {
+    /// The background stream beside what is `wanted`, for so many `workers`.
+    pub(super) fn new(wanted: &Wanted, return_path: &ReturnPathReader, workers: usize) -> Arc<Self> {
         Arc::new(Self {
-            scan: Arc::clone(scan),
-            pacer: Arc::clone(pacer),
+            scan: Arc::clone(wanted.scan()),
+            pacer: Arc::clone(wanted.pacer()),
             return_path: return_path.clone(),
             busy: AtomicUsize::new(workers),
+            short_queues: wanted.has_short_queues(),
         })
+    }
+
+    /// What keeps the queue of a worker's channel short.
+    pub(in crate::source) fn short_queue(&self, channel: &Arc<Channel>) -> ShortQueue {
+        ShortQueue::of(channel, self.short_queues)
     }
 
     /// The next pages of a worker, once the bandwidth limit lets them go. `None`: nothing is left.

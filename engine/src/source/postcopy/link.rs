@@ -4,22 +4,24 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use multifd_transports::{Channel, Pacer};
-use multifd_wire::ALIVE_PING;
+use multifd_wire::{ALIVE_PING, pages_per_packet};
 
 use super::PreemptStyle;
 use super::bulk::{Bulk, LOOK_AGAIN};
 use super::sender::PageSender;
+use super::short_queue::ShortQueue;
 use super::urgent::UrgentChannel;
 use super::wanted::Wanted;
 use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::guest::PAGE_SIZE;
 use crate::run::workers::Crew;
 use crate::source::carrier::Channels;
 use crate::source::main_writer::MainWriter;
 use crate::source::return_path::ReturnPathReader;
 use crate::stream::dialect::ALIVE_INTERVAL;
 
-/// Pages of the background stream in one go: what a page that is asked for meanwhile waits for, on
-/// main.
+/// Pages of the background stream in one go where pages that are asked for go on main, too: what
+/// such a page waits for.
 const BATCH: usize = 32;
 
 /// Pages in a section of main.
@@ -93,8 +95,7 @@ impl Link {
         }
         match &self.channels {
             Some(channels) => {
-                let (scan, pacer) = (self.wanted.scan(), self.wanted.pacer());
-                let bulk = Bulk::new(scan, pacer, &self.return_path, channels.workers());
+                let bulk = Bulk::new(&self.wanted, &self.return_path, channels.workers());
                 channels.start_bulk(&bulk);
                 self.oversee(&bulk)?;
             }
@@ -118,7 +119,11 @@ impl Link {
                 return Ok(());
             }
             let ready = || bulk.is_done() || (on_main && !wanted.is_empty());
-            if !self.return_path.wait_until(ALIVE_INTERVAL, ready) {
+            let came = match on_main {
+                true => self.return_path.wait_for_request(ALIVE_INTERVAL, ready),
+                false => self.return_path.wait_until(ALIVE_INTERVAL, ready),
+            };
+            if !came {
                 self.main.ping(ALIVE_PING)?;
             }
         }
@@ -146,6 +151,7 @@ impl Link {
         let wanted = Arc::clone(&self.wanted);
         let (shared, pacer) = (wanted.shared(), wanted.pacer());
         let counters = &shared.session.counters.main;
+        let mut queue = ShortQueue::of(self.main.channel(), wanted.has_short_queues());
         let (mut claimed, mut in_section) = (Vec::new(), 0);
         loop {
             self.check_goes_on()?;
@@ -154,12 +160,18 @@ impl Link {
                 Some(before) => before.block,
                 None => {
                     if let Some(wait) = pacer.debt() {
-                        let on_main = self.urgent.is_empty();
-                        let ready = || on_main && !wanted.is_empty();
-                        self.return_path.wait_until(wait.min(LOOK_AGAIN), ready);
+                        match self.urgent.is_empty() {
+                            true => {
+                                _ = self
+                                    .return_path
+                                    .wait_for_request(wait.min(LOOK_AGAIN), || !wanted.is_empty())
+                            }
+                            false => self.return_path.rest(wait.min(LOOK_AGAIN)),
+                        }
                         continue;
                     }
-                    let Some(block) = wanted.scan().claim(shared, batch(pacer), &mut claimed) else { break };
+                    let most = batch(pacer, self.urgent.is_empty());
+                    let Some(block) = wanted.scan().claim(shared, most, &mut claimed) else { break };
                     block
                 }
             };
@@ -169,7 +181,10 @@ impl Link {
                 .inspect_err(|_| shared.ram.host_pages.put_back(block, &claimed))?;
             match before {
                 Some(before) => wanted.sent(before, &claimed, sent),
-                None => pacer.charge(sent),
+                None => {
+                    pacer.charge(sent);
+                    queue.sent();
+                }
             }
             in_section += claimed.len();
             if in_section >= SECTION_PAGES {
@@ -192,12 +207,38 @@ impl Link {
     fn finish(&mut self) -> Result<()> {
         self.urgent.iter().for_each(UrgentChannel::settle);
         self.check_goes_on()?;
+        self.wait_until_loaded()?;
         self.main.ram_end();
         self.main.end_of_section()?;
         self.return_path.expect_shut();
         self.main.eof()?;
         self.urgent.iter().for_each(UrgentChannel::say_end);
         self.return_path.wait_for_shut(self.wanted.shared().session.timeout)
+    }
+
+    /// A destination may take any time to load the devices, and only then says that all has come.
+    /// So the end, whose answer has a timeout, is held back until they are loaded. PINGs, which a
+    /// QEMU answers meanwhile, too, tell whether it is alive.
+    fn wait_until_loaded(&mut self) -> Result<()> {
+        let timeout = self.wanted.shared().session.timeout;
+        let (mut before, mut since) = (None, Instant::now());
+        while self.first {
+            let (loaded, heard) = self.return_path.wait_until_loaded(ALIVE_INTERVAL);
+            self.check_goes_on()?;
+            if loaded {
+                break;
+            }
+            if before.replace(heard) != Some(heard) {
+                since = Instant::now();
+            } else if since.elapsed() >= timeout {
+                let detail = format!(
+                    "the destination has neither loaded the devices nor answered a PING within {timeout:?}; it may run                      the guest or not"
+                );
+                return Err(Error::new(ErrorKind::Deadline, Phase::Postcopy, detail));
+            }
+            self.main.ping(ALIVE_PING)?;
+        }
+        Ok(())
     }
 
     /// When the devices had been loaded.
@@ -241,9 +282,11 @@ fn is_hang_up(error: &Error) -> bool {
     matches!(code, Some(libc::EPIPE | libc::ECONNRESET))
 }
 
-/// Pages of the background stream in one go: fewer at a low rate, for which they would be a burst.
-fn batch(pacer: &Pacer) -> usize {
-    let Some(rate) = pacer.rate() else { return BATCH };
+/// Pages of the background stream in one go: fewer at a low rate, for which they would be a burst,
+/// and where pages that are asked for go on main.
+fn batch(pacer: &Pacer, asked_on_main: bool) -> usize {
+    let most = if asked_on_main { BATCH } else { pages_per_packet(PAGE_SIZE) };
+    let Some(rate) = pacer.rate() else { return most };
     let pages = rate.get() / 40 / crate::guest::PAGE as u64;
-    usize::try_from(pages).unwrap_or(BATCH).clamp(1, BATCH)
+    usize::try_from(pages).unwrap_or(most).clamp(1, most)
 }

@@ -9,11 +9,13 @@
 //! What goes over one connection is a [`Link`](link::Link): its threads and its stop switch end
 //! with it, the rest stays.
 
+mod batch;
 mod bulk;
 mod link;
 mod neighbours;
 mod recover;
 mod sender;
+mod short_queue;
 mod switch;
 mod urgent;
 mod wanted;
@@ -115,7 +117,9 @@ fn watch(channel: &Channel, name: &str, return_path: &ReturnPathReader) -> Resul
             Ok(_) => Error::misbehaved(Phase::Postcopy, "bytes came back, expected none"),
             Err(error) => Error::io(Phase::Postcopy, "waiting for its end", error),
         };
-        // At the end, the destination closes it as it likes; that it is the end, it says on main.
+        // At the end, the destination closes it as it likes; that it is the end, it says on main,
+        // or that it is not done yet. One that does not know of the pages that were lost here says
+        // neither.
         return if return_path.is_over_within(WORD_OF_MAIN) { Ok(()) } else { Err(error.on(name)) };
     }
 }
@@ -217,17 +221,20 @@ impl Postcopy {
             running: None,
             recoveries: 0,
         };
-        let wanted = this.wanted(!urgent.is_empty());
+        let wanted = this.wanted(!urgent.is_empty(), this.dialer.endpoint.is_some());
         let mut link = Link::new(main, return_path, crew, wanted, channels);
         this.start_urgent(&mut link, urgent)?;
         this.link = Some(link);
         Ok(this)
     }
 
-    /// What goes before its turn over a link. `urgent`: it has channels for that.
-    fn wanted(&self, urgent: bool) -> Wanted {
+    /// What goes before its turn over a link. `urgent`: it has channels for that. `dialled`: its
+    /// sockets are not the caller's.
+    fn wanted(&self, urgent: bool, dialled: bool) -> Wanted {
         let again = self.shared.peer_can(FEATURE_NEIGHBOURS) && (urgent || self.channels > 0);
-        Wanted::new(&self.shared, &self.scan, self.control.postcopy_pacer(), again)
+        let short_queues = dialled && self.dialer.socket.send_buffer.is_none();
+        let wanted = Wanted::new(&self.shared, &self.scan, self.control.postcopy_pacer(), again);
+        wanted.with_short_queues(short_queues)
     }
 
     /// Gives a link its channels for pages that are asked for.

@@ -6,16 +6,16 @@ use std::time::Duration;
 use multifd_transports::{Channel, Endpoint};
 use multifd_wire::Command;
 
-use super::Postcopy;
 use super::link::Link;
+use super::{Postcopy, PreemptStyle};
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::state::MigrationState;
 use crate::run::stop::StopSwitch;
 use crate::run::workers::Crew;
 use crate::source::carrier::{Channels, SyncPoints};
 use crate::source::main_writer::MainWriter;
-use crate::source::return_path::ReturnPathReader;
 use crate::source::return_path::received_pages::set_missing;
+use crate::source::return_path::{LastWords, ReturnPathReader};
 
 /// Where the connections of a recovery come from.
 enum NewConnections<'a> {
@@ -30,6 +30,9 @@ struct OwnConnections {
     channels: Vec<Channel>,
     urgent: Vec<Channel>,
 }
+
+/// The parallel channels of a link, and those for pages that are asked for.
+type OtherChannels = (Option<Channels>, Vec<Arc<Channel>>);
 
 /// The connections beside main.
 enum Others<'a> {
@@ -99,6 +102,7 @@ impl Postcopy {
     }
 
     fn try_link(&mut self, connections: NewConnections<'_>, stop: StopSwitch) -> Result<()> {
+        let dialled = matches!(connections, NewConnections::Dialled(..));
         let (main, others) = match connections {
             NewConnections::Dialled(endpoint, within) => {
                 (self.dialer.dial_within(endpoint, "main", &stop, within)?, Others::Dialled(endpoint))
@@ -110,22 +114,26 @@ impl Postcopy {
         let channel = self.dialer.adopt(main, &stop)?;
         self.shared.session.counters.main.count_bytes_of(&channel);
         let crew = Crew::new(stop.clone()).with_hook(self.dialer.hook.clone());
-        let return_path = ReturnPathReader::start(Arc::clone(&channel), Arc::clone(&self.shared), &crew)?;
+        let return_path = ReturnPathReader::start(
+            Arc::clone(&channel),
+            Arc::clone(&self.shared),
+            &crew,
+            &LastWords::default(),
+        )?;
         self.shared.session.enter(MigrationState::PostcopyRecover)?;
         let mut main = MainWriter::new(channel, None);
         main.enter(Phase::Postcopy);
-        let said = self.shared.id.get().map_or(Ok(()), |id| main.raw(&id.opening()));
-        let resumed = said.and_then(|()| self.ask_what_has_arrived(&mut main, &return_path)).and_then(|()| {
-            let (channels, urgent) = self.connect_others(others, &stop, &crew)?;
-            main.command(Command::PostcopyResume)?;
-            return_path.wait_for_resumed(self.shared.session.timeout)?;
-            Ok((channels, urgent))
-        });
+        let resumed =
+            self.connect_others(&mut main, &return_path, others, (&stop, &crew)).and_then(|others| {
+                main.command(Command::PostcopyResume)?;
+                return_path.wait_for_resumed(self.shared.session.timeout)?;
+                Ok(others)
+            });
         let (resumed, channels, urgent) = match resumed {
             Ok((channels, urgent)) => (Ok(()), channels, urgent),
             Err(error) => (Err(error), None, Vec::new()),
         };
-        let wanted = self.wanted(!urgent.is_empty());
+        let wanted = self.wanted(!urgent.is_empty(), dialled);
         let mut link = Link::recovered(main, return_path, crew, wanted, channels);
         if let Err(error) = resumed.and_then(|()| self.start_urgent(&mut link, urgent)) {
             return Err(link.end(error).cause);
@@ -136,39 +144,67 @@ impl Postcopy {
         Ok(())
     }
 
-    /// The connections beside main: the destination takes them once it has said what has arrived.
+    /// Asks what has arrived, and makes the connections beside main: the destination takes them once
+    /// it has said that. But one of a machine type up to 7.2 answers nothing before it has its
+    /// connection for pages that are asked for.
     fn connect_others(
         &self,
-        others: Others<'_>,
+        main: &mut MainWriter,
+        return_path: &ReturnPathReader,
+        mut others: Others<'_>,
+        (stop, crew): (&StopSwitch, &Crew),
+    ) -> Result<OtherChannels> {
+        let parallel = match &others {
+            Others::Dialled(_) => self.channels,
+            Others::Own { channels, .. } => channels.len(),
+        };
+        let urgent = self.settings.urgent(&self.shared, parallel > 0);
+        let first = self.settings.preempt && self.settings.preempt_style == PreemptStyle::AtSetup;
+        let early = if first { self.connect_urgent(&mut others, urgent, stop)? } else { Vec::new() };
+        self.shared.id.get().map_or(Ok(()), |id| main.raw(&id.opening()))?;
+        self.ask_what_has_arrived(main, return_path)?;
+        let channels = self.connect_parallel(&mut others, stop, crew)?;
+        let urgent = if first { early } else { self.connect_urgent(&mut others, urgent, stop)? };
+        Ok((channels, urgent))
+    }
+
+    fn connect_urgent(
+        &self,
+        others: &mut Others<'_>,
+        count: usize,
+        stop: &StopSwitch,
+    ) -> Result<Vec<Arc<Channel>>> {
+        let name = "the channel for pages that are asked for";
+        let urgent = match others {
+            Others::Dialled(endpoint) => {
+                (0..count).map(|_| self.dialer.dial(endpoint, name, stop)).collect::<Result<_>>()?
+            }
+            Others::Own { urgent, .. } => std::mem::take(urgent),
+        };
+        urgent.into_iter().take(count).map(|channel| self.dialer.adopt(channel, stop)).collect()
+    }
+
+    fn connect_parallel(
+        &self,
+        others: &mut Others<'_>,
         stop: &StopSwitch,
         crew: &Crew,
-    ) -> Result<(Option<Channels>, Vec<Arc<Channel>>)> {
-        let asked_for = "the channel for pages that are asked for";
-        let (parallel, urgent) = match others {
+    ) -> Result<Option<Channels>> {
+        let parallel = match others {
             Others::Dialled(endpoint) => {
-                let number = |id: usize| format!("channel {id}");
-                let parallel: Vec<_> = (0..self.channels)
-                    .map(|id| self.dialer.dial(endpoint, &number(id), stop))
-                    .collect::<Result<_>>()?;
-                let count = self.settings.urgent(&self.shared, self.channels > 0);
-                let urgent = (0..count).map(|_| self.dialer.dial(endpoint, asked_for, stop));
-                (parallel, urgent.collect::<Result<_>>()?)
+                let dial = |id| self.dialer.dial(endpoint, &format!("channel {id}"), stop);
+                (0..self.channels).map(dial).collect::<Result<_>>()?
             }
-            Others::Own { channels, urgent } => {
-                let count = self.settings.urgent(&self.shared, !channels.is_empty());
-                (channels, urgent.into_iter().take(count).collect::<Vec<_>>())
-            }
+            Others::Own { channels, .. } => std::mem::take(channels),
         };
-        let urgent = urgent.into_iter().map(|channel| self.dialer.adopt(channel, stop));
-        let urgent = urgent.collect::<Result<Vec<_>>>()?;
         if parallel.is_empty() {
-            return Ok((None, urgent));
+            return Ok(None);
         }
         let channels = Channels::new(parallel.len(), SyncPoints::AtFlush, crew);
         for (id, channel) in (0..=u8::MAX).zip(parallel) {
             channels.restart(self.dialer.adopt(channel, stop)?, id, &self.shared, crew)?;
         }
-        Ok((Some(channels), urgent))
+        Ok(Some(channels))
     }
 
     /// All pages are dirty that the destination does not have.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use multifd_transports::Channel;
 
 use super::PreemptStyle;
+use super::batch::Batch;
 use super::sender::PageSender;
 use super::wanted::Wanted;
 use super::{wait_for_main, watch};
@@ -42,12 +43,17 @@ impl UrgentChannel {
             busy: Arc::clone(&busy),
         };
         let end = End { wanted: Arc::clone(wanted), return_path: return_path.clone() };
-        let until_end = !wanted.shared().peer_can(FEATURE_URGENT_CHANNELS);
-        let watch = Watch { channel: Arc::clone(&channel), return_path: return_path.clone(), until_end };
-        let end_too = end.clone();
+        let (end_too, watched) = (end.clone(), Arc::clone(&channel));
+        // A QEMU closes the channel before it says on main that this is the end.
+        let closes_early = !wanted.shared().peer_can(FEATURE_URGENT_CHANNELS);
         crew.spawn("mig-urgent", Phase::Postcopy, move || worker.run().inspect_err(|_| end.wait_for_main()))?;
+        // A page that is lost there would be waited for until another is sent.
         crew.spawn("mig-urgent-in", Phase::Postcopy, move || {
-            watch.run().inspect_err(|_| end_too.wait_for_main())
+            let End { return_path, .. } = &end_too;
+            match watch(&watched, &name(&watched), return_path) {
+                Err(_) if closes_early && return_path.is_ending() => Ok(()),
+                ended => ended.inspect_err(|_| end_too.wait_for_main()),
+            }
         })?;
         Ok(Self { channel, style, busy })
     }
@@ -109,35 +115,17 @@ struct UrgentWorker {
 impl UrgentWorker {
     fn run(&mut self) -> Result<()> {
         let (wanted, busy) = (Arc::clone(&self.wanted), Arc::clone(&self.busy));
-        let mut claimed = Vec::new();
+        let mut batch = Batch::default();
         while self.return_path.next_request(|| !wanted.is_empty()) {
             let _busy = lock(&busy);
-            while let Some(before) = wanted.claim(&mut claimed)? {
+            while let Some(block) = batch.claim(&wanted)? {
                 let sent = self
                     .pages
-                    .send(wanted.shared(), &self.counters, before.block, &claimed)
-                    .inspect_err(|_| wanted.put_back(before, &claimed))?;
-                wanted.sent(before, &claimed, sent);
+                    .send(wanted.shared(), &self.counters, block, batch.pages())
+                    .inspect_err(|_| batch.put_back(&wanted))?;
+                batch.sent(&wanted, sent);
             }
         }
         Ok(())
-    }
-}
-
-/// The thread that sees when the channel of pages that are asked for ends: a page that is lost
-/// there would be waited for until another is sent.
-struct Watch {
-    channel: Arc<Channel>,
-    return_path: ReturnPathReader,
-    /// A QEMU closes the channel before it says on main that this is the end.
-    until_end: bool,
-}
-
-impl Watch {
-    fn run(&self) -> Result<()> {
-        match watch(&self.channel, &name(&self.channel), &self.return_path) {
-            Err(_) if self.until_end && self.return_path.is_ending() => Ok(()),
-            ended => ended,
-        }
     }
 }

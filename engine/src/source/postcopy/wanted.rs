@@ -47,6 +47,8 @@ pub(super) struct Wanted {
     /// been claimed and nothing is left to be sent first. It goes again on its own channel, once;
     /// the destination takes the copy that comes first.
     gone: Option<PerBlock<DirtyBitmap>>,
+    /// The system may be told to keep little of the background stream.
+    short_queues: bool,
 }
 
 impl Scan {
@@ -70,7 +72,17 @@ impl Wanted {
     /// `again`: pages that have gone in the background go once more when they are asked for.
     pub(super) fn new(shared: &Arc<SourceShared>, scan: &Arc<Scan>, pacer: &Arc<Pacer>, again: bool) -> Self {
         let gone = again.then(|| shared.ram.dirty.map(|dirty| DirtyBitmap::new(dirty.pages())));
-        Self { shared: Arc::clone(shared), scan: Arc::clone(scan), pacer: Arc::clone(pacer), gone }
+        let (shared, scan, pacer) = (Arc::clone(shared), Arc::clone(scan), Arc::clone(pacer));
+        Self { shared, scan, pacer, gone, short_queues: false }
+    }
+
+    /// `may`: the system may be told to keep little of the background stream before it leaves.
+    pub(super) fn with_short_queues(self, may: bool) -> Self {
+        Self { short_queues: may, ..self }
+    }
+
+    pub(super) fn has_short_queues(&self) -> bool {
+        self.short_queues
     }
 
     pub(super) fn shared(&self) -> &SourceShared {
@@ -114,9 +126,19 @@ impl Wanted {
         Ok(None)
     }
 
-    /// They have been sent, in so many bytes: they count, but have not waited.
+    /// They have been sent, in so many bytes.
     pub(super) fn sent(&self, before: Before, pages: &[usize], bytes: usize) {
+        self.charge(bytes);
+        self.note_sent(before, pages);
+    }
+
+    /// So many bytes went before their turn: they count, but have not waited.
+    pub(super) fn charge(&self, bytes: usize) {
         self.pacer.charge(bytes);
+    }
+
+    /// They have been sent.
+    pub(super) fn note_sent(&self, before: Before, pages: &[usize]) {
         let counters = &self.shared.session.counters;
         match before.why {
             Why::Asked => {}

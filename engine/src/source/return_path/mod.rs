@@ -1,6 +1,7 @@
 //! The return path, from the source's end.
 
 mod event;
+mod last_words;
 pub(super) mod received_pages;
 
 use std::io;
@@ -13,6 +14,8 @@ use multifd_transports::Channel;
 use multifd_wire::{Failure, MigrationId, RAM_PING, ReturnMessage, SETUP_PING};
 
 use self::event::{ReturnEvent, ReturnEvents};
+pub(super) use self::last_words::LastWords;
+use self::last_words::Listening;
 use super::shared::SourceShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::counters::Counters;
@@ -27,8 +30,17 @@ use crate::work::{BlockIndex, Requested, WantedPage};
 #[derive(Clone)]
 pub(super) struct ReturnPathReader {
     received: Monitor<Received>,
+    /// Apart from that: a request wakes the threads that send what is asked for, and no other.
+    requests: Monitor<Requests>,
     stop: StopSwitch,
     name: String,
+}
+
+/// Pages are asked for; which, [`UrgentPages`](crate::work::UrgentPages) knows.
+#[derive(Default)]
+struct Requests {
+    /// Nothing is sent any more.
+    closing: bool,
 }
 
 /// What has come over the return path.
@@ -59,6 +71,8 @@ struct Received {
     failure: Option<Failure>,
     /// Signs of life while it has nothing else to say.
     signs: u64,
+    /// Messages of any kind.
+    heard: u64,
     /// How long it took to load the device state.
     load: Option<Duration>,
 }
@@ -127,12 +141,23 @@ fn printable(text: &str) -> String {
 
 impl ReturnPathReader {
     /// What the destination says changes `shared`: its features, the pages that it wants.
-    pub(super) fn start(channel: Arc<Channel>, shared: Arc<SourceShared>, crew: &Crew) -> Result<Self> {
+    pub(super) fn start(
+        channel: Arc<Channel>,
+        shared: Arc<SourceShared>,
+        crew: &Crew,
+        last_words: &LastWords,
+    ) -> Result<Self> {
         let received = Monitor::new(Received::default(), crew.stop());
-        let name = format!("return path ({})", channel.peer());
-        let reader = Self { received: received.clone(), stop: crew.stop().clone(), name: name.clone() };
-        let stop = crew.stop().clone();
-        let worker = Worker { channel, shared, stop, received, unparsed: Vec::new() };
+        let requests = Monitor::new(Requests::default(), crew.stop());
+        let (name, stop) = (format!("return path ({})", channel.peer()), crew.stop().clone());
+        let reader = Self {
+            received: received.clone(),
+            requests: requests.clone(),
+            stop: stop.clone(),
+            name: name.clone(),
+        };
+        let (unparsed, listening) = (Vec::new(), last_words.listen());
+        let worker = Worker { channel, shared, stop, received, requests, asked: false, unparsed, listening };
         crew.spawn("mig-return", Phase::Setup, move || worker.run().map_err(|error| error.on(name)))?;
         Ok(reader)
     }
@@ -166,10 +191,22 @@ impl ReturnPathReader {
         self.received.read(|received| received.ended)
     }
 
-    /// Waits for `ready`, which requests or [`ReturnPathReader::notify`] can make true, for `limit`
-    /// at most. False: it is not, or the link has ended.
+    /// Waits for `ready`, which [`ReturnPathReader::notify`] can make true, for `limit` at most.
+    /// False: it is not, or the link has ended.
     pub(super) fn wait_until(&self, limit: Duration, ready: impl Fn() -> bool) -> bool {
         self.received.wait(&self.stop, Some(limit), |_| ready().then_some(())).is_some()
+    }
+
+    /// The same for what requests can make true as well.
+    pub(super) fn wait_for_request(&self, limit: Duration, ready: impl Fn() -> bool) -> bool {
+        self.requests.wait(&self.stop, Some(limit), |_| ready().then_some(())).is_some()
+    }
+
+    /// Waits until the devices of a post-copy have been loaded, for `limit` at most. Gives whether
+    /// they have, and how many messages of any kind have come.
+    pub(super) fn wait_until_loaded(&self, limit: Duration) -> (bool, u64) {
+        self.received.wait(&self.stop, Some(limit), |received| received.loaded.map(drop));
+        self.received.read(|received| (received.loaded.is_some(), received.heard))
     }
 
     /// Waits for `limit`, or until the link has ended.
@@ -177,16 +214,18 @@ impl ReturnPathReader {
         self.received.wait(&self.stop, Some(limit), |_| None::<()>);
     }
 
-    /// Waits for the destination's word that all has arrived, for `limit` at most. True also when
-    /// nothing waits for it any more.
+    /// Waits for the destination's word that all has arrived, for `limit` at most from the last
+    /// sign of life on. True also when nothing waits for it any more.
     pub(super) fn is_over_within(&self, limit: Duration) -> bool {
         let over = |received: &mut Received| (received.arrived || received.closing).then_some(());
-        self.received.wait(&self.stop, Some(limit), over).is_some()
+        self.wait_while_alive(limit, over).is_some()
     }
 
-    /// Has every [`ReturnPathReader::wait_until`] look again.
+    /// Has every [`ReturnPathReader::wait_until`] and [`ReturnPathReader::wait_for_request`] look
+    /// again.
     pub(super) fn notify(&self) {
         self.received.modify_and_notify(|_| ());
+        self.requests.modify_and_notify(|_| ());
     }
 
     /// The link has ended.
@@ -196,8 +235,8 @@ impl ReturnPathReader {
 
     /// Waits until pages are `wanted`. False: none will be any more.
     pub(super) fn next_request(&self, wanted: impl Fn() -> bool) -> bool {
-        let next = self.received.wait(&self.stop, None, |received| {
-            if received.closing { Some(false) } else { wanted().then_some(true) }
+        let next = self.requests.wait(&self.stop, None, |requests| {
+            if requests.closing { Some(false) } else { wanted().then_some(true) }
         });
         next.unwrap_or(false)
     }
@@ -210,6 +249,7 @@ impl ReturnPathReader {
     /// Ends every [`ReturnPathReader::next_request`].
     pub(super) fn close(&self) {
         self.received.modify_and_notify(|received| received.closing = true);
+        self.requests.modify_and_notify(|requests| requests.closing = true);
     }
 
     /// Says whose bitmap is asked for next. The command may only go afterwards.
@@ -276,8 +316,12 @@ struct Worker {
     shared: Arc<SourceShared>,
     stop: StopSwitch,
     received: Monitor<Received>,
+    requests: Monitor<Requests>,
+    /// Pages were asked for, and the threads that send them have not been told.
+    asked: bool,
     /// What was received and is no whole message yet.
     unparsed: Vec<u8>,
+    listening: Listening,
 }
 
 impl Worker {
@@ -286,6 +330,7 @@ impl Worker {
         let mut events = ReturnEvents::default();
         loop {
             let message = self.next_message()?;
+            self.received.modify_silently(|received| received.heard += 1);
             let event = events.event(message, &self.shared.ram, self.shared.urgent.get().is_some())?;
             tracing::debug!(?event, "return path");
             match event {
@@ -334,6 +379,10 @@ impl Worker {
     /// Receives a piece, or returns without one to be called again: a destination sends only when
     /// it has something to report.
     fn receive(&mut self) -> Result<()> {
+        // Once for all requests of a piece: they go together.
+        if std::mem::take(&mut self.asked) {
+            self.requests.modify_and_notify(|_| ());
+        }
         let mut piece = [0; 1024];
         let phase = || self.phase();
         match self.channel.recv(&mut piece) {
@@ -387,6 +436,7 @@ impl Worker {
         let loaded = value == LOADED_PING && session.state() == MigrationState::PostcopyDevice;
         if loaded {
             session.enter(MigrationState::PostcopyActive)?;
+            self.listening.end();
         }
         self.received.modify_and_notify(|received| {
             received.on_pong(value);
@@ -419,7 +469,7 @@ impl Worker {
     }
 
     /// Pages before their turn.
-    fn request(&self, block: BlockIndex, pages: Range<usize>) -> Result<()> {
+    fn request(&mut self, block: BlockIndex, pages: Range<usize>) -> Result<()> {
         let urgent = self.shared.urgent.get();
         let urgent =
             urgent.ok_or_else(|| Error::bug(Phase::Active, "pages were asked for where none may be"))?;
@@ -445,8 +495,7 @@ impl Worker {
                 }
             }
         }
-        // The threads that send may wait for it.
-        self.received.modify_and_notify(|_| ());
+        self.asked = true;
         Ok(())
     }
 

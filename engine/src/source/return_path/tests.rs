@@ -7,7 +7,9 @@ use crate::work::{Place, UrgentPages};
 /// A return path of a source with one block `a` of 8 pages; and the destination's end.
 fn return_path(crew: &Crew, shared: &Arc<SourceShared>) -> (ReturnPathReader, Channel) {
     let (ours, theirs) = Channel::pair().unwrap();
-    (ReturnPathReader::start(Arc::new(ours), Arc::clone(shared), crew).unwrap(), theirs)
+    let (ours, last_words) = (Arc::new(ours), LastWords::default());
+    last_words.close_behind(ours.closer(), crew.stop());
+    (ReturnPathReader::start(ours, Arc::clone(shared), crew, &last_words).unwrap(), theirs)
 }
 
 fn say(destination: &Channel, messages: &[ReturnMessage]) {
@@ -50,4 +52,35 @@ fn a_request_for_pages_ends_a_migration_that_has_no_queue_for_them() {
     let error = shared.session.stop.cause_or(Error::stopped(Phase::Active));
     assert_eq!(error.kind(), ErrorKind::Incompatible);
     assert!(error.to_string().contains("RequestPages"), "{error}");
+}
+
+/// A destination that fails says why on main, and hangs up on all connections.
+#[test]
+fn a_refusal_is_read_though_another_connection_has_shown_the_end_before() {
+    let shared = shared(ram(&[("a", 8)]));
+    let crew = Crew::new(shared.session.stop.clone());
+    let (reader, destination) = return_path(&crew, &shared);
+    let reset = Error::new(ErrorKind::Transport, Phase::Active, "a channel was reset");
+    std::thread::scope(|scope| {
+        scope.spawn(|| crew.stop().trip(reset));
+        while !crew.stop().tripped() {
+            std::thread::yield_now();
+        }
+        assert!(reader.refusal().is_none());
+        let failure = Failure { phase: 5, reason: "no room".to_owned() };
+        say(&destination, &[ReturnMessage::Failure(failure), ReturnMessage::Shut(1)]);
+    });
+    crew.join();
+    let refusal = reader.refusal().unwrap();
+    assert!(refusal.to_string().contains("the destination failed: no room"), "{refusal}");
+}
+
+#[test]
+fn a_migration_that_is_cancelled_waits_for_no_word() {
+    let shared = shared(ram(&[("a", 8)]));
+    let crew = Crew::new(shared.session.stop.clone());
+    let (_reader, destination) = return_path(&crew, &shared);
+    crew.stop().trip(Error::new(ErrorKind::Cancelled, Phase::Active, "by the caller"));
+    crew.join();
+    assert_eq!(destination.recv(&mut [0]).unwrap(), 0, "main is closed");
 }

@@ -1,7 +1,12 @@
 //! Writes the seeds of the corpora: what a legal peer sends, in the form that each target reads.
 
 #[path = "../../../../vmstate/tests/vmstate/corpus.rs"]
-#[allow(clippy::unwrap_used, dead_code, reason = "a part of tests, which need more of it")]
+#[allow(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    dead_code,
+    reason = "a part of tests, which need more of it"
+)]
 mod corpus;
 
 use std::fs;
