@@ -17,6 +17,7 @@
 #[expect(dead_code, reason = "the tests do more with it")]
 mod virtio;
 
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -31,7 +32,7 @@ use multifd_engine::vhost::{VhostDevice, VhostDevices, VhostPostcopy, VhostRegio
 use multifd_engine::vm_memory::{Bytes, GuestAddress};
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
-    Destination, DeviceState, Incoming, PostcopyEnd, RamBlock, RegionLog, Report, Served, Source,
+    Control, Destination, DeviceState, Incoming, PostcopyEnd, RamBlock, RegionLog, Report, Served, Source,
 };
 
 use virtio::{Buffer, Memory, Queue, Result, VERSION_1};
@@ -122,6 +123,7 @@ fn arrive(
     user: VhostUser,
     there: &Memory,
     mut ring: Queue,
+    control: &Control,
 ) -> Result<(Report, VhostDevices)> {
     let Incoming::Postcopy(mut guest) = destination.receive_live()? else { return Err("no switch".into()) };
     let (_, state) = guest.opaque_state("device").ok_or("no state of the device")?;
@@ -133,6 +135,8 @@ fn arrive(
     devices.start()?;
     ring.kick()?;
     check(there, &mut ring, REQUESTS..2 * REQUESTS)?;
+    // Up to here only pages have come that were asked for.
+    control.set_max_postcopy_bandwidth(None);
     match guest.wait()? {
         PostcopyEnd::Completed(report) => Ok((*report, devices)),
         PostcopyEnd::Paused(why) => Err(why.into()),
@@ -171,11 +175,13 @@ fn main() -> Result<()> {
     let source = Source::builder(RamBlock::of_guest_memory(&here)?, Configuration::new("my-vmm-1.0"))
         .dirty_log(RegionLog::of_guest_memory(&here)?)
         .postcopy(true)
+        .max_postcopy_bandwidth(NonZeroU64::new(1))
         .build()?;
+    let control = source.control();
     let ring = ring.moved_to(&there);
     let (report, _devices) = thread::scope(|scope| {
         let leaving = scope.spawn(|| leave(source, &to, &state));
-        let arrived = arrive(destination, user, &there, ring);
+        let arrived = arrive(destination, user, &there, ring, &control);
         leaving.join().map_err(|_| "the source panicked")??;
         arrived
     })?;

@@ -165,7 +165,7 @@ fn serve(mut postcopy: Postcopy, again: &Receiver<Endpoint>) -> Result<(), Strin
         match postcopy.serve().map_err(|error| error.chain())? {
             Served::Completed(_) => return Ok(()),
             Served::Paused(why) => {
-                let Ok(endpoint) = again.recv_timeout(SOON) else { return Err(why.chain()) };
+                let Ok(endpoint) = again.recv_timeout(6 * SOON) else { return Err(why.chain()) };
                 postcopy.recover(&endpoint, SOON).map_err(|error| error.chain())?;
             }
         }
