@@ -10,6 +10,7 @@ use crate::destination::channels::sync_state::{MainWait, SyncState};
 use crate::error::ErrorKind;
 
 mod postcopy;
+mod resumption;
 
 const RAM: SectionId = SectionId(2);
 const TIMEOUT: Duration = Duration::from_secs(60);
