@@ -18,8 +18,8 @@ use multifd_engine::{
 };
 use serde_json::{Value, json};
 
-use super::Result;
 use super::vcpus::{Found, Vcpus};
+use super::{Result, state};
 use crate::flags::{Common, DemoDestination};
 use crate::outcome::Outcome;
 
@@ -44,6 +44,7 @@ fn receive(flags: &DemoDestination, common: &Common) -> Result<()> {
     let blocks = ram.blocks();
     match incoming {
         Incoming::Arrived(arrived) => {
+            state::load(&arrived.sections()?, blocks.iter().map(RamBlock::pages).sum())?;
             arrived.accept()?;
             let hashes = blocks.iter().flat_map(|block| (0..block.pages()).map(|page| hash(block, page)));
             tell(&Value::Null, hashes)
@@ -71,6 +72,7 @@ fn tell(figures: &Value, hashes: impl Iterator<Item = u64>) -> Result<()> {
 
 /// The guest goes on, and is looked at when all of its RAM is here.
 fn run_on(mut guest: PostcopyGuest, block: &RamBlock) -> Result<(Option<PostcopyReport>, Found)> {
+    state::load(&guest.sections()?, block.pages())?;
     guest.loaded()?;
     let vcpus = Vcpus::start(block)?;
     match guest.wait()? {

@@ -34,6 +34,7 @@ mod refusals;
 mod resume;
 mod return_path;
 mod shared;
+pub(crate) mod sharing;
 mod stream_end;
 mod switchover;
 mod tail;
@@ -72,6 +73,7 @@ pub use postcopy::running::{PostcopyEnd, PostcopyGuest};
 use resume::{OpenAlready, Resumption};
 use return_path::ReturnPath;
 use shared::DestinationShared;
+use sharing::Sharing;
 
 /// Listens for one migration.
 pub struct Destination {
@@ -83,6 +85,7 @@ pub struct Destination {
     codecs: Codecs,
     tls: Option<TlsServer>,
     hook: ThreadHook,
+    sharing: Option<Arc<dyn Sharing>>,
 }
 
 /// A guest up to where it may run here.
@@ -181,7 +184,9 @@ impl Destination {
             let session = if resumption.is_some() { self.session.link() } else { Arc::clone(&self.session) };
             let crew = Arc::new(Crew::new(session.stop.clone()).with_hook(self.hook.clone()));
             let (codecs, config) = (self.codecs.clone(), &self.config);
-            let shared = DestinationShared::new(&session, codecs, config, &listener, resumption.as_ref());
+            let sharing = self.sharing.clone().filter(|_| guest == Guest::Here);
+            let shared =
+                DestinationShared::new(&session, codecs, config, &listener, sharing, resumption.as_ref());
             let cause = match self.run_link(&listener, guest, &shared, &crew) {
                 Ok(begun) => return Ok(begun),
                 Err(LinkEnd::Final(error)) => return Err(error),
@@ -192,7 +197,11 @@ impl Destination {
             resumption.begin_outage(&cause, self.session.counters.pages());
             session.stop.release();
             let again = self.listen_again(resumption, &cause);
-            listener = again.map_err(|error| shared.refusals.explain(self.session.fail(error, &crew)))?;
+            listener = again.map_err(|error| {
+                let cause = self.session.fail(error, &crew);
+                shared.end_sharing();
+                shared.refusals.explain(cause)
+            })?;
         }
     }
 
@@ -253,6 +262,7 @@ impl Destination {
                 session.fail(Error::stopped(Phase::Active), crew)
             }
         };
+        shared.end_sharing();
         LinkEnd::Final(shared.refusals.explain(cause))
     }
 
@@ -289,6 +299,7 @@ impl Destination {
     ) -> Result<Begun> {
         match switched {
             Switched::Arrived(stream) => {
+                shared.end_sharing();
                 let alive = Alive::start(&return_path, crew)?;
                 let audit = match self.config.verify {
                     true => Some(verify::verify(&*shared.sinks()?, crew)?),
