@@ -1,12 +1,12 @@
 //! The command line's flags. Values are checked here, and applied elsewhere.
 
 mod demo;
+mod links;
 
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use multifd_codecs::CodecChoice;
 use multifd_engine::{SwitchoverAck, ZeroPages};
@@ -15,6 +15,7 @@ use multifd_tune::Link;
 use tracing_subscriber::filter::LevelFilter;
 
 pub(crate) use self::demo::{Demo, DemoDestination};
+use self::links::{Following, Resumption};
 use crate::human;
 use crate::sockets::{Sockets, SourceSockets};
 
@@ -139,6 +140,11 @@ pub(crate) struct Receive {
     /// source
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub(crate) recover: Option<Duration>,
+    /// When the link of a multifd source breaks before the guest is handed over, keep what has come
+    /// and listen again at the same address, for this long each time: a source with --resume-for
+    /// goes on where it was. Not shorter than --timeout. Default: fail
+    #[arg(long, value_name = "TIME", value_parser = human::duration)]
+    pub(crate) resume_for: Option<Duration>,
     /// How long the source may be silent between two rounds: for a QEMU that is held before the
     /// switch-over (pause-before-switchover), which cannot say that it is alive. Its host must
     /// answer --keepalive. Default: --timeout
@@ -191,6 +197,8 @@ pub(crate) struct Send {
     pub(crate) postcopy: bool,
     #[command(flatten)]
     pub(crate) following: Following,
+    #[command(flatten)]
+    pub(crate) resumption: Resumption,
     /// To file: give each page a fixed place, written by --channels threads
     #[arg(long)]
     pub(crate) mapped_ram: bool,
@@ -232,39 +240,6 @@ impl Proof {
 
     pub(crate) fn digest(&self) -> Option<bool> {
         (self.digest || self.no_digest).then_some(self.digest)
-    }
-}
-
-/// How RAM follows a guest that runs at the destination.
-#[derive(Debug, Args)]
-pub(crate) struct Following {
-    /// With --postcopy: a connection of its own for pages that the guest waits for (QEMU:
-    /// capability postcopy-preempt)
-    #[arg(long, requires = "postcopy")]
-    pub(crate) postcopy_preempt: bool,
-    /// With --postcopy: how many such connections to a multifd destination, 0 to 8; 0: none, such
-    /// pages go on main. With --channels also without --postcopy-preempt. Default: 1
-    #[arg(long, value_name = "N", requires = "postcopy", value_parser = urgent_channels())]
-    pub(crate) postcopy_urgent_channels: Option<u8>,
-    /// With --postcopy: limit of what goes before the guest asks for it, such as 100MiB/s; 0:
-    /// unlimited. Default: unlimited
-    #[arg(long, value_name = "RATE", requires = "postcopy", value_parser = human::rate)]
-    pub(crate) max_postcopy_bandwidth: Option<Rate>,
-    /// With --postcopy: when the link breaks, dial again for this long, and go on where it broke
-    /// (QEMU: migrate-recover). Default: end with exit code 3
-    #[arg(long, value_name = "TIME", requires = "postcopy", value_parser = human::duration)]
-    pub(crate) recover: Option<Duration>,
-}
-
-/// As many as the engine takes.
-fn urgent_channels() -> RangedI64ValueParser<u8> {
-    clap::value_parser!(u8).range(0..=8)
-}
-
-impl Following {
-    /// Bytes per second of what nothing waits for.
-    pub(crate) fn max_bandwidth(&self) -> Option<NonZeroU64> {
-        self.max_postcopy_bandwidth.and_then(|Rate(rate)| rate)
     }
 }
 

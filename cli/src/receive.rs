@@ -43,6 +43,7 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
         .direct_io(flags.direct_io)
         .postcopy(true)
         .verify(flags.verify)
+        .resume_for(flags.resume_for)
         .timeout(common.timeout)
         .max_memory(flags.max_memory)
         .deadline(flags.deadline)

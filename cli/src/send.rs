@@ -58,6 +58,8 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         .max_postcopy_bandwidth(flags.following.max_bandwidth())
         .checksums(flags.proof.checksums())
         .digest(flags.proof.digest())
+        .resume_for(flags.resumption.resume_for)
+        .resume_anew(flags.resumption.resume_anew)
         .timeout(common.timeout)
         .socket_options(flags.sockets.options())
         .channel_endpoints(flags.sockets.channel_uri.clone())

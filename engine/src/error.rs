@@ -183,6 +183,12 @@ impl Error {
         self
     }
 
+    /// Whether it is of the connections, or of what they carry, and not of either end: another link
+    /// may do better.
+    pub(crate) fn is_of_the_link(&self) -> bool {
+        matches!(self.kind, ErrorKind::Deadline | ErrorKind::InvalidStream | ErrorKind::Transport)
+    }
+
     /// What a wait gives that the stop switch has ended: the cause is in the switch.
     pub(crate) fn stopped(phase: Phase) -> Self {
         Self::new(ErrorKind::Cancelled, phase, "stopped")

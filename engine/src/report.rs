@@ -184,6 +184,10 @@ impl fmt::Display for Report {
             let (saved, seconds) = (mib(progress.bytes_saved), figures.codec_cpu_s);
             write!(f, "\ncodec        {saved:.1} MiB saved in {seconds:.2} s of this end's CPUs")?;
         }
+        if progress.resumptions > 0 {
+            let (times, kept) = (progress.resumptions, mib(progress.bytes_not_repeated));
+            write!(f, "\nresumed      {times} times, {kept:.1} MiB were not sent again")?;
+        }
         if let Some(DigestVerdict::Equal) = self.digest {
             f.write_str("\ndigest       equal")?;
         }

@@ -37,7 +37,7 @@ const ALWAYS: &[i64] = &[
 /// A thread inherits the filter of the one that starts it, and can only add to it. `mig-accept`
 /// starts the threads of the channels: it must let through what those do, and the call that
 /// installs a filter.
-const INHERITED: (&str, &[&str]) = ("mig-accept", &["mig-recv", "mig-urgent"]);
+const INHERITED: (&str, &[&str]) = ("mig-accept", &["mig-recv", "mig-resume", "mig-urgent"]);
 
 /// Threads without a filter here: one runs what the system resolves names with, the others the
 /// embedder's `ByteStream`.
@@ -138,6 +138,7 @@ const THREADS: &[(&str, &[i64])] = &[
             libc::SYS_shutdown,
         ],
     ),
+    ("mig-resume", &[libc::SYS_getsockopt, libc::SYS_recvfrom, libc::SYS_sendto, libc::SYS_shutdown]),
     ("mig-return", &[libc::SYS_getsockopt, libc::SYS_recvfrom, libc::SYS_shutdown]),
     (
         "mig-send",

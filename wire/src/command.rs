@@ -1,6 +1,6 @@
 use crate::reader::{Reader, Stop, whole};
 use crate::writer::{put_counted16, put_cstr8};
-use crate::{BlockName, Invalid};
+use crate::{BlockName, Invalid, ResumeOpening};
 
 /// What the source tells the destination between sections. Spec: docs/wire.md §4.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,8 +38,15 @@ pub enum Command {
         /// 1..=[`MAX_DISCARD_RANGES`] ranges.
         ranges: Vec<DiscardRange>,
     },
+    /// 0x4d52, of the multifd dialect: the source answers for the number of the destination's
+    /// [`Challenge`](crate::ReturnMessage::Challenge). Spec: docs/wire.md §27.11.
+    Proof([u8; ResumeOpening::NONCE_LEN]),
     /// 10: say which pages of this block have arrived.
     RecvBitmap(BlockName),
+    /// 0x4d51, of the multifd dialect: the source would go on over another link when this one
+    /// breaks. Its public key, from which both ends make the secret by which they know each other
+    /// then. Spec: docs/wire.md §27.11.
+    Resumable([u8; ResumeOpening::NONCE_LEN]),
     /// 11: the switchover begins.
     SwitchoverStart,
 }
@@ -77,6 +84,8 @@ const POSTCOPY_RESUME: u16 = 9;
 const RECV_BITMAP: u16 = 10;
 const SWITCHOVER_START: u16 = 11;
 const POSTCOPY_CHANNELS: u16 = 0x4d50;
+const RESUMABLE: u16 = 0x4d51;
+const PROOF: u16 = 0x4d52;
 const DIGEST: u16 = 0x4d46;
 
 /// Longest body: a discard of [`MAX_DISCARD_RANGES`] ranges in a block with the longest name.
@@ -108,6 +117,8 @@ impl Command {
             POSTCOPY_RESUME => Self::PostcopyResume,
             RECV_BITMAP => Self::RecvBitmap(BlockName::try_from(r.cstr8()?)?),
             SWITCHOVER_START => Self::SwitchoverStart,
+            RESUMABLE => Self::Resumable(r.array()?),
+            PROOF => Self::Proof(r.array()?),
             DIGEST => Self::Digest { block: BlockName::try_from(r.cstr8()?)?, digest: r.be64()? },
             _ => return Err(unknown(id).into()),
         })
@@ -128,6 +139,7 @@ impl Command {
                 out.extend(digest.to_be_bytes());
             }
             Self::RecvBitmap(block) => put_cstr8(out, block.as_str()),
+            Self::Proof(bytes) | Self::Resumable(bytes) => out.extend(bytes),
             Self::EnableColo
             | Self::OpenReturnPath
             | Self::PostcopyAdvise(None)
@@ -151,8 +163,10 @@ impl Command {
             Self::PostcopyListen => POSTCOPY_LISTEN,
             Self::PostcopyResume => POSTCOPY_RESUME,
             Self::PostcopyRun => POSTCOPY_RUN,
+            Self::Proof(_) => PROOF,
             Self::RamDiscard { .. } => RAM_DISCARD,
             Self::RecvBitmap(_) => RECV_BITMAP,
+            Self::Resumable(_) => RESUMABLE,
             Self::SwitchoverStart => SWITCHOVER_START,
         }
     }
@@ -166,6 +180,7 @@ fn check_len(id: u16, len: usize) -> Result<(), Invalid> {
         RAM_DISCARD => (len <= MAX_BODY, "at most 450 bytes"),
         RECV_BITMAP => (len <= 1 + BlockName::MAX_LEN, "at most 256 bytes"),
         DIGEST => ((10..=9 + BlockName::MAX_LEN).contains(&len), "10..=264 bytes"),
+        PROOF | RESUMABLE => (len == ResumeOpening::NONCE_LEN, "32 bytes"),
         OPEN_RETURN_PATH | POSTCOPY_CHANNELS | POSTCOPY_LISTEN | POSTCOPY_RUN | ENABLE_COLO
         | POSTCOPY_RESUME | SWITCHOVER_START => (len == 0, "0 bytes"),
         _ => return Err(unknown(id)),

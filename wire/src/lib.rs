@@ -45,6 +45,7 @@ mod names;
 mod page_size;
 mod ram;
 mod reader;
+mod resume;
 mod return_path;
 mod split;
 mod stream;
@@ -68,8 +69,10 @@ pub use multifd::{
 pub use names::BlockName;
 pub use page_size::PageSize;
 pub use ram::{BlockRef, RAM_SECTION, RAM_SECTION_VERSION, RamRecord};
+pub use resume::ResumeOpening;
 pub use return_path::{
-    ALIVE_PING, Failure, HELLO_PING, Hello, MAX_RETURN_MESSAGE, RAM_PING, ReturnMessage, SETUP_PING, Wishes,
+    ALIVE_PING, Failure, HELLO_PING, Hello, MAX_RETURN_MESSAGE, RAM_PING, ROUND_PING, ReturnMessage,
+    SETUP_PING, Wishes,
 };
 pub use split::{DeviceSection, split_tail};
 pub use stream::{STREAM_MAGIC, STREAM_VERSION, StreamHeader};

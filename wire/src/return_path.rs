@@ -1,12 +1,20 @@
 use crate::reader::{Reader, Stop, prefix, whole};
 use crate::writer::{put_counted16, put_cstr8};
-use crate::{BlockName, Invalid, MigrationId, Parsed};
+use crate::{BlockName, Invalid, MigrationId, Parsed, ResumeOpening};
 
 /// What the destination sends back on the main connection. Spec: docs/wire.md §11.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReturnMessage {
     /// 0x4d47: a multifd destination is alive, and not done yet.
     Alive,
+    /// 0x4d52: a multifd destination answers for the number of a [`ResumeOpening`], and asks for an
+    /// answer of the same kind.
+    Challenge {
+        /// Random, for this connection alone.
+        nonce: [u8; ResumeOpening::NONCE_LEN],
+        /// That the destination is the one that knows the migration. Spec: docs/wire.md §27.11.
+        proof: [u8; ResumeOpening::NONCE_LEN],
+    },
     /// 0x4d00 to 0x4dff, apart from those that are known: of a later version of the dialect. Means
     /// nothing here.
     Extension {
@@ -25,6 +33,8 @@ pub enum ReturnMessage {
     Id(MigrationId),
     /// 0x4d49: how long a multifd destination took to load the device state, in µs. SHUT follows.
     Loaded(u64),
+    /// 0x4d54: the destination knows no migration of the id that a connection has begun with.
+    NotKnown,
     /// 2: answer to a PING, with its value.
     Pong(u32),
     /// 5: the bitmap of received pages follows, outside of the message.
@@ -40,6 +50,12 @@ pub enum ReturnMessage {
     },
     /// 6: postcopy goes on. The value is 1.
     ResumeAck(u32),
+    /// 0x4d51: half of what both ends make the secret of a migration from that can be resumed: the
+    /// destination's public key.
+    ResumeKey([u8; ResumeOpening::NONCE_LEN]),
+    /// 0x4d53: the value of the last PING behind a round that has been answered. What has come
+    /// since, the bitmaps say that follow, of each block one.
+    Standing(u32),
     /// 1: the last message. 0 if the guest is loaded, else something failed.
     Shut(u32),
     /// 7: the devices are ready for the switchover.
@@ -79,6 +95,10 @@ pub const SETUP_PING: u32 = 0x6d66_7331;
 
 /// Value of the PING behind the last RAM: `mfr1`. With its PONG the destination has all of it.
 pub const RAM_PING: u32 = 0x6d66_7231;
+
+/// Bit of the PING behind a round of a multifd source, all but the last; the others are the round's
+/// number, from 1.
+pub const ROUND_PING: u32 = 0x8000_0000;
 
 /// Value of the PINGs with which a source that has nothing to send shows that it is alive: `mfa1`.
 pub const ALIVE_PING: u32 = 0x6d66_6131;
@@ -137,6 +157,10 @@ const ALIVE: u16 = 0x4d47;
 const FAILURE: u16 = 0x4d48;
 const LOADED: u16 = 0x4d49;
 const ID: u16 = 0x4d50;
+const RESUME_KEY: u16 = 0x4d51;
+const CHALLENGE: u16 = 0x4d52;
+const STANDING: u16 = 0x4d53;
+const NOT_KNOWN: u16 = 0x4d54;
 
 /// The dialect's types. QEMU has none of them.
 const DIALECT: std::ops::RangeInclusive<u16> = 0x4d00..=0x4dff;
@@ -187,6 +211,10 @@ impl ReturnMessage {
             }
             ID => Self::Id(MigrationId(r.array()?)),
             LOADED => Self::Loaded(r.be64()?),
+            RESUME_KEY => Self::ResumeKey(r.array()?),
+            CHALLENGE => Self::Challenge { nonce: r.array()?, proof: r.array()? },
+            STANDING => Self::Standing(r.be32()?),
+            NOT_KNOWN => Self::NotKnown,
             _ if DIALECT.contains(&kind) => Self::Extension { kind, body: r.take(r.rest().len())?.to_vec() },
             _ => return Err(unknown(kind).into()),
         })
@@ -200,7 +228,9 @@ impl ReturnMessage {
                 out.extend(hello.version.to_be_bytes());
                 out.extend(hello.features.to_be_bytes());
             }
-            Self::Pong(value) | Self::ResumeAck(value) | Self::Shut(value) => out.extend(value.to_be_bytes()),
+            Self::Pong(value) | Self::ResumeAck(value) | Self::Shut(value) | Self::Standing(value) => {
+                out.extend(value.to_be_bytes());
+            }
             Self::RecvBitmap(block) => put_cstr8(out, block.as_str()),
             Self::RequestPages { block, offset, len } => {
                 out.extend(offset.to_be_bytes());
@@ -209,7 +239,7 @@ impl ReturnMessage {
                     put_cstr8(out, block.as_str());
                 }
             }
-            Self::Alive | Self::SwitchoverAck => {}
+            Self::Alive | Self::NotKnown | Self::SwitchoverAck => {}
             Self::Extension { body, .. } => out.extend(body),
             Self::Failure(failure) => {
                 out.push(failure.phase);
@@ -217,23 +247,32 @@ impl ReturnMessage {
             }
             Self::Id(MigrationId(id)) => out.extend(id),
             Self::Loaded(micros) => out.extend(micros.to_be_bytes()),
+            Self::ResumeKey(key) => out.extend(key),
+            Self::Challenge { nonce, proof } => {
+                out.extend(nonce);
+                out.extend(proof);
+            }
         });
     }
 
     fn kind(&self) -> u16 {
         match self {
             Self::Alive => ALIVE,
+            Self::Challenge { .. } => CHALLENGE,
             Self::Extension { kind, .. } => *kind,
             Self::Failure(_) => FAILURE,
             Self::Hello(_) => HELLO,
             Self::Id(_) => ID,
             Self::Loaded(_) => LOADED,
+            Self::NotKnown => NOT_KNOWN,
             Self::Pong(_) => PONG,
             Self::RecvBitmap(_) => RECV_BITMAP,
             Self::RequestPages { block: Some(_), .. } => REQ_PAGES_ID,
             Self::RequestPages { block: None, .. } => REQ_PAGES,
             Self::ResumeAck(_) => RESUME_ACK,
+            Self::ResumeKey(_) => RESUME_KEY,
             Self::Shut(_) => SHUT,
+            Self::Standing(_) => STANDING,
             Self::SwitchoverAck => SWITCHOVER_ACK,
         }
     }
@@ -242,14 +281,16 @@ impl ReturnMessage {
 /// Refuses a wrong length before its bytes are waited for.
 fn check_len(kind: u16, len: usize) -> Result<(), Invalid> {
     let (good, expected) = match kind {
-        SHUT | PONG | RESUME_ACK => (len == 4, "4 bytes"),
+        SHUT | PONG | RESUME_ACK | STANDING => (len == 4, "4 bytes"),
         REQ_PAGES_ID => ((14..=12 + 256).contains(&len), "14..=268 bytes"),
         REQ_PAGES => (len == 12, "12 bytes"),
         RECV_BITMAP => ((2..=256).contains(&len), "2..=256 bytes"),
-        ALIVE | SWITCHOVER_ACK => (len == 0, "0 bytes"),
+        ALIVE | SWITCHOVER_ACK | NOT_KNOWN => (len == 0, "0 bytes"),
         FAILURE => ((1..=MAX_RETURN_MESSAGE).contains(&len), "1..=512 bytes"),
         ID => (len == MigrationId::LEN, "16 bytes"),
         LOADED => (len == 8, "8 bytes"),
+        RESUME_KEY => (len == ResumeOpening::NONCE_LEN, "32 bytes"),
+        CHALLENGE => (len == 2 * ResumeOpening::NONCE_LEN, "64 bytes"),
         HELLO => ((10..=MAX_RETURN_MESSAGE).contains(&len), "10..=512 bytes"),
         _ if DIALECT.contains(&kind) => (len <= MAX_RETURN_MESSAGE, "0..=512 bytes"),
         _ => return Err(unknown(kind)),

@@ -30,7 +30,7 @@ pub(crate) struct Demo {
     pub(crate) postcopy_preempt: bool,
     /// In post-copy: how many such connections, 0 to 8; 0: such pages go on main. With --channels
     /// also without --postcopy-preempt. Default: 1
-    #[arg(long, value_name = "N", value_parser = super::urgent_channels())]
+    #[arg(long, value_name = "N", value_parser = super::links::urgent_channels())]
     pub(crate) postcopy_urgent_channels: Option<u8>,
     /// When the guest is paused, compare all of its RAM with what was sent: finds writes that the
     /// dirty log has missed

@@ -33,6 +33,13 @@ pub struct DestinationConfig {
     /// When the link of a post-copy is gone, listen again at the same address, for this long each
     /// time; `None`: give up. Default: `None`.
     pub recover: Option<Duration>,
+    /// When the link of another multifd breaks before the guest is handed over, keep what has come,
+    /// and listen again at the same address, for this long each time that pages have moved: the
+    /// source goes on where it was ([`SourceConfig::resume_for`](crate::SourceConfig::resume_for)).
+    /// It has to know a secret of the migration. A source that was cancelled is waited for, too. Not
+    /// shorter than `timeout`, or a source may come back before its silence is noticed. Over tcp,
+    /// unix and vsock; elsewhere it has no effect. Default: `None`.
+    pub resume_for: Option<Duration>,
     /// When to acknowledge the switch-over unasked. Default: [`SwitchoverAck::Auto`].
     pub switchover_ack: SwitchoverAck,
     /// Most bytes of devices' sections, and as many over parallel channels, which are kept in
@@ -85,6 +92,7 @@ impl Default for DestinationConfig {
             postcopy: false,
             fault_threads: 1,
             recover: None,
+            resume_for: None,
             switchover_ack: SwitchoverAck::Auto,
             max_device_state: None,
             timeout: DEFAULT_TIMEOUT,

@@ -105,6 +105,17 @@ pub struct SourceConfig {
     /// guest is handed over. Up to a switch to post-copy, and not with zero-copy send. Costs as
     /// `checksums`, together not more than one of them. Default: as `checksums`.
     pub digest: Option<bool>,
+    /// When a connection breaks or stalls before the guest is handed over, connects again for this
+    /// long, and goes on where it was: another multifd keeps what has come
+    /// ([`DestinationConfig::resume_for`](crate::DestinationConfig::resume_for)), and only what it
+    /// has not, or what is newer, goes again. The guest runs on meanwhile; in the last round it is
+    /// paused, and waits. Each time that a new link has moved pages counts anew. Over sockets that
+    /// the engine dials, with a return path. Default: `None`, a link that breaks ends the migration.
+    pub resume_for: Option<Duration>,
+    /// With `resume_for`: sends everything again to a destination that knows nothing of the
+    /// migration, because its process has ended and another listens there. Default: no, that ends
+    /// the migration.
+    pub resume_anew: bool,
     /// Announces the switch-over to the destination's devices: QEMU 10.0 with machine types from
     /// 10.0 on. Default: no.
     pub switchover_start: bool,
@@ -160,6 +171,8 @@ impl Default for SourceConfig {
             auto_codec: false,
             checksums: None,
             digest: None,
+            resume_for: None,
+            resume_anew: false,
             switchover_start: false,
             pause_before_switchover: false,
             timeout: DEFAULT_TIMEOUT,
@@ -193,6 +206,7 @@ impl SourceConfig {
         }
         self.check_file(around)?;
         self.check_postcopy(around)?;
+        self.check_resumption(around)?;
         self.check_sockets(around)
     }
 
@@ -268,6 +282,30 @@ impl SourceConfig {
             (Some(Opened { two_way: false, .. }), _) | (None, Some(Endpoint::File { .. })) => {
                 Err("post-copy over a pipe or to a file, where nothing can be asked for".to_owned())
             }
+            _ => Ok(()),
+        }
+    }
+
+    /// What is connected again must be dialled, and answer.
+    fn check_resumption(&self, around: Surroundings<'_>) -> Result<(), String> {
+        match (self.resume_for, around.endpoint) {
+            (None, _) if self.resume_anew => {
+                Err("a new beginning at a destination that knows nothing was asked for, but no new link"
+                    .to_owned())
+            }
+            (None, _) => Ok(()),
+            (Some(Duration::ZERO), _) => Err("a new link within no time, expected more".to_owned()),
+            _ if self.return_path == Some(false) => {
+                Err("a new link for a broken one needs a return path, over which is told what has come"
+                    .to_owned())
+            }
+            (_, Some(endpoint)) if !endpoint.takes_several() => {
+                Err(format!("a new link for a broken one over {endpoint}, which cannot be connected again"))
+            }
+            (_, None) if around.opened.is_some() => Err(
+                "a new link for a broken one over connections of the caller's, which only the caller makes"
+                    .to_owned(),
+            ),
             _ => Ok(()),
         }
     }

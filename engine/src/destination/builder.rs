@@ -117,6 +117,13 @@ impl DestinationBuilder {
         self
     }
 
+    /// How long to wait for a source whose link broke: see [`DestinationConfig::resume_for`].
+    #[must_use]
+    pub fn resume_for(mut self, limit: Option<Duration>) -> Self {
+        self.config.resume_for = limit;
+        self
+    }
+
     /// When to acknowledge the switch-over unasked: see [`DestinationConfig::switchover_ack`].
     #[must_use]
     pub fn switchover_ack(mut self, ack: SwitchoverAck) -> Self {

@@ -25,9 +25,11 @@ use super::tail::{self, Tail};
 use crate::error::{Error, Phase, Result};
 use crate::run::budget::Share;
 use crate::run::counters::Counters;
+use crate::run::secret;
+use crate::stream::MainReader;
+use crate::stream::dialect::{self, FEATURE_RESUMPTION};
 use crate::stream::sections::EarlySections;
 use crate::stream::vm_state::VmState;
-use crate::stream::{MainReader, dialect};
 
 /// What came in on the main channel, RAM apart.
 #[derive(Debug)]
@@ -91,8 +93,9 @@ impl Driver {
         guest: Guest,
     ) -> Self {
         let package = (guest != Guest::NoPostcopy).then_some(shared.limits.device_state);
-        let machine =
-            Machine::new(return_path.leads_back(), ack, package).offering(dialect::features(&shared.codecs));
+        let resumes = if shared.resumption.is_some() { FEATURE_RESUMPTION } else { 0 };
+        let features = dialect::features(&shared.codecs) | resumes;
+        let machine = Machine::new(return_path.leads_back(), ack, package).offering(features);
         Self {
             reader,
             shared: Arc::clone(shared),
@@ -199,11 +202,13 @@ impl Driver {
             }
             Expected::Device { head, ram } => {
                 let end = self.early.read(reader, head, ram)?;
-                if let Some(VmState { name, version, bytes }) = self.early.take_vm() {
-                    self.incoming.configure(&name, version, &bytes).map_err(|cause| {
+                if let Some(vm) = self.early.take_vm() {
+                    let VmState { name, version, bytes } = &vm;
+                    self.incoming.configure(name, *version, bytes).map_err(|cause| {
                         let detail = format!("the state of the source's VM, {name} version {version}");
                         Error::incompatible(Phase::Setup, detail).because(cause)
                     })?;
+                    self.shared.resumption.iter().for_each(|kept| kept.note_vm(&vm));
                 }
                 Input::Device(end)
             }
@@ -259,8 +264,10 @@ impl Driver {
             Effect::Listen => self.listen()?,
             Effect::OpenReturnPath => self.return_path.open(),
             Effect::Resume => self.serving()?.resume()?,
+            Effect::Resumable(key) => self.offer_resumption(key)?,
             Effect::Run => self.leave_package()?,
             Effect::SendBitmap(block) => self.send_bitmap(&block)?,
+            Effect::Settle(ping) => self.shared.resumption.iter().for_each(|kept| kept.settle(ping)),
             Effect::SpeakDialect => {
                 self.shared.speak_dialect();
                 self.return_path.speak_dialect();
@@ -268,6 +275,16 @@ impl Driver {
             Effect::SyncPoint => self.shared.sync_point()?,
         }
         Ok(())
+    }
+
+    /// The source would go on over another link: from now on this end keeps what it takes.
+    fn offer_resumption(&self, key: [u8; secret::LEN]) -> Result<()> {
+        let none = || Error::bug(Phase::Setup, "what is kept for another link, before there is anything");
+        let resumption = self.shared.resumption.as_ref().ok_or_else(none)?;
+        let ours = resumption.agree(key)?;
+        self.ram.as_ref().ok_or_else(none)?.sinks().note_recent();
+        self.return_path.send(Phase::Setup, &ReturnMessage::Id(resumption.id()))?;
+        self.return_path.send(Phase::Setup, &ReturnMessage::ResumeKey(ours))
     }
 
     fn compare(&self, block: &BlockName, digest: u64) -> Result<()> {
@@ -302,6 +319,7 @@ impl Driver {
             // What still comes on a channel would be older than the discards.
             self.shared.channels.finish();
         }
+        self.shared.resumption.iter().for_each(|kept| kept.end());
         let none = || Error::bug(Phase::Device, "LISTEN before there are blocks");
         let ram = self.ram.as_mut().ok_or_else(none)?;
         let serving = listen::arm(&self.shared, ram.sinks(), self.guest, &self.return_path)?;

@@ -17,12 +17,12 @@ use std::time::Instant;
 
 use multifd_wire::{
     Advise, BlockName, Command, Configuration, HELLO_PING, Hello, Item, RAM_SECTION, RAM_SECTION_VERSION,
-    ReturnMessage, SectionHead, SectionId, Wishes,
+    ROUND_PING, ReturnMessage, SectionHead, SectionId, Wishes,
 };
 
 use super::switchover::{Acknowledgement, SwitchoverAck};
 use crate::error::{Error, Phase, Result};
-use crate::stream::dialect;
+use crate::stream::dialect::{self, FEATURE_RESUMPTION};
 use crate::stream::mapped_layout::CAPABILITY;
 
 mod events;
@@ -348,13 +348,32 @@ impl Machine {
                 if let Some(wishes) = Wishes::of_ping(value).filter(|_| self.facts.introduced) {
                     effects.push(Effect::Heed(wishes));
                 }
+                if value & ROUND_PING != 0 && self.facts.introduced {
+                    effects.push(Effect::Settle(value));
+                }
                 self.answer(Phase::Active, ReturnMessage::Pong(value), effects)?;
             }
+            Command::Resumable(key) => self.on_resumable(ram.as_ref(), key, effects)?,
             Command::Digest { block, digest } => self.on_digest(ram.as_ref(), block, digest, effects)?,
             Command::SwitchoverStart => self.facts.switchover_start = true,
             other => return self.on_postcopy_command(other, ram, observed, effects),
         }
         Ok(ram.map_or(State::BeforeRam, State::Live))
+    }
+
+    /// The source would go on over another link when this one breaks.
+    fn on_resumable(&self, ram: Option<&Ram>, key: [u8; 32], effects: &mut Effects) -> Result<()> {
+        if matches!(self.return_path, ReturnDirection::OneWay { .. }) {
+            // Recorded: there is no other link.
+            return Ok(());
+        }
+        let offered = self.facts.introduced && self.features & FEATURE_RESUMPTION != 0;
+        if !offered || ram.is_none_or(Ram::ended) {
+            let detail = "an offer to go on over another link, where none can be made";
+            return Err(Error::misbehaved(Phase::Active, detail));
+        }
+        effects.push(Effect::Resumable(key));
+        Ok(())
     }
 
     /// What the pages of a block have to be.

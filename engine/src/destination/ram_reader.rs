@@ -63,6 +63,11 @@ impl RamReader {
             return Err(Error::new(ErrorKind::GuestMemory, Phase::Setup, detail)
                 .remedied_by(Some(Remedy::RaiseMaxRam)));
         }
+        if let Some(sinks) = shared.kept_sinks(&announced)? {
+            Counters::add(&shared.session.counters.resumptions, 1);
+            shared.publish(Arc::clone(&sinks));
+            return Ok(Self::of(sinks));
+        }
         let blocks = ram.open(configuration, &announced).map_err(|error| {
             Error::new(ErrorKind::GuestMemory, Phase::Setup, "no memory for the source's RAM blocks")
                 .because(error)
@@ -76,6 +81,7 @@ impl RamReader {
         if shared.wishes().digest || shared.verifies {
             sinks.keep_digests();
         }
+        shared.resumption.iter().for_each(|kept| kept.keep(&sinks));
         shared.publish(Arc::clone(&sinks));
         if let Some(file) = file {
             readers.load(file, &announced, &sinks, shared)?;
@@ -269,7 +275,7 @@ mod tests {
     fn page(offset: usize, block: BlockRef) -> Vec<u8> {
         let mut bytes = Vec::new();
         RamRecord::Page { offset: (offset * PAGE) as u64, block }.encode(PAGE_SIZE, &mut bytes);
-        bytes.extend([offset as u8; PAGE]);
+        bytes.extend([u8::try_from(offset).unwrap(); PAGE]);
         bytes
     }
 

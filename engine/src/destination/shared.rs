@@ -13,6 +13,7 @@ use super::channels::sync::ChannelSync;
 use super::place::BlockSinks;
 use super::postcopy::serving::Serving;
 use super::refusals::Refusals;
+use super::resume::Resumption;
 use super::sharing::Sharing;
 use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -52,6 +53,10 @@ pub(crate) struct DestinationShared {
     pub(crate) verifies: bool,
     /// What the source wishes to be checked. Set before there is memory for its pages.
     wishes: OnceLock<Wishes>,
+    /// What outlives this link, if another may replace it.
+    pub(super) resumption: Option<Arc<Resumption>>,
+    /// This link replaces another.
+    pub(super) resumed: bool,
     /// What the source was told that this migration is known by.
     id: OnceLock<MigrationId>,
     /// By which the source has authenticated itself, if it has.
@@ -117,16 +122,22 @@ impl DestinationShared {
         config: &DestinationConfig,
         listener: &Arc<Listener>,
         sharing: Option<Arc<dyn Sharing>>,
+        resumption: Option<&Arc<Resumption>>,
     ) -> Arc<Self> {
+        let resumed = resumption.is_some_and(|kept| kept.kept().is_some());
+        // A source may come back with fewer channels.
+        let channels = config.channels.filter(|_| !resumed);
         Arc::new(Self {
             session: Arc::clone(session),
-            channels: ChannelSync::new(&session.stop, config.channels),
+            channels: ChannelSync::new(&session.stop, channels),
             limits: ReceiveLimits::of(config),
             fault_threads: config.fault_threads,
             sharing,
             refusals: Refusals::default(),
             codecs,
             listener: Mutex::new(Arc::clone(listener)),
+            resumption: resumption.map(Arc::clone),
+            resumed,
             id: OnceLock::new(),
             certificate: OnceLock::new(),
             urgent: Arc::default(),
@@ -266,6 +277,9 @@ impl DestinationShared {
         // The keys are random: told apart, not kept secret.
         let random = |half: u8| RandomState::new().hash_one(half).to_be_bytes();
         *self.id.get_or_init(|| {
+            if let Some(resumption) = &self.resumption {
+                return resumption.id();
+            }
             let mut id = [0; MigrationId::LEN];
             id.iter_mut().zip(random(0).into_iter().chain(random(1))).for_each(|(to, from)| *to = from);
             MigrationId(id)
@@ -281,6 +295,7 @@ impl DestinationShared {
     pub(crate) fn note_source(&self, main: &Channel) {
         // There is only one main.
         let _ = self.certificate.set(main.client_certificate().map(<[u8]>::to_vec));
+        self.resumption.iter().filter(|_| !self.resumed).for_each(|kept| kept.note_source(main));
     }
 
     /// Checks that a connection that comes later is of the client that main was: another of the

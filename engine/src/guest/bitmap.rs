@@ -70,6 +70,13 @@ impl DirtyBitmap {
         }
     }
 
+    /// Clears every bit.
+    pub(crate) fn clear(&self) {
+        for word in 0..self.words() {
+            self.take_word(word);
+        }
+    }
+
     fn or_word(&self, word: usize, bits: u64) {
         match self.words.get(word) {
             // Release, also when the bit is set already: the write before this call must be seen by

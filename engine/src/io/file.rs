@@ -112,7 +112,8 @@ mod tests {
     #[test]
     fn more_parts_than_a_call_takes_are_written_one_behind_the_other() {
         let file = tempfile::tempfile().unwrap();
-        let parts: Vec<Vec<u8>> = (0..2 * MAX_RANGES_PER_CALL + 3).map(|at| vec![at as u8; at % 5]).collect();
+        let parts: Vec<Vec<u8>> =
+            (0..2 * MAX_RANGES_PER_CALL + 3).map(|at| vec![at.to_le_bytes()[0]; at % 5]).collect();
         let slices: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
         write_parts(&file, &slices, 11).unwrap();
         let mut written = vec![0; parts.concat().len()];

@@ -146,6 +146,11 @@ counters! {
         pages_repeated,
         /// New links of a post-copy whose link had gone.
         recoveries,
+        /// New links of a pre-copy whose link had gone (`--resume-for`).
+        resumptions,
+        /// Guest bytes that were at the destination when a pre-copy went on over a new link, and
+        /// would have gone again if it had begun anew: those of all such links. At the source.
+        bytes_not_repeated,
     }
     channel {
         /// Packets with pages, of a parallel channel.
@@ -231,7 +236,11 @@ impl Counters {
 
     /// Counts a parallel channel, with its bytes.
     pub(crate) fn channel(&self, id: u8, channel: &Arc<Channel>) -> Arc<ChannelCounters> {
-        self.parallel(ChannelCounters::new(format!("channel {id}")).with_bytes_of(channel))
+        let name = format!("channel {id}");
+        if lock(&self.parallel).iter().any(|known| known.name == name) {
+            return self.replaced_channel(id, channel);
+        }
+        self.parallel(ChannelCounters::new(name).with_bytes_of(channel))
     }
 
     /// Counts a thread that moves pages between memory and a file; the bytes are main's.

@@ -41,12 +41,14 @@ pub struct Canceller(Arc<Session>);
 
 pub(crate) struct Session {
     pub(crate) stop: StopSwitch,
-    started: Mutex<Instant>,
+    started: Arc<Mutex<Instant>>,
     pub(crate) timeout: Duration,
-    pub(crate) counters: Counters,
-    channels: OpenSet<Arc<Channel>>,
-    state: Mutex<Watched>,
-    hand_over: Mutex<HandOver>,
+    pub(crate) counters: Arc<Counters>,
+    channels: Arc<OpenSet<Arc<Channel>>>,
+    state: Arc<Mutex<Watched>>,
+    hand_over: Arc<Mutex<HandOver>>,
+    /// This one is a link of that, which may go on over another.
+    whole: Option<Arc<Self>>,
 }
 
 /// A state, and who is told of the next.
@@ -67,13 +69,46 @@ impl Session {
     pub(crate) fn new(timeout: Duration) -> Arc<Self> {
         Arc::new(Self {
             stop: StopSwitch::default(),
-            started: Mutex::new(Instant::now()),
+            started: Arc::new(Mutex::new(Instant::now())),
             timeout,
-            counters: Counters::default(),
-            channels: OpenSet::new(),
-            state: Mutex::default(),
-            hand_over: Mutex::default(),
+            counters: Arc::default(),
+            channels: Arc::new(OpenSet::new()),
+            state: Arc::default(),
+            hand_over: Arc::default(),
+            whole: None,
         })
+    }
+
+    /// A link of this migration: what ends it ends no more than its own threads and connections. It
+    /// ends with the migration.
+    pub(crate) fn link(self: &Arc<Self>) -> Arc<Self> {
+        let stop = StopSwitch::default();
+        let of_link = stop.clone();
+        // Only a cancel ends the whole before its link.
+        self.stop.on_trip(move || of_link.trip(cancelled()));
+        Arc::new(Self {
+            stop,
+            started: Arc::clone(&self.started),
+            timeout: self.timeout,
+            counters: Arc::clone(&self.counters),
+            channels: Arc::clone(&self.channels),
+            state: Arc::clone(&self.state),
+            hand_over: Arc::clone(&self.hand_over),
+            whole: Some(Arc::clone(self)),
+        })
+    }
+
+    /// Ends this link because of `error`: wakes and joins its threads, whose connections are closed.
+    /// The first cause can be looked at.
+    pub(crate) fn end_link(&self, error: Error, crew: &Crew) {
+        self.stop.trip(error);
+        crew.join();
+        self.retire_closed_channels();
+    }
+
+    /// The migration that this is a link of, or all of it.
+    pub(crate) fn whole(self: &Arc<Self>) -> &Arc<Self> {
+        self.whole.as_ref().unwrap_or(self)
     }
 
     /// Makes a new connection part of the migration: its silence is limited, its bytes are counted.
@@ -181,7 +216,16 @@ impl Session {
         crew.join();
         // A channel that came too late to be closed by the stop; a command behind it is ended now.
         self.close_channels();
-        self.stop.cause_or(Error::stopped(phase))
+        let cause = self.stop.cause_or(Error::stopped(phase));
+        if let Some(whole) = &self.whole {
+            if whole.stop.tripped() {
+                // Cancelled, when the link had ended already.
+                return whole.stop.cause_or(cause);
+            }
+            // Whatever else waits, for the caller's go-ahead for instance.
+            whole.stop.trip(Error::stopped(phase));
+        }
+        cause
     }
 
     pub(crate) fn hand_over(&self) -> HandOver {
@@ -234,9 +278,13 @@ impl Drop for NoteEnd {
     }
 }
 
+fn cancelled() -> Error {
+    Error::new(ErrorKind::Cancelled, Phase::Active, "cancelled by the caller")
+}
+
 impl Canceller {
     pub(crate) fn new(session: &Arc<Session>) -> Self {
-        Self(Arc::clone(session))
+        Self(Arc::clone(session.whole()))
     }
 
     /// Cancels. Has no effect on a migration that has ended. False: the guest has been handed over
@@ -248,7 +296,7 @@ impl Canceller {
             tracing::warn!(%refused, "not cancelled: the guest runs at the destination and waits for its RAM");
             return false;
         }
-        self.0.stop.trip(Error::new(ErrorKind::Cancelled, Phase::Active, "cancelled by the caller"));
+        self.0.stop.trip(cancelled());
         true
     }
 

@@ -354,6 +354,20 @@ impl SourceBuilder {
         self
     }
 
+    /// How long to connect again when the link breaks: see [`SourceConfig::resume_for`].
+    #[must_use]
+    pub fn resume_for(mut self, limit: Option<Duration>) -> Self {
+        self.config.resume_for = limit;
+        self
+    }
+
+    /// Everything again to a destination that knows nothing: see [`SourceConfig::resume_anew`].
+    #[must_use]
+    pub fn resume_anew(mut self, anew: bool) -> Self {
+        self.config.resume_anew = anew;
+        self
+    }
+
     /// Announcement of the switch-over: see [`SourceConfig::switchover_start`].
     #[must_use]
     pub fn switchover_start(mut self, switchover_start: bool) -> Self {

@@ -17,6 +17,7 @@ use super::outgoing::{OutgoingRam, ZeroPages};
 use super::page_cache::PageCache;
 use super::postcopy::{PostcopySettings, PreemptStyle, UrgentChannels};
 use super::precopy::Precopy;
+use super::resume::Resumption;
 use super::return_path::{LastWords, ReturnPathReader};
 use super::shared::SourceShared;
 use crate::config::{Opened, Surroundings, own};
@@ -75,6 +76,9 @@ impl Source {
 
     fn begin(mut self, connections: Connections<'_>) -> Result<Precopy> {
         self.session.enter(MigrationState::Setup)?;
+        if self.config.resume_for.is_some() {
+            self.session = self.session.link();
+        }
         let crew = Crew::new(self.session.stop.clone()).with_hook(self.hook.clone());
         let convergence = Convergence::new(self.config.auto_converge);
         let dialer = Dialer {
@@ -86,7 +90,7 @@ impl Source {
         };
         match self.open(connections, &dialer, &crew) {
             Ok(parts) => {
-                let mut migration = self.migration(parts, dialer, crew);
+                let mut migration = self.migration(parts, dialer, crew)?;
                 let busy = migration.alive.busy();
                 let result = migration.set_up(&self.guest.configuration);
                 migration.caused(result)?;
@@ -97,9 +101,10 @@ impl Source {
         }
     }
 
-    fn migration(&self, parts: Parts, dialer: Dialer, crew: Crew) -> Migration {
+    fn migration(&self, parts: Parts, dialer: Dialer, crew: Crew) -> Result<Migration> {
         let Parts { main, carrier, shared, return_path, alive, logs } = parts;
-        Migration {
+        let resumption = Resumption::new(&self.config, &self.guest.configuration, &dialer)?;
+        Ok(Migration {
             main,
             carrier,
             shared,
@@ -122,8 +127,9 @@ impl Source {
             audit: None,
             wishes: self.config.wishes(&*self.codec),
             alive,
+            resumption,
             _note_end: NoteEnd(Arc::clone(&self.session)),
-        }
+        })
     }
 
     fn open(&mut self, mut connections: Connections<'_>, dialer: &Dialer, crew: &Crew) -> Result<Parts> {
@@ -140,6 +146,7 @@ impl Source {
         let ram =
             OutgoingRam::new(std::mem::take(&mut self.guest.ram), &self.guest.notes, zero_pages, parallel)?;
         let ram = if self.config.postcopy { ram.for_postcopy()? } else { ram };
+        let ram = if self.config.resume_for.is_some() { ram.noting_claims() } else { ram };
         self.session.counters.ram_bytes.store(ram.total_bytes(), Ordering::Relaxed);
         self.session.counters.expect(Estimate { remaining_bytes: ram.total_bytes(), ..Estimate::default() });
         let last_words = LastWords::default();
@@ -151,7 +158,7 @@ impl Source {
         let config = &self.config;
         let shared = Arc::new(SourceShared {
             session: Arc::clone(&self.session),
-            ram,
+            ram: Arc::new(ram),
             codec: Arc::clone(&self.codec),
             uuid: self.guest.uuid,
             pacer: Arc::clone(self.control.pacer()),
@@ -162,6 +169,7 @@ impl Source {
             decided: Mutex::default(),
             agreed: OnceLock::new(),
             id: OnceLock::new(),
+            resume_key: OnceLock::new(),
             zero_copy: config.zero_copy,
             urgent: OnceLock::new(),
             neighbours: OnceLock::new(),

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use multifd_transports::PeerVanished;
-use multifd_wire::{Advise, Command, Configuration, HELLO_PING, RAM_PING, SETUP_PING, Wishes};
+use multifd_wire::{Advise, Command, Configuration, HELLO_PING, RAM_PING, ROUND_PING, SETUP_PING, Wishes};
 
 use super::alive::{Busy, KeepAlive};
 use super::audit::AuditReport;
@@ -15,6 +15,7 @@ use super::device_state::DeviceState;
 use super::dialer::Dialer;
 use super::main_writer::MainWriter;
 use super::postcopy::{PostcopySettings, PreemptStyle, UrgentChannels};
+use super::resume::Resumption;
 use super::return_path::ReturnPathReader;
 use super::rounds::RoundContext;
 use super::shared::SourceShared;
@@ -31,8 +32,10 @@ use crate::stream::dialect;
 use crate::stream::sections::EarlySections;
 use crate::work::Round;
 
-/// Marks the PING at the end of a round; the round's number is below it.
-const ROUND_PING: u32 = 0x8000_0000;
+/// The PING at the end of a round: its number, and [`ROUND_PING`].
+pub(super) fn ping_of_round(round: u64) -> u32 {
+    ROUND_PING | u32::try_from(round).unwrap_or(u32::MAX)
+}
 
 /// One item of the RAM section. Each carries a sync point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +72,8 @@ pub(super) struct Migration {
     pub(super) audit: Option<AuditReport>,
     /// What the destination is to check.
     pub(super) wishes: Wishes,
+    /// By which a link that breaks is replaced.
+    pub(super) resumption: Option<Resumption>,
     /// The last field: what is dropped before it ends the threads.
     pub(super) _note_end: NoteEnd,
 }
@@ -76,6 +81,14 @@ pub(super) struct Migration {
 impl Migration {
     /// Header, configuration, return path, the list of blocks and the first sync point.
     pub(super) fn set_up(&mut self, configuration: &Configuration) -> Result<()> {
+        self.begin_stream(configuration)?;
+        self.enter(MigrationState::Active)?;
+        self.setup = self.shared.session.elapsed();
+        Ok(())
+    }
+
+    /// The stream as far as its list of blocks: the same over each link.
+    pub(super) fn begin_stream(&mut self, configuration: &Configuration) -> Result<()> {
         let at_setup = |settings: &PostcopySettings| settings.preempt_style == PreemptStyle::AtSetup;
         if self.postcopy.as_ref().is_some_and(|settings| settings.preempt && at_setup(settings)) {
             // It is one of QEMU's: what the destination is, is not known yet.
@@ -97,18 +110,16 @@ impl Migration {
         self.main.raw(&self.early.before_ram)?;
         self.section(Section::Start)?;
         self.main.raw(&self.early.within_ram)?;
-        self.ask_how_far(SETUP_PING)?;
-        self.enter(MigrationState::Active)?;
-        self.setup = self.shared.session.elapsed();
-        Ok(())
+        self.ask_how_far(SETUP_PING)
     }
 
     /// Waits until it is known what the destination can do, if that makes a difference to the first
     /// page.
-    pub(super) fn agree(&self) -> Result<()> {
+    pub(super) fn agree(&mut self) -> Result<()> {
         let codec = &*self.shared.codec;
         let Some(return_path) = &self.return_path else { return dialect::check_peer(codec, 0) };
-        if self.wishes == Wishes::default() || self.shared.agreed.get().is_some() {
+        let nothing = self.wishes == Wishes::default() && self.resumption.is_none();
+        if nothing || self.shared.agreed.get().is_some() {
             return Ok(());
         }
         // With this PONG, a HELLO has come, or never will.
@@ -120,7 +131,8 @@ impl Migration {
             self.shared.ram.keep_digests();
         }
         let again = |_| Error::bug(Phase::Active, "what the destination checks was agreed on twice");
-        self.shared.agreed.set(agreed).map_err(again)
+        self.shared.agreed.set(agreed).map_err(again)?;
+        self.offer_resumption()
     }
 
     /// All pages have gone: what they have to be at the destination.
@@ -145,13 +157,29 @@ impl Migration {
     /// The guest is paused: the last dirty bits, the last pages.
     pub(super) fn finish_ram(&mut self, ledger: &mut DowntimeLedger, busy: &Busy) -> Result<()> {
         self.begin_switch_over(ledger, busy)?;
+        self.send_last_ram(ledger, busy)
+    }
+
+    /// The same over a new link, when the last one has broken behind the last dirty bits.
+    pub(super) fn finish_ram_again(&mut self, ledger: &mut DowntimeLedger) -> Result<()> {
+        loop {
+            let busy = self.alive.busy();
+            self.main.enter(Phase::Device);
+            let sent = self.announce_switch_over().and_then(|()| self.send_last_ram(ledger, &busy));
+            if self.or_resumed(sent)?.is_some() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn send_last_ram(&mut self, ledger: &mut DowntimeLedger, busy: &Busy) -> Result<()> {
         let begun = Instant::now();
         self.shared.ram.begin_last_pass();
         self.section(Section::End)?;
         self.send_digests()?;
         self.ask_how_far(RAM_PING)?;
         self.shared.ram.check_holes()?;
-        ledger.last_ram_us = micros(begun.elapsed());
+        ledger.last_ram_us += micros(begun.elapsed());
         self.audit = busy.rest(|| self.shared.ram.audit(&self.shared, &self.crew))?;
         Ok(())
     }
@@ -171,10 +199,11 @@ impl Migration {
         self.control.begin_switchover();
         self.alive.end_of_ram();
         self.enter(MigrationState::Device)?;
-        if self.switchover_start {
-            self.main.command(Command::SwitchoverStart)?;
-        }
-        Ok(())
+        self.announce_switch_over()
+    }
+
+    fn announce_switch_over(&mut self) -> Result<()> {
+        if self.switchover_start { self.main.command(Command::SwitchoverStart) } else { Ok(()) }
     }
 
     /// One item of the RAM section: the pages that are dirty, then a sync point.
@@ -211,8 +240,10 @@ impl Migration {
 
     /// Returns when the pages of the round have arrived, as far as that can be known.
     pub(super) fn wait_for_round(&mut self) -> Result<()> {
-        let ping = ROUND_PING | u32::try_from(self.rounds).unwrap_or(u32::MAX);
-        self.carrier.settle_round(ping, &mut self.main, self.return_path.as_ref(), &self.shared)
+        let ping = ping_of_round(self.rounds);
+        self.carrier.settle_round(ping, &mut self.main, self.return_path.as_ref(), &self.shared)?;
+        self.note_arrival();
+        Ok(())
     }
 
     /// Collects what was written since the last time. Gives how long it took.
@@ -253,6 +284,7 @@ impl Migration {
         self.crew.join();
         let session = &self.shared.session;
         session.stop.release();
+        session.whole().stop.release();
         let mut report = Report::of(session, session.elapsed(), self.shared.codec_in_words());
         session.close_channels();
         report.setup = self.setup;
@@ -280,10 +312,14 @@ impl Migration {
         result.map_err(|error| self.fail(error))
     }
 
-    fn fail(&mut self, error: Error) -> Error {
+    pub(super) fn fail(&mut self, error: Error) -> Error {
         // The first cause may be another thread's, but only this one knows whether the guest was
         // handed over.
         let handed_over = !error.source_may_resume();
+        self.fail_as(error, handed_over)
+    }
+
+    pub(super) fn fail_as(&mut self, error: Error, handed_over: bool) -> Error {
         let mut cause = self.shared.session.fail(error, &self.crew);
         self.carrier.abort();
         // Logs are off before the caller hears of it: the guest runs on at full speed.

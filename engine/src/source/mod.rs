@@ -16,6 +16,7 @@
 //!    zero_copy ──── pages without a copy by the kernel, while it pays
 //!    alive ──────── says that this end is alive while the embedder has it     one thread, `mig-alive`
 //!    return_path ── what the destination says, as events                    one thread, `mig-return`
+//!    resume ─────── another link for a pre-copy whose link broke            on the caller's thread
 //!    postcopy ───── the switch, the background stream, recovery              on the caller's thread
 //!                   pages that are asked for, with a channel of their own    one thread, `mig-urgent`
 //! ```
@@ -37,6 +38,7 @@ mod page_cache;
 mod pagers;
 mod postcopy;
 mod precopy;
+mod resume;
 mod return_path;
 mod rounds;
 mod shared;

@@ -9,8 +9,8 @@ use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{
-    Absent, Attached, BlockChanges, DirtyBitmap, Found, Mappings, PAGE, PageDigests, PageTable, Parts,
-    READING, RamBlock, RamChanges,
+    Absent, Attached, BlockChanges, DirtyBitmap, Found, Mappings, PAGE, PAGES_PER_WORD, PageDigests,
+    PageTable, Parts, READING, RamBlock, RamChanges,
 };
 use crate::source::pagers::{self, PagerWatch};
 use crate::work::{BlockIndex, HostPages, PerBlock, Round};
@@ -100,6 +100,9 @@ pub(super) struct OutgoingRam {
     pub(super) blocks: PerBlock<OutgoingBlock>,
     /// The dirty logs write here.
     pub(super) dirty: PerBlock<Arc<DirtyBitmap>>,
+    /// Pages that were claimed since the last round that is known to have arrived, if a link that
+    /// breaks is to be replaced.
+    claimed: Option<PerBlock<Arc<DirtyBitmap>>>,
     /// The same in host pages, for a post-copy.
     pub(super) host_pages: HostPages,
     /// The list says how large huge pages are.
@@ -159,6 +162,7 @@ impl OutgoingRam {
         let ram = Self {
             blocks,
             dirty,
+            claimed: None,
             host_pages,
             lists_host_pages: false,
             holes_hold: AtomicBool::new(true),
@@ -196,6 +200,39 @@ impl OutgoingRam {
         }
         self.lists_host_pages = true;
         Ok(self)
+    }
+
+    /// Notes what is on its way from now on.
+    pub(super) fn noting_claims(mut self) -> Self {
+        self.claimed = Some(self.dirty.map(|dirty| Arc::new(DirtyBitmap::new(dirty.pages()))));
+        self
+    }
+
+    /// Everything that was claimed has arrived.
+    pub(super) fn note_arrival(&self) {
+        self.claimed.iter().flat_map(|claimed| claimed.iter()).for_each(|claimed| claimed.clear());
+    }
+
+    /// The link broke: what was on its way is dirty again, but for what has arrived. `arrived`: of a
+    /// block, a word of 64 pages for each word. Gives the number of pages that had arrived.
+    pub(super) fn take_back(&self, arrived: impl Fn(BlockIndex, usize) -> u64) -> usize {
+        let Some(claimed) = &self.claimed else { return 0 };
+        let mut kept = 0;
+        for (block, claimed) in claimed.indexed() {
+            let dirty = self.dirty.at(block);
+            for word in 0..claimed.words() {
+                let (claimed, arrived) = (claimed.take_word(word), arrived(block, word));
+                dirty.set_bits(word * PAGES_PER_WORD, claimed & !arrived);
+                kept += (claimed & arrived).count_ones() as usize;
+            }
+        }
+        kept
+    }
+
+    /// Nothing is at the destination.
+    pub(super) fn begin_anew(&self) {
+        self.note_arrival();
+        self.dirty.iter().for_each(|dirty| dirty.set_range(0, dirty.pages()));
     }
 
     /// The sizes of host pages, as ADVISE has them.
@@ -286,7 +323,11 @@ impl OutgoingRam {
 
     /// A pass over what is dirty now, for `workers` workers.
     pub(super) fn round(&self, workers: usize) -> Round {
-        Round::new(&self.dirty, workers)
+        let round = Round::new(&self.dirty, workers);
+        match &self.claimed {
+            Some(claimed) => round.noting(claimed),
+            None => round,
+        }
     }
 
     /// The list of blocks as START carries it.

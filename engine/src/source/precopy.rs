@@ -49,9 +49,14 @@ impl Precopy {
     /// `NotConverging` if the limits say to give up; else anything that broke the migration. The
     /// guest may run on.
     pub fn round(&mut self) -> Result<&RoundRecord> {
-        let _busy = self.migration.alive.busy();
-        let result = self.send_round();
-        let record = self.migration.caused(result)?;
+        let record = loop {
+            let _busy = self.migration.alive.busy();
+            let result = self.send_round();
+            // A round that its link has broken begins again, with what has not arrived.
+            if let Some(record) = self.migration.or_resumed(result)? {
+                break record;
+            }
+        };
         let abort = matches!(record.decision, Decision::AbortDeadline | Decision::AbortStalled);
         let reason = abort.then(|| record.reason.clone());
         self.decisions.push(record);
@@ -158,8 +163,10 @@ impl Precopy {
         let pause = self.paused.map_or(Duration::ZERO, |begin| begin.elapsed());
         let mut ledger = DowntimeLedger { pause_us: micros(pause), ..DowntimeLedger::default() };
         let result = self.migration.finish_ram(&mut ledger, &busy);
-        self.migration.caused(result)?;
         drop(busy);
+        if self.migration.or_resumed(result)?.is_none() {
+            self.migration.finish_ram_again(&mut ledger)?;
+        }
         let Self { migration, decisions, .. } = self;
         Ok(StopCopy { migration, decisions, ledger, last_ram_sent: Instant::now() })
     }
@@ -171,9 +178,15 @@ impl StopCopy {
     /// # Errors
     /// [`Error::source_may_resume`] says whether the guest may run on here.
     pub fn commit(mut self, state: &DeviceState) -> Result<Report> {
-        let _busy = self.migration.alive.busy();
-        let result = self.migration.hand_over(state, self.last_ram_sent, &mut self.ledger);
-        self.migration.caused(result)?;
+        loop {
+            let _busy = self.migration.alive.busy();
+            let result = self.migration.hand_over(state, self.last_ram_sent, &mut self.ledger);
+            if self.migration.or_resumed(result)?.is_some() {
+                break;
+            }
+            self.migration.finish_ram_again(&mut self.ledger)?;
+            self.last_ram_sent = Instant::now();
+        }
         let mut report = self.migration.end(self.ledger);
         report.decisions = self.decisions;
         Ok(report)

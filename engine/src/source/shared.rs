@@ -16,6 +16,7 @@ use super::zero_copy::{ZeroCopySend, ZeroCopyStats};
 use crate::error::{Error, Phase, Result};
 use crate::guest::{PAGE, PAGE_SIZE};
 use crate::run::counters::Progress;
+use crate::run::secret;
 use crate::run::session::Session;
 use crate::run::stop::lock;
 use crate::stream::dialect::FEATURE_DELTAS;
@@ -23,7 +24,7 @@ use crate::work::{Next, Round, UrgentPages};
 
 pub(super) struct SourceShared {
     pub(super) session: Arc<Session>,
-    pub(super) ram: OutgoingRam,
+    pub(super) ram: Arc<OutgoingRam>,
     pub(super) codec: Arc<dyn Codec>,
     pub(super) uuid: [u8; 16],
     pub(super) pacer: Arc<Pacer>,
@@ -41,6 +42,8 @@ pub(super) struct SourceShared {
     pub(super) agreed: OnceLock<Wishes>,
     /// What a multifd destination knows this migration by, if it has said so.
     pub(super) id: OnceLock<MigrationId>,
+    /// The destination's half of the secret by which it knows this migration over another link.
+    pub(super) resume_key: OnceLock<[u8; secret::LEN]>,
     pub(super) zero_copy: ZeroCopySend,
     /// Pages that are wanted before their turn. Not set: none may be asked for.
     pub(super) urgent: OnceLock<UrgentPages>,
@@ -49,6 +52,35 @@ pub(super) struct SourceShared {
 }
 
 impl SourceShared {
+    /// The same for another link, over which everything is agreed on again. What the destination
+    /// holds of a page that was on its way is not known: nothing is in the cache. `known`: by the
+    /// same destination, under the same id.
+    pub(super) fn for_link(
+        &self,
+        session: &Arc<Session>,
+        cache: Option<PageCache>,
+        known: bool,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            session: Arc::clone(session),
+            ram: Arc::clone(&self.ram),
+            codec: Arc::clone(&self.codec),
+            uuid: self.uuid,
+            pacer: Arc::clone(&self.pacer),
+            packets: CachePadded::default(),
+            cache,
+            peer_features: AtomicU64::new(0),
+            auto_codec: self.auto_codec,
+            decided: Mutex::new(std::mem::take(&mut *lock(&self.decided))),
+            agreed: OnceLock::new(),
+            id: if known { self.id.clone() } else { OnceLock::new() },
+            resume_key: if known { self.resume_key.clone() } else { OnceLock::new() },
+            zero_copy: self.zero_copy,
+            urgent: OnceLock::new(),
+            neighbours: OnceLock::new(),
+        })
+    }
+
     /// The cache, if it serves this round and the destination takes differences on the parallel
     /// channels.
     pub(super) fn deltas_for_peer(&self, context: RoundContext) -> Option<&PageCache> {
@@ -143,7 +175,7 @@ pub(in crate::source) mod tests {
     pub(in crate::source) fn shared(ram: OutgoingRam) -> Arc<SourceShared> {
         Arc::new(SourceShared {
             session: Session::new(DEFAULT_TIMEOUT),
-            ram,
+            ram: Arc::new(ram),
             codec: Arc::new(Uncompressed),
             uuid: [0; 16],
             pacer: Arc::new(Pacer::new(None)),
@@ -154,6 +186,7 @@ pub(in crate::source) mod tests {
             decided: Mutex::default(),
             agreed: OnceLock::new(),
             id: OnceLock::new(),
+            resume_key: OnceLock::new(),
             zero_copy: ZeroCopySend::Off,
             urgent: OnceLock::new(),
             neighbours: OnceLock::new(),

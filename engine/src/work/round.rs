@@ -31,6 +31,8 @@ pub struct Round {
 #[derive(Debug)]
 struct RoundBlock {
     bitmap: Arc<DirtyBitmap>,
+    /// Pages that were claimed, if that is noted.
+    claimed: Option<Arc<DirtyBitmap>>,
     /// Chunks of the blocks before this one.
     first_chunk: usize,
 }
@@ -81,9 +83,21 @@ impl Round {
         let blocks = bitmaps.map(|bitmap| {
             let first_chunk = chunks;
             chunks += bitmap.words().div_ceil(chunk_words);
-            RoundBlock { bitmap: Arc::clone(bitmap), first_chunk }
+            RoundBlock { bitmap: Arc::clone(bitmap), claimed: None, first_chunk }
         });
         Self { blocks, chunk_words, cursor: CachePadded::new(AtomicUsize::new(0)) }
+    }
+
+    /// The same, and every page that is claimed is noted in `claimed`, bitmaps of the same blocks.
+    #[must_use]
+    pub fn noting(mut self, claimed: &PerBlock<Arc<DirtyBitmap>>) -> Self {
+        let blocks = self.blocks.iter().zip(claimed.iter()).map(|(block, claimed)| RoundBlock {
+            bitmap: Arc::clone(&block.bitmap),
+            claimed: Some(Arc::clone(claimed)),
+            first_chunk: block.first_chunk,
+        });
+        self.blocks = blocks.collect();
+        self
     }
 
     /// A pass over nothing: a sync point without pages.
@@ -94,7 +108,12 @@ impl Round {
     /// Takes one page before its turn. True: its bit was set, and the caller owns the page. False:
     /// the page is clean, or a worker that has its chunk sends it.
     pub fn take(&self, block: BlockIndex, page: usize) -> bool {
-        self.blocks.at(block).bitmap.take(page)
+        let RoundBlock { bitmap, claimed, .. } = self.blocks.at(block);
+        let taken = bitmap.take(page);
+        if let Some(claimed) = claimed.as_ref().filter(|_| taken) {
+            claimed.set(page);
+        }
+        taken
     }
 
     /// The next pages, at most `most` and of one block. `None`: the round has no more.
@@ -116,7 +135,11 @@ impl Round {
                 }
                 chunk.take_bits(most, &mut claim.pages);
             } else if chunk.next_word < chunk.end_word {
-                chunk.bits = self.blocks.at(chunk.block).bitmap.take_word(chunk.next_word);
+                let RoundBlock { bitmap, claimed, .. } = self.blocks.at(chunk.block);
+                chunk.bits = bitmap.take_word(chunk.next_word);
+                if let Some(claimed) = claimed {
+                    claimed.set_bits(chunk.next_word * PAGES_PER_WORD, chunk.bits);
+                }
                 chunk.next_word += 1;
             } else {
                 claim.chunk = None;
@@ -144,7 +167,7 @@ impl Round {
         let chunk = self.cursor.fetch_add(1, Ordering::Relaxed);
         // Only the last block can begin at the chunk or before it and end before it.
         let block = self.blocks.last_before(|block| block.first_chunk <= chunk)?;
-        let RoundBlock { bitmap, first_chunk } = self.blocks.at(block);
+        let RoundBlock { bitmap, first_chunk, .. } = self.blocks.at(block);
         let next_word = (chunk - first_chunk) * self.chunk_words;
         let end_word = (next_word + self.chunk_words).min(bitmap.words());
         (next_word < end_word).then_some(Chunk { block, next_word, end_word, bits: 0 })
@@ -238,6 +261,20 @@ mod tests {
         round.put_back(&mut claim);
         round.put_back(&mut claim); // once is enough
         assert_eq!(bitmaps.iter().map(|bitmap| bitmap.count()).sum::<usize>(), 1500 - sent);
+    }
+
+    #[test]
+    fn what_was_claimed_is_noted_also_what_was_put_back() {
+        let (bitmaps, claimed) = (bitmaps(&[1000, 500]), bitmaps(&[1000, 500]));
+        bitmaps.iter().for_each(|bitmap| bitmap.set_range(0, 300));
+        let round = Round::new(&bitmaps, 1).noting(&claimed);
+        let mut claim = Claim::default();
+        while round.claim(&mut claim, 100).is_some() {}
+        assert_eq!(claimed.iter().map(|bitmap| bitmap.count()).collect::<Vec<_>>(), [300, 300]);
+        bitmaps[0].set(999);
+        let round = Round::new(&bitmaps, 1).noting(&claimed);
+        assert!(round.take(bitmaps.find(|bitmap| bitmap.pages() == 1000).unwrap(), 999));
+        assert!(claimed[0].test(999) && !claimed[0].test(998));
     }
 
     #[test]

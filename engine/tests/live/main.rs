@@ -17,6 +17,7 @@ mod mixed;
 mod own;
 mod proof;
 mod relay;
+mod resume;
 mod state;
 mod tls;
 mod told;

@@ -107,6 +107,28 @@ fn pages_that_are_asked_for_have_as_many_connections_as_the_flag_says() -> Outco
     own.check_arrived().map(drop)
 }
 
+/// Without a switch: what has come stays, and the rest follows over another link.
+#[test]
+fn a_link_that_breaks_before_the_hand_over_is_replaced_by_both_ends() -> Outcome {
+    let scratch = Scratch::new()?;
+    let guest = CheckpointFiles::open(&at_rest(&scratch)?)?;
+    let resume = ["--resume-for", "100s"];
+    let mut receive = Receive::listen_with("tcp:127.0.0.1:0", &scratch.path("arrived"), &resume)?;
+    let to = receive.uri().strip_prefix("tcp:").unwrap_or_default().parse()?;
+    // In the pages, while the source introduces itself, in the pages that are left.
+    let relay = Relay::to(to, &[Some(3 << 20), Some(60), Some(2 << 20)]);
+    let flags = [&resume[..], &["--quiet"]].concat();
+    let settings = Settings { return_path: true, ..Settings::default() };
+    let mut send = Multifd::send_with(guest.directory(), &relay.uri(), &settings, &flags)?;
+    send.wait_success(SOON).map_err(|failure| receive.process().explain(failure))?;
+    receive.wait_success(SOON)?;
+    let arrived = CheckpointFiles::open(&scratch.path("arrived"))?;
+    ram::check_equal(&guest.block("pc.ram")?, &arrived.block("pc.ram")?)?;
+    let report = CommandReport::by(&send)?;
+    assert!(report.number("resumptions")? >= 1 && report.number("bytes_not_repeated")? > 0, "{report}");
+    Ok(())
+}
+
 /// Its destination takes its silence for a link that is gone, and waits for it again.
 #[test]
 fn a_source_that_is_stopped_for_a_while_goes_on() -> Outcome {

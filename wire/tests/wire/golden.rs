@@ -83,6 +83,8 @@ fn commands() {
     same(Command::RecvBitmap(name("vga")), b"\0\x0a\0\x04\x03vga");
     same(Command::SwitchoverStart, &[0, 11, 0, 0]);
     same(Command::PostcopyChannels, &[0x4d, 0x50, 0, 0]);
+    same(Command::Resumable([7; 32]), &[&[0x4d, 0x51, 0, 32][..], &[7; 32]].concat());
+    same(Command::Proof([8; 32]), &[&[0x4d, 0x52, 0, 32][..], &[8; 32]].concat());
     same(
         Command::Digest { block: name("vga"), digest: 0x0102_0304_0506_0708 },
         b"\x4d\x46\0\x0c\x03vga\x01\x02\x03\x04\x05\x06\x07\x08",
@@ -269,6 +271,12 @@ fn return_messages() {
     same!(ReturnMessage, ReturnMessage::Loaded(0x0102), b"\x4d\x49\0\x08\0\0\0\0\0\0\x01\x02");
     let id = ReturnMessage::Id(MigrationId(*b"0123456789abcdef"));
     same!(ReturnMessage, id, b"\x4d\x50\0\x100123456789abcdef");
+    let key = [&[0x4d, 0x51, 0, 32][..], &[9; 32]].concat();
+    same!(ReturnMessage, ReturnMessage::ResumeKey([9; 32]), key);
+    let challenge = ReturnMessage::Challenge { nonce: [1; 32], proof: [2; 32] };
+    same!(ReturnMessage, challenge, [&[0x4d, 0x52, 0, 64][..], &[1; 32], &[2; 32]].concat());
+    same!(ReturnMessage, ReturnMessage::Standing(0x8000_0003), b"\x4d\x53\0\x04\x80\0\0\x03");
+    same!(ReturnMessage, ReturnMessage::NotKnown, b"\x4d\x54\0\0");
     let later = ReturnMessage::Extension { kind: 0x4dff, body: vec![7] };
     same!(ReturnMessage, later, b"\x4d\xff\0\x01\x07");
 }

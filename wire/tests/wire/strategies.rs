@@ -53,6 +53,8 @@ fn command() -> impl Strategy<Value = Command> {
         block_name().prop_map(Command::RecvBitmap),
         Just(Command::SwitchoverStart),
         Just(Command::PostcopyChannels),
+        any::<[u8; 32]>().prop_map(Command::Resumable),
+        any::<[u8; 32]>().prop_map(Command::Proof),
         (block_name(), any::<u64>()).prop_map(|(block, digest)| Command::Digest { block, digest }),
     ]
 }
@@ -116,13 +118,17 @@ pub(crate) fn block_entry() -> impl Strategy<Value = (BlockEntry, BlockListForma
 
 pub(crate) fn return_message() -> impl Strategy<Value = ReturnMessage> {
     let request = (option::of(block_name()), any::<(u64, u32)>());
-    let extension = (0x4d51_u16..=0x4dff, vec(any::<u8>(), 0..=512));
+    let extension = (0x4d55_u16..=0x4dff, vec(any::<u8>(), 0..=512));
     prop_oneof![
         Just(ReturnMessage::Alive),
         extension.prop_map(|(kind, body)| ReturnMessage::Extension { kind, body }),
         (any::<u8>(), "[ -~]{0,511}")
             .prop_map(|(phase, reason)| ReturnMessage::Failure(Failure { phase, reason })),
         any::<u64>().prop_map(ReturnMessage::Loaded),
+        any::<[u8; 32]>().prop_map(ReturnMessage::ResumeKey),
+        any::<[[u8; 32]; 2]>().prop_map(|[nonce, proof]| ReturnMessage::Challenge { nonce, proof }),
+        any::<u32>().prop_map(ReturnMessage::Standing),
+        Just(ReturnMessage::NotKnown),
         any::<[u8; 16]>().prop_map(|id| ReturnMessage::Id(MigrationId(id))),
         any::<(u16, u64)>().prop_map(|(version, features)| ReturnMessage::Hello(Hello { version, features })),
         any::<u32>().prop_map(ReturnMessage::Pong),

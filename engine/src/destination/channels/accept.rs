@@ -8,11 +8,12 @@
 use std::sync::{Arc, Mutex};
 
 use multifd_transports::{Arrival, Channel, Listener};
-use multifd_wire::{InitialPacket, MULTIFD_MAGIC, STREAM_MAGIC};
+use multifd_wire::{InitialPacket, MULTIFD_MAGIC, ResumeOpening, STREAM_MAGIC};
 
 use super::sync::JoinError;
 use super::worker::ChannelWorker;
 use crate::destination::postcopy::urgent;
+use crate::destination::resume;
 use crate::destination::shared::DestinationShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::stop::{Monitor, lock};
@@ -41,13 +42,29 @@ pub(crate) struct Main {
     certificate: Option<Vec<u8>>,
 }
 
+impl Main {
+    /// The source of a broken migration is there. A second connection of its own is of no use.
+    fn take_over(&mut self, channel: Channel) {
+        if !std::mem::replace(&mut self.came, true) {
+            self.certificate = channel.client_certificate().map(<[u8]>::to_vec);
+            self.channel = Some(channel);
+        }
+    }
+}
+
 /// Channels that may wait for main: as many as a source has.
 const MAX_EARLY: usize = 255;
 
 /// How long the opening message of a connection is: nothing is known of a channel before its
 /// initial packet has come whole.
 pub(crate) fn opening_len(first: [u8; 4]) -> usize {
-    if u32::from_be_bytes(first) == MULTIFD_MAGIC { InitialPacket::LEN } else { 0 }
+    if u32::from_be_bytes(first) == MULTIFD_MAGIC {
+        InitialPacket::LEN
+    } else if ResumeOpening::is_begun_by(first) {
+        ResumeOpening::LEN
+    } else {
+        0
+    }
 }
 
 /// Of a file, as much as it takes to say what it is; of anything else, what there is already.
@@ -148,6 +165,15 @@ impl Accepting {
         let peer = channel.peer().to_owned();
         let refused = |error: Error| Err(JoinError::Late(error.on(peer.clone())));
         match u32::from_be_bytes(first) {
+            STREAM_MAGIC if self.shared.resumed => {
+                let detail = "a migration that begins, while the source of a broken one is waited for";
+                refused(Error::misbehaved(Phase::Accept, detail))
+            }
+            _ if ResumeOpening::is_begun_by(first) => self.introduce(channel).or_else(refused),
+            MULTIFD_MAGIC if self.shared.resumed && !self.main.read(|main| main.came) => {
+                let detail = "a parallel channel before the main channel of the source that is waited for";
+                refused(Error::misbehaved(Phase::Accept, detail))
+            }
             STREAM_MAGIC => {
                 let second = self.main.modify_silently(|main| std::mem::replace(&mut main.came, true));
                 if second {
@@ -188,6 +214,39 @@ impl Accepting {
                 refused(Error::new(ErrorKind::InvalidStream, Phase::Accept, detail))
             }
         }
+    }
+
+    /// A source that would go on with a broken migration: it has to prove that it is its source, on
+    /// a thread of its own, since it may take its time.
+    fn introduce(&self, channel: Channel) -> Result<()> {
+        let shared = &self.shared;
+        let mut opening = [0; ResumeOpening::LEN];
+        channel
+            .recv_exact(&mut opening)
+            .map_err(|error| Error::io(Phase::Accept, "which migration it goes on with", error))?;
+        let none = || Error::bug(Phase::Accept, "an opening that is none");
+        let opening = ResumeOpening::parse(&opening).ok_or_else(none)?;
+        let Some(resumption) = shared.resumption.clone().filter(|kept| kept.id() == opening.id) else {
+            return Err(resume::say_not_known(&channel));
+        };
+        if !shared.resumed {
+            let detail = "the source has given up its link, which is not known to have broken here";
+            return Err(Error::misbehaved(Phase::Accept, detail));
+        }
+        let candidate = resumption.candidate()?;
+        channel
+            .set_timeout(Some(shared.session.timeout))
+            .map_err(|error| Error::io(Phase::Accept, "setting up the socket", error))?;
+        shared.session.close_on_stop(&channel);
+        let (shared, main) = (Arc::clone(shared), self.main.clone());
+        self.crew.spawn("mig-resume", Phase::Accept, move || {
+            let _candidate = candidate;
+            match resumption.admit(&channel, &opening) {
+                Ok(()) => main.modify_and_notify(|main| main.take_over(channel)),
+                Err(error) => shared.refusals.note(&error.on(channel.peer())),
+            }
+            Ok(())
+        })
     }
 
     /// Of a client that has authenticated itself nothing is known before main has: another client

@@ -95,10 +95,14 @@ pub(in crate::destination) enum Effect {
     OpenReturnPath,
     /// The source goes on with post-copy over this link.
     Resume,
+    /// The source would go on over another link when this one breaks: its public key.
+    Resumable([u8; 32]),
     /// The package ends; the guest may run.
     Run,
     /// Tell the source which pages of the block are here.
     SendBitmap(BlockName),
+    /// All pages of a round have come; the source is about to be told so by the answer to this PING.
+    Settle(u32),
     /// From now on channels may carry packets of the multifd dialect.
     SpeakDialect,
     /// Wait until every channel has reached its SYNC.

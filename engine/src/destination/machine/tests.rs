@@ -11,6 +11,7 @@ use crate::error::ErrorKind;
 
 mod bitmaps;
 mod postcopy;
+mod resumption;
 
 const RAM: SectionId = SectionId(2);
 const TIMEOUT: Duration = Duration::from_secs(60);

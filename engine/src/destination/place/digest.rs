@@ -45,6 +45,13 @@ impl BlockSinks {
         }
     }
 
+    /// Digests are to be compared again.
+    pub(super) fn forget_comparisons(&self) {
+        for kept in self.all().filter_map(|sink| sink.digests.get()) {
+            kept.compared.store(false, Ordering::Relaxed);
+        }
+    }
+
     /// Every block was compared.
     pub(in crate::destination) fn are_compared(&self) -> bool {
         self.all()

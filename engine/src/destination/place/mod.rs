@@ -58,6 +58,9 @@ pub(crate) struct BlockSink {
     fresh: bool,
     /// Pages that the source has sent, or said to be zero.
     came: PageBits,
+    /// Pages that have come since the last round that was told of as arrived, if the link may be
+    /// replaced.
+    recent: OnceLock<PageBits>,
     /// Pages that something was written to since the block was opened, so that they are there.
     written: PageBits,
     /// Locked by the one thread that writes through the block's file.
@@ -98,6 +101,7 @@ impl BlockSink {
             fresh: block.take_fresh(),
             written: PageBits::new(block.pages()),
             came: PageBits::new(block.pages()),
+            recent: OnceLock::new(),
             file_turn: Mutex::default(),
             read_only,
             absent,
@@ -173,7 +177,14 @@ impl BlockSink {
     /// one that is not may be the end of the process.
     pub(crate) fn note_written(&self, first: usize, pages: usize) {
         self.written.set_range(first, pages);
+        self.note_come(first, pages);
+    }
+
+    fn note_come(&self, first: usize, pages: usize) {
         self.came.set_range(first, pages);
+        if let Some(recent) = self.recent.get() {
+            recent.set_range(first, pages);
+        }
     }
 
     /// Writes pages that lie apart in memory, from `first` on.
@@ -277,6 +288,12 @@ impl BlockSink {
         self.came.to_bytes()
     }
 
+    /// The same of those that have come since the last round that was told of as arrived.
+    pub(crate) fn recent(&self) -> Vec<u8> {
+        let none = || PageBits::new(self.block.pages()).to_bytes();
+        self.recent.get().map_or_else(none, PageBits::to_bytes)
+    }
+
     /// Makes pages zero. Memory that is zero already is left alone, so that holes stay holes.
     pub(crate) fn clear(&self, pages: impl IntoIterator<Item = usize>) -> Result<()> {
         let untouched = |page: &usize| self.fresh && !self.written.test(*page);
@@ -295,7 +312,7 @@ impl BlockSink {
             }
         }
         // Not before: another thread may wait for the last page to have come.
-        blank.iter().chain(&pages).for_each(|page| self.came.set_range(*page, 1));
+        blank.iter().chain(&pages).for_each(|page| self.note_come(*page, 1));
         Ok(())
     }
 

@@ -46,6 +46,11 @@ impl PageBits {
         }
     }
 
+    /// Clears every bit.
+    pub(super) fn clear(&self) {
+        self.parts.iter().filter_map(OnceLock::get).for_each(DirtyBitmap::clear);
+    }
+
     pub(super) fn clear_range(&self, first: usize, count: usize) {
         for page in first..first.saturating_add(count) {
             if let Some(part) = self.parts.get(page / PART_PAGES).and_then(OnceLock::get) {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use multifd_wire::{BlockEntry, BlockName, Configuration};
 
 use super::BlockSink;
+use super::page_bits::PageBits;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{Absent, Mappings, PageTable, RamBlock};
 
@@ -109,6 +110,22 @@ impl BlockSinks {
     pub(crate) fn find(&self, name: &str) -> Result<&Arc<BlockSink>> {
         let unknown = || Error::misbehaved(Phase::Active, format!("page for unknown RAM block {name:?}"));
         self.0.get(name).ok_or_else(unknown)
+    }
+
+    /// From now on it is noted which pages come.
+    pub(in crate::destination) fn note_recent(&self) {
+        self.all().for_each(|sink| _ = sink.recent.set(PageBits::new(sink.block.pages())));
+    }
+
+    /// All that has come is known to the source.
+    pub(in crate::destination) fn forget_recent(&self) {
+        self.all().filter_map(|sink| sink.recent.get()).for_each(PageBits::clear);
+    }
+
+    /// The stream begins again, over another link: the source knows what has come.
+    pub(in crate::destination) fn begin_link(&self) {
+        self.forget_recent();
+        self.forget_comparisons();
     }
 
     /// All of them.

@@ -165,12 +165,12 @@ impl Migration {
     /// The sync point at the switch: behind all pages that went on the parallel channels, before
     /// the discards. The destination lets nothing that follows on them into memory before LISTEN.
     fn keep_channels(&mut self) -> Result<bool> {
-        let Carrier::Channels(channels) = &self.carrier else { return Ok(false) };
         if !self.can_keep_channels() {
             return Ok(false);
         }
         // Without a round before, nothing was agreed on yet.
         self.agree()?;
+        let Carrier::Channels(channels) = &self.carrier else { return Ok(false) };
         self.main.command(Command::PostcopyChannels)?;
         channels.sync()?;
         Ok(true)

@@ -7,6 +7,7 @@ use multifd_wire::{BlockName, Failure, MigrationId, ReturnMessage};
 
 use crate::error::{Error, Phase, Result};
 use crate::guest::PAGE;
+use crate::run::secret;
 use crate::source::outgoing::OutgoingRam;
 use crate::work::BlockIndex;
 
@@ -21,6 +22,8 @@ pub(super) enum ReturnEvent {
     Hello { features: u64 },
     /// What the destination knows this migration by, if it goes on over another link.
     Id(MigrationId),
+    /// The destination's half of the secret of a pre-copy that can go on over another link.
+    ResumeKey([u8; secret::LEN]),
     /// The destination has loaded the device state, in this time. Its word that the guest has
     /// arrived follows.
     Loaded(Duration),
@@ -65,6 +68,7 @@ impl ReturnEvents {
             ReturnMessage::Loaded(micros) => ReturnEvent::Loaded(Duration::from_micros(micros)),
             ReturnMessage::Hello(hello) => ReturnEvent::Hello { features: hello.features },
             ReturnMessage::Id(id) => ReturnEvent::Id(id),
+            ReturnMessage::ResumeKey(key) => ReturnEvent::ResumeKey(key),
             ReturnMessage::Pong(value) => ReturnEvent::Pong(value),
             ReturnMessage::Shut(status) => ReturnEvent::Shut(status),
             ReturnMessage::SwitchoverAck => ReturnEvent::SwitchoverAck,
@@ -80,6 +84,12 @@ impl ReturnEvents {
                 ReturnEvent::Received { block }
             }
             ReturnMessage::ResumeAck(_) if urgent => ReturnEvent::Resumed,
+            other @ (ReturnMessage::Challenge { .. }
+            | ReturnMessage::NotKnown
+            | ReturnMessage::Standing(_)) => {
+                let detail = format!("{other:?}, which is said of a new link before its stream");
+                return Err(Error::misbehaved(Phase::Active, detail));
+            }
             other @ (ReturnMessage::RequestPages { .. }
             | ReturnMessage::RecvBitmap(_)
             | ReturnMessage::ResumeAck(_)) => {

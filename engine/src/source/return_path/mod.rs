@@ -19,6 +19,7 @@ use self::last_words::Listening;
 use super::shared::SourceShared;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::run::counters::Counters;
+use crate::run::secret;
 use crate::run::state::MigrationState;
 use crate::run::stop::{Monitor, StopSwitch};
 use crate::run::workers::Crew;
@@ -338,6 +339,7 @@ impl Worker {
                     self.shared.peer_features.store(features, Ordering::Relaxed);
                 }
                 ReturnEvent::Id(id) => self.id(id)?,
+                ReturnEvent::ResumeKey(key) => self.resume_key(key)?,
                 ReturnEvent::Pong(value) => self.pong(value)?,
                 ReturnEvent::Received { block } => self.bitmap(block)?,
                 ReturnEvent::Resumed => {
@@ -429,6 +431,14 @@ impl Worker {
             self.phase(),
             "another id of the migration than the destination has said before",
         ))
+    }
+
+    fn resume_key(&self, key: [u8; secret::LEN]) -> Result<()> {
+        if *self.shared.resume_key.get_or_init(|| key) == key {
+            self.received.modify_and_notify(|_| ());
+            return Ok(());
+        }
+        Err(Error::misbehaved(self.phase(), "a second half of the secret of the migration"))
     }
 
     fn pong(&self, value: u32) -> Result<()> {

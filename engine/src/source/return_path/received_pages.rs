@@ -10,20 +10,20 @@ use crate::error::{Error, Phase, Result};
 use crate::guest::{DirtyBitmap, PAGES_PER_WORD};
 
 /// Bytes of the length.
-pub(super) const HEAD: usize = 8;
+pub(in crate::source) const HEAD: usize = 8;
 
 /// Bytes of the mark at the end.
-pub(super) const MARK: usize = 8;
+pub(in crate::source) const MARK: usize = 8;
 
 const END: u64 = 0x0123_4567_89ab_cdef;
 
 /// Bytes of the bitmap of a block with so many pages.
-pub(super) fn len(pages: usize) -> usize {
+pub(in crate::source) fn len(pages: usize) -> usize {
     pages.div_ceil(PAGES_PER_WORD) * 8
 }
 
 /// Refuses a length that is not `expected`, before its bytes are waited for.
-pub(super) fn check_head(bytes: &[u8], expected: usize, name: &BlockName) -> Result<()> {
+pub(in crate::source) fn check_head(bytes: &[u8], expected: usize, name: &BlockName) -> Result<()> {
     match bytes.first_chunk().map(|head| u64::from_be_bytes(*head)) {
         Some(seen) if seen != expected as u64 => {
             let detail = format!("a bitmap of {seen} bytes for RAM block {name}, expected {expected}");
@@ -34,7 +34,7 @@ pub(super) fn check_head(bytes: &[u8], expected: usize, name: &BlockName) -> Res
 }
 
 /// The bitmap of a whole answer.
-pub(super) fn content(mut bytes: Vec<u8>, name: &BlockName) -> Result<Vec<u8>> {
+pub(in crate::source) fn content(mut bytes: Vec<u8>, name: &BlockName) -> Result<Vec<u8>> {
     let mark = bytes.last_chunk().map(|mark| u64::from_be_bytes(*mark));
     if mark != Some(END) {
         let seen = mark.unwrap_or_default();
