@@ -91,6 +91,10 @@ pub(crate) struct Common {
     /// URI
     #[arg(long, global = true, value_name = "NAME", requires = "tls_dir")]
     pub(crate) tls_hostname: Option<String>,
+    /// With TLS: a revocation list past its next update is an error. Default: a warning, and it
+    /// still counts
+    #[arg(long, global = true, requires = "tls_dir")]
+    pub(crate) tls_crl_strict: bool,
     /// Let the process open any file and start any program also once it reads what others wrote.
     /// Default: only its own files, and no programs, where the kernel can see to it; no sandbox
     /// with exec:
@@ -264,6 +268,12 @@ pub(crate) struct Inspect {
     /// mapped-ram or without. As file:PATH,offset=N: a stream within a file. -v adds the fields of
     /// every device
     pub(crate) path: PathBuf,
+    /// Another one: show only in which fields of which devices they differ
+    pub(crate) other: Option<PathBuf>,
+    /// Only check the devices' state: rings within RAM, indices, vectors, features. The exit code
+    /// is 1 if something is inconsistent
+    #[arg(long, conflicts_with = "other")]
+    pub(crate) check: bool,
 }
 
 #[derive(Debug, Args)]

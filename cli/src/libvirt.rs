@@ -52,7 +52,8 @@ impl Image {
         };
         let format = if mapped { LibvirtFormat::Sparse } else { LibvirtFormat::Raw };
         let failed = |error| Failure::Usage(format!("{}: {error}", path.display()));
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
+        let mut file =
+            OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
         file.write_all(&header.unfinished(format)).map_err(failed)?;
         Ok(Self { file, path: path.clone(), offset: header.stream_offset() })
     }

@@ -59,6 +59,11 @@ impl Outcome {
         Self { status: Status::Completed, error: None, hint: None, code: DONE, table, keys: object(keys) }
     }
 
+    /// Something to look at that is not as it should be, for this reason.
+    pub(crate) fn found_wrong(table: String, keys: Value, reason: String) -> Self {
+        Self { error: Some(reason), code: FAILED, ..Self::shown(table, keys) }
+    }
+
     /// An empty result: the output was written elsewhere.
     pub(crate) fn silent() -> Self {
         Self::shown(String::new(), json!({}))

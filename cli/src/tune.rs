@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::num::{NonZeroU64, NonZeroUsize};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use multifd_codecs::CodecChoice;
@@ -34,7 +35,8 @@ fn tune(flags: &Tune, common: &Common) -> Result<Findings, String> {
     }
     // Opened first: a wrong path is an error before the measurement, not after it.
     let page = flags.html.as_deref().map(|path| {
-        let file = File::options().create(true).write(true).truncate(false).open(path);
+        // It tells what a guest's memory is like, and whose: for its owner, as a checkpoint is.
+        let file = File::options().create(true).write(true).truncate(false).mode(0o600).open(path);
         file.map(|file| (file, path)).map_err(|error| unwritten(path, &error))
     });
     let page = page.transpose()?;

@@ -337,6 +337,56 @@ fn a_checkpoint_that_is_broken() {
 }
 
 #[test]
+fn devices_of_recorded_streams_are_consistent() {
+    for path in golden() {
+        let text = table(&path, &["--check"]);
+        assert!(
+            text.lines().any(|line| line.starts_with("serial ") && line.ends_with("  consistent")),
+            "{text}"
+        );
+        assert!(!text.contains("inconsistent"), "{text}");
+    }
+}
+
+#[test]
+fn a_device_that_does_not_fit_its_description_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    // Eight bytes of a vCPU.
+    let path = xbzrle_stream().write(&folder);
+    let output = inspect(&path, &["--check"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.starts_with("cpu  inconsistent\n         inconsistent: env.regs[3]: "), "{text}");
+    let output = inspect(&path, &["--check", "--json"]);
+    let object: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&object["devices"][0]["verdict"], &object["inconsistent"]),
+        (&json!("inconsistent"), &json!(1))
+    );
+}
+
+#[test]
+fn two_guests_differ_in_the_fields_that_differ() {
+    let folder = tempfile::tempdir().unwrap();
+    let left = xbzrle_stream().write(&folder);
+    let mut other = xbzrle_stream();
+    let eip = other.0.windows(4).rposition(|window| window == [0, 0, 0xff, 0xf0]).unwrap() + 3;
+    other.0[eip] = 0xf1;
+    let last = other.0.windows(2).position(|window| window == [0x12, 0x34]).unwrap();
+    other.0[last] = 0x13;
+    let right = folder.path().join("other");
+    fs::write(&right, &other.0).unwrap();
+    let differ = |right: &Path| table(&left, &[right.to_str().unwrap()]);
+    assert_eq!(differ(&left), "the devices of both are the same\n");
+    let expected = "\
+cpu
+         eip             0xfff0 (65520)  0xfff1 (65521)
+         cpu/x: regs[3]  0x1234 (4660)   0x1334 (4916)
+";
+    assert_eq!(differ(&right), expected);
+}
+
+#[test]
 fn what_is_neither() {
     let folder = tempfile::tempdir().unwrap();
     assert!(error(folder.path()).contains("is not a checkpoint: it has no manifest.json"));

@@ -244,8 +244,7 @@ impl Decoder for Inflater {
 pub fn inflate_page(stream: &[u8], page: &mut [u8]) -> Result<(), DecodeFailed> {
     let expected = page.len();
     let mut inflater = Decompress::new(true);
-    let status =
-        inflater.decompress(stream, page, FlushDecompress::Finish).map_err(DecodeFailed::corrupt)?;
+    let status = inflater.decompress(stream, page, FlushDecompress::Finish).map_err(DecodeFailed::corrupt)?;
     let produced = usize::try_from(inflater.total_out()).unwrap_or(usize::MAX);
     let unread = rest(stream, inflater.total_in()).len();
     match status {

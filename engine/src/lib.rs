@@ -45,7 +45,7 @@ pub use at_rest::recording::{
 pub use config::{DestinationConfig, SourceConfig, parameter, rule};
 pub use convergence::{AutoConverge, Decision, DowntimeLedger, Limits, OnStall, RoundRecord};
 pub use destination::{
-    Arrived, ChangedPages, Destination, DestinationBuilder, DevicePacket, DigestsDiffer, Incoming,
+    Arrived, ChangedPages, Destination, DestinationBuilder, DevicePacket, DigestsDiffer, FreshRam, Incoming,
     IncomingRam, PostcopyEnd, PostcopyGuest, SwitchoverAck,
 };
 pub use dirty::{
@@ -55,7 +55,9 @@ pub use dirty::{
 pub use dirty::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmSlot, KvmSlots};
 pub use error::{Error, ErrorKind, Phase, Remedy, Result};
 pub use guest::{DirtyBitmap, HostMemory, PAGE, RamBlock, RamChanges};
-pub use report::{DigestVerdict, FaultLatency, Figures, PageFaults, PostcopyReport, Report, ThreadWaits};
+pub use report::{
+    BackEndWaits, DigestVerdict, FaultLatency, Figures, PageFaults, PostcopyReport, Report, ThreadWaits,
+};
 pub use run::counters::{ChannelProgress, Progress};
 pub use run::session::{Canceller, DEFAULT_TIMEOUT, HandOver, ProgressReader};
 pub use run::state::MigrationState;
@@ -87,7 +89,7 @@ pub use multifd_codecs::{Codec, Codecs, Uncompressed};
 pub use multifd_transports::{
     ByteStream, Channel, Endpoint, SocketOptions, ThreadHook, TlsClient, TlsServer,
 };
-pub use multifd_wire::{BlockName, Configuration};
+pub use multifd_wire::{BlockName, Configuration, DescribedSection, SectionHead};
 
 pub use multifd_codecs as codecs;
 pub use multifd_transports as transports;

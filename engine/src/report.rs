@@ -12,7 +12,7 @@ use crate::run::counters::Progress;
 use crate::run::session::Session;
 use crate::source::{AuditReport, XbzrleStats, ZeroCopyStats};
 
-pub use postcopy::{FaultLatency, PageFaults, PostcopyReport, ThreadWaits};
+pub use postcopy::{BackEndWaits, FaultLatency, PageFaults, PostcopyReport, ThreadWaits};
 
 /// The account of a migration that has ended well.
 #[derive(Clone, Debug)]

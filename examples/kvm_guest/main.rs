@@ -24,12 +24,10 @@ use std::sync::Arc;
 
 use multifd_codecs::Zstd;
 use multifd_engine::wire::Configuration;
-use multifd_engine::{
-    Destination, DeviceState, HostMemory, KvmDirtyLog, PAGE, RamBlock, Report, Source, UserfaultLog,
-};
+use multifd_engine::{Destination, HostMemory, KvmDirtyLog, PAGE, RamBlock, Report, Source, UserfaultLog};
 
 use guest::{KvmGuest, Pace};
-use vcpus::{VcpuState, Vcpus};
+use vcpus::Vcpus;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -40,7 +38,6 @@ const PACE: Pace = Pace { lap: 10_000, pause: 20 };
 /// Rounds at least: the guest must have written while it moved.
 const ROUNDS: usize = 3;
 
-const STATE: &str = "kvm-guest";
 const DESTINATION: &str = "--destination";
 
 fn main() -> Result<()> {
@@ -108,10 +105,9 @@ fn migrate() -> Result<(Report, Vec<u64>)> {
         running.wait_for_laps(2);
         precopy.round()?;
     }
-    let states = running.pause()?;
+    let mut states = running.pause()?;
     let counted = (0..VCPUS).map(|number| guest.counted(number)).collect::<Result<Vec<_>>>()?;
-    let report =
-        precopy.stop_copy()?.commit(&DeviceState::opaque(STATE, 1, &serde_json::to_vec(&states)?))?;
+    let report = precopy.stop_copy()?.commit(&vcpus::save(&mut states)?)?;
 
     let dirtied: u64 = report.decisions.iter().map(|round| round.remaining_bytes).sum();
     assert!(dirtied > 0, "the guest wrote nothing while it moved");
@@ -128,9 +124,7 @@ fn destination() -> Result<()> {
     let destination = Destination::builder(vec![ram.clone()]).listen(&"tcp:127.0.0.1:0".parse()?)?;
     println!("listening on {}", destination.endpoint());
     let arrived = destination.receive()?;
-    let (version, state) = arrived.opaque_state(STATE).ok_or("no state of this example")?;
-    assert_eq!(version, 1);
-    let states: Vec<VcpuState> = serde_json::from_slice(state)?;
+    let states = vcpus::load(VCPUS as usize, &arrived.sections()?)?;
 
     let guest = KvmGuest::new(&ram)?;
     guest.add_memory()?;

@@ -18,12 +18,12 @@ use std::thread;
 use multifd_engine::vm_memory::Bytes as _;
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
-    Destination, DeviceState, Incoming, KvmDirtyLog, PAGE, PostcopyEnd, RamBlock, Report, Served, Source,
+    Destination, Incoming, KvmDirtyLog, PAGE, PostcopyEnd, RamBlock, Report, Served, Source,
 };
 
 use crate::guest::KvmGuest;
-use crate::vcpus::{VcpuState, Vcpus};
-use crate::{PACE, Result, STATE, There, VCPUS, hash, memory};
+use crate::vcpus::{self, Vcpus};
+use crate::{PACE, Result, There, VCPUS, hash, memory};
 
 pub(crate) const DESTINATION: &str = "--postcopy-destination";
 
@@ -70,10 +70,9 @@ pub(crate) fn migrate() -> Result<(Report, Vec<u64>)> {
     precopy.prepare_postcopy()?;
     // What they write now is stale at the other end.
     running.wait_for_laps(1);
-    let states = running.pause()?;
+    let mut states = running.pause()?;
     let counted = (0..VCPUS).map(|number| guest.counted(number)).collect::<Result<Vec<_>>>()?;
-    let state = DeviceState::opaque(STATE, 1, &serde_json::to_vec(&states)?);
-    let mut postcopy = precopy.switch_to_postcopy(&state)?;
+    let mut postcopy = precopy.switch_to_postcopy(&vcpus::save(&mut states)?)?;
     let served = thread::scope(|scope| {
         let serving = scope.spawn(move || postcopy.serve());
         while control.progress().requests < SERVED && !serving.is_finished() {
@@ -103,9 +102,7 @@ pub(crate) fn destination() -> Result<()> {
     let Incoming::Postcopy(mut incoming) = destination.receive_live()? else {
         return Err("the source did not switch".into());
     };
-    let (version, state) = incoming.opaque_state(STATE).ok_or("no state of this example")?;
-    assert_eq!(version, 1);
-    let states: Vec<VcpuState> = serde_json::from_slice(state)?;
+    let states = vcpus::load(VCPUS as usize, &incoming.sections()?)?;
 
     let guest = KvmGuest::new(&ram)?;
     guest.add_memory()?;

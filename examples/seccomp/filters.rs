@@ -91,6 +91,19 @@ const THREADS: &[(&str, &[i64])] = &[
         ],
     ),
     (
+        "mig-fault-vhost",
+        &[
+            libc::SYS_epoll_ctl,
+            libc::SYS_epoll_wait,
+            libc::SYS_getsockopt,
+            libc::SYS_ioctl,
+            libc::SYS_mincore,
+            libc::SYS_sendmsg,
+            libc::SYS_shutdown,
+            libc::SYS_write,
+        ],
+    ),
+    (
         "mig-postcopy",
         &[
             libc::SYS_fcntl,

@@ -149,7 +149,9 @@ impl Qemu {
         loop {
             let connections = match self.execute("query-yank", json!({})) {
                 // QEMU before 6.0.
-                Err(unknown) if unknown.to_string().contains("query-yank has not been found") => return Ok(()),
+                Err(unknown) if unknown.to_string().contains("query-yank has not been found") => {
+                    return Ok(());
+                }
                 connections => connections?,
             };
             if !connections.as_array().is_some_and(|list| list.iter().any(of_a_migration)) {

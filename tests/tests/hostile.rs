@@ -5,6 +5,8 @@
 
 #![allow(clippy::indexing_slicing, clippy::unwrap_used, reason = "test code may panic")]
 
+use std::sync::{Mutex, PoisonError};
+
 use multifd_engine::Destination;
 use multifd_tests::peer::command::ReceiveTrial;
 use multifd_tests::peer::{
@@ -54,15 +56,34 @@ fn lying(channels: u8, seed: u64) -> (Recording, String) {
     Recorder::migration(style(channels, seed), &mut memory()).with_a_lie(seed)
 }
 
-/// Refuses or accepts each; gives how many were refused.
+/// Most memory that this process has had so far.
+fn peak() -> Outcome<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.ok_or_else(|| Failure::new("no VmHWM"))?.trim().trim_end_matches(" kB");
+    Ok(kib.parse::<u64>()? << 10)
+}
+
+/// One way at a time has the memory of the process.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// Refuses or accepts each, within the memory of a guest and what is allowed beyond; gives how many
+/// were refused.
 fn survives(channels: u8) -> Outcome<u64> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let trial = Trial::unix()?;
     let mut refused = 0;
+    let (touched, before) = (u64::try_from(memory().all().len() * PAGE)?, peak()?);
     for seed in seeds(STREAMS)? {
         let (recording, done) = lying(channels, seed);
         let destination = Destination::builder(memory().provide(0x5a)?).timeout(TIMEOUT);
         let verdict = trial.run(&recording, destination, |arrived| arrived.accept()).during(done)?;
         refused += u64::from(verdict.result.is_err());
+    }
+    let more = peak()? - before;
+    println!("{channels} channels: {refused} refused, {} MiB more memory", more >> 20);
+    if more > touched + OVERHEAD {
+        return Err(Failure::new(format!("{more} bytes of memory, expected at most {}", touched + OVERHEAD)));
     }
     Ok(refused)
 }

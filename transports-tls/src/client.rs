@@ -7,19 +7,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustls::ClientConfig;
-use rustls::client::danger::ServerCertVerifier;
 use rustls::client::{Resumption, UnbufferedClientConnection, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::ServerName;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 
 use super::alert::Role;
-use super::credentials::{Directory, InvalidCredentials};
+use super::credentials::{Directory, InvalidCredentials, TlsRules};
 use super::handshake::{Failure, Line};
 use super::provider::TlsProvider;
 use super::socket::AsyncSocket;
 use super::stream::{Settings, TlsStream};
-use super::verify::{Circumstances, Seen, Witness};
+use super::verify::{Circumstances, Seen, Verifiers, Witness};
 
 /// TLS settings of the connecting end: trusted CA, own certificate. Cheap to clone.
 ///
@@ -28,7 +27,7 @@ use super::verify::{Circumstances, Seen, Witness};
 #[derive(Clone, Debug)]
 pub struct TlsClient {
     directory: Directory,
-    verifier: Arc<WebPkiServerVerifier>,
+    verifier: Arc<Verifiers<WebPkiServerVerifier>>,
     identity: Option<Arc<CertifiedKey>>,
     crypto: Arc<CryptoProvider>,
     hostname: Option<ServerName<'static>>,
@@ -55,15 +54,30 @@ impl TlsClient {
     /// # Errors
     /// As [`from_directory`](Self::from_directory).
     pub fn with_provider(path: &Path, provider: TlsProvider) -> Result<Self, InvalidCredentials> {
+        Self::with_rules(path, TlsRules { provider, ..TlsRules::default() })
+    }
+
+    /// The same by other rules.
+    ///
+    /// # Errors
+    /// As [`from_directory`](Self::from_directory).
+    pub fn with_rules(path: &Path, rules: TlsRules) -> Result<Self, InvalidCredentials> {
+        let TlsRules { provider, current_lists } = rules;
         let directory = Directory::new(path);
         let crypto = provider.for_rustls();
-        let mut verifier =
-            WebPkiServerVerifier::builder_with_provider(directory.roots()?, Arc::clone(&crypto));
-        let revoked = directory.revoked()?;
-        if !revoked.is_empty() {
-            verifier = verifier.with_crls(revoked).allow_unknown_revocation_status();
-        }
-        let verifier = verifier.build().map_err(|error| directory.blame(&error))?;
+        let roots = directory.roots()?;
+        let verifier = Verifiers::build(directory.revoked(current_lists)?, |lists| {
+            let mut verifier =
+                WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&crypto));
+            if !lists.is_empty() {
+                verifier = verifier.with_crls(lists).allow_unknown_revocation_status();
+            }
+            if current_lists {
+                verifier = verifier.enforce_revocation_expiration();
+            }
+            verifier.build()
+        });
+        let verifier = verifier.map_err(|error| directory.blame(&error))?;
         let identity = directory.identity("client", &crypto)?;
         let settings =
             Settings { role: Role::Client, certified: identity.is_some(), provider, refresh_after: None };
@@ -156,7 +170,7 @@ impl TlsClient {
     }
 
     fn config(&self, seen: &Seen) -> Result<ClientConfig, rustls::Error> {
-        let verifier: Arc<dyn ServerCertVerifier> = Arc::clone(&self.verifier) as _;
+        let verifier = Arc::clone(&self.verifier);
         let builder = ClientConfig::builder_with_provider(Arc::clone(&self.crypto))
             .with_safe_default_protocol_versions()?
             .dangerous()

@@ -17,7 +17,18 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use x509_parser::time::ASN1Time;
 
 use super::names::shown_subject;
+use super::provider::TlsProvider;
 use super::revocation::Revocation;
+
+/// How a directory of credentials is read.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TlsRules {
+    /// What encrypts.
+    pub provider: TlsProvider,
+    /// A revocation list past its next update is an error: at the start, and of a peer's
+    /// certificate whose CA's list has expired since. Default: it is warned of, and still counts.
+    pub current_lists: bool,
+}
 
 /// A file of credentials that cannot be used, or a setting.
 #[derive(Debug, Error)]
@@ -52,8 +63,13 @@ impl Directory {
     pub(crate) fn roots(&self) -> Result<Arc<RootCertStore>> {
         let path = self.ca_path();
         let mut roots = RootCertStore::empty();
+        let mut expired = Vec::new();
         for certificate in certificates(&path)? {
-            warn_if_expired(&path, &certificate);
+            if let Some(problem) = expired_ca(&certificate) {
+                tracing::warn!(file = %path.display(), "{problem}: it is not trusted");
+                expired.push(problem);
+                continue;
+            }
             roots.add(certificate).map_err(|error| {
                 let problem = match error {
                     rustls::Error::InvalidCertificate(problem) => unusable_certificate(&problem),
@@ -62,12 +78,18 @@ impl Directory {
                 InvalidCredentials::new(&path, problem)
             })?;
         }
-        Ok(Arc::new(roots))
+        match expired.first() {
+            Some(problem) if roots.is_empty() => {
+                Err(InvalidCredentials::new(&path, format!("{problem}, expected one that is valid")))
+            }
+            _ => Ok(Arc::new(roots)),
+        }
     }
 
-    /// The lists of revoked certificates that decide; none without `ca-crl.pem`. Those that are out
-    /// of date are warned of.
-    pub(crate) fn revoked(&self) -> Result<Vec<CertificateRevocationListDer<'static>>> {
+    /// The lists of revoked certificates that decide, in the orders in which to ask them; none
+    /// without `ca-crl.pem`. One that is out of date is an error where that is `strict`, else it is
+    /// warned of.
+    pub(crate) fn revoked(&self, strict: bool) -> Result<Vec<Vec<CertificateRevocationListDer<'static>>>> {
         let path = self.revoked_path();
         if !is_there(&path)? {
             return Ok(Vec::new());
@@ -76,10 +98,16 @@ impl Directory {
         let lists: Vec<_> = all(&path, "revocation list", lists)?;
         let revocation = Revocation::of(&lists, ASN1Time::now())
             .map_err(|problem| InvalidCredentials::new(&path, problem))?;
-        for warning in &revocation.warnings {
-            tracing::warn!(list = %path.display(), "{warning}");
+        if let Some(outdated) = revocation.outdated.first().filter(|_| strict) {
+            return Err(InvalidCredentials::new(&path, format!("{outdated}, expected a current one")));
         }
-        Ok(revocation.lists)
+        for outdated in &revocation.outdated {
+            tracing::warn!(list = %path.display(), "{outdated}: certificates revoked since then are let in");
+        }
+        for to_come in &revocation.to_come {
+            tracing::warn!(list = %path.display(), "{to_come}");
+        }
+        Ok(revocation.orders)
     }
 
     /// What rustls says against the roots or the lists of the revoked, by the file that is to
@@ -193,18 +221,13 @@ fn is_encrypted(key: &Path) -> bool {
     text.contains("BEGIN ENCRYPTED PRIVATE KEY") || text.contains("Proc-Type: 4,ENCRYPTED")
 }
 
-/// A CA that has expired signs for rustls as before: a root is a name and a key to it. QEMU refuses
-/// the file.
-fn warn_if_expired(path: &Path, certificate: &[u8]) {
-    let Ok((_, certificate)) = X509Certificate::from_der(certificate) else { return };
+/// What is wrong with a CA certificate that has expired. rustls does not look: a root is a name and
+/// a key to it. QEMU refuses the file.
+fn expired_ca(certificate: &[u8]) -> Option<String> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let end = certificate.validity().not_after;
-    if end < ASN1Time::now() {
-        let subject = shown_subject(certificate.subject());
-        tracing::warn!(
-            file = %path.display(),
-            "the CA certificate \"{subject}\" expired at {end}: it is trusted all the same, and a QEMU refuses it"
-        );
-    }
+    let subject = shown_subject(certificate.subject());
+    (end < ASN1Time::now()).then(|| format!("the CA certificate \"{subject}\" expired at {end}"))
 }
 
 /// A reader of the key can be us.

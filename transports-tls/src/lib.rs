@@ -35,7 +35,7 @@ mod stream;
 mod verify;
 
 pub use client::{ExpectedName, TlsClient};
-pub use credentials::InvalidCredentials;
+pub use credentials::{InvalidCredentials, TlsRules};
 pub use provider::TlsProvider;
 pub use server::{Stage, TlsServer};
 pub use socket::{AsyncSocket, FirstBytes, Ready};

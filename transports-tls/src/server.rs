@@ -12,12 +12,12 @@ use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection, WebPkiC
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 
 use super::alert::Role;
-use super::credentials::{Directory, InvalidCredentials};
+use super::credentials::{Directory, InvalidCredentials, TlsRules};
 use super::handshake::{Failure, Line, Parts};
 use super::provider::TlsProvider;
 use super::socket::{AsyncSocket, FirstBytes, Ready};
 use super::stream::{Settings, TlsStream};
-use super::verify::{Circumstances, Seen, Witness};
+use super::verify::{Circumstances, Seen, Verifiers, Witness};
 
 /// TLS settings of the accepting end: own certificate, authorised peers. Cheap to clone.
 ///
@@ -26,7 +26,7 @@ use super::verify::{Circumstances, Seen, Witness};
 #[derive(Clone, Debug)]
 pub struct TlsServer {
     directory: Directory,
-    verifier: Arc<dyn ClientCertVerifier>,
+    verifier: Arc<Verifiers<dyn ClientCertVerifier>>,
     /// No client needs a certificate, unless there is a list.
     anonymous: bool,
     identity: Arc<CertifiedKey>,
@@ -59,18 +59,33 @@ impl TlsServer {
     /// # Errors
     /// As [`from_directory`](Self::from_directory).
     pub fn with_provider(path: &Path, provider: TlsProvider) -> Result<Self, InvalidCredentials> {
+        Self::with_rules(path, TlsRules { provider, ..TlsRules::default() })
+    }
+
+    /// The same by other rules.
+    ///
+    /// # Errors
+    /// As [`from_directory`](Self::from_directory).
+    pub fn with_rules(path: &Path, rules: TlsRules) -> Result<Self, InvalidCredentials> {
+        let TlsRules { provider, current_lists } = rules;
         let directory = Directory::new(path);
         let crypto = provider.for_rustls();
         let identity = directory.identity("server", &crypto)?.ok_or_else(|| {
             InvalidCredentials::new(&directory.path().join("server-cert.pem"), "there is no such file")
         })?;
-        let mut verifier =
-            WebPkiClientVerifier::builder_with_provider(directory.roots()?, Arc::clone(&crypto));
-        let revoked = directory.revoked()?;
-        if !revoked.is_empty() {
-            verifier = verifier.with_crls(revoked).allow_unknown_revocation_status();
-        }
-        let verifier = verifier.build().map_err(|error| directory.blame(&error))?;
+        let roots = directory.roots()?;
+        let verifier = Verifiers::build(directory.revoked(current_lists)?, |lists| {
+            let mut verifier =
+                WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&crypto));
+            if !lists.is_empty() {
+                verifier = verifier.with_crls(lists).allow_unknown_revocation_status();
+            }
+            if current_lists {
+                verifier = verifier.enforce_revocation_expiration();
+            }
+            verifier.build()
+        });
+        let verifier = verifier.map_err(|error| directory.blame(&error))?;
         let settings = Settings { role: Role::Server, certified: true, provider, refresh_after: None };
         let allowed = Arc::default();
         Ok(Self { directory, verifier, anonymous: false, identity, crypto, allowed, settings })

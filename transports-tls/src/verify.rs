@@ -6,18 +6,59 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
+use rustls::{
+    CertRevocationListError, CertificateError, DigitallySignedStruct, DistinguishedName, Error,
+    SignatureScheme,
+};
 
 use super::alert::{self, Role};
 use super::handshake::Failure;
 use super::names::Names;
 
+/// Verifiers of rustls that differ in the order in which they ask the revocation lists.
+#[derive(Debug)]
+pub(crate) struct Verifiers<V: ?Sized> {
+    first: Arc<V>,
+    others: Vec<Arc<V>>,
+}
+
+impl<V: ?Sized> Verifiers<V> {
+    /// `build` makes one with these lists; there are no lists without any order.
+    pub(crate) fn build<E>(
+        orders: Vec<Vec<CertificateRevocationListDer<'static>>>,
+        build: impl Fn(Vec<CertificateRevocationListDer<'static>>) -> Result<Arc<V>, E>,
+    ) -> Result<Arc<Self>, E> {
+        let mut orders = orders.into_iter();
+        let first = build(orders.next().unwrap_or_default())?;
+        Ok(Arc::new(Self { first, others: orders.map(build).collect::<Result<_, _>>()? }))
+    }
+
+    /// What the first of them says that did not come upon a list, or a CA, of another key.
+    fn decide<R>(&self, verify: impl Fn(&V) -> Result<R, Error>) -> Result<R, Error> {
+        let is_of_another_key = |result: &Result<R, Error>| {
+            matches!(
+                result,
+                Err(Error::InvalidCertRevocationList(CertRevocationListError::BadSignature)
+                    | Error::InvalidCertificate(CertificateError::BadSignature))
+            )
+        };
+        let mut others = self.others.iter();
+        let mut result = verify(&self.first);
+        while is_of_another_key(&result)
+            && let Some(other) = others.next()
+        {
+            result = verify(other);
+        }
+        result
+    }
+}
+
 /// A verifier of rustls for one connection: notes whose certificate came.
 #[derive(Debug)]
 pub(crate) struct Witness<V: ?Sized> {
-    inner: Arc<V>,
+    inner: Arc<Verifiers<V>>,
     seen: Seen,
     /// Names that a peer's certificate may have; empty: any certificate that verifies.
     allowed: Arc<[String]>,
@@ -67,7 +108,7 @@ impl Seen {
 }
 
 impl<V: ?Sized> Witness<V> {
-    pub(crate) fn new(inner: Arc<V>, seen: &Seen, allowed: &Arc<[String]>) -> Arc<Self> {
+    pub(crate) fn new(inner: Arc<Verifiers<V>>, seen: &Seen, allowed: &Arc<[String]>) -> Arc<Self> {
         Arc::new(Self { inner, seen: seen.clone(), allowed: Arc::clone(allowed) })
     }
 }
@@ -81,7 +122,7 @@ macro_rules! signatures_of_inner {
             cert: &CertificateDer<'_>,
             dss: &DigitallySignedStruct,
         ) -> Result<HandshakeSignatureValid, Error> {
-            self.inner.verify_tls12_signature(message, cert, dss)
+            self.inner.first.verify_tls12_signature(message, cert, dss)
         }
 
         fn verify_tls13_signature(
@@ -90,11 +131,11 @@ macro_rules! signatures_of_inner {
             cert: &CertificateDer<'_>,
             dss: &DigitallySignedStruct,
         ) -> Result<HandshakeSignatureValid, Error> {
-            self.inner.verify_tls13_signature(message, cert, dss)
+            self.inner.first.verify_tls13_signature(message, cert, dss)
         }
 
         fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-            self.inner.supported_verify_schemes()
+            self.inner.first.supported_verify_schemes()
         }
     };
 }
@@ -109,7 +150,9 @@ impl<V: ServerCertVerifier + ?Sized> ServerCertVerifier for Witness<V> {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         self.seen.note(end_entity, intermediates);
-        self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+        self.inner.decide(|inner| {
+            inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+        })
     }
 
     signatures_of_inner!();
@@ -129,7 +172,7 @@ impl<V: ClientCertVerifier + ?Sized> ClientCertVerifier for Witness<V> {
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         let names = self.seen.note(end_entity, intermediates);
-        let verified = self.inner.verify_client_cert(end_entity, intermediates, now)?;
+        let verified = self.inner.decide(|inner| inner.verify_client_cert(end_entity, intermediates, now))?;
         if self.allowed.is_empty() || self.allowed.iter().any(|pattern| names.match_pattern(pattern)) {
             return Ok(verified);
         }
@@ -185,6 +228,11 @@ impl Circumstances<'_> {
                     self.ca.display()
                 )
             }
+            Error::InvalidCertRevocationList(CertRevocationListError::BadSignature) => format!(
+                "refused the peer's certificate {}: the revocation list of \"{}\" was not signed by the CA that signed it",
+                self.seen.names().unwrap_or_default(),
+                self.seen.names().unwrap_or_default().issuer
+            ),
             Error::PeerIncompatible(reason) => format!("no TLS in common with the peer: {reason:?}"),
             Error::PeerMisbehaved(reason) => format!("the peer breaks the rules of TLS: {reason:?}"),
             other => format!("the TLS handshake failed: {other}"),
@@ -219,6 +267,9 @@ impl Circumstances<'_> {
                 expected.to_str()
             )),
             Problem::Revoked => refused("it was revoked".to_owned()),
+            Problem::ExpiredRevocationList | Problem::ExpiredRevocationListContext { .. } => {
+                refused(format!("the revocation list of \"{}\" is past its next update", names.issuer))
+            }
             Problem::ApplicationVerificationFailure => {
                 refused(format!("its name is not authorised, expected {}", self.allowed.join(" or ")))
             }

@@ -58,5 +58,5 @@ pub use pacer::{Pacer, Stopped};
 pub use stopper::Stopper;
 pub use thread_hook::ThreadHook;
 #[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
-pub use tls::{InvalidCredentials, TlsProvider};
+pub use tls::{InvalidCredentials, TlsProvider, TlsRules};
 pub use tls::{TlsClient, TlsServer};

@@ -35,6 +35,7 @@
 mod block_list;
 mod command;
 mod configuration;
+mod described;
 mod fields;
 mod invalid;
 mod item;
@@ -54,6 +55,7 @@ mod writer;
 pub use block_list::{BlockEntry, BlockListBuilder, BlockListFormat, MAX_BLOCKS, MappedRamHeader};
 pub use command::{Advise, Command, DiscardRange, MAX_DISCARD_RANGES};
 pub use configuration::Configuration;
+pub use described::DescribedSection;
 pub use fields::{Contents, Field, Run, Structure, Subsection, Value};
 pub use invalid::{Invalid, Parsed};
 pub use item::{Footer, Item, ItemType, SectionHead, SectionId};

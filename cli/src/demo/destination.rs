@@ -12,17 +12,14 @@
 use std::hash::Hasher;
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::{Arc, Mutex};
 
-use multifd_engine::wire::{BlockEntry, Configuration};
 use multifd_engine::{
-    Destination, HostMemory, Incoming, IncomingRam, PAGE, PostcopyEnd, PostcopyGuest, PostcopyReport,
-    RamBlock,
+    Destination, FreshRam, Incoming, PAGE, PostcopyEnd, PostcopyGuest, PostcopyReport, RamBlock,
 };
 use serde_json::{Value, json};
 
-use super::Result;
 use super::vcpus::{Found, Vcpus};
+use super::{Result, state};
 use crate::flags::{Common, DemoDestination};
 use crate::outcome::Outcome;
 
@@ -37,17 +34,17 @@ pub(crate) fn run(flags: &DemoDestination, common: &Common) -> Outcome {
 }
 
 fn receive(flags: &DemoDestination, common: &Common) -> Result<()> {
-    let ram = FreshRam::default();
-    let blocks = Arc::clone(&ram.0);
-    let destination = Destination::builder(ram)
+    let ram = FreshRam::anonymous();
+    let destination = Destination::builder(ram.clone())
         .postcopy(flags.postcopy)
         .timeout(common.timeout)
         .listen(&"tcp:127.0.0.1:0".parse()?)?;
     println!("{LISTENING}{}", destination.endpoint());
     let incoming = destination.receive_live()?;
-    let blocks = blocks.lock().map_err(|_| "poisoned")?.clone();
+    let blocks = ram.blocks();
     match incoming {
         Incoming::Arrived(arrived) => {
+            state::load(&arrived.sections()?, blocks.iter().map(RamBlock::pages).sum())?;
             arrived.accept()?;
             let hashes = blocks.iter().flat_map(|block| (0..block.pages()).map(|page| hash(block, page)));
             tell(&Value::Null, hashes)
@@ -75,32 +72,13 @@ fn tell(figures: &Value, hashes: impl Iterator<Item = u64>) -> Result<()> {
 
 /// The guest goes on, and is looked at when all of its RAM is here.
 fn run_on(mut guest: PostcopyGuest, block: &RamBlock) -> Result<(Option<PostcopyReport>, Found)> {
+    state::load(&guest.sections()?, block.pages())?;
     guest.loaded()?;
     let vcpus = Vcpus::start(block)?;
     match guest.wait()? {
         PostcopyEnd::Completed(report) => Ok((report.postcopy, vcpus.stop()?)),
         // Its threads may wait for pages that will never come: they end with this process.
         PostcopyEnd::Paused(error) => Err(error.chain().into()),
-    }
-}
-
-/// Fresh memory for whatever the source announces.
-#[derive(Default)]
-struct FreshRam(Arc<Mutex<Vec<RamBlock>>>);
-
-impl IncomingRam for FreshRam {
-    fn open(
-        &mut self,
-        _configuration: &Configuration,
-        announced: &[BlockEntry],
-    ) -> std::result::Result<Vec<RamBlock>, Box<dyn std::error::Error + Send + Sync>> {
-        let open = |entry: &BlockEntry| -> io::Result<RamBlock> {
-            let len = usize::try_from(entry.used_len).map_err(io::Error::other)?;
-            Ok(RamBlock::new(entry.name.clone(), HostMemory::anonymous(len)?).fresh())
-        };
-        let blocks = announced.iter().map(open).collect::<io::Result<Vec<_>>>()?;
-        *self.0.lock().map_err(|_| "poisoned")? = blocks.clone();
-        Ok(blocks)
     }
 }
 

@@ -4,13 +4,14 @@
 mod content;
 pub(crate) mod destination;
 mod guest;
+mod state;
 mod vcpus;
 
 use multifd_codecs::CodecChoice;
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
-    AutoConverge, DeviceState, DirtyMarker, Error, Precopy, Progress, Report, SoftwareLog, Source,
-    SourceBuilder, UserfaultLog,
+    AutoConverge, DirtyMarker, Error, Precopy, Progress, Report, SoftwareLog, Source, SourceBuilder,
+    UserfaultLog,
 };
 use multifd_transports::Endpoint;
 use serde_json::{Value, json};
@@ -151,7 +152,7 @@ fn with_log(builder: SourceBuilder, guest: &Guest) -> (SourceBuilder, Option<Dir
 /// What has not gone follows the guest.
 fn follow(precopy: Precopy, uri: &Endpoint, guest: &Guest) -> Result<Report> {
     guest.pause();
-    Ok(postcopy::serve(precopy.switch_to_postcopy(&DeviceState::none())?, uri, None)?)
+    Ok(postcopy::serve(precopy.switch_to_postcopy(&state::of(guest.block.pages())?)?, uri, None)?)
 }
 
 fn move_over(source: Source, uri: &Endpoint, guest: &Guest, common: &Common) -> Result<Report> {
@@ -165,7 +166,7 @@ fn move_over(source: Source, uri: &Endpoint, guest: &Guest, common: &Common) -> 
         }
     }
     guest.pause();
-    Ok(precopy.stop_copy()?.commit(&DeviceState::none())?)
+    Ok(precopy.stop_copy()?.commit(&state::of(guest.block.pages())?)?)
 }
 
 /// Compares every page of the stopped guest with what arrived; the count of pages.

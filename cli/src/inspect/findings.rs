@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::examined::RemarkView;
 use super::values::StructureView;
 
 #[derive(Serialize)]
@@ -114,6 +115,12 @@ pub(super) struct Device {
     pub(super) live: bool,
     #[serde(flatten)]
     pub(super) layout: StructureView,
+    /// What fields mean, of a device that is described here.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) meaning: Vec<RemarkView>,
+    /// What is inconsistent in it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) inconsistent: Vec<RemarkView>,
     /// The reason for missing fields.
     pub(super) note: Option<String>,
 }

@@ -4,12 +4,16 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use multifd_engine::{Checkpoint, Devices, LibvirtImage, Manifest, PAGE, RecordedSection, Recording, SectionContent};
+use multifd_engine::{
+    Checkpoint, Devices, LibvirtImage, Manifest, PAGE, RecordedSection, Recording, SectionContent,
+};
 
+use super::devices::{ram_of, ram_of_recording};
 use super::findings::{Block, Device, Findings, Held, Kind, Libvirt, Origin, Pages};
+use super::ram::Ram;
 use super::survey::{Counts, Survey};
 use super::values::Budget;
-use super::{Result, values};
+use super::{Result, examined, values};
 
 /// Between two looks at the progress bar, in records.
 const PROGRESS_STEP: u64 = 1 << 12;
@@ -58,7 +62,7 @@ pub(super) fn checkpoint(directory: &Path, progress: impl Fn(u64, u64)) -> Resul
         blocks,
         pages,
         notes: notes(&devices, &[]),
-        devices: all_devices(&devices),
+        devices: all_devices(&devices, &ram_of(&checkpoint)?),
     })
 }
 
@@ -102,7 +106,7 @@ pub(super) fn recording(path: &Path, offset: u64, progress: impl Fn(u64, u64)) -
         notes: notes(&devices, &absence(&summary, &blocks, &configuration.capabilities)),
         blocks,
         pages: summary,
-        devices: all_devices(&devices),
+        devices: all_devices(&devices, &ram_of_recording(&recording)),
     })
 }
 
@@ -116,16 +120,21 @@ fn libvirt(path: &Path) -> Result<Option<Libvirt>> {
     }))
 }
 
-fn all_devices(devices: &Devices) -> Vec<Device> {
+fn all_devices(devices: &Devices, ram: &Ram) -> Vec<Device> {
     let mut budget = Budget::default();
-    devices.sections.iter().map(|section| device(devices, section, &mut budget)).collect()
+    devices.sections.iter().map(|section| device(devices, section, ram, &mut budget)).collect()
 }
 
-fn device(devices: &Devices, section: &RecordedSection, budget: &mut Budget) -> Device {
-    let (layout, note) = match devices.structure(section) {
+fn device(devices: &Devices, section: &RecordedSection, ram: &Ram, budget: &mut Budget) -> Device {
+    // A description here that does not fit is of another version of the device, or of another
+    // machine: the source's own is shown.
+    let examined = examined::of(section, ram).and_then(std::result::Result::ok);
+    let (layout, note) = match examined::layout(devices, section, examined.as_ref()) {
         Some(structure) => values::view(structure, budget),
         None => Default::default(),
     };
+    let (meaning, inconsistent) =
+        examined.map(|examined| (examined.notes, examined.findings)).unwrap_or_default();
     let head = &section.head;
     Device {
         section: head.id.0,
@@ -135,6 +144,8 @@ fn device(devices: &Devices, section: &RecordedSection, budget: &mut Budget) -> 
         bytes: section.payload_len(),
         live: matches!(section.content, SectionContent::Live(_)),
         layout,
+        meaning: meaning.into_iter().map(Into::into).collect(),
+        inconsistent: inconsistent.into_iter().map(Into::into).collect(),
         note,
     }
 }

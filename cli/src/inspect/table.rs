@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use super::difference::{Different, FieldPair};
+use super::examined::{Checked, RemarkView, Verdict};
 use super::findings::{Device, Findings, Held, Kind, Libvirt, Pages};
 use super::values::{Content, ElementView, FieldView, Scalar, StructureView};
 use crate::human::{show_bytes, visible};
@@ -134,8 +136,63 @@ fn devices(out: &mut String, devices: &[Device], fields: bool) {
             let mut rows = Vec::new();
             structure_rows(&mut rows, 0, &device.layout);
             columns(out, INDENT, &rows, |column| column != 2);
+            remarks(out, "means", &device.meaning);
+        }
+        remarks(out, "inconsistent", &device.inconsistent);
+    }
+}
+
+fn remarks(out: &mut String, label: &str, remarks: &[RemarkView]) {
+    for RemarkView { field, text } in remarks {
+        let field = if field.is_empty() { String::new() } else { format!("{field}: ") };
+        let _ = writeln!(out, "{INDENT}{label}: {}", visible(&format!("{field}{text}")));
+    }
+}
+
+/// Every device, and whether it is consistent.
+pub(super) fn of_check(devices: &[Checked]) -> String {
+    let mut out = String::new();
+    let name = |device: &Checked| match device.instance {
+        0 => visible(&device.name),
+        instance => format!("{} #{instance}", visible(&device.name)),
+    };
+    let names: Vec<_> = devices.iter().map(name).collect();
+    let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
+    for (device, name) in devices.iter().zip(&names) {
+        let verdict = match device.verdict {
+            Verdict::Consistent => "consistent",
+            Verdict::Inconsistent => "inconsistent",
+            Verdict::Opaque => "not described here, not checked",
+        };
+        let _ = writeln!(out, "{name:<width$}  {verdict}");
+        remarks(&mut out, "inconsistent", &device.findings);
+    }
+    out
+}
+
+/// What differs in the devices of two guests.
+pub(super) fn of_differences(devices: &[Different]) -> String {
+    if devices.is_empty() {
+        return "the devices of both are the same\n".to_owned();
+    }
+    let mut out = String::new();
+    for device in devices {
+        let instance = if device.instance == 0 { String::new() } else { format!(" #{}", device.instance) };
+        let _ = writeln!(out, "{}{instance}", visible(&device.name));
+        let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".to_owned());
+        let row = |pair: &FieldPair| vec![pair.field.clone(), value(&pair.left), value(&pair.right)];
+        let rows: Vec<_> = device.fields.iter().map(row).collect();
+        columns(&mut out, INDENT, &rows, |_| true);
+        if device.omitted > 0 {
+            let _ = writeln!(out, "{INDENT}... {} more", device.omitted);
         }
     }
+    out
+}
+
+/// A value as people read it.
+pub(super) fn text_of(kind: &str, scalar: &Scalar) -> String {
+    scalar_text(kind, scalar, true)
 }
 
 /// Before the fields of a device.

@@ -7,7 +7,7 @@ use serde::Serialize;
 const MAX_RUNS: usize = 16;
 
 /// Bytes of a buffer that are shown.
-const MAX_BYTES: usize = 16;
+pub(super) const MAX_BYTES: usize = 16;
 
 /// Fields of all devices together. A guest with 1024 vCPUs has about 200 000.
 const MAX_FIELDS: usize = 300_000;
@@ -159,9 +159,14 @@ fn element_view(field: &Field<'_>, element: &[u8], budget: &mut Budget) -> Resul
     if let Some(structure) = field.structure(element) {
         return structure_view(structure, budget).map(Content::Structure);
     }
+    Ok(Content::Scalar(scalar(field, element)))
+}
+
+/// The value of an element that is no structure.
+pub(super) fn scalar(field: &Field<'_>, element: &[u8]) -> Scalar {
     let hex = |digits: usize, value: u64| format!("{value:#0width$x}", width = digits + 2);
     let digits = element.len() * 2;
-    Ok(Content::Scalar(match field.value(element) {
+    match field.value(element) {
         Value::Bool(value) => Scalar::Bool { value },
         Value::Bytes(bytes) => Scalar::Bytes { bytes: hex_of(bytes), text: text_of(bytes) },
         Value::Null => Scalar::Null { value: () },
@@ -171,10 +176,10 @@ fn element_view(field: &Field<'_>, element: &[u8], budget: &mut Budget) -> Resul
             Scalar::Signed { value, hex: hex(digits, unsigned) }
         }
         Value::Unsigned(value) => Scalar::Unsigned { value, hex: hex(digits, value) },
-    }))
+    }
 }
 
-fn hex_of(bytes: &[u8]) -> String {
+pub(super) fn hex_of(bytes: &[u8]) -> String {
     let digits = bytes.iter().take(MAX_BYTES).map(|byte| format!("{byte:02x}"));
     let more = (bytes.len() > MAX_BYTES).then(|| "...".to_owned());
     digits.chain(more).collect::<Vec<_>>().join(" ")

@@ -213,7 +213,8 @@ fn compressed_page(page: &[u8]) -> Vec<u8> {
 
 #[test]
 fn a_page_that_is_a_stream_of_its_own_is_inflated_whole_or_refused() {
-    let random: Vec<u8> = (0_u32..).flat_map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()).take(PAGE_LEN).collect();
+    let random: Vec<u8> =
+        (0_u32..).flat_map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()).take(PAGE_LEN).collect();
     for page in [batch(1, 3), vec![0; PAGE_LEN], random] {
         let stream = compressed_page(&page);
         let mut inflated = vec![0xee; PAGE_LEN];

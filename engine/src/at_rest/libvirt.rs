@@ -86,21 +86,27 @@ impl LibvirtImage {
             read => read.map_err(failed)?,
         }
         if bytes.starts_with(&UNFINISHED) {
-            return Err(invalid("a libvirt save image that was never finished: the guest in it is not whole".into()));
+            return Err(invalid(
+                "a libvirt save image that was never finished: the guest in it is not whole".into(),
+            ));
         }
         if !bytes.starts_with(&WHOLE) {
             return Ok(None);
         }
         let number = |at: usize| {
             let bytes = bytes.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
-            bytes.map(u32::from_le_bytes).ok_or_else(|| Error::bug(Phase::Setup, "a number beyond the header"))
+            bytes
+                .map(u32::from_le_bytes)
+                .ok_or_else(|| Error::bug(Phase::Setup, "a number beyond the header"))
         };
         let (version, xml_len, running, format) = (number(16)?, number(20)?, number(24)?, number(28)?);
         if version != VERSION {
             return Err(invalid(format!("a libvirt save image of version {version}, expected {VERSION}")));
         }
         if xml_len == 0 || xml_len > LONGEST_XML {
-            return Err(invalid(format!("a libvirt save image with {xml_len} bytes of XML, expected 1..={LONGEST_XML}")));
+            return Err(invalid(format!(
+                "a libvirt save image with {xml_len} bytes of XML, expected 1..={LONGEST_XML}"
+            )));
         }
         let format = usize::try_from(format).ok().and_then(|format| LibvirtFormat::ALL.get(format).copied());
         let Some(format) = format else {
@@ -108,7 +114,9 @@ impl LibvirtImage {
         };
         let read = file.take(xml_len.into()).read_to_end(&mut bytes).map_err(failed)?;
         if u32::try_from(read) != Ok(xml_len) {
-            return Err(invalid(format!("a libvirt save image that ends within its XML: {read} bytes of {xml_len}")));
+            return Err(invalid(format!(
+                "a libvirt save image that ends within its XML: {read} bytes of {xml_len}"
+            )));
         }
         Ok(Some(Self { bytes, format, was_running: running != 0 }))
     }

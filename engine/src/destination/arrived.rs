@@ -4,7 +4,7 @@ use std::fmt::{self, Display};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use multifd_wire::{Configuration, VmDescription};
+use multifd_wire::{Configuration, SectionHead, VmDescription};
 
 use super::alive::Alive;
 use super::driver::ReceivedMain;
@@ -102,6 +102,15 @@ impl Arrived {
     /// its version and bytes. `None` if the device state is anything else.
     pub fn opaque_state(&self, name: &str) -> Option<(u32, &[u8])> {
         self.stream.tail.opaque(name)
+    }
+
+    /// The devices' sections one by one: their heads and payloads, such as a source made by
+    /// [`DeviceState::described`](crate::DeviceState::described).
+    ///
+    /// # Errors
+    /// `InvalidStream` if they are no sections.
+    pub fn sections(&self) -> Result<Vec<(SectionHead, &[u8])>> {
+        self.stream.tail.split()
     }
 
     /// What the source said of the fields in its device sections; not every source does.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use multifd_codecs::Codecs;
 use multifd_transports::{Channel, Endpoint, Listener, SocketOptions, ThreadHook, TlsServer};
 
+use super::sharing::Sharing;
 use super::{Destination, IncomingRam, SwitchoverAck};
 use crate::config::{DestinationConfig, own};
 use crate::error::{Error, ErrorKind, Phase, Result};
@@ -20,6 +21,7 @@ pub struct DestinationBuilder {
     codecs: Codecs,
     tls: Option<TlsServer>,
     hook: ThreadHook,
+    sharing: Option<Arc<dyn Sharing>>,
 }
 
 impl Destination {
@@ -31,6 +33,7 @@ impl Destination {
             codecs: Codecs::default(),
             tls: None,
             hook: ThreadHook::default(),
+            sharing: None,
         }
     }
 }
@@ -65,6 +68,16 @@ impl DestinationBuilder {
     #[must_use]
     pub fn thread_hook(mut self, on_start: impl Fn(&str) + Send + Sync + 'static) -> Self {
         self.hook = ThreadHook::new(on_start);
+        self
+    }
+
+    /// Back-ends of vhost-user devices, which fault on the guest's memory as the guest does when it
+    /// comes by post-copy: see docs/vhost.md. Without this, a back-end cannot be given such memory
+    /// before all of it is here.
+    #[cfg(feature = "vhost")]
+    #[must_use]
+    pub fn vhost_postcopy(mut self, back_ends: &crate::vhost::VhostPostcopy) -> Self {
+        self.sharing = Some(back_ends.sharing());
         self
     }
 
@@ -223,8 +236,8 @@ impl DestinationBuilder {
 
     fn served_by(self, listener: Listener, session: Arc<Session>) -> Destination {
         let listener = Arc::new(listener.opening_len(super::channels::accept::opening_len));
-        let Self { config, ram, codecs, tls, hook } = self;
-        Destination { listener, session, config, ram: Some(ram), codecs, tls, hook }
+        let Self { config, ram, codecs, tls, hook, sharing } = self;
+        Destination { listener, session, config, ram: Some(ram), codecs, tls, hook, sharing }
     }
 
     fn check(&self, endpoint: &Endpoint, takes_several: bool, is_file: bool) -> Result<()> {

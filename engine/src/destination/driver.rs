@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use multifd_wire::{BlockName, Configuration, DiscardRange, Footer, Item, ReturnMessage, StreamHeader};
+use multifd_wire::{
+    BlockName, Configuration, DiscardRange, Footer, Item, ReturnMessage, SectionId, StreamHeader,
+};
 
 use super::arrival;
 use super::early::EarlyDevices;
@@ -210,6 +212,7 @@ impl Driver {
                 }
                 Input::Device(end)
             }
+            Expected::NoBitmaps => Input::NoBitmaps(no_bitmaps(reader)?),
             Expected::Package { len } => {
                 self.devices_memory.grow_to(len, Phase::Device, "the package of a post-copy")?;
                 self.package = Some(Package::read(reader, len)?);
@@ -234,7 +237,7 @@ impl Driver {
         let kinds = (mapped, advise.is_some());
         let ram = RamReader::open(&mut self.reader, shared, configuration, incoming, &self.readers, kinds)?;
         if let Some(advise) = advise {
-            listen::check_memory(ram.sinks(), advise, self.guest)?;
+            listen::check_memory(&self.shared, ram.sinks(), advise, self.guest)?;
         }
         self.ram = Some(ram);
         Ok(())
@@ -252,7 +255,7 @@ impl Driver {
             Effect::HoldChannels => self.hold_channels()?,
             Effect::KeepEarly { within_ram } => self.early.place(within_ram),
             Effect::KeepListening => {
-                listen::check_kernel(self.guest)?;
+                listen::check_kernel(&self.shared, self.guest)?;
                 self.shared.keep_listening();
                 if self.shared.speaks_dialect() {
                     self.return_path.send(Phase::Setup, &ReturnMessage::Id(self.shared.make_id()))?;
@@ -386,6 +389,22 @@ fn received(facts: &Facts, early: EarlySections, tail: Tail, memory: Share) -> R
     let Facts { switchover_start, guest_stopped, .. } = *facts;
     let configuration = configuration(facts)?.clone();
     Ok(ReceivedMain { configuration, switchover_start, early, tail, guest_stopped, _memory: memory })
+}
+
+/// A piece of the live section of dirty bitmaps, which ends at once where there is no bitmap.
+fn no_bitmaps(reader: &mut MainReader) -> Result<SectionId> {
+    /// Nothing more in this piece.
+    const END: u8 = 0x01;
+    let flags = reader.take(Phase::Active, "the flags of dirty bitmaps", 1)?.to_vec();
+    if flags != [END] {
+        let detail = format!(
+            "the source moves dirty bitmaps of its disks (live section dirty-bitmap, flags {flags:02x?}, expected {END:#04x}: none), \
+             which is not supported: remove them, or switch off capability dirty-bitmaps at the source"
+        );
+        return Err(Error::incompatible(Phase::Setup, detail));
+    }
+    let Footer(id) = reader.next(Phase::Active, "the footer of dirty bitmaps", Footer::parse)?;
+    Ok(id)
 }
 
 fn configuration(facts: &Facts) -> Result<&Configuration> {

@@ -51,9 +51,14 @@ pub(super) struct Machine {
     features: u64,
     /// The RAM section of a guest that may run here.
     switched: Option<SectionId>,
+    /// The live section of dirty bitmaps, which must have none.
+    bitmaps: Option<SectionId>,
     /// Devices were read since the last live item.
     open_devices: bool,
 }
+
+/// The live section of a QEMU with capability dirty-bitmaps, also where no disk has a bitmap.
+const BITMAPS_SECTION: &str = "dirty-bitmap";
 
 /// What is known of the source from its stream.
 #[derive(Clone, Debug, Default)]
@@ -98,6 +103,8 @@ enum State {
     Live(Ram),
     /// In the section of an early device.
     Device(SectionHead, Option<Ram>),
+    /// In a piece of the live section of dirty bitmaps.
+    NoBitmaps(SectionId, Option<Ram>),
     /// Behind PACKAGED: so many bytes are to be read as a stream of their own.
     Package(Ram, usize),
     /// Between two items of a package.
@@ -129,6 +136,7 @@ impl Machine {
             max_package: max_package.unwrap_or(0),
             features: dialect::FEATURES,
             switched: None,
+            bitmaps: None,
             open_devices: false,
         }
     }
@@ -149,6 +157,7 @@ impl Machine {
             State::Device(head, ram) => {
                 Expected::Device { head: head.clone(), ram: ram.as_ref().map(|ram| ram.id) }
             }
+            State::NoBitmaps(..) => Expected::NoBitmaps,
             State::Package(_, len) => Expected::Package { len: *len },
             State::PackagedDevices(_, head) => Expected::PackagedDevices { head: head.clone() },
             State::Done => Expected::End,
@@ -197,6 +206,13 @@ impl Machine {
             (State::Device(_, ram), Input::Device(DeviceEnd::Footer)) => {
                 self.open_devices = true;
                 ram.map_or(State::BeforeRam, State::Live)
+            }
+            (State::NoBitmaps(id, ram), Input::NoBitmaps(closed)) if id == closed => {
+                ram.map_or(State::BeforeRam, State::Live)
+            }
+            (State::NoBitmaps(id, _), Input::NoBitmaps(closed)) => {
+                let detail = format!("footer of section {closed} in section {id}");
+                return Err(Error::misbehaved(Phase::Active, detail));
             }
             (State::Package(ram, _), Input::Package) | (State::PackagedDevices(ram, _), Input::Devices) => {
                 State::Packaged(ram)
@@ -251,6 +267,9 @@ impl Machine {
         match item {
             Item::Command(command) => self.on_command(command, ram, observed, effects),
             Item::SectionStart(head) => self.on_start(ram, &head),
+            Item::SectionPart(id) | Item::SectionEnd(id) if self.bitmaps == Some(id) => {
+                Ok(State::NoBitmaps(id, ram))
+            }
             Item::SectionPart(id) => Ok(State::Records(Ram::go_on(ram, id)?, Piece::Part)),
             Item::SectionEnd(id) => {
                 self.facts.guest_stopped.get_or_insert(observed.now);
@@ -262,13 +281,18 @@ impl Machine {
         }
     }
 
-    fn on_start(&self, ram: Option<Ram>, head: &SectionHead) -> Result<State> {
+    fn on_start(&mut self, ram: Option<Ram>, head: &SectionHead) -> Result<State> {
         if head.idstr == BLOCK_SECTION {
             return Err(Error::incompatible(
                 Phase::Setup,
                 "the source sends its disks, too (capability block, which QEMU 9.1 removed): only RAM and devices \
                     are moved here, switch it off (virsh: no --copy-storage-all) and move the disks by drive-mirror",
             ));
+        }
+        let number_of_ram = ram.as_ref().is_some_and(|ram| ram.id == head.id);
+        if head.idstr == BITMAPS_SECTION && self.bitmaps.is_none() && !number_of_ram {
+            self.bitmaps = Some(head.id);
+            return Ok(State::NoBitmaps(head.id, ram));
         }
         if head.idstr != RAM_SECTION || head.instance_id != 0 {
             let detail =
@@ -279,8 +303,8 @@ impl Machine {
             let detail = format!("ram section version {}, expected {RAM_SECTION_VERSION}", head.version_id);
             return Err(Error::incompatible(Phase::Setup, detail));
         }
-        if ram.is_some() {
-            return Err(Error::misbehaved(Phase::Setup, "a second START of ram"));
+        if ram.is_some() || self.bitmaps == Some(head.id) {
+            return Err(Error::misbehaved(Phase::Setup, "a second START of ram, or of its number"));
         }
         Ok(State::Blocks(Ram::new(head.id, is_mapped(self.configuration()?)?)))
     }

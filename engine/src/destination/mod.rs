@@ -33,6 +33,7 @@ mod ram_reader;
 mod refusals;
 mod return_path;
 mod shared;
+pub(crate) mod sharing;
 mod stream_end;
 mod switchover;
 mod tail;
@@ -46,7 +47,7 @@ use multifd_transports::{Channel, Endpoint, Listener, ThreadHook, TlsServer};
 
 pub use arrived::Arrived;
 pub use builder::DestinationBuilder;
-pub use place::{DigestsDiffer, IncomingRam};
+pub use place::{DigestsDiffer, FreshRam, IncomingRam};
 pub use shared::DevicePacket;
 pub use switchover::SwitchoverAck;
 pub use verify::ChangedPages;
@@ -68,6 +69,7 @@ use postcopy::recover::Relisten;
 pub use postcopy::running::{PostcopyEnd, PostcopyGuest};
 use return_path::ReturnPath;
 use shared::DestinationShared;
+use sharing::Sharing;
 
 /// Listens for one migration.
 pub struct Destination {
@@ -79,6 +81,7 @@ pub struct Destination {
     codecs: Codecs,
     tls: Option<TlsServer>,
     hook: ThreadHook,
+    sharing: Option<Arc<dyn Sharing>>,
 }
 
 /// A guest up to where it may run here.
@@ -159,7 +162,9 @@ impl Destination {
     fn begin(mut self, guest: Guest) -> Result<Begun> {
         self.session.enter(MigrationState::Setup)?;
         let crew = Arc::new(Crew::new(self.session.stop.clone()).with_hook(self.hook.clone()));
-        let shared = DestinationShared::new(&self.session, self.codecs.clone(), &self.config, &self.listener);
+        let sharing = self.sharing.take().filter(|_| guest == Guest::Here);
+        let shared =
+            DestinationShared::new(&self.session, self.codecs.clone(), &self.config, &self.listener, sharing);
         let accepting = Accepting::new(&shared, &crew);
         let main = accepting.main();
         let listener = Arc::clone(&self.listener);
@@ -188,6 +193,7 @@ impl Destination {
         };
         result.map_err(|error| {
             let cause = self.session.fail(error, &crew);
+            shared.end_sharing();
             // A main channel that came too late to be taken; a command behind it is ended now.
             drop(main.modify_silently(|main| main.channel.take()));
             shared.refusals.explain(cause)
@@ -202,6 +208,7 @@ impl Destination {
     ) -> Result<Begun> {
         match switched {
             Switched::Arrived(stream) => {
+                shared.end_sharing();
                 let alive = Alive::start(&return_path, crew)?;
                 let audit = match self.config.verify {
                     true => Some(verify::verify(&*shared.sinks()?, crew)?),

@@ -191,7 +191,8 @@ impl RamReader {
             RamRecord::Compressed { offset, block, len } => {
                 let sink = self.sink(block)?;
                 let page = sink.page_at(offset)?;
-                let len = usize::try_from(len).map_err(|_| Error::bug(Phase::Active, "a length below 2^13"))?;
+                let len =
+                    usize::try_from(len).map_err(|_| Error::bug(Phase::Active, "a length below 2^13"))?;
                 sink.inflate(page, reader.take(Phase::Active, "a compressed page", len)?)?;
                 pages.normal += 1;
             }

@@ -13,6 +13,7 @@ use super::channels::sync::ChannelSync;
 use super::place::BlockSinks;
 use super::postcopy::serving::Serving;
 use super::refusals::Refusals;
+use super::sharing::Sharing;
 use crate::config::DestinationConfig;
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::os::memory::most_kept;
@@ -38,6 +39,9 @@ pub(crate) struct DestinationShared {
     pub(crate) limits: ReceiveLimits,
     /// Threads that hear of page faults, if the guest runs here before its RAM is here.
     pub(crate) fault_threads: usize,
+    /// Other processes that have the guest's memory mapped, if the guest runs here before its RAM
+    /// is here.
+    pub(crate) sharing: Option<Arc<dyn Sharing>>,
     listener: Mutex<Arc<Listener>>,
     /// Connections are accepted until the end: a source that may switch to post-copy makes one for
     /// urgent pages when it does.
@@ -112,12 +116,14 @@ impl DestinationShared {
         codecs: Codecs,
         config: &DestinationConfig,
         listener: &Arc<Listener>,
+        sharing: Option<Arc<dyn Sharing>>,
     ) -> Arc<Self> {
         Arc::new(Self {
             session: Arc::clone(session),
             channels: ChannelSync::new(&session.stop, config.channels),
             limits: ReceiveLimits::of(config),
             fault_threads: config.fault_threads,
+            sharing,
             refusals: Refusals::default(),
             codecs,
             listener: Mutex::new(Arc::clone(listener)),
@@ -136,6 +142,13 @@ impl DestinationShared {
         &self.session.stop
     }
 
+    /// Other processes fault no more: no page is missing, or none will ever be.
+    pub(crate) fn end_sharing(&self) {
+        if let Some(sharing) = &self.sharing {
+            sharing.end();
+        }
+    }
+
     /// Main has reached a sync point: waits for the channels. A source has made all of its
     /// connections before the first, which are accepted now at the latest, and none is after that.
     ///
@@ -144,7 +157,8 @@ impl DestinationShared {
     pub(crate) fn sync_point(&self) -> Result<()> {
         let limit = self.session.timeout;
         if self.keeps_listening() {
-            return self.channels.flush(limit);
+            let whole_pages = self.session.counters.main.pages_normal.load(Ordering::Relaxed) > 0;
+            return self.channels.flush_past_urgent(limit, whole_pages);
         }
         let listener = self.listener();
         listener.close();
@@ -317,8 +331,9 @@ impl DestinationShared {
                 let found = self.codecs.get(flags.codec()).filter(|_| !of_dialect || self.speaks_dialect());
                 let codec = found.ok_or_else(|| {
                     let known: Vec<_> = self.codecs.iter().map(|codec| codec.name()).collect();
-                    let seen = flags.codec().value();
-                    let detail = format!("packet with codec {seen:#x}; known here: {}", known.join(", "));
+                    let name = flags.codec().name().map(|name| format!(" ({name})")).unwrap_or_default();
+                    let (seen, known) = (flags.codec().value(), known.join(", "));
+                    let detail = format!("packet with codec {seen:#x}{name}; known here: {known}");
                     Error::incompatible(Phase::Active, detail)
                 })?;
                 // The migration's codec is what is not none, if anything is.

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use multifd_wire::{Item, ItemType, TailEnd, TailScanner, VMDESC_NODE_LEN, VmDescription, split_tail};
+use multifd_wire::{
+    DeviceSection, Item, ItemType, SectionHead, TailEnd, TailScanner, VMDESC_NODE_LEN, VmDescription,
+    split_tail,
+};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE;
@@ -59,6 +62,20 @@ impl Tail {
             }
             _ => None,
         }
+    }
+
+    /// The FULL sections one by one: heads and payloads.
+    pub(super) fn split(&self) -> Result<Vec<(SectionHead, &[u8])>> {
+        let description = self.described.as_ref().map(|described| &described.description);
+        let sections = self.sections();
+        let split = split_tail(sections, description);
+        let split = split.map_err(|invalid| Error::invalid(Phase::Device, invalid))?;
+        let payload = |section: DeviceSection| {
+            let payload = sections.get(section.payload);
+            let payload = payload.ok_or_else(|| Error::bug(Phase::Device, "a payload beyond its section"))?;
+            Ok((section.head, payload))
+        };
+        split.into_iter().map(payload).collect()
     }
 
     /// The FULL sections.

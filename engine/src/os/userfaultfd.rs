@@ -13,8 +13,12 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use crate::os::ioctl::request;
 use crate::os::pagemap::{PageQuery, PageRun};
 
+#[cfg(feature = "vhost")]
+mod foreign;
 mod missing;
 
+#[cfg(feature = "vhost")]
+pub(crate) use foreign::ForeignPages;
 pub(crate) use missing::{MemoryEvent, MissingPages, Wake};
 
 const UFFD_API: u64 = 0xaa;

@@ -42,6 +42,9 @@ pub struct PageFaults {
     pub blocktime_ms: u64,
     /// Waits of each thread.
     pub threads: Vec<ThreadWaits>,
+    /// Waits of the back-ends of vhost-user devices, which are not among the others.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub back_ends: Vec<BackEndWaits>,
     /// Pages that came before anything asked for them.
     pub pages_pushed: u64,
 }
@@ -68,6 +71,20 @@ pub struct ThreadWaits {
     pub thread: u32,
     /// How often it waited.
     pub faults: u64,
+    /// How long in all, in microseconds.
+    pub blocktime_us: u64,
+}
+
+/// How long the threads of a device's back-end have waited for pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct BackEndWaits {
+    /// The name of the device.
+    pub device: String,
+    /// How often they waited.
+    pub faults: u64,
+    /// From when a fault was heard of until its page was there.
+    pub fault_us: FaultLatency,
     /// How long in all, in microseconds.
     pub blocktime_us: u64,
 }

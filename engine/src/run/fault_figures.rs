@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::report::{FaultLatency, PageFaults, ThreadWaits};
+use crate::report::{BackEndWaits, FaultLatency, PageFaults, ThreadWaits};
 use crate::run::counters::Progress;
 
 /// Steps of the histogram within a power of two: a percentile is exact to an eighth.
@@ -17,11 +17,18 @@ pub(crate) struct FaultFigures {
     counts: Vec<u64>,
     max: Duration,
     threads: BTreeMap<u32, (u64, Duration)>,
+    /// Of the threads of other processes, by the name of the device that each process serves.
+    shared: BTreeMap<String, FaultFigures>,
 }
 
 impl Default for FaultFigures {
     fn default() -> Self {
-        Self { counts: vec![0; POWERS * STEPS], max: Duration::ZERO, threads: BTreeMap::new() }
+        Self {
+            counts: vec![0; POWERS * STEPS],
+            max: Duration::ZERO,
+            threads: BTreeMap::new(),
+            shared: BTreeMap::new(),
+        }
     }
 }
 
@@ -35,6 +42,16 @@ impl FaultFigures {
         self.max = self.max.max(waited);
         let of_thread = self.threads.entry(thread).or_default();
         *of_thread = (of_thread.0 + 1, of_thread.1 + waited);
+    }
+
+    /// A thread of a device's back-end has waited so long.
+    pub(crate) fn count_shared(&mut self, device: &str, waited: Duration) {
+        if !self.shared.contains_key(device) {
+            self.shared.insert(device.to_owned(), Self::default());
+        }
+        if let Some(figures) = self.shared.get_mut(device) {
+            figures.count(0, waited);
+        }
     }
 
     /// The figures for a report, but that of pages which came unasked.
@@ -53,7 +70,18 @@ impl FaultFigures {
                     blocktime_us: micros(*waited),
                 })
                 .collect(),
+            back_ends: self.shared.iter().map(|(device, figures)| figures.report_of(device)).collect(),
             pages_pushed: 0,
+        }
+    }
+
+    fn report_of(&self, device: &str) -> BackEndWaits {
+        let faults: u64 = self.counts.iter().sum();
+        BackEndWaits {
+            device: device.to_owned(),
+            faults,
+            fault_us: self.latency(faults),
+            blocktime_us: micros(self.blocktime()),
         }
     }
 

@@ -4,7 +4,9 @@ use std::fmt;
 use std::io::{self, Read};
 use std::sync::{Arc, Mutex};
 
-use multifd_wire::{BlockName, Footer, Invalid, Item, ItemType, SectionHead, SectionId, TailScanner};
+use multifd_wire::{
+    BlockName, DescribedSection, Footer, Invalid, Item, ItemType, SectionHead, SectionId, TailScanner,
+};
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::PAGE;
@@ -34,6 +36,9 @@ struct Streamed {
     from: Arc<Mutex<Option<Box<dyn Read + Send>>>>,
 }
 
+/// Number of the first device's section, behind RAM's.
+const FIRST_ID: u32 = 2;
+
 /// Bytes of them that are read in one go.
 const PIECE: usize = 1 << 20;
 
@@ -56,7 +61,33 @@ impl DeviceState {
         this
     }
 
-    /// The same of `len` bytes that are read when they are sent, 1 MiB at a time: state that this
+    /// Sections with descriptions of their fields, as the crate `multifd-vmstate` makes them of a
+    /// VMM's devices. They are numbered anew. A QEMU loads those of devices that it has.
+    ///
+    /// At the destination, [`Arrived::sections`](crate::Arrived::sections) gives them back.
+    pub fn described(sections: &[DescribedSection]) -> Self {
+        let mut bytes = Vec::new();
+        let mut descriptions = Vec::new();
+        for (id, section) in (FIRST_ID..).zip(sections) {
+            let head = SectionHead { id: SectionId(id), ..section.head.clone() };
+            let described = serde_json::to_string(&section.description);
+            let wrong = match (head.idstr.len(), described) {
+                (1..=BlockName::MAX_LEN, Ok(text)) => {
+                    descriptions.push(text);
+                    DescribedSection { head, ..section.clone() }.encode(&mut bytes);
+                    continue;
+                }
+                (_, Err(error)) => format!("the description of {}: {error}", head.idstr),
+                (len, Ok(_)) => {
+                    format!("a device's name has {len} bytes, expected 1..={}", BlockName::MAX_LEN)
+                }
+            };
+            return Self { wrong: Some(wrong), ..Self::none() };
+        }
+        Self::from_sections(bytes, &descriptions.join(","))
+    }
+
+    /// The same as [`DeviceState::opaque`] of `len` bytes that are read when they are sent, 1 MiB at a time: state that this
     /// end need not have in memory as a whole. They are read once, so that another attempt needs
     /// another value. What the reader takes its time for counts as downtime, and the destination
     /// waits for the next bytes for its timeout. A reader that ends early or fails ends the
@@ -77,7 +108,7 @@ impl DeviceState {
             return Self { wrong: Some(wrong), ..Self::none() };
         }
         let mut bytes = Vec::new();
-        let id = SectionId(2);
+        let id = SectionId(FIRST_ID);
         let head = SectionHead { id, idstr: name.to_owned(), instance_id: 0, version_id: version };
         Item::SectionFull(head).encode(&mut bytes);
         let at = bytes.len();

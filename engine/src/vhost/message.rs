@@ -4,9 +4,11 @@
 
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, RawFd};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
@@ -14,6 +16,7 @@ use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::sys;
+use crate::run::stop::lock;
 
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
@@ -28,32 +31,97 @@ const HEADER: usize = 12;
 pub(super) struct Connection {
     socket: UnixStream,
     /// The longest wait for a reply.
-    timeout: Duration,
+    timeout: Mutex<Duration>,
+    /// Held from a request to the last byte of its reply: the end of a post-copy is said by a
+    /// thread of the engine's own.
+    turn: Mutex<()>,
+    /// The timeout does not count meanwhile: a thread that waits may be the one that answers.
+    page_waits: Mutex<PageWaits>,
+    /// Why it was broken off here.
+    why: OnceLock<String>,
     /// REPLY_ACK is negotiated: every request can be confirmed.
     reply_ack: bool,
     /// A reply is missing: what comes next would be taken for it.
     broken: AtomicBool,
 }
 
+/// Waits of the back-end's threads for pages of the guest's memory.
+#[derive(Debug, Default)]
+struct PageWaits {
+    threads: usize,
+    /// When the last one ended.
+    ended: Option<Instant>,
+}
+
 impl Connection {
     /// Over the socket of `front_end`.
     pub(super) fn over(front_end: &impl AsRawFd, reply_ack: bool, timeout: Duration) -> io::Result<Self> {
         let socket = UnixStream::from(sys::duplicate(front_end)?);
-        Ok(Self { socket, timeout, reply_ack, broken: AtomicBool::new(false) })
+        Ok(Self {
+            socket,
+            timeout: Mutex::new(timeout),
+            turn: Mutex::default(),
+            page_waits: Mutex::default(),
+            why: OnceLock::new(),
+            reply_ack,
+            broken: AtomicBool::new(false),
+        })
     }
 
-    pub(super) fn with_timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
-        self
+    pub(super) fn set_timeout(&self, timeout: Duration) {
+        *lock(&self.timeout) = timeout;
     }
 
     pub(super) fn timeout(&self) -> Duration {
-        self.timeout
+        *lock(&self.timeout)
+    }
+
+    /// The number of the back-end's threads that wait for a page has grown, or shrunk.
+    pub(super) fn note_page_wait(&self, more: bool) {
+        let mut waits = lock(&self.page_waits);
+        if more {
+            waits.threads += 1;
+        } else {
+            (waits.threads, waits.ended) = (waits.threads - 1, Some(Instant::now()));
+        }
     }
 
     /// Asks for something: the body of the reply.
     pub(super) fn ask(&self, request: FrontendReq, body: &[u8], fds: &[RawFd]) -> io::Result<Vec<u8>> {
+        let _turn = self.turn();
         self.exchange(request, 0, body, fds)
+    }
+
+    /// Asks for a descriptor; `None`: the reply has none.
+    pub(super) fn ask_descriptor(&self, request: FrontendReq) -> io::Result<Option<OwnedFd>> {
+        let _turn = self.turn();
+        self.usable()?;
+        let mut deadline = Instant::now() + self.timeout();
+        self.send(request, 0, &[], &[], deadline)
+            .and_then(|()| self.receive_with_descriptor(request, &mut deadline))
+            .map(|(_, descriptor)| descriptor)
+            .map_err(|error| self.fail(self.explain(request, error)))
+    }
+
+    /// Tells something to which there is no reply: a thread of the back-end's that waits for a page
+    /// may be the one that reads it.
+    pub(super) fn say(&self, request: FrontendReq, body: &[u8]) -> io::Result<()> {
+        let _turn = self.turn();
+        self.usable()?;
+        let deadline = Instant::now() + self.timeout();
+        self.send(request, 0, body, &[], deadline).map_err(|error| self.fail(self.explain(request, error)))
+    }
+
+    /// Ends the connection: every call fails with this reason from now on.
+    pub(super) fn break_off(&self, why: &str) {
+        self.why.get_or_init(|| why.to_owned());
+        self.broken.store(true, Ordering::Relaxed);
+        // It may be closed already.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        lock(&self.turn)
     }
 
     /// Asks for a number.
@@ -70,11 +138,13 @@ impl Connection {
 
     /// Tells something, and returns when the back-end has done it.
     pub(super) fn tell(&self, request: FrontendReq, body: &[u8], fds: &[RawFd]) -> io::Result<()> {
+        let turn = self.turn();
         if !self.reply_ack {
             self.usable()?;
-            let deadline = Instant::now() + self.timeout;
+            let deadline = Instant::now() + self.timeout();
             self.send(request, 0, body, fds, deadline)
                 .map_err(|error| self.fail(self.explain(request, error)))?;
+            drop(turn);
             // Messages are worked off in their order: the answer to the next says that this one is
             // done.
             return self.ask_u64(FrontendReq::GET_FEATURES).map(drop);
@@ -105,9 +175,9 @@ impl Connection {
 
     fn exchange(&self, request: FrontendReq, flags: u32, body: &[u8], fds: &[RawFd]) -> io::Result<Vec<u8>> {
         self.usable()?;
-        let deadline = Instant::now() + self.timeout;
+        let mut deadline = Instant::now() + self.timeout();
         self.send(request, flags, body, fds, deadline)
-            .and_then(|()| self.receive(request, deadline))
+            .and_then(|()| self.receive(request, &mut deadline))
             .map_err(|error| self.fail(self.explain(request, error)))
     }
 
@@ -134,9 +204,38 @@ impl Connection {
         if sent == message.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 
-    fn receive(&self, request: FrontendReq, deadline: Instant) -> io::Result<Vec<u8>> {
+    fn receive(&self, request: FrontendReq, deadline: &mut Instant) -> io::Result<Vec<u8>> {
         let mut header = [0; HEADER];
         self.fill(&mut header, deadline)?;
+        self.receive_body(request, header, deadline)
+    }
+
+    fn receive_with_descriptor(
+        &self,
+        request: FrontendReq,
+        deadline: &mut Instant,
+    ) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+        let mut header = [0; HEADER];
+        let (count, file) = loop {
+            self.socket.set_read_timeout(Some(self.left(deadline)?))?;
+            match self.socket.recv_with_fd(&mut header) {
+                Ok((0, _)) => return Err(closed()),
+                Ok(received) => break received,
+                Err(error) => may_wait_on(io::Error::from_raw_os_error(error.errno()))?,
+            }
+        };
+        // Close-on-exec, which the one that came is not.
+        let descriptor = file.map(|file| file.try_clone().map(OwnedFd::from)).transpose()?;
+        self.fill(header.get_mut(count..).unwrap_or_default(), deadline)?;
+        Ok((self.receive_body(request, header, deadline)?, descriptor))
+    }
+
+    fn receive_body(
+        &self,
+        request: FrontendReq,
+        header: [u8; HEADER],
+        deadline: &mut Instant,
+    ) -> io::Result<Vec<u8>> {
         let [code, flags, len] = fields(header);
         if code != u32::from(request) || flags & (REPLY | VERSION_MASK) != REPLY | VERSION {
             let seen = format!("a message {code} with flags {flags:#x}");
@@ -155,17 +254,28 @@ impl Connection {
         Ok(body)
     }
 
-    fn fill(&self, mut into: &mut [u8], deadline: Instant) -> io::Result<()> {
+    fn fill(&self, mut into: &mut [u8], deadline: &mut Instant) -> io::Result<()> {
         while !into.is_empty() {
-            self.socket.set_read_timeout(Some(left(deadline)?))?;
+            self.socket.set_read_timeout(Some(self.left(deadline)?))?;
             match (&self.socket).read(into) {
                 Ok(0) => return Err(closed()),
                 Ok(count) => into = into.get_mut(count..).unwrap_or_default(),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(error) => may_wait_on(error)?,
             }
         }
         Ok(())
+    }
+
+    /// What is left of the time for a reply, which begins anew as long as a thread of the
+    /// back-end's waits for a page, and when it has it.
+    fn left(&self, deadline: &mut Instant) -> io::Result<Duration> {
+        let now = Instant::now();
+        if now >= *deadline {
+            let waits = lock(&self.page_waits);
+            let from = if waits.threads > 0 { Some(now) } else { waits.ended };
+            *deadline = from.map_or(*deadline, |from| from + self.timeout());
+        }
+        left(*deadline)
     }
 
     /// Whether the connection is broken for good.
@@ -176,23 +286,35 @@ impl Connection {
 
     fn usable(&self) -> io::Result<()> {
         match self.broken.load(Ordering::Relaxed) {
-            true => Err(io::Error::new(io::ErrorKind::NotConnected, "the connection broke before")),
+            true => {
+                let why = self.why.get().map_or("the connection broke before", String::as_str);
+                Err(io::Error::new(io::ErrorKind::NotConnected, why))
+            }
             false => Ok(()),
         }
     }
 
     fn explain(&self, request: FrontendReq, error: io::Error) -> io::Error {
         let name = name(request);
+        if let Some(why) = self.why.get() {
+            return io::Error::new(io::ErrorKind::NotConnected, format!("{name}: {why}"));
+        }
         let text = match error.kind() {
             // A socket's own timeout.
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                let text = format!("no reply to {name} within {:?}", self.timeout);
+                let text = format!("no reply to {name} within {:?}", self.timeout());
                 return io::Error::new(io::ErrorKind::TimedOut, text);
             }
             io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => closed().to_string(),
             _ => error.to_string(),
         };
         io::Error::new(error.kind(), format!("{name}: {text}"))
+    }
+}
+
+impl AsRawFd for Connection {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
     }
 }
 
@@ -204,6 +326,14 @@ fn fields(header: [u8; HEADER]) -> [u32; 3] {
 fn left(deadline: Instant) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+}
+
+/// Errors after which it is looked whether there is time left.
+fn may_wait_on(error: io::Error) -> io::Result<()> {
+    match error.kind() {
+        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Ok(()),
+        _ => Err(error),
+    }
 }
 
 fn closed() -> io::Error {

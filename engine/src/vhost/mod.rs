@@ -7,6 +7,7 @@
 //!    ├─ VhostDevice ── rings, features; start, stop, state            one a back-end
 //!    │    └─ VhostFrontEnd ── VhostUser (messages) · VhostKernel (system calls)
 //!    └─ VhostLog ── a DirtyLog over the SharedLog                     the migration's handle
+//!  VhostPostcopy ── back-ends that fault on memory which comes by post-copy   a destination's
 //! ```
 
 mod announce;
@@ -19,6 +20,7 @@ mod front_end;
 mod kernel;
 mod life;
 mod message;
+mod postcopy;
 mod region;
 mod shared_log;
 mod state;
@@ -32,6 +34,7 @@ pub use dirty_log::VhostLog;
 pub use error::VhostError;
 pub use front_end::VhostFrontEnd;
 pub use kernel::VhostKernel;
+pub use postcopy::VhostPostcopy;
 pub use region::VhostRegion;
 pub use shared_log::SharedLog;
 pub use state::{Inflight, InflightState, Ring, VhostState};

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -16,12 +17,13 @@ use vmm_sys_util::eventfd::EventFd;
 use super::back_end_state;
 use super::front_end::{DEFAULT_TIMEOUT, VhostFrontEnd};
 use super::message::Connection;
+use super::postcopy::{self, BackEnd};
 use super::region::VhostRegion;
 use super::shared_log::SharedLog;
 use super::state::Inflight;
 
 /// Most regions of one SET_MEM_TABLE, by the protocol.
-const TABLE: usize = 8;
+pub(super) const TABLE: usize = 8;
 
 /// A vhost-user back-end, over the connection of a [`Frontend`].
 ///
@@ -31,8 +33,10 @@ const TABLE: usize = 8;
 /// cannot be used any more; every call fails with that.
 #[derive(Debug)]
 pub struct VhostUser {
-    connection: Connection,
+    connection: Arc<Connection>,
     features: VhostUserProtocolFeatures,
+    /// The same back-end as one that takes part in a post-copy.
+    postcopy: OnceLock<Arc<BackEnd>>,
 }
 
 impl VhostUser {
@@ -44,15 +48,29 @@ impl VhostUser {
     /// The process has no descriptors left.
     pub fn new(front_end: &Frontend, features: VhostUserProtocolFeatures) -> io::Result<Self> {
         let acks = features.contains(VhostUserProtocolFeatures::REPLY_ACK);
-        Ok(Self { connection: Connection::over(front_end, acks, DEFAULT_TIMEOUT)?, features })
+        let connection = Arc::new(Connection::over(front_end, acks, DEFAULT_TIMEOUT)?);
+        Ok(Self { connection, features, postcopy: OnceLock::new() })
     }
 
     /// The longest wait for an answer. Default: 10 s. GET_VRING_BASE is answered only when the
-    /// requests in flight are done, and is part of the downtime.
+    /// requests in flight are done, and is part of the downtime. In a post-copy, it does not count
+    /// while a thread of the back-end's waits for a page of the guest's.
     #[must_use]
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.connection = self.connection.with_timeout(timeout);
+    pub fn timeout(self, timeout: Duration) -> Self {
+        self.connection.set_timeout(timeout);
         self
+    }
+
+    /// The back-end as one that takes part in a post-copy. `None`: it does already.
+    pub(super) fn join_postcopy(&self, name: &str) -> Option<Arc<BackEnd>> {
+        let faults = self.has(VhostUserProtocolFeatures::PAGEFAULT);
+        let back_end = Arc::new(BackEnd::new(name, Arc::clone(&self.connection), faults));
+        self.postcopy.set(Arc::clone(&back_end)).ok().map(|()| back_end)
+    }
+
+    /// True while the back-end's memory has missing pages.
+    fn has_missing_pages(&self) -> bool {
+        self.postcopy.get().is_some_and(|back_end| back_end.is_listening())
     }
 
     fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
@@ -120,6 +138,13 @@ impl VhostFrontEnd for VhostUser {
     }
 
     fn change_memory(&self, old: &[VhostRegion], new: &[VhostRegion]) -> Result<()> {
+        // What it has by a post-copy is all that it is told of.
+        if let Some(back_end) = self.postcopy.get()
+            && back_end.shares(new).map_err(failed)?
+        {
+            return Ok(());
+        }
+        postcopy::refuse_missing(new).map_err(failed)?;
         let slots = self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
         if slots && (!old.is_empty() || new.len() > TABLE) {
             return self.change_slots(old, new);
@@ -128,7 +153,7 @@ impl VhostFrontEnd for VhostUser {
     }
 
     fn stops_for_memory(&self) -> bool {
-        !self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+        !self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) || self.has_missing_pages()
     }
 
     fn ring_address(&self, _: GuestAddress, host: u64) -> u64 {
@@ -207,11 +232,7 @@ impl VhostBackend for VhostUser {
         &self,
         regions: &[VhostUserMemoryRegionInfo],
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let count = u32::try_from(regions.len()).ok().filter(|_| (1..=TABLE).contains(&regions.len()));
-        let count = count.ok_or(Error::InvalidGuestMemory)?;
-        let mut body = [count.to_ne_bytes(), [0; 4]].concat();
-        regions.iter().for_each(|info| body.extend(region_bytes(info)));
-        let fds = regions.iter().map(mappable).collect::<Result<Vec<_>>>()?;
+        let (body, fds) = table(regions)?;
         self.tell(FrontendReq::SET_MEM_TABLE, &body, &fds).map(|()| None)
     }
 
@@ -268,11 +289,21 @@ impl VhostBackend for VhostUser {
 /// Bit 30 of the virtio features: protocol features can be negotiated.
 pub(super) const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-fn infos(regions: &[VhostRegion]) -> Vec<VhostUserMemoryRegionInfo> {
+/// SET_MEM_TABLE: its body and its descriptors.
+pub(super) fn table(regions: &[VhostUserMemoryRegionInfo]) -> Result<(Vec<u8>, Vec<RawFd>)> {
+    let count = u32::try_from(regions.len()).ok().filter(|_| (1..=TABLE).contains(&regions.len()));
+    let count = count.ok_or(Error::InvalidGuestMemory)?;
+    let mut body = [count.to_ne_bytes(), [0; 4]].concat();
+    regions.iter().for_each(|info| body.extend(region_bytes(info)));
+    let fds = regions.iter().map(mappable).collect::<Result<Vec<_>>>()?;
+    Ok((body, fds))
+}
+
+pub(super) fn infos(regions: &[VhostRegion]) -> Vec<VhostUserMemoryRegionInfo> {
     regions.iter().map(VhostRegion::info).collect()
 }
 
-fn region_bytes(info: &VhostUserMemoryRegionInfo) -> Vec<u8> {
+pub(super) fn region_bytes(info: &VhostUserMemoryRegionInfo) -> Vec<u8> {
     let fields = [info.guest_phys_addr, info.memory_size, info.userspace_addr, info.mmap_offset];
     fields.map(u64::to_ne_bytes).concat()
 }

@@ -1,13 +1,14 @@
-//! Device state that is read when it is sent.
+//! Device state that is read when it is sent, and such as has descriptions.
 
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
+use multifd_engine::wire::{SectionId, VmDescription};
 use multifd_engine::{
-    Configuration, Destination, DeviceState, Endpoint, Error, ErrorKind, HostMemory, PAGE, RamBlock, Report,
-    Source,
+    Configuration, DescribedSection, Destination, DeviceState, Endpoint, Error, ErrorKind, HostMemory, PAGE,
+    RamBlock, Report, SectionHead, Source,
 };
 
 use crate::SOON;
@@ -115,4 +116,49 @@ fn a_reader_of_device_state_that_fails_or_ends_early_leaves_the_guest_here() {
         assert!(error.to_string().contains(says), "{error}");
         assert!(there.join().unwrap().is_err());
     }
+}
+
+/// A section of `name` with a payload that looks like the end of it.
+fn described(name: &str, payload: &[u8]) -> DescribedSection {
+    let (size, instance) = (payload.len() as u64, 3);
+    let json = format!(
+        r#"{{"devices": [{{"name": "{name}", "instance_id": {instance}, "vmsd_name": "card", "version": 2,
+        "fields": [{{"name": "data", "type": "buffer", "size": {size}}}]}}]}}"#
+    );
+    let description = VmDescription::parse(json.as_bytes()).unwrap().devices.remove(0);
+    let head =
+        SectionHead { id: SectionId(99), idstr: name.to_owned(), instance_id: instance, version_id: 2 };
+    DescribedSection { head, payload: payload.to_vec(), description }
+}
+
+#[test]
+fn described_sections_come_back_one_by_one() {
+    let sections = [described("bus/card", b"\x7e\0\0\0\x02\x04\0\0\0\x03\x01x"), described("other", b"")];
+    let destination = Destination::builder(ram()).listen(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let to = destination.endpoint();
+    let there = std::thread::Builder::new().spawn(move || {
+        let arrived = destination.receive()?;
+        let own = |(head, payload): &(SectionHead, &[u8])| (head.clone(), payload.to_vec());
+        let found: Vec<_> = arrived.sections()?.iter().map(own).collect();
+        let described = arrived.description().map(|description| description.devices.len());
+        arrived.accept().map(|_| (found, described))
+    });
+    send(&to, &DeviceState::described(&sections)).unwrap();
+    let (found, devices) = there.unwrap().join().unwrap().unwrap();
+    assert_eq!(devices, Some(2));
+    for (section, (head, payload)) in sections.iter().zip(&found) {
+        let expected = (&section.head.idstr, section.head.instance_id, section.head.version_id);
+        assert_eq!((&head.idstr, head.instance_id, head.version_id), expected);
+        assert_eq!(*payload, section.payload);
+    }
+    assert_eq!(found.len(), 2);
+}
+
+#[test]
+fn a_described_section_with_a_name_that_does_not_fit_is_refused() {
+    let (to, there) = receive();
+    let error = send(&to, &DeviceState::described(&[described(&"n".repeat(256), b"")])).unwrap_err();
+    assert!(error.kind() == ErrorKind::ApiMisuse && error.source_may_resume(), "{error}");
+    assert!(error.to_string().contains("a device's name has 256 bytes, expected 1..=255"), "{error}");
+    assert!(there.join().unwrap().is_err());
 }

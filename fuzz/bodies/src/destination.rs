@@ -24,12 +24,20 @@ const MAX_CHANNELS: usize = 3;
 /// The bytes as the main channel of a migration, over a socket that the destination has inherited.
 /// They are the input. True: a whole guest has arrived.
 pub fn destination(input: &[u8], timeout: Duration) -> bool {
+    let builder = Destination::builder(AnyMemory).timeout(timeout);
+    connected(builder, input, |there| there.receive().and_then(give_back)).inspect_err(refused).is_ok()
+}
+
+/// A destination on an inherited socket, on which the bytes come.
+pub(crate) fn connected(
+    builder: DestinationBuilder,
+    main: &[u8],
+    run: impl FnOnce(Destination) -> Result<()>,
+) -> Result<()> {
     let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     let endpoint = Inherited::new(theirs).expect("a descriptor can be inherited").give_away();
-    let there = Destination::builder(AnyMemory).timeout(timeout).listen(&endpoint);
-    let there = there.expect("a connected socket can be listened on");
-    let peer = Peer { sockets: vec![ours], writes: vec![(0, input)], hears: false };
-    peer.with(there, give_back).inspect_err(refused).is_ok()
+    let there = builder.listen(&endpoint).expect("a connected socket can be listened on");
+    Peer { sockets: vec![ours], writes: vec![(0, main)], hears: false }.with(there, run)
 }
 
 /// The bytes on main and up to three channels.
@@ -66,7 +74,7 @@ pub(crate) fn receive(
     let lanes = writes.iter().map(|(lane, _)| lane + 1).max().unwrap_or(1).min(MAX_CHANNELS + 1);
     let connect = |_| UnixStream::connect(scratch.path("socket")).expect("the destination listens");
     let peer = Peer { sockets: (0..lanes).map(connect).collect(), writes, hears };
-    peer.with(there, then).inspect_err(refused)
+    peer.with(there, |there| there.receive().and_then(then)).inspect_err(refused)
 }
 
 /// A source that sends what it is told.
@@ -77,10 +85,10 @@ struct Peer<'a> {
 }
 
 impl Peer<'_> {
-    fn with(self, there: Destination, then: impl FnOnce(Arrived) -> Result<()>) -> Result<()> {
+    fn with(self, there: Destination, run: impl FnOnce(Destination) -> Result<()>) -> Result<()> {
         thread::scope(|scope| {
             scope.spawn(|| self.play());
-            there.receive().and_then(then)
+            run(there)
         })
     }
 

@@ -1,8 +1,13 @@
 //! The codecs' decoders, on the payloads of one channel's packets.
 
-use multifd_codecs::{Codec, Zlib, Zstd};
+use multifd_codecs::{Codec, Lz4, Zlib, Zstd};
 
 use crate::Input;
+
+/// lz4: see [`zstd`].
+pub fn lz4(input: &[u8]) {
+    channel(&Lz4, input);
+}
 
 /// zlib: see [`zstd`].
 pub fn zlib(input: &[u8]) {

@@ -27,6 +27,16 @@ fn destination() {
 }
 
 #[test]
+fn lz4() {
+    replay("lz4", 20_000);
+}
+
+#[test]
+fn postcopy() {
+    replay("postcopy", 400);
+}
+
+#[test]
 fn recording() {
     replay("recording", 1500);
 }
@@ -39,6 +49,11 @@ fn streams() {
 #[test]
 fn tls() {
     replay("tls", 5000);
+}
+
+#[test]
+fn vmstate() {
+    replay("vmstate", 1000);
 }
 
 #[test]

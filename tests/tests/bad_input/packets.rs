@@ -143,7 +143,7 @@ fn codecs_that_are_unknown_or_change() -> Outcome {
     let changed = recording(&Style::multifd(1)).patched("packet", 1, field::FLAGS + 3, &[4]);
     let one = |codec| recording(&Style::multifd(1)).patched("packet", 0, field::FLAGS + 3, &[codec]);
     refused([
-        ("qpl", one(8), &[CHANNEL_0, "packet with codec 0x8; known here: none, zlib, zstd, lz4"]),
+        ("qpl", one(8), &[CHANNEL_0, "packet with codec 0x8 (qpl); known here: none, zlib, zstd, lz4"]),
         ("two at once", one(6), &[CHANNEL_0, "packet with codec 0x6"]),
         (
             "another one on the next packet",
@@ -154,7 +154,11 @@ fn codecs_that_are_unknown_or_change() -> Outcome {
     let zstd_only = |it: multifd_engine::DestinationBuilder| {
         it.codecs(Codecs::empty().with(std::sync::Arc::new(Zstd::default())))
     };
-    Trial::unix()?.refuses_with(&multifd(), &["packet with codec 0x0; known here: zstd"], zstd_only)?;
+    Trial::unix()?.refuses_with(
+        &multifd(),
+        &["packet with codec 0x0 (none); known here: zstd"],
+        zstd_only,
+    )?;
     Ok(())
 }
 

@@ -161,7 +161,7 @@ fn live_sections() -> Outcome {
         (
             "not ram",
             started(&start(7, "dirty-bitmap", 0, 1)),
-            &["main", "live section dirty-bitmap (instance 0)"],
+            &["main", "live section dirty-bitmap, flags", "switch off capability dirty-bitmaps"],
         ),
         ("another beside ram", single().inserted("part", 0, &bitmap), &["live section dirty-bitmap"]),
         ("another instance", started(&start(7, "ram", 1, 4)), &["live section ram (instance 1)"]),

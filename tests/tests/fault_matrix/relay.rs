@@ -44,6 +44,8 @@ pub(crate) struct Seen {
     pub(crate) struck: bool,
     /// How far the source's main had come, in all that it sent.
     pub(crate) stage: Stage,
+    /// The first message of main behind EOF, or a few before it: they come in pieces.
+    pub(crate) behind_eof: Option<usize>,
 }
 
 struct Shared {
@@ -268,6 +270,9 @@ impl Connection {
         let index = *count;
         *count += 1;
         state.moved += 1;
+        if from == 0 && lane == 0 && self.messages[0].stage() >= Stage::Finished {
+            state.seen.behind_eof.get_or_insert(index);
+        }
         let here = Place { end, lane, message: index };
         let fault = shared.fault.filter(|(_, place)| *place == here && !state.seen.struck);
         state.seen.struck |= fault.is_some();
@@ -284,7 +289,10 @@ impl Connection {
 
     fn strike(&self, kind: Kind, from: usize, message: &mut Vec<u8>, shared: &Shared) -> io::Result<Then> {
         match kind {
-            Kind::Cut => self.sockets.iter().try_for_each(|socket| socket.shutdown(Shutdown::Both))?,
+            // The other direction ends when the sockets are closed. With `Both`, reading what has
+            // come would not open the window again, and an end that waits for it would hear of
+            // the end when the kernel's probes do, after minutes.
+            Kind::Cut => self.sockets.iter().try_for_each(|socket| socket.shutdown(Shutdown::Write))?,
             Kind::Reset => {
                 for socket in &self.sockets {
                     set_socket_linger(socket, Some(Duration::ZERO))?;

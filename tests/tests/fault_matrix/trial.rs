@@ -60,7 +60,8 @@ pub(crate) fn run(guests: &Guests, link: Link, cell: Option<Cell>) -> Outcome<Tr
     }
     drop((here, there));
     let sent_all = seen.stage >= Stage::RamSent || link.is_encrypted() || kind == Some(Kind::Reset);
-    let fate = fate(link, &source.0, destination.0, sent_all)?;
+    let fate = fate(link, &source.0, destination.0, sent_all)
+        .map_err(|failure| Failure::new(format!("{failure}: {source:?} {destination:?} {seen:?}")))?;
     room.check(cell, destination.0)?;
     room.check_children(&uri)?;
     let mut peak = 0;

@@ -175,7 +175,8 @@ impl<'a> Journey<'a> {
         let live = matches!(self.way.link, Link::Tcp | Link::Unix);
         let flags = self.flags();
         let flags: Vec<_> = flags.iter().map(String::as_str).filter(|flag| *flag != "--json").collect();
-        let mut receive = if live { Some(Receive::listen_with(&self.uri("in"), &out, &flags)?) } else { None };
+        let mut receive =
+            if live { Some(Receive::listen_with(&self.uri("in"), &out, &flags)?) } else { None };
         let uri = receive.as_ref().map_or_else(|| self.uri("in"), |receive| receive.uri().to_owned());
         asked(&self.cell.from, source.migrate(&uri))?;
         if self.way.held() {
@@ -227,7 +228,8 @@ impl<'a> Journey<'a> {
         let flags: Vec<_> = flags.iter().map(String::as_str).collect();
         let file = self.way.link == Link::File;
         // A file has no return path, and no flag that says so.
-        let settings = Settings { return_path: self.way.settings.return_path || file, ..self.way.settings.clone() };
+        let settings =
+            Settings { return_path: self.way.settings.return_path || file, ..self.way.settings.clone() };
         Multifd::send_with(checkpoint.directory(), uri, &settings, &flags)
     }
 

@@ -27,26 +27,27 @@ const UNKNOWN: [(&str, &str); 3] =
     [("Invalid parameter '", "'"), ("Parameter '", "' is unexpected"), (" does not accept value '", "'")];
 
 /// What a QEMU before this release does not do, and how it says so.
-const WORDS: [(&str, (u32, u32)); 3] = [
+const WORDS: [(&str, (u32, u32)); 4] = [
     ("Parameter 'uri' expects a valid migration protocol", (8, 2)),
+    ("unknown migration protocol: file:", (8, 2)),
     ("Property 'kvm-accel.dirty-ring-size' not found", (6, 1)),
     ("Postcopy is not yet compatible with multifd", (10, 1)),
 ];
 
 /// What we do not do, by the name of the way, and how we say so.
-const OURS: [(&str, &str); 3] = [
+const OURS: [(&str, &str); 2] = [
     ("capability block", "capability block, which QEMU 9.1 removed"),
-    ("capability dirty-bitmaps", "dirty-bitmaps, if it is on"),
     ("capability x-ignore-shared", "x-ignore-shared"),
 ];
 
 /// The words of a failure that is a refusal by a QEMU of this release.
 pub(crate) fn at(release: &Release, failure: &Failure) -> Option<String> {
     let said = failure.to_string();
-    let unknown = FEATURES.iter().filter(|(_, first, end)| {
-        !release.since(first.0, first.1) || release.since(end.0, end.1)
-    });
-    let unknown = unknown.flat_map(|(name, ..)| UNKNOWN.map(|(before, behind)| format!("{before}{name}{behind}")));
+    let unknown = FEATURES
+        .iter()
+        .filter(|(_, first, end)| !release.since(first.0, first.1) || release.since(end.0, end.1));
+    let unknown =
+        unknown.flat_map(|(name, ..)| UNKNOWN.map(|(before, behind)| format!("{before}{name}{behind}")));
     let undone = WORDS.iter().filter(|(_, end)| !release.since(end.0, end.1));
     let undone = undone.map(|(words, _)| (*words).to_owned());
     unknown.chain(undone).find(|words| said.contains(words)).map(|words| words.trim().to_owned())

@@ -47,7 +47,8 @@ impl Table {
     pub(crate) fn write(&self, releases: &[Release]) -> Outcome {
         let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/interop.md"));
         let page = fs::read_to_string(&path).during(path.display())?;
-        let around = page.split_once(BEGIN).and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
+        let around =
+            page.split_once(BEGIN).and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
         let Some((before, behind)) = around else {
             return Err(Failure::new(format!("{} has no tables to replace", path.display())));
         };
@@ -61,12 +62,20 @@ impl Table {
         let mut text = String::new();
         let now = OffsetDateTime::now_utc();
         let moved = self.fates.iter().filter(|(_, fate)| *fate == Some(Fate::Moved)).count();
-        writeln!(text, "\nRun of {}: {} cells, {moved} of them moved the guest.\n", now.date(), self.fates.len())?;
+        writeln!(
+            text,
+            "\nRun of {}: {} cells, {moved} of them moved the guest.\n",
+            now.date(),
+            self.fates.len()
+        )?;
         let same: Vec<_> = releases.iter().map(|one| (one, one)).collect();
         writeln!(text, "In from a release, and out to the same one, with its own machine type:\n")?;
         self.table(&same, &mut notes, &mut text)?;
         let across: Vec<_> = older.iter().flat_map(|one| [(one, newest), (newest, one)]).collect();
-        writeln!(text, "\nIn from one release, and out to another one, with the machine type of the older:\n")?;
+        writeln!(
+            text,
+            "\nIn from one release, and out to another one, with the machine type of the older:\n"
+        )?;
         self.table(&across, &mut notes, &mut text)?;
         writeln!(text)?;
         for (number, note) in (1..).zip(&notes) {
@@ -76,12 +85,7 @@ impl Table {
         Ok(text)
     }
 
-    fn table(
-        &self,
-        columns: &[(&Release, &Release)],
-        notes: &mut Vec<String>,
-        text: &mut String,
-    ) -> Outcome {
+    fn table(&self, columns: &[(&Release, &Release)], notes: &mut Vec<String>, text: &mut String) -> Outcome {
         write!(text, "| way |")?;
         for (from, to) in columns {
             if from == to { write!(text, " {from} |")? } else { write!(text, " {from} to {to} |")? }
@@ -91,9 +95,10 @@ impl Table {
         for way in ways().iter().filter(|way| way.across || !across) {
             write!(text, "| {} |", way.name)?;
             for (from, to) in columns {
-                let found = self.fates.iter().find(|(cell, _)| {
-                    cell.way.name == way.name && cell.from == **from && cell.to == **to
-                });
+                let found = self
+                    .fates
+                    .iter()
+                    .find(|(cell, _)| cell.way.name == way.name && cell.from == **from && cell.to == **to);
                 write!(text, " {} |", mark(found.and_then(|(_, fate)| fate.as_ref()), notes))?;
             }
             writeln!(text)?;

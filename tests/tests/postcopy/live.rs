@@ -5,13 +5,10 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 
 use multifd_engine::transports::{Listener, TlsServer};
-use multifd_engine::wire::{BlockEntry, Configuration};
 use multifd_engine::{
-    Destination, HostMemory, Incoming, IncomingRam, MigrationState, PAGE, PostcopyEnd, PostcopyGuest,
-    RamBlock,
+    Destination, FreshRam, Incoming, MigrationState, PAGE, PostcopyEnd, PostcopyGuest, RamBlock,
 };
 use multifd_tests::qemu::PROGRAM;
 use multifd_tests::{Authority, Failure, Fill, Member, Outcome, Qemu, QemuBuilder, Scratch, Settings, skip};
@@ -35,27 +32,6 @@ struct Cell {
     over: Over,
     /// The link is cut while threads wait.
     cut: bool,
-}
-
-/// Memory for whatever the source has.
-#[derive(Clone, Default)]
-struct FreshRam(Arc<Mutex<Vec<RamBlock>>>);
-
-impl IncomingRam for FreshRam {
-    fn open(
-        &mut self,
-        _: &Configuration,
-        announced: &[BlockEntry],
-    ) -> Result<Vec<RamBlock>, Box<dyn std::error::Error + Send + Sync>> {
-        let open = |entry: &BlockEntry| {
-            let memory = HostMemory::anonymous(usize::try_from(entry.used_len)?)?;
-            Ok(RamBlock::new(entry.name.clone(), memory))
-        };
-        let blocks =
-            announced.iter().map(open).collect::<Outcome<Vec<_>>>().map_err(|error| error.to_string())?;
-        self.0.lock().unwrap().clone_from(&blocks);
-        Ok(blocks)
-    }
 }
 
 /// The guest's memory here, and what it has to be.
@@ -143,7 +119,7 @@ fn runs_here_once(machine: impl Fn(QemuBuilder) -> QemuBuilder, cell: Cell) -> O
     settings.capabilities.extend(cell.preempt.then_some("postcopy-preempt"));
     // Slow: what is used is asked for.
     settings.parameters.insert("max-postcopy-bandwidth".into(), (1 << 20).into());
-    let ram = FreshRam::default();
+    let ram = FreshRam::anonymous();
     let mut destination = Destination::builder(ram.clone()).postcopy(true).timeout(SOON);
     let mut tls = None;
     if cell.over == Over::Tls {
@@ -162,7 +138,7 @@ fn runs_here_once(machine: impl Fn(QemuBuilder) -> QemuBuilder, cell: Cell) -> O
     };
     assert!(!guest.device_state().is_empty());
     guest.loaded().map_err(text)?;
-    let here = ram.0.lock().unwrap().iter().find(|block| block.name().as_str() == "pc.ram").cloned();
+    let here = ram.blocks().into_iter().find(|block| block.name().as_str() == "pc.ram");
     // Its guest is stopped: the file stays as it is.
     let memory = Memory { here: here.unwrap(), source: source.ram().to_owned() };
     let mut using: Vec<_> = (0..4).map(|thread| use_memory(&memory, thread)).collect();

@@ -1,6 +1,7 @@
 //! What cannot be tuned is refused in a line that says why.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Instant;
 
 use multifd_tests::{CommandReport, Multifd, Outcome, Scratch};
@@ -57,6 +58,17 @@ fn the_page_is_not_written_over_the_input() -> Outcome {
     assert!(error.contains(&format!("refusing to overwrite the input {path}")), "{error}");
     assert_eq!(code, Some(1));
     assert_eq!(fs::read_to_string(&stream)?, "a stream");
+    Ok(())
+}
+
+/// It is there before what is measured turns out to be nothing.
+#[test]
+fn the_page_is_its_owners_alone() -> Outcome {
+    let scratch = Scratch::new()?;
+    let (stream, page) = (scratch.path("stream"), scratch.path("page"));
+    fs::write(&stream, "no stream")?;
+    refused(&[&stream.display().to_string(), "--html", &page.display().to_string()])?;
+    assert_eq!(fs::metadata(&page)?.permissions().mode() & 0o777, 0o600);
     Ok(())
 }
 

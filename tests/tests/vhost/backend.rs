@@ -210,6 +210,12 @@ impl Driver {
         Self { queue, memory: memory.clone(), area, slots, done: 0 }
     }
 
+    /// The same driver, in memory to which it was moved.
+    pub fn moved_to(mut self, memory: &Memory) -> Self {
+        (self.queue, self.memory) = (self.queue.moved_to(memory), memory.clone());
+        self
+    }
+
     /// As `order`, with a part of the memory from `area` on that no other order in flight has.
     pub fn order_apart(&mut self, seed: u8, hold: bool, area: GuestAddress, len: usize) -> bool {
         let slot = self.slots.iter().position(Option::is_none).unwrap_or(0);

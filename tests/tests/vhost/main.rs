@@ -23,6 +23,7 @@ mod net;
 mod order;
 mod partly;
 mod peers;
+mod postcopy;
 mod queues;
 mod rings;
 mod script;

@@ -1,6 +1,7 @@
 //! DPDK's testpmd as the back-end of a network card that sends every packet back: its log, and
 //! SEND_RARP.
 
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -18,11 +19,11 @@ use crate::guest::{
 use crate::peers;
 
 /// Bytes of virtio_net_hdr with VERSION_1.
-const HEADER: usize = 12;
+pub const HEADER: usize = 12;
 /// Longer than the shortest frame there is.
 const FRAME: usize = HEADER + 100;
-const RX: GuestAddress = GuestAddress(0x10_0000);
-const TX: GuestAddress = GuestAddress(HIGH.0 + 0x20_0000);
+pub const RX: GuestAddress = GuestAddress(0x10_0000);
+pub const TX: GuestAddress = GuestAddress(HIGH.0 + 0x20_0000);
 
 struct Guest {
     memory: Memory,
@@ -33,20 +34,16 @@ struct Guest {
     _scratch: Scratch,
 }
 
-/// testpmd connects to us: nothing has to be waited for but that.
-fn guest() -> Option<Guest> {
-    guest_with(1)
-}
-
-/// The same with several queue pairs at the back-end, of which the guest uses the first.
-fn guest_with(pairs: u64) -> Option<Guest> {
+/// A testpmd that has connected to us: nothing has to be waited for but that. `None`: it is not
+/// there, which was said. `options`: more of them for its device.
+pub fn testpmd(pairs: u64, options: &str) -> Option<(Process, Scratch, UnixStream)> {
     let dpdk = peers::dir().join("dpdk/usr");
     if !dpdk.join("bin/dpdk-testpmd").exists() {
         skipped("no dpdk-testpmd (tests/peers/install gets it)").unwrap();
         return None;
     }
     let scratch = Scratch::new().unwrap();
-    let listener = std::os::unix::net::UnixListener::bind(scratch.path("net.sock")).unwrap();
+    let listener = UnixListener::bind(scratch.path("net.sock")).unwrap();
     let libraries = dpdk.join("lib/x86_64-linux-gnu");
     // What the driver and the memory pool are in: named by the version, and not loaded by
     // themselves.
@@ -56,7 +53,7 @@ fn guest_with(pairs: u64) -> Option<Guest> {
         named.next().unwrap().display().to_string()
     };
     let iface = scratch.path("net.sock");
-    let device = format!("net_vhost0,iface={},queues={pairs},client=1", iface.display());
+    let device = format!("net_vhost0,iface={},queues={pairs},client=1{options}", iface.display());
     let mut command = Command::new(dpdk.join("bin/dpdk-testpmd"));
     command
         .env("LD_LIBRARY_PATH", &libraries)
@@ -72,6 +69,16 @@ fn guest_with(pairs: u64) -> Option<Guest> {
     let connected = poll(&mut [PollFd::new(&listener, PollFlags::IN)], Some(&timeout)).unwrap();
     assert_eq!(connected, 1, "{:?}", testpmd.explain("does not connect"));
     let (socket, _) = listener.accept().unwrap();
+    Some((testpmd, scratch, socket))
+}
+
+fn guest() -> Option<Guest> {
+    guest_with(1)
+}
+
+/// The same with several queue pairs at the back-end, of which the guest uses the first.
+fn guest_with(pairs: u64) -> Option<Guest> {
+    let (testpmd, scratch, socket) = testpmd(pairs, "")?;
     let Attached { user, .. } = attach(socket, wanted());
 
     let memory = memory();
@@ -124,7 +131,7 @@ impl Guest {
     }
 }
 
-fn frame(seed: u8) -> Vec<u8> {
+pub fn frame(seed: u8) -> Vec<u8> {
     (0..FRAME - HEADER).map(|byte| byte as u8 ^ seed).collect()
 }
 

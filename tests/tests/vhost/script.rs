@@ -1,13 +1,16 @@
 //! A back-end that answers by a script: what real ones do on a bad day.
 
 use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use multifd_engine::vhost::vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
-use crate::backend::LOG_ALL;
 use multifd_tests::virtio::VERSION_1;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::backend::LOG_ALL;
 
 const REPLY: u32 = 5;
 const NEED_REPLY: u32 = 8;
@@ -20,6 +23,8 @@ pub enum Answer {
     Body(Vec<u8>),
     /// These bytes, whatever they are.
     Raw(Vec<u8>),
+    /// No body, and a descriptor.
+    Descriptor(OwnedFd),
     /// Nothing at all.
     Silence,
     HangUp,
@@ -30,6 +35,13 @@ pub type Journal = Arc<Mutex<Vec<(u32, Vec<u8>)>>>;
 
 /// Starts a back-end that asks `script` about every request.
 pub fn start(mut script: impl FnMut(u32) -> Answer + Send + 'static) -> (UnixStream, Journal) {
+    start_with_bodies(move |request, _| script(request))
+}
+
+/// The same, with the bodies of the requests.
+pub fn start_with_bodies(
+    mut script: impl FnMut(u32, &[u8]) -> Answer + Send + 'static,
+) -> (UnixStream, Journal) {
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     let journal = Journal::default();
     let seen = Arc::clone(&journal);
@@ -42,11 +54,16 @@ pub fn start(mut script: impl FnMut(u32) -> Answer + Send + 'static) -> (UnixStr
             let mut body = vec![0; word(8) as usize];
             ours.read_exact(&mut body).unwrap();
             seen.lock().unwrap().push((request, body.clone()));
-            let reply = match script(request) {
+            let reply = match script(request, &body) {
                 Answer::Usual => usual(request, flags, body),
                 Answer::Body(body) => Some(body),
                 Answer::Raw(bytes) => {
                     ours.write_all(&bytes).unwrap();
+                    None
+                }
+                Answer::Descriptor(descriptor) => {
+                    let header = [request, REPLY, 0].map(u32::to_ne_bytes).concat();
+                    ours.send_with_fd(&header[..], descriptor.as_raw_fd()).unwrap();
                     None
                 }
                 Answer::Silence => None,
@@ -67,7 +84,8 @@ fn usual(request: u32, flags: u32, body: Vec<u8>) -> Option<Vec<u8>> {
         | VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::RARP
         | VhostUserProtocolFeatures::REPLY_ACK
-        | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::PAGEFAULT;
     let number = |number: u64| Some(number.to_ne_bytes().to_vec());
     let is = |other: FrontendReq| request == u32::from(other);
     if is(FrontendReq::GET_FEATURES) {

@@ -201,4 +201,11 @@ fn records_that_carry_nothing_come_to_an_end() {
         peer = peer.sends(content::HANDSHAKE, &[4, 0, 0, 0]);
     }
     assert_eq!(last(peer.sends(content::HANDSHAKE, &[4, 0, 0, 0]).opener(), 65), Err(Bad::Idle));
+    for wish in [0, 1] {
+        let mut peer = Peer::new();
+        for _ in 0..65 {
+            peer = peer.sends(content::HANDSHAKE, &[24, 0, 0, 1, wish]);
+        }
+        assert_eq!(last(peer.opener(), 65), Err(Bad::Idle), "key updates");
+    }
 }

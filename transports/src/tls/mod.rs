@@ -15,7 +15,7 @@ pub(crate) use absent::{Stage, TlsStream, connect, expected_name};
 pub use absent::{TlsClient, TlsServer};
 
 #[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
-pub use multifd_transports_tls::{InvalidCredentials, TlsClient, TlsProvider, TlsServer};
+pub use multifd_transports_tls::{InvalidCredentials, TlsClient, TlsProvider, TlsRules, TlsServer};
 #[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]
 pub(crate) use multifd_transports_tls::{Stage, TlsStream};
 #[cfg(any(feature = "tls-aws-lc", feature = "tls-ring"))]

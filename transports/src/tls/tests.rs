@@ -17,7 +17,8 @@ use tempfile::TempDir;
 use super::{TlsStream, connect, expected_name};
 use crate::testing::{LONG, Spawned, spawn};
 use crate::{
-    Arrival, Channel, DialOptions, Endpoint, Listener, TlsClient, TlsProvider, TlsServer, TransportError,
+    Arrival, Channel, DialOptions, Endpoint, Listener, TlsClient, TlsProvider, TlsRules, TlsServer,
+    TransportError,
 };
 use authority::{Authority, Member};
 

@@ -1,18 +1,18 @@
 //! Our destination, a process of its own: threads read its memory at random while that comes.
 
 use std::fs::File;
+use std::io;
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use multifd_engine::vm_memory::Bytes as _;
-use multifd_engine::wire::{BlockEntry, Configuration};
+use multifd_engine::wire::BlockEntry;
 use multifd_engine::{
-    Destination, HostMemory, Incoming, IncomingRam, PAGE, PostcopyEnd, PostcopyGuest, RamBlock,
+    Destination, FreshRam, HostMemory, Incoming, PAGE, PostcopyEnd, PostcopyGuest, RamBlock,
 };
 use multifd_tests::{Failure, Outcome};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -54,9 +54,8 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Receives one guest, and prints the figures.
 pub(crate) fn run(uri: &str, flags: &Faulting) -> Outcome {
-    let ram = FreshRam::default();
-    let blocks = Arc::clone(&ram.0);
-    let destination = Destination::builder(ram)
+    let ram = FreshRam::of(in_memory_file);
+    let destination = Destination::builder(ram.clone())
         .postcopy(true)
         .fault_threads(flags.fault_threads)
         .timeout(TIMEOUT)
@@ -66,14 +65,14 @@ pub(crate) fn run(uri: &str, flags: &Faulting) -> Outcome {
     let Incoming::Postcopy(guest) = destination.receive_live().map_err(fail)? else {
         return Err(Failure::new("the source did not switch"));
     };
-    let blocks = blocks.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let blocks = ram.blocks();
     let main = blocks.iter().find(|block| block.name().as_str() == MAIN_RAM);
     let main = main.ok_or_else(|| Failure::new("no main RAM"))?;
     let figures = run_on(guest, main, flags)?;
     if let Some(expected) = &flags.expect {
         check(main, expected)?;
     }
-    writeln!(std::io::stdout(), "{figures}")?;
+    writeln!(io::stdout(), "{figures}")?;
     Ok(())
 }
 
@@ -120,26 +119,11 @@ fn check(main: &RamBlock, expected: &Path) -> Outcome {
     Ok(())
 }
 
-/// Fresh memory, shared with a file as QEMU's, for whatever the source announces.
-#[derive(Default)]
-struct FreshRam(Arc<Mutex<Vec<RamBlock>>>);
-
-impl IncomingRam for FreshRam {
-    fn open(
-        &mut self,
-        _configuration: &Configuration,
-        announced: &[BlockEntry],
-    ) -> Result<Vec<RamBlock>, Box<dyn std::error::Error + Send + Sync>> {
-        let open = |entry: &BlockEntry| -> Result<RamBlock, Box<dyn std::error::Error + Send + Sync>> {
-            let file = File::from(memfd_create("ram", MemfdFlags::CLOEXEC)?);
-            ftruncate(&file, entry.used_len)?;
-            let memory = HostMemory::map_file(file, usize::try_from(entry.used_len)?)?;
-            Ok(RamBlock::new(entry.name.clone(), memory).fresh())
-        };
-        let blocks = announced.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&blocks);
-        Ok(blocks)
-    }
+/// Shared with a file, as QEMU's is.
+fn in_memory_file(entry: &BlockEntry) -> io::Result<HostMemory> {
+    let file = File::from(memfd_create("ram", MemfdFlags::CLOEXEC)?);
+    ftruncate(&file, entry.used_len)?;
+    HostMemory::map_file(file, usize::try_from(entry.used_len).map_err(io::Error::other)?)
 }
 
 fn fail(error: impl std::error::Error) -> Failure {

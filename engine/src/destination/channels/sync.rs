@@ -140,6 +140,17 @@ impl ChannelSync {
         self.meet(self.state.read(|state| MainWait::new(&state.sync, timeout, Instant::now())))
     }
 
+    /// The same of a source that may switch to post-copy: a connection that says nothing may be the
+    /// one for urgent pages.
+    ///
+    /// # Errors
+    /// As [`ChannelSync::flush`].
+    pub(crate) fn flush_past_urgent(&self, timeout: Duration, whole_pages_on_main: bool) -> Result<()> {
+        self.meet(self.state.read(|state| {
+            MainWait::new(&state.sync, timeout, Instant::now()).past_urgent(&state.sync, whole_pages_on_main)
+        }))
+    }
+
     /// Main has reached the sync point at the switch to post-copy: waits until every channel has.
     ///
     /// From its return on until [`ChannelSync::let_go`] no channel places a page. All that was sent

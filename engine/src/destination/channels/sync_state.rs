@@ -74,6 +74,15 @@ impl MainWait {
         Self { holds: true, ..self }
     }
 
+    /// The same of a source that may switch to post-copy, whose connection for urgent pages says
+    /// nothing before the switch: it is not waited for where it cannot be a channel. A channel that
+    /// comes behind the first sync point misses nothing, since no page comes before it, and a
+    /// source with channels sends no whole page on main.
+    pub(in crate::destination) fn past_urgent(self, state: &SyncState, whole_pages_on_main: bool) -> Self {
+        let is_alone = state.channels.is_empty() && (state.released == 0 || whole_pages_on_main);
+        Self { hearing: self.hearing.filter(|_| !is_alone), ..self }
+    }
+
     /// When to ask again, if no channel moves before.
     pub(in crate::destination) fn until(&self) -> Instant {
         self.hearing.unwrap_or(self.deadline)

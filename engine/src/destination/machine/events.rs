@@ -27,6 +27,8 @@ pub(in crate::destination) enum Input {
     Footer(SectionId),
     /// A command, the head of a section, or the end of the items.
     Item(Item),
+    /// A piece of the live section of dirty bitmaps was read, and has none.
+    NoBitmaps(SectionId),
     /// The bytes of a package were read: items come from there now.
     Package,
 }
@@ -126,6 +128,8 @@ pub(in crate::destination) enum Expected {
     Footer,
     /// A section or a command; in a package, of the package.
     Item,
+    /// The payload and the footer of a piece of dirty bitmaps that has none.
+    NoBitmaps,
     /// The bytes of a package.
     Package {
         /// How many.

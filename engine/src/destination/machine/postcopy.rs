@@ -14,7 +14,7 @@ use crate::guest::PAGE;
 
 /// Refusal of POSTCOPY_ADVISE.
 const NO_POSTCOPY: &str = "the source may switch to postcopy, which is not allowed here: allow it (DestinationBuilder::postcopy), or \
-    switch off capability postcopy-ram at the source (and dirty-bitmaps, if it is on)";
+    switch off capability postcopy-ram at the source";
 
 /// Most bytes of a package, whatever else is allowed: it is read while the guest is paused.
 const MAX_PACKAGE: usize = 256 << 20;
@@ -66,6 +66,11 @@ impl Machine {
             }
             (Command::PostcopyAdvise(Some(advise)), Postcopy::Allowed, None) => {
                 self.on_advise(advise, effects)?;
+                Ok(State::BeforeRam)
+            }
+            // A QEMU that may move dirty bitmaps after RAM. One that has bitmaps begins their live
+            // section before its first page, which is refused.
+            (Command::PostcopyAdvise(None), Postcopy::Refused | Postcopy::Allowed, None) => {
                 Ok(State::BeforeRam)
             }
             // Once it has begun postcopy, a source cannot go back: its guest would be lost with the

@@ -9,6 +9,7 @@ use super::*;
 use crate::destination::channels::sync_state::{MainWait, SyncState};
 use crate::error::ErrorKind;
 
+mod bitmaps;
 mod postcopy;
 
 const RAM: SectionId = SectionId(2);

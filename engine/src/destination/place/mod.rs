@@ -3,6 +3,7 @@
 
 mod digest;
 mod file;
+mod fresh;
 mod mapping;
 mod page_bits;
 mod sinks;
@@ -23,6 +24,7 @@ use page_bits::PageBits;
 
 pub use digest::DigestsDiffer;
 pub(crate) use file::FileWriter;
+pub use fresh::FreshRam;
 pub(crate) use mapping::Mapping;
 pub(crate) use sinks::BlockSinks;
 pub(super) use sinks::Gap;

@@ -15,6 +15,7 @@
 mod block;
 mod poison;
 mod slice;
+mod wait;
 
 use std::io;
 use std::sync::Arc;
@@ -30,7 +31,7 @@ use crate::run::session::Session;
 use crate::run::stop::lock;
 
 pub(crate) use block::PagedBlock;
-use slice::Slice;
+use slice::{Slice, Waiter};
 
 /// Fills the missing pages of all blocks.
 pub(crate) struct Pager {
@@ -222,21 +223,28 @@ impl Pager {
         }
         fence(Ordering::SeqCst);
         if paged.requested.test(host) {
-            self.answered(slice, paged.at(host));
+            self.answered(slice, paged, host);
         } else {
             Counters::add(&self.session.counters.pages_pushed, per);
         }
         Ok(())
     }
 
-    /// Who waited for the host page at this address goes on.
-    fn answered(&self, slice: &Slice, at: u64) {
+    /// Who waited for the host page goes on.
+    fn answered(&self, slice: &Slice, paged: &PagedBlock, host: usize) {
+        let at = paged.at(host);
         let waited = slice.answered(at);
         if waited.is_empty() {
             return;
         }
+        waited.iter().for_each(|waiting| waiting.waiter.wake(at, paged.host_page as u64));
         let mut figures = lock(&self.session.counters.faults);
-        waited.iter().for_each(|waiting| figures.count(waiting.thread, waiting.waited()));
+        for waiting in &waited {
+            match &waiting.waiter {
+                Waiter::Thread(thread) => figures.count(*thread, waiting.waited()),
+                Waiter::Shared(fault) => figures.count_shared(fault.name(), waiting.waited()),
+            }
+        }
     }
 
     /// Waits for events of a slice, for `limit` if there is one, and notes pages that were dropped.
@@ -282,41 +290,11 @@ impl Pager {
                 sink.note_written(host * paged.per(), paged.per());
                 lock(&paged.gathered).retain(|gathered| gathered.host != host);
                 if paged.requested.test(host) {
-                    self.answered(slice, paged.at(host));
+                    self.answered(slice, paged, host);
                     wake(slice, paged, host);
                 }
             }
         }
-    }
-
-    /// A thread waits at this address: what is to be asked for, if anything. False: ask again when
-    /// events have been read.
-    pub(crate) fn on_fault(&self, address: u64, thread: u32) -> Result<(Option<Wanted>, bool)> {
-        let at_or_before = self.blocks.partition_point(|sink| sink.block().memory().address() <= address);
-        let index = at_or_before.checked_sub(1);
-        let found = index.and_then(|index| Some((index, self.blocks.get(index)?)));
-        let outside =
-            || Error::bug(Phase::Active, format_args!("a fault at {address:#x}, outside of all blocks"));
-        let (block, sink) = found.ok_or_else(outside)?;
-        let paged = sink.paged()?;
-        let host = usize::try_from(address - paged.address).unwrap_or(usize::MAX) / paged.host_page;
-        if host >= paged.requested.pages() {
-            return Err(outside());
-        }
-        let first = host * paged.per();
-        if sink.has_come(first) {
-            return self.fault_on_dropped(sink, paged, host).map(|done| (None, done));
-        }
-        let slice = self.slice(paged, host)?;
-        slice.note_waiting(paged.at(host), thread);
-        let asked_first = paged.requested.insert(host);
-        fence(Ordering::SeqCst);
-        if sink.has_come(first) {
-            self.answered(slice, paged.at(host));
-            wake(slice, paged, host);
-            return Ok((None, true));
-        }
-        Ok((asked_first.then(|| Self::wanted(block, paged, host)), true))
     }
 
     fn wanted(block: usize, paged: &PagedBlock, host: usize) -> Wanted {

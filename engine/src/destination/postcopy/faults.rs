@@ -10,7 +10,7 @@ use crate::os::userfaultfd::MemoryEvent;
 use crate::run::workers::Crew;
 
 /// Between two tries to serve a fault for which there is no memory: nothing says when there is.
-const TRY_AGAIN: Duration = Duration::from_millis(50);
+pub(super) const TRY_AGAIN: Duration = Duration::from_millis(50);
 
 /// Says that nothing hears of faults any more, whatever ends the thread.
 struct Stopping {

@@ -15,6 +15,7 @@ pub(super) mod parallel;
 pub(super) mod recover;
 pub(super) mod running;
 pub(super) mod serving;
+mod shared_faults;
 pub(super) mod urgent;
 
 /// Where the guest of a post-copy is while its RAM follows.

@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use multifd_transports::{Channel, Listener};
-use multifd_wire::{Configuration, ReturnMessage};
+use multifd_wire::{Configuration, ReturnMessage, SectionHead};
 
 use super::faults;
 use super::recover;
 use super::serving::{Serving, Waited};
+use super::shared_faults;
 use crate::destination::driver::{Driver, ReceivedMain};
 use crate::error::{Error, Phase, Result};
 use crate::report::{PostcopyReport, Report};
@@ -62,6 +63,7 @@ impl PostcopyGuest {
         let (received, pings) = driver.take_devices()?;
         let received = serving.keep(received)?;
         faults::start(&serving, &pager, crew)?;
+        shared_faults::start(&serving, &pager, crew)?;
         serving.start(driver, crew)?;
         let crew = Arc::clone(crew);
         Ok(Self { serving, received, pings, crew, loaded: AtomicBool::new(false), over: false })
@@ -86,6 +88,15 @@ impl PostcopyGuest {
     /// its version and bytes. `None` if the device state is anything else.
     pub fn opaque_state(&self, name: &str) -> Option<(u32, &[u8])> {
         self.received.tail.opaque(name)
+    }
+
+    /// The devices' sections one by one: their heads and payloads, such as a source made by
+    /// [`DeviceState::described`](crate::DeviceState::described).
+    ///
+    /// # Errors
+    /// `InvalidStream` if they are no sections.
+    pub fn sections(&self) -> Result<Vec<(SectionHead, &[u8])>> {
+        self.received.tail.split()
     }
 
     /// The guest's uuid, if it has one: QEMU says all zeros for a guest without.

@@ -182,6 +182,8 @@ impl Serving {
     /// that runs nowhere is put away first, by its owner.
     fn let_go(&self) -> Result<()> {
         let Some(pager) = &self.pager else { return Ok(()) };
+        // Before the memory is given back: a page that its owner has dropped is a fault there, too.
+        self.shared.end_sharing();
         pager.release()?;
         let load = self.loaded.wait(&self.shared.session.stop, None, |loaded| *loaded);
         if self.stage.read(|stage| matches!(stage, Stage::Over)) {
@@ -432,6 +434,9 @@ impl Serving {
         self.hang_up();
         if let Some(pager) = &self.pager {
             pager.stop();
+        }
+        if let Some(sharing) = &self.shared.sharing {
+            sharing.stop();
         }
         self.shared.stop_accepting();
     }

@@ -149,13 +149,7 @@ impl MissingPages {
 
     /// The same with zeros. Not for huge pages.
     pub(crate) fn zero(&self, to: u64, len: usize) -> io::Result<()> {
-        in_steps(len, |done| {
-            let range = Range { start: to + done as u64, len: (len - done) as u64 };
-            let mut zeropage = Zeropage { range, mode: 0, zeroed: 0 };
-            // SAFETY: the request reads and writes a Zeropage; as above.
-            let asked = unsafe { ask(&*self.descriptor, UFFDIO_ZEROPAGE, &raw mut zeropage) };
-            (zeropage.zeroed, asked)
-        })
+        zero_range(&*self.descriptor, to, len)
     }
 
     /// Whether the kernel has UFFDIO_POISON.
@@ -180,31 +174,12 @@ impl MissingPages {
 
     /// Wakes who waits for these pages.
     pub(crate) fn wake(&self, start: u64, len: u64) -> io::Result<()> {
-        let mut range = Range { start, len };
-        // SAFETY: the request reads a Range.
-        unsafe { ask(&*self.descriptor, UFFDIO_WAKE, &raw mut range) }.map(drop)
+        wake_range(&*self.descriptor, start, len)
     }
 
     /// What has happened since the last call; `false` if nothing has.
     pub(crate) fn read(&self, into: &mut Vec<MemoryEvent>) -> io::Result<bool> {
-        let mut messages = [Message { event: 0, reserved: [0; 7], arguments: [0; 3] }; MESSAGES];
-        let fd = self.descriptor.as_raw_fd();
-        // SAFETY: the kernel writes whole messages to the array, for which any bytes are valid.
-        let read = retry(|| unsafe { libc::read(fd, messages.as_mut_ptr().cast(), size_of_val(&messages)) });
-        let read = match read {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-            read => read?,
-        };
-        into.extend(messages.iter().take(read / size_of::<Message>()).map(|message| {
-            let [first, second, third] = message.arguments;
-            match message.event {
-                #[expect(clippy::cast_possible_truncation, reason = "a thread's number is in the lower half")]
-                EVENT_PAGEFAULT => MemoryEvent::Fault { address: second, thread: third as u32 },
-                EVENT_REMOVE => MemoryEvent::Removed { start: first, end: second },
-                other => MemoryEvent::Other(other),
-            }
-        }));
-        Ok(read > 0)
+        read_events(&*self.descriptor, into)
     }
 
     /// Waits until there is something to read, or `limit` is over. False: woken by `wake` instead.
@@ -233,6 +208,46 @@ impl Drop for MissingPages {
             tracing::warn!("pages are missing: threads that need one wait as long as this process lives");
         }
     }
+}
+
+/// What a userfaultfd that does not block has to say; `false` if nothing.
+pub(super) fn read_events(descriptor: &impl AsRawFd, into: &mut Vec<MemoryEvent>) -> io::Result<bool> {
+    let mut messages = [Message { event: 0, reserved: [0; 7], arguments: [0; 3] }; MESSAGES];
+    let fd = descriptor.as_raw_fd();
+    // SAFETY: the kernel writes whole messages to the array, for which any bytes are valid.
+    let read = retry(|| unsafe { libc::read(fd, messages.as_mut_ptr().cast(), size_of_val(&messages)) });
+    let read = match read {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+        read => read?,
+    };
+    into.extend(messages.iter().take(read / size_of::<Message>()).map(|message| {
+        let [first, second, third] = message.arguments;
+        match message.event {
+            #[expect(clippy::cast_possible_truncation, reason = "a thread's number is in the lower half")]
+            EVENT_PAGEFAULT => MemoryEvent::Fault { address: second, thread: third as u32 },
+            EVENT_REMOVE => MemoryEvent::Removed { start: first, end: second },
+            other => MemoryEvent::Other(other),
+        }
+    }));
+    Ok(read > 0)
+}
+
+/// Makes missing pages of zeros, and wakes who waits for them.
+pub(super) fn zero_range(descriptor: &impl AsRawFd, to: u64, len: usize) -> io::Result<()> {
+    in_steps(len, |done| {
+        let range = Range { start: to + done as u64, len: (len - done) as u64 };
+        let mut zeropage = Zeropage { range, mode: 0, zeroed: 0 };
+        // SAFETY: the request reads and writes a Zeropage, and makes pages that no thread has seen.
+        let asked = unsafe { ask(descriptor, UFFDIO_ZEROPAGE, &raw mut zeropage) };
+        (zeropage.zeroed, asked)
+    })
+}
+
+/// Wakes the threads that wait for pages of this range.
+pub(super) fn wake_range(descriptor: &impl AsRawFd, start: u64, len: u64) -> io::Result<()> {
+    let mut range = Range { start, len };
+    // SAFETY: the request reads a Range.
+    unsafe { ask(descriptor, UFFDIO_WAKE, &raw mut range) }.map(drop)
 }
 
 /// Ends waits, once and for all.

@@ -1,11 +1,15 @@
 //! Writes the seeds of the corpora: what a legal peer sends, in the form that each target reads.
 
+#[path = "../../../../vmstate/tests/vmstate/corpus.rs"]
+#[allow(clippy::unwrap_used, dead_code, reason = "a part of tests, which need more of it")]
+mod corpus;
+
 use std::fs;
 use std::io;
 use std::path::Path;
 
 use multifd_codecs::xbzrle::{Outcome, encode};
-use multifd_codecs::{Zlib, Zstd};
+use multifd_codecs::{Lz4, Zlib, Zstd};
 use multifd_engine::{DeviceState, Source};
 use multifd_tests::peer::{Codec, Lane, Memory, Recorder, Recording, Step, Style, SyncPoints, devices};
 use multifd_tests::{Scratch, ZeroPages};
@@ -17,6 +21,9 @@ use multifd_wire::{
 
 /// Bytes of a seed at most.
 const MAX_SEED: usize = 64 << 10;
+
+/// Bytes of a device section that is a seed: those of most devices but virtio-pci's.
+const MAX_SECTION: usize = 5000;
 
 const PAGE: usize = 4096;
 
@@ -41,7 +48,11 @@ fn main() -> io::Result<()> {
     for (name, bytes) in changes() {
         write("streams", name, bytes.to_vec())?;
     }
-    let codecs = [("zlib", payloads(&Zlib::default())), ("zstd", payloads(&Zstd::default()))];
+    for (name, bytes) in switches() {
+        write("postcopy", name, bytes)?;
+    }
+    let codecs =
+        [("lz4", payloads(&Lz4)), ("zlib", payloads(&Zlib::default())), ("zstd", payloads(&Zstd::default()))];
     for (target, payloads) in codecs {
         write(target, "payloads", payloads)?;
         write(target, "pages", [&[1][..], &[0, 0, 5], b"pages", &[7, 0, 0]].concat())?;
@@ -52,7 +63,27 @@ fn main() -> io::Result<()> {
     for (name, bytes) in records() {
         write("tls", name, bytes)?;
     }
+    for (name, bytes) in sections() {
+        write("vmstate", &name, bytes)?;
+    }
     Ok(())
+}
+
+/// A section of each kind that QEMU wrote, the first that is small.
+fn sections() -> Vec<(String, Vec<u8>)> {
+    let mut seeds: Vec<(String, Vec<u8>)> = Vec::new();
+    for recorded in corpus::all() {
+        let place = if recorded.name.contains("mmio") { "mmio-" } else { "" };
+        let name = format!("{place}{}", recorded.kind());
+        let Ok(len) = u8::try_from(recorded.name.len()) else { continue };
+        let Ok(version) = u8::try_from(recorded.version) else { continue };
+        if recorded.payload.len() > MAX_SECTION || seeds.iter().any(|(seed, _)| *seed == name) {
+            continue;
+        }
+        let bytes = [&[len], recorded.name.as_bytes(), &[version], &recorded.payload].concat();
+        seeds.push((name, bytes));
+    }
+    seeds
 }
 
 /// Everything that a stream is made of, one at a time.
@@ -220,6 +251,32 @@ fn changes() -> [(&'static str, &'static [u8]); 8] {
         ("channel-cut", &[0x42, 0, 4, 0, 30, 0, 7, 0, 0]),
         ("packet-twice", &[0x2d, 4, 4, 0, 12, 0, 0, 7, 0]),
         ("writes-swapped", &[0x42, 6, 4, 0, 20, 0, 0, 8, 3]),
+    ]
+}
+
+/// Post-copies: what a source sends that switches, and what a destination says.
+fn switches() -> [(&'static str, Vec<u8>); 7] {
+    let stream = multifd_fuzz::switched();
+    let half = stream.len() / 2;
+    let request = |offset: u64, len: u32| {
+        let mut bytes = Vec::new();
+        let block = "pc.ram".try_into().ok();
+        ReturnMessage::RequestPages { block, offset, len }.encode(&mut bytes);
+        [&[1][..], &counted(&bytes)].concat()
+    };
+    let right = |answers: usize| [1, 0, 0].repeat(answers);
+    // A byte for which end, then the two links.
+    let links = |first: &[u8], second: &[u8]| [&[2][..], &counted(first), &counted(second)].concat();
+    let asks = [&[0][..], &right(6), &request(0x3000, 4096), &request(0, 70 * 4096)].concat();
+    let cut = [&[1][..], &right(7)].concat();
+    [
+        ("at-rest", [&[0][..], &stream].concat()),
+        ("live", [&[1][..], &stream].concat()),
+        ("live-cut", [&[1][..], stream.get(..half).unwrap_or_default()].concat()),
+        ("right", links(&[0], &[0])),
+        ("asks", links(&asks, &[0])),
+        ("cut-and-resumed", links(&cut, &[0])),
+        ("cut-twice", links(&cut, &[&[1][..], &right(1)].concat())),
     ]
 }
 

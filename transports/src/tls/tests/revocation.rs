@@ -62,6 +62,11 @@ impl Revoking {
     }
 
     fn pem(&self, list: &List) -> String {
+        self.pem_until(list, OffsetDateTime::now_utc() + Duration::days(list.next))
+    }
+
+    /// With another time of its next update.
+    fn pem_until(&self, list: &List, next_update: OffsetDateTime) -> String {
         let now = OffsetDateTime::now_utc();
         let revoked = |serial: &u64| RevokedCertParams {
             serial_number: SerialNumber::from(*serial),
@@ -71,7 +76,7 @@ impl Revoking {
         };
         let params = CertificateRevocationListParams {
             this_update: now + Duration::days(list.made),
-            next_update: now + Duration::days(list.next),
+            next_update,
             crl_number: SerialNumber::from(list.number),
             issuing_distribution_point: None,
             revoked_certs: list.revoked.iter().map(revoked).collect(),
@@ -199,11 +204,113 @@ fn a_list_of_a_day_to_come_is_warned_of_at_both_ends() {
 }
 
 #[test]
-fn an_expired_ca_is_warned_of_at_both_ends() {
+fn an_expired_ca_is_refused_at_both_ends() {
     assert_eq!(Revoking::new().warnings(), "");
-    let warnings = Revoking::until(-1).warnings();
+    let path = Revoking::until(-1).credentials;
+    let client = TlsClient::from_directory(path.path()).unwrap_err().to_string();
+    let server = TlsServer::from_directory(path.path()).unwrap_err().to_string();
+    assert_eq!(client, server);
+    says(
+        &client,
+        &["ca-cert.pem: the CA certificate \"CN=test CA\" expired at", "expected one that is valid"],
+    );
+}
+
+/// A file in which the next CA follows the last.
+#[test]
+fn an_expired_ca_beside_a_valid_one_is_warned_of_and_not_trusted() {
+    let (valid, expired) = (Revoking::new(), Revoking::until(-1));
+    let both = expired.issuer.pem() + &valid.issuer.pem();
+    fs::write(valid.credentials.path().join("ca-cert.pem"), &both).unwrap();
+    let warnings = valid.warnings();
     assert_eq!(warnings.matches("WARN").count(), 2, "{warnings}");
-    says(&warnings, &["ca-cert.pem", "the CA certificate \"CN=test CA\" expired at", "a QEMU refuses it"]);
+    says(&warnings, &["the CA certificate \"CN=test CA\" expired at", "it is not trusted"]);
+    pair(valid.credentials.client(), valid.credentials.server());
+    fs::write(expired.credentials.path().join("ca-cert.pem"), &both).unwrap();
+    let (here, _) = refused_client(expired.credentials.client(), valid.credentials.server());
+    says(&here, &["unknown CA"]);
+}
+
+/// As after a CA was set up anew under the old name, and both are trusted for a while.
+#[test]
+fn of_two_cas_of_one_name_each_is_asked_by_its_own_list() {
+    let [one, other] = [Revoking::new(), Revoking::new()];
+    let trust_both = |lists: &[(&Revoking, &List)]| {
+        let lists: String = lists.iter().map(|(authority, list)| authority.pem(list)).collect();
+        for authority in [&one, &other] {
+            let dir = authority.credentials.path();
+            fs::write(dir.join("ca-cert.pem"), one.issuer.pem() + &other.issuer.pem()).unwrap();
+            fs::write(dir.join("ca-crl.pem"), &lists).unwrap();
+        }
+    };
+    let none = List { made: -1, next: 9, number: 1, revoked: &[] };
+    let newer = List { made: 0, next: 9, number: 2, revoked: &[7] };
+    let client_revoked = List { made: -2, next: 9, number: 1, revoked: &[CLIENT] };
+    let pairs = || [(&one, &other), (&other, &one), (&one, &one), (&other, &other)];
+    for lists in [[(&one, &none), (&other, &newer)], [(&other, &none), (&one, &newer)]] {
+        trust_both(&lists);
+        for (client, server) in pairs() {
+            pair(client.credentials.client(), server.credentials.server());
+        }
+    }
+    // The older list of one CA revokes: its clients are refused and no others, also where another
+    // list of it would not revoke, but is still older.
+    let oldest = List { made: -5, next: 9, number: 0, revoked: &[] };
+    trust_both(&[(&other, &newer), (&one, &oldest), (&one, &client_revoked)]);
+    for (client, server) in pairs() {
+        if std::ptr::eq(client, &one) {
+            let (here, _) = refused_client(client.credentials.client(), server.credentials.server());
+            says(&here, &["it was revoked"]);
+        } else {
+            pair(client.credentials.client(), server.credentials.server());
+        }
+    }
+}
+
+#[test]
+fn a_list_of_another_ca_of_the_same_name_is_named() {
+    let [one, other] = [Revoking::new(), Revoking::new()];
+    let dir = one.credentials.path();
+    fs::write(dir.join("ca-crl.pem"), other.pem(&List { made: -1, next: 9, number: 1, revoked: &[] }))
+        .unwrap();
+    let (_, there) = refused_server(one.credentials.client(), one.credentials.server());
+    says(&there, &["the revocation list of \"CN=test CA\" was not signed by the CA that signed it"]);
+}
+
+#[test]
+fn an_outdated_list_is_an_error_where_lists_must_be_current() {
+    let rules = TlsRules { current_lists: true, ..TlsRules::default() };
+    let authority = Revoking::new();
+    let dir = authority.credentials.path();
+    authority.write(&[&List { made: -9, next: -5, number: 1, revoked: &[] }]);
+    let client = TlsClient::with_rules(dir, rules).unwrap_err().to_string();
+    assert_eq!(client, TlsServer::with_rules(dir, rules).unwrap_err().to_string());
+    says(
+        &client,
+        &["ca-crl.pem: the revocation list of \"CN=test CA\" is out of date", "expected a current one"],
+    );
+    authority.write(&[&List { made: -1, next: 9, number: 2, revoked: &[] }]);
+    pair(TlsClient::with_rules(dir, rules).unwrap(), TlsServer::with_rules(dir, rules).unwrap());
+}
+
+/// It was current when the end read its files.
+#[test]
+fn a_list_that_expires_meanwhile_is_an_error_where_lists_must_be_current() {
+    let rules = TlsRules { current_lists: true, ..TlsRules::default() };
+    let authority = Revoking::new();
+    let dir = authority.credentials.path();
+    let next = OffsetDateTime::now_utc() + Duration::seconds(2);
+    let list = authority.pem_until(&List { made: -1, next: 0, number: 1, revoked: &[] }, next);
+    fs::write(dir.join("ca-crl.pem"), list).unwrap();
+    // On a machine that is so slow, it has expired by now.
+    let Ok(server) = TlsServer::with_rules(dir, rules) else { return };
+    let (_never, clock) = mpsc::channel::<()>();
+    while OffsetDateTime::now_utc() <= next + Duration::seconds(1) {
+        let _ = clock.recv_timeout(std::time::Duration::from_millis(100));
+    }
+    let client = TlsClient::from_directory(dir).unwrap();
+    let (here, _) = refused_client(client, server);
+    says(&here, &["the revocation list of \"CN=test CA\" is past its next update"]);
 }
 
 #[test]

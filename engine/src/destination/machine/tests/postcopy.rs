@@ -87,6 +87,20 @@ fn a_source_that_may_switch_can_end_as_a_precopy() {
     assert!(session.is_done() && !session.machine.has_switched());
 }
 
+/// Capability dirty-bitmaps of QEMU, which is on and has no bitmap, or postcopy-ram is off.
+#[test]
+fn a_source_that_may_move_dirty_bitmaps_and_has_none_is_a_precopy() {
+    for mut session in [allowed(), Session::new(true)] {
+        session.run([configuration("pc-q35-10.0"), command(Command::OpenReturnPath)]).unwrap();
+        session.main(command(Command::PostcopyAdvise(None))).unwrap();
+        session.run(start()).unwrap();
+        session.run(part()).unwrap();
+        session.run(piece(Item::SectionEnd(RAM))).unwrap();
+        session.main(device(3)).unwrap();
+        assert!(session.is_done() && !session.machine.has_switched());
+    }
+}
+
 #[test]
 fn steps_of_a_postcopy_out_of_order_are_the_peers_fault() {
     let open = || vec![configuration("pc-q35-10.0"), command(Command::OpenReturnPath)];
@@ -95,7 +109,8 @@ fn steps_of_a_postcopy_out_of_order_are_the_peers_fault() {
     for (before, then, expected) in [
         (vec![configuration("pc-q35-10.0")], vec![advise(0x1000)], "has not opened the return path"),
         (open(), vec![advise(0x4000)], "pages of 16384 bytes at the source"),
-        (open(), vec![command(Command::PostcopyAdvise(None))], "switch off capability postcopy-ram"),
+        ([open(), start()].concat(), vec![command(Command::PostcopyAdvise(None))], "capability postcopy-ram"),
+        (open(), vec![command(Command::PostcopyAdvise(None)), command(Command::Packaged(5))], "is Allowed"),
         ([open(), vec![advise(0x1000)]].concat(), vec![advise(0x1000)], "out of order"),
         ([open(), start()].concat(), vec![advise(0x1000)], "switch off capability postcopy-ram"),
         ([open(), start()].concat(), vec![discard()], "post-copy is Allowed"),
@@ -202,4 +217,23 @@ fn over_a_new_link_bitmaps_are_asked_for_and_pages_go_on() {
     let mut early = allowed();
     early.run(advised()).unwrap();
     assert_eq!(early.machine.recover().unwrap_err().kind(), ErrorKind::Bug);
+}
+
+/// The connection for urgent pages of a machine type up to 7.2, which speaks behind the switch.
+#[test]
+fn a_connection_for_urgent_pages_holds_up_no_sync_point_of_a_source_without_channels() {
+    let mut session = Session::new(true);
+    session.sync.opened();
+    let now = session.now;
+    let passes = |whole_pages_on_main: bool, sync: &mut SyncState| {
+        let mut wait = MainWait::new(sync, TIMEOUT, now).past_urgent(sync, whole_pages_on_main);
+        sync.poll(&mut wait, now).is_some()
+    };
+    assert!(passes(false, &mut session.sync), "no page comes before the first");
+    assert!(!passes(false, &mut session.sync), "zero pages of a source with channels come on main, too");
+    assert!(passes(true, &mut session.sync));
+    let mut with_channel = Session::new(true).sync;
+    with_channel.opened();
+    with_channel.join(0).unwrap();
+    assert!(!passes(true, &mut with_channel));
 }

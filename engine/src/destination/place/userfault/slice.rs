@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
+use crate::destination::sharing::SharedFault;
 use crate::os::userfaultfd::MissingPages;
 use crate::run::stop::lock;
 
@@ -23,8 +24,16 @@ pub(super) struct Slice {
 
 /// A thread that waits for a page.
 pub(super) struct Waiting {
-    pub(super) thread: u32,
+    pub(super) waiter: Waiter,
     since: Instant,
+}
+
+/// What waits for a page.
+pub(super) enum Waiter {
+    /// A thread of this process, by its number.
+    Thread(u32),
+    /// One of a process that shares the memory.
+    Shared(SharedFault),
 }
 
 impl Slice {
@@ -42,10 +51,14 @@ impl Slice {
         self.gate.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on, this thread waits for the host page at this address.
-    pub(super) fn note_waiting(&self, at: u64, thread: u32) {
-        let waiting = Waiting { thread, since: Instant::now() };
-        lock(&self.waiting).entry(at).or_default().push(waiting);
+    /// From now on, this thread waits for the host page at this address. One that says so again is
+    /// one: another process can be woken by its own owner.
+    pub(super) fn note_waiting(&self, at: u64, waiter: Waiter) {
+        let mut all = lock(&self.waiting);
+        let waiting = all.entry(at).or_default();
+        if !waiting.iter().any(|other| other.waiter.is_again(&waiter)) {
+            waiting.push(Waiting { waiter, since: Instant::now() });
+        }
     }
 
     /// Threads that wait for the host page at this address no longer.
@@ -72,5 +85,18 @@ impl Waiting {
     /// So far.
     pub(super) fn waited(&self) -> Duration {
         self.since.elapsed()
+    }
+}
+
+impl Waiter {
+    fn is_again(&self, other: &Self) -> bool {
+        matches!((self, other), (Self::Shared(this), Self::Shared(other)) if this.is_again(other))
+    }
+
+    /// The host page at this address is there. The kernel has woken the threads of this process.
+    pub(super) fn wake(&self, at: u64, len: u64) {
+        if let Self::Shared(fault) = self {
+            fault.wake(at, len);
+        }
     }
 }
