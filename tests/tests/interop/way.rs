@@ -101,6 +101,12 @@ impl Way {
         self.of_source.contains(&"background-snapshot")
     }
 
+    /// What arrives is the source's RAM. With KVM's dirty ring QEMU loses pages by itself, also
+    /// between two QEMUs.
+    pub(crate) fn judged_at_source(&self) -> bool {
+        self.accel == "kvm"
+    }
+
     /// The source waits for `migrate-continue`.
     pub(crate) fn held(&self) -> bool {
         self.of_source.contains(&"pause-before-switchover")
