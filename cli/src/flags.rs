@@ -202,6 +202,10 @@ pub(crate) struct Send {
     /// To file: give each page a fixed place, written by --channels threads
     #[arg(long)]
     pub(crate) mapped_ram: bool,
+    /// To a new file: write an image that virsh restore takes, with the domain of this one, which
+    /// virsh save has written; with --mapped-ram in libvirt's format sparse, else raw
+    #[arg(long, value_name = "IMAGE", conflicts_with = "postcopy")]
+    pub(crate) libvirt_header: Option<PathBuf>,
     /// With --mapped-ram, write the pages past the page cache
     #[arg(long, requires = "mapped_ram")]
     pub(crate) direct_io: bool,

@@ -9,6 +9,7 @@ mod demo;
 mod flags;
 mod human;
 mod inspect;
+mod libvirt;
 mod outcome;
 mod postcopy;
 mod progress;

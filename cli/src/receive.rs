@@ -13,7 +13,7 @@ use crate::human::tell;
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
 use crate::sandbox::Sandbox;
-use crate::{signals, tls};
+use crate::{libvirt, signals, tls};
 
 pub(crate) fn run(flags: &Receive, common: &Common) -> Outcome {
     let mut reached = None;
@@ -36,8 +36,9 @@ pub(crate) fn run(flags: &Receive, common: &Common) -> Outcome {
 
 fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Failure> {
     let tls = tls::server(flags, common)?;
+    let uri = libvirt::stream_in(&flags.uri)?;
     let writer = CheckpointWriter::create(&flags.out)?;
-    Sandbox::new().filling(writer.folder()).listening(&flags.uri).enter(common);
+    Sandbox::new().filling(writer.folder()).listening(&uri).enter(common);
     let mut builder = Destination::builder(writer.ram())
         .switchover_ack(flags.switchover_ack.into())
         .direct_io(flags.direct_io)
@@ -68,7 +69,7 @@ fn receive(flags: &Receive, common: &Common, reached: &mut Option<Progress>) -> 
     if let Some(tls) = tls {
         builder = builder.tls(tls);
     }
-    let destination = builder.listen(&flags.uri)?;
+    let destination = builder.listen(&uri)?;
     signals::cancel_on_signal(destination.canceller());
     if !common.quiet {
         let endpoint = destination.endpoint();

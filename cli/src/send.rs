@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::flags::{CodecFlag, Common, Send};
 use crate::human::show_bytes;
+use crate::libvirt::Image;
 use crate::outcome::{Failure, Outcome};
 use crate::progress::{self, Lines};
 use crate::sandbox::Sandbox;
@@ -45,6 +46,23 @@ pub(crate) fn run(flags: &Send, common: &Common) -> Outcome {
 }
 
 fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result<Report, Failure> {
+    let Some(from) = &flags.libvirt_header else { return send_to(&flags.uri, flags, common, reached) };
+    let image = Image::begin(from, &flags.uri, flags.mapped_ram)?;
+    match send_to(&image.stream(), flags, common, reached) {
+        Ok(report) => image.finish().map(|()| report),
+        Err(failure) => {
+            image.abort();
+            Err(failure)
+        }
+    }
+}
+
+fn send_to(
+    uri: &Endpoint,
+    flags: &Send,
+    common: &Common,
+    reached: &mut Option<Progress>,
+) -> Result<Report, Failure> {
     let begun = Instant::now();
     let checkpoint = Checkpoint::open(&flags.dir)?;
     let mut builder = checkpoint
@@ -82,16 +100,16 @@ fn send(flags: &Send, common: &Common, reached: &mut Option<Progress>) -> Result
         builder = builder.tls(tls);
     }
     let source = builder.build()?;
-    let sandbox = Sandbox::new().reading(&flags.dir).dialling(&flags.uri);
+    let sandbox = Sandbox::new().reading(&flags.dir).dialling(uri);
     flags.sockets.channel_uri.iter().fold(sandbox, Sandbox::dialling).enter(common);
     let before_source = begun.elapsed();
     signals::cancel_on_signal(source.canceller());
     let progress = source.progress();
     let result = progress::shown(common, &progress, Lines::Watched, || {
-        let mut precopy = source.connect(&flags.uri)?;
+        let mut precopy = source.connect(uri)?;
         if flags.postcopy {
             let postcopy = precopy.switch_to_postcopy(checkpoint.device_state())?;
-            return postcopy::serve(postcopy, &flags.uri, flags.following.recover);
+            return postcopy::serve(postcopy, uri, flags.following.recover);
         }
         precopy.round()?;
         precopy.stop_copy()?.commit(checkpoint.device_state())

@@ -51,6 +51,6 @@ pub use random::looks_random;
 pub use registry::Codecs;
 pub use uncompressed::Uncompressed;
 #[cfg(feature = "zlib")]
-pub use zlib::Zlib;
+pub use zlib::{Zlib, inflate_page};
 #[cfg(feature = "zstd")]
 pub use zstd::{WINDOW_LOG_MAX, Zstd};

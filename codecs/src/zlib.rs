@@ -236,6 +236,26 @@ impl Decoder for Inflater {
     }
 }
 
+/// Inflates `stream`, a zlib stream of its own, to exactly the page that it holds, as QEMU's old
+/// capability `compress` sends them (docs/wire.md §5).
+///
+/// # Errors
+/// `stream` is not whole, holds fewer or more bytes than `page` has, or has more behind its end.
+pub fn inflate_page(stream: &[u8], page: &mut [u8]) -> Result<(), DecodeFailed> {
+    let expected = page.len();
+    let mut inflater = Decompress::new(true);
+    let status = inflater.decompress(stream, page, FlushDecompress::Finish).map_err(DecodeFailed::corrupt)?;
+    let produced = usize::try_from(inflater.total_out()).unwrap_or(usize::MAX);
+    let unread = rest(stream, inflater.total_in()).len();
+    match status {
+        Status::StreamEnd if produced < expected => Err(DecodeFailed::TooShort { produced, expected }),
+        Status::StreamEnd if unread > 0 => Err(DecodeFailed::Unread { unread, payload: stream.len() }),
+        Status::StreamEnd => Ok(()),
+        _ if unread > 0 && produced == expected => Err(DecodeFailed::TooLong { expected }),
+        _ => Err(DecodeFailed::Unfinished { payload: stream.len() }),
+    }
+}
+
 /// `bytes` after its first `used` ones.
 fn rest(bytes: &[u8], used: u64) -> &[u8] {
     usize::try_from(used).ok().and_then(|used| bytes.get(used..)).unwrap_or_default()

@@ -38,6 +38,7 @@ mod work;
 #[cfg(feature = "at-rest")]
 pub use at_rest::checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, EarlyState, Manifest};
 #[cfg(feature = "at-rest")]
+pub use at_rest::libvirt::{LibvirtFormat, LibvirtImage};
 pub use at_rest::recording::{
     Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,
 };

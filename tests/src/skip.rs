@@ -2,7 +2,7 @@
 
 use std::{fs::OpenOptions, io::Write as _, path::PathBuf, process::Command, sync::OnceLock};
 
-use crate::{Failure, Outcome, qemu::PROGRAM};
+use crate::{Failure, Outcome, Release, qemu::PROGRAM};
 
 /// When this variable is set, a test that lacks what it needs fails: where everything is installed,
 /// nothing may be skipped unnoticed.
@@ -84,8 +84,13 @@ pub fn missing_qemu() -> Option<&'static str> {
 /// # Errors
 /// What is missing, and how to get it.
 pub fn newest_qemu() -> Result<PathBuf, String> {
-    let path = peers_dir().join("qemu-newest/run").join(PROGRAM);
-    if path.exists() { Ok(path) } else { Err(format!("no {} (tests/peers/install gets it)", path.display())) }
+    Release::unpacked("newest").map(|release| release.program().to_owned())
+}
+
+/// Why no guest runs under KVM, if so.
+pub fn missing_kvm() -> Option<&'static str> {
+    let opened = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    opened.is_err().then_some("no /dev/kvm")
 }
 
 /// Where `tests/peers/install` unpacks what it does not install.

@@ -4,10 +4,20 @@ use crate::{BlockName, Invalid, PageSize, Parsed};
 
 /// One record of the `ram` section (version 4). Spec: docs/wire.md §5.
 ///
-/// Page bytes and deltas are not part of the record: they follow it. Offsets are in bytes from the
+/// Page bytes, deltas and compressed pages are not part of the record: they follow it. Offsets are in bytes from the
 /// block's start and are multiples of the page size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RamRecord {
+    /// The page's bytes follow, as a zlib stream of `len` bytes of its own: capability `compress`,
+    /// which QEMU 9.1 removed.
+    Compressed {
+        /// Offset of the page in the block.
+        offset: u64,
+        /// Which block.
+        block: BlockRef,
+        /// Bytes of the zlib stream, from 1 to what zlib may make of a page.
+        len: u32,
+    },
     /// The payload of this section piece ends here.
     EndOfSection,
     /// A sync point: wait until each multifd channel has reached its SYNC. Spec: docs/wire.md §9.
@@ -95,6 +105,11 @@ impl RamRecord {
                     let len = read_delta_head(r, page)?;
                     Ok(Self::Xbzrle { offset: address, block, len })
                 }
+                COMPRESS_PAGE => {
+                    let block = BlockRef::read(r, flags)?;
+                    let len = read_compressed_len(r, page)?;
+                    Ok(Self::Compressed { offset: address, block, len })
+                }
                 MEM_SIZE if flags == MEM_SIZE => Ok(Self::MemSize { total: address }),
                 EOS if word == EOS => Ok(Self::EndOfSection),
                 MULTIFD_FLUSH if word == MULTIFD_FLUSH => Ok(Self::Flush),
@@ -107,6 +122,7 @@ impl RamRecord {
     /// page size.
     pub fn encode(&self, page: PageSize, out: &mut Vec<u8>) {
         let (address, kind, block) = match self {
+            Self::Compressed { offset, block, .. } => (*offset, COMPRESS_PAGE, Some(block)),
             Self::EndOfSection => (0, EOS, None),
             Self::Flush => (0, MULTIFD_FLUSH, None),
             Self::MemSize { total } => (*total, MEM_SIZE, None),
@@ -129,6 +145,7 @@ impl RamRecord {
                 out.push(XBZRLE_ENCODING);
                 out.extend(len.to_be_bytes());
             }
+            Self::Compressed { len, .. } => out.extend(len.to_be_bytes()),
             _ => {}
         }
     }
@@ -162,18 +179,31 @@ fn read_delta_head(r: &mut Reader<'_>, page: PageSize) -> Result<u16, Stop> {
     Ok(len)
 }
 
+/// Most bytes that zlib makes of a page: its own bound, which QEMU's destination has, too.
+fn longest_compressed(page: PageSize) -> u64 {
+    let len = page.bytes_u64();
+    len + (len >> 12) + (len >> 14) + (len >> 25) + 13
+}
+
+fn read_compressed_len(r: &mut Reader<'_>, page: PageSize) -> Result<u32, Stop> {
+    let (len, most) = (r.be32()?, longest_compressed(page));
+    if len == 0 || u64::from(len) > most {
+        return Err(Invalid::new("length of a compressed page", len, format_args!("1..={most}")).into());
+    }
+    Ok(len)
+}
+
 #[cold]
 fn refused(word: u64, flags: u64) -> Invalid {
     let why = match flags & !CONTINUE {
         FULL => "FULL, which no source sends any more",
         HOOK => "HOOK, which belongs to RDMA",
-        COMPRESS_PAGE => "COMPRESS_PAGE, of the capability `compress` that QEMU 9.1 removed",
         MEM_SIZE => "CONTINUE on a block list",
         EOS | MULTIFD_FLUSH => "an address or CONTINUE on a record that has no page",
         0 => "no kind of record",
         kind if kind < MULTIFD_FLUSH << 1 => "more than one kind of record",
         _ => "unknown flags",
     };
-    let expected = "one of ZERO, MEM_SIZE, PAGE, EOS, XBZRLE, MULTIFD_FLUSH";
+    let expected = "one of ZERO, MEM_SIZE, PAGE, EOS, XBZRLE, COMPRESS_PAGE, MULTIFD_FLUSH";
     Invalid::new("ram record", format_args!("{word:#x} ({why})"), expected)
 }

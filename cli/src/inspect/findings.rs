@@ -21,6 +21,9 @@ pub(super) struct Findings {
     pub(super) capabilities: Vec<String>,
     #[serde(flatten)]
     pub(super) origin: Option<Origin>,
+    /// Of an image of `virsh save`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) libvirt: Option<Libvirt>,
     pub(super) blocks: Vec<Block>,
     pub(super) pages: Pages,
     pub(super) devices: Vec<Device>,
@@ -34,6 +37,15 @@ pub(super) enum Kind {
     Checkpoint,
     MappedRam,
     Stream,
+}
+
+/// What libvirt's header says.
+#[derive(Serialize)]
+pub(super) struct Libvirt {
+    pub(super) domain: Option<String>,
+    pub(super) format: &'static str,
+    pub(super) was_running: bool,
+    pub(super) xml: String,
 }
 
 /// What a checkpoint knows of the migration that it comes from.

@@ -4,10 +4,12 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use multifd_engine::{Checkpoint, Devices, Manifest, PAGE, RecordedSection, Recording, SectionContent};
+use multifd_engine::{
+    Checkpoint, Devices, LibvirtImage, Manifest, PAGE, RecordedSection, Recording, SectionContent,
+};
 
 use super::devices::{ram_of, ram_of_recording};
-use super::findings::{Block, Device, Findings, Held, Kind, Origin, Pages};
+use super::findings::{Block, Device, Findings, Held, Kind, Libvirt, Origin, Pages};
 use super::ram::Ram;
 use super::survey::{Counts, Survey};
 use super::values::Budget;
@@ -56,6 +58,7 @@ pub(super) fn checkpoint(directory: &Path, progress: impl Fn(u64, u64)) -> Resul
             created_unix_s: manifest.created_unix_s,
             total_ms: manifest.total_ms,
         }),
+        libvirt: None,
         blocks,
         pages,
         notes: notes(&devices, &[]),
@@ -99,11 +102,22 @@ pub(super) fn recording(path: &Path, offset: u64, progress: impl Fn(u64, u64)) -
         page_size: recording.page_size().bytes(),
         capabilities: configuration.capabilities.clone(),
         origin: None,
+        libvirt: libvirt(path)?,
         notes: notes(&devices, &absence(&summary, &blocks, &configuration.capabilities)),
         blocks,
         pages: summary,
         devices: all_devices(&devices, &ram_of_recording(&recording)),
     })
+}
+
+fn libvirt(path: &Path) -> Result<Option<Libvirt>> {
+    let image = LibvirtImage::read(path).map_err(|error| error.chain())?;
+    Ok(image.map(|image| Libvirt {
+        domain: image.domain(),
+        format: image.format().name(),
+        was_running: image.was_running(),
+        xml: image.xml(),
+    }))
 }
 
 fn all_devices(devices: &Devices, ram: &Ram) -> Vec<Device> {

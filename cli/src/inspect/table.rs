@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::difference::{Different, FieldPair};
 use super::examined::{Checked, RemarkView, Verdict};
-use super::findings::{Device, Findings, Held, Kind, Pages};
+use super::findings::{Device, Findings, Held, Kind, Libvirt, Pages};
 use super::values::{Content, ElementView, FieldView, Scalar, StructureView};
 use crate::human::{show_bytes, visible};
 
@@ -12,6 +12,9 @@ use crate::human::{show_bytes, visible};
 pub(super) fn of(findings: &Findings, fields: bool) -> String {
     let mut out = String::new();
     head(&mut out, findings);
+    if let Some(image) = &findings.libvirt {
+        libvirt(&mut out, image, fields);
+    }
     out.push('\n');
     blocks(&mut out, findings);
     out.push('\n');
@@ -56,6 +59,15 @@ fn head(out: &mut String, findings: &Findings) {
         let seconds = origin.total_ms as f64 / 1000.0;
         line(out, "source", &format!("{}, {how}, in {seconds:.1} s", origin.source));
         line(out, "created", &utc(origin.created_unix_s));
+    }
+}
+
+fn libvirt(out: &mut String, libvirt: &Libvirt, xml: bool) {
+    let domain = libvirt.domain.as_deref().unwrap_or("without a name");
+    let state = if libvirt.was_running { "running" } else { "paused" };
+    line(out, "libvirt", &format!("domain {domain}, {state}, saved as {}", libvirt.format));
+    if xml {
+        libvirt.xml.lines().for_each(|text| line(out, "xml", text));
     }
 }
 

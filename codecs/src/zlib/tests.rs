@@ -205,3 +205,31 @@ fn errors_are_final() {
     let mut dead = Deflater { dead: true, ..Deflater::new(ZlibLevel::default()) };
     assert!(matches!(dead.prepare(&[0; PAGE_LEN], &mut Vec::new()), Err(EncodeFailed::Dead)));
 }
+
+/// A page as capability `compress` sends it.
+fn compressed_page(page: &[u8]) -> Vec<u8> {
+    deflated(&mut Compress::new(Compression::new(1), true), page, FlushCompress::Finish)
+}
+
+#[test]
+fn a_page_that_is_a_stream_of_its_own_is_inflated_whole_or_refused() {
+    let random: Vec<u8> =
+        (0_u32..).flat_map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()).take(PAGE_LEN).collect();
+    for page in [batch(1, 3), vec![0; PAGE_LEN], random] {
+        let stream = compressed_page(&page);
+        let mut inflated = vec![0xee; PAGE_LEN];
+        inflate_page(&stream, &mut inflated).unwrap();
+        assert_eq!(inflated, page);
+        for len in 0..stream.len() {
+            assert!(inflate_page(&stream[..len], &mut inflated).is_err(), "{len} bytes of {}", stream.len());
+        }
+    }
+    let mut inflated = vec![0; PAGE_LEN];
+    let mut refused = |stream: &[u8]| inflate_page(stream, &mut inflated).unwrap_err();
+    assert!(matches!(refused(&compressed_page(&[7; PAGE_LEN - 1])), DecodeFailed::TooShort { .. }));
+    let long = refused(&compressed_page(&[7; PAGE_LEN + 1]));
+    assert!(matches!(long, DecodeFailed::TooLong { .. } | DecodeFailed::Unfinished { .. }), "{long}");
+    let more = [compressed_page(&[7; PAGE_LEN]), vec![0]].concat();
+    assert!(matches!(refused(&more), DecodeFailed::Unread { unread: 1, .. }));
+    assert!(matches!(refused(&[0; 9]), DecodeFailed::Corrupt(_)));
+}

@@ -282,6 +282,13 @@ impl Machine {
     }
 
     fn on_start(&mut self, ram: Option<Ram>, head: &SectionHead) -> Result<State> {
+        if head.idstr == BLOCK_SECTION {
+            return Err(Error::incompatible(
+                Phase::Setup,
+                "the source sends its disks, too (capability block, which QEMU 9.1 removed): only RAM and devices \
+                    are moved here, switch it off (virsh: no --copy-storage-all) and move the disks by drive-mirror",
+            ));
+        }
         let number_of_ram = ram.as_ref().is_some_and(|ram| ram.id == head.id);
         if head.idstr == BITMAPS_SECTION && self.bitmaps.is_none() && !number_of_ram {
             self.bitmaps = Some(head.id);
@@ -462,6 +469,9 @@ fn early_device(ram: Option<Ram>, head: SectionHead) -> Result<State> {
     }
     Ok(State::Device(head, ram))
 }
+
+/// The live section of QEMU's old migration of disks.
+const BLOCK_SECTION: &str = "block";
 
 /// Of all capabilities that change the stream, mapped-ram is the one that can be read.
 fn is_mapped(configuration: &Configuration) -> Result<bool> {

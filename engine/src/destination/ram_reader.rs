@@ -186,9 +186,21 @@ impl RamReader {
                 }
                 pages.zero += 1;
             }
-            RamRecord::Xbzrle { .. } if self.switched => {
-                let detail = "a difference after the switch to post-copy, expected a whole page";
+            RamRecord::Xbzrle { .. } | RamRecord::Compressed { .. } if self.switched => {
+                let seen = match record {
+                    RamRecord::Compressed { .. } => "a compressed page",
+                    _ => "a difference",
+                };
+                let detail = format!("{seen} after the switch to post-copy, expected a whole page");
                 return Err(Error::misbehaved(Phase::Active, detail));
+            }
+            RamRecord::Compressed { offset, block, len } => {
+                let sink = self.sink(block)?;
+                let page = sink.page_at(offset)?;
+                let len =
+                    usize::try_from(len).map_err(|_| Error::bug(Phase::Active, "a length below 2^13"))?;
+                sink.inflate(page, reader.take(Phase::Active, "a compressed page", len)?)?;
+                pages.normal += 1;
             }
             RamRecord::Xbzrle { offset, block, len } => {
                 let sink = self.sink(block)?;

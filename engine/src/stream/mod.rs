@@ -1,6 +1,7 @@
 //! The main channel's stream, as source, destination and recordings share it.
 
 pub(crate) mod block_list;
+pub(crate) mod compressed;
 pub(crate) mod dialect;
 pub(crate) mod foreign;
 mod main_source;

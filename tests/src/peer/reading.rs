@@ -155,6 +155,7 @@ impl Reading {
             RamRecord::MemSize { total } => self.place = Place::Blocks(total),
             RamRecord::Page { .. } => self.skip = PageSize::K4.bytes(),
             RamRecord::Xbzrle { len, .. } => self.skip = len.into(),
+            RamRecord::Compressed { len, .. } => self.skip = usize::try_from(len)?,
             RamRecord::Flush | RamRecord::Zero { .. } => {}
         }
         Ok(Some(used))

@@ -35,10 +35,30 @@ fn flags() -> Outcome {
         ("none", word(0x1000), &["0x1000 (no kind of record)"]),
         ("FULL", word(0x001), &["FULL"]),
         ("HOOK", word(0x080), &["HOOK"]),
-        ("COMPRESS_PAGE", word(0x100), &["COMPRESS_PAGE"]),
         ("an address on EOS", word(0x1010), &["an address or CONTINUE on a record that has no page"]),
         ("CONTINUE on FLUSH", word(0x220), &["an address or CONTINUE"]),
         ("a second list", word(0x1004), &["main", "a second list of RAM blocks"]),
+    ])
+}
+
+#[test]
+fn compressed_pages() -> Outcome {
+    let compressed = |len: u32, bytes: &[u8]| {
+        with(&RamRecord::Compressed { offset: 0x3000, block: named("pc.ram"), len }, bytes)
+    };
+    let packed = |bytes: &[u8]| {
+        let mut out = Vec::with_capacity(1 << 13);
+        let mut zlib = flate2::Compress::new(flate2::Compression::fast(), true);
+        zlib.compress_vec(bytes, &mut out, flate2::FlushCompress::Finish).unwrap();
+        compressed(u32::try_from(out.len()).unwrap(), &out)
+    };
+    let where_: &str = "compressed page 3 of RAM block pc.ram";
+    refused([
+        ("no zlib stream", compressed(9, &[7; 9]), &["active, main (unix:", where_]),
+        ("less than a page", packed(&[7; PAGE - 1]), &[where_]),
+        ("more than a page", packed(&[7; PAGE + 1]), &[where_]),
+        ("no bytes", compressed(0, &[]), &["length of a compressed page: 0, expected 1..=4110"]),
+        ("more than zlib makes of it", compressed(4111, &[]), &["4111, expected 1..=4110"]),
     ])
 }
 

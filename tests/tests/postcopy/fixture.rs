@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+pub(crate) use multifd_tests::skip::missing_kvm;
 use multifd_tests::{
     BootSector, CheckpointFiles, Fill, Outcome, Qemu, QemuBuilder, Receive, Scratch, Settings, Side, ram,
 };
@@ -16,12 +17,6 @@ pub(crate) fn guest(scratch: &Scratch) -> Outcome<QemuBuilder> {
     let firmware = scratch.path("firmware");
     BootSector::new().laps_per_line(16).write_firmware(&firmware)?;
     Ok(Qemu::builder().accel("kvm").firmware(&firmware))
-}
-
-/// Why there is no such guest.
-pub(crate) fn missing_kvm() -> Option<&'static str> {
-    let opened = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    opened.is_err().then_some("no /dev/kvm")
 }
 
 /// When the source switches to post-copy.

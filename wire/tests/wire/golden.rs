@@ -150,6 +150,9 @@ fn ram_records() {
     same(RamRecord::Page { offset: 0x5000, block: BlockRef::Same }, b"\0\0\0\0\0\0\x50\x28");
     same(RamRecord::Zero { offset: 0x6000, block: named() }, b"\0\0\0\0\0\0\x60\x02\x06pc.ram\0");
     same(RamRecord::Zero { offset: 0x6000, block: BlockRef::Same }, b"\0\0\0\0\0\0\x60\x22\0");
+    let compressed = |block| RamRecord::Compressed { offset: 0x8000, block, len: 0x123 };
+    same(compressed(named()), b"\0\0\0\0\0\0\x81\0\x06pc.ram\0\0\x01\x23");
+    same(compressed(BlockRef::Same), b"\0\0\0\0\0\0\x81\x20\0\0\x01\x23");
     let xbzrle = RamRecord::Xbzrle { offset: 0x7000, block: BlockRef::Same, len: 0x0123 };
     same(xbzrle, &[0, 0, 0, 0, 0, 0, 0x70, 0x60, 1, 0x01, 0x23]);
 }

@@ -149,22 +149,40 @@ fn ram_record_flags() {
         let bytes = [&word.to_be_bytes()[..], b"\x01x\0"].concat();
         RamRecord::parse(&bytes, K4).map(|parsed| parsed.map(|(record, _)| record))
     };
-    let good = [0x02, 0x04, 0x08, 0x10, 0x22, 0x28, 0x40, 0x60, 0x200];
+    let good = [0x02, 0x04, 0x08, 0x10, 0x22, 0x28, 0x40, 0x60, 0x100, 0x120, 0x200];
     for flags in 0..0x1000 {
-        let xbzrle = flags & !0x20 == 0x40;
+        let of_a_length = [0x40, 0x100].contains(&(flags & !0x20));
         assert!(parse(flags).is_err() || good.contains(&flags), "{flags:#x}");
-        // The bytes after it are not those of a delta, nor of a zero page whose block is not named.
-        if good.contains(&flags) && !xbzrle && flags != 0x22 {
+        // The bytes after it are no length, nor of a zero page whose block is not named.
+        if good.contains(&flags) && !of_a_length && flags != 0x22 {
             assert!(parse(flags).is_ok(), "{flags:#x}");
         }
     }
-    for (flags, flag) in
-        [(0x80, "HOOK"), (0x100, "COMPRESS_PAGE"), (1, "FULL"), (0x0a, "more than one"), (0x400, "unknown")]
-    {
+    for (flags, flag) in [(0x80, "HOOK"), (1, "FULL"), (0x0a, "more than one"), (0x400, "unknown")] {
         assert!(refused(parse(flags)).contains(flag), "{flags:#x}");
     }
     assert!(parse(0x1010).is_err() && parse(0x1200).is_err(), "an address where none belongs");
     assert_eq!(RamRecord::parse(&[0, 0, 0, 0, 0, 0, 0, 0x22, 1], K4).unwrap_err().seen, "1");
+}
+
+#[test]
+fn a_compressed_page_has_at_least_a_byte_and_at_most_what_zlib_makes_of_it() {
+    let parse = |len: u32, page| {
+        let bytes = [&0x120_u64.to_be_bytes()[..], &len.to_be_bytes()].concat();
+        RamRecord::parse(&bytes, page).map(|parsed| parsed.is_some())
+    };
+    let page = PageSize::new(65536).unwrap();
+    for (len, page, good) in [
+        (0, K4, false),
+        (1, K4, true),
+        (4110, K4, true),
+        (4111, K4, false),
+        (u32::MAX, K4, false),
+        (65569, page, true),
+        (65570, page, false),
+    ] {
+        assert_eq!(parse(len, page).is_ok(), good, "{len}");
+    }
 }
 
 #[test]

@@ -94,6 +94,11 @@ pub(crate) fn ram_record() -> impl Strategy<Value = (RamRecord, PageSize)> {
                 len
             }),
             place().prop_map(|(offset, block)| RamRecord::Zero { offset, block }),
+            (place(), 1..=4110_u32).prop_map(|((offset, block), len)| RamRecord::Compressed {
+                offset,
+                block,
+                len
+            }),
         ];
         (record, Just(page))
     })

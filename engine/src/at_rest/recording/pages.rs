@@ -9,6 +9,7 @@ use super::items::{Items, Next};
 use super::mapped::MappedPages;
 use super::{Recording, invalid};
 use crate::error::{Phase, Result};
+use crate::stream::compressed;
 
 /// What a recording or a checkpoint says of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +48,8 @@ pub struct RecordedPages<'r> {
     place: Place,
     /// The block that CONTINUE refers to; kept over sections.
     last_block: Option<usize>,
+    /// A page that was compressed.
+    inflated: Vec<u8>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -69,6 +72,7 @@ struct Found {
 enum Kind {
     Data,
     Xbzrle(u16),
+    Compressed(u32),
     Zero,
 }
 
@@ -84,6 +88,7 @@ impl<'r> RecordedPages<'r> {
             items,
             place: Place::Ram,
             last_block: None,
+            inflated: vec![0; recording.page_size.bytes()],
         }
     }
 
@@ -127,6 +132,12 @@ impl<'r> RecordedPages<'r> {
             Kind::Xbzrle(len) => {
                 PageContent::Xbzrle(reader.take(Phase::Active, "an xbzrle record", len.into())?)
             }
+            Kind::Compressed(len) => {
+                let len = usize::try_from(len).map_err(|_| invalid(Phase::Active, format!("{len} bytes")))?;
+                let stream = reader.take(Phase::Active, "a compressed page", len)?;
+                compressed::inflate(stream, &mut self.inflated, || format!("page {page} of block {block}"))?;
+                PageContent::Data(&self.inflated)
+            }
             Kind::Zero => PageContent::Zero { pages: 1 },
         };
         Ok(Some(PageRecord { block, page, content }))
@@ -164,6 +175,7 @@ impl<'r> RecordedPages<'r> {
                 RamRecord::Flush => continue,
                 RamRecord::Page { offset, block } => (offset, block, Kind::Data),
                 RamRecord::Xbzrle { offset, block, len } => (offset, block, Kind::Xbzrle(len)),
+                RamRecord::Compressed { offset, block, len } => (offset, block, Kind::Compressed(len)),
                 RamRecord::Zero { offset, block } => (offset, block, Kind::Zero),
                 RamRecord::MemSize { .. } => {
                     return Err(invalid(

@@ -152,6 +152,30 @@ fn read(path: &Path) -> Result<(Seen, Devices), String> {
     pages.devices().map(|devices| (seen, devices)).map_err(|error| error.chain())
 }
 
+#[test]
+fn a_compressed_page_is_read_as_its_bytes_and_a_broken_one_names_itself() {
+    let stream = |bytes: &[u8]| {
+        let len = u32::try_from(bytes.len()).unwrap();
+        Stream::new(&[])
+            .ram_start(&[("pc.ram", 4 * 4096)])
+            .item(Item::SectionEnd(RAM))
+            .record(RamRecord::Compressed { offset: 0x2000, block: named("pc.ram"), len })
+            .bytes(bytes)
+            .end_of_piece()
+            .end(DESCRIPTION)
+            .file()
+    };
+    // zlib's header, a last block that is stored, Adler-32.
+    let (mut low, mut high) = (1_u32, 0_u32);
+    (0..PAGE).for_each(|_| (low, high) = ((low + 5) % 65521, (high + low + 5) % 65521));
+    let page = [5; PAGE];
+    let packed = [&[0x78, 1, 1, 0, 0x10, 0xff, 0xef][..], &page, &(high << 16 | low).to_be_bytes()].concat();
+    let (seen, _) = read(stream(&packed).path()).unwrap();
+    assert_eq!(seen, [(0, 2, "data 5".to_owned())]);
+    let error = read(stream(&packed[..packed.len() - 1]).path()).unwrap_err();
+    assert!(error.contains("compressed page 2 of block 0"), "{error}");
+}
+
 fn names(devices: &Devices) -> Vec<(&str, u64)> {
     devices.sections.iter().map(|section| (section.head.idstr.as_str(), section.payload_len())).collect()
 }

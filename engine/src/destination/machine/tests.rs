@@ -281,6 +281,7 @@ fn items_out_of_order_are_the_peers_fault() {
             "footer of section 7",
         ),
         (vec![configuration("microvm")], item(Item::SectionStart(head("cpu", RAM))), "only ram is supported"),
+        (vec![configuration("microvm")], item(Item::SectionStart(head("block", other))), "capability block"),
         (begun(), vec![command(Command::PostcopyAdvise(None))], "postcopy-ram"),
         (begun(), vec![command(Command::PostcopyRun)], "is not supported"),
     ] {

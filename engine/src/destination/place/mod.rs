@@ -18,6 +18,7 @@ use multifd_wire::DiscardRange;
 
 use crate::error::{Error, ErrorKind, Phase, Result};
 use crate::guest::{Absent, Found, PAGE, PageTable, READING, RamBlock, hash, zero_hash};
+use crate::stream::compressed;
 use digest::KeptDigests;
 use page_bits::PageBits;
 
@@ -327,6 +328,14 @@ impl BlockSink {
             let detail = format!("xbzrle record for page {page} of RAM block {}", self.block.name());
             Error::new(ErrorKind::Codec, Phase::Active, detail).because(error)
         })?;
+        self.write(page, &content, &self.best_place())
+    }
+
+    /// Writes a page that is a zlib stream of its own.
+    pub(crate) fn inflate(&self, page: usize, stream: &[u8]) -> Result<()> {
+        let mut content = ZEROS;
+        let name = || format!("page {page} of RAM block {}", self.block.name());
+        compressed::inflate(stream, &mut content, name)?;
         self.write(page, &content, &self.best_place())
     }
 

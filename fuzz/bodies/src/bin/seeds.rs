@@ -125,6 +125,9 @@ fn parts() -> io::Result<Vec<(&'static str, Vec<u8>)>> {
     add("delta", &|out| {
         RamRecord::Xbzrle { offset: 0, block: BlockRef::Same, len: 9 }.encode(PageSize::K4, out);
     });
+    add("compressed", &|out| {
+        RamRecord::Compressed { offset: 0, block: BlockRef::Same, len: 9 }.encode(PageSize::K4, out);
+    });
     add("block", &|out| block.encode(out));
     add("request", &|out| {
         ReturnMessage::RequestPages { block: Some(name()), offset: 0, len: 4096 }.encode(out);
