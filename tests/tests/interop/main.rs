@@ -28,7 +28,7 @@ use way::ways;
 const WORKERS: usize = 3;
 
 /// Cells of each test in a usual run.
-const CELLS: usize = 5;
+const CELLS: usize = 12;
 
 /// Which cells a test has.
 #[derive(Clone, Copy)]
