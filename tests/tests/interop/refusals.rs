@@ -2,9 +2,12 @@
 
 use multifd_tests::{Failure, Release};
 
+/// Major and minor.
+type Version = (u32, u32);
+
 /// What a QEMU does not know: by name, the release that has it first, and the one that has it no
 /// more.
-const FEATURES: [(&str, (u32, u32), (u32, u32)); 12] = [
+const FEATURES: [(&str, Version, Version); 12] = [
     ("background-snapshot", (6, 0), NEVER),
     ("block", (0, 0), (9, 1)),
     ("compress", (0, 0), (9, 1)),
@@ -20,14 +23,14 @@ const FEATURES: [(&str, (u32, u32), (u32, u32)); 12] = [
     ("zstd", (6, 0), NEVER),
 ];
 
-const NEVER: (u32, u32) = (u32::MAX, 0);
+const NEVER: Version = (u32::MAX, 0);
 
 /// How a QEMU says that it does not know a feature, around its name.
 const UNKNOWN: [(&str, &str); 3] =
     [("Invalid parameter '", "'"), ("Parameter '", "' is unexpected"), (" does not accept value '", "'")];
 
 /// What a QEMU before this release does not do, and how it says so.
-const WORDS: [(&str, (u32, u32)); 4] = [
+const WORDS: [(&str, Version); 4] = [
     ("Parameter 'uri' expects a valid migration protocol", (8, 2)),
     ("unknown migration protocol: file:", (8, 2)),
     ("Property 'kvm-accel.dirty-ring-size' not found", (6, 1)),
