@@ -10,13 +10,14 @@ use crate::run::workers::Crew;
 pub(super) struct Deadline(Option<Monitor<bool>>);
 
 impl Deadline {
-    /// `limit` from now; `None`: no thread, no limit.
-    pub(super) fn start(limit: Option<Duration>, crew: &Crew) -> Result<Self> {
+    /// `limit`, of which so much has `elapsed` over earlier links; `None`: no thread, no limit.
+    pub(super) fn start(limit: Option<Duration>, elapsed: Duration, crew: &Crew) -> Result<Self> {
         let Some(limit) = limit else { return Ok(Self(None)) };
         let met = Monitor::new(false, crew.stop());
         let (watched, stop) = (met.clone(), crew.stop().clone());
         crew.spawn("mig-deadline", Phase::Active, move || {
-            let met = watched.wait(&stop, Some(limit), |met| met.then_some(()));
+            let left = limit.saturating_sub(elapsed);
+            let met = watched.wait(&stop, Some(left), |met| met.then_some(()));
             if met.is_some() || stop.tripped() {
                 return Ok(());
             }

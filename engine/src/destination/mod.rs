@@ -355,8 +355,7 @@ impl Destination {
             session.enter(MigrationState::Active)?;
             session.begin();
         }
-        let left = self.config.deadline.map(|deadline| deadline.saturating_sub(session.elapsed()));
-        let deadline = Deadline::start(left, crew)?;
+        let deadline = Deadline::start(self.config.deadline, session.elapsed(), crew)?;
         let return_path = ReturnPath::new(Arc::clone(&channel));
         self.close_main_on_stop(&channel, &return_path, shared);
         let (ack, direct) = (self.config.switchover_ack, self.config.direct_io);

@@ -1,5 +1,7 @@
 //! What a destination says, as the sending threads see it.
 
+use multifd_wire::ReturnMessage;
+
 use super::*;
 use crate::source::shared::tests::{ram, shared};
 use crate::work::{Place, UrgentPages};
