@@ -39,6 +39,7 @@ mod work;
 pub use at_rest::checkpoint::{Checkpoint, CheckpointBlock, CheckpointWriter, EarlyState, Manifest};
 #[cfg(feature = "at-rest")]
 pub use at_rest::libvirt::{LibvirtFormat, LibvirtImage};
+#[cfg(feature = "at-rest")]
 pub use at_rest::recording::{
     Devices, PageContent, PageRecord, RecordedPages, RecordedSection, Recording, SectionContent, StoredPages,
 };

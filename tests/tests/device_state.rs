@@ -89,22 +89,27 @@ fn sections_of_each_release_of_qemu_are_the_same_bytes_when_saved_again() -> Out
     let scratch = Scratch::new()?;
     let (releases, missing) = Release::all();
     missing.iter().for_each(|why| println!("skipped: {why}"));
-    for (release, (machine, vm)) in releases.iter().flat_map(|release| machines().map(|vm| (release, vm))) {
+    let mut wrong = Vec::new();
+    // Before 7.2 there is not each of these machines.
+    let releases = releases.iter().filter(|release| release.since(7, 2));
+    for (release, (machine, vm)) in releases.flat_map(|release| machines().map(|vm| (release, vm))) {
         let path = scratch.path("stream");
         recorded(&vm.program(release.program()), &path)?;
         let devices = devices(&path)?;
         assert!(devices.sections.len() > 15, "{release}, {machine}: {} sections", devices.sections.len());
-        for section in &devices.sections {
-            let name = &section.head.idstr;
-            match examine(Section::of(&section.head, payload(section)), &UnknownRam) {
-                Some(Ok(examined)) => assert_eq!(examined.findings, [], "{release}, {machine}: {name}"),
-                Some(Err(error)) => panic!("{release}, {machine}: {name}: {error}"),
-                None => {
-                    assert!(OPAQUE.contains(&name.as_str()), "{release}, {machine}: no description of {name}")
-                }
-            }
-        }
+        let here = devices.sections.iter().filter_map(|section| {
+            let problem = match examine(Section::of(&section.head, payload(section)), &UnknownRam) {
+                Some(Ok(examined)) if examined.findings.is_empty() => return None,
+                Some(Ok(examined)) => format!("{:?}", examined.findings),
+                Some(Err(error)) => error.to_string(),
+                None if OPAQUE.contains(&section.head.idstr.as_str()) => return None,
+                None => "no description".to_owned(),
+            };
+            Some(format!("{release}, {machine}: {}: {problem}", section.head.idstr))
+        });
+        wrong.extend(here);
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     Ok(())
 }
 
