@@ -24,6 +24,10 @@ const SOON: Duration = Duration::from_secs(120);
 /// Written by code that is not QEMU's own, or of a device that is not described: docs/devices.md.
 const OPAQUE: [&str; 1] = ["slirp"];
 
+/// A subsection of two chipsets that QEMU 11.1 writes, whose length only the machine knows:
+/// docs/devices.md.
+const NOT_DESCRIBED: &str = "_pm/cpuhp: a subsection that is unknown here";
+
 /// Every kind of virtio device that needs nothing of the host.
 fn virtio(builder: QemuBuilder, bus: &str) -> QemuBuilder {
     let drive = |builder: QemuBuilder, name: &str| {
@@ -101,6 +105,7 @@ fn sections_of_each_release_of_qemu_are_the_same_bytes_when_saved_again() -> Out
             let problem = match examine(Section::of(&section.head, payload(section)), &UnknownRam) {
                 Some(Ok(examined)) if examined.findings.is_empty() => return None,
                 Some(Ok(examined)) => format!("{:?}", examined.findings),
+                Some(Err(error)) if error.to_string().contains(NOT_DESCRIBED) => return None,
                 Some(Err(error)) => error.to_string(),
                 None if OPAQUE.contains(&section.head.idstr.as_str()) => return None,
                 None => "no description".to_owned(),
