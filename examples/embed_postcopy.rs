@@ -17,15 +17,15 @@ use std::error::Error;
 use std::num::NonZeroU64;
 use std::sync::Mutex;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use multifd_engine::transports::{Endpoint, Listener};
 use multifd_engine::vm_memory::bitmap::AtomicBitmap;
 use multifd_engine::vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use multifd_engine::wire::Configuration;
 use multifd_engine::{
-    Control, Destination, DeviceState, Incoming, MigrationState, PAGE, Postcopy, PostcopyEnd, PostcopyGuest,
-    RamBlock, RegionLog, Report, Served, Source, UserfaultLog,
+    Control, Destination, DeviceState, ErrorKind, Incoming, MigrationState, PAGE, Postcopy, PostcopyEnd,
+    PostcopyGuest, RamBlock, RegionLog, Report, Served, Source, UserfaultLog,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
@@ -62,12 +62,24 @@ fn serve(postcopy: &mut Postcopy, to: &Endpoint) -> std::result::Result<Report, 
     loop {
         match postcopy.serve()? {
             Served::Completed(report) => return Ok(*report),
-            // Nothing is lost as long as this process lives. A recovery that fails may be tried
-            // again.
             Served::Paused(why) => {
                 println!("source: {why}");
-                postcopy.recover(to, RECOVER)?;
+                recover(postcopy, to)?;
             }
+        }
+    }
+}
+
+/// Nothing is lost as long as this process lives, and a recovery that fails may be tried again: the
+/// destination may not have noticed yet that the link broke, and hang up on a new connection.
+fn recover(postcopy: &mut Postcopy, to: &Endpoint) -> std::result::Result<(), multifd_engine::Error> {
+    let until = Instant::now() + RECOVER;
+    loop {
+        match postcopy.recover(to, RECOVER) {
+            Err(error) if error.kind() == ErrorKind::Transport && Instant::now() < until => {
+                println!("source: {error}");
+            }
+            done => return done,
         }
     }
 }
