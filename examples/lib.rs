@@ -12,12 +12,12 @@
 //!   without codecs
 //! * `cargo run --release --example seccomp`: each thread of a migration has a filter of system
 //!   calls
-//! * `cargo run --release --example versioned_device`: a device whose state goes between releases of
-//!   a VMM, both ways
+//! * `cargo run --release --example versioned_device`: a device whose state goes between releases
+//!   of a VMM, both ways
 //! * `cargo run --release --example vhost_user_blk`: a disk in another process, before, during and
 //!   after the move
-//! * `cargo run --release --example vhost_user_postcopy`: a device in another process, which goes on
-//!   before the guest's memory is there
+//! * `cargo run --release --example vhost_user_postcopy`: a device in another process, which goes
+//!   on before the guest's memory is there
 
 /// What the book for embedders shows compiles as it stands.
 #[cfg(doctest)]

@@ -35,8 +35,8 @@ mod release_1 {
 ///
 /// * `priority` came with version 2: state of version 1 does not have it, and `pre_load` says what
 ///   that means.
-/// * `held` is rare. A subsection goes only if it is there: releases that do not know it can be sent
-///   every guest without.
+/// * `held` is rare. A subsection goes only if it is there: releases that do not know it can be
+///   sent every guest without.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Mailer {
     control: u32,

@@ -14,7 +14,7 @@ use crate::outcome::Failure;
 pub(crate) fn stream_in(uri: &Endpoint) -> Result<Endpoint, Error> {
     let Endpoint::File { path, offset: 0 } = uri else { return Ok(uri.clone()) };
     if !path.exists() {
-        // Whoever opens it says so, in the words of the command.
+        // What opens it says so, in the words of the command.
         return Ok(uri.clone());
     }
     let Some(image) = LibvirtImage::read(path)? else { return Ok(uri.clone()) };

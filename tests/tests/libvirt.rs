@@ -1,5 +1,5 @@
-//! Images of `virsh save`: laid out as libvirt does it, with a stream of the real QEMU in them, read
-//! in every format; and images of ours, which QEMU loads as `virsh restore` has it do.
+//! Images of `virsh save`: laid out as libvirt does it, with a stream of the real QEMU in them,
+//! read in every format; and images of ours, which QEMU loads as `virsh restore` has it do.
 #![allow(clippy::indexing_slicing, clippy::unwrap_used, reason = "test code may panic")]
 
 use std::fs;

@@ -4,8 +4,8 @@ use crate::{BlockName, Invalid, PageSize, Parsed};
 
 /// One record of the `ram` section (version 4). Spec: docs/wire.md §5.
 ///
-/// Page bytes, deltas and compressed pages are not part of the record: they follow it. Offsets are in bytes from the
-/// block's start and are multiples of the page size.
+/// Page bytes, deltas and compressed pages are not part of the record: they follow it. Offsets are
+/// in bytes from the block's start and are multiples of the page size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RamRecord {
     /// The page's bytes follow, as a zlib stream of `len` bytes of its own: capability `compress`,

@@ -1,4 +1,5 @@
-//! Instructions of the hot paths, counted by valgrind: the same on a busy machine as on an idle one.
+//! Instructions of the hot paths, counted by valgrind: the same on a busy machine as on an idle
+//! one.
 //!
 //! `multifd-instructions` counts and compares with `counts`, which was written by
 //! `multifd-instructions --write`. One that has grown by more than 5 % is an error: mend it, or

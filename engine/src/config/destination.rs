@@ -36,9 +36,9 @@ pub struct DestinationConfig {
     /// When the link of another multifd breaks before the guest is handed over, keep what has come,
     /// and listen again at the same address, for this long each time that pages have moved: the
     /// source goes on where it was ([`SourceConfig::resume_for`](crate::SourceConfig::resume_for)).
-    /// It has to know a secret of the migration. A source that was cancelled is waited for, too. Not
-    /// shorter than `timeout`, or a source may come back before its silence is noticed. Over tcp,
-    /// unix and vsock; elsewhere it has no effect. Default: `None`.
+    /// It has to know a secret of the migration. A source that was cancelled is waited for, too.
+    /// Not shorter than `timeout`, or a source may come back before its silence is noticed. Over
+    /// tcp, unix and vsock; elsewhere it has no effect. Default: `None`.
     pub resume_for: Option<Duration>,
     /// When to acknowledge the switch-over unasked. Default: [`SwitchoverAck::Auto`].
     pub switchover_ack: SwitchoverAck,

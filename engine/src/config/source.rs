@@ -110,7 +110,8 @@ pub struct SourceConfig {
     /// ([`DestinationConfig::resume_for`](crate::DestinationConfig::resume_for)), and only what it
     /// has not, or what is newer, goes again. The guest runs on meanwhile; in the last round it is
     /// paused, and waits. Each time that a new link has moved pages counts anew. Over sockets that
-    /// the engine dials, with a return path. Default: `None`, a link that breaks ends the migration.
+    /// the engine dials, with a return path. Default: `None`, a link that breaks ends the
+    /// migration.
     pub resume_for: Option<Duration>,
     /// With `resume_for`: sends everything again to a destination that knows nothing of the
     /// migration, because its process has ended and another listens there. Default: no, that ends

@@ -382,8 +382,8 @@ impl Driver {
         Ok((received, std::mem::take(&mut self.when_loaded)))
     }
 
-    /// The guest does not run here: if memory waits for pages, it is given back as it is, so that no
-    /// thread waits for what never comes.
+    /// The guest does not run here: if memory waits for pages, it is given back as it is, so that
+    /// no thread waits for what never comes.
     pub(super) fn give_back(&self) {
         if let Some(serving) = &self.serving {
             serving.give_back();

@@ -98,8 +98,8 @@ impl Session {
         })
     }
 
-    /// Ends this link because of `error`: wakes and joins its threads, whose connections are closed.
-    /// The first cause can be looked at.
+    /// Ends this link because of `error`: wakes and joins its threads, whose connections are
+    /// closed. The first cause can be looked at.
     pub(crate) fn end_link(&self, error: Error, crew: &Crew) {
         self.stop.trip(error);
         crew.join();

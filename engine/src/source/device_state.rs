@@ -87,11 +87,11 @@ impl DeviceState {
         Self::from_sections(bytes, &descriptions.join(","))
     }
 
-    /// The same as [`DeviceState::opaque`] of `len` bytes that are read when they are sent, 1 MiB at a time: state that this
-    /// end need not have in memory as a whole. They are read once, so that another attempt needs
-    /// another value. What the reader takes its time for counts as downtime, and the destination
-    /// waits for the next bytes for its timeout. A reader that ends early or fails ends the
-    /// migration, and the guest runs on.
+    /// The same as [`DeviceState::opaque`] of `len` bytes that are read when they are sent, 1 MiB
+    /// at a time: state that this end need not have in memory as a whole. They are read once, so
+    /// that another attempt needs another value. What the reader takes its time for counts as
+    /// downtime, and the destination waits for the next bytes for its timeout. A reader that ends
+    /// early or fails ends the migration, and the guest runs on.
     pub fn opaque_from(name: &str, version: u32, len: u64, state: impl Read + Send + 'static) -> Self {
         let mut this = Self::section(name, version, len);
         if let Some(streamed) = &mut this.streamed {

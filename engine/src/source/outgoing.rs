@@ -213,8 +213,8 @@ impl OutgoingRam {
         self.claimed.iter().flat_map(|claimed| claimed.iter()).for_each(|claimed| claimed.clear());
     }
 
-    /// The link broke: what was on its way is dirty again, but for what has arrived. `arrived`: of a
-    /// block, a word of 64 pages for each word. Gives the number of pages that had arrived.
+    /// The link broke: what was on its way is dirty again, but for what has arrived. `arrived`: of
+    /// a block, a word of 64 pages for each word. Gives the number of pages that had arrived.
     pub(super) fn take_back(&self, arrived: impl Fn(BlockIndex, usize) -> u64) -> usize {
         let Some(claimed) = &self.claimed else { return 0 };
         let mut kept = 0;

@@ -168,8 +168,8 @@ impl Migration {
         }
     }
 
-    /// `None`: what failed did so because its link broke, and another one is there: it is to be done
-    /// again.
+    /// `None`: what failed did so because its link broke, and another one is there: it is to be
+    /// done again.
     ///
     /// # Errors
     /// The first cause, or the last if no new link came: the migration has ended.
@@ -180,9 +180,9 @@ impl Migration {
         }
     }
 
-    /// Also where the last bytes of the stream have left and no answer came: a destination that still
-    /// waits for a new link has not got them, and does not run the guest. Without its word the error
-    /// stays one behind the hand-over.
+    /// Also where the last bytes of the stream have left and no answer came: a destination that
+    /// still waits for a new link has not got them, and does not run the guest. Without its word
+    /// the error stays one behind the hand-over.
     fn resume(&mut self, error: Error) -> Result<()> {
         if !self.knows_secret()? {
             return Err(self.fail(error));

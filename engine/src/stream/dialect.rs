@@ -48,8 +48,8 @@ const FEATURE_DIGEST: u64 = 1 << 7;
 /// Feature: packets of different codecs on one channel are taken.
 const FEATURE_MIXED: u64 = 1 << 8;
 
-/// Feature: a pre-copy goes on over another link when this one breaks. Of a destination that was told
-/// to wait for it.
+/// Feature: a pre-copy goes on over another link when this one breaks. Of a destination that was
+/// told to wait for it.
 pub(crate) const FEATURE_RESUMPTION: u64 = 1 << 9;
 
 /// All that a destination of this version can do, whatever its codecs are.

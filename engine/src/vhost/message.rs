@@ -226,7 +226,8 @@ impl Connection {
         };
         // Close-on-exec, which the one that came is not.
         let descriptor = file.map(|file| file.try_clone().map(OwnedFd::from)).transpose()?;
-        self.fill(header.get_mut(count..).unwrap_or_default(), deadline)?;
+        let rest = header.get_mut(count..).ok_or_else(|| io::Error::other("more came than was asked for"))?;
+        self.fill(rest, deadline)?;
         Ok((self.receive_body(request, header, deadline)?, descriptor))
     }
 

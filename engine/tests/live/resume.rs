@@ -1,4 +1,5 @@
-//! A link that breaks before the guest is handed over is replaced, and the move goes on where it was.
+//! A link that breaks before the guest is handed over is replaced, and the move goes on where it
+//! was.
 
 mod link;
 mod relay;

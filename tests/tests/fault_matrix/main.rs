@@ -4,8 +4,8 @@
 //!
 //! Each test runs some cells of one way, chosen by a seed; `./test fault-matrix-all` runs all
 //! (hours), and prints the table. `MULTIFD_FAULT_CELLS` says how many of each way, `all` or a
-//! number, `MULTIFD_FAULT_SEED` which; `MULTIFD_FAULT_CELL` is one alone, by the name that its failure
-//! has.
+//! number, `MULTIFD_FAULT_SEED` which; `MULTIFD_FAULT_CELL` is one alone, by the name that its
+//! failure has.
 //!
 //! ```text
 //!  multifd send, QEMU ──> Relay: knows messages, does harm before one ──> multifd receive, QEMU

@@ -125,8 +125,8 @@ impl Core {
         self.features.as_ref().map_or(u64::from(self.features_low), |features| features.0)
     }
 
-    /// Whether the driver has accepted feature `bit`, of which [`Kind::device`](super::Kind::device)
-    /// may only ask for the low 32.
+    /// Whether the driver has accepted feature `bit`, of which
+    /// [`Kind::device`](super::Kind::device) may only ask for the low 32.
     pub fn has_feature(&self, bit: u32) -> bool {
         self.accepted().checked_shr(bit).is_some_and(|features| features & 1 != 0)
     }

@@ -101,7 +101,8 @@ pub(in crate::destination) enum Effect {
     Run,
     /// Tell the source which pages of the block are here.
     SendBitmap(BlockName),
-    /// All pages of a round have come; the source is about to be told so by the answer to this PING.
+    /// All pages of a round have come; the source is about to be told so by the answer to this
+    /// PING.
     Settle(u32),
     /// From now on channels may carry packets of the multifd dialect.
     SpeakDialect,

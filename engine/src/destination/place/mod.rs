@@ -87,9 +87,22 @@ impl PlacePages for Place<'_> {
         content: &[u8],
         present: impl FnOnce() -> bool,
     ) -> io::Result<()> {
+        self.place_parts(block, offset, &[content], present)
+    }
+}
+
+impl Place<'_> {
+    /// As [`PlacePages::place`], for content that lies in several places.
+    fn place_parts(
+        &self,
+        block: &RamBlock,
+        offset: usize,
+        parts: &[&[u8]],
+        present: impl FnOnce() -> bool,
+    ) -> io::Result<()> {
         match self {
-            Self::Mapping(mapping) => mapping.place(block, offset, content, present),
-            Self::File(file) => file.place(block, offset, content, present),
+            Self::Mapping(mapping) => mapping.place_parts(block, offset, parts, present),
+            Self::File(file) => file.place_parts(block, offset, parts),
         }
     }
 }
@@ -192,12 +205,9 @@ impl BlockSink {
     pub(crate) fn write_parts(&self, first: usize, parts: &[&[u8]]) -> Result<()> {
         let pages = first..first + parts.len();
         let present = || self.written.all(pages.clone());
-        let (block, offset) = (&self.block, first * PAGE);
-        let placed = match self.best_place() {
-            Place::Mapping(mapping) => mapping.place_parts(block, offset, parts, present),
-            Place::File(file) => file.place_parts(block, offset, parts),
-        };
-        placed.map_err(|error| self.fault("writing", pages.clone(), error))?;
+        self.best_place()
+            .place_parts(&self.block, first * PAGE, parts, present)
+            .map_err(|error| self.fault("writing", pages.clone(), error))?;
         self.note_written(first, parts.len());
         if !self.keeps_digests() {
             return Ok(());

@@ -26,7 +26,8 @@ impl ForeignPages {
             let text = format!("a descriptor of {}, expected {KIND}", kind.display());
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
-        // The flag belongs to what both processes have open. Without it, poll(2) sees an error only.
+        // The flag belongs to what both processes have open. Without it, poll(2) sees an error
+        // only.
         // SAFETY: the descriptor is open, and the request takes no pointer.
         let flags = unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_GETFL) };
         if flags < 0 {

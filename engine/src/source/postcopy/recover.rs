@@ -144,8 +144,8 @@ impl Postcopy {
         Ok(())
     }
 
-    /// Asks what has arrived, and makes the connections beside main: the destination takes them once
-    /// it has said that. But one of a machine type up to 7.2 answers nothing before it has its
+    /// Asks what has arrived, and makes the connections beside main: the destination takes them
+    /// once it has said that. But one of a machine type up to 7.2 answers nothing before it has its
     /// connection for pages that are asked for.
     fn connect_others(
         &self,

@@ -22,7 +22,7 @@ use crate::vhost::user::{TABLE, infos, region_bytes, table};
 
 /// A back-end that faults on the guest's memory.
 ///
-/// Whoever holds `life` may wait for an answer of the back-end, and that for a page: the thread that
+/// A holder of `life` may wait for an answer of the back-end, and that for a page: the thread that
 /// hears of faults takes it never.
 #[derive(Debug)]
 pub(in crate::vhost) struct BackEnd {

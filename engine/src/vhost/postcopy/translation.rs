@@ -40,10 +40,12 @@ impl Translation {
 /// Reads a back-end's answer to a SET_MEM_TABLE of these regions in post-copy: the same table, with
 /// its own addresses in the place of ours.
 pub(super) fn answered(regions: &[VhostUserMemoryRegionInfo], body: &[u8]) -> Result<Vec<Mapped>, String> {
-    let (head, rest) = body.split_first_chunk().ok_or_else(|| format!("{} bytes", body.len()))?;
+    let short = || format!("{} bytes", body.len());
+    let (count, rest) = body.split_first_chunk().ok_or_else(short)?;
+    // Behind the count are four bytes of padding.
+    let (_, rest) = rest.split_first_chunk::<4>().ok_or_else(short)?;
     let (entries, odd): (&[[u8; 32]], _) = rest.as_chunks();
-    let count = u32::from_ne_bytes(head.first_chunk().copied().unwrap_or_default());
-    let _: &[u8; 8] = head;
+    let count = u32::from_ne_bytes(*count);
     if !odd.is_empty() || entries.len() != regions.len() || count as usize != regions.len() {
         let (bytes, expected) = (body.len(), regions.len());
         return Err(format!("{bytes} bytes with {count} regions, expected {expected} regions"));

@@ -90,7 +90,8 @@ fn strangers_that_would_go_on_with_the_move_are_refused_and_the_source_still_com
     assert_equal(&guest.block, &block);
 }
 
-/// Neither the keys nor what is made of them tell the secret; each link asks for a proof of its own.
+/// Neither the keys nor what is made of them tell the secret; each link asks for a proof of its
+/// own.
 #[test]
 fn a_proof_of_one_link_is_none_of_another() {
     let guest = Guest::new("guest.ram", PAGES).run(LOAD);

@@ -1,4 +1,5 @@
-//! A back-end in this process, with a userfaultfd and mappings of its own: it does what a test says.
+//! A back-end in this process, with a userfaultfd and mappings of its own: it does what a test
+//! says.
 #![expect(unsafe_code, reason = "the requests of a userfaultfd have no safe wrapper")]
 
 use std::fs::File;

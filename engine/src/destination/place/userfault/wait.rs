@@ -53,7 +53,8 @@ impl Pager {
         waiter: Waiter,
     ) -> Result<(Option<Wanted>, Option<Waiter>)> {
         let paged = sink.paged()?;
-        let host = usize::try_from(address - paged.address).unwrap_or(usize::MAX) / paged.host_page;
+        let outside = |error| Error::bug(Phase::Active, format_args!("a fault at {address:#x}: {error}"));
+        let host = usize::try_from(address - paged.address).map_err(outside)? / paged.host_page;
         let first = host * paged.per();
         if sink.has_come(first) {
             let done = self.fault_on_dropped(sink, paged, host)?;
